@@ -1,0 +1,143 @@
+"""Capture: from a PyTorch module to a graph module that the passes can read.
+
+``B`` batch (symbolic), everything else static: one resolution and one text length per bundle.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._dynamo.exc import UserError
+from torch.export import Dim, ExportedProgram
+
+from cachec.passes import MODEL, Graphs
+from cachec.passes.base import copy_module
+from cachec.runtime.engine import FEATURE, HISTORY_STEPS, SIGMAS, STEP, VELOCITY, history_name
+from cachec.runtime.errors import PassError
+
+BATCH = "batch"
+SLOTS = "slots"
+MAX_BATCH = 1024
+MAX_SLOTS = 1024
+
+
+class _Captured(nn.Module):
+    """Calls ``model`` by keyword, with ``constants`` filled in, and names its output."""
+
+    def __init__(self, model: nn.Module, constants: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.model = model
+        self._flags = {name: value for name, value in constants.items() if not isinstance(value, torch.Tensor)}
+        self._tables = [name for name in constants if name not in self._flags]
+        for name in self._tables:
+            self.register_buffer(f"table_{name}", constants[name])
+
+    def forward(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        tables = {name: getattr(self, f"table_{name}") for name in self._tables}
+        output = self.model(**inputs, **tables, **self._flags)
+        return {VELOCITY: output[0] if isinstance(output, tuple) else output}
+
+
+def capture_model(
+    model: nn.Module, inputs: Mapping[str, torch.Tensor], constants: Mapping[str, Any] | None = None
+) -> Graphs:
+    """Capture ``model(**inputs, **constants)`` with a symbolic batch; the graph returns ``{"velocity": …}``.
+
+    ``inputs`` are examples, batch first with at least two samples, pairwise distinct objects (``torch.export`` merges
+    equal ones). ``constants`` are baked in: flags, and tensors that depend on the resolution only. The graph shares the
+    model's parameters.
+
+    Raises:
+        PassError: the model cannot be captured, or the graph does not compute exactly what the model does.
+    """
+    if len({id(t) for t in inputs.values()}) != len(inputs) or any(t.shape[0] < 2 for t in inputs.values()):
+        raise PassError("example inputs must be distinct tensors with a batch of at least two")
+    wrapped = _Captured(model, constants or {}).eval()
+    module = _trace(wrapped, inputs, batched=inputs, outputs=(VELOCITY,))
+    _strip_module_prefix(module, "model")
+    with torch.no_grad():
+        wanted, got = wrapped(dict(inputs))[VELOCITY], module(**inputs)[VELOCITY]
+    if not torch.equal(wanted, got):
+        raise PassError(f"the captured graph differs from the model by {(wanted - got).abs().max().item():.1e}")
+    return Graphs({MODEL: module})
+
+
+def capture_predictor(predictor: nn.Module, window: int, example: torch.Tensor, num_steps: int) -> fx.GraphModule:
+    """Capture ``predictor(features, history_steps, sigmas, step)``.
+
+    ``features`` is a list of ``window`` tensors like ``example`` [B, L, D], newest first; ``history_steps`` [window] and
+    ``step`` are int64, ``sigmas`` [num_steps + 1] float32.
+    """
+    names = [history_name(i) for i in range(window)]
+    inputs = {
+        **{name: example + i for i, name in enumerate(names)},
+        HISTORY_STEPS: torch.arange(window, 0, -1) + 2,
+        SIGMAS: torch.linspace(1, 0, num_steps + 1),
+        STEP: torch.tensor(window + 5),
+    }
+    return _trace(_NamedPredictor(predictor, names).eval(), inputs, batched=names, outputs=(FEATURE,))
+
+
+class _NamedPredictor(nn.Module):
+    def __init__(self, predictor: nn.Module, names: list[str]) -> None:
+        super().__init__()
+        self.predictor = predictor
+        self._names = names
+
+    def forward(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        features = [inputs[name] for name in self._names]
+        feature = self.predictor(features, inputs[HISTORY_STEPS], inputs[SIGMAS], inputs[STEP])
+        return {FEATURE: feature}
+
+
+def _trace(
+    module: nn.Module, inputs: Mapping[str, torch.Tensor], *, batched: Iterable[str], outputs: tuple[str, ...]
+) -> fx.GraphModule:
+    """Capture a module from a dictionary to a dictionary; the graph takes the same names as keywords."""
+    batched = set(batched)
+    batch = Dim(BATCH, min=1, max=MAX_BATCH)
+    shapes = {name: {0: batch} if name in batched else {} for name in inputs}
+    program = _export(module, (dict(inputs),), {}, (shapes,))
+    graph_module = program.module(check_guards=False)
+    graph = graph_module.graph
+    nodes = [node for node in graph.nodes if node.op == "placeholder"]
+    for node, name in zip(nodes, inputs, strict=True):
+        node.target = name
+        node._rename(name)
+    result = next(iter(reversed(graph.nodes)))
+    result.args = (dict(zip(outputs, result.args[0], strict=True)),)
+    graph.set_codegen(fx.graph.CodeGen())
+    return copy_module(graph_module)  # a fresh module: the exported one has hooks that check the dictionary
+
+
+def export_program(
+    module: fx.GraphModule, inputs: Mapping[str, torch.Tensor], dynamic: Mapping[str, Mapping[int, str]]
+) -> ExportedProgram:
+    """Export a rewritten graph again, for an engine builder; ``dynamic`` names the symbolic axes of inputs.
+
+    Raises:
+        PassError: ``torch.export`` refuses; with its reason.
+    """
+    sizes = {BATCH: MAX_BATCH, SLOTS: MAX_SLOTS}
+    dims = {name: Dim(name, min=1, max=sizes[name]) for axes in dynamic.values() for name in axes.values()}
+    shapes = {name: {axis: dims[d] for axis, d in dynamic.get(name, {}).items()} for name in inputs}
+    return _export(module, (), dict(inputs), shapes)
+
+
+def _export(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any) -> ExportedProgram:
+    try:
+        with torch.no_grad():
+            program = torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
+            return program.run_decompositions({})
+    except (RuntimeError, ValueError, UserError) as error:
+        raise PassError(f"torch.export cannot capture {type(module).__name__}: {error}") from error
+
+
+def _strip_module_prefix(module: fx.GraphModule, prefix: str) -> None:
+    """Make module paths in the nodes' metadata those of the model itself, without the wrapper's ``prefix``."""
+    for node in module.graph.nodes:
+        stack = node.meta.get("nn_module_stack")
+        if stack:
+            paths = {key: path.removeprefix(prefix).removeprefix(".") for key, (path, _) in stack.items()}
+            node.meta["nn_module_stack"] = {key: (paths[key], kind) for key, (_, kind) in stack.items()}

@@ -1,0 +1,25 @@
+"""Forecasting methods by name. One file each; imported only when asked for."""
+
+import importlib
+
+from cachec.compiler.methods.base import Method
+from cachec.runtime.errors import unknown_name
+
+METHODS = {
+    "lesa": "cachec.compiler.methods.lesa:Lesa",
+    "reuse": "cachec.compiler.methods.reuse:Reuse",
+    "taylor": "cachec.compiler.methods.taylor:Taylor",
+}
+
+
+def get_method(name: str) -> type[Method]:
+    """The class of a method.
+
+    Raises:
+        InputError: there is no such method; with the nearest name.
+    """
+    if name not in METHODS:
+        raise unknown_name("method", name, METHODS)
+    module, _, attribute = METHODS[name].partition(":")
+    method: type[Method] = getattr(importlib.import_module(module), attribute)
+    return method

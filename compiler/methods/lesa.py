@@ -1,0 +1,84 @@
+"""LESA: a learned predictor with one small expert per stage of sampling.
+
+Citation:
+    "LESA: Learnable Stage-Aware Predictors for Diffusion Model Acceleration", arXiv 2602.20497, CVPR 2026.
+
+The expert of step s, chosen by its noise level t, gives h_s = h_{s-1} + alpha (sum_m w_m h_{s-1-m} + b) with
+alpha = KAN(t - t_0, …, t - t_T): the KAN sees differences of noise levels only, so for a fixed schedule alpha is one
+number a step, and the whole predictor folds into coefficients.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from cachec.compiler.methods.base import Method, Parameters, Predictor
+from cachec.compiler.methods.kan import Kan
+from cachec.runtime.errors import PredictorError
+
+STAGE_BOUNDS = (0.9, 0.5)  # expert 0 above the first, 1 above the second, 2 below
+WINDOWS = (4, 8, 8)
+HIDDEN = 256
+
+
+class LesaPredictor(Predictor):
+    """Three experts: a KAN [T + 1, 256, 256, 1] and a linear map over the window, with bias, each."""
+
+    def __init__(self, num_steps: int) -> None:
+        super().__init__()
+        self.kans = nn.ModuleList(Kan([num_steps + 1, HIDDEN, HIDDEN, 1]) for _ in WINDOWS)
+        self.mixes = nn.ModuleList(nn.Linear(window, 1) for window in WINDOWS)
+
+    def numbers(self, sigmas: torch.Tensor, step: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What the schedule decides: ``alpha`` [], window weights [8] (zero beyond the expert's own), bias []."""
+        t = torch.index_select(sigmas, 0, step.reshape(1))
+        expert = sum((t <= bound).long() for bound in STAGE_BOUNDS)
+        alphas = torch.cat([kan(t - sigmas) for kan in self.kans])
+        weights = torch.stack(
+            [nn.functional.pad(mix.weight[0], (0, max(WINDOWS) - len(mix.weight[0]))) for mix in self.mixes]
+        )
+        biases = torch.cat([mix.bias for mix in self.mixes])
+        return (
+            torch.index_select(alphas, 0, expert)[0],
+            torch.index_select(weights, 0, expert)[0],
+            torch.index_select(biases, 0, expert)[0],
+        )
+
+    def forward(
+        self, features: Sequence[torch.Tensor], history_steps: torch.Tensor, sigmas: torch.Tensor, step: torch.Tensor
+    ) -> torch.Tensor:
+        alpha, weights, bias = self.numbers(sigmas, step)
+        mixed = sum(feature * weights[m] for m, feature in enumerate(features)) + bias
+        return features[0] + alpha * mixed
+
+
+@dataclass(frozen=True)
+class Lesa(Method):
+    """Learned; window 8 over every step's feature (forecasts are fed back), warm-up 3 steps plus step 3.
+
+    Trained for one model, number of steps and interval, and of no use for others. Starts as plain reuse.
+    """
+
+    name: ClassVar[str] = "lesa"
+    summary: ClassVar[str] = "trained stage experts with a KAN over the schedule (LESA)"
+    feeds_back: ClassVar[bool] = True
+    needs_training: ClassVar[bool] = True
+    default_interval: ClassVar[int] = 7
+    extra_steps: ClassVar[tuple[int, ...]] = (3,)
+
+    @property
+    def window(self) -> int:
+        return max(WINDOWS)
+
+    def predictor(self, parameters: Parameters | None) -> Predictor:
+        if parameters is None:
+            raise PredictorError("lesa needs a trained predictor: run cachec train, or let cachec compile train one")
+        predictor = LesaPredictor(int(parameters.facts["steps"]))
+        try:
+            predictor.load_state_dict(dict(parameters.tensors))
+        except RuntimeError as error:
+            raise PredictorError(f"{parameters.origin} does not hold a LESA predictor: {error}") from error
+        return predictor.eval()

@@ -1,0 +1,91 @@
+"""Graph passes: FX in, FX out. They know no model, no method and no back end.
+
+Read the two lists below top-down; each line says why the pass is here.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import fx
+
+from cachec.passes.base import (
+    COMPUTE,
+    FORECAST,
+    MODEL,
+    GraphPass,
+    Graphs,
+    Pass,
+    PassResult,
+    PredictorRows,
+    dump_to,
+    graph_text,
+    run_passes,
+)
+from cachec.passes.decomplexify import Decomplexify
+from cachec.passes.drop_asserts import DropAsserts
+from cachec.passes.drop_noop_squeezes import DropNoopSqueezes
+from cachec.passes.expand_attention_masks import ExpandAttentionMasks
+from cachec.passes.find_cut import FindCut
+from cachec.passes.fold_constants import FoldConstants
+from cachec.passes.fold_static import FoldStatic
+from cachec.passes.inline_predictor import InlinePredictor
+from cachec.passes.prune import Prune
+from cachec.passes.replace_type_as import ReplaceTypeAs
+from cachec.passes.rewrite_bool_masked_fill import RewriteBoolMaskedFill
+from cachec.passes.split_model import SplitModel
+
+__all__ = [
+    "COMPUTE",
+    "FORECAST",
+    "MODEL",
+    "Decomplexify",
+    "DropAsserts",
+    "DropNoopSqueezes",
+    "ExpandAttentionMasks",
+    "FindCut",
+    "FoldConstants",
+    "FoldStatic",
+    "GraphPass",
+    "Graphs",
+    "InlinePredictor",
+    "Pass",
+    "PassResult",
+    "PredictorRows",
+    "Prune",
+    "ReplaceTypeAs",
+    "RewriteBoolMaskedFill",
+    "SplitModel",
+    "dump_to",
+    "forecast_passes",
+    "graph_text",
+    "run_passes",
+    "split_passes",
+]
+
+
+def split_passes(block: str) -> list[Pass]:
+    """From the captured model to compute and forecast graphs; ``block`` is the last block of the body."""
+    return [
+        DropAsserts(),  # first: asserts hang on values that later passes want to move or fold
+        Decomplexify(),  # before folding, which turns the complex tables it leaves into real ones
+        DropNoopSqueezes(),  # ONNX shape inference rejects them
+        ReplaceTypeAs(),  # before the split: a fake dependency would become an input of the forecast graph
+        RewriteBoolMaskedFill(),  # ONNX Runtime cannot run it
+        ExpandAttentionMasks(),  # ONNX Runtime cannot run it either
+        FoldConstants(),  # after all rewrites, so that what they made constant is folded too
+        FindCut(block),  # marks only; on the canonical graph, so that the cut is a node that stays
+        SplitModel(),
+        Prune(),
+    ]
+
+
+def forecast_passes(
+    predictor: fx.GraphModule, sigmas: torch.Tensor, histories: Mapping[int, tuple[int, ...]], *, fold: bool
+) -> list[Pass]:
+    """From a split model to a forecast graph with the predictor in it, folded to numbers if ``fold``."""
+    return [
+        InlinePredictor(predictor),
+        DropAsserts(),  # the predictor brings its own
+        *([FoldStatic(sigmas, histories)] if fold else []),  # needs the predictor and the tail in one graph
+        Prune(),  # last: folding leaves the predictor's weights and inputs unread
+    ]

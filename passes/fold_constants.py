@@ -1,0 +1,60 @@
+"""Compute once what depends on constants only."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from cachec.passes.base import GraphPass, depends_on_inputs, fetch
+
+_PREFIX = "constant_"
+
+
+@dataclass(frozen=True)
+class FoldConstants(GraphPass):
+    """Replace the values that depend on no input and on no parameter by buffers: rotary and position tables of the
+    captured resolution, masks. Values that depend on parameters stay, so that weights keep their identity."""
+
+    name: ClassVar[str] = "fold_constants"
+
+    def edit(self, module: fx.GraphModule) -> int:
+        constant = _constant_nodes(module)
+        frontier = [n for n in constant if n.op == "call_function" and any(user not in constant for user in n.users)]
+        values = _evaluate(module, constant)
+        taken = sum(name.startswith(_PREFIX) for name, _ in module.named_buffers())
+        for index, node in enumerate(frontier, start=taken):
+            name = f"{_PREFIX}{index}"
+            module.register_buffer(name, values[node], persistent=True)
+            with module.graph.inserting_before(node):
+                buffer = module.graph.get_attr(name)
+                buffer.meta = dict(node.meta)
+            node.replace_all_uses_with(buffer)
+        return len(frontier)
+
+
+def _constant_nodes(module: fx.GraphModule) -> list[fx.Node]:
+    """Nodes with a tensor value that depend on neither an input nor a parameter, in order."""
+    varying = depends_on_inputs(module)
+    constant: dict[fx.Node, None] = {}
+    for node in module.graph.nodes:
+        if node in varying or node.op == "output":
+            continue
+        if node.op == "get_attr":
+            if not isinstance(fetch(module, node.target), torch.nn.Parameter):
+                constant[node] = None
+        elif isinstance(node.meta.get("val"), torch.Tensor) and all(a in constant for a in node.all_input_nodes):
+            constant[node] = None
+    return list(constant)
+
+
+@torch.no_grad()
+def _evaluate(module: fx.GraphModule, nodes: list[fx.Node]) -> dict[fx.Node, torch.Tensor]:
+    values: dict[fx.Node, torch.Tensor] = {}
+    for node in nodes:
+        if node.op == "get_attr":
+            values[node] = fetch(module, str(node.target))
+        else:
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+            values[node] = node.target(*args, **kwargs)
+    return values

@@ -1,0 +1,225 @@
+"""Bundles: the directory that ``cachec compile`` writes and a session is opened from.
+
+``manifest.json`` names every other file with its size and SHA-256. Files are named by their hash and the manifest is
+replaced last, so a directory is a bundle from that moment on and never half of one.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from safetensors.numpy import load_file
+
+from cachec.runtime.errors import BundleError, unknown_name
+from cachec.runtime.program import Program
+from cachec.runtime.specs import Signature
+
+FORMAT = "cachec-bundle"
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+LARGE_FILE_BYTES = 64 * 2**20  # files above are hashed once per machine, then known by size and time
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """An engine file and all that decides where it runs."""
+
+    path: str
+    signature: Signature
+
+    def to_json(self) -> dict[str, Any]:
+        return {"path": self.path, "signature": self.signature.to_json()}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Artifact":
+        return cls(data["path"], Signature.from_json(data["signature"]))
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a set of engines runs: back end with its version, operating system, precision and shape bucket."""
+
+    backend: str
+    version: str
+    os: str
+    precision: str
+    shape_bucket: str
+    engines: Mapping[str, Artifact]
+
+    def to_json(self) -> dict[str, Any]:
+        fields = {k: getattr(self, k) for k in ("backend", "version", "os", "precision", "shape_bucket")}
+        return {**fields, "engines": {name: a.to_json() for name, a in self.engines.items()}}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Target":
+        engines = {name: Artifact.from_json(a) for name, a in data["engines"].items()}
+        return cls(**{**data, "engines": engines})
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The facts of a bundle.
+
+    ``model`` says which weights (name, source, hash), ``io`` which engine input plays which part (latents, timestep,
+    conditions), ``method`` how forecasts are made, ``settings`` what was asked for, ``programs`` maps a level to its two
+    files, ``files`` maps each file to its size in bytes and SHA-256.
+    """
+
+    model: Mapping[str, Any]
+    io: Mapping[str, Any]
+    method: Mapping[str, Any]
+    settings: Mapping[str, Any]
+    noise: str
+    targets: tuple[Target, ...]
+    programs: Mapping[str, Mapping[str, str]]
+    files: Mapping[str, Mapping[str, Any]]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        body = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            **{k: v for k, v in vars(self).items() if k != "targets"},
+            "targets": [t.to_json() for t in self.targets],
+        }
+        return {**body, "digest": _digest(body)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Manifest":
+        body = {k: v for k, v in data.items() if k != "digest"}
+        if body.get("format") != FORMAT:
+            raise BundleError(f"{MANIFEST} is not the manifest of a cachec bundle")
+        if body.get("format_version") != FORMAT_VERSION:
+            raise BundleError(
+                f"bundle format {body.get('format_version')!r} is not the one that this cachec reads ({FORMAT_VERSION}): "
+                "install the cachec that wrote it, or compile the bundle again"
+            )
+        if data.get("digest") != _digest(body):
+            raise BundleError(f"{MANIFEST} was altered or damaged: compile the bundle again, or fetch a fresh copy")
+        fields = {k: v for k, v in body.items() if k not in ("format", "format_version")}
+        return cls(**{**fields, "targets": tuple(Target.from_json(t) for t in fields["targets"])})
+
+
+def _digest(body: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened, checked bundle."""
+
+    root: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, root: Path, *, verify: bool = False) -> "Bundle":
+        """Open and check the bundle at ``root``; ``verify`` hashes large files even if they were hashed before.
+
+        Raises:
+            BundleError: it is not a bundle, damaged, incomplete, unsafe, or of another format version.
+        """
+        bundle = cls(root, _read_manifest(root))
+        for name, entry in bundle.manifest.files.items():
+            _check_file(bundle.path(name), entry, verify=verify)
+        return bundle
+
+    def path(self, name: str) -> Path:
+        """The file ``name`` of the manifest, if it lies inside the bundle."""
+        pure = PurePosixPath(name)
+        if pure.is_absolute() or ".." in pure.parts or "\\" in name or ":" in name:
+            raise BundleError(f"manifest names {name!r}, which leaves the bundle: do not trust this bundle")
+        path = self.root.joinpath(*pure.parts)
+        if not path.resolve().is_relative_to(self.root.resolve()):
+            raise BundleError(f"manifest names {name!r}, a link that leaves the bundle: do not trust this bundle")
+        if name not in self.manifest.files:
+            raise BundleError(f"{name!r} is used by the bundle but not listed with a hash: compile it again")
+        return path
+
+    def program(self, level: str = "default") -> Program:
+        """The program of a quality level."""
+        if level not in self.manifest.programs:
+            raise unknown_name("level", level, self.manifest.programs)
+        files = self.manifest.programs[level]
+        data = json.loads(self.path(files["json"]).read_text())
+        return Program.from_json(data, load_file(self.path(files["arrays"])))
+
+    @property
+    def target(self) -> Target:
+        return self.manifest.targets[0]
+
+
+def _read_manifest(root: Path) -> Manifest:
+    path = root / MANIFEST
+    if not path.is_file():
+        raise BundleError(f"{root} is not a bundle: it has no {MANIFEST} (an interrupted build leaves none)")
+    try:
+        data = json.loads(path.read_text())
+        if not isinstance(data, dict):
+            raise BundleError(f"{path} is not a JSON object")
+        return Manifest.from_json(data)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BundleError(f"{path} does not read as a manifest ({error}): compile the bundle again") from error
+
+
+def _check_file(path: Path, entry: Mapping[str, Any], *, verify: bool) -> None:
+    if not path.is_file():
+        raise BundleError(f"{path} is missing from the bundle: copy the whole directory, or compile it again")
+    stat = path.stat()
+    if stat.st_size != entry["bytes"]:
+        raise BundleError(f"{path} has {stat.st_size} bytes, the manifest says {entry['bytes']}: the copy is incomplete")
+    remembered = stat.st_size > LARGE_FILE_BYTES and not verify
+    if remembered and _known_hash(path) == entry["sha256"]:
+        return
+    if hash_file(path) != entry["sha256"]:
+        raise BundleError(f"{path} does not match its SHA-256: it was altered or damaged. Compile the bundle again")
+    if stat.st_size > LARGE_FILE_BYTES:
+        _remember_hash(path, entry["sha256"])
+
+
+def _memory_file() -> Path:
+    base = os.environ.get("CACHEC_CACHE") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "cachec")
+    return Path(base).expanduser() / "verified.json"
+
+
+def _memory_key(path: Path) -> str:
+    stat = path.stat()
+    return f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
+
+
+def _known_hash(path: Path) -> str | None:
+    memory = _memory_file()
+    known: dict[str, str] = json.loads(memory.read_text()) if memory.is_file() else {}
+    return known.get(_memory_key(path))
+
+
+def _remember_hash(path: Path, digest: str) -> None:
+    memory = _memory_file()
+    memory.parent.mkdir(parents=True, exist_ok=True)
+    known = json.loads(memory.read_text()) if memory.is_file() else {}
+    replace_file(memory, json.dumps({**known, _memory_key(path): digest}).encode())
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write ``content`` to ``path`` so that a reader sees the old file or the new one, never a part."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,69 @@
+"""What can go wrong, one class per kind; each carries the exit code of the command line.
+
+A message says what is wrong, with which value, and what to do.
+"""
+
+import difflib
+from collections.abc import Iterable
+from typing import ClassVar
+
+
+class CachecError(Exception):
+    """Base of every error that ``cachec`` raises on purpose."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class InputError(CachecError):
+    """An argument cannot be used: unknown name, impossible schedule, wrong shape."""
+
+    exit_code: ClassVar[int] = 3
+
+
+class MissingExtraError(CachecError):
+    """A package that this command needs is not installed."""
+
+    exit_code: ClassVar[int] = 4
+
+
+class ModelUnavailableError(CachecError):
+    """The model's weights cannot be reached."""
+
+    exit_code: ClassVar[int] = 5
+
+
+class BundleError(CachecError):
+    """A bundle is damaged, unsafe, from a newer version, or does not fit this machine."""
+
+    exit_code: ClassVar[int] = 6
+
+
+class OutputError(CachecError):
+    """The result cannot be written: it exists already, or the place is not writable."""
+
+    exit_code: ClassVar[int] = 7
+
+
+class PredictorError(CachecError):
+    """A trained predictor does not fit what it is asked to do, or cannot be folded."""
+
+    exit_code: ClassVar[int] = 8
+
+
+class PassError(CachecError):
+    """A graph pass met a graph that it cannot handle, or broke its own contract."""
+
+    exit_code: ClassVar[int] = 9
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> InputError:
+    """An error for a name that is not among ``known``, with the nearest one suggested."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return InputError(f"unknown {kind} {name!r}.{hint} Known: {', '.join(known)}.")
+
+
+def missing_extra(package: str, extra: str, purpose: str) -> MissingExtraError:
+    """An error that names the extra which brings ``package``."""
+    return MissingExtraError(f"{purpose} needs {package!r}, which is not installed: pip install 'cachec[{extra}]'")

@@ -1,0 +1,81 @@
+"""Names, shapes and dtypes of what crosses an engine's border.
+
+``B`` batch, ``H`` number of written features. A dimension is a fixed size, or the name of a symbolic one.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cachec.runtime.errors import InputError
+
+Array = NDArray[Any]
+Dim = int | str
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One named tensor: its shape, with symbolic dimensions by name, and its numpy dtype."""
+
+    name: str
+    shape: tuple[Dim, ...]
+    dtype: str
+
+    def __post_init__(self) -> None:
+        np.dtype(self.dtype)  # raises on a name that is no dtype
+
+    def resolve(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """The shape with symbolic dimensions replaced by ``sizes``."""
+        return tuple(sizes[d] if isinstance(d, str) else d for d in self.shape)
+
+    def check(self, value: Array, sizes: Mapping[str, int] | None = None) -> None:
+        """Raise ``InputError`` unless ``value`` has this dtype and shape and holds only finite numbers."""
+        if value.dtype != np.dtype(self.dtype):
+            raise InputError(f"input {self.name!r} has dtype {value.dtype}, expected {self.dtype}: convert it first")
+        wanted = tuple((sizes or {}).get(d, d) if isinstance(d, str) else d for d in self.shape)
+        fits = len(value.shape) == len(wanted) and all(
+            isinstance(want, str) or want == got for want, got in zip(wanted, value.shape, strict=True)
+        )
+        if not fits:
+            raise InputError(f"input {self.name!r} has shape {list(value.shape)}, expected {list(wanted)}")
+        if value.dtype.kind == "f" and not np.isfinite(value).all():
+            raise InputError(f"input {self.name!r} holds NaN or infinity: check what made it")
+
+    def to_json(self) -> dict[str, Any]:
+        return {"name": self.name, "shape": list(self.shape), "dtype": self.dtype}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "TensorSpec":
+        return cls(data["name"], tuple(data["shape"]), data["dtype"])
+
+
+@dataclass(frozen=True)
+class Signature:
+    """Inputs and outputs of an engine. Engines are bound by name, never by position."""
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+    def input(self, name: str) -> TensorSpec:
+        return _by_name(self.inputs, name)
+
+    def output(self, name: str) -> TensorSpec:
+        return _by_name(self.outputs, name)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"inputs": [s.to_json() for s in self.inputs], "outputs": [s.to_json() for s in self.outputs]}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Signature":
+        inputs, outputs = ([TensorSpec.from_json(s) for s in data[side]] for side in ("inputs", "outputs"))
+        return cls(tuple(inputs), tuple(outputs))
+
+
+def _by_name(specs: tuple[TensorSpec, ...], name: str) -> TensorSpec:
+    for spec in specs:
+        if spec.name == name:
+            return spec
+    raise KeyError(f"no tensor {name!r}; there are {', '.join(spec.name for spec in specs)}")
