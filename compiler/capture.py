@@ -23,7 +23,10 @@ MAX_SLOTS = 1024
 
 
 class _Captured(nn.Module):
-    """Calls ``model`` by keyword, with ``constants`` filled in, and names its output."""
+    """Calls ``model`` by keyword, with ``constants`` filled in, and names its output.
+
+    Inputs and output are float32 whatever the model's own precision.
+    """
 
     def __init__(self, model: nn.Module, constants: Mapping[str, Any]) -> None:
         super().__init__()
@@ -35,8 +38,10 @@ class _Captured(nn.Module):
 
     def forward(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         tables = {name: getattr(self, f"table_{name}") for name in self._tables}
-        output = self.model(**inputs, **tables, **self._flags)
-        return {VELOCITY: output[0] if isinstance(output, tuple) else output}
+        dtype = next(self.model.parameters()).dtype
+        given = {name: value.to(dtype) for name, value in inputs.items()}
+        output = self.model(**given, **tables, **self._flags)
+        return {VELOCITY: (output[0] if isinstance(output, tuple) else output).float()}
 
 
 def capture_model(
@@ -53,7 +58,7 @@ def capture_model(
     """
     if len({id(t) for t in inputs.values()}) != len(inputs) or any(t.shape[0] < 2 for t in inputs.values()):
         raise PassError("example inputs must be distinct tensors with a batch of at least two")
-    wrapped = _Captured(model, constants or {}).eval()
+    wrapped = named_model(model, constants or {})
     module = _trace(wrapped, inputs, batched=inputs, outputs=(VELOCITY,))
     _strip_module_prefix(module, "model")
     with torch.no_grad():
@@ -61,6 +66,11 @@ def capture_model(
     if not torch.equal(wanted, got):
         raise PassError(f"the captured graph differs from the model by {(wanted - got).abs().max().item():.1e}")
     return Graphs({MODEL: module})
+
+
+def named_model(model: nn.Module, constants: Mapping[str, Any]) -> nn.Module:
+    """The eager module that :func:`capture_model` captures: from a dictionary of inputs to a dictionary."""
+    return _Captured(model, constants).eval()
 
 
 def capture_predictor(predictor: nn.Module, window: int, example: torch.Tensor, num_steps: int) -> fx.GraphModule:

@@ -107,13 +107,13 @@ def run_passes(graphs: Graphs, passes: Sequence[Pass], *, observers: Sequence[Ob
     return graphs
 
 
-def dump_to(directory: Path) -> Observer:
-    """An observer that writes the readable graphs after each pass."""
+def dump_to(directory: Path, *, start: int = 0) -> Observer:
+    """An observer that writes the readable graphs after each pass, in files numbered from ``start``."""
 
     def observe(index: int, one: Pass, result: PassResult) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         for name, module in result.graphs.modules.items():
-            path = directory / f"{index:02d}-{one.name}.{name}.txt"
+            path = directory / f"{start + index:02d}-{one.name}.{name}.txt"
             path.write_text(graph_text(module))
 
     return observe
@@ -124,10 +124,16 @@ def graph_text(module: fx.GraphModule) -> str:
     lines = []
     for node in module.graph.nodes:
         value = node.meta.get("val")
-        shape = f" : {list(map(str, value.shape))} {value.dtype}" if isinstance(value, torch.Tensor) else ""
+        shape = f" : {_shape_text(value)}" if isinstance(value, torch.Tensor) else ""
         arguments = ", ".join([*map(str, node.args), *(f"{k}={v}" for k, v in node.kwargs.items())])
         lines.append(f"{node.op} {node.name} = {node.target}({arguments}){shape}".replace("torch.", ""))
     return "\n".join(lines) + "\n"
+
+
+def _shape_text(value: torch.Tensor) -> str:
+    """Shape and dtype; the batch is the only symbolic size, and its symbol's number differs from run to run."""
+    sizes = ", ".join("B" if isinstance(size, torch.SymInt) else str(size) for size in value.shape)
+    return f"[{sizes}] {value.dtype}"
 
 
 def copy_module(module: fx.GraphModule) -> fx.GraphModule:

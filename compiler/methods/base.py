@@ -5,7 +5,7 @@ Shapes: ``B`` batch, ``L`` tokens, ``D`` channels, ``T`` steps, ``W`` window.
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -14,11 +14,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from cachec.compiler.calibration.trajectories import Denoiser, Trajectories
 from cachec.compiler.schedule import Schedule, interval_schedule
-from cachec.runtime.errors import InputError, unknown_name
+from cachec.runtime.errors import InputError, PredictorError, unknown_name
 from cachec.runtime.specs import Array
-
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -47,6 +46,18 @@ class Predictor(nn.Module, ABC):
         """
 
 
+@dataclass(frozen=True, eq=False)
+class TrainingData:
+    """What a method is trained on: the split model, recorded runs, and runs that only tell when to stop."""
+
+    denoiser: Denoiser
+    train: Trajectories
+    held_out: Trajectories
+    schedule: Schedule
+    seed: int
+    work: Path
+
+
 @dataclass(frozen=True)
 class Method(ABC):
     """A published way to forecast; its fields are its options (``--set name=value``).
@@ -70,6 +81,10 @@ class Method(ABC):
     @abstractmethod
     def predictor(self, parameters: Parameters | None) -> Predictor:
         """The predictor graph."""
+
+    def fit(self, data: TrainingData) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        """Train; returns the parameters and what is worth knowing about their training."""
+        raise PredictorError(f"method {self.name!r} has nothing to train; compile it as it is")
 
     def interval(self, num_steps: int, interval: int) -> Schedule:
         """The method's own published schedule."""
@@ -130,14 +145,3 @@ def compose(rows: Array, bias: Array, schedule: Schedule, *, feeds_back: bool) -
     computed = list(schedule.compute)
     full[computed], offset[computed] = 0.0, 0.0
     return ForecastTable(schedule, full, offset)
-
-
-@dataclass(frozen=True)
-class TrainingRequest:
-    """What training a predictor needs to know besides the model."""
-
-    schedule: Schedule
-    interval: int | None
-    prompts: Sequence[str]
-    seed: int
-    work: Path

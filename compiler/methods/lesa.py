@@ -8,6 +8,7 @@ alpha = KAN(t - t_0, …, t - t_T): the KAN sees differences of noise levels onl
 number a step, and the whole predictor folds into coefficients.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -15,7 +16,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from cachec.compiler.methods.base import Method, Parameters, Predictor
+from cachec.compiler.methods.base import Method, Parameters, Predictor, TrainingData
 from cachec.compiler.methods.kan import Kan
 from cachec.runtime.errors import PredictorError
 
@@ -72,6 +73,13 @@ class Lesa(Method):
     @property
     def window(self) -> int:
         return max(WINDOWS)
+
+    def fit(self, data: TrainingData) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        from cachec.compiler.methods.lesa_training import LesaTrainer
+
+        trainer = LesaTrainer(data.denoiser, data.train, data.held_out, data.schedule, seed=data.seed, work=data.work)
+        tensors = trainer.run()
+        return tensors, {"updates": str(trainer.state.updates), "curve": json.dumps(trainer.state.curve)}
 
     def predictor(self, parameters: Parameters | None) -> Predictor:
         if parameters is None:

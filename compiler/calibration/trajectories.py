@@ -1,0 +1,99 @@
+"""Runs of the uncached model, recorded: what predictors are trained on.
+
+Shapes: ``P`` prompts, ``T`` steps, ``L`` tokens, ``D`` channels of the feature.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save
+from tqdm import tqdm
+
+from cachec.compiler.models.base import LoadedModel, Settings, tensors_from
+from cachec.passes import COMPUTE, FORECAST, Graphs
+from cachec.passes.base import placeholders
+from cachec.runtime.bundle import replace_file
+from cachec.runtime.engine import FEATURE, VELOCITY
+from cachec.runtime.noise import make_noise
+
+CHUNK = 16  # prompts a batch
+TRAINING_SEED_BASE = 2**32  # training noise has seeds from here on; people's seeds are smaller
+
+
+@dataclass(frozen=True, eq=False)
+class Trajectories:
+    """``noise`` and ``final`` latents [P, …], ``features`` [P, T, L, D] at the cut, ``conditions`` by name [P, …]."""
+
+    noise: torch.Tensor
+    final: torch.Tensor
+    features: torch.Tensor
+    conditions: Mapping[str, torch.Tensor]
+
+    def select(self, index: torch.Tensor) -> "Trajectories":
+        conditions = {name: value[index] for name, value in self.conditions.items()}
+        return Trajectories(self.noise[index], self.final[index], self.features[index], conditions)
+
+
+class Denoiser:
+    """The split model on PyTorch, step by step, for training and calibration."""
+
+    def __init__(self, model: LoadedModel, split: Graphs, settings: Settings) -> None:
+        sigmas, timesteps = model.sampling(settings)
+        self.sigmas, self.timesteps = torch.from_numpy(sigmas), torch.from_numpy(timesteps)
+        self._io = model.io
+        self._compute, self._forecast = split.modules[COMPUTE], split.modules[FORECAST]
+        self._tail_inputs = set(placeholders(self._forecast))
+
+    @torch.no_grad()
+    def compute(self, x: torch.Tensor, step: int, conditions: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Velocity and feature of the whole model at ``step``."""
+        result = self._compute(**{self._io.latents: x, self._io.timestep: self._time(x, step), **conditions})
+        return result[VELOCITY], result[FEATURE]
+
+    @torch.no_grad()
+    def tail(self, feature: torch.Tensor, step: int, conditions: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Velocity from a feature."""
+        known = {**conditions, self._io.timestep: self._time(feature, step), FEATURE: feature}
+        velocity: torch.Tensor = self._forecast(**{n: v for n, v in known.items() if n in self._tail_inputs})[VELOCITY]
+        return velocity
+
+    def advance(self, x: torch.Tensor, velocity: torch.Tensor, step: int) -> torch.Tensor:
+        """Euler step of the flow."""
+        return x + (self.sigmas[step + 1] - self.sigmas[step]) * velocity
+
+    def _time(self, x: torch.Tensor, step: int) -> torch.Tensor:
+        return self.timesteps[step].expand(len(x)).clone()
+
+
+def record_trajectories(
+    model: LoadedModel, denoiser: Denoiser, settings: Settings, prompts: Sequence[str], *, seed: int, work: Path
+) -> Trajectories:
+    """Run the uncached model once per prompt. Chunks are kept in ``work``, and not made again after an interruption."""
+    chunks = []
+    starts = range(0, len(prompts), CHUNK)
+    for start in tqdm(starts, desc=f"uncached runs of {len(prompts)} prompts", unit="batch"):
+        path = work / f"trajectories-{start:04d}.safetensors"
+        if not path.exists():
+            replace_file(path, save(_record(model, denoiser, settings, prompts[start : start + CHUNK], seed, start)))
+        chunks.append(load_file(path))
+    joined = {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
+    conditions = {name: joined[name] for name in model.io.conditions}
+    return Trajectories(joined["noise"], joined["final"], joined["features"], conditions)
+
+
+def _record(
+    model: LoadedModel, denoiser: Denoiser, settings: Settings, prompts: Sequence[str], seed: int, start: int
+) -> dict[str, torch.Tensor]:
+    conditions = tensors_from(model.encode(prompts, settings))
+    shape = tuple(model.example_inputs(settings)[model.io.latents].shape[1:])
+    seeds = [TRAINING_SEED_BASE + (seed << 20) + start + i for i in range(len(prompts))]
+    noise = torch.from_numpy(np.stack([make_noise(s, shape) for s in seeds]))
+    x, features = noise, []
+    for step in range(settings.steps):
+        velocity, feature = denoiser.compute(x, step, conditions)
+        features.append(feature)
+        x = denoiser.advance(x, velocity, step)
+    return {"noise": noise, "final": x, "features": torch.stack(features, dim=1), **conditions}

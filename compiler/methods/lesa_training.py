@@ -1,0 +1,206 @@
+"""Training of LESA's predictor (arXiv 2602.20497, section "two-stage training").
+
+Phase 1, teacher-forced: the history is the true one. Phase 2, closed loop: the model runs at computed steps, the
+predictor's own forecasts are its history and steer the latents. L1 against the uncached feature, one update per forecast.
+
+Differs from the released code, on purpose: float32 instead of bfloat16, and instead of a step decay that has shrunk the
+learning rate to nothing when phase 2 begins, each phase starts anew and lowers its rate when held-out prompts stop
+improving. The best weights by the held-out closed loop are kept.
+"""
+
+import json
+import logging
+import os
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from cachec.compiler.calibration.trajectories import Denoiser, Trajectories
+from cachec.compiler.methods.lesa import WINDOWS, LesaPredictor
+from cachec.compiler.schedule import Schedule
+
+log = logging.getLogger(__name__)
+
+BATCH = 16  # prompts an update
+RATES = (1e-3, 3e-4)  # learning rate at the start of each phase
+DROP = 0.3  # factor on the rate at a plateau
+MAX_DROPS = 2  # plateaus after which a phase ends
+PATIENCE = (6, 4)  # evaluations without improvement that make a plateau
+MAX_ROUNDS = (240, 80)  # rounds after which a phase ends in any case
+ROUNDS_PER_EVALUATION = (4, 1)
+
+
+@dataclass
+class TrainingState:
+    """Where a training stands; everything that a checkpoint holds but the tensors. ``curve`` is for plots."""
+
+    phase: int = 0
+    round: int = 0
+    updates: int = 0
+    drops: int = 0
+    stale: int = 0
+    best: float = float("inf")
+    best_loss: float = float("inf")
+    curve: list[dict[str, float]] = field(default_factory=list)
+
+
+class LesaTrainer:
+    """Trains one predictor on recorded trajectories; resumes from ``work`` if a checkpoint lies there."""
+
+    def __init__(
+        self, denoiser: Denoiser, train: Trajectories, held_out: Trajectories, schedule: Schedule, *, seed: int, work: Path
+    ) -> None:
+        torch.manual_seed(seed)
+        self.predictor = LesaPredictor(schedule.num_steps)
+        self.state = TrainingState()
+        self._best = self._weights()
+        self._denoiser, self._train, self._held_out = denoiser, train, held_out
+        self._schedule, self._seed = schedule, seed
+        self._path = work / "lesa.checkpoint"
+        self._optimizer = self._new_optimizer()
+        if self._path.exists():
+            self._load()
+
+    def run(self) -> dict[str, torch.Tensor]:
+        """Both phases. Returns the best weights."""
+        if not self.state.curve:
+            self._evaluate()  # the untrained predictor, which is nearly plain reuse
+        with tqdm(desc="training lesa", unit="round", initial=self.state.round) as bar:
+            while self.state.phase < 2:
+                self._round()
+                bar.update()
+                bar.set_postfix_str(self._summary())
+                self._save()
+        return self._best
+
+    def _round(self) -> None:
+        state = self.state
+        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + state.phase * 10_007 + state.round)
+        order = torch.randperm(len(self._train.noise), generator=generator)
+        batches = order.split(BATCH) if state.phase == 0 else order[:BATCH].split(BATCH)
+        for index in batches:
+            batch = self._train.select(index)
+            if state.phase == 0:
+                self._teacher_forced(batch, generator)
+            else:
+                self._closed_loop(batch, learn=True)
+        state.round += 1
+        if state.round % ROUNDS_PER_EVALUATION[state.phase] == 0:
+            self._evaluate()
+            self._react()
+        if state.round >= MAX_ROUNDS[state.phase]:
+            self._next_phase()
+
+    def _teacher_forced(self, batch: Trajectories, generator: torch.Generator) -> None:
+        steps = self._schedule.forecast
+        for position in torch.randperm(len(steps), generator=generator).tolist():
+            self._update(self._teacher_loss(batch, steps[position]))
+
+    def _teacher_loss(self, batch: Trajectories, step: int) -> torch.Tensor:
+        history = self._schedule.history(step, max(WINDOWS), feeds_back=True)
+        features = [batch.features[:, past] for past in history]
+        return (self._predict(features, step) - batch.features[:, step]).abs().mean()
+
+    def _closed_loop(self, batch: Trajectories, *, learn: bool) -> torch.Tensor:
+        """One run of the cached model on ``batch``; with ``learn``, an update at each forecast. Returns the latents."""
+        x = batch.noise
+        history: deque[torch.Tensor] = deque(maxlen=max(WINDOWS))
+        computed = set(self._schedule.compute)
+        for step in range(self._schedule.num_steps):
+            if step in computed:
+                velocity, feature = self._denoiser.compute(x, step, batch.conditions)
+            else:
+                features = list(history) + [history[-1]] * (max(WINDOWS) - len(history))
+                with torch.set_grad_enabled(learn):
+                    feature = self._predict(features, step)
+                    if learn:
+                        self._update((feature - batch.features[:, step]).abs().mean())
+                feature = feature.detach()
+                velocity = self._denoiser.tail(feature, step, batch.conditions)
+            history.appendleft(feature)
+            x = self._denoiser.advance(x, velocity, step)
+        return x
+
+    def _predict(self, features: list[torch.Tensor], step: int) -> torch.Tensor:
+        steps = torch.zeros(len(features), dtype=torch.int64)
+        result: torch.Tensor = self.predictor(features, steps, self._denoiser.sigmas, torch.tensor(step))
+        return result
+
+    def _update(self, loss: torch.Tensor) -> None:
+        self._optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(self.predictor.parameters(), 1.0)
+        self._optimizer.step()
+        self.state.updates += 1
+
+    @torch.no_grad()
+    def _evaluate(self) -> None:
+        """Held-out error, teacher-forced and closed loop, added to the curve; keeps the best weights."""
+        state, held_out = self.state, self._held_out
+        loss = torch.stack([self._teacher_loss(held_out, step) for step in self._schedule.forecast]).mean().item()
+        error = self._closed_loop(held_out, learn=False) - held_out.final
+        relative = (error.norm() / held_out.final.norm()).item()
+        state.curve.append(
+            {"updates": state.updates, "phase": state.phase, "held_out_l1": loss, "held_out_latent_rel_l2": relative}
+        )
+        if relative < state.best:
+            state.best = relative
+            self._best = self._weights()
+
+    def _react(self) -> None:
+        """Count evaluations without improvement of the phase's own measure; lower the rate, or end the phase."""
+        state = self.state
+        measure = state.curve[-1]["held_out_l1" if state.phase == 0 else "held_out_latent_rel_l2"]
+        if measure < state.best_loss * (1 - 1e-3):
+            state.best_loss, state.stale = measure, 0
+            return
+        state.stale += 1
+        if state.stale < PATIENCE[state.phase]:
+            return
+        state.stale = 0
+        state.drops += 1
+        for group in self._optimizer.param_groups:
+            group["lr"] *= DROP
+        if state.drops > MAX_DROPS:
+            self._next_phase()
+
+    def _next_phase(self) -> None:
+        state = self.state
+        state.phase, state.round, state.drops, state.stale, state.best_loss = state.phase + 1, 0, 0, 0, float("inf")
+        self.predictor.load_state_dict(self._best)
+        self._optimizer = self._new_optimizer()
+
+    def _new_optimizer(self) -> torch.optim.Optimizer:
+        rate = RATES[min(self.state.phase, 1)]
+        return torch.optim.AdamW(self.predictor.parameters(), lr=rate, weight_decay=1e-4)
+
+    def _weights(self) -> dict[str, torch.Tensor]:
+        return {name: tensor.detach().clone() for name, tensor in self.predictor.state_dict().items()}
+
+    def _summary(self) -> str:
+        last = self.state.curve[-1]
+        return f"phase {self.state.phase + 1}, held-out latents off by {last['held_out_latent_rel_l2']:.4f} (best {self.state.best:.4f})"
+
+    def _save(self) -> None:
+        content: dict[str, Any] = {
+            "predictor": self.predictor.state_dict(),
+            "best": self._best,
+            "optimizer": self._optimizer.state_dict(),
+            "state": json.dumps(vars(self.state)),
+        }
+        partial = self._path.with_suffix(".partial")
+        torch.save(content, partial)
+        os.replace(partial, self._path)
+
+    def _load(self) -> None:
+        content = torch.load(self._path, weights_only=True)
+        self.state = TrainingState(**json.loads(content["state"]))
+        self.predictor.load_state_dict(content["predictor"])
+        self._best = content["best"]
+        self._optimizer = self._new_optimizer()
+        self._optimizer.load_state_dict(content["optimizer"])
+        log.info("going on from %s: %d updates done", self._path, self.state.updates)

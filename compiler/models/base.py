@@ -1,0 +1,124 @@
+"""What a model is to the compiler: how it is loaded, what goes in, where it is cut. No maths.
+
+Shapes: ``B`` batch, ``T`` steps.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from cachec.runtime.errors import InputError
+from cachec.runtime.session import ModelIO
+from cachec.runtime.specs import Array
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Defaults of a named model: sizes in pixels, text length in tokens, guidance scale, and its prompt lists.
+
+    ``source`` is a Hub id or a directory; ``name`` is what the command line calls it.
+    """
+
+    name: str
+    source: str
+    height: int = 1024
+    width: int = 1024
+    text_tokens: int = 512
+    guidance: float = 3.5
+    prompts: str = "general"
+    packaged: bool = False
+
+    @property
+    def portable_source(self) -> str:
+        """What a manifest names the model by: a packaged one by its short name, not by a path of this machine."""
+        return self.name if self.packaged else self.source
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What one bundle is compiled for."""
+
+    height: int
+    width: int
+    text_tokens: int
+    guidance: float
+    steps: int
+    dtype: str
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise InputError(f"steps is {self.steps}; it must be at least 1")
+        if self.dtype not in ("float32", "float16"):
+            raise InputError(f"dtype is {self.dtype!r}; use float32 or float16")
+
+
+class LoadedModel(ABC):
+    """A diffusers pipeline of one family, with its weights.
+
+    ``transformer`` is the module that is captured (``None`` if loaded for text and pictures only); ``block`` the module
+    path of its last block.
+    """
+
+    spec: ModelSpec
+    pipeline: Any
+
+    @property
+    @abstractmethod
+    def transformer(self) -> nn.Module: ...
+
+    @property
+    @abstractmethod
+    def block(self) -> str:
+        """Path of the last block of the body, as in ``transformer.named_modules()``."""
+
+    @property
+    @abstractmethod
+    def io(self) -> ModelIO:
+        """Which input plays which part."""
+
+    @property
+    @abstractmethod
+    def weights_hash(self) -> str:
+        """SHA-256 over the transformer's weight files."""
+
+    @abstractmethod
+    def example_inputs(self, settings: Settings, *, batch: int = 2) -> dict[str, torch.Tensor]:
+        """Random inputs of the right shapes, pairwise distinct, batch first."""
+
+    @abstractmethod
+    def constants(self, settings: Settings) -> dict[str, Any]:
+        """What is baked into the graph: flags, and tensors that depend on the resolution only."""
+
+    @abstractmethod
+    def sampling(self, settings: Settings) -> tuple[Array, Array]:
+        """``sigmas`` [T + 1] and ``timesteps`` [T], the latter as the transformer takes them; float32."""
+
+    @abstractmethod
+    def encode(self, prompts: Sequence[str], settings: Settings) -> dict[str, Array]:
+        """Conditions for the prompts, by input name."""
+
+    @abstractmethod
+    def decode(self, latents: Array, settings: Settings) -> Array:
+        """Pictures [B, H, W, 3], float32 in [0, 1], from packed latents."""
+
+    @abstractmethod
+    def generate(self, prompts: Sequence[str], noise: Array, settings: Settings) -> tuple[Array, float]:
+        """Latents from the untouched pipeline, and the seconds that its denoise loop took: the eager baseline."""
+
+
+def check_prompts(prompts: Sequence[str]) -> None:
+    """Raise ``InputError`` if there is no prompt, or an empty one."""
+    if not prompts:
+        raise InputError("no prompt given: pass -p 'some text'")
+    for index, prompt in enumerate(prompts):
+        if not prompt.strip():
+            raise InputError(f"prompt {index + 1} is empty: pass -p 'some text'")
+
+
+def tensors_from(arrays: Mapping[str, Array]) -> dict[str, torch.Tensor]:
+    """Torch views of numpy arrays."""
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}

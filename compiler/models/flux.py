@@ -1,0 +1,156 @@
+"""FLUX.1 (``FluxPipeline``): FLUX.1-dev and its fine-tunes, and tiny-flux. Read black-forest-labs/flux first.
+
+Cut: the image tokens after the last single block, before ``norm_out`` and ``proj_out``.
+"""
+
+import hashlib
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from torch import nn
+
+from cachec.compiler.models.base import LoadedModel, ModelSpec, Settings
+from cachec.runtime.bundle import hash_file
+from cachec.runtime.errors import InputError, ModelUnavailableError
+from cachec.runtime.session import ModelIO
+from cachec.runtime.specs import Array
+
+IO = ModelIO(
+    latents="hidden_states", timestep="timestep", conditions=("encoder_hidden_states", "pooled_projections", "guidance")
+)
+
+
+class FluxModel(LoadedModel):
+    """A FLUX pipeline on the CPU in float32."""
+
+    def __init__(self, spec: ModelSpec, directory: Path, *, with_transformer: bool) -> None:
+        absent: dict[str, Any] = {} if with_transformer else {"transformer": None}
+        self.spec = spec
+        self.pipeline = FluxPipeline.from_pretrained(directory, local_files_only=True, **absent)
+        self.pipeline.set_progress_bar_config(disable=True)
+        self._directory = directory
+        _check_scheduler(self.pipeline.scheduler)
+
+    @property
+    def transformer(self) -> nn.Module:
+        if self.pipeline.transformer is None:
+            raise ModelUnavailableError(f"{self.spec.name} was loaded without its transformer")
+        module: nn.Module = self.pipeline.transformer.eval()
+        return module
+
+    @property
+    def block(self) -> str:
+        return f"single_transformer_blocks.{len(self.transformer.single_transformer_blocks) - 1}"  # type: ignore[arg-type]
+
+    @property
+    def io(self) -> ModelIO:
+        return IO
+
+    @property
+    def weights_hash(self) -> str:
+        files = sorted((self._directory / "transformer").glob("*.safetensors"))
+        return hashlib.sha256("".join(hash_file(file) for file in files).encode()).hexdigest()
+
+    def example_inputs(self, settings: Settings, *, batch: int = 2) -> dict[str, torch.Tensor]:
+        config = self.transformer.config
+        generator = torch.Generator().manual_seed(0)
+
+        def random(*shape: int) -> torch.Tensor:
+            return torch.randn(batch, *shape, generator=generator)
+
+        return {
+            "hidden_states": random(self._tokens(settings), config.in_channels),  # type: ignore[union-attr]
+            "timestep": torch.rand(batch, generator=generator),
+            "encoder_hidden_states": random(settings.text_tokens, config.joint_attention_dim),  # type: ignore[union-attr]
+            "pooled_projections": random(config.pooled_projection_dim),  # type: ignore[union-attr]
+            "guidance": torch.full((batch,), settings.guidance),
+        }
+
+    def constants(self, settings: Settings) -> dict[str, Any]:
+        side = 2 * self.pipeline.vae_scale_factor
+        ids = self.pipeline._prepare_latent_image_ids(
+            1, settings.height // side, settings.width // side, torch.device("cpu"), torch.float32
+        )
+        return {"img_ids": ids, "txt_ids": torch.zeros(settings.text_tokens, 3), "return_dict": False}
+
+    def sampling(self, settings: Settings) -> tuple[Array, Array]:
+        scheduler = FlowMatchEulerDiscreteScheduler.from_config(self.pipeline.scheduler.config)
+        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / settings.steps, settings.steps), mu=self.shift(settings))
+        return scheduler.sigmas.numpy().astype(np.float32), (scheduler.timesteps / 1000).numpy().astype(np.float32)
+
+    def shift(self, settings: Settings) -> float:
+        """The scheduler's mu at this resolution."""
+        config = self.pipeline.scheduler.config
+        keys = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+        mu: float = calculate_shift(self._tokens(settings), *(config[key] for key in keys))
+        return mu
+
+    def flow_shift(self, settings: Settings) -> float:
+        """The factor exp(mu) by which other samplers of flows call the same shift."""
+        return math.exp(self.shift(settings))
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str], settings: Settings) -> dict[str, Array]:
+        states, pooled, _ = self.pipeline.encode_prompt(
+            prompt=list(prompts), prompt_2=None, max_sequence_length=settings.text_tokens
+        )
+        guidance = np.full(len(prompts), settings.guidance, np.float32)
+        return {
+            "encoder_hidden_states": states.float().numpy(),
+            "pooled_projections": pooled.float().numpy(),
+            "guidance": guidance,
+        }
+
+    @torch.no_grad()
+    def decode(self, latents: Array, settings: Settings) -> Array:
+        pipe = self.pipeline
+        unpacked = pipe._unpack_latents(torch.from_numpy(latents), settings.height, settings.width, pipe.vae_scale_factor)
+        scaled = unpacked / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
+        picture = pipe.vae.decode(scaled, return_dict=False)[0]
+        array: Array = pipe.image_processor.postprocess(picture, output_type="np")
+        return array.astype(np.float32)
+
+    def generate(self, prompts: Sequence[str], noise: Array, settings: Settings) -> tuple[Array, float]:
+        marks: list[float] = []
+
+        def mark(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+            marks.append(time.perf_counter())
+            return values
+
+        result = self.pipeline(
+            prompt=list(prompts),
+            latents=torch.from_numpy(noise),
+            height=settings.height,
+            width=settings.width,
+            num_inference_steps=settings.steps,
+            guidance_scale=settings.guidance,
+            max_sequence_length=settings.text_tokens,
+            output_type="latent",
+            callback_on_step_end=mark,
+        )
+        # The first step has no mark before it, so it counts as the mean of the others.
+        seconds = (marks[-1] - marks[0]) * len(marks) / max(len(marks) - 1, 1)
+        return result.images.numpy(), seconds
+
+    def _tokens(self, settings: Settings) -> int:
+        side = 2 * self.pipeline.vae_scale_factor
+        for axis, size in (("height", settings.height), ("width", settings.width)):
+            if size < side or size % side:
+                raise InputError(f"{axis} is {size}; {self.spec.name} takes multiples of {side} pixels")
+        return (settings.height // side) * (settings.width // side)
+
+
+def _check_scheduler(scheduler: Any) -> None:
+    if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        raise InputError(
+            f"the model's sampler is {type(scheduler).__name__}; cachec compiles FlowMatchEulerDiscreteScheduler only"
+        )
+    if scheduler.config.stochastic_sampling:
+        raise InputError("the model's sampler adds noise at every step (stochastic_sampling); its runs cannot be forecast")

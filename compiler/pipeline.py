@@ -1,0 +1,225 @@
+"""The story of a compilation, on one page: capture, split, predict, fold, compose, lower, build, write."""
+
+import importlib.metadata
+import logging
+import platform
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cachec.compiler.capture import capture_model, capture_predictor, named_model
+from cachec.compiler.export import EnginePlan, plan_engines
+from cachec.compiler.lower import lower_predictor, lower_table
+from cachec.compiler.methods.base import Method, Parameters, compose
+from cachec.compiler.models.base import LoadedModel, Settings
+from cachec.compiler.predictors import check_fit, find_pretrained, load_predictor
+from cachec.compiler.schedule import Schedule
+from cachec.compiler.training import train_predictor, training_facts
+from cachec.compiler.verify import Verifier, eager_output
+from cachec.compiler.write import BundleWriter
+from cachec.engines import get_backend
+from cachec.passes import COMPUTE, FORECAST, Graphs, dump_to, forecast_passes, run_passes, split_passes
+from cachec.passes.base import Observer
+from cachec.runtime.bundle import Artifact, Bundle, Manifest, Target
+from cachec.runtime.noise import GENERATOR
+from cachec.runtime.program import Program, ProgramKey, hash_sigmas
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to compile. ``interval`` is recorded if the schedule came from one; ``fold`` is ``--fold static``."""
+
+    method: Method
+    schedule: Schedule
+    settings: Settings
+    backend: str = "ort"
+    interval: int | None = None
+    predictor: Path | None = None
+    prompts: Sequence[str] = ()
+    seed: int = 0
+    fold: bool = True
+    verify_passes: bool = False
+    dump_graphs: Path | None = None
+
+
+@dataclass
+class Compilation:
+    """What a compilation made besides the bundle, for the closing table. ``seconds`` by stage."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    predictor_origin: str = "none needed"
+
+
+def compile_bundle(model: LoadedModel, request: Request, out: Path, *, force: bool = False) -> tuple[Bundle, Compilation]:
+    """Compile ``model`` into a bundle at ``out``.
+
+    Raises:
+        CachecError: of the kind that fits; ``out`` is then as it was.
+    """
+    backend = get_backend(request.backend)
+    result = Compilation()
+    with BundleWriter(out, force=force) as writer:
+        clock = _Clock(result.seconds)
+        split = split_model(model, request, _observers(model, request))
+        clock.lap("capture and split")
+        parameters = find_parameters(model, split, request, result)
+        clock.lap("predictor")
+        forecast = add_forecast(model, split, request, parameters)
+        program = lower(model, forecast, request)
+        plans = plan_engines(forecast, model.example_inputs(request.settings), request.settings.steps)
+        clock.lap("passes and lowering")
+        target = build_target(backend, request, plans, writer)
+        clock.lap("build engines")
+        programs = {"default": writer.add_program("default", program)}
+        if parameters is not None:
+            from safetensors.torch import save
+
+            writer.add_bytes("predictor/predictor.safetensors", save(dict(parameters.tensors), dict(parameters.facts)))
+        writer.commit(_manifest(model, request, target, programs, writer, parameters))
+    return Bundle.open(out), result
+
+
+def split_model(model: LoadedModel, request: Request, observers: Sequence[Observer] = ()) -> Graphs:
+    """Capture the transformer and cut it in two."""
+    transformer = model.transformer.to(getattr(torch, request.settings.dtype))
+    inputs = model.example_inputs(request.settings)
+    captured = capture_model(transformer, inputs, model.constants(request.settings))
+    return run_passes(captured, split_passes(model.block), observers=observers)
+
+
+def find_parameters(model: LoadedModel, split: Graphs, request: Request, result: Compilation) -> Parameters | None:
+    """The method's trained parameters: from the given file, from the package, or trained now."""
+    if not request.method.needs_training:
+        return None
+    wanted = training_facts(model, request.method, request.schedule, request.settings)
+    if request.predictor is not None:
+        parameters = load_predictor(request.predictor)
+        check_fit(parameters, wanted)
+        result.predictor_origin = f"from {request.predictor}"
+    elif (shipped := find_pretrained(type(request.method), wanted)) is not None:
+        parameters = shipped
+        result.predictor_origin = f"ships with cachec ({Path(shipped.origin).name})"
+    else:
+        log.warning("no trained %s predictor fits these settings: training one now", request.method.name)
+        with tempfile.TemporaryDirectory(prefix="cachec-train-") as work:
+            parameters = train_predictor(model, split, request.method, request.schedule, request.settings,
+                                         prompts=request.prompts, seed=request.seed, interval=request.interval,
+                                         work=Path(work))  # fmt: skip
+        result.predictor_origin = "trained now"
+    log.info("predictor: %s", result.predictor_origin)
+    return parameters
+
+
+def add_forecast(model: LoadedModel, split: Graphs, request: Request, parameters: Parameters | None) -> Graphs:
+    """Inline the method's predictor into the forecast graph and, unless told otherwise, fold it to numbers."""
+    method, schedule = request.method, request.schedule
+    inputs = model.example_inputs(request.settings)
+    with torch.no_grad():
+        example = split.modules[COMPUTE](**inputs)["feature"]
+    predictor = capture_predictor(method.predictor(parameters), method.window, example, request.settings.steps)
+    sigmas = torch.from_numpy(model.sampling(request.settings)[0])
+    histories = _histories(method, schedule)
+    passes = forecast_passes(predictor, sigmas, histories, fold=request.fold)
+    return run_passes(split, passes, observers=_observers(model, request, start=len(split_passes(model.block))))
+
+
+def lower(model: LoadedModel, graphs: Graphs, request: Request) -> Program:
+    """The program of the request: composed coefficients, or predictor calls if nothing was folded."""
+    settings, method, schedule = request.settings, request.method, request.schedule
+    sigmas, timesteps = model.sampling(settings)
+    key = ProgramKey(settings.steps, hash_sigmas(sigmas), settings.height, settings.width, settings.text_tokens)
+    if graphs.rows is None:
+        return lower_predictor(schedule, method.window, feeds_back=method.feeds_back, key=key, sigmas=sigmas, timesteps=timesteps)
+    rows, bias = graphs.rows.coefficients.numpy(), graphs.rows.bias.numpy()
+    table = compose(rows, bias, schedule, feeds_back=method.feeds_back)
+    return lower_table(table, key, sigmas, timesteps)
+
+
+def build_target(backend: Any, request: Request, plans: Sequence[EnginePlan], writer: BundleWriter) -> Target:
+    """Build the engines into the bundle."""
+    settings = request.settings
+    directory = writer.directory(f"engines/{backend.name}-cpu-{settings.dtype}-{settings.height}x{settings.width}")
+    signatures = {plan.name: plan.signature for plan in plans}
+    paths = backend.build({plan.name: plan.program for plan in plans}, signatures, directory)
+    engines = {name: Artifact(writer.seal(path), signatures[name]) for name, path in paths.items()}
+    for extra in sorted(directory.iterdir()):
+        if extra.relative_to(writer.staging).as_posix() not in writer.files:
+            writer.seal(extra)
+    return Target(
+        backend=backend.name,
+        version=backend.version(),
+        os=platform.system().lower(),
+        precision=settings.dtype,
+        shape_bucket=f"{settings.height}x{settings.width}, {settings.text_tokens} text tokens",
+        engines=engines,
+    )
+
+
+def _histories(method: Method, schedule: Schedule) -> dict[int, tuple[int, ...]]:
+    return {step: schedule.history(step, method.window, feeds_back=method.feeds_back) for step in schedule.forecast}
+
+
+def _observers(model: LoadedModel, request: Request, start: int = 0) -> list[Observer]:
+    observers: list[Observer] = [_log_pass]
+    if request.dump_graphs is not None:
+        observers.append(dump_to(request.dump_graphs, start=start))
+    if request.verify_passes:
+        inputs = model.example_inputs(request.settings)
+        reference = eager_output(named_model(model.transformer, model.constants(request.settings)), inputs)
+        sigmas = torch.from_numpy(model.sampling(request.settings)[0])
+        observers.append(Verifier(reference, inputs, sigmas, _histories(request.method, request.schedule)))
+    return observers
+
+
+def _log_pass(index: int, one: Any, result: Any) -> None:
+    sizes = ", ".join(f"{name} {len(module.graph.nodes)}" for name, module in result.graphs.modules.items())
+    log.info("pass %s: %s (nodes: %s)", one.name, "changed" if result.changed else "nothing to do", sizes)
+
+
+def _manifest(
+    model: LoadedModel,
+    request: Request,
+    target: Target,
+    programs: Mapping[str, Mapping[str, str]],
+    writer: BundleWriter,
+    parameters: Parameters | None,
+) -> Manifest:
+    settings, method = request.settings, request.method
+    io = model.io
+    return Manifest(
+        model={"name": model.spec.name, "source": model.spec.portable_source, "weights_sha256": model.weights_hash},
+        io={"latents": io.latents, "timestep": io.timestep, "conditions": list(io.conditions)},
+        method={
+            "name": method.name,
+            "options": method.options(),
+            "feeds_back": method.feeds_back,
+            "short_history": "repeat the oldest entry",
+            "fold": "static" if request.fold else "none",
+            "predictor": dict(parameters.facts) if parameters else None,
+        },
+        settings={**vars(settings), "interval": request.interval, "seed": request.seed, "cut": model.block},
+        noise=GENERATOR,
+        targets=(target,),
+        programs=programs,
+        files=writer.files,
+        facts={"made_by": f"cachec {importlib.metadata.version('cachec')}", "torch": torch.__version__},
+    )
+
+
+class _Clock:
+    def __init__(self, seconds: dict[str, float]) -> None:
+        self._seconds = seconds
+        self._last = time.perf_counter()
+
+    def lap(self, stage: str) -> None:
+        now = time.perf_counter()
+        self._seconds[stage] = now - self._last
+        self._last = now
+        log.info("%s: %.1f s", stage, self._seconds[stage])

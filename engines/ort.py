@@ -1,0 +1,144 @@
+"""ONNX Runtime on CPU.
+
+Build: ``torch.onnx`` at opset 23; all engines of a bundle share one weights file, tensors stored once by content.
+Run: I/O binding straight onto the session's buffers; neither torch nor onnx is loaded.
+"""
+
+import hashlib
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+
+from cachec.runtime.engine import Engine, ExecutionContext, check_bindings
+from cachec.runtime.errors import BundleError, missing_extra
+from cachec.runtime.specs import Array, Signature
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+if importlib.util.find_spec("onnxruntime") is None:
+    raise missing_extra("onnxruntime", "cpu", "the ort backend")
+import onnxruntime
+
+OPSET = 23
+ALIGNMENT = 4096  # bytes; of tensors in the weights file, so that it can be mapped
+SHARED_FROM = 1024  # bytes; smaller tensors stay inside the ONNX file
+
+
+class OrtEngine(Engine):
+    """An ``InferenceSession`` on the CPU execution provider."""
+
+    name = "ort"
+
+    def __init__(self, session: onnxruntime.InferenceSession, signature: Signature) -> None:
+        self._session: Any = session
+        self.signature = signature
+
+    @classmethod
+    def load(cls, path: Path, signature: Signature, *, threads: int | None = None) -> Self:
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        try:
+            session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime's exceptions share no base class but Exception
+            raise BundleError(f"ONNX Runtime {onnxruntime.__version__} cannot load {path}: {error}") from error
+        return cls(session, signature)
+
+    def context(self) -> ExecutionContext:
+        return _OrtContext(self._session, self.signature)
+
+    def close(self) -> None:
+        self._session = None
+
+    @staticmethod
+    def version() -> str:
+        """Version of the library, recorded in the bundle."""
+        return str(onnxruntime.__version__)
+
+    @staticmethod
+    def build(programs: Mapping[str, "ExportedProgram"], signatures: Mapping[str, Signature], out: Path) -> dict[str, Path]:
+        """Write one ONNX file per program and one weights file into ``out``; returns the ONNX files by program name."""
+        return build_onnx(programs, signatures, out)
+
+
+class _OrtContext(ExecutionContext):
+    def __init__(self, session: onnxruntime.InferenceSession, signature: Signature) -> None:
+        self._session = session
+        self._signature = signature
+
+    def run(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
+        check_bindings(self._signature, inputs, outputs)
+        binding = self._session.io_binding()
+        for name, array in inputs.items():
+            binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+        for name, array in outputs.items():
+            binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+        self._session.run_with_iobinding(binding)
+
+
+def build_onnx(
+    programs: Mapping[str, "ExportedProgram"], signatures: Mapping[str, Signature], out: Path
+) -> dict[str, Path]:
+    """Write ``<name>.onnx`` per program plus one shared ``weights-<hash>.bin`` into ``out``."""
+    import onnx_ir
+    import torch
+
+    models: dict[str, Any] = {}
+    for name, program in programs.items():
+        signature = signatures[name]
+        exported = torch.onnx.export(
+            program,
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=[spec.name for spec in signature.inputs],
+            output_names=[spec.name for spec in signature.outputs],
+            optimize=True,
+            verbose=False,
+        )
+        models[name] = exported.model
+    weights = _share_weights(models, out)
+    paths = {}
+    for name, model in models.items():
+        for value, tensor in weights[name].items():
+            model.graph.initializers[value].const_value = tensor
+        paths[name] = out / f"{name}.onnx"
+        onnx_ir.save(model, paths[name])
+    return paths
+
+
+def _share_weights(models: Mapping[str, Any], out: Path) -> dict[str, dict[str, Any]]:
+    """Write every large initializer once; returns external tensors by model and initializer name."""
+    import onnx_ir
+
+    content = bytearray()
+    places: dict[str, tuple[int, int]] = {}
+    wanted: dict[str, dict[str, tuple[Any, str]]] = {}
+    for name, model in models.items():
+        wanted[name] = {}
+        for key, value in model.graph.initializers.items():
+            tensor = value.const_value
+            if tensor.nbytes < SHARED_FROM:
+                continue
+            data = np.ascontiguousarray(tensor.numpy()).tobytes()
+            digest = hashlib.sha256(data).hexdigest()
+            if digest not in places:
+                content.extend(b"\0" * (-len(content) % ALIGNMENT))
+                places[digest] = (len(content), len(data))
+                content.extend(data)
+            wanted[name][key] = (tensor, digest)
+    file = out / f"weights-{hashlib.sha256(content).hexdigest()[:16]}.bin"
+    file.write_bytes(content)
+    return {
+        name: {
+            key: onnx_ir.ExternalTensor(
+                file.name, *places[digest], tensor.dtype, shape=tensor.shape, name=key, base_dir=str(out)
+            )
+            for key, (tensor, digest) in tensors.items()
+        }
+        for name, tensors in wanted.items()
+    }
