@@ -1,0 +1,42 @@
+"""cachec: a compiler that removes redundant steps from diffusion transformers."""
+
+from pathlib import Path
+from typing import Any
+
+from cachec.runtime.errors import CachecError
+from cachec.runtime.session import LoadedBundle, Session
+
+__version__ = "0.1.0"
+__all__ = ["CachecError", "LoadedBundle", "Session", "__version__", "compile_model", "load"]
+
+
+def load(bundle: str | Path, *, verify: bool = False, threads: int | None = None) -> LoadedBundle:
+    """Open a bundle and load its engines.
+
+    ``verify`` hashes large files even if this machine has hashed them before; ``threads`` limits CPU threads.
+
+    Raises:
+        BundleError: the directory is no bundle, damaged, or does not fit this machine.
+    """
+    from cachec.engines import open_bundle
+
+    return open_bundle(Path(bundle), verify=verify, threads=threads)
+
+
+def compile_model(model: str, out: str | Path, *, method: str = "lesa", force: bool = False, **options: Any) -> Path:
+    """Compile ``model`` (short name, Hub id or directory) into a bundle at ``out``; returns ``out``.
+
+    ``options`` are those of ``cachec.compiler.request.make_request``: ``steps``, ``interval``, ``budget``, ``schedule``,
+    ``backend``, ``height``, ``width``, ``guidance``, ``dtype``, ``predictor``, ``prompts``, ``seed``, ….
+
+    Raises:
+        CachecError: of the kind that fits; nothing is left at ``out``.
+    """
+    from cachec.compiler.models import find_model, load_model
+    from cachec.compiler.pipeline import compile_bundle
+    from cachec.compiler.request import make_request
+
+    spec = find_model(model)
+    request = make_request(spec, method=method, **options)
+    compile_bundle(load_model(spec), request, Path(out), force=force)
+    return Path(out)

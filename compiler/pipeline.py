@@ -3,7 +3,7 @@
 import importlib.metadata
 import logging
 import platform
-import tempfile
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,14 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save
 
-from cachec.compiler.capture import capture_model, capture_predictor, named_model
+from cachec.compiler.capture import capture_predictor, named_model
 from cachec.compiler.export import EnginePlan, plan_engines
 from cachec.compiler.lower import lower_predictor, lower_table
 from cachec.compiler.methods.base import Method, Parameters, compose
-from cachec.compiler.models.base import LoadedModel, Settings
+from cachec.compiler.models.base import LoadedModel
 from cachec.compiler.predictors import check_fit, find_pretrained, load_predictor
+from cachec.compiler.request import Request
 from cachec.compiler.schedule import Schedule
+from cachec.compiler.split import split_model
 from cachec.compiler.training import train_predictor, training_facts
 from cachec.compiler.verify import Verifier, eager_output
 from cachec.compiler.write import BundleWriter
@@ -30,23 +33,6 @@ from cachec.runtime.noise import GENERATOR
 from cachec.runtime.program import Program, ProgramKey, hash_sigmas
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Request:
-    """What to compile. ``interval`` is recorded if the schedule came from one; ``fold`` is ``--fold static``."""
-
-    method: Method
-    schedule: Schedule
-    settings: Settings
-    backend: str = "ort"
-    interval: int | None = None
-    predictor: Path | None = None
-    prompts: Sequence[str] = ()
-    seed: int = 0
-    fold: bool = True
-    verify_passes: bool = False
-    dump_graphs: Path | None = None
 
 
 @dataclass
@@ -67,9 +53,10 @@ def compile_bundle(model: LoadedModel, request: Request, out: Path, *, force: bo
     result = Compilation()
     with BundleWriter(out, force=force) as writer:
         clock = _Clock(result.seconds)
-        split = split_model(model, request, _observers(model, request))
+        split = split_model(model, request.settings, _observers(model, request))
         clock.lap("capture and split")
-        parameters = find_parameters(model, split, request, result)
+        work = out.with_name(out.name + ".training")
+        parameters = find_parameters(model, split, request, result, work)
         clock.lap("predictor")
         forecast = add_forecast(model, split, request, parameters)
         program = lower(model, forecast, request)
@@ -79,23 +66,16 @@ def compile_bundle(model: LoadedModel, request: Request, out: Path, *, force: bo
         clock.lap("build engines")
         programs = {"default": writer.add_program("default", program)}
         if parameters is not None:
-            from safetensors.torch import save
-
             writer.add_bytes("predictor/predictor.safetensors", save(dict(parameters.tensors), dict(parameters.facts)))
         writer.commit(_manifest(model, request, target, programs, writer, parameters))
+    shutil.rmtree(work, ignore_errors=True)
     return Bundle.open(out), result
 
 
-def split_model(model: LoadedModel, request: Request, observers: Sequence[Observer] = ()) -> Graphs:
-    """Capture the transformer and cut it in two."""
-    transformer = model.transformer.to(getattr(torch, request.settings.dtype))
-    inputs = model.example_inputs(request.settings)
-    captured = capture_model(transformer, inputs, model.constants(request.settings))
-    return run_passes(captured, split_passes(model.block), observers=observers)
-
-
-def find_parameters(model: LoadedModel, split: Graphs, request: Request, result: Compilation) -> Parameters | None:
-    """The method's trained parameters: from the given file, from the package, or trained now."""
+def find_parameters(
+    model: LoadedModel, split: Graphs, request: Request, result: Compilation, work: Path
+) -> Parameters | None:
+    """The method's trained parameters: from the given file, from the package, or trained now (resumable in ``work``)."""
     if not request.method.needs_training:
         return None
     wanted = training_facts(model, request.method, request.schedule, request.settings)
@@ -108,10 +88,17 @@ def find_parameters(model: LoadedModel, split: Graphs, request: Request, result:
         result.predictor_origin = f"ships with cachec ({Path(shipped.origin).name})"
     else:
         log.warning("no trained %s predictor fits these settings: training one now", request.method.name)
-        with tempfile.TemporaryDirectory(prefix="cachec-train-") as work:
-            parameters = train_predictor(model, split, request.method, request.schedule, request.settings,
-                                         prompts=request.prompts, seed=request.seed, interval=request.interval,
-                                         work=Path(work))  # fmt: skip
+        parameters = train_predictor(
+            model,
+            split,
+            request.method,
+            request.schedule,
+            request.settings,
+            prompts=request.prompts,
+            seed=request.seed,
+            interval=request.interval,
+            work=work,
+        )
         result.predictor_origin = "trained now"
     log.info("predictor: %s", result.predictor_origin)
     return parameters
@@ -134,7 +121,7 @@ def lower(model: LoadedModel, graphs: Graphs, request: Request) -> Program:
     """The program of the request: composed coefficients, or predictor calls if nothing was folded."""
     settings, method, schedule = request.settings, request.method, request.schedule
     sigmas, timesteps = model.sampling(settings)
-    key = ProgramKey(settings.steps, hash_sigmas(sigmas), settings.height, settings.width, settings.text_tokens)
+    key = ProgramKey(settings.steps, hash_sigmas(sigmas), settings.height, settings.width, settings.text_tokens, batch=request.batch)
     if graphs.rows is None:
         return lower_predictor(schedule, method.window, feeds_back=method.feeds_back, key=key, sigmas=sigmas, timesteps=timesteps)
     rows, bias = graphs.rows.coefficients.numpy(), graphs.rows.bias.numpy()

@@ -2,9 +2,9 @@
 
 import hashlib
 import json
-import logging
+import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -12,12 +12,15 @@ import torch
 from cachec.compiler.calibration.trajectories import Denoiser, record_trajectories
 from cachec.compiler.methods.base import Method, Parameters, TrainingData
 from cachec.compiler.models.base import LoadedModel, Settings, check_prompts
+from cachec.compiler.predictors import save_predictor
+from cachec.compiler.request import Request
 from cachec.compiler.schedule import Schedule
+from cachec.compiler.split import split_model
+from cachec.compiler.write import check_file
 from cachec.passes import Graphs
-from cachec.runtime.errors import InputError
+from cachec.runtime.bundle import replace_file
+from cachec.runtime.errors import InputError, OutputError, PredictorError
 from cachec.runtime.program import hash_sigmas
-
-log = logging.getLogger(__name__)
 
 HELD_OUT_EVERY = 4  # every fourth prompt is kept from training and tells when to stop
 MIN_PROMPTS = 8
@@ -55,6 +58,7 @@ def train_predictor(
     if len(prompts) < MIN_PROMPTS:
         raise InputError(f"{len(prompts)} prompts are too few to train and to hold some out: give at least {MIN_PROMPTS}")
     start = time.perf_counter()
+    _claim(work, {**training_facts(model, method, schedule, settings), "prompts": _hash(prompts), "seed": str(seed)})
     denoiser = Denoiser(model, split, settings)
     runs = record_trajectories(model, denoiser, settings, prompts, seed=seed, work=work)
     held_out = torch.arange(len(prompts)) % HELD_OUT_EVERY == 0
@@ -70,12 +74,62 @@ def train_predictor(
         "interval": "none" if interval is None else str(interval),
         "seed": str(seed),
         "num_prompts": str(len(prompts)),
-        "prompts_sha256": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
+        "prompts_sha256": _hash(prompts),
         "seconds": f"{time.perf_counter() - start:.0f}",
         "torch": str(torch.__version__),
     }
     return Parameters(tensors, {name: _text(value) for name, value in facts.items()}, "trained now")
 
 
+def _claim(work: Path, facts: dict[str, str]) -> None:
+    """Make ``work`` the place of this very training, or go on with it.
+
+    Raises:
+        InputError: it holds another training.
+    """
+    path = work / "training.json"
+    work.mkdir(parents=True, exist_ok=True)
+    if path.exists() and json.loads(path.read_text()) != facts:
+        raise InputError(f"{work} holds an unfinished training with other settings: finish it, or remove that directory")
+    replace_file(path, json.dumps(facts, indent=1).encode())
+
+
+def _hash(prompts: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(prompts).encode()).hexdigest()
+
+
 def _text(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value)
+
+
+def train_to_file(load: Callable[[], LoadedModel], request: Request, out: Path, *, force: bool) -> Mapping[str, str]:
+    """``cachec train``: train into ``out``, with work files beside it until it is done. Returns the facts.
+
+    Raises:
+        PredictorError: the method has nothing to train.
+        OutputError: ``out`` exists and ``force`` is not given, or cannot be written.
+    """
+    if not request.method.needs_training:
+        raise PredictorError(f"method {request.method.name!r} has nothing to train: compile it as it is")
+    check_file(out, force=force)
+    work = out.with_name(out.name + ".training")
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot write to {out.parent}: {error}. Choose another place with -o") from error
+    model = load()
+    split = split_model(model, request.settings)
+    parameters = train_predictor(
+        model,
+        split,
+        request.method,
+        request.schedule,
+        request.settings,
+        prompts=request.prompts,
+        seed=request.seed,
+        interval=request.interval,
+        work=work,
+    )
+    save_predictor(parameters, out)
+    shutil.rmtree(work)
+    return parameters.facts

@@ -110,6 +110,14 @@ def check_output(out: Path, *, force: bool) -> None:
         raise OutputError(f"{out} {kind}: pass --force to replace it, or choose another place with -o")
 
 
+def check_file(path: Path, *, force: bool) -> None:
+    """Raise ``OutputError`` if ``path`` is a directory, or exists and may not be replaced."""
+    if path.is_dir():
+        raise OutputError(f"{path} is a directory: name a file in it")
+    if path.exists() and not force:
+        raise OutputError(f"{path} exists already: pass --force to replace it, or choose another place with -o")
+
+
 def _is_alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)

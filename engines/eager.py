@@ -44,7 +44,6 @@ class EagerEngine(Engine):
 
     @staticmethod
     def version() -> str:
-        """Version of the library, recorded in the bundle."""
         return str(torch.__version__)
 
     @staticmethod

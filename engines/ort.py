@@ -6,6 +6,7 @@ Run: I/O binding straight onto the session's buffers; neither torch nor onnx is 
 
 import hashlib
 import importlib.util
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -57,7 +58,6 @@ class OrtEngine(Engine):
 
     @staticmethod
     def version() -> str:
-        """Version of the library, recorded in the bundle."""
         return str(onnxruntime.__version__)
 
     @staticmethod
@@ -88,6 +88,8 @@ def build_onnx(
     import onnx_ir
     import torch
 
+    for noisy in ("torch.onnx", "onnxscript", "onnx_ir"):  # they tell of every pattern that they do not apply
+        logging.getLogger(noisy).setLevel(logging.ERROR)
     models: dict[str, Any] = {}
     for name, program in programs.items():
         signature = signatures[name]
@@ -101,6 +103,7 @@ def build_onnx(
             verbose=False,
         )
         models[name] = exported.model
+        _drop_metadata(exported.model)
     weights = _share_weights(models, out)
     paths = {}
     for name, model in models.items():
@@ -109,6 +112,19 @@ def build_onnx(
         paths[name] = out / f"{name}.onnx"
         onnx_ir.save(model, paths[name])
     return paths
+
+
+def _drop_metadata(model: Any) -> None:
+    """Drop the exporter's notes: they hold source paths and stack traces of the machine that compiled."""
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    for node in model.graph.all_nodes():
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in (*node.outputs, *(v for v in node.inputs if v is not None)):
+            value.metadata_props.clear()
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
 
 
 def _share_weights(models: Mapping[str, Any], out: Path) -> dict[str, dict[str, Any]]:

@@ -55,6 +55,7 @@ __all__ = [
     "ReplaceTypeAs",
     "RewriteBoolMaskedFill",
     "SplitModel",
+    "canonical_passes",
     "dump_to",
     "forecast_passes",
     "graph_text",
@@ -63,8 +64,8 @@ __all__ = [
 ]
 
 
-def split_passes(block: str) -> list[Pass]:
-    """From the captured model to compute and forecast graphs; ``block`` is the last block of the body."""
+def canonical_passes() -> list[Pass]:
+    """From the captured model to one that every back end takes, unsplit."""
     return [
         DropAsserts(),  # first: asserts hang on values that later passes want to move or fold
         Decomplexify(),  # before folding, which turns the complex tables it leaves into real ones
@@ -73,6 +74,13 @@ def split_passes(block: str) -> list[Pass]:
         RewriteBoolMaskedFill(),  # ONNX Runtime cannot run it
         ExpandAttentionMasks(),  # ONNX Runtime cannot run it either
         FoldConstants(),  # after all rewrites, so that what they made constant is folded too
+    ]
+
+
+def split_passes(block: str) -> list[Pass]:
+    """From the captured model to compute and forecast graphs; ``block`` is the last block of the body."""
+    return [
+        *canonical_passes(),
         FindCut(block),  # marks only; on the canonical graph, so that the cut is a node that stays
         SplitModel(),
         Prune(),

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, ClassVar, Self
 
 from cachec.runtime.errors import InputError
 from cachec.runtime.specs import Array, Signature
@@ -42,7 +42,21 @@ class ExecutionContext(ABC):
 class Engine(ABC):
     """An immutable compiled graph, shared by all sessions. A context manager: leaving it frees the engine."""
 
+    name: ClassVar[str]
     signature: Signature
+
+    @staticmethod
+    @abstractmethod
+    def version() -> str:
+        """Version of the library behind it, recorded in bundles."""
+
+    @staticmethod
+    @abstractmethod
+    def build(programs: Mapping[str, Any], signatures: Mapping[str, Signature], out: Path) -> dict[str, Path]:
+        """Build engines from exported programs (``torch.export.ExportedProgram``) into the directory ``out``.
+
+        Returns the file of each program. Other files in ``out`` (shared weights) belong to the engines, too.
+        """
 
     @classmethod
     @abstractmethod

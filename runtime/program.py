@@ -9,7 +9,7 @@ Shapes: ``T`` sampling steps, ``S = capacity`` slots.
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -84,6 +84,12 @@ class ProgramKey:
     start_step: int = 0
     batch: int | None = None
     level: str = "default"
+
+
+def uncached(program: "Program") -> "Program":
+    """The same sampling with every step computed: what a cached run is compared with."""
+    instructions = tuple(Compute(step, None) for step in range(program.key.start_step, program.num_steps))
+    return replace(program, instructions=instructions)
 
 
 def hash_sigmas(sigmas: Array) -> str:

@@ -98,6 +98,8 @@ class Session:
     def __init__(self, engines: Mapping[str, Engine], program: Program, io: ModelIO, *, batch: int = 1) -> None:
         if batch < 1:
             raise InputError(f"batch is {batch}; it must be at least 1")
+        if program.key.batch not in (None, batch):
+            raise InputError(f"batch is {batch}; this bundle was compiled for batches of {program.key.batch}")
         compute = engines["compute"].signature
         self.program = program
         self._io = io

@@ -48,6 +48,7 @@ def load_model(spec: ModelSpec, *, with_transformer: bool = True) -> LoadedModel
     for package in ("torch", "diffusers", "transformers", "accelerate"):
         if importlib.util.find_spec(package) is None:
             raise missing_extra(package, "compile", f"loading {spec.name}")
+    _quiet_loading()
     directory = _directory(spec)
     index = json.loads((directory / "model_index.json").read_text())
     kind = index.get("_class_name")
@@ -60,6 +61,15 @@ def load_model(spec: ModelSpec, *, with_transformer: bool = True) -> LoadedModel
     except (OSError, ValueError) as error:
         raise ModelUnavailableError(f"{spec.source} cannot be loaded: {error}") from error
     return loaded
+
+
+def _quiet_loading() -> None:
+    """No progress bars for files that load in a second."""
+    import diffusers
+    import transformers
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
 
 
 def _directory(spec: ModelSpec) -> Path:

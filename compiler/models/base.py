@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from cachec.runtime.bundle import Manifest
 from cachec.runtime.errors import InputError
 from cachec.runtime.session import ModelIO
 from cachec.runtime.specs import Array
@@ -52,6 +53,8 @@ class Settings:
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise InputError(f"steps is {self.steps}; it must be at least 1")
+        if self.text_tokens < 1:
+            raise InputError(f"text-tokens is {self.text_tokens}; it must be at least 1")
         if self.dtype not in ("float32", "float16"):
             raise InputError(f"dtype is {self.dtype!r}; use float32 or float16")
 
@@ -106,8 +109,18 @@ class LoadedModel(ABC):
         """Pictures [B, H, W, 3], float32 in [0, 1], from packed latents."""
 
     @abstractmethod
-    def generate(self, prompts: Sequence[str], noise: Array, settings: Settings) -> tuple[Array, float]:
-        """Latents from the untouched pipeline, and the seconds that its denoise loop took: the eager baseline."""
+    def flow_shift(self, settings: Settings) -> float:
+        """The factor by which other samplers of flows call the sampler's shift at this resolution."""
+
+    @abstractmethod
+    def generate(self, conditions: Mapping[str, Array], noise: Array, settings: Settings) -> Array:
+        """Latents from the untouched pipeline's own denoise loop: the eager baseline."""
+
+
+def settings_of(manifest: Manifest) -> Settings:
+    """The settings that a bundle was compiled for."""
+    names = ("height", "width", "text_tokens", "guidance", "steps", "dtype")
+    return Settings(**{name: manifest.settings[name] for name in names})
 
 
 def check_prompts(prompts: Sequence[str]) -> None:

@@ -5,8 +5,7 @@ Cut: the image tokens after the last single block, before ``norm_out`` and ``pro
 
 import hashlib
 import math
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -117,27 +116,19 @@ class FluxModel(LoadedModel):
         array: Array = pipe.image_processor.postprocess(picture, output_type="np")
         return array.astype(np.float32)
 
-    def generate(self, prompts: Sequence[str], noise: Array, settings: Settings) -> tuple[Array, float]:
-        marks: list[float] = []
-
-        def mark(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
-            marks.append(time.perf_counter())
-            return values
-
+    def generate(self, conditions: Mapping[str, Array], noise: Array, settings: Settings) -> Array:
         result = self.pipeline(
-            prompt=list(prompts),
+            prompt_embeds=torch.from_numpy(conditions["encoder_hidden_states"]),
+            pooled_prompt_embeds=torch.from_numpy(conditions["pooled_projections"]),
             latents=torch.from_numpy(noise),
             height=settings.height,
             width=settings.width,
             num_inference_steps=settings.steps,
             guidance_scale=settings.guidance,
-            max_sequence_length=settings.text_tokens,
             output_type="latent",
-            callback_on_step_end=mark,
         )
-        # The first step has no mark before it, so it counts as the mean of the others.
-        seconds = (marks[-1] - marks[0]) * len(marks) / max(len(marks) - 1, 1)
-        return result.images.numpy(), seconds
+        latents: Array = result.images.float().numpy()
+        return latents
 
     def _tokens(self, settings: Settings) -> int:
         side = 2 * self.pipeline.vae_scale_factor

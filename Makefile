@@ -1,0 +1,56 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+BUILD := reference/build
+export HF_HUB_OFFLINE := 1
+
+.PHONY: help demo test check types wheel eval reference clean
+
+help:  ## Say what can be made
+	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(READY): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[cpu,compile,dev]'
+	touch $(READY)
+
+demo: $(READY)  ## Compile tiny-flux with LESA and draw a comparison: demo/comparison.png
+	$(BIN)/cachec compile tiny-flux --method lesa --interval 7 -o demo/tiny-flux-lesa.cachec --force
+	$(BIN)/cachec run demo/tiny-flux-lesa.cachec --compare --force -o demo/comparison.png \
+		-p "a large red striped circle at the left on a dark background" \
+		-p "a yellow ring left of a purple striped cross on a grey background" \
+		-p "a green triangle above an orange square on a brown background"
+
+test: $(READY)  ## Run all tests, on the CPU
+	$(BIN)/python -m pytest
+
+check: $(READY) types  ## Format, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	MYPYPATH=.types $(BIN)/mypy -m cachec -m cachec.cli -p cachec.compiler -p cachec.passes -p cachec.engines -p cachec.runtime
+
+types:  # type checkers cannot follow the editable install: give them a folder of the right name
+	@mkdir -p .types && ln -sfn .. .types/cachec
+
+wheel: $(READY)  ## Build the wheel, install it in a clean venv, run the smoke tests against it
+	rm -rf dist build/wheel && mkdir -p build/wheel
+	$(BIN)/python -m build --wheel --outdir dist
+	$(PYTHON) -m venv build/wheel/venv
+	build/wheel/venv/bin/python -m pip install --quiet "$$(ls dist/*.whl)[cpu,compile]" pytest
+	cp -r tests build/wheel/tests && cp pyproject.toml build/wheel/
+	cd build/wheel && venv/bin/python -m pytest -m smoke
+
+eval: $(READY)  ## The honest table: demo/eval.json
+	$(BIN)/cachec eval demo/tiny-flux-lesa.cachec --json demo/eval.json --force
+
+reference: $(READY)  ## Retrain tiny-flux from nothing (about two hours on two cores)
+	$(BIN)/python -m reference.train_autoencoder --out $(BUILD)
+	$(BIN)/python -m reference.train_transformer --out $(BUILD)
+	$(BIN)/python -m reference.assemble --out $(BUILD)
+	$(BIN)/python -m reference.make_prompts
+	$(BIN)/python -m reference.probe --out $(BUILD)
+	$(BIN)/python -m reference.plot_loss --out $(BUILD)
+
+clean:  ## Remove what was built
+	rm -rf build dist demo .mypy_cache .ruff_cache .pytest_cache *.egg-info

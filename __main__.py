@@ -1,0 +1,5 @@
+"""``python -m cachec``."""
+
+from cachec.cli import start
+
+start()

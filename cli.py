@@ -1,0 +1,252 @@
+"""The command line: parse, call, print. Exit codes come from the errors."""
+
+import json
+import logging
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from cachec.runtime.errors import CachecError, InputError
+
+log = logging.getLogger("cachec")
+
+
+class _Group(click.Group):
+    """Prints a ``CachecError`` in one line and exits with its code; ``--debug`` shows the traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except CachecError as error:
+            if log.isEnabledFor(logging.DEBUG):
+                raise
+            click.echo(f"error: {error}", err=True)
+            ctx.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo("interrupted", err=True)
+            ctx.exit(130)
+
+
+def _talk(level: int) -> Callable[[click.Context, click.Parameter, bool], None]:
+    def set_level(ctx: click.Context, parameter: click.Parameter, given: bool) -> None:
+        if given:
+            log.setLevel(min(level, log.level))
+            if level == logging.DEBUG:
+                logging.getLogger().setLevel(logging.DEBUG)
+
+    return set_level
+
+
+def _talking(function: Any) -> Any:
+    """``-v`` and ``--debug``, on the program and on every command."""
+    for names, level, text in (
+        (("--debug",), logging.DEBUG, "Show tracebacks and the libraries' own messages."),
+        (("-v", "--verbose"), logging.INFO, "Say what is done, stage by stage."),
+    ):
+        option = click.option(*names, is_flag=True, expose_value=False, callback=_talk(level), help=text)
+        function = option(function)
+    return function
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="cachec")
+@_talking
+def main() -> None:
+    """Compile a diffusion transformer into a bundle that computes few steps and forecasts the rest."""
+
+
+def start() -> None:
+    """The console script: quiet libraries, one-line messages."""
+    logging.basicConfig(format="%(message)s", level=logging.ERROR)
+    log.setLevel(os.environ.get("CACHEC_LOG_LEVEL", "WARNING").upper())
+    warnings.filterwarnings("ignore")  # those of the libraries; ours are log messages
+    for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
+        os.environ.setdefault(name, "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    main()
+
+
+def _options(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def apply(function: Any) -> Any:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return apply
+
+
+_schedule_options = _options(
+    click.option("--method", default="lesa", show_default=True, help="Forecasting method: cachec list methods."),
+    click.option("--set", "options", multiple=True, metavar="K=V", help="Option of the method, as order=2."),
+    click.option("--steps", default=50, show_default=True, help="Sampling steps."),
+    click.option("--interval", type=int, help="Compute every N-th step, by the method's published rule."),
+    click.option("--budget", type=int, help="Compute K steps, evenly spread."),
+    click.option("--schedule", help="Compute exactly these steps, as 0,1,2,9,16."),
+    click.option("--height", type=int, help="Pixels; default from the model."),
+    click.option("--width", type=int, help="Pixels; default from the model."),
+    click.option("--text-tokens", type=int, help="Length of the text sequence; default from the model."),
+    click.option("--guidance", type=float, help="Guidance scale; default from the model."),
+    click.option("--prompts", type=click.Path(), help="Training prompts, one a line; a default list ships."),
+    click.option("--seed", default=0, show_default=True),
+    click.option("--force", is_flag=True, help="Replace the output if it exists."),
+)
+
+
+@main.command("compile")
+@_talking
+@click.argument("model")
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Bundle directory [default: MODEL-METHOD.cachec].")
+@_schedule_options
+@click.option("--backend", default="ort", show_default=True, help="Engine back end: cachec list backends.")
+@click.option("--dtype", default="float32", show_default=True, help="float32 or float16.")
+@click.option("--batch", type=int, help="Accept batches of this size only; default any.")
+@click.option("--predictor", type=click.Path(), help="Trained predictor file, from cachec train.")
+@click.option("--fold", default="static", show_default=True, help="static, or none: keep the predictor in the engine.")
+@click.option("--verify-passes", is_flag=True, help="Compare the graphs with eager after each pass.")
+@click.option("--dump-graphs", type=click.Path(), metavar="DIR", help="Write the readable graph after each pass.")
+def compile_command(model: str, out: Path | None, options: tuple[str, ...], force: bool, **rest: Any) -> None:
+    """Compile MODEL: a short name (tiny-flux, flux), a Hub id, or a directory."""
+    from cachec.compiler.models import find_model, load_model
+    from cachec.compiler.pipeline import compile_bundle
+    from cachec.compiler.request import make_request
+    from cachec.compiler.write import check_output
+
+    spec = find_model(model)
+    request = make_request(spec, options=_parse_options(options), **rest)
+    out = out or Path(f"{spec.name.replace('/', '--')}-{request.method.name}.cachec")
+    check_output(out, force=force)
+    bundle, done = compile_bundle(load_model(spec), request, out, force=force)
+    size = sum(entry["bytes"] for entry in bundle.manifest.files.values())
+    computed = request.schedule.compute
+    _table(
+        [
+            ("bundle", str(out)),
+            ("method", f"{request.method.name}, predictor {done.predictor_origin}"),
+            ("computed steps", f"{len(computed)} of {request.settings.steps}: {', '.join(map(str, computed))}"),
+            ("size", f"{size / 1e6:.1f} MB"),
+            ("seconds", ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in done.seconds.items())),
+        ]
+    )
+
+
+@main.command("train")
+@_talking
+@click.argument("model")
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Predictor file (safetensors).")
+@_schedule_options
+def train_command(model: str, out: Path, options: tuple[str, ...], force: bool, **rest: Any) -> None:
+    """Train a method's predictor for MODEL. Interrupted, the same command goes on where it was."""
+    from cachec.compiler.models import find_model, load_model
+    from cachec.compiler.request import make_request
+    from cachec.compiler.training import train_to_file
+
+    spec = find_model(model)
+    request = make_request(spec, options=_parse_options(options), **rest)
+    facts = train_to_file(lambda: load_model(spec), request, out, force=force)
+    _table([("predictor", str(out)), *((k, v) for k, v in facts.items() if k != "curve" and len(v) < 80)])
+
+
+@main.command("run")
+@_talking
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("-p", "--prompt", "prompts", multiple=True, required=True, help="Prompt; may be given several times.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="PNG file.")
+@click.option("--seed", default=0, show_default=True, help="Noise of the first prompt; the next has the next seed.")
+@click.option("--model", "source", help="Directory of the model's text encoders and VAE; default from the bundle.")
+@click.option("--compare", is_flag=True, help="Also run every step, and write both side by side.")
+@click.option("--threads", type=int, help="CPU threads an engine call may use.")
+@click.option("--verify", is_flag=True, help="Hash large files even if this machine has before.")
+@click.option("--force", is_flag=True, help="Replace the output if it exists.")
+def run_command(bundle: Path, prompts: tuple[str, ...], out: Path, source: str | None, **rest: Any) -> None:
+    """Make pictures with BUNDLE. Several prompts make several files, numbered."""
+    from cachec.compiler.generate import generate_pictures
+
+    rows = generate_pictures(bundle, prompts, out, source=source, **rest)
+    _table(rows)
+
+
+@main.command("eval")
+@_talking
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--prompts", "file", type=click.Path(path_type=Path), help="Prompts, one a line; a held-out list ships.")
+@click.option("--num", default=32, show_default=True, help="How many of them.")
+@click.option("--seed", default=0, show_default=True, help="Noise of the first prompt; the next has the next seed.")
+@click.option("--model", "source", help="Directory of the model; default from the bundle.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the table here, too.")
+@click.option("--force", is_flag=True, help="Replace the JSON file if it exists.")
+def eval_command(bundle: Path, json_file: Path | None, force: bool, **rest: Any) -> None:
+    """Measure BUNDLE beside the uncached run, other methods on its schedule, and plain solvers."""
+    from cachec.compiler.calibration.report import evaluate_bundle, format_table
+    from cachec.compiler.write import check_file
+    from cachec.runtime.bundle import replace_file
+
+    if json_file is not None:
+        check_file(json_file, force=force)
+    evaluation = evaluate_bundle(bundle, **rest)
+    click.echo(format_table(evaluation))
+    if json_file is not None:
+        replace_file(json_file, json.dumps(evaluation.to_json(), indent=1).encode())
+
+
+@main.command("inspect")
+@_talking
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print the manifest and the programs as JSON.")
+def inspect_command(bundle: Path, as_json: bool) -> None:
+    """Check BUNDLE and say what is in it."""
+    from cachec.runtime.bundle import Bundle
+    from cachec.runtime.inspect import describe_bundle
+
+    opened = Bundle.open(bundle, verify=True)
+    if as_json:
+        programs = {level: opened.program(level).to_json() for level in opened.manifest.programs}
+        click.echo(json.dumps({"manifest": opened.manifest.to_json(), "programs": programs}, indent=1))
+        return
+    _table(describe_bundle(opened))
+
+
+@main.command("list")
+@_talking
+@click.argument("what", type=click.Choice(["models", "methods", "backends"]))
+def list_command(what: str) -> None:
+    """List what can be named on the command line."""
+    if what == "models":
+        from cachec.compiler.models import MODELS
+
+        _table([(name, f"{spec.portable_source}, {spec.width}x{spec.height}") for name, spec in MODELS.items()])
+    elif what == "methods":
+        from cachec.compiler.methods import METHODS, get_method
+
+        _table([(name, get_method(name).summary) for name in METHODS])
+    else:
+        from cachec.engines import BACKENDS, get_backend
+
+        rows = []
+        for name in BACKENDS:
+            try:
+                rows.append((name, get_backend(name).version()))
+            except CachecError as error:
+                rows.append((name, f"not available: {error}"))
+        _table(rows)
+
+
+def _parse_options(options: tuple[str, ...]) -> dict[str, str]:
+    pairs = [option.partition("=") for option in options]
+    for key, equals, value in pairs:
+        if not (key and equals and value):
+            raise InputError(f"--set {key}{equals}{value} is not of the form name=value")
+    return {key: value for key, _, value in pairs}
+
+
+def _table(rows: list[tuple[str, str]]) -> None:
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        click.echo(f"{name.ljust(width)}  {value}")
+
+
+if __name__ == "__main__":
+    start()
