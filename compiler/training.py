@@ -52,11 +52,9 @@ def train_predictor(
     """Train ``method`` for one model, schedule and number of steps. Work files go to ``work``; a rerun goes on from them.
 
     Raises:
-        InputError: there are too few prompts.
+        InputError: there are too few prompts, or ``work`` holds another training.
     """
-    check_prompts(prompts)
-    if len(prompts) < MIN_PROMPTS:
-        raise InputError(f"{len(prompts)} prompts are too few to train and to hold some out: give at least {MIN_PROMPTS}")
+    check_training_prompts(prompts)
     start = time.perf_counter()
     _claim(work, {**training_facts(model, method, schedule, settings), "prompts": _hash(prompts), "seed": str(seed)})
     denoiser = Denoiser(model, split, settings)
@@ -79,6 +77,13 @@ def train_predictor(
         "torch": str(torch.__version__),
     }
     return Parameters(tensors, {name: _text(value) for name, value in facts.items()}, "trained now")
+
+
+def check_training_prompts(prompts: Sequence[str]) -> None:
+    """Raise ``InputError`` unless there are enough prompts to train on some and hold out others."""
+    check_prompts(prompts)
+    if len(prompts) < MIN_PROMPTS:
+        raise InputError(f"{len(prompts)} prompts are too few to train and to hold some out: give at least {MIN_PROMPTS}")
 
 
 def _claim(work: Path, facts: dict[str, str]) -> None:
@@ -111,6 +116,7 @@ def train_to_file(load: Callable[[], LoadedModel], request: Request, out: Path, 
     """
     if not request.method.needs_training:
         raise PredictorError(f"method {request.method.name!r} has nothing to train: compile it as it is")
+    check_training_prompts(request.prompts)
     check_file(out, force=force)
     work = out.with_name(out.name + ".training")
     try:

@@ -18,7 +18,7 @@ from torch import nn
 
 from cachec.compiler.methods.base import Method, Parameters, Predictor, TrainingData
 from cachec.compiler.methods.kan import Kan
-from cachec.runtime.errors import PredictorError
+from cachec.runtime.errors import InputError, PredictorError
 
 STAGE_BOUNDS = (0.9, 0.5)  # expert 0 above the first, 1 above the second, 2 below
 WINDOWS = (4, 8, 8)
@@ -60,7 +60,8 @@ class LesaPredictor(Predictor):
 class Lesa(Method):
     """Learned; window 8 over every step's feature (forecasts are fed back), warm-up 3 steps plus step 3.
 
-    Trained for one model, number of steps and interval, and of no use for others. Starts as plain reuse.
+    Trained for one model, number of steps and interval, and of no use for others. Starts as plain reuse. ``max_rounds``
+    ends a phase of training that has not stopped by itself.
     """
 
     name: ClassVar[str] = "lesa"
@@ -69,6 +70,11 @@ class Lesa(Method):
     needs_training: ClassVar[bool] = True
     default_interval: ClassVar[int] = 7
     extra_steps: ClassVar[tuple[int, ...]] = (3,)
+    max_rounds: int = 240
+
+    def __post_init__(self) -> None:
+        if self.max_rounds < 1:
+            raise InputError(f"max_rounds is {self.max_rounds}; it must be at least 1")
 
     @property
     def window(self) -> int:
@@ -77,7 +83,7 @@ class Lesa(Method):
     def fit(self, data: TrainingData) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         from cachec.compiler.methods.lesa_training import LesaTrainer
 
-        trainer = LesaTrainer(data.denoiser, data.train, data.held_out, data.schedule, seed=data.seed, work=data.work)
+        trainer = LesaTrainer(data, max_rounds=self.max_rounds)
         tensors = trainer.run()
         return tensors, {"updates": str(trainer.state.updates), "curve": json.dumps(trainer.state.curve)}
 

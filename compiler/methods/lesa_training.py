@@ -13,15 +13,14 @@ import logging
 import os
 from collections import deque
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from cachec.compiler.calibration.trajectories import Denoiser, Trajectories
+from cachec.compiler.calibration.trajectories import Trajectories
+from cachec.compiler.methods.base import TrainingData
 from cachec.compiler.methods.lesa import WINDOWS, LesaPredictor
-from cachec.compiler.schedule import Schedule
 
 log = logging.getLogger(__name__)
 
@@ -51,16 +50,14 @@ class TrainingState:
 class LesaTrainer:
     """Trains one predictor on recorded trajectories; resumes from ``work`` if a checkpoint lies there."""
 
-    def __init__(
-        self, denoiser: Denoiser, train: Trajectories, held_out: Trajectories, schedule: Schedule, *, seed: int, work: Path
-    ) -> None:
-        torch.manual_seed(seed)
-        self.predictor = LesaPredictor(schedule.num_steps)
+    def __init__(self, data: TrainingData, *, max_rounds: int) -> None:
+        torch.manual_seed(data.seed)
+        self.predictor = LesaPredictor(data.schedule.num_steps)
         self.state = TrainingState()
         self._best = self._weights()
-        self._denoiser, self._train, self._held_out = denoiser, train, held_out
-        self._schedule, self._seed = schedule, seed
-        self._path = work / "lesa.checkpoint"
+        self._denoiser, self._train, self._held_out = data.denoiser, data.train, data.held_out
+        self._schedule, self._seed, self._max_rounds = data.schedule, data.seed, max_rounds
+        self._path = data.work / "lesa.checkpoint"
         self._optimizer = self._new_optimizer()
         if self._path.exists():
             self._load()
@@ -92,7 +89,7 @@ class LesaTrainer:
         if state.round % ROUNDS_PER_EVALUATION[state.phase] == 0:
             self._evaluate()
             self._react()
-        if state.round >= MAX_ROUNDS[state.phase]:
+        if state.round >= min(MAX_ROUNDS[state.phase], self._max_rounds):
             self._next_phase()
 
     def _teacher_forced(self, batch: Trajectories, generator: torch.Generator) -> None:

@@ -1,0 +1,22 @@
+"""Makes the helpers of this directory importable (``from toy import …``), in the tree and beside an installed wheel."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).parent))
+
+
+@pytest.fixture(scope="session")
+def toy_split():
+    from toy_bundle import split_toy
+
+    return split_toy()
+
+
+@pytest.fixture(scope="session")
+def toy_bundle(tmp_path_factory, toy_split):
+    from toy_bundle import write_toy_bundle
+
+    return write_toy_bundle(toy_split, tmp_path_factory.mktemp("bundles") / "toy.cachec")

@@ -1,0 +1,238 @@
+import json
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from toy_bundle import SCHEDULE, STEPS
+
+import cachec
+from cachec.runtime.bundle import MANIFEST, Bundle, Manifest, Target, hash_file, replace_file
+from cachec.runtime.errors import BundleError, InputError
+
+KINDS = ["manifest.json", "compute*.pt2", "forecast*.pt2", "default*.json", "default*.safetensors"]
+
+
+@pytest.fixture
+def bundle(toy_bundle, tmp_path):
+    return shutil.copytree(toy_bundle, tmp_path / "copy.cachec")
+
+
+def only(bundle, pattern):
+    (path,) = bundle.rglob(pattern)
+    return path
+
+
+def rewrite_manifest(bundle, **changes):
+    """Change the manifest as an attacker would: with a digest that fits."""
+    manifest = replace(Bundle.open(bundle).manifest, **changes)
+    (bundle / MANIFEST).write_text(json.dumps(manifest.to_json()))
+
+
+def list_file_as(bundle, name):
+    """Let the manifest list a program file under another name."""
+    manifest = Bundle.open(bundle).manifest
+    old = manifest.programs["default"]["arrays"]
+    files = {name if key == old else key: entry for key, entry in manifest.files.items()}
+    rewrite_manifest(bundle, files=files)
+    return bundle / old
+
+
+def test_an_undamaged_copy_opens(bundle):
+    opened = Bundle.open(bundle, verify=True)
+    assert opened.program().compute_steps == SCHEDULE.compute
+    assert opened.program().num_steps == STEPS
+    assert set(opened.target.engines) == {"compute", "forecast"}
+
+
+def test_the_manifest_lists_every_file_and_nothing_else(bundle):
+    found = {path.relative_to(bundle).as_posix() for path in bundle.rglob("*") if path.is_file()}
+    assert found == {*Bundle.open(bundle).manifest.files, MANIFEST}
+
+
+def test_the_test_damages_every_file(bundle):
+    damaged = {path for kind in KINDS for path in bundle.rglob(kind)}
+    assert damaged == {path for path in bundle.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("keep", [0.0, 0.5, 0.999])
+def test_a_truncated_file_is_refused(bundle, kind, keep):
+    path = only(bundle, kind)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * keep)])
+    with pytest.raises(BundleError, match=f"{path.name}.*(bytes|does not read as a manifest)"):
+        Bundle.open(bundle)
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+@pytest.mark.parametrize("place", [0.0, 0.3, 0.7, 1.0])
+def test_a_flipped_byte_is_refused(bundle, kind, place):
+    path = only(bundle, kind)
+    content = bytearray(path.read_bytes())
+    content[int((len(content) - 1) * place)] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(BundleError, match=f"{path.name} does not match its SHA-256"):
+        Bundle.open(bundle)
+
+
+@pytest.mark.parametrize("bit", [1, 0x80])
+def test_any_flipped_byte_of_the_manifest_is_refused(bundle, bit):
+    path = bundle / MANIFEST
+    content = path.read_bytes()
+    for place in range(len(content)):
+        damaged = bytearray(content)
+        damaged[place] ^= bit
+        path.write_bytes(damaged)
+        with pytest.raises(BundleError, match="manifest|bundle format"):
+            Bundle.open(bundle)
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_a_missing_file_is_named(bundle, kind):
+    path = only(bundle, kind)
+    path.unlink()
+    with pytest.raises(BundleError, match=f"{path.name} is missing"):
+        Bundle.open(bundle)
+
+
+def test_a_directory_without_a_manifest_is_no_bundle(bundle):
+    (bundle / MANIFEST).unlink()
+    with pytest.raises(BundleError, match=r"is not a bundle: it has no manifest\.json"):
+        Bundle.open(bundle)
+
+
+def test_a_path_that_does_not_exist_is_no_bundle(tmp_path):
+    with pytest.raises(BundleError, match="is not a bundle"):
+        Bundle.open(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("not json", "does not read as a manifest"),
+        ("", "does not read as a manifest"),
+        ("[]", "is not a JSON object"),
+        ("{}", "is not the manifest of a cachec bundle"),
+        ('{"format": "other"}', "is not the manifest of a cachec bundle"),
+    ],
+)
+def test_a_manifest_that_is_none_is_refused(bundle, text, message):
+    (bundle / MANIFEST).write_text(text)
+    with pytest.raises(BundleError, match=message):
+        Bundle.open(bundle)
+
+
+@pytest.mark.parametrize("version", [2, 0, "1", None])
+def test_another_format_version_is_refused_with_what_to_do(bundle, version):
+    data = json.loads((bundle / MANIFEST).read_text())
+    (bundle / MANIFEST).write_text(json.dumps({**data, "format_version": version}))
+    with pytest.raises(BundleError, match=f"bundle format {version!r} .*install the cachec that wrote it"):
+        Bundle.open(bundle)
+
+
+@pytest.mark.parametrize("name", ["../outside", "programs/../../outside", "/etc/hostname", "..\\outside", "C:/outside"])
+def test_a_path_that_leaves_the_bundle_is_refused(bundle, name):
+    inside = list_file_as(bundle, name)
+    shutil.copy(inside, bundle.parent / "outside")
+    with pytest.raises(BundleError, match="leaves the bundle: do not trust"):
+        Bundle.open(bundle)
+
+
+@pytest.mark.parametrize("levels", [0, 1], ids=["file", "directory"])
+def test_a_link_that_leaves_the_bundle_is_refused(bundle, levels):
+    path = only(bundle, "default*.safetensors")
+    linked = (path, *path.parents)[levels]
+    outside = bundle.parent / "outside"
+    linked.rename(outside)
+    linked.symlink_to(outside, target_is_directory=outside.is_dir())
+    with pytest.raises(BundleError, match="a link that leaves the bundle"):
+        Bundle.open(bundle)
+
+
+def test_a_file_that_is_used_but_not_listed_is_refused(bundle):
+    opened = Bundle.open(bundle)
+    arrays = opened.manifest.programs["default"]["arrays"]
+    rewrite_manifest(bundle, files={k: v for k, v in opened.manifest.files.items() if k != arrays})
+    with pytest.raises(BundleError, match="not listed with a hash"):
+        Bundle.open(bundle).program()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("files", []), ("files", {MANIFEST: {}}), ("programs", {"default": {}}), ("targets", ())],
+    ids=["files is a list", "no size and hash", "no program files", "no targets"],
+)
+def test_a_manifest_of_the_wrong_form_is_refused(bundle, field, value):
+    rewrite_manifest(bundle, **{field: value})
+    with pytest.raises(BundleError):
+        cachec.load(bundle)
+
+
+def test_an_unknown_level_is_named(bundle):
+    with pytest.raises(InputError, match="unknown level 'defualt'. Did you mean 'default'"):
+        Bundle.open(bundle).program("defualt")
+
+
+def test_manifest_round_trip(toy_bundle):
+    manifest = Bundle.open(toy_bundle).manifest
+    assert Manifest.from_json(json.loads(json.dumps(manifest.to_json()))) == manifest
+    assert isinstance(manifest.targets[0], Target)
+
+
+def test_large_files_are_hashed_once_and_again_on_request(bundle, tmp_path, monkeypatch):
+    monkeypatch.setenv("CACHEC_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("cachec.runtime.bundle.LARGE_FILE_BYTES", 0)
+    Bundle.open(bundle)
+    path = only(bundle, "compute*.pt2")
+    before = path.stat()
+    content = bytearray(path.read_bytes())
+    content[100] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    Bundle.open(bundle)  # same size and time: taken as known
+    with pytest.raises(BundleError, match="does not match its SHA-256"):
+        Bundle.open(bundle, verify=True)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    with pytest.raises(BundleError, match="does not match its SHA-256"):
+        Bundle.open(bundle)
+
+
+def test_replace_file_writes_the_new_content(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    replace_file(path, b"new")
+    assert path.read_bytes() == b"new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_replace_file_leaves_the_old_content_when_writing_fails(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    with pytest.raises(TypeError):
+        replace_file(path, "text is not bytes")
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_replace_file_leaves_nothing_when_the_target_cannot_be_replaced(tmp_path):
+    path = tmp_path / "directory"
+    path.mkdir()
+    with pytest.raises(OSError):  # noqa: PT011  the kind differs between systems
+        replace_file(path, b"new")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_hash_file_is_sha256(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"abc")
+    assert hash_file(Path(path)).startswith("ba7816bf8f01cfea")
+
+
+def test_loading_runs_what_the_bundle_holds(bundle):
+    with cachec.load(bundle) as loaded:
+        latents = loaded.denoise({"prompt": np.ones((2, 8), np.float32)}, seeds=[0, 1])
+    assert latents.shape == (2, 6, 8)
+    assert np.isfinite(latents).all()

@@ -1,0 +1,154 @@
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from cachec.runtime.errors import BundleError
+from cachec.runtime.program import Compute, Forecast, Predict, Program, ProgramKey, hash_sigmas, uncached
+
+STEPS = 4
+SIGMAS = np.linspace(1, 0, STEPS + 1, dtype=np.float32)
+INSTRUCTIONS = (Compute(0, 0), Compute(1, 1), Forecast((2,), 2), Compute(3, None))
+COEFFICIENTS = np.array([[0, 0], [0, 0], [-1, 2], [0, 0]], np.float32)
+
+
+def make_program(**changes):
+    fields = {
+        "key": ProgramKey(STEPS, hash_sigmas(SIGMAS), height=64, width=64, text_tokens=8),
+        "instructions": INSTRUCTIONS,
+        "capacity": 2,
+        "sigmas": SIGMAS,
+        "timesteps": SIGMAS[:-1],
+        "coefficients": COEFFICIENTS,
+        "bias": np.zeros(STEPS, np.float32),
+    }
+    return Program(**{**fields, **changes})
+
+
+def test_a_good_program_is_accepted():
+    assert make_program().compute_steps == (0, 1, 3)
+
+
+@pytest.mark.parametrize(
+    ("instructions", "message"),
+    [
+        ((Compute(0, 0), Forecast((1,), 2), Compute(2, 1), Compute(3, None)), r"steps \(1,\) read slots \[1\] before"),
+        ((Predict(0, (0,), (0,), 1), *INSTRUCTIONS[1:]), r"read slots \[0\] before any write"),
+        ((Compute(0, 0), Predict(1, (0, 1), (0, 0), 1), *INSTRUCTIONS[2:]), r"read slots \[1\] before any write"),
+        ((*INSTRUCTIONS[:2], Forecast((2,), 0), Compute(3, None)), "reads no slot"),
+        (INSTRUCTIONS[:-1], "covers steps"),
+        ((), "covers steps"),
+        ((*INSTRUCTIONS[:2], Forecast((2, 2), 2), Compute(3, None)), "covers steps"),
+        ((*INSTRUCTIONS, Compute(3, None)), "covers steps"),
+        ((*INSTRUCTIONS, Compute(4, None)), "covers steps"),
+        ((Compute(1, 1), Compute(0, 0), *INSTRUCTIONS[2:]), "covers steps"),
+        ((*INSTRUCTIONS[:-1], Compute(3, 2)), "slot 2 does not exist, there are 2"),
+        ((*INSTRUCTIONS[:-1], Compute(3, -1)), "slot -1 does not exist"),
+        ((*INSTRUCTIONS[:-1], Predict(3, (0,), (0,), 7)), "slot 7 does not exist"),
+        ((*INSTRUCTIONS[:2], Forecast((2,), 1), Compute(3, None)), "coefficients for slots that are not bound"),
+        ((*INSTRUCTIONS[:2], Forecast((2,), 3), Compute(3, None)), r"read slots \[2\] before any write"),
+    ],
+)
+def test_impossible_instructions_are_refused(instructions, message):
+    with pytest.raises(BundleError, match=message):
+        make_program(instructions=instructions)
+
+
+@pytest.mark.parametrize("name", ["sigmas", "timesteps", "coefficients", "bias"])
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda a: a[:-1], "expected float32"),
+        (lambda a: a[..., None], "expected float32"),
+        (lambda a: a.astype(np.float64), "is float64"),
+        (lambda a: np.where(a == a.flat[0], np.float32(np.nan), a), "holds NaN or infinity"),
+        (lambda a: np.where(a == a.flat[0], np.float32(np.inf), a), "holds NaN or infinity"),
+    ],
+    ids=["short", "axis", "float64", "nan", "inf"],
+)
+def test_unfit_arrays_are_refused_by_name(name, damage, message):
+    good = getattr(make_program(), name)
+    with pytest.raises(BundleError, match=f"{name} .*{message}"):
+        make_program(**{name: damage(good)})
+
+
+def test_sigmas_other_than_those_of_the_key_are_refused():
+    with pytest.raises(BundleError, match="not the ones that its key names"):
+        make_program(sigmas=SIGMAS * np.float32(0.999))
+
+
+def test_a_late_start_covers_only_the_later_steps():
+    key = replace(make_program().key, start_step=1)
+    late = make_program(key=key, instructions=(Compute(1, 0), Compute(2, 1), Forecast((3,), 2)), coefficients=COEFFICIENTS[[0, 0, 0, 2]])
+    assert late.compute_steps == (1, 2)
+    with pytest.raises(BundleError, match="covers steps"):
+        make_program(key=key)
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        make_program(),
+        make_program(
+            instructions=(Compute(0, 0), Predict(1, (0, 0), (0, 0), 1), Predict(2, (1, 0), (1, 0), None), Compute(3, None)),
+            coefficients=np.zeros((STEPS, 2), np.float32),
+        ),
+        make_program(instructions=(*INSTRUCTIONS[:2], Forecast((2, 3), 2))),
+    ],
+    ids=["forecast", "predict", "run of forecasts"],
+)
+def test_json_round_trip_keeps_the_digest(program):
+    read = Program.from_json(json.loads(json.dumps(program.to_json())), program.arrays())
+    assert read.digest() == program.digest()
+    assert read.instructions == program.instructions
+    assert read.key == program.key
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"coefficients": COEFFICIENTS * 2},
+        {"bias": np.array([0, 0, 0.5, 0], np.float32)},
+        {"timesteps": SIGMAS[:-1] * 1000},
+        {"instructions": (*INSTRUCTIONS[:-1], Compute(3, 0))},
+    ],
+    ids=["coefficients", "bias", "timesteps", "instructions"],
+)
+def test_the_digest_sees_every_change(changes):
+    assert make_program(**changes).digest() != make_program().digest()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: data.pop("key"),
+        lambda data: data["key"].pop("sigmas_hash"),
+        lambda data: data["key"].update(colour="red"),
+        lambda data: data["instructions"][0].update(op="guess"),
+        lambda data: data["instructions"][0].pop("step"),
+        lambda data: data["instructions"][0].update(colour="red"),
+    ],
+    ids=["no key", "no hash", "unknown key field", "unknown op", "no step", "unknown field"],
+)
+def test_a_file_that_is_no_program_is_refused(damage):
+    data = make_program().to_json()
+    damage(data)
+    with pytest.raises(BundleError, match="does not read as a program"):
+        Program.from_json(data, make_program().arrays())
+
+
+@pytest.mark.parametrize("start", [0, 2])
+def test_uncached_computes_every_step(start):
+    program = make_program(key=replace(make_program().key, start_step=start), instructions=tuple(Compute(s, 0) for s in range(start, STEPS)))
+    plain = uncached(program)
+    assert plain.compute_steps == tuple(range(start, STEPS))
+    assert all(instruction.slot is None for instruction in plain.instructions)
+    assert np.array_equal(plain.sigmas, program.sigmas)
+
+
+def test_uncached_leaves_the_cached_program_alone():
+    program = make_program()
+    digest = program.digest()
+    assert uncached(program).compute_steps == (0, 1, 2, 3)
+    assert program.digest() == digest

@@ -1,0 +1,190 @@
+import numpy as np
+import pytest
+from toy_bundle import SCHEDULE, STEPS
+
+import cachec
+from cachec.runtime.errors import InputError
+from cachec.runtime.noise import make_noise
+from cachec.runtime.program import uncached
+from cachec.runtime.session import Session
+
+SHAPE = (6, 8)
+
+
+@pytest.fixture(scope="module")
+def loaded(toy_bundle):
+    with cachec.load(toy_bundle) as bundle:
+        yield bundle
+
+
+def noise(*seeds):
+    return np.stack([make_noise(seed, SHAPE) for seed in seeds])
+
+
+def prompt(*seeds):
+    return {"prompt": np.stack([make_noise(100 + seed, (8,)) for seed in seeds])}
+
+
+def run_alone(loaded, *seeds):
+    return loaded.session(batch=len(seeds)).run(prompt(*seeds), noise(*seeds))
+
+
+def begin_on_stale_slots(loaded, seed):
+    session = loaded.session()
+    session.ring[:] = np.nan
+    session.begin(prompt(seed), noise(seed))
+    return session
+
+
+def test_the_program_computes_some_steps_and_forecasts_the_others(loaded):
+    program = loaded.programs["default"]
+    assert program.compute_steps == SCHEDULE.compute
+    assert 0 < len(program.compute_steps) < STEPS
+
+
+def test_interleaved_sessions_equal_sessions_alone_bit_for_bit(loaded):
+    first, second = begin_on_stale_slots(loaded, 1), begin_on_stale_slots(loaded, 2)
+    while not first.finished:
+        first.advance()
+        second.advance()
+    assert np.array_equal(first.latents, run_alone(loaded, 1))
+    assert np.array_equal(second.latents, run_alone(loaded, 2))
+    assert not np.array_equal(first.latents, second.latents)
+
+
+@pytest.mark.parametrize("behind", [1, 3])
+def test_sessions_may_be_at_different_steps(loaded, behind):
+    first, second = begin_on_stale_slots(loaded, 1), begin_on_stale_slots(loaded, 2)
+    for _ in range(behind):
+        first.advance()
+    while not first.finished:
+        second.advance()
+        first.advance()
+    while not second.finished:
+        second.advance()
+    assert np.array_equal(first.latents, run_alone(loaded, 1))
+    assert np.array_equal(second.latents, run_alone(loaded, 2))
+
+
+def test_a_session_that_is_used_again_forgets_the_request_before(loaded):
+    session = loaded.session()
+    session.run(prompt(1), noise(1))
+    assert np.array_equal(session.run(prompt(2), noise(2)), run_alone(loaded, 2))
+
+
+def test_a_request_may_be_dropped_halfway(loaded):
+    session = begin_on_stale_slots(loaded, 1)
+    session.advance()
+    assert np.array_equal(session.run(prompt(2), noise(2)), run_alone(loaded, 2))
+
+
+def test_a_batch_equals_its_samples_alone(loaded):
+    together = run_alone(loaded, 1, 2, 3)
+    alone = np.concatenate([run_alone(loaded, seed) for seed in (1, 2, 3)])
+    np.testing.assert_allclose(together, alone, atol=1e-5, rtol=0)
+
+
+def test_forecasting_differs_from_computing_every_step_but_not_much(loaded):
+    full = Session(loaded.engines, uncached(loaded.programs["default"]), loaded.io).run(prompt(1), noise(1))
+    error = np.abs(full - run_alone(loaded, 1)).max()
+    assert 1e-6 < error < 0.5 * np.abs(full).max()
+
+
+def with_value(array, value):
+    array = array.copy()
+    array.flat[3] = value
+    return array
+
+
+BAD_REQUESTS = {
+    "noise of another shape": (prompt(1), noise(1)[:, :5], "'latents' has shape"),
+    "noise of another batch": (prompt(1), noise(1, 2), "'latents' has shape"),
+    "noise without batch": (prompt(1), noise(1)[0], "'latents' has shape"),
+    "noise of another dtype": (prompt(1), noise(1).astype(np.float64), "'latents' has dtype float64"),
+    "NaN in the noise": (prompt(1), with_value(noise(1), np.nan), "'latents' holds NaN"),
+    "infinity in the noise": (prompt(1), with_value(noise(1), np.inf), "'latents' holds NaN or infinity"),
+    "condition missing": ({}, noise(1), "conditions are .'prompt'., got"),
+    "condition unknown": ({**prompt(1), "lora": noise(1)}, noise(1), "conditions are .'prompt'., got .*lora"),
+    "condition of another shape": ({"prompt": noise(1)}, noise(1), "'prompt' has shape"),
+    "condition of another batch": (prompt(1, 2), noise(1), "'prompt' has shape"),
+    "condition of another dtype": ({"prompt": prompt(1)["prompt"].astype(np.float16)}, noise(1), "'prompt' has dtype"),
+    "NaN in a condition": ({"prompt": with_value(prompt(1)["prompt"], np.nan)}, noise(1), "'prompt' holds NaN"),
+}
+
+
+@pytest.mark.parametrize(("conditions", "start", "message"), BAD_REQUESTS.values(), ids=BAD_REQUESTS.keys())
+def test_a_bad_request_is_refused_and_leaves_the_session_usable(loaded, conditions, start, message):
+    session = loaded.session()
+    with pytest.raises(InputError, match=message):
+        session.run(conditions, start)
+    assert session.finished
+    assert np.array_equal(session.run(prompt(1), noise(1)), run_alone(loaded, 1))
+
+
+@pytest.mark.parametrize(("conditions", "start", "message"), BAD_REQUESTS.values(), ids=BAD_REQUESTS.keys())
+def test_a_bad_request_leaves_the_running_one_alone(loaded, conditions, start, message):
+    session = begin_on_stale_slots(loaded, 1)
+    session.advance()
+    with pytest.raises(InputError, match=message):
+        session.begin(conditions, start)
+    while not session.finished:
+        session.advance()
+    assert np.array_equal(session.latents, run_alone(loaded, 1))
+
+
+def test_advancing_a_finished_session_is_refused(loaded):
+    session = loaded.session()
+    with pytest.raises(InputError, match=r"finished: call begin\(\)"):
+        session.advance()
+    wanted = session.run(prompt(1), noise(1))
+    with pytest.raises(InputError, match=r"finished: call begin\(\)"):
+        session.advance()
+    assert np.array_equal(session.latents, wanted)
+
+
+@pytest.mark.parametrize("batch", [0, -1])
+def test_an_empty_batch_is_refused(loaded, batch):
+    with pytest.raises(InputError, match=f"batch is {batch}"):
+        loaded.session(batch=batch)
+
+
+def test_denoising_without_seeds_is_refused(loaded):
+    with pytest.raises(InputError, match="batch is 0"):
+        loaded.denoise(prompt(1), seeds=[])
+
+
+def test_an_unknown_level_is_refused(loaded):
+    with pytest.raises(InputError, match=r"level 'fast' is not in this bundle; it has default"):
+        loaded.session(level="fast")
+
+
+def test_run_returns_a_copy(loaded):
+    session = loaded.session()
+    result = session.run(prompt(1), noise(1))
+    kept = result.copy()
+    session.run(prompt(2), noise(2))
+    assert np.array_equal(result, kept)
+    result[:] = 0
+    assert session.latents.any()
+
+
+def test_the_inputs_of_a_request_are_not_written_to(loaded):
+    conditions, start = prompt(1), noise(1)
+    loaded.session().run(conditions, start)
+    assert np.array_equal(start, noise(1))
+    assert np.array_equal(conditions["prompt"], prompt(1)["prompt"])
+
+
+def test_changing_the_inputs_after_begin_changes_nothing(loaded):
+    conditions, start = prompt(1), noise(1)
+    session = loaded.session()
+    session.begin(conditions, start)
+    conditions["prompt"][:] = 0
+    start[:] = 0
+    while not session.finished:
+        session.advance()
+    assert np.array_equal(session.latents, run_alone(loaded, 1))
+
+
+def test_denoise_starts_from_the_noise_of_its_seeds(loaded):
+    assert np.array_equal(loaded.denoise(prompt(1, 2), seeds=[1, 2]), run_alone(loaded, 1, 2))

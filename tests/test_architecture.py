@@ -1,0 +1,154 @@
+import ast
+import importlib
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import cachec
+from cachec.runtime.errors import MissingExtraError
+
+ROOT = Path(__file__).resolve().parent.parent
+NOT_PACKAGED = ("tests", "reference", "bench")
+LAYERS = ("cli", "compiler", "engines", "passes", "runtime")
+MAY_IMPORT = {
+    "runtime": {"runtime"},
+    "passes": {"passes", "runtime"},
+    "engines": {"engines", "runtime"},
+    "compiler": {"compiler", "passes", "engines", "runtime"},
+    "cli": {"", "compiler", "engines", "runtime"},
+    "__main__": {"cli"},
+    "": {"compiler", "engines", "runtime"},
+}
+HEAVY = ("torch", "diffusers", "onnx", "onnxruntime", "transformers")
+
+IN_THE_TREE = (ROOT / "pyproject.toml").is_file()
+
+in_the_tree = pytest.mark.skipif(not IN_THE_TREE, reason="the source tree is not beside the tests")
+
+
+def source_files(root, *, without=NOT_PACKAGED):
+    hidden = ("build", "dist")
+    files = [path.relative_to(root) for path in root.rglob("*.py")]
+    return sorted(f for f in files if f.parts[0] not in (*without, *hidden) and not f.parts[0].startswith("."))
+
+
+def layer_of(path):
+    if len(path.parts) > 1:
+        return path.parts[0]
+    return "" if path.name == "__init__.py" else path.stem
+
+
+def imported_modules(nodes):
+    """Dotted names, with what is imported from each: ``from a import b`` gives ``a`` and ``a.b``."""
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"relative import of {node.module} in line {node.lineno}"
+            yield from [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+
+
+def imported_layers(names):
+    for name in names:
+        parts = name.split(".")
+        if parts[0] == "cachec" and len(parts) > 1:
+            yield parts[1] if parts[1] in LAYERS else ""
+
+
+def module_names():
+    root = Path(cachec.__file__).parent
+    for path in source_files(root):
+        parts = ["cachec", *path.with_suffix("").parts]
+        if parts[-1] != "__main__":  # importing it runs the command line
+            yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+@in_the_tree
+@pytest.mark.parametrize("path", source_files(ROOT) if IN_THE_TREE else [], ids=str)
+def test_imports_follow_the_layers(path):
+    names = list(imported_modules(ast.walk(ast.parse((ROOT / path).read_text()))))
+    bare = [name for name in names if name.split(".")[0] in LAYERS]
+    assert not bare, f"{path} imports {bare} without the cachec. prefix"
+    strange = set(imported_layers(names)) - MAY_IMPORT[layer_of(path)]
+    assert not strange, f"{path} must not import {strange}"
+
+
+@in_the_tree
+def test_the_root_imports_only_the_runtime_at_import_time():
+    tree = ast.parse((ROOT / "__init__.py").read_text())
+    assert set(imported_layers(imported_modules(tree.body))) == {"runtime"}
+
+
+@pytest.mark.parametrize("source", ["import passes", "from runtime.program import Program"])
+def test_the_layer_check_sees_bare_imports(source):
+    (name, *_) = imported_modules(ast.walk(ast.parse(source)))
+    assert name.split(".")[0] in LAYERS
+
+
+def test_the_layer_check_sees_imports_inside_functions():
+    tree = ast.parse("def f():\n    from cachec.compiler import capture\n")
+    assert set(imported_layers(imported_modules(ast.walk(tree)))) == {"compiler"}
+
+
+@pytest.mark.parametrize("module", ["cachec", "cachec.runtime.session", "cachec.engines"])
+def test_import_is_light(module):
+    code = f"import sys, {module}; print(*(name for name in {HEAVY} if name in sys.modules))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == []
+
+
+@in_the_tree
+def test_every_package_is_packaged():
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    found = [".".join(["cachec", *f.parent.parts]) for f in source_files(ROOT) if f.name == "__init__.py"]
+    assert sorted(listed) == sorted(found)
+
+
+@in_the_tree
+def test_every_folder_with_modules_is_a_package():
+    folders = {f.parent for f in source_files(ROOT)}
+    assert [str(f) for f in folders if not (ROOT / f / "__init__.py").is_file()] == []
+
+
+@in_the_tree
+def test_no_file_is_longer_than_400_lines():
+    sizes = {str(f): len((ROOT / f).read_text().splitlines()) for f in source_files(ROOT, without=("tests", "bench"))}
+    assert {f: size for f, size in sizes.items() if size > 400} == {}
+
+
+def function_sizes():
+    for path in source_files(ROOT, without=("tests", "bench")):
+        for node in ast.walk(ast.parse((ROOT / path).read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                yield f"{path}:{node.lineno} {node.name}", function_size(node)
+
+
+def function_size(node):
+    docstring = node.body[0] if ast.get_docstring(node) is not None else None
+    left_out = docstring.end_lineno - docstring.lineno + 1 if docstring else 0
+    return node.end_lineno - node.lineno + 1 - left_out
+
+
+@in_the_tree
+def test_functions_are_short():
+    sizes = dict(function_sizes())
+    assert {name: size for name, size in sizes.items() if size > 80} == {}
+    assert sum(size <= 30 for size in sizes.values()) >= 0.9 * len(sizes)
+
+
+@in_the_tree
+def test_no_file_is_called_utils():
+    assert [str(f) for f in source_files(ROOT, without=()) if f.stem == "utils"] == []
+
+
+@pytest.mark.filterwarnings("ignore::Warning:diffusers", "ignore::Warning:transformers")
+@pytest.mark.parametrize("name", module_names())
+def test_every_module_imports_and_says_what_it_is(name):
+    try:
+        module = importlib.import_module(name)
+    except MissingExtraError as error:
+        pytest.skip(str(error))
+    assert module.__doc__, f"{name} has no docstring"

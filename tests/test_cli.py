@@ -1,0 +1,191 @@
+"""The command line with wrong input: a clear message, an exit code of its own kind, nothing half-written."""
+
+import json
+import os
+
+import pytest
+from click.testing import CliRunner
+
+from cachec.cli import main
+from cachec.runtime.errors import (
+    BundleError,
+    InputError,
+    MissingExtraError,
+    ModelUnavailableError,
+    OutputError,
+    PredictorError,
+)
+
+
+def cachec(*arguments):
+    """Run a command; returns the exit code and everything printed."""
+    result = CliRunner().invoke(main, [str(a) for a in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["tiny-flx"], "unknown model 'tiny-flx'. Did you mean 'tiny-flux'?"),
+        (["tiny-flux", "--method", "lessa"], "unknown method 'lessa'. Did you mean 'lesa'?"),
+        (["tiny-flux", "--backend", "orrt"], "unknown backend 'orrt'. Did you mean 'ort'?"),
+        (["tiny-flux", "--interval", "0"], "interval is 0"),
+        (["tiny-flux", "--budget", "51"], "budget is 51"),
+        (["tiny-flux", "--schedule", "1,2"], "must start at step 0"),
+        (["tiny-flux", "--schedule", "0,9,2"], "must be sorted"),
+        (["tiny-flux", "--schedule", "0,60"], "computes step 60"),
+        (["tiny-flux", "--schedule", "0,a"], "not a list of steps"),
+        (["tiny-flux", "--steps", "0"], "steps is 0"),
+        (["tiny-flux", "--interval", "5", "--budget", "9"], "contradict each other"),
+        (["tiny-flux", "--dtype", "int8"], "dtype is 'int8'"),
+        (["tiny-flux", "--fold", "maybe"], "fold is 'maybe'"),
+        (["tiny-flux", "--batch", "0"], "batch is 0"),
+        (["tiny-flux", "--seed", "-1"], "seed is -1"),
+        (["tiny-flux", "--height", "65", "--method", "reuse"], "multiples of 8"),
+        (["tiny-flux", "--method", "taylor", "--set", "order=two"], "whole number"),
+        (["tiny-flux", "--method", "taylor", "--set", "odrer=2"], "Did you mean 'order'?"),
+        (["tiny-flux", "--method", "taylor", "--set", "order"], "name=value"),
+        (["tiny-flux", "--prompts", "no-such-file.txt"], "no-such-file.txt cannot be read"),
+    ],
+)
+def test_wrong_compile_input_is_refused(tmp_path, arguments, message):
+    out = tmp_path / "out.cachec"
+    code, output = cachec("compile", *arguments, "-o", out)
+    assert code == InputError.exit_code, output
+    assert message in output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_model_that_cannot_be_reached_names_three_ways(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    code, output = cachec("compile", "flux", "-o", tmp_path / "out")
+    assert code == ModelUnavailableError.exit_code
+    assert "black-forest-labs/FLUX.1-dev" in output
+    assert all(way in output for way in ("(a)", "(b)", "(c)", "HF_HOME"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_directory_that_is_no_pipeline_is_refused(tmp_path):
+    code, output = cachec("compile", tmp_path, "-o", tmp_path / "out")
+    assert code == ModelUnavailableError.exit_code
+    assert "model_index.json" in output
+
+
+def test_pipeline_of_another_family_is_refused(tmp_path):
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
+    code, output = cachec("compile", tmp_path, "--method", "reuse", "-o", tmp_path / "out")
+    assert code == InputError.exit_code
+    assert "StableDiffusionPipeline" in output
+
+
+def test_existing_output_needs_force(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "manifest.json").write_text("{}")
+    code, output = cachec("compile", "tiny-flux", "-o", out)
+    assert code == OutputError.exit_code
+    assert "--force" in output
+
+
+def test_directory_with_other_things_is_never_replaced(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    code, output = cachec("compile", "tiny-flux", "-o", tmp_path, "--force")
+    assert code == OutputError.exit_code
+    assert "other things" in output
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_place_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    code, output = cachec("compile", "tiny-flux", "--method", "reuse", "-o", tmp_path / "file" / "out")
+    assert code == OutputError.exit_code
+    assert "cannot write" in output
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_missing_write_permission_is_refused(tmp_path):
+    tmp_path.chmod(0o500)
+    code, output = cachec("compile", "tiny-flux", "--method", "reuse", "-o", tmp_path / "out")
+    assert code == OutputError.exit_code
+    assert "cannot write" in output
+
+
+def test_missing_predictor_file_is_refused(tmp_path):
+    code, output = cachec("compile", "tiny-flux", "--predictor", tmp_path / "none", "-o", tmp_path / "out")
+    assert code == PredictorError.exit_code
+    assert "does not exist" in output
+
+
+def test_file_that_is_no_predictor_is_refused(tmp_path):
+    (tmp_path / "p.safetensors").write_bytes(b"not a tensor")
+    code, output = cachec("compile", "tiny-flux", "--predictor", tmp_path / "p.safetensors", "-o", tmp_path / "out")
+    assert code == PredictorError.exit_code
+    assert "not a safetensors file" in output
+
+
+@pytest.mark.parametrize("changed", [["--steps", "28"], ["--interval", "5"]])
+def test_predictor_for_other_settings_is_refused(tmp_path, changed):
+    from cachec.compiler.predictors import PRETRAINED
+
+    shipped = next(PRETRAINED.glob("lesa-tiny-flux-*.safetensors"))
+    code, output = cachec("compile", "tiny-flux", "--predictor", shipped, *changed, "-o", tmp_path / "out")
+    assert code == PredictorError.exit_code
+    assert "trained for something else" in output
+    assert "schedule is 0,1,2,3" in output
+    assert not (tmp_path / "out").exists()
+
+
+def test_predictor_of_another_model_is_refused(tmp_path):
+    from cachec.compiler.predictors import PRETRAINED, load_predictor, save_predictor
+    from cachec.compiler.methods.base import Parameters
+
+    shipped = load_predictor(next(PRETRAINED.glob("lesa-tiny-flux-*.safetensors")))
+    other = Parameters(shipped.tensors, {**shipped.facts, "weights_sha256": "0" * 64}, "other")
+    save_predictor(other, tmp_path / "other.safetensors")
+    code, output = cachec("compile", "tiny-flux", "--predictor", tmp_path / "other.safetensors", "-o", tmp_path / "out")
+    assert code == PredictorError.exit_code
+    assert "weights_sha256" in output
+
+
+@pytest.mark.parametrize("command", [["inspect"], ["run", "-p", "x", "-o", "x.png"], ["eval"]])
+def test_what_is_no_bundle_is_refused(tmp_path, command):
+    code, output = cachec(command[0], tmp_path, *command[1:])
+    assert code == BundleError.exit_code
+    assert "is not a bundle" in output
+
+
+@pytest.mark.parametrize("prompt", ["", "   "])
+def test_empty_prompt_is_refused(tmp_path, prompt):
+    code, output = cachec("run", tmp_path, "-p", prompt, "-o", tmp_path / "x.png")
+    assert code == InputError.exit_code
+    assert "prompt 1 is empty" in output
+
+
+def test_method_that_needs_no_training_is_not_trained(tmp_path):
+    code, output = cachec("train", "tiny-flux", "--method", "taylor", "-o", tmp_path / "t.safetensors")
+    assert code == PredictorError.exit_code
+    assert "nothing to train" in output
+
+
+def test_too_few_training_prompts_are_refused(tmp_path):
+    (tmp_path / "prompts.txt").write_text("a red circle\n\na blue ring\n")
+    code, output = cachec(
+        "train", "tiny-flux", "--prompts", tmp_path / "prompts.txt", "--steps", "6", "-o", tmp_path / "p.safetensors"
+    )
+    assert code == InputError.exit_code
+    assert "2 prompts are too few" in output
+
+
+@pytest.mark.parametrize("what", ["models", "methods", "backends"])
+def test_list_names_what_exists(what):
+    code, output = cachec("list", what)
+    assert code == 0
+    assert {"models": "tiny-flux", "methods": "lesa", "backends": "ort"}[what] in output
+
+
+def test_exit_codes_differ_by_kind():
+    kinds = [InputError, MissingExtraError, ModelUnavailableError, BundleError, OutputError, PredictorError]
+    assert len({kind.exit_code for kind in kinds}) == len(kinds)
+    assert not {0, 1, 2} & {kind.exit_code for kind in kinds}
