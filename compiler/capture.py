@@ -44,9 +44,7 @@ class _Captured(nn.Module):
         return {VELOCITY: (output[0] if isinstance(output, tuple) else output).float()}
 
 
-def capture_model(
-    model: nn.Module, inputs: Mapping[str, torch.Tensor], constants: Mapping[str, Any] | None = None
-) -> Graphs:
+def capture_model(model: nn.Module, inputs: Mapping[str, torch.Tensor], constants: Mapping[str, Any] | None = None) -> Graphs:
     """Capture ``model(**inputs, **constants)`` with a symbolic batch; the graph returns ``{"velocity": …}``.
 
     ``inputs`` are examples, batch first with at least two samples, pairwise distinct objects (``torch.export`` merges
@@ -139,7 +137,8 @@ def _export(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], sh
     try:
         with torch.no_grad():
             program = torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
-            return program.run_decompositions({})
+            lowered: ExportedProgram = program.run_decompositions({})
+            return lowered
     except (RuntimeError, ValueError, UserError) as error:
         raise PassError(f"torch.export cannot capture {type(module).__name__}: {error}") from error
 

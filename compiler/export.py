@@ -10,7 +10,7 @@ from torch.export import ExportedProgram
 from cachec.compiler.capture import BATCH, SLOTS, export_program
 from cachec.passes import COMPUTE, FORECAST, Graphs
 from cachec.passes.base import outputs, placeholders
-from cachec.runtime.engine import BIAS, COEFFICIENTS, FEATURE, FEATURES, SIGMAS, STEP, HISTORY_STEPS, history_name
+from cachec.runtime.engine import BIAS, COEFFICIENTS, FEATURE, FEATURES, HISTORY_STEPS, SIGMAS, STEP, history_name
 from cachec.runtime.specs import Dim, Signature, TensorSpec
 
 EXAMPLE_SLOTS = 3  # the example's number of written slots; at least two, so that the axis stays symbolic

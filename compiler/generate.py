@@ -62,9 +62,7 @@ def _numbered(out: Path, num: int) -> list[Path]:
     return [out.with_name(f"{out.stem}-{i + 1}{out.suffix or '.png'}") for i in range(num)]
 
 
-def _picture(
-    session: Session, model: LoadedModel, settings: Settings, prompt: str, seed: int
-) -> tuple[Array, float, float]:
+def _picture(session: Session, model: LoadedModel, settings: Settings, prompt: str, seed: int) -> tuple[Array, float, float]:
     """One picture [H, W, 3], the seconds of its denoise loop, and those of the whole request."""
     start = time.perf_counter()
     conditions = model.encode([prompt], settings)

@@ -15,9 +15,7 @@ def lower_table(table: ForecastTable, key: ProgramKey, sigmas: Array, timesteps:
     """
     schedule = table.schedule
     row_of = {step: i for i, step in enumerate(schedule.compute)}
-    last_read = {
-        step: max(np.flatnonzero(table.coefficients[:, i]), default=-1) for step, i in row_of.items()
-    }
+    last_read = {step: max(np.flatnonzero(table.coefficients[:, i]), default=-1) for step, i in row_of.items()}
     for step in schedule.forecast:  # a row without any weight (a pure bias) still binds its newest feature
         newest = max(s for s in schedule.compute if s < step)
         last_read[newest] = max(last_read[newest], step)
@@ -37,7 +35,9 @@ def lower_table(table: ForecastTable, key: ProgramKey, sigmas: Array, timesteps:
     return _program(key, instructions, max(slots.capacity, 1), sigmas, timesteps, coefficients, bias)
 
 
-def lower_predictor(schedule: Schedule, window: int, *, feeds_back: bool, key: ProgramKey, sigmas: Array, timesteps: Array) -> Program:
+def lower_predictor(
+    schedule: Schedule, window: int, *, feeds_back: bool, key: ProgramKey, sigmas: Array, timesteps: Array
+) -> Program:
     """A program for a forecast engine with the predictor inside: slots hold every feature that a later step looks at."""
     histories = {step: schedule.history(step, window, feeds_back=feeds_back) for step in schedule.forecast}
     last_read: dict[int, int] = {}
@@ -78,7 +78,13 @@ class _Slots:
 
 
 def _program(
-    key: ProgramKey, instructions: list[Instruction], capacity: int, sigmas: Array, timesteps: Array, coefficients: Array, bias: Array
+    key: ProgramKey,
+    instructions: list[Instruction],
+    capacity: int,
+    sigmas: Array,
+    timesteps: Array,
+    coefficients: Array,
+    bias: Array,
 ) -> Program:
     return Program(
         key=key,

@@ -26,7 +26,7 @@ from cachec.compiler.training import train_predictor, training_facts
 from cachec.compiler.verify import Verifier, eager_output
 from cachec.compiler.write import BundleWriter
 from cachec.engines import get_backend
-from cachec.passes import COMPUTE, FORECAST, Graphs, dump_to, forecast_passes, run_passes, split_passes
+from cachec.passes import COMPUTE, Graphs, dump_to, forecast_passes, run_passes, split_passes
 from cachec.passes.base import Observer
 from cachec.runtime.bundle import Artifact, Bundle, Manifest, Target
 from cachec.runtime.noise import GENERATOR
@@ -72,9 +72,7 @@ def compile_bundle(model: LoadedModel, request: Request, out: Path, *, force: bo
     return Bundle.open(out), result
 
 
-def find_parameters(
-    model: LoadedModel, split: Graphs, request: Request, result: Compilation, work: Path
-) -> Parameters | None:
+def find_parameters(model: LoadedModel, split: Graphs, request: Request, result: Compilation, work: Path) -> Parameters | None:
     """The method's trained parameters: from the given file, from the package, or trained now (resumable in ``work``)."""
     if not request.method.needs_training:
         return None
@@ -121,9 +119,13 @@ def lower(model: LoadedModel, graphs: Graphs, request: Request) -> Program:
     """The program of the request: composed coefficients, or predictor calls if nothing was folded."""
     settings, method, schedule = request.settings, request.method, request.schedule
     sigmas, timesteps = model.sampling(settings)
-    key = ProgramKey(settings.steps, hash_sigmas(sigmas), settings.height, settings.width, settings.text_tokens, batch=request.batch)
+    key = ProgramKey(
+        settings.steps, hash_sigmas(sigmas), settings.height, settings.width, settings.text_tokens, batch=request.batch
+    )
     if graphs.rows is None:
-        return lower_predictor(schedule, method.window, feeds_back=method.feeds_back, key=key, sigmas=sigmas, timesteps=timesteps)
+        return lower_predictor(
+            schedule, method.window, feeds_back=method.feeds_back, key=key, sigmas=sigmas, timesteps=timesteps
+        )
     rows, bias = graphs.rows.coefficients.numpy(), graphs.rows.bias.numpy()
     table = compose(rows, bias, schedule, feeds_back=method.feeds_back)
     return lower_table(table, key, sigmas, timesteps)

@@ -40,9 +40,7 @@ class BundleWriter:
             raise OutputError(f"cannot write to {self.out.parent}: {error}. Choose another place with -o") from error
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         shutil.rmtree(self.staging, ignore_errors=True)
 
     def directory(self, name: str) -> Path:

@@ -81,9 +81,7 @@ class _OrtContext(ExecutionContext):
         self._session.run_with_iobinding(binding)
 
 
-def build_onnx(
-    programs: Mapping[str, "ExportedProgram"], signatures: Mapping[str, Signature], out: Path
-) -> dict[str, Path]:
+def build_onnx(programs: Mapping[str, "ExportedProgram"], signatures: Mapping[str, Signature], out: Path) -> dict[str, Path]:
     """Write ``<name>.onnx`` per program plus one shared ``weights-<hash>.bin`` into ``out``."""
     import onnx_ir
     import torch
@@ -102,8 +100,8 @@ def build_onnx(
             optimize=True,
             verbose=False,
         )
-        models[name] = exported.model
-        _drop_metadata(exported.model)
+        models[name] = exported.model  # type: ignore[union-attr]
+        _drop_metadata(models[name])
     weights = _share_weights(models, out)
     paths = {}
     for name, model in models.items():

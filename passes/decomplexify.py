@@ -1,7 +1,7 @@
 """Write complex rotary embeddings in real arithmetic."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
@@ -50,7 +50,7 @@ def _real_product(node: fx.Node) -> fx.Node:
         left, right = right, left
     pairs, constant = left.args[0], emit(node, aten.view_as_real.default, right)  # type: ignore[union-attr]
 
-    def part(source: fx.Node, index: int) -> fx.Node:
+    def part(source: Any, index: int) -> fx.Node:
         return emit(node, aten.select.int, source, -1, index)
 
     def times(a: int, b: int) -> fx.Node:

@@ -13,8 +13,10 @@ _ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 
 @dataclass(frozen=True)
 class ExpandAttentionMasks(GraphPass):
-    """Expand a mask ``[B, 1 or heads, 1, K]`` to ``[B, 1 or heads, Q, K]``: ONNX Runtime's CPU Attention (opset 23) does
-    not broadcast over queries."""
+    """Expand a mask ``[B, 1 or heads, 1, K]`` to ``[B, 1 or heads, Q, K]``.
+
+    ONNX Runtime's CPU Attention (opset 23) does not broadcast over queries.
+    """
 
     name: ClassVar[str] = "expand_attention_masks"
 

@@ -13,8 +13,11 @@ _PREFIX = "constant_"
 
 @dataclass(frozen=True)
 class FoldConstants(GraphPass):
-    """Replace the values that depend on no input and on no parameter by buffers: rotary and position tables of the
-    captured resolution, masks. Values that depend on parameters stay, so that weights keep their identity."""
+    """Replace the values that depend on no input and on no parameter by buffers.
+
+    Those are rotary and position tables of the captured resolution, and masks. Values that depend on parameters stay, so
+    that weights keep their identity.
+    """
 
     name: ClassVar[str] = "fold_constants"
 
@@ -56,5 +59,5 @@ def _evaluate(module: fx.GraphModule, nodes: list[fx.Node]) -> dict[fx.Node, tor
             values[node] = fetch(module, str(node.target))
         else:
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
-            values[node] = node.target(*args, **kwargs)
+            values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
     return values

@@ -7,8 +7,29 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from cachec.passes.base import FORECAST, Graphs, Pass, PassResult, PredictorRows, emit, fetch, finish, outputs, placeholders
-from cachec.runtime.engine import BIAS, COEFFICIENTS, FEATURE, FEATURES, HISTORY_STEPS, SIGMAS, STEP, VELOCITY, history_name
+from cachec.passes.base import (
+    FORECAST,
+    Graphs,
+    Pass,
+    PassResult,
+    PredictorRows,
+    emit,
+    fetch,
+    finish,
+    outputs,
+    placeholders,
+)
+from cachec.runtime.engine import (
+    BIAS,
+    COEFFICIENTS,
+    FEATURE,
+    FEATURES,
+    HISTORY_STEPS,
+    SIGMAS,
+    STEP,
+    VELOCITY,
+    history_name,
+)
 from cachec.runtime.errors import PassError, PredictorError
 
 SCHEDULE_INPUTS = (SIGMAS, STEP, HISTORY_STEPS)
@@ -69,7 +90,7 @@ class Analysis:
 def analyse(module: fx.GraphModule) -> Analysis:
     """Split the nodes that lead to the predicted feature by what they depend on."""
     inputs = placeholders(module)
-    history = []
+    history: list[fx.Node] = []
     while history_name(len(history)) in inputs:
         history.append(inputs[history_name(len(history))])
     result = outputs(module)[FEATURE]

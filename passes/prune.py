@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from torch import fx
 
-from cachec.passes.base import COMPUTE, Graphs, GraphPass, PassResult, copy_module, finish, placeholders
+from cachec.passes.base import COMPUTE, GraphPass, Graphs, PassResult, copy_module, finish, placeholders
 
 
 @dataclass(frozen=True)

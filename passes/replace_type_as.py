@@ -11,8 +11,11 @@ from cachec.passes.base import GraphPass, emit
 
 @dataclass(frozen=True)
 class ReplaceTypeAs(GraphPass):
-    """``x.type_as(y)`` reads only the dtype of ``y``, yet ties the graph to ``y``'s value: a forecast graph would have to
-    be given a tensor that it never looks at (Wan's text states)."""
+    """Cast to the dtype that ``y`` has, instead of ``x.type_as(y)``.
+
+    The latter ties the graph to ``y``'s value: a forecast graph would have to be given a tensor that it never looks at
+    (Wan's text states).
+    """
 
     name: ClassVar[str] = "replace_type_as"
 

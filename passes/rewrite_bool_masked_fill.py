@@ -19,9 +19,7 @@ class RewriteBoolMaskedFill(GraphPass):
 
     def edit(self, module: fx.GraphModule) -> int:
         fills = [
-            n
-            for n in module.graph.nodes
-            if n.target == aten.masked_fill.Scalar and n.args[0].meta["val"].dtype == torch.bool
+            n for n in module.graph.nodes if n.target == aten.masked_fill.Scalar and n.args[0].meta["val"].dtype == torch.bool
         ]
         for node in fills:
             source, mask, value = node.args

@@ -1,0 +1,1 @@
+"""The reference model tiny-flux: its dataset, training and scores. Not part of the package."""

@@ -134,9 +134,7 @@ def _distance(shape: str, x: NDArray[np.float32], y: NDArray[np.float32], r: flo
     if shape == "ring":
         return np.abs(np.hypot(x, y) - 0.74 * r) - 0.28 * r
     bar = 0.32 * r
-    return np.minimum(
-        np.maximum(np.abs(x) - r, np.abs(y) - bar), np.maximum(np.abs(x) - bar, np.abs(y) - r)
-    )  # cross
+    return np.minimum(np.maximum(np.abs(x) - r, np.abs(y) - bar), np.maximum(np.abs(x) - bar, np.abs(y) - r))  # cross
 
 
 def _texture(texture: str, x: NDArray[np.float32], y: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.float32]:

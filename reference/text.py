@@ -13,6 +13,10 @@ WIDTH = 64
 T5_TOKENS = 16  # max_sequence_length of the pipeline call
 CLIP_TOKENS = 20  # model_max_length of the CLIP tokenizer; the pipeline always pads to it
 SEED = 20260101
+# FLUX gives text tokens no positions of their own, so word order reaches the transformer through T5 only, and an untrained
+# T5 attends to all words alike: "a red ring left of a blue cross" would be a bag of words. So each head looks at one neighbour.
+NEIGHBOURS = (1, 2, 17, 18)  # T5's buckets of the words one and two before, one and two after
+SHARPNESS = 6.0
 
 
 def build_tokenizer(words: list[str], *, bos: str | None, max_length: int) -> PreTrainedTokenizerFast:
@@ -74,7 +78,12 @@ def build_t5(words: list[str]) -> tuple[PreTrainedTokenizerFast, T5EncoderModel]
         feed_forward_proj="gated-gelu",
     )
     torch.manual_seed(SEED + 1)
-    return tokenizer, T5EncoderModel(config).eval().requires_grad_(False)
+    encoder = T5EncoderModel(config).eval().requires_grad_(False)
+    bias = encoder.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight  # [buckets, heads], all layers'
+    bias.zero_()
+    for head, bucket in enumerate(NEIGHBOURS):
+        bias[bucket, head] = SHARPNESS
+    return tokenizer, encoder
 
 
 @torch.no_grad()
@@ -84,7 +93,5 @@ def encode(captions: list[str], clip: tuple, t5: tuple) -> tuple[torch.Tensor, t
     clip_ids = clip_tokenizer(
         captions, padding="max_length", max_length=CLIP_TOKENS, truncation=True, return_tensors="pt"
     ).input_ids
-    t5_ids = t5_tokenizer(
-        captions, padding="max_length", max_length=T5_TOKENS, truncation=True, return_tensors="pt"
-    ).input_ids
+    t5_ids = t5_tokenizer(captions, padding="max_length", max_length=T5_TOKENS, truncation=True, return_tensors="pt").input_ids
     return t5_model(t5_ids)[0], clip_model(clip_ids).pooler_output

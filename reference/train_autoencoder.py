@@ -73,7 +73,10 @@ def main(out: Path, steps: int, batch: int, lr: float, seed: int) -> None:
         schedule.step()
         if step % 100 == 99 or step == steps - 1:
             mse = ((y - x) / 2).square().mean().item()
-            print(f"{step + 1} loss {loss.item():.4f} psnr {-10 * np.log10(mse):.2f} dB {time.time() - start:.0f} s", flush=True)
+            print(
+                f"{step + 1} loss {loss.item():.4f} psnr {-10 * np.log10(mse):.2f} dB {time.time() - start:.0f} s",
+                flush=True,
+            )
     with torch.no_grad():
         z = vae.encode(pictures[:512].float() / 127.5 - 1).latent_dist.mode()
     vae.register_to_config(scaling_factor=1 / z.std().item(), shift_factor=z.mean().item())

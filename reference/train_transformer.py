@@ -91,7 +91,7 @@ class Trainer:
         self.ids = {"txt_ids": torch.zeros(T5_TOKENS, 3), "img_ids": image_ids()}
         self.forward = torch.compile(self.velocity)
 
-    def velocity(self, model: FluxTransformer2DModel, x, sigma, text, pooled, guidance):  # noqa: ANN001, ANN201
+    def velocity(self, model: FluxTransformer2DModel, x, sigma, text, pooled, guidance):
         with torch.autocast("cpu", torch.bfloat16):
             return model(
                 hidden_states=x,
@@ -166,8 +166,8 @@ def save(path: Path, state: dict) -> None:
 @click.command()
 @click.option("--out", type=click.Path(path_type=Path), required=True)
 @click.option("--pictures", default=40960)
-@click.option("--steps", default=3200, help="Updates in all, both stages.")
-@click.option("--distill-steps", default=400, help="How many of them distil guidance.")
+@click.option("--steps", default=3900, help="Updates in all, both stages.")
+@click.option("--distill-steps", default=250, help="How many of them distil guidance.")
 @click.option("--batch", default=64)
 @click.option("--seed", default=2)
 @click.option("--save-every", default=250)
@@ -196,7 +196,12 @@ def main(out: Path, pictures: int, steps: int, distill_steps: int, batch: int, s
         trainer.update(step, steps)
         losses.append(loss.item())
         if step % 50 == 49:
-            line = {"step": step + 1, "samples": (step + 1) * batch, "loss": float(np.mean(losses)), "seconds": time.time() - start}
+            line = {
+                "step": step + 1,
+                "samples": (step + 1) * batch,
+                "loss": float(np.mean(losses)),
+                "seconds": time.time() - start,
+            }
             losses.clear()
             print(line, flush=True)
             with log.open("a") as file:

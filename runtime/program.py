@@ -67,9 +67,7 @@ class Predict:
 
 
 Instruction = Compute | Forecast | Predict
-_INSTRUCTIONS: dict[str, type[Compute] | type[Forecast] | type[Predict]] = {
-    c.op: c for c in (Compute, Forecast, Predict)
-}
+_INSTRUCTIONS: dict[str, type[Compute] | type[Forecast] | type[Predict]] = {c.op: c for c in (Compute, Forecast, Predict)}
 
 
 @dataclass(frozen=True)
@@ -128,7 +126,12 @@ class Program:
 
     def _check_arrays(self) -> None:
         steps = self.key.steps
-        shapes = {"sigmas": (steps + 1,), "timesteps": (steps,), "coefficients": (steps, self.capacity), "bias": (steps,)}
+        shapes = {
+            "sigmas": (steps + 1,),
+            "timesteps": (steps,),
+            "coefficients": (steps, self.capacity),
+            "bias": (steps,),
+        }
         for name, shape in shapes.items():
             value = getattr(self, name)
             if value.shape != shape or value.dtype != np.float32:
@@ -188,5 +191,5 @@ class Program:
 
 
 def _read_instruction(data: Mapping[str, Any]) -> Instruction:
-    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items() if k != "op"}
+    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items() if k != "op"}
     return _INSTRUCTIONS[data["op"]](**fields)

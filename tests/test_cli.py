@@ -138,8 +138,8 @@ def test_predictor_for_other_settings_is_refused(tmp_path, changed):
 
 
 def test_predictor_of_another_model_is_refused(tmp_path):
-    from cachec.compiler.predictors import PRETRAINED, load_predictor, save_predictor
     from cachec.compiler.methods.base import Parameters
+    from cachec.compiler.predictors import PRETRAINED, load_predictor, save_predictor
 
     shipped = load_predictor(next(PRETRAINED.glob("lesa-tiny-flux-*.safetensors")))
     other = Parameters(shipped.tensors, {**shipped.facts, "weights_sha256": "0" * 64}, "other")

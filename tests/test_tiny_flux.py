@@ -70,7 +70,9 @@ def eager_bundle(tmp_path_factory, model):
 
 @pytest.fixture(scope="session")
 def conditions(model, lesa_bundle):
-    return model.encode([PROMPT, "a small blue ring at the top on a grey background"], settings_of(Bundle.open(lesa_bundle).manifest))
+    return model.encode(
+        [PROMPT, "a small blue ring at the top on a grey background"], settings_of(Bundle.open(lesa_bundle).manifest)
+    )
 
 
 def test_the_reference_model_loads_as_any_flux_pipeline_does():

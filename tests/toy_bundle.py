@@ -63,7 +63,14 @@ def write_toy_bundle(split, out):
                 model={"name": "toy", "source": "tests", "weights_sha256": "0" * 64},
                 io={"latents": "latents", "timestep": "timestep", "conditions": ["prompt"]},
                 method={"name": method.name, "options": method.options(), "fold": "static", "predictor": None},
-                settings={"height": 6, "width": 8, "text_tokens": 0, "steps": STEPS, "guidance": 1.0, "cut": LAST_BLOCK},
+                settings={
+                    "height": 6,
+                    "width": 8,
+                    "text_tokens": 0,
+                    "steps": STEPS,
+                    "guidance": 1.0,
+                    "cut": LAST_BLOCK,
+                },
                 noise=GENERATOR,
                 targets=(Target("eager", EagerEngine.version(), "any", "float32", "6x8", engines),),
                 programs=programs,
@@ -76,5 +83,3 @@ def write_toy_bundle(split, out):
 def eager_velocity(inputs):
     with torch.no_grad():
         return ToyDiT().eval()(**inputs)
-
-

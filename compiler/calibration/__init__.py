@@ -1,0 +1,1 @@
+"""Running the uncached model, and measuring how close a cached run comes."""

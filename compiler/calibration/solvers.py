@@ -22,7 +22,7 @@ def euler(context: ExecutionContext, io: ModelIO, sigmas: Array, timesteps: Arra
     def denoise(conditions: Mapping[str, Array], noise: Array) -> Array:
         x, velocity = noise.copy(), np.empty_like(noise)
         for step, timestep in enumerate(timesteps):
-            _evaluate(context, io, conditions, x, timestep, velocity)
+            _evaluate(context, io, conditions, x, float(timestep), velocity)
             x += (sigmas[step + 1] - sigmas[step]) * velocity
         return x
 
@@ -33,14 +33,12 @@ def unipc(context: ExecutionContext, io: ModelIO, flow_shift: float, num_steps: 
     """UniPC (arXiv 2302.04867) as diffusers has it, for flows, at its default order 2."""
 
     def denoise(conditions: Mapping[str, Array], noise: Array) -> Array:
-        scheduler = UniPCMultistepScheduler(
-            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=flow_shift
-        )
+        scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=flow_shift)
         scheduler.set_timesteps(num_steps)
         x, velocity = noise.copy(), np.empty_like(noise)
         for index, timestep in enumerate(scheduler.timesteps):
             # The scheduler rounds its timesteps to whole numbers; the model is told the exact noise level.
-            _evaluate(context, io, conditions, x, np.float32(scheduler.sigmas[index]), velocity)
+            _evaluate(context, io, conditions, x, float(scheduler.sigmas[index]), velocity)
             x = scheduler.step(torch.from_numpy(velocity), timestep, torch.from_numpy(x), return_dict=False)[0].numpy()
         return x
 
@@ -48,7 +46,7 @@ def unipc(context: ExecutionContext, io: ModelIO, flow_shift: float, num_steps: 
 
 
 def _evaluate(
-    context: ExecutionContext, io: ModelIO, conditions: Mapping[str, Array], x: Array, timestep: Array, velocity: Array
+    context: ExecutionContext, io: ModelIO, conditions: Mapping[str, Array], x: Array, timestep: float, velocity: Array
 ) -> None:
     inputs = {io.latents: x, io.timestep: np.full(len(x), timestep, np.float32), **conditions}
     context.run(inputs, {VELOCITY: velocity})

@@ -22,6 +22,7 @@ class KanLinear(nn.Module):
     def __init__(self, num_in: int, num_out: int, *, grid_size: int = 5, grid_range: tuple[float, float] = (-3, 3)) -> None:
         super().__init__()
         low, high = grid_range
+        self.centres: torch.Tensor
         self.spacing = (high - low) / grid_size
         num_bases = grid_size + ORDER
         self.register_buffer("centres", low + self.spacing * (torch.arange(num_bases) - 1.0), persistent=False)

@@ -11,7 +11,7 @@ number a step, and the whole predictor folds into coefficients.
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import nn
@@ -36,12 +36,11 @@ class LesaPredictor(Predictor):
     def numbers(self, sigmas: torch.Tensor, step: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """What the schedule decides: ``alpha`` [], window weights [8] (zero beyond the expert's own), bias []."""
         t = torch.index_select(sigmas, 0, step.reshape(1))
-        expert = sum((t <= bound).long() for bound in STAGE_BOUNDS)
+        expert = (t <= STAGE_BOUNDS[0]).long() + (t <= STAGE_BOUNDS[1]).long()
         alphas = torch.cat([kan(t - sigmas) for kan in self.kans])
-        weights = torch.stack(
-            [nn.functional.pad(mix.weight[0], (0, max(WINDOWS) - len(mix.weight[0]))) for mix in self.mixes]
-        )
-        biases = torch.cat([mix.bias for mix in self.mixes])
+        mixes = cast("list[nn.Linear]", list(self.mixes))
+        weights = torch.cat([nn.functional.pad(mix.weight, (0, max(WINDOWS) - mix.in_features)) for mix in mixes])
+        biases = torch.cat([mix.bias for mix in mixes])
         return (
             torch.index_select(alphas, 0, expert)[0],
             torch.index_select(weights, 0, expert)[0],

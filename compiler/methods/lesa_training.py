@@ -78,7 +78,7 @@ class LesaTrainer:
         state = self.state
         generator = torch.Generator().manual_seed(self._seed * 1_000_003 + state.phase * 10_007 + state.round)
         order = torch.randperm(len(self._train.noise), generator=generator)
-        batches = order.split(BATCH) if state.phase == 0 else order[:BATCH].split(BATCH)
+        batches = torch.split(order if state.phase == 0 else order[:BATCH], BATCH)
         for index in batches:
             batch = self._train.select(index)
             if state.phase == 0:
@@ -179,8 +179,8 @@ class LesaTrainer:
         return {name: tensor.detach().clone() for name, tensor in self.predictor.state_dict().items()}
 
     def _summary(self) -> str:
-        last = self.state.curve[-1]
-        return f"phase {self.state.phase + 1}, held-out latents off by {last['held_out_latent_rel_l2']:.4f} (best {self.state.best:.4f})"
+        error = self.state.curve[-1]["held_out_latent_rel_l2"]
+        return f"phase {self.state.phase + 1}, held-out latents off by {error:.4f} (best {self.state.best:.4f})"
 
     def _save(self) -> None:
         content: dict[str, Any] = {

@@ -58,17 +58,17 @@ class FluxModel(LoadedModel):
         return hashlib.sha256("".join(hash_file(file) for file in files).encode()).hexdigest()
 
     def example_inputs(self, settings: Settings, *, batch: int = 2) -> dict[str, torch.Tensor]:
-        config = self.transformer.config
+        config: Any = self.transformer.config
         generator = torch.Generator().manual_seed(0)
 
         def random(*shape: int) -> torch.Tensor:
             return torch.randn(batch, *shape, generator=generator)
 
         return {
-            "hidden_states": random(self._tokens(settings), config.in_channels),  # type: ignore[union-attr]
+            "hidden_states": random(self._tokens(settings), config.in_channels),
             "timestep": torch.rand(batch, generator=generator),
-            "encoder_hidden_states": random(settings.text_tokens, config.joint_attention_dim),  # type: ignore[union-attr]
-            "pooled_projections": random(config.pooled_projection_dim),  # type: ignore[union-attr]
+            "encoder_hidden_states": random(settings.text_tokens, config.joint_attention_dim),
+            "pooled_projections": random(config.pooled_projection_dim),
             "guidance": torch.full((batch,), settings.guidance),
         }
 
@@ -135,7 +135,8 @@ class FluxModel(LoadedModel):
         for axis, size in (("height", settings.height), ("width", settings.width)):
             if size < side or size % side:
                 raise InputError(f"{axis} is {size}; {self.spec.name} takes multiples of {side} pixels")
-        return (settings.height // side) * (settings.width // side)
+        tokens: int = (settings.height // side) * (settings.width // side)
+        return tokens
 
 
 def _check_scheduler(scheduler: Any) -> None:

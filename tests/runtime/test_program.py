@@ -80,7 +80,9 @@ def test_sigmas_other_than_those_of_the_key_are_refused():
 
 def test_a_late_start_covers_only_the_later_steps():
     key = replace(make_program().key, start_step=1)
-    late = make_program(key=key, instructions=(Compute(1, 0), Compute(2, 1), Forecast((3,), 2)), coefficients=COEFFICIENTS[[0, 0, 0, 2]])
+    late = make_program(
+        key=key, instructions=(Compute(1, 0), Compute(2, 1), Forecast((3,), 2)), coefficients=COEFFICIENTS[[0, 0, 0, 2]]
+    )
     assert late.compute_steps == (1, 2)
     with pytest.raises(BundleError, match="covers steps"):
         make_program(key=key)
@@ -91,7 +93,12 @@ def test_a_late_start_covers_only_the_later_steps():
     [
         make_program(),
         make_program(
-            instructions=(Compute(0, 0), Predict(1, (0, 0), (0, 0), 1), Predict(2, (1, 0), (1, 0), None), Compute(3, None)),
+            instructions=(
+                Compute(0, 0),
+                Predict(1, (0, 0), (0, 0), 1),
+                Predict(2, (1, 0), (1, 0), None),
+                Compute(3, None),
+            ),
             coefficients=np.zeros((STEPS, 2), np.float32),
         ),
         make_program(instructions=(*INSTRUCTIONS[:2], Forecast((2, 3), 2))),
@@ -140,7 +147,10 @@ def test_a_file_that_is_no_program_is_refused(damage):
 
 @pytest.mark.parametrize("start", [0, 2])
 def test_uncached_computes_every_step(start):
-    program = make_program(key=replace(make_program().key, start_step=start), instructions=tuple(Compute(s, 0) for s in range(start, STEPS)))
+    program = make_program(
+        key=replace(make_program().key, start_step=start),
+        instructions=tuple(Compute(s, 0) for s in range(start, STEPS)),
+    )
     plain = uncached(program)
     assert plain.compute_steps == tuple(range(start, STEPS))
     assert all(instruction.slot is None for instruction in plain.instructions)

@@ -1,0 +1,39 @@
+import os
+from pathlib import Path
+
+import pytest
+from toy_bundle import add_predictor
+
+from cachec.compiler.methods.taylor import Taylor
+from cachec.passes import COMPUTE, FORECAST, graph_text
+
+GOLDEN = Path(__file__).parent / "golden"
+UPDATE = "CACHEC_UPDATE_GOLDEN"
+
+
+def split_text(split, name):
+    return graph_text(split.modules[name])
+
+
+def folded_text(split):
+    return graph_text(add_predictor(split, Taylor(1).predictor(None), 2).modules[FORECAST])
+
+
+TEXTS = {
+    "compute": lambda split: split_text(split, COMPUTE),
+    "forecast": lambda split: split_text(split, FORECAST),
+    "forecast-taylor-1": folded_text,
+}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_graphs_of_the_toy_are_as_they_were(toy_split, name):
+    path = GOLDEN / f"{name}.txt"
+    text = TEXTS[name](toy_split)
+    if os.environ.get(UPDATE) == "1":
+        path.write_text(text)
+    assert text == path.read_text(), f"if the change is wanted: {UPDATE}=1 pytest {Path(__file__).name}, and read the diff"
+
+
+def test_every_golden_file_is_compared():
+    assert {path.stem for path in GOLDEN.glob("*.txt")} == set(TEXTS)

@@ -1,0 +1,180 @@
+import pytest
+import torch
+from toy import TOKENS, WIDTH, example_inputs
+from toy_bundle import SCHEDULE, SIGMAS, STEPS, add_predictor, captured, histories
+
+from cachec.compiler.methods.base import Predictor
+from cachec.compiler.methods.lesa import LesaPredictor
+from cachec.compiler.methods.reuse import Reuse
+from cachec.compiler.methods.taylor import Taylor
+from cachec.passes import FORECAST, FoldStatic, InlinePredictor, run_passes
+from cachec.passes.base import placeholders
+from cachec.runtime.errors import PassError, PredictorError
+
+
+def random_lesa():
+    torch.manual_seed(3)
+    return LesaPredictor(STEPS)
+
+
+PREDICTORS = {
+    "reuse": (Reuse().predictor(None), 1, False),
+    "taylor-1": (Taylor(1).predictor(None), 2, False),
+    "taylor-2": (Taylor(2).predictor(None), 3, False),
+    "lesa": (random_lesa(), 8, True),
+}
+every_predictor = pytest.mark.parametrize(("predictor", "window", "feeds_back"), PREDICTORS.values(), ids=PREDICTORS.keys())
+
+
+def tail_inputs(module, batch):
+    return {name: value for name, value in example_inputs(batch).items() if name in placeholders(module)}
+
+
+def unfolded_inputs(module, past, step, history):
+    schedule = {"sigmas": torch.from_numpy(SIGMAS), "step": torch.tensor(step), "history_steps": torch.tensor(history)}
+    values = {
+        **schedule,
+        **{f"feature_{i}": value for i, value in enumerate(past)},
+        **tail_inputs(module, len(past[0])),
+    }
+    return {name: values[name] for name in placeholders(module)}
+
+
+def random_past(window, batch, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(batch, TOKENS, WIDTH, generator=generator) for _ in range(window)]
+
+
+@every_predictor
+@torch.no_grad()
+def test_folded_equals_unfolded(toy_split, predictor, window, feeds_back):
+    folded = add_predictor(toy_split, predictor, window, feeds_back=feeds_back)
+    unfolded = add_predictor(toy_split, predictor, window, feeds_back=feeds_back, fold=False).modules[FORECAST]
+    linear = folded.modules[FORECAST]
+    for step, history in histories(window, feeds_back=feeds_back).items():
+        past = random_past(window, 2, seed=step)
+        wanted = unfolded(**unfolded_inputs(unfolded, past, step, history))["velocity"]
+        row, bias = folded.rows.coefficients[step].float(), folded.rows.bias[step].float()
+        got = linear(features=torch.stack(past), coefficients=row, bias=bias, **tail_inputs(linear, 2))["velocity"]
+        torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
+
+
+@every_predictor
+@torch.no_grad()
+def test_rows_say_what_the_predictor_does(toy_split, predictor, window, feeds_back):
+    rows = add_predictor(toy_split, predictor, window, feeds_back=feeds_back).rows
+    for step, history in histories(window, feeds_back=feeds_back).items():
+        past = random_past(window, 2, seed=step)
+        wanted = predictor(past, torch.tensor(history), torch.from_numpy(SIGMAS), torch.tensor(step))
+        got = torch.einsum("w,w...->...", rows.coefficients[step].float(), torch.stack(past)) + rows.bias[step].float()
+        torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
+
+
+@every_predictor
+def test_rows_of_computed_steps_are_zero(toy_split, predictor, window, feeds_back):
+    rows = add_predictor(toy_split, predictor, window, feeds_back=feeds_back).rows
+    computed, forecast = list(SCHEDULE.compute), list(SCHEDULE.forecast)
+    assert not rows.coefficients[computed].any()
+    assert not rows.bias[computed].any()
+    assert rows.coefficients[forecast].any(dim=1).all()
+
+
+@pytest.mark.parametrize(("order", "row"), [(0, [1.0]), (1, [3.0, -2.0])])
+def test_rows_of_taylor_are_the_published_ones(toy_split, order, row):
+    rows = add_predictor(toy_split, Taylor(order).predictor(None), order + 1).rows
+    assert rows.coefficients[4].tolist() == row  # two steps after the step 2, with a distance of one before it
+    assert SCHEDULE.compute[:3] == (0, 1, 2)
+
+
+@every_predictor
+@torch.no_grad()
+def test_the_folded_engine_takes_any_batch_and_any_number_of_slots(toy_split, predictor, window, feeds_back):
+    linear = add_predictor(toy_split, predictor, window, feeds_back=feeds_back).modules[FORECAST]
+    for batch, slots in ((1, 1), (5, 4)):
+        features = torch.stack(random_past(slots, batch, seed=0))
+        inputs = {"features": features, "coefficients": torch.full((slots,), 1 / slots), "bias": torch.tensor(0.1)}
+        assert linear(**inputs, **tail_inputs(linear, batch))["velocity"].shape == (batch, TOKENS, WIDTH)
+
+
+def test_the_folded_graph_has_nothing_of_the_kan_left(toy_split):
+    predictor = random_lesa()
+    unfolded = add_predictor(toy_split, predictor, 8, feeds_back=True, fold=False).modules[FORECAST]
+    folded = add_predictor(toy_split, predictor, 8, feeds_back=True).modules[FORECAST]
+    assert any("kans" in name for name in unfolded.state_dict())
+    assert {id(p) for p in folded.parameters()} == {id(p) for p in toy_split.modules[FORECAST].parameters()}
+    assert not any("kan" in name or "predictor" in name for name in folded.state_dict())
+    assert not placeholders(folded).keys() & {"sigmas", "step", "history_steps", "feature_0"}
+
+
+def test_inlining_keeps_what_the_predictor_reads_as_inputs(toy_split):
+    names = placeholders(add_predictor(toy_split, Taylor(1).predictor(None), 2, fold=False).modules[FORECAST])
+    assert set(names) == {"feature_0", "feature_1", "history_steps", "step", "timestep", "prompt"}
+
+
+@every_predictor
+def test_adding_a_predictor_leaves_the_split_alone(toy_split, predictor, window, feeds_back):
+    before = list(placeholders(toy_split.modules[FORECAST]))
+    graphs = add_predictor(toy_split, predictor, window, feeds_back=feeds_back)
+    assert list(placeholders(toy_split.modules[FORECAST])) == before
+    assert graphs.modules["compute"](**example_inputs())["velocity"].shape == (2, TOKENS, WIDTH)
+
+
+class Formula(Predictor):
+    def __init__(self, formula):
+        super().__init__()
+        self.formula = formula
+        self.register_buffer("channels", torch.linspace(0.5, 1.5, WIDTH))
+
+    def forward(self, features, history_steps, sigmas, step):
+        return self.formula(self, *features)
+
+
+UNFOLDABLE = {
+    "square": lambda p, f0, f1: f0 * f0,
+    "product": lambda p, f0, f1: f0 * f1,
+    "relu": lambda p, f0, f1: torch.relu(f0),
+    "norm": lambda p, f0, f1: torch.nn.functional.layer_norm(f0, (f0.shape[-1],)) + f1,
+    "mean over tokens": lambda p, f0, f1: f0 + f1.mean(dim=1, keepdim=True),
+    "channels reversed": lambda p, f0, f1: f0.flip(-1) + f1,
+    "growing by channel": lambda p, f0, f1: f0 * torch.cumsum(torch.ones_like(f0), -1) + f1,
+    "weight per channel": lambda p, f0, f1: f0 * p.channels + f1,
+    "bias per channel": lambda p, f0, f1: f0 + f1 + p.channels,
+}
+
+
+@pytest.mark.parametrize("formula", UNFOLDABLE.values(), ids=UNFOLDABLE.keys())
+def test_a_predictor_that_is_not_one_number_per_feature_is_refused(toy_split, formula):
+    with pytest.raises(PredictorError, match="--fold none"):
+        add_predictor(toy_split, Formula(formula), 2)
+
+
+@pytest.mark.parametrize("formula", UNFOLDABLE.values(), ids=UNFOLDABLE.keys())
+@torch.no_grad()
+def test_any_predictor_can_stay_in_the_engine(toy_split, formula):
+    predictor = Formula(formula)
+    graphs = add_predictor(toy_split, predictor, 2, fold=False)
+    assert graphs.rows is None
+    past = random_past(2, 2, seed=0)
+    module = graphs.modules[FORECAST]
+    result = module(**unfolded_inputs(module, past, 4, (2, 1)))
+    assert torch.equal(result["feature"], formula(predictor, *past))
+    tail = toy_split.modules[FORECAST]
+    assert torch.equal(result["velocity"], tail(feature=result["feature"], **tail_inputs(tail, 2))["velocity"])
+
+
+def test_an_affine_predictor_with_a_bias_folds(toy_split):
+    rows = add_predictor(toy_split, Formula(lambda p, f0, f1: 1.5 * f0 - 0.5 * f1 + 0.25), 2).rows
+    step = SCHEDULE.forecast[0]
+    assert rows.coefficients[step].tolist() == pytest.approx([1.5, -0.5], abs=1e-12)
+    assert rows.bias[step].item() == pytest.approx(0.25, abs=1e-12)
+
+
+def test_folding_needs_an_inlined_predictor(toy_split):
+    with pytest.raises(PassError, match="run inline_predictor first"):
+        run_passes(toy_split, [FoldStatic(torch.from_numpy(SIGMAS), histories(1))])
+
+
+def test_a_predictor_is_inlined_once(toy_split):
+    inline = InlinePredictor(captured(Reuse().predictor(None), 1))
+    with pytest.raises(PassError, match="no input 'feature'; run split_model first"):
+        run_passes(toy_split, [inline, inline])
