@@ -33,13 +33,17 @@ check: $(READY) types  ## Format, lint and types
 types:  # type checkers cannot follow the editable install: give them a folder of the right name
 	@mkdir -p .types && ln -sfn .. .types/cachec
 
-wheel: $(READY)  ## Build the wheel, install it in a clean venv, run the smoke tests against it
+wheel: $(READY)  ## Build the wheel, install it in clean venvs, run the smoke tests against it
 	rm -rf dist build/wheel && mkdir -p build/wheel
 	$(BIN)/python -m build --wheel --outdir dist
 	$(PYTHON) -m venv build/wheel/venv
 	build/wheel/venv/bin/python -m pip install --quiet "$$(ls dist/*.whl)[cpu,compile]" pytest
 	cp -r tests build/wheel/tests && cp pyproject.toml build/wheel/
 	cd build/wheel && venv/bin/python -m pytest -m smoke
+	$(PYTHON) -m venv build/wheel/bare
+	build/wheel/bare/bin/python -m pip install --quiet dist/*.whl
+	build/wheel/bare/bin/cachec list methods > build/wheel/bare.log 2>&1; test $$? -eq 4
+	grep -q "pip install 'cachec\[compile\]'" build/wheel/bare.log
 
 eval: $(READY)  ## The honest table: demo/eval.json
 	$(BIN)/cachec eval demo/tiny-flux-lesa.cachec --json demo/eval.json --force

@@ -130,7 +130,12 @@ def export_program(
     sizes = {BATCH: MAX_BATCH, SLOTS: MAX_SLOTS}
     dims = {name: Dim(name, min=1, max=sizes[name]) for axes in dynamic.values() for name in axes.values()}
     shapes = {name: {axis: dims[d] for axis, d in dynamic.get(name, {}).items()} for name in inputs}
-    return _export(module, (), dict(inputs), shapes)
+    program = _export(module, (), dict(inputs), shapes)
+    program.example_inputs = None  # type: ignore[assignment]  # they would be stored as a pickle
+    for node in program.graph.nodes:
+        for note in ("stack_trace", "from_node"):  # they hold source paths of the machine that compiles
+            node.meta.pop(note, None)
+    return program
 
 
 def _export(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any) -> ExportedProgram:
