@@ -78,7 +78,8 @@ class GraphPass(Pass):
             return PassResult(graphs, changed=False)
         for module in copies.values():
             finish(module)
-        return PassResult(graphs.with_modules(**copies), changed=True)
+        # copied again, so that attributes which the edit left unread are gone
+        return PassResult(graphs.with_modules(**{n: copy_module(m) for n, m in copies.items()}), changed=True)
 
 
 Observer = Callable[[int, Pass, PassResult], None]

@@ -108,7 +108,19 @@ class Manifest:
         if data.get("digest") != _digest(body):
             raise BundleError(f"{MANIFEST} was altered or damaged: compile the bundle again, or fetch a fresh copy")
         fields = {k: v for k, v in body.items() if k not in ("format", "format_version")}
-        return cls(**{**fields, "targets": tuple(Target.from_json(t) for t in fields["targets"])})
+        manifest = cls(**{**fields, "targets": tuple(Target.from_json(t) for t in fields["targets"])})
+        manifest._check_form()
+        return manifest
+
+    def _check_form(self) -> None:
+        if not self.targets:
+            raise BundleError("the manifest names no target: nothing in the bundle can be run. Compile it again")
+        for what, entries, keys in (("file", self.files, {"bytes", "sha256"}), ("program", self.programs, {"json", "arrays"})):
+            if not isinstance(entries, dict) or not entries:
+                raise BundleError(f"the manifest lists no {what}s: compile the bundle again")
+            for name, entry in entries.items():
+                if not isinstance(entry, dict) or not keys <= entry.keys():
+                    raise BundleError(f"the manifest's entry of {what} {name!r} lacks {' or '.join(sorted(keys))}")
 
 
 def _digest(body: Mapping[str, Any]) -> str:
@@ -151,7 +163,7 @@ class Bundle:
         if level not in self.manifest.programs:
             raise unknown_name("level", level, self.manifest.programs)
         files = self.manifest.programs[level]
-        data = json.loads(self.path(files["json"]).read_text())
+        data = json.loads(self.path(files["json"]).read_text(encoding="utf-8"))
         return Program.from_json(data, load_file(self.path(files["arrays"])))
 
     @property
@@ -164,7 +176,7 @@ def _read_manifest(root: Path) -> Manifest:
     if not path.is_file():
         raise BundleError(f"{root} is not a bundle: it has no {MANIFEST} (an interrupted build leaves none)")
     try:
-        data = json.loads(path.read_text())
+        data = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(data, dict):
             raise BundleError(f"{path} is not a JSON object")
         return Manifest.from_json(data)

@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 
@@ -64,6 +64,13 @@ class Predict:
     @property
     def steps(self) -> tuple[int, ...]:
         return (self.step,)
+
+    def check(self) -> None:
+        """Raise ``BundleError`` unless every source has its step, in the past."""
+        if not self.sources or len(self.sources) != len(self.source_steps):
+            raise BundleError(f"program: step {self.step} has sources {self.sources} of steps {self.source_steps}")
+        if max(self.source_steps) >= self.step:
+            raise BundleError(f"program: step {self.step} reads steps {self.source_steps}, which are not before it")
 
 
 Instruction = Compute | Forecast | Predict
@@ -142,10 +149,21 @@ class Program:
             raise BundleError("program: the sigmas are not the ones that its key names")
 
     def _check_steps(self) -> None:
+        if not 0 <= self.key.start_step < self.key.steps:
+            raise BundleError(f"program starts at step {self.key.start_step} of {self.key.steps}")
         covered = [step for instruction in self.instructions for step in instruction.steps]
         expected = list(range(self.key.start_step, self.key.steps))
         if covered != expected:
             raise BundleError(f"program covers steps {covered}, expected each of {expected} once and in order")
+
+        computed = list(self.compute_steps)
+        if self.coefficients[computed].any() or self.bias[computed].any():
+            raise BundleError("program: computed steps have forecast coefficients")
+        for instruction in self.instructions:
+            if instruction.branch not in get_args(Branch):
+                raise BundleError(f"program: branch {instruction.branch!r} is not one of {get_args(Branch)}")
+            if isinstance(instruction, Predict):
+                instruction.check()
 
     def _check_slots(self) -> None:
         written: set[int] = set()
@@ -181,7 +199,7 @@ class Program:
             instructions = tuple(_read_instruction(i) for i in data["instructions"])
             key = ProgramKey(**data["key"])
             return cls(key=key, instructions=instructions, capacity=data["capacity"], **arrays)
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise BundleError(f"program file does not read as a program: {error!r}") from error
 
     def digest(self) -> str:

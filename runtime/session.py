@@ -114,7 +114,7 @@ class Session:
         self._scratch = np.zeros(feature.resolve(self._sizes), feature.dtype)  # a feature that nothing reads
         timestep = compute.input(io.timestep)
         self._timesteps = np.repeat(program.timesteps[:, None].astype(timestep.dtype), batch, axis=1)
-        self._conditions: dict[str, Array] = {}
+        self._conditions = {s.name: np.zeros(s.resolve(self._sizes), s.dtype) for s in self._condition_specs}
         self._position = len(program.instructions)
 
     @property
@@ -143,7 +143,8 @@ class Session:
         for spec in self._condition_specs:
             spec.check(conditions[spec.name], self._sizes)
         self._latent_spec.check(noise, self._sizes)
-        self._conditions = {name: np.ascontiguousarray(value) for name, value in conditions.items()}
+        for name, value in conditions.items():
+            np.copyto(self._conditions[name], value)
         np.copyto(self._latents, noise)
         self._position = 0
 

@@ -9,7 +9,7 @@ from cachec.compiler.export import plan_engines
 from cachec.compiler.lower import lower_table
 from cachec.compiler.methods.base import compose
 from cachec.compiler.methods.taylor import Taylor
-from cachec.compiler.schedule import interval_schedule
+from cachec.compiler.schedule import Schedule
 from cachec.compiler.write import BundleWriter
 from cachec.engines.eager import EagerEngine
 from cachec.passes import forecast_passes, run_passes, split_passes
@@ -19,7 +19,7 @@ from cachec.runtime.program import ProgramKey, hash_sigmas
 
 STEPS = 10
 SIGMAS = np.linspace(1, 0, STEPS + 1, dtype=np.float32)
-SCHEDULE = interval_schedule(STEPS, 3)
+SCHEDULE = Schedule(STEPS, (0, 2, 3, 6))  # forecasts step 1 while only one slot is written
 LAST_BLOCK = "blocks.2"
 
 

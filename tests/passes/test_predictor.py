@@ -82,8 +82,8 @@ def test_rows_of_computed_steps_are_zero(toy_split, predictor, window, feeds_bac
 @pytest.mark.parametrize(("order", "row"), [(0, [1.0]), (1, [3.0, -2.0])])
 def test_rows_of_taylor_are_the_published_ones(toy_split, order, row):
     rows = add_predictor(toy_split, Taylor(order).predictor(None), order + 1).rows
-    assert rows.coefficients[4].tolist() == row  # two steps after the step 2, with a distance of one before it
-    assert SCHEDULE.compute[:3] == (0, 1, 2)
+    assert rows.coefficients[5].tolist() == row  # two steps after step 3, which is one after step 2
+    assert SCHEDULE.compute == (0, 2, 3, 6)
 
 
 @every_predictor

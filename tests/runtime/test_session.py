@@ -5,7 +5,7 @@ from toy_bundle import SCHEDULE, STEPS
 import cachec
 from cachec.runtime.errors import InputError
 from cachec.runtime.noise import make_noise
-from cachec.runtime.program import uncached
+from cachec.runtime.program import Forecast, uncached
 from cachec.runtime.session import Session
 
 SHAPE = (6, 8)
@@ -40,6 +40,11 @@ def test_the_program_computes_some_steps_and_forecasts_the_others(loaded):
     program = loaded.programs["default"]
     assert program.compute_steps == SCHEDULE.compute
     assert 0 < len(program.compute_steps) < STEPS
+
+
+def test_the_program_forecasts_before_all_slots_are_written(loaded):
+    program = loaded.programs["default"]
+    assert min(i.num_slots for i in program.instructions if isinstance(i, Forecast)) < program.capacity
 
 
 def test_interleaved_sessions_equal_sessions_alone_bit_for_bit(loaded):
