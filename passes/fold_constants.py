@@ -16,7 +16,7 @@ class FoldConstants(GraphPass):
     """Replace the values that depend on no input and on no parameter by buffers.
 
     Those are rotary and position tables of the captured resolution, and masks. Values that depend on parameters stay, so
-    that weights keep their identity.
+    that weights keep their identity. Equal tables become one buffer.
     """
 
     name: ClassVar[str] = "fold_constants"
@@ -25,15 +25,22 @@ class FoldConstants(GraphPass):
         constant = _constant_nodes(module)
         frontier = [n for n in constant if n.op == "call_function" and any(user not in constant for user in n.users)]
         values = _evaluate(module, constant)
-        taken = sum(name.startswith(_PREFIX) for name, _ in module.named_buffers())
-        for index, node in enumerate(frontier, start=taken):
-            name = f"{_PREFIX}{index}"
-            module.register_buffer(name, values[node], persistent=True)
+        buffers = {name: value for name, value in module.named_buffers() if name.startswith(_PREFIX)}
+        for node in frontier:
+            name = next((n for n, value in buffers.items() if _same(value, values[node])), None)
+            if name is None:
+                name = f"{_PREFIX}{len(buffers)}"
+                buffers[name] = values[node]
+                module.register_buffer(name, values[node], persistent=True)
             with module.graph.inserting_before(node):
                 buffer = module.graph.get_attr(name)
                 buffer.meta = dict(node.meta)
             node.replace_all_uses_with(buffer)
         return len(frontier)
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
 
 
 def _constant_nodes(module: fx.GraphModule) -> list[fx.Node]:

@@ -34,6 +34,7 @@ from cachec.runtime.errors import PassError, PredictorError
 
 SCHEDULE_INPUTS = (SIGMAS, STEP, HISTORY_STEPS)
 PROBE_SCALES = (1.0, 1e4)  # of the random features: a predictor may be linear near zero only
+PROBE_TOKENS = 16
 TOLERANCE = 1e-6
 
 
@@ -135,13 +136,17 @@ def probe(module: fx.GraphModule, analysis: Analysis, known: Mapping[fx.Node, An
         PredictorError: the dynamic part is not an affine combination with the same numbers for every element.
     """
     double = {node: _double(value) for node, value in known.items()}
-    shape = (1, *(int(size) for size in analysis.history[0].meta["val"].shape[1:]))
+    _, tokens, *channels = analysis.history[0].meta["val"].shape
+    shape = (1, min(int(tokens), PROBE_TOKENS), *map(int, channels))
     size = len(analysis.history)
 
     def predict(features: list[torch.Tensor]) -> torch.Tensor:
         values = {**double, **dict(zip(analysis.history, features, strict=True))}
-        for node in analysis.dynamic:
-            values[node] = _double(_call(node, values))
+        try:
+            for node in analysis.dynamic:
+                values[node] = _double(_call(node, values))
+        except RuntimeError as error:  # a weight for each token, say
+            raise PredictorError(f"the predictor cannot be folded ({error}): compile with --fold none") from error
         result: torch.Tensor = values[analysis.result]
         return result
 

@@ -41,9 +41,9 @@ def initialise(vae: AutoencoderKL) -> None:
 
 @click.command()
 @click.option("--out", type=click.Path(path_type=Path), required=True)
-@click.option("--steps", default=3000)
+@click.option("--steps", default=4000)
 @click.option("--batch", default=16)
-@click.option("--lr", default=2e-3)
+@click.option("--lr", default=3e-3)
 @click.option("--seed", default=1)
 def main(out: Path, steps: int, batch: int, lr: float, seed: int) -> None:
     """L1 on pixels and on their differences, plus a light KL term; one-cycle Adam."""

@@ -94,7 +94,8 @@ class ProgramKey:
 def uncached(program: "Program") -> "Program":
     """The same sampling with every step computed: what a cached run is compared with."""
     instructions = tuple(Compute(step, None) for step in range(program.key.start_step, program.num_steps))
-    return replace(program, instructions=instructions)
+    nothing = {name: np.zeros_like(getattr(program, name)) for name in ("coefficients", "bias")}
+    return replace(program, instructions=instructions, **nothing)
 
 
 def hash_sigmas(sigmas: Array) -> str:
