@@ -181,15 +181,14 @@ def run_command(bundle: Path, prompts: tuple[str, ...], out: Path, source: str |
 def eval_command(bundle: Path, json_file: Path | None, force: bool, **rest: Any) -> None:
     """Measure BUNDLE beside the uncached run, other methods on its schedule, and plain solvers."""
     from cachec.compiler.calibration.report import evaluate_bundle, format_table
-    from cachec.compiler.write import check_file
-    from cachec.runtime.bundle import replace_file
+    from cachec.compiler.write import check_file, write_file
 
     if json_file is not None:
         check_file(json_file, force=force)
     evaluation = evaluate_bundle(bundle, **rest)
     click.echo(format_table(evaluation))
     if json_file is not None:
-        replace_file(json_file, json.dumps(evaluation.to_json(), indent=1).encode())
+        write_file(json_file, json.dumps(evaluation.to_json(), indent=1).encode())
 
 
 @main.command("inspect")

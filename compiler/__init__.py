@@ -4,5 +4,6 @@ import importlib.util
 
 from cachec.runtime.errors import missing_extra
 
-if importlib.util.find_spec("torch") is None:
-    raise missing_extra("torch", "compile", "the compiler")
+for _package in ("torch", "diffusers", "transformers", "accelerate", "onnx_ir", "onnxscript", "skimage", "PIL"):
+    if importlib.util.find_spec(_package) is None:
+        raise missing_extra(_package, "compile", "the compiler")

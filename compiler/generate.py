@@ -13,7 +13,7 @@ from cachec.compiler.pictures import Cell, draw_sheet, to_image, write_png
 from cachec.compiler.write import check_file
 from cachec.engines import open_bundle
 from cachec.runtime.errors import InputError
-from cachec.runtime.noise import make_noise
+from cachec.runtime.noise import check_seed, make_noise
 from cachec.runtime.program import uncached
 from cachec.runtime.session import LoadedBundle, Session
 from cachec.runtime.specs import Array
@@ -38,8 +38,7 @@ def generate_pictures(
         OutputError: a file exists already, or cannot be written.
     """
     check_prompts(prompts)
-    if seed < 0:
-        raise InputError(f"seed is {seed}; it must not be negative")
+    check_seed(seed)
     if threads is not None and threads < 1:
         raise InputError(f"threads is {threads}; it must be at least 1")
     files = [out] if compare or len(prompts) == 1 else _numbered(out, len(prompts))
@@ -50,9 +49,9 @@ def generate_pictures(
         settings = settings_of(loaded.manifest)
         if compare:
             return _compare(loaded, model, settings, prompts, seed, out)
-        rows = []
+        rows, session = [], loaded.session(batch=loaded.programs["default"].key.batch or 1)
         for index, (prompt, file) in enumerate(zip(prompts, files, strict=True)):
-            picture, seconds, total = _picture(loaded.session(), model, settings, prompt, seed + index)
+            picture, seconds, total = _picture(session, model, settings, prompt, seed + index)
             write_png(to_image(picture), file)
             rows.append((str(file), f"denoise loop {seconds:.3f} s, request {total:.3f} s: {prompt}"))
         return rows
@@ -65,11 +64,13 @@ def _numbered(out: Path, num: int) -> list[Path]:
 def _picture(session: Session, model: LoadedModel, settings: Settings, prompt: str, seed: int) -> tuple[Array, float, float]:
     """One picture [H, W, 3], the seconds of its denoise loop, and those of the whole request."""
     start = time.perf_counter()
-    conditions = model.encode([prompt], settings)
+    batch = session.latent_shape[0]  # more than one only if the bundle takes no other; the copies are then dropped
+    conditions = model.encode([prompt] * batch, settings, session.io.conditions)
+    noise = np.repeat(make_noise(seed, session.latent_shape[1:])[None], batch, axis=0)
     before = time.perf_counter()
-    latents = session.run(conditions, make_noise(seed, session.latent_shape[1:])[None])
+    latents = session.run(conditions, noise)
     after = time.perf_counter()
-    picture = model.decode(latents, settings)[0]
+    picture = model.decode(latents[:1], settings)[0]
     return picture, after - before, time.perf_counter() - start
 
 
@@ -77,7 +78,8 @@ def _compare(
     loaded: LoadedBundle, model: LoadedModel, settings: Settings, prompts: Sequence[str], seed: int, out: Path
 ) -> list[tuple[str, str]]:
     program = loaded.programs["default"]
-    sessions = [Session(loaded.engines, uncached(program), loaded.io), loaded.session()]
+    batch = program.key.batch or 1
+    sessions = [Session(loaded.engines, one, loaded.io, batch=batch) for one in (uncached(program), program)]
     for session in sessions:  # the first call of an engine is slow, and would be charged to the uncached run
         _picture(session, model, settings, prompts[0], seed)
     name, computed = loaded.manifest.method["name"], len(program.compute_steps)

@@ -1,5 +1,7 @@
 """Lowering: from a schedule and coefficients to a program with slots."""
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from cachec.compiler.methods.base import ForecastTable
@@ -24,7 +26,7 @@ def lower_table(table: ForecastTable, key: ProgramKey, sigmas: Array, timesteps:
     bias = table.bias.astype(np.float32)
     instructions: list[Instruction] = []
     for step in range(schedule.num_steps):
-        slots.release(lambda owner, now=step: last_read[owner] < now)
+        slots.release(last_read, step)
         if step in row_of:
             slot = slots.assign(step) if last_read[step] >= 0 else None
             instructions.append(Compute(step, slot))
@@ -47,11 +49,11 @@ def lower_predictor(
     instructions: list[Instruction] = []
     for step in range(schedule.num_steps):
         if step not in histories:
-            slots.release(lambda owner, now=step: last_read[owner] < now)
+            slots.release(last_read, step)
             instructions.append(Compute(step, slots.assign(step) if step in last_read else None))
             continue
         sources = tuple(slots.live[source] for source in histories[step])
-        slots.release(lambda owner, now=step: last_read[owner] < now)  # not those read now: the result must not overwrite them
+        slots.release(last_read, step)  # not those read now: the result must not overwrite them
         slot = slots.assign(step) if step in last_read else None
         instructions.append(Predict(step, sources, histories[step], slot))
     coefficients = np.zeros((schedule.num_steps, slots.capacity), np.float32)
@@ -73,8 +75,9 @@ class _Slots:
         self.capacity = max(self.capacity, slot + 1)
         return slot
 
-    def release(self, is_dead) -> None:  # type: ignore[no-untyped-def]  # noqa: ANN001
-        self.live = {owner: slot for owner, slot in self.live.items() if not is_dead(owner)}
+    def release(self, last_read: Mapping[int, int], now: int) -> None:
+        """Free the slots whose owner is not read at step ``now`` or later."""
+        self.live = {owner: slot for owner, slot in self.live.items() if last_read[owner] >= now}
 
 
 def _program(

@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from cachec.runtime.bundle import replace_file
-from cachec.runtime.errors import OutputError
+from cachec.compiler.write import write_file
 from cachec.runtime.specs import Array
 
 MIN_CELL = 256  # pixels; smaller pictures are enlarged by a whole factor
@@ -39,11 +38,7 @@ def write_png(image: Image.Image, path: Path) -> None:
     """
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, buffer.getvalue())
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error}") from error
+    write_file(path, buffer.getvalue())
 
 
 def draw_sheet(rows: Sequence[tuple[str, Sequence[Cell]]]) -> Image.Image:

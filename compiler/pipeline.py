@@ -8,17 +8,17 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
-from safetensors.torch import save
+from tqdm import tqdm
 
 from cachec.compiler.capture import capture_predictor, named_model
 from cachec.compiler.export import EnginePlan, plan_engines
 from cachec.compiler.lower import lower_predictor, lower_table
 from cachec.compiler.methods.base import Method, Parameters, compose
 from cachec.compiler.models.base import LoadedModel
-from cachec.compiler.predictors import check_fit, find_pretrained, load_predictor
+from cachec.compiler.predictors import check_fit, find_pretrained, load_predictor, predictor_bytes
 from cachec.compiler.request import Request
 from cachec.compiler.schedule import Schedule
 from cachec.compiler.split import split_model
@@ -29,10 +29,13 @@ from cachec.engines import get_backend
 from cachec.passes import COMPUTE, Graphs, dump_to, forecast_passes, run_passes, split_passes
 from cachec.passes.base import Observer
 from cachec.runtime.bundle import Artifact, Bundle, Manifest, Target
+from cachec.runtime.errors import InputError
 from cachec.runtime.noise import GENERATOR
 from cachec.runtime.program import Program, ProgramKey, hash_sigmas
 
 log = logging.getLogger(__name__)
+
+STAGES = ("capture and split", "predictor", "passes and lowering", "build engines")
 
 
 @dataclass
@@ -41,6 +44,7 @@ class Compilation:
 
     seconds: dict[str, float] = field(default_factory=dict)
     predictor_origin: str = "none needed"
+    trained: bool = False
 
 
 def compile_bundle(model: LoadedModel, request: Request, out: Path, *, force: bool = False) -> tuple[Bundle, Compilation]:
@@ -51,24 +55,24 @@ def compile_bundle(model: LoadedModel, request: Request, out: Path, *, force: bo
     """
     backend = get_backend(request.backend)
     result = Compilation()
-    with BundleWriter(out, force=force) as writer:
-        clock = _Clock(result.seconds)
+    with BundleWriter(out, force=force) as writer, _Clock(result.seconds, STAGES) as clock:
         split = split_model(model, request.settings, _observers(model, request))
-        clock.lap("capture and split")
+        clock.lap()
         work = out.with_name(out.name + ".training")
         parameters = find_parameters(model, split, request, result, work)
-        clock.lap("predictor")
+        clock.lap()
         forecast = add_forecast(model, split, request, parameters)
         program = lower(model, forecast, request)
         plans = plan_engines(forecast, model.example_inputs(request.settings), request.settings.steps)
-        clock.lap("passes and lowering")
+        clock.lap()
         target = build_target(backend, request, plans, writer)
-        clock.lap("build engines")
+        clock.lap()
         programs = {"default": writer.add_program("default", program)}
         if parameters is not None:
-            writer.add_bytes("predictor/predictor.safetensors", save(dict(parameters.tensors), dict(parameters.facts)))
+            writer.add_bytes("predictor/predictor.safetensors", predictor_bytes(parameters))
         writer.commit(_manifest(model, request, target, programs, writer, parameters))
-    shutil.rmtree(work, ignore_errors=True)
+    if result.trained:
+        shutil.rmtree(work)
     return Bundle.open(out), result
 
 
@@ -76,12 +80,16 @@ def find_parameters(model: LoadedModel, split: Graphs, request: Request, result:
     """The method's trained parameters: from the given file, from the package, or trained now (resumable in ``work``)."""
     if not request.method.needs_training:
         return None
+    if not request.schedule.forecast:
+        raise InputError(
+            f"all {request.settings.steps} steps are computed: there is nothing for {request.method.name} to forecast"
+        )
     wanted = training_facts(model, request.method, request.schedule, request.settings)
     if request.predictor is not None:
         parameters = load_predictor(request.predictor)
         check_fit(parameters, wanted)
         result.predictor_origin = f"from {request.predictor}"
-    elif (shipped := find_pretrained(type(request.method), wanted)) is not None:
+    elif not request.retrain and (shipped := find_pretrained(type(request.method), wanted)) is not None:
         parameters = shipped
         result.predictor_origin = f"ships with cachec ({Path(shipped.origin).name})"
     else:
@@ -97,7 +105,7 @@ def find_parameters(model: LoadedModel, split: Graphs, request: Request, result:
             interval=request.interval,
             work=work,
         )
-        result.predictor_origin = "trained now"
+        result.predictor_origin, result.trained = "trained now", True
     log.info("predictor: %s", result.predictor_origin)
     return parameters
 
@@ -193,7 +201,13 @@ def _manifest(
             "fold": "static" if request.fold else "none",
             "predictor": dict(parameters.facts) if parameters else None,
         },
-        settings={**vars(settings), "interval": request.interval, "seed": request.seed, "cut": model.block},
+        settings={
+            **vars(settings),
+            "interval": request.interval,
+            "seed": request.seed,
+            "cut": model.block,
+            "prompts": model.spec.prompts,
+        },
         noise=GENERATOR,
         targets=(target,),
         programs=programs,
@@ -203,12 +217,26 @@ def _manifest(
 
 
 class _Clock:
-    def __init__(self, seconds: dict[str, float]) -> None:
-        self._seconds = seconds
+    """Seconds by stage, with a progress bar over the stages on a terminal; a context manager."""
+
+    def __init__(self, seconds: dict[str, float], stages: Sequence[str]) -> None:
+        self._seconds, self._stages = seconds, list(stages)
+        self._bar = tqdm(total=len(stages), unit="stage", desc=self._stages[0], disable=None, leave=False)
         self._last = time.perf_counter()
 
-    def lap(self, stage: str) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def lap(self) -> None:
+        """The current stage is done."""
         now = time.perf_counter()
+        stage = self._stages[len(self._seconds)]
         self._seconds[stage] = now - self._last
         self._last = now
         log.info("%s: %.1f s", stage, self._seconds[stage])
+        self._bar.update()
+        if len(self._seconds) < len(self._stages):
+            self._bar.set_description(self._stages[len(self._seconds)])

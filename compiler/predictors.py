@@ -7,17 +7,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
 from cachec.compiler.methods.base import Method, Parameters
-from cachec.runtime.bundle import replace_file
 from cachec.runtime.errors import PredictorError
 
 FORMAT = "cachec-predictor-1"
 PRETRAINED = Path(__file__).parent / "methods" / "pretrained"
 
 
-def save_predictor(parameters: Parameters, path: Path) -> None:
-    """Write ``parameters`` to ``path``, atomically."""
+def predictor_bytes(parameters: Parameters) -> bytes:
+    """The content of a predictor file."""
     tensors = {name: tensor.contiguous() for name, tensor in parameters.tensors.items()}
-    replace_file(path, save(tensors, {**parameters.facts, "format": FORMAT}))
+    content: bytes = save(tensors, {**parameters.facts, "format": FORMAT})
+    return content
 
 
 def load_predictor(path: Path) -> Parameters:

@@ -11,11 +11,15 @@ from cachec.compiler.models.base import ModelSpec, Settings
 from cachec.compiler.schedule import Schedule, parse_schedule, uniform_schedule
 from cachec.engines import BACKENDS
 from cachec.runtime.errors import InputError, unknown_name
+from cachec.runtime.noise import check_seed
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to compile. ``interval`` is recorded if the schedule came from one; ``fold`` is ``--fold static``."""
+    """What to compile. ``interval`` is recorded if the schedule came from one; ``fold`` is ``--fold static``.
+
+    ``retrain``: prompts were given, so a predictor that ships is not used.
+    """
 
     method: Method
     schedule: Schedule
@@ -24,6 +28,7 @@ class Request:
     interval: int | None = None
     predictor: Path | None = None
     prompts: Sequence[str] = ()
+    retrain: bool = False
     seed: int = 0
     batch: int | None = None
     fold: bool = True
@@ -67,8 +72,7 @@ def make_request(
         raise unknown_name("backend", backend, BACKENDS)
     if fold not in ("static", "none"):
         raise InputError(f"fold is {fold!r}; use static or none")
-    if seed < 0:
-        raise InputError(f"seed is {seed}; it must not be negative")
+    check_seed(seed)
     if batch is not None and batch < 1:
         raise InputError(f"batch is {batch}; it must be at least 1")
     chosen = get_method(method).with_options(options or {})
@@ -80,6 +84,10 @@ def make_request(
         steps=steps,
         dtype=dtype,
     )
+    if predictor is not None and prompts is not None:
+        raise InputError("--predictor and --prompts contradict each other: a given predictor is not trained")
+    if predictor is not None and not chosen.needs_training:
+        raise InputError(f"method {method!r} has no trained predictor, so --predictor {predictor} cannot be used")
     plan, interval = _choose_schedule(chosen, steps, interval, budget, schedule)
     return Request(
         method=chosen,
@@ -89,6 +97,7 @@ def make_request(
         interval=interval,
         predictor=Path(predictor) if predictor else None,
         prompts=read_prompts(Path(prompts)) if prompts else default_prompts(spec.prompts, "train"),
+        retrain=prompts is not None,
         seed=seed,
         batch=batch,
         fold=fold == "static",

@@ -1,9 +1,9 @@
 """Training a predictor: record the uncached model, fit, and write down all facts."""
 
 import hashlib
+import importlib.metadata
 import json
 import shutil
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -12,11 +12,11 @@ import torch
 from cachec.compiler.calibration.trajectories import Denoiser, record_trajectories
 from cachec.compiler.methods.base import Method, Parameters, TrainingData
 from cachec.compiler.models.base import LoadedModel, Settings, check_prompts
-from cachec.compiler.predictors import save_predictor
+from cachec.compiler.predictors import predictor_bytes
 from cachec.compiler.request import Request
 from cachec.compiler.schedule import Schedule
 from cachec.compiler.split import split_model
-from cachec.compiler.write import check_file
+from cachec.compiler.write import check_file, write_file
 from cachec.passes import Graphs
 from cachec.runtime.bundle import replace_file
 from cachec.runtime.errors import InputError, OutputError, PredictorError
@@ -34,6 +34,7 @@ def training_facts(model: LoadedModel, method: Method, schedule: Schedule, setti
         "steps": str(settings.steps),
         "schedule": ",".join(map(str, schedule.compute)),
         "sigmas": hash_sigmas(model.sampling(settings)[0]),
+        **{name: str(getattr(settings, name)) for name in ("height", "width", "text_tokens", "guidance", "dtype")},
     }
 
 
@@ -55,8 +56,10 @@ def train_predictor(
         InputError: there are too few prompts, or ``work`` holds another training.
     """
     check_training_prompts(prompts)
-    start = time.perf_counter()
-    _claim(work, {**training_facts(model, method, schedule, settings), "prompts": _hash(prompts), "seed": str(seed)})
+    if not schedule.forecast:
+        raise InputError(f"all {settings.steps} steps are computed: there is nothing to forecast, so nothing to train")
+    facts_of_run = {**training_facts(model, method, schedule, settings), "options": json.dumps(method.options())}
+    _claim(work, {**facts_of_run, "prompts": _hash(prompts), "seed": str(seed)})
     denoiser = Denoiser(model, split, settings)
     runs = record_trajectories(model, denoiser, settings, prompts, seed=seed, work=work)
     held_out = torch.arange(len(prompts)) % HELD_OUT_EVERY == 0
@@ -66,14 +69,14 @@ def train_predictor(
     tensors, facts = method.fit(data)
     facts = {
         **training_facts(model, method, schedule, settings),
-        **{name: str(value) for name, value in vars(settings).items()},
         **facts,
+        "options": json.dumps(method.options()),
         "model": model.spec.name,
         "interval": "none" if interval is None else str(interval),
         "seed": str(seed),
         "num_prompts": str(len(prompts)),
         "prompts_sha256": _hash(prompts),
-        "seconds": f"{time.perf_counter() - start:.0f}",
+        "made_by": f"cachec {importlib.metadata.version('cachec')}",
         "torch": str(torch.__version__),
     }
     return Parameters(tensors, {name: _text(value) for name, value in facts.items()}, "trained now")
@@ -93,7 +96,10 @@ def _claim(work: Path, facts: dict[str, str]) -> None:
         InputError: it holds another training.
     """
     path = work / "training.json"
-    work.mkdir(parents=True, exist_ok=True)
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot write to {work.parent}: {error}. Choose another place with -o") from error
     if path.exists() and json.loads(path.read_text()) != facts:
         raise InputError(f"{work} holds an unfinished training with other settings: finish it, or remove that directory")
     replace_file(path, json.dumps(facts, indent=1).encode())
@@ -119,10 +125,6 @@ def train_to_file(load: Callable[[], LoadedModel], request: Request, out: Path, 
     check_training_prompts(request.prompts)
     check_file(out, force=force)
     work = out.with_name(out.name + ".training")
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot write to {out.parent}: {error}. Choose another place with -o") from error
     model = load()
     split = split_model(model, request.settings)
     parameters = train_predictor(
@@ -136,6 +138,6 @@ def train_to_file(load: Callable[[], LoadedModel], request: Request, out: Path, 
         interval=request.interval,
         work=work,
     )
-    save_predictor(parameters, out)
+    write_file(out, predictor_bytes(parameters))
     shutil.rmtree(work)
     return parameters.facts

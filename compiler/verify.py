@@ -1,7 +1,8 @@
 """``--verify-passes``: compare the graphs with eager after each pass, on numbers."""
 
+import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import fx, nn
@@ -21,24 +22,26 @@ from cachec.runtime.engine import (
 )
 from cachec.runtime.errors import PassError
 
+log = logging.getLogger(__name__)
+
 FOLD_TOLERANCE = 1e-5  # float32: folding changes the order of a few sums
 
 
 @dataclass
 class Verifier:
-    """An observer of passes. ``model`` is the eager module behind the captured graph, by keyword.
+    """An observer of passes. ``reference`` is what the eager model gives for ``inputs``.
 
-    Before and after the split the comparison is exact. A folded predictor is compared with the unfolded one, which the
-    verifier remembers, on random histories, within ``FOLD_TOLERANCE``.
+    Before and after the split the comparison is exact, and so is that of the inlined predictor with the tail behind it. A
+    folded predictor is compared with the unfolded one, which the verifier remembers, on random histories, within
+    ``FOLD_TOLERANCE``.
     """
 
     reference: torch.Tensor
     inputs: Mapping[str, torch.Tensor]
     sigmas: torch.Tensor
     histories: Mapping[int, tuple[int, ...]]
-    lines: list[str] = field(default_factory=list)
-    """One line a comparison, for the log."""
     _unfolded: fx.GraphModule | None = None
+    _tail: fx.GraphModule | None = None
 
     @torch.no_grad()
     def __call__(self, index: int, one: Pass, result: PassResult) -> None:
@@ -51,30 +54,47 @@ class Verifier:
         names = placeholders(modules[FORECAST])
         known = {name: value for name, value in self.inputs.items() if name in names}
         if FEATURE in names:
+            self._tail = modules[FORECAST]
             self._compare(one, "forecast", modules[FORECAST](**known, feature=computed[FEATURE])[VELOCITY], 0.0)
         elif FEATURES in names:
             self._compare_folded(one, result.graphs, known, computed[FEATURE])
         else:
             self._unfolded = modules[FORECAST]
+            self._compare_inlined(one, known, computed[FEATURE])
 
     def _compare(self, one: Pass, what: str, got: torch.Tensor, tolerance: float, wanted: torch.Tensor | None = None) -> None:
         wanted = self.reference if wanted is None else wanted
         error = (got - wanted).abs().max().item() / max(1.0, wanted.abs().max().item())
-        self.lines.append(f"{one.name}: {what} differs by {error:.1e}")
+        log.info("verified %s: %s differs by %.1e", one.name, what, error)
         if not error <= tolerance:
             raise PassError(f"{what} differs from eager by {error:.1e}, allowed is {tolerance:.0e}")
+
+    def _compare_inlined(self, one: Pass, known: Mapping[str, torch.Tensor], feature: torch.Tensor) -> None:
+        if self._unfolded is None or self._tail is None or not self.histories:
+            return
+        step, history = next(iter(self.histories.items()))
+        past = [feature + i for i in range(len(history))]
+        result = self._unfolded(**self._given(known, step, history, past))
+        tail_inputs = {name: value for name, value in known.items() if name in placeholders(self._tail)}
+        wanted = self._tail(**tail_inputs, feature=result[FEATURE])[VELOCITY]
+        self._compare(one, "tail behind the predictor", result[VELOCITY], 0.0, wanted)
+
+    def _given(
+        self, known: Mapping[str, torch.Tensor], step: int, history: tuple[int, ...], past: list[torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """Inputs of the unfolded graph."""
+        schedule = {SIGMAS: self.sigmas, STEP: torch.tensor(step), HISTORY_STEPS: torch.tensor(history)}
+        entries = {history_name(i): value for i, value in enumerate(past)}
+        names = placeholders(self._unfolded) if self._unfolded is not None else {}
+        return {k: v for k, v in {**known, **schedule, **entries}.items() if k in names}
 
     def _compare_folded(self, one: Pass, graphs: Graphs, known: Mapping[str, torch.Tensor], feature: torch.Tensor) -> None:
         if self._unfolded is None or graphs.rows is None:
             raise PassError("a folded predictor was met before the unfolded one")
-        names = placeholders(self._unfolded)
         for step, history in self.histories.items():
             generator = torch.Generator().manual_seed(step)
             past = [feature + torch.randn(feature.shape, generator=generator).to(feature) for _ in history]
-            schedule = {SIGMAS: self.sigmas, STEP: torch.tensor(step), HISTORY_STEPS: torch.tensor(history)}
-            entries = {history_name(i): value for i, value in enumerate(past)}
-            given = {k: v for k, v in {**known, **schedule, **entries}.items() if k in names}
-            wanted = self._unfolded(**given)[VELOCITY]
+            wanted = self._unfolded(**self._given(known, step, history, past))[VELOCITY]
             row = graphs.rows.coefficients[step].float()
             bias = graphs.rows.bias[step].float()
             linear = {FEATURES: torch.stack(past), COEFFICIENTS: row, BIAS: bias}

@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from safetensors.numpy import save
 
-from cachec.runtime.bundle import MANIFEST, Manifest, hash_file, replace_file
+from cachec.runtime.bundle import FORMAT, MANIFEST, Manifest, hash_file, replace_file
 from cachec.runtime.errors import OutputError
 from cachec.runtime.program import Program
 
@@ -32,9 +32,10 @@ class BundleWriter:
     def __enter__(self) -> Self:
         try:
             self.out.parent.mkdir(parents=True, exist_ok=True)
-            for stale in self.out.parent.glob(f"{self._prefix}*"):
-                if not _is_alive(int(stale.name.rpartition("-")[2])):
-                    shutil.rmtree(stale)
+            for path in list(self.out.parent.iterdir()):
+                owner = path.name.removeprefix(self._prefix)
+                if path.name.startswith(self._prefix) and owner.isdigit() and not _is_other_process(int(owner)):
+                    shutil.rmtree(path)
             self.staging.mkdir()
         except OSError as error:
             raise OutputError(f"cannot write to {self.out.parent}: {error}. Choose another place with -o") from error
@@ -76,6 +77,7 @@ class BundleWriter:
     def commit(self, manifest: Manifest) -> None:
         """Move the files to ``out``, then the manifest; then remove files of a bundle that this one replaces."""
         check_output(self.out, force=self._force)
+        replaced = _listed_files(self.out)
         try:
             for name in self.files:
                 target = self.out / name
@@ -84,13 +86,12 @@ class BundleWriter:
             replace_file(self.out / MANIFEST, json.dumps(manifest.to_json(), indent=1).encode())
         except OSError as error:
             raise OutputError(f"cannot write the bundle to {self.out}: {error}") from error
-        keep = {self.out / name for name in (*self.files, MANIFEST)}
-        for path in sorted(self.out.rglob("*"), reverse=True):
-            if path.is_dir():
-                if not any(path.iterdir()):
-                    path.rmdir()
-            elif path not in keep:
-                path.unlink()
+        for name in sorted(replaced - set(self.files)):
+            (self.out / name).unlink(missing_ok=True)
+            parent = (self.out / name).parent
+            while parent != self.out and not any(parent.iterdir()):
+                parent.rmdir()
+                parent = parent.parent
 
 
 def check_output(out: Path, *, force: bool) -> None:
@@ -99,13 +100,41 @@ def check_output(out: Path, *, force: bool) -> None:
         return
     if not out.is_dir():
         raise OutputError(f"{out} is a file: choose another place with -o")
-    is_bundle = (out / MANIFEST).is_file()
-    looks_like_one = is_bundle or all(p.name in ("engines", "programs", "predictor") for p in out.iterdir())
-    if not looks_like_one:
+    is_bundle = _is_bundle(out)
+    if not is_bundle and not all(p.name in ("engines", "programs", "predictor") for p in out.iterdir()):
         raise OutputError(f"{out} is a directory with other things in it; cachec will not replace it. Choose another with -o")
     if not force:
         kind = "is a bundle already" if is_bundle else "holds an interrupted build"
         raise OutputError(f"{out} {kind}: pass --force to replace it, or choose another place with -o")
+
+
+def _is_bundle(out: Path) -> bool:
+    try:
+        manifest = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(manifest, dict) and manifest.get("format") == FORMAT
+
+
+def _listed_files(out: Path) -> set[str]:
+    """Files of the bundle that is replaced: those, and nothing else, are removed."""
+    if not _is_bundle(out):
+        return set()
+    files = json.loads((out / MANIFEST).read_text(encoding="utf-8")).get("files", {})
+    return {name for name in files if (out / name).resolve().is_relative_to(out.resolve())}
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write ``content`` to ``path``, atomically, making its directory.
+
+    Raises:
+        OutputError: the place cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, content)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error}. Choose another place") from error
 
 
 def check_file(path: Path, *, force: bool) -> None:
@@ -116,7 +145,10 @@ def check_file(path: Path, *, force: bool) -> None:
         raise OutputError(f"{path} exists already: pass --force to replace it, or choose another place with -o")
 
 
-def _is_alive(pid: int) -> bool:
+def _is_other_process(pid: int) -> bool:
+    """True for the number of a live process that is not this one (in a container, a killed build often had ours)."""
+    if pid == os.getpid():
+        return False
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

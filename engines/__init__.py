@@ -1,11 +1,12 @@
 """Back ends by name. One file each, imported only when used; every one can build and run (see ``runtime.engine``)."""
 
 import importlib
+import platform
 from pathlib import Path
 
 from cachec.runtime.bundle import Bundle
 from cachec.runtime.engine import Engine
-from cachec.runtime.errors import unknown_name
+from cachec.runtime.errors import BundleError, unknown_name
 from cachec.runtime.session import LoadedBundle, load_bundle
 
 BACKENDS = {
@@ -29,6 +30,23 @@ def get_backend(name: str) -> type[Engine]:
 
 
 def open_bundle(root: Path, *, verify: bool = False, threads: int | None = None) -> LoadedBundle:
-    """Check the bundle at ``root`` and load its engines."""
+    """Check the bundle at ``root`` and load its engines.
+
+    Raises:
+        BundleError: it is damaged, or was built for another operating system or version of its back end.
+    """
     bundle = Bundle.open(root, verify=verify)
-    return load_bundle(bundle, get_backend(bundle.target.backend), threads=threads)
+    target = bundle.target
+    backend = get_backend(target.backend)
+    if target.os != platform.system().lower():
+        raise BundleError(f"{root} was built for {target.os}, this is {platform.system().lower()}: {_again(bundle)}")
+    if backend.needs_same_version and target.version != backend.version():
+        raise BundleError(
+            f"{root} was built with {backend.name} {target.version}, here is {backend.version()}: {_again(bundle)}"
+        )
+    return load_bundle(bundle, backend, threads=threads)
+
+
+def _again(bundle: Bundle) -> str:
+    manifest = bundle.manifest
+    return f"make one that fits with cachec compile {manifest.model['source']} --method {manifest.method['name']}"

@@ -1,4 +1,7 @@
-"""PyTorch, op by op: the reference back end. It runs wherever torch does and defines what the others must equal."""
+"""PyTorch, op by op: the reference back end. It runs wherever torch does and defines what the others must equal.
+
+``threads`` is PyTorch's own setting, which holds for the whole process.
+"""
 
 import importlib.util
 from collections.abc import Mapping
@@ -21,6 +24,7 @@ class EagerEngine(Engine):
     """An exported program, run by PyTorch on the CPU."""
 
     name = "eager"
+    needs_same_version = True
 
     def __init__(self, module: torch.nn.Module, signature: Signature) -> None:
         self._module: Any = module
@@ -37,6 +41,8 @@ class EagerEngine(Engine):
         return cls(program.module(check_guards=False), signature)
 
     def context(self) -> ExecutionContext:
+        if self._module is None:
+            raise BundleError("the engine was closed: load the bundle again")
         return _EagerContext(self._module, self.signature)
 
     def close(self) -> None:

@@ -33,6 +33,7 @@ class OrtEngine(Engine):
     """An ``InferenceSession`` on the CPU execution provider."""
 
     name = "ort"
+    needs_same_version = False  # an ONNX file is a standard
 
     def __init__(self, session: onnxruntime.InferenceSession, signature: Signature) -> None:
         self._session: Any = session
@@ -51,6 +52,8 @@ class OrtEngine(Engine):
         return cls(session, signature)
 
     def context(self) -> ExecutionContext:
+        if self._session is None:
+            raise BundleError("the engine was closed: load the bundle again")
         return _OrtContext(self._session, self.signature)
 
     def close(self) -> None:

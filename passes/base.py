@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from cachec.runtime.errors import PassError
+from cachec.runtime.errors import PassError, PredictorError
 
 MODEL, COMPUTE, FORECAST = "model", "compute", "forecast"
 
@@ -89,7 +89,7 @@ def run_passes(graphs: Graphs, passes: Sequence[Pass], *, observers: Sequence[Ob
     """Run ``passes`` in order, checking each contract and linting every graph after each.
 
     Raises:
-        PassError: with the failing pass and those that ran before it.
+        PassError, PredictorError: with the failing pass and those that ran before it.
     """
     done: list[str] = []
     for index, one in enumerate(passes):
@@ -101,8 +101,9 @@ def run_passes(graphs: Graphs, passes: Sequence[Pass], *, observers: Sequence[Ob
             one.ensures(result.graphs)
             for observe in observers:
                 observe(index, one, result)
-        except PassError as error:
-            raise PassError(f"pass {one.name!r} (after {', '.join(done) or 'none'}): {error}") from error
+        except (PassError, PredictorError, RuntimeError) as error:
+            kind = PredictorError if isinstance(error, PredictorError) else PassError
+            raise kind(f"pass {one.name!r} (after {', '.join(done) or 'none'}): {error}") from error
         graphs = result.graphs
         done.append(one.name)
     return graphs

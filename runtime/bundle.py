@@ -6,6 +6,7 @@ replaced last, so a directory is a bundle from that moment on and never half of 
 
 import hashlib
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Mapping
@@ -18,6 +19,8 @@ from safetensors.numpy import load_file
 from cachec.runtime.errors import BundleError, unknown_name
 from cachec.runtime.program import Program
 from cachec.runtime.specs import Signature
+
+log = logging.getLogger(__name__)
 
 FORMAT = "cachec-bundle"
 FORMAT_VERSION = 1
@@ -33,7 +36,7 @@ def hash_file(path: Path) -> str:
 
 @dataclass(frozen=True)
 class Artifact:
-    """An engine file and all that decides where it runs."""
+    """An engine file and its signature."""
 
     path: str
     signature: Signature
@@ -191,7 +194,7 @@ def _check_file(path: Path, entry: Mapping[str, Any], *, verify: bool) -> None:
     if stat.st_size != entry["bytes"]:
         raise BundleError(f"{path} has {stat.st_size} bytes, the manifest says {entry['bytes']}: the copy is incomplete")
     remembered = stat.st_size > LARGE_FILE_BYTES and not verify
-    if remembered and _known_hash(path) == entry["sha256"]:
+    if remembered and _known_hashes().get(_memory_key(path)) == entry["sha256"]:
         return
     if hash_file(path) != entry["sha256"]:
         raise BundleError(f"{path} does not match its SHA-256: it was altered or damaged. Compile the bundle again")
@@ -209,17 +212,23 @@ def _memory_key(path: Path) -> str:
     return f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
 
 
-def _known_hash(path: Path) -> str | None:
-    memory = _memory_file()
-    known: dict[str, str] = json.loads(memory.read_text()) if memory.is_file() else {}
-    return known.get(_memory_key(path))
+def _known_hashes() -> dict[str, str]:
+    """What this machine has hashed before; nothing if that cannot be read: it only saves time."""
+    try:
+        known = json.loads(_memory_file().read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}
 
 
 def _remember_hash(path: Path, digest: str) -> None:
     memory = _memory_file()
-    memory.parent.mkdir(parents=True, exist_ok=True)
-    known = json.loads(memory.read_text()) if memory.is_file() else {}
-    replace_file(memory, json.dumps({**known, _memory_key(path): digest}).encode())
+    known = {**_known_hashes(), _memory_key(path): digest}
+    try:
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(memory, json.dumps(known).encode())
+    except OSError as error:  # a read-only home: the file is hashed again next time
+        log.info("cannot remember the hash of %s: %s", path, error)
 
 
 def replace_file(path: Path, content: bytes) -> None:

@@ -40,9 +40,10 @@ class ExecutionContext(ABC):
 
 
 class Engine(ABC):
-    """An immutable compiled graph, shared by all sessions. A context manager: leaving it frees the engine."""
+    """An immutable compiled graph, shared by all sessions. A context manager."""
 
     name: ClassVar[str]
+    needs_same_version: ClassVar[bool]  # artifacts load only in the version of the library that built them
     signature: Signature
 
     @staticmethod
@@ -73,7 +74,7 @@ class Engine(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Free what the engine holds. Its contexts must not be used any more."""
+        """Let go of the engine: no new contexts; its memory is freed with the last context."""
 
     def __enter__(self) -> Self:
         return self

@@ -100,7 +100,7 @@ class Session:
             raise InputError(f"batch is {batch}; this bundle was compiled for batches of {program.key.batch}")
         compute = engines["compute"].signature
         self.program = program
-        self._io = io
+        self.io = io
         self._sizes = {"batch": batch}
         self._compute = engines["compute"].context()
         self._forecast = engines["forecast"].context() if "forecast" in engines else None
@@ -166,8 +166,8 @@ class Session:
         if isinstance(instruction, Compute):
             feature = self._scratch if instruction.slot is None else self.ring[instruction.slot]
             inputs = {
-                self._io.latents: self._latents,
-                self._io.timestep: self._timesteps[instruction.step],
+                self.io.latents: self._latents,
+                self.io.timestep: self._timesteps[instruction.step],
                 **self._conditions,
             }
             self._compute.run(inputs, {VELOCITY: self._velocity, FEATURE: feature})
@@ -203,7 +203,7 @@ class Session:
         return {**sources, **read}, {FEATURE: feature}
 
     def _with_conditions(self, inputs: dict[str, Array], step: int) -> dict[str, Array]:
-        known = {**self._conditions, self._io.timestep: self._timesteps[step], self._io.latents: self._latents}
+        known = {**self._conditions, self.io.timestep: self._timesteps[step], self.io.latents: self._latents}
         return {**inputs, **{name: value for name, value in known.items() if name in self._forecast_inputs}}
 
     def _integrate(self, step: int) -> None:

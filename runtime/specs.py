@@ -33,6 +33,8 @@ class TensorSpec:
 
     def check(self, value: Array, sizes: Mapping[str, int] | None = None) -> None:
         """Raise ``InputError`` unless ``value`` has this dtype and shape and holds only finite numbers."""
+        if not isinstance(value, np.ndarray):
+            raise InputError(f"input {self.name!r} is a {type(value).__name__}, expected a numpy array")
         if value.dtype != np.dtype(self.dtype):
             raise InputError(f"input {self.name!r} has dtype {value.dtype}, expected {self.dtype}: convert it first")
         wanted = tuple((sizes or {}).get(d, d) if isinstance(d, str) else d for d in self.shape)

@@ -1,10 +1,12 @@
 """Makes the helpers of this directory importable (``from toy import …``), in the tree and beside an installed wheel."""
 
+import os
 import sys
 from pathlib import Path
 
 import pytest
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may need a network
 sys.path.append(str(Path(__file__).parent))
 
 

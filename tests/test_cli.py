@@ -139,11 +139,11 @@ def test_predictor_for_other_settings_is_refused(tmp_path, changed):
 
 def test_predictor_of_another_model_is_refused(tmp_path):
     from cachec.compiler.methods.base import Parameters
-    from cachec.compiler.predictors import PRETRAINED, load_predictor, save_predictor
+    from cachec.compiler.predictors import PRETRAINED, load_predictor, predictor_bytes
 
     shipped = load_predictor(next(PRETRAINED.glob("lesa-tiny-flux-*.safetensors")))
     other = Parameters(shipped.tensors, {**shipped.facts, "weights_sha256": "0" * 64}, "other")
-    save_predictor(other, tmp_path / "other.safetensors")
+    (tmp_path / "other.safetensors").write_bytes(predictor_bytes(other))
     code, output = cachec("compile", "tiny-flux", "--predictor", tmp_path / "other.safetensors", "-o", tmp_path / "out")
     assert code == PredictorError.exit_code
     assert "weights_sha256" in output

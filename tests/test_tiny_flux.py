@@ -70,9 +70,8 @@ def eager_bundle(tmp_path_factory, model):
 
 @pytest.fixture(scope="session")
 def conditions(model, lesa_bundle):
-    return model.encode(
-        [PROMPT, "a small blue ring at the top on a grey background"], settings_of(Bundle.open(lesa_bundle).manifest)
-    )
+    prompts = [PROMPT, "a small blue ring at the top on a grey background"]
+    return model.encode(prompts, settings_of(Bundle.open(lesa_bundle).manifest), model.io.conditions)
 
 
 def test_the_reference_model_loads_as_any_flux_pipeline_does():

@@ -7,7 +7,7 @@ none of them.
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from cachec.compiler.calibration.metrics import Mean, latent_rel_l2, mean, psnr_db, ssim
-from cachec.compiler.calibration.solvers import euler, unipc
+from cachec.compiler.calibration.solvers import Denoise, euler, unipc
 from cachec.compiler.export import plan_engine, plan_engines
 from cachec.compiler.methods import get_method
 from cachec.compiler.models.base import LoadedModel, Settings, settings_of
@@ -36,8 +36,6 @@ from cachec.runtime.specs import Array
 
 FINE_STEPS = 200
 COMPARED = {"taylor1": ("taylor", {"order": "1"}), "taylor2": ("taylor", {"order": "2"}), "reuse": ("reuse", {})}
-
-Denoise = Callable[[Mapping[str, Array], Array], Array]
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,9 @@ def evaluate(loaded: LoadedBundle, model: LoadedModel, prompts: Sequence[str], *
     Raises:
         InputError: the model's weights are not those that the bundle was compiled from.
     """
-    settings = settings_of(loaded.manifest)
+    settings, names = settings_of(loaded.manifest), model.io.conditions
+    if loaded.programs["default"].key.batch not in (None, 1):
+        raise InputError("eval runs one prompt at a time, and this bundle takes larger batches only: compile without --batch")
     if model.weights_hash != loaded.manifest.model["weights_sha256"]:
         raise InputError(
             f"{model.spec.source} has other weights than the bundle was compiled from: pass the right one with --model, "
@@ -86,8 +86,9 @@ def evaluate(loaded: LoadedBundle, model: LoadedModel, prompts: Sequence[str], *
         )
     with _samplers(loaded, model, settings) as (samplers, fine):
         results = {s.name: Measurements() for s in samplers}
-        shape = loaded.session().latent_shape[1:]
-        samplers[0].denoise(model.encode(prompts[:1], settings), make_noise(seed, shape)[None])  # warm up
+        shape = tuple(model.example_inputs(settings)[model.io.latents].shape[1:])
+        for sampler in samplers:  # first calls are slow, and would be charged to the rows that come first
+            model.decode(sampler.denoise(model.encode(prompts[:1], settings, names), make_noise(seed, shape)[None]), settings)
         for index, prompt in enumerate(tqdm(prompts, desc="evaluating", unit="prompt")):
             noise = make_noise(seed + index, shape)[None]
             _measure_prompt(model, settings, samplers, fine, prompt, noise, results, index)
@@ -120,7 +121,7 @@ def _measure_prompt(
     order = [samplers[(turn + i) % len(samplers)] for i in range(len(samplers))]
     for sampler in order:
         start = time.perf_counter()
-        conditions = model.encode([prompt], settings)
+        conditions = model.encode([prompt], settings, model.io.conditions)
         before = time.perf_counter()
         latents[sampler.name] = sampler.denoise(conditions, noise)
         after = time.perf_counter()
@@ -128,7 +129,7 @@ def _measure_prompt(
         results[sampler.name].loop_seconds.append(after - before)
         results[sampler.name].total_seconds.append(time.perf_counter() - start)
     reference, reference_picture = latents["uncached"], pictures["uncached"]
-    fine_picture = model.decode(fine(model.encode([prompt], settings), noise), settings)[0]
+    fine_picture = model.decode(fine(model.encode([prompt], settings, model.io.conditions), noise), settings)[0]
     for name, result in results.items():
         result.psnr.append(psnr_db(pictures[name], reference_picture))
         result.psnr_fine.append(psnr_db(pictures[name], fine_picture))

@@ -36,8 +36,9 @@ class Mean:
 
 
 def mean(values: Sequence[float]) -> Mean:
-    """Mean and standard error; no value if any is infinite (equal pictures)."""
-    if not values or not all(map(math.isfinite, values)):
+    """Mean and standard error of the finite values; no value if there is none (all pictures are equal)."""
+    values = [value for value in values if math.isfinite(value)]
+    if not values:
         return Mean(None, None)
     error = float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
     return Mean(float(np.mean(values)), error)

@@ -9,6 +9,7 @@ from cachec.compiler.models import find_model, load_model
 from cachec.compiler.models.base import check_prompts
 from cachec.engines import open_bundle
 from cachec.runtime.errors import InputError
+from cachec.runtime.noise import check_seed
 
 
 def evaluate_bundle(bundle: Path, *, file: Path | None, num: int, seed: int, source: str | None) -> Evaluation:
@@ -19,11 +20,10 @@ def evaluate_bundle(bundle: Path, *, file: Path | None, num: int, seed: int, sou
     """
     if num < 1:
         raise InputError(f"num is {num}; it must be at least 1")
-    if seed < 0:
-        raise InputError(f"seed is {seed}; it must not be negative")
+    check_seed(seed)
     with open_bundle(bundle) as loaded:
         spec = find_model(source or loaded.manifest.model["source"])
-        prompts = read_prompts(file) if file else default_prompts(spec.prompts, "eval")
+        prompts = read_prompts(file) if file else default_prompts(loaded.manifest.settings["prompts"], "eval")
         check_prompts(prompts)
         if num > len(prompts):
             raise InputError(f"num is {num}, but there are only {len(prompts)} prompts: give more with --prompts")

@@ -31,10 +31,10 @@ def euler(context: ExecutionContext, io: ModelIO, sigmas: Array, timesteps: Arra
 
 def unipc(context: ExecutionContext, io: ModelIO, flow_shift: float, num_steps: int) -> Denoise:
     """UniPC (arXiv 2302.04867) as diffusers has it, for flows, at its default order 2."""
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=flow_shift)
 
     def denoise(conditions: Mapping[str, Array], noise: Array) -> Array:
-        scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=flow_shift)
-        scheduler.set_timesteps(num_steps)
+        scheduler.set_timesteps(num_steps)  # also forgets the last run
         x, velocity = noise.copy(), np.empty_like(noise)
         for index, timestep in enumerate(scheduler.timesteps):
             # The scheduler rounds its timesteps to whole numbers; the model is told the exact noise level.

@@ -17,10 +17,10 @@ from cachec.passes import COMPUTE, FORECAST, Graphs
 from cachec.passes.base import placeholders
 from cachec.runtime.bundle import replace_file
 from cachec.runtime.engine import FEATURE, VELOCITY
-from cachec.runtime.noise import make_noise
+from cachec.runtime.noise import NUM_SEEDS, make_noise
 
 CHUNK = 16  # prompts a batch
-TRAINING_SEED_BASE = 2**32  # training noise has seeds from here on; people's seeds are smaller
+TRAINING_SEED_BASE = NUM_SEEDS  # training noise has seeds from here on; people's seeds are smaller
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,9 +87,9 @@ def record_trajectories(
 def _record(
     model: LoadedModel, denoiser: Denoiser, settings: Settings, prompts: Sequence[str], seed: int, start: int
 ) -> dict[str, torch.Tensor]:
-    conditions = tensors_from(model.encode(prompts, settings))
+    conditions = tensors_from(model.encode(prompts, settings, model.io.conditions))
     shape = tuple(model.example_inputs(settings)[model.io.latents].shape[1:])
-    seeds = [TRAINING_SEED_BASE + (seed << 20) + start + i for i in range(len(prompts))]
+    seeds = [TRAINING_SEED_BASE + (seed * 4096 + start + i) % NUM_SEEDS for i in range(len(prompts))]
     noise = torch.from_numpy(np.stack([make_noise(s, shape) for s in seeds]))
     x, features = noise, []
     for step in range(settings.steps):

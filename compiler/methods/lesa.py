@@ -8,7 +8,6 @@ alpha = KAN(t - t_0, …, t - t_T): the KAN sees differences of noise levels onl
 number a step, and the whole predictor folds into coefficients.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, cast
@@ -84,7 +83,7 @@ class Lesa(Method):
 
         trainer = LesaTrainer(data, max_rounds=self.max_rounds)
         tensors = trainer.run()
-        return tensors, {"updates": str(trainer.state.updates), "curve": json.dumps(trainer.state.curve)}
+        return tensors, trainer.facts()
 
     def predictor(self, parameters: Parameters | None) -> Predictor:
         if parameters is None:

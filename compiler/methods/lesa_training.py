@@ -8,9 +8,10 @@ learning rate to nothing when phase 2 begins, each phase starts anew and lowers 
 improving. The best weights by the held-out closed loop are kept.
 """
 
+import io
 import json
 import logging
-import os
+import time
 from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +22,7 @@ from tqdm import tqdm
 from cachec.compiler.calibration.trajectories import Trajectories
 from cachec.compiler.methods.base import TrainingData
 from cachec.compiler.methods.lesa import WINDOWS, LesaPredictor
+from cachec.runtime.bundle import replace_file
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +46,7 @@ class TrainingState:
     stale: int = 0
     best: float = float("inf")
     best_loss: float = float("inf")
+    seconds: float = 0.0
     curve: list[dict[str, float]] = field(default_factory=list)
 
 
@@ -68,11 +71,27 @@ class LesaTrainer:
             self._evaluate()  # the untrained predictor, which is nearly plain reuse
         with tqdm(desc="training lesa", unit="round", initial=self.state.round) as bar:
             while self.state.phase < 2:
+                start = time.perf_counter()
                 self._round()
+                self.state.seconds += time.perf_counter() - start
                 bar.update()
                 bar.set_postfix_str(self._summary())
                 self._save()
         return self._best
+
+    def facts(self) -> dict[str, str]:
+        """How the training went, for the predictor file."""
+        state = self.state
+        values = {
+            "updates": state.updates,
+            "training_seconds": round(state.seconds),
+            "best_held_out_latent_rel_l2": state.best,
+            "optimizer": f"AdamW, rates {RATES}, times {DROP} at a plateau, {MAX_DROPS} plateaus a phase",
+            "batch": BATCH,
+            "num_held_out": len(self._held_out.noise),
+            "curve": json.dumps(state.curve),
+        }
+        return {name: str(value) for name, value in values.items()}
 
     def _round(self) -> None:
         state = self.state
@@ -86,10 +105,11 @@ class LesaTrainer:
             else:
                 self._closed_loop(batch, learn=True)
         state.round += 1
+        over = False
         if state.round % ROUNDS_PER_EVALUATION[state.phase] == 0:
             self._evaluate()
-            self._react()
-        if state.round >= min(MAX_ROUNDS[state.phase], self._max_rounds):
+            over = self._react()
+        if over or state.round >= min(MAX_ROUNDS[state.phase], self._max_rounds):
             self._next_phase()
 
     def _teacher_forced(self, batch: Trajectories, generator: torch.Generator) -> None:
@@ -148,22 +168,21 @@ class LesaTrainer:
             state.best = relative
             self._best = self._weights()
 
-    def _react(self) -> None:
-        """Count evaluations without improvement of the phase's own measure; lower the rate, or end the phase."""
+    def _react(self) -> bool:
+        """Count evaluations without improvement of the phase's own measure; lower the rate. True when the phase is over."""
         state = self.state
         measure = state.curve[-1]["held_out_l1" if state.phase == 0 else "held_out_latent_rel_l2"]
         if measure < state.best_loss * (1 - 1e-3):
             state.best_loss, state.stale = measure, 0
-            return
+            return False
         state.stale += 1
         if state.stale < PATIENCE[state.phase]:
-            return
+            return False
         state.stale = 0
         state.drops += 1
         for group in self._optimizer.param_groups:
             group["lr"] *= DROP
-        if state.drops > MAX_DROPS:
-            self._next_phase()
+        return state.drops > MAX_DROPS
 
     def _next_phase(self) -> None:
         state = self.state
@@ -189,9 +208,9 @@ class LesaTrainer:
             "optimizer": self._optimizer.state_dict(),
             "state": json.dumps(vars(self.state)),
         }
-        partial = self._path.with_suffix(".partial")
-        torch.save(content, partial)
-        os.replace(partial, self._path)
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        replace_file(self._path, buffer.getvalue())
 
     def _load(self) -> None:
         content = torch.load(self._path, weights_only=True)

@@ -1,13 +1,14 @@
 """Models by name, Hub id or directory."""
 
 import importlib
-import importlib.util
 import json
 from dataclasses import replace
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from cachec.compiler.models.base import LoadedModel, ModelSpec
-from cachec.runtime.errors import InputError, ModelUnavailableError, missing_extra, unknown_name
+from cachec.runtime.errors import InputError, ModelUnavailableError, unknown_name
 
 TINY_FLUX_DIR = Path(__file__).parent / "tiny-flux"
 
@@ -34,6 +35,8 @@ def find_model(model: str) -> ModelSpec:
         return replace(MODELS["flux"], name=Path(model).resolve().name, source=str(Path(model).resolve()))
     if model.count("/") == 1 and not model.startswith(("/", ".")):
         return replace(MODELS["flux"], name=model, source=model)
+    if Path(model).is_absolute():
+        raise ModelUnavailableError(f"there is no directory {model}: pass the right one (cachec run and eval take --model)")
     raise unknown_name("model", model, MODELS)
 
 
@@ -41,24 +44,19 @@ def load_model(spec: ModelSpec, *, with_transformer: bool = True) -> LoadedModel
     """Load a model with the class of its family; without its transformer if only text and pictures are wanted.
 
     Raises:
-        MissingExtraError: diffusers or transformers is not installed.
         ModelUnavailableError: the weights cannot be reached.
         InputError: no family knows this kind of pipeline.
     """
-    for package in ("torch", "diffusers", "transformers", "accelerate"):
-        if importlib.util.find_spec(package) is None:
-            raise missing_extra(package, "compile", f"loading {spec.name}")
     _quiet_loading()
-    directory = _directory(spec)
-    index = json.loads((directory / "model_index.json").read_text())
-    kind = index.get("_class_name")
+    directory = _directory(spec, with_transformer=with_transformer)
+    kind = _pipeline_class(directory, spec)
     if kind not in FAMILIES:
         raise InputError(f"{spec.source} is a {kind}; cachec knows {', '.join(FAMILIES)}")
     module, _, attribute = FAMILIES[kind].partition(":")
     family = getattr(importlib.import_module(module), attribute)
     try:
         loaded: LoadedModel = family(spec, directory, with_transformer=with_transformer)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ModelUnavailableError(f"{spec.source} cannot be loaded: {error}") from error
     return loaded
 
@@ -72,18 +70,32 @@ def _quiet_loading() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def _directory(spec: ModelSpec) -> Path:
+def _pipeline_class(directory: Path, spec: ModelSpec) -> str:
+    path = directory / "model_index.json"
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+        kind: str = index["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelUnavailableError(
+            f"{spec.source} is not a diffusers pipeline: its model_index.json is missing or unreadable ({error})"
+        ) from error
+    return kind
+
+
+def _directory(spec: ModelSpec, *, with_transformer: bool) -> Path:
     local = Path(spec.source)
     if local.is_dir():
-        if not (local / "model_index.json").is_file():
-            raise ModelUnavailableError(f"{local} is not a diffusers pipeline: it has no model_index.json")
         return local
+    import httpx
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    ignored = ["*.bin", "*.ckpt", "*.gguf", "*.onnx*", "flux1-*"]
+    if not with_transformer:
+        ignored.append("transformer/*.safetensors")  # most of the bytes
     try:
-        return Path(snapshot_download(spec.source, ignore_patterns=["*.bin", "*.ckpt", "*.gguf", "*.onnx*", "flux1-*"]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        return Path(snapshot_download(spec.source, ignore_patterns=ignored))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, httpx.HTTPError) as error:
         raise ModelUnavailableError(_how_to_provide(spec, error)) from error
 
 

@@ -3,6 +3,7 @@
 Shapes: ``B`` batch, ``T`` steps.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -53,6 +54,8 @@ class Settings:
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise InputError(f"steps is {self.steps}; it must be at least 1")
+        if not math.isfinite(self.guidance):
+            raise InputError(f"guidance is {self.guidance}; it must be a finite number")
         if self.text_tokens < 1:
             raise InputError(f"text-tokens is {self.text_tokens}; it must be at least 1")
         if self.dtype not in ("float32", "float16"):
@@ -101,8 +104,8 @@ class LoadedModel(ABC):
         """``sigmas`` [T + 1] and ``timesteps`` [T], the latter as the transformer takes them; float32."""
 
     @abstractmethod
-    def encode(self, prompts: Sequence[str], settings: Settings) -> dict[str, Array]:
-        """Conditions for the prompts, by input name."""
+    def encode(self, prompts: Sequence[str], settings: Settings, names: Sequence[str]) -> dict[str, Array]:
+        """Conditions for the prompts: the inputs ``names`` of the transformer, batch first."""
 
     @abstractmethod
     def decode(self, latents: Array, settings: Settings) -> Array:

@@ -6,6 +6,7 @@ Cut: the image tokens after the last single block, before ``norm_out`` and ``pro
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,6 @@ from cachec.runtime.bundle import hash_file
 from cachec.runtime.errors import InputError, ModelUnavailableError
 from cachec.runtime.session import ModelIO
 from cachec.runtime.specs import Array
-
-IO = ModelIO(
-    latents="hidden_states", timestep="timestep", conditions=("encoder_hidden_states", "pooled_projections", "guidance")
-)
 
 
 class FluxModel(LoadedModel):
@@ -50,11 +47,15 @@ class FluxModel(LoadedModel):
 
     @property
     def io(self) -> ModelIO:
-        return IO
+        guidance = ("guidance",) if self.transformer.config.guidance_embeds else ()  # FLUX.1-schnell takes none
+        conditions = ("encoder_hidden_states", "pooled_projections", *guidance)
+        return ModelIO(latents="hidden_states", timestep="timestep", conditions=conditions)
 
-    @property
+    @cached_property
     def weights_hash(self) -> str:
         files = sorted((self._directory / "transformer").glob("*.safetensors"))
+        if not files:
+            raise ModelUnavailableError(f"{self.spec.source} has no safetensors weights in transformer/: convert them first")
         return hashlib.sha256("".join(hash_file(file) for file in files).encode()).hexdigest()
 
     def example_inputs(self, settings: Settings, *, batch: int = 2) -> dict[str, torch.Tensor]:
@@ -64,13 +65,15 @@ class FluxModel(LoadedModel):
         def random(*shape: int) -> torch.Tensor:
             return torch.randn(batch, *shape, generator=generator)
 
-        return {
+        examples = {
             "hidden_states": random(self._tokens(settings), config.in_channels),
             "timestep": torch.rand(batch, generator=generator),
             "encoder_hidden_states": random(settings.text_tokens, config.joint_attention_dim),
             "pooled_projections": random(config.pooled_projection_dim),
             "guidance": torch.full((batch,), settings.guidance),
         }
+        io = self.io
+        return {name: examples[name] for name in (io.latents, io.timestep, *io.conditions)}
 
     def constants(self, settings: Settings) -> dict[str, Any]:
         side = 2 * self.pipeline.vae_scale_factor
@@ -81,7 +84,8 @@ class FluxModel(LoadedModel):
 
     def sampling(self, settings: Settings) -> tuple[Array, Array]:
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(self.pipeline.scheduler.config)
-        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / settings.steps, settings.steps), mu=self.shift(settings))
+        sigmas = np.linspace(1.0, 1 / settings.steps, settings.steps)
+        scheduler.set_timesteps(sigmas=sigmas, mu=self.shift(settings))
         return scheduler.sigmas.numpy().astype(np.float32), (scheduler.timesteps / 1000).numpy().astype(np.float32)
 
     def shift(self, settings: Settings) -> float:
@@ -92,20 +96,20 @@ class FluxModel(LoadedModel):
         return mu
 
     def flow_shift(self, settings: Settings) -> float:
-        """The factor exp(mu) by which other samplers of flows call the same shift."""
-        return math.exp(self.shift(settings))
+        config = self.pipeline.scheduler.config
+        return math.exp(self.shift(settings)) if config.use_dynamic_shifting else float(config.shift)
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str], settings: Settings) -> dict[str, Array]:
+    def encode(self, prompts: Sequence[str], settings: Settings, names: Sequence[str]) -> dict[str, Array]:
         states, pooled, _ = self.pipeline.encode_prompt(
             prompt=list(prompts), prompt_2=None, max_sequence_length=settings.text_tokens
         )
-        guidance = np.full(len(prompts), settings.guidance, np.float32)
-        return {
+        conditions = {
             "encoder_hidden_states": states.float().numpy(),
             "pooled_projections": pooled.float().numpy(),
-            "guidance": guidance,
+            "guidance": np.full(len(prompts), settings.guidance, np.float32),
         }
+        return {name: conditions[name] for name in names}
 
     @torch.no_grad()
     def decode(self, latents: Array, settings: Settings) -> Array:
