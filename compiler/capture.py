@@ -131,7 +131,7 @@ def export_program(
     dims = {name: Dim(name, min=1, max=sizes[name]) for axes in dynamic.values() for name in axes.values()}
     shapes = {name: {axis: dims[d] for axis, d in dynamic.get(name, {}).items()} for name in inputs}
     program = _export(module, (), dict(inputs), shapes)
-    program.example_inputs = None  # type: ignore[assignment]  # they would be stored as a pickle
+    program.example_inputs = None  # they would be stored as a pickle
     for node in program.graph.nodes:
         for note in ("stack_trace", "from_node"):  # they hold source paths of the machine that compiles
             node.meta.pop(note, None)

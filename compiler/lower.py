@@ -17,7 +17,7 @@ def lower_table(table: ForecastTable, key: ProgramKey, sigmas: Array, timesteps:
     """
     schedule = table.schedule
     row_of = {step: i for i, step in enumerate(schedule.compute)}
-    last_read = {step: max(np.flatnonzero(table.coefficients[:, i]), default=-1) for step, i in row_of.items()}
+    last_read = {step: int(max(np.flatnonzero(table.coefficients[:, i]), default=-1)) for step, i in row_of.items()}
     for step in schedule.forecast:  # a row without any weight (a pure bias) still binds its newest feature
         newest = max(s for s in schedule.compute if s < step)
         last_read[newest] = max(last_read[newest], step)

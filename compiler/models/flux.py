@@ -47,7 +47,8 @@ class FluxModel(LoadedModel):
 
     @property
     def io(self) -> ModelIO:
-        guidance = ("guidance",) if self.transformer.config.guidance_embeds else ()  # FLUX.1-schnell takes none
+        config: Any = self.transformer.config
+        guidance = ("guidance",) if config.guidance_embeds else ()  # FLUX.1-schnell takes none
         conditions = ("encoder_hidden_states", "pooled_projections", *guidance)
         return ModelIO(latents="hidden_states", timestep="timestep", conditions=conditions)
 
