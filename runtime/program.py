@@ -94,8 +94,7 @@ class ProgramKey:
 def uncached(program: "Program") -> "Program":
     """The same sampling with every step computed: what a cached run is compared with."""
     instructions = tuple(Compute(step, None) for step in range(program.key.start_step, program.num_steps))
-    nothing = {name: np.zeros_like(getattr(program, name)) for name in ("coefficients", "bias")}
-    return replace(program, instructions=instructions, **nothing)
+    return replace(program, instructions=instructions)
 
 
 def hash_sigmas(sigmas: Array) -> str:
@@ -108,7 +107,7 @@ class Program:
     """Instructions plus their numbers.
 
     ``sigmas`` [T + 1] noise levels, the last one the end of sampling; ``timesteps`` [T] what the model is told at each
-    step; ``coefficients`` [T, S] and ``bias`` [T] of the linear forecasts (rows of other steps are zero). All float32.
+    step; ``coefficients`` [T, S] and ``bias`` [T] of the linear forecasts (rows of other steps are not read). All float32.
     """
 
     key: ProgramKey
@@ -157,9 +156,6 @@ class Program:
         if covered != expected:
             raise BundleError(f"program covers steps {covered}, expected each of {expected} once and in order")
 
-        computed = list(self.compute_steps)
-        if self.coefficients[computed].any() or self.bias[computed].any():
-            raise BundleError("program: computed steps have forecast coefficients")
         for instruction in self.instructions:
             if instruction.branch not in get_args(Branch):
                 raise BundleError(f"program: branch {instruction.branch!r} is not one of {get_args(Branch)}")

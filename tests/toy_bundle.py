@@ -1,5 +1,7 @@
 """The toy DiT compiled by hand, without a pipeline around it: split, Taylor of order 1, eager engines, a real bundle."""
 
+import platform
+
 import numpy as np
 import torch
 from toy import ToyDiT, example_inputs
@@ -72,7 +74,7 @@ def write_toy_bundle(split, out):
                     "cut": LAST_BLOCK,
                 },
                 noise=GENERATOR,
-                targets=(Target("eager", EagerEngine.version(), "any", "float32", "6x8", engines),),
+                targets=(Target("eager", EagerEngine.version(), platform.system().lower(), "float32", "6x8", engines),),
                 programs=programs,
                 files=writer.files,
             )

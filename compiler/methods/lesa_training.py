@@ -31,7 +31,7 @@ RATES = (1e-3, 3e-4)  # learning rate at the start of each phase
 DROP = 0.3  # factor on the rate at a plateau
 MAX_DROPS = 2  # plateaus after which a phase ends
 PATIENCE = (6, 4)  # evaluations without improvement that make a plateau
-MAX_ROUNDS = (240, 80)  # rounds after which a phase ends in any case
+MAX_ROUNDS = (60, 80)  # rounds after which a phase ends in any case
 ROUNDS_PER_EVALUATION = (4, 1)
 
 
