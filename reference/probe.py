@@ -113,7 +113,7 @@ def save_grid(pictures: list[np.ndarray], path: Path, columns: int = 8) -> None:
 @click.command()
 @click.option("--out", type=click.Path(path_type=Path), required=True)
 @click.option("--num", default=500, help="Generated pictures to score.")
-@click.option("--steps", default=1500, help="Training steps of the probe.")
+@click.option("--steps", default=500, help="Training steps of the probe.")
 @click.option("--guidance", default=3.5)
 @click.option("--seed", default=77)
 def main(out: Path, num: int, steps: int, guidance: float, seed: int) -> None:

@@ -83,10 +83,47 @@ def test_pipeline_of_another_family_is_refused(tmp_path):
 def test_existing_output_needs_force(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
-    (out / "manifest.json").write_text("{}")
+    (out / "manifest.json").write_text(json.dumps({"format": "cachec-bundle"}))
     code, output = cachec("compile", "tiny-flux", "-o", out)
     assert code == OutputError.exit_code
     assert "--force" in output
+
+
+def test_a_foreign_manifest_does_not_make_a_directory_a_bundle(tmp_path):
+    (tmp_path / "manifest.json").write_text(json.dumps({"name": "a web application"}))
+    code, output = cachec("compile", "tiny-flux", "-o", tmp_path, "--force")
+    assert code == OutputError.exit_code
+    assert "other things" in output
+    assert (tmp_path / "manifest.json").exists()
+
+
+def test_json_result_that_cannot_be_written_is_refused_before_measuring(tmp_path):
+    (tmp_path / "eval.json").write_text("{}")
+    code, output = cachec("eval", tmp_path, "--json", tmp_path / "eval.json")
+    assert code == OutputError.exit_code
+    assert "--force" in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--predictor", "a", "--prompts", "b"], "contradict"),
+        (["--predictor", "a", "--method", "taylor"], "no trained predictor"),
+        (["--guidance", "nan"], "guidance is nan"),
+        (["--seed", str(2**40)], "seed is"),
+    ],
+)
+def test_options_that_cannot_go_together_or_be_used_are_refused(tmp_path, arguments, message):
+    code, output = cachec("compile", "tiny-flux", *arguments, "-o", tmp_path / "out")
+    assert code == InputError.exit_code
+    assert message in output
+
+
+def test_lesa_with_nothing_to_forecast_is_refused(tmp_path):
+    code, output = cachec("compile", "tiny-flux", "--interval", "1", "-o", tmp_path / "out")
+    assert code == InputError.exit_code
+    assert "nothing for lesa to forecast" in output
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_directory_with_other_things_is_never_replaced(tmp_path):
