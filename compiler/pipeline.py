@@ -21,7 +21,7 @@ from cachec.compiler.models.base import LoadedModel
 from cachec.compiler.predictors import check_fit, find_pretrained, load_predictor, predictor_bytes
 from cachec.compiler.request import Request
 from cachec.compiler.schedule import Schedule
-from cachec.compiler.split import split_model
+from cachec.compiler.split import cast_transformer, split_model
 from cachec.compiler.training import train_predictor, training_facts
 from cachec.compiler.verify import Verifier, eager_output
 from cachec.compiler.write import BundleWriter
@@ -59,7 +59,7 @@ def compile_bundle(model: LoadedModel, request: Request, out: Path, *, force: bo
         split = split_model(model, request.settings, _observers(model, request))
         clock.lap()
         work = out.with_name(out.name + ".training")
-        parameters = find_parameters(model, split, request, result, work)
+        parameters = find_parameters(model, request, result, work)
         clock.lap()
         forecast = add_forecast(model, split, request, parameters)
         program = lower(model, forecast, request)
@@ -76,7 +76,7 @@ def compile_bundle(model: LoadedModel, request: Request, out: Path, *, force: bo
     return Bundle.open(out), result
 
 
-def find_parameters(model: LoadedModel, split: Graphs, request: Request, result: Compilation, work: Path) -> Parameters | None:
+def find_parameters(model: LoadedModel, request: Request, result: Compilation, work: Path) -> Parameters | None:
     """The method's trained parameters: from the given file, from the package, or trained now (resumable in ``work``)."""
     if not request.method.needs_training:
         return None
@@ -96,7 +96,6 @@ def find_parameters(model: LoadedModel, split: Graphs, request: Request, result:
         log.warning("no trained %s predictor fits these settings: training one now", request.method.name)
         parameters = train_predictor(
             model,
-            split,
             request.method,
             request.schedule,
             request.settings,
@@ -169,7 +168,9 @@ def _observers(model: LoadedModel, request: Request, start: int = 0) -> list[Obs
         observers.append(dump_to(request.dump_graphs, start=start))
     if request.verify_passes:
         inputs = model.example_inputs(request.settings)
-        reference = eager_output(named_model(model.transformer, model.constants(request.settings)), inputs)
+        reference = eager_output(
+            named_model(cast_transformer(model, request.settings), model.constants(request.settings)), inputs
+        )
         sigmas = torch.from_numpy(model.sampling(request.settings)[0])
         observers.append(Verifier(reference, inputs, sigmas, _histories(request.method, request.schedule)))
     return observers

@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,7 +18,6 @@ from cachec.compiler.request import Request
 from cachec.compiler.schedule import Schedule
 from cachec.compiler.split import split_model
 from cachec.compiler.write import check_file, write_file
-from cachec.passes import Graphs
 from cachec.runtime.bundle import replace_file
 from cachec.runtime.errors import InputError, OutputError, PredictorError
 from cachec.runtime.program import hash_sigmas
@@ -34,13 +34,12 @@ def training_facts(model: LoadedModel, method: Method, schedule: Schedule, setti
         "steps": str(settings.steps),
         "schedule": ",".join(map(str, schedule.compute)),
         "sigmas": hash_sigmas(model.sampling(settings)[0]),
-        **{name: str(getattr(settings, name)) for name in ("height", "width", "text_tokens", "guidance", "dtype")},
+        **{name: str(getattr(settings, name)) for name in ("height", "width", "text_tokens", "guidance")},
     }
 
 
 def train_predictor(
     model: LoadedModel,
-    split: Graphs,
     method: Method,
     schedule: Schedule,
     settings: Settings,
@@ -50,7 +49,9 @@ def train_predictor(
     interval: int | None,
     work: Path,
 ) -> Parameters:
-    """Train ``method`` for one model, schedule and number of steps. Work files go to ``work``; a rerun goes on from them.
+    """Train ``method`` for one model, schedule and number of steps, in float32 whatever the bundle's precision.
+
+    Work files go to ``work``; a rerun goes on from them.
 
     Raises:
         InputError: there are too few prompts, or ``work`` holds another training.
@@ -60,7 +61,8 @@ def train_predictor(
         raise InputError(f"all {settings.steps} steps are computed: there is nothing to forecast, so nothing to train")
     facts_of_run = {**training_facts(model, method, schedule, settings), "options": json.dumps(method.options())}
     _claim(work, {**facts_of_run, "prompts": _hash(prompts), "seed": str(seed)})
-    denoiser = Denoiser(model, split, settings)
+    settings = replace(settings, dtype="float32")
+    denoiser = Denoiser(model, split_model(model, settings), settings)
     runs = record_trajectories(model, denoiser, settings, prompts, seed=seed, work=work)
     held_out = torch.arange(len(prompts)) % HELD_OUT_EVERY == 0
     data = TrainingData(
@@ -125,11 +127,8 @@ def train_to_file(load: Callable[[], LoadedModel], request: Request, out: Path, 
     check_training_prompts(request.prompts)
     check_file(out, force=force)
     work = out.with_name(out.name + ".training")
-    model = load()
-    split = split_model(model, request.settings)
     parameters = train_predictor(
-        model,
-        split,
+        load(),
         request.method,
         request.schedule,
         request.settings,

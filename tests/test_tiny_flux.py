@@ -359,3 +359,26 @@ def test_the_shipped_predictor_tells_how_it_was_trained():
     assert curve[-1]["updates"] > 1000
     assert min(point["held_out_latent_rel_l2"] for point in curve) < curve[0]["held_out_latent_rel_l2"]
     assert {"seed", "num_prompts", "prompts_sha256", "weights_sha256", "steps", "interval"} <= set(facts)
+
+
+def test_training_that_stops_improving_ends_by_itself(tmp_path, few_prompts, model, monkeypatch):
+    from cachec.compiler.methods import lesa_training
+
+    monkeypatch.setattr(lesa_training, "PATIENCE", (1, 1))
+    monkeypatch.setattr(lesa_training, "ROUNDS_PER_EVALUATION", (1, 1))
+    monkeypatch.setattr(lesa_training, "RATES", (0.0, 0.0))  # nothing can improve
+    arguments = [a for a in TRAIN if not a.startswith(("--set", "max_rounds"))]
+    run_cli(*arguments, "--prompts", few_prompts, "-o", tmp_path / "p.safetensors")
+    curve = json.loads(load_predictor(tmp_path / "p.safetensors").facts["curve"])
+    assert [point["phase"] for point in curve] == [0, 0, 0, 0, 0, 1, 1, 1, 1]
+
+
+def test_float16_follows_float32_and_leaves_the_model_as_it_is(tmp_path, model, eager_bundle, conditions):
+    half = make_request(MODELS["tiny-flux"], method="lesa", interval=7, backend="eager", dtype="float16", verify_passes=True)
+    compile_bundle(model, half, tmp_path / "half.cachec")
+    assert str(next(model.transformer.parameters()).dtype) == "torch.float32"
+    latents = []
+    for path in (eager_bundle, tmp_path / "half.cachec"):
+        with cachec.load(path) as loaded:
+            latents.append(loaded.denoise(conditions, [1, 2]))
+    assert np.linalg.norm(latents[1] - latents[0]) < 0.05 * np.linalg.norm(latents[0])
