@@ -48,7 +48,7 @@ wheel: $(READY)  ## Build the wheel, install it in clean venvs, run the smoke te
 eval: $(READY)  ## The honest table: demo/eval.json
 	$(BIN)/cachec eval demo/tiny-flux-lesa.cachec --json demo/eval.json --force
 
-reference: $(READY)  ## Retrain tiny-flux from nothing (about two hours on two cores)
+reference: $(READY)  ## Retrain tiny-flux from nothing (an hour or two on two idle cores)
 	$(BIN)/python -m reference.train_autoencoder --out $(BUILD)
 	$(BIN)/python -m reference.train_transformer --out $(BUILD)
 	$(BIN)/python -m reference.assemble --out $(BUILD)

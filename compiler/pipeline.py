@@ -94,16 +94,7 @@ def find_parameters(model: LoadedModel, request: Request, result: Compilation, w
         result.predictor_origin = f"ships with cachec ({Path(shipped.origin).name})"
     else:
         log.warning("no trained %s predictor fits these settings: training one now", request.method.name)
-        parameters = train_predictor(
-            model,
-            request.method,
-            request.schedule,
-            request.settings,
-            prompts=request.prompts,
-            seed=request.seed,
-            interval=request.interval,
-            work=work,
-        )
+        parameters = train_predictor(model, request, work=work)
         result.predictor_origin, result.trained = "trained now", True
     log.info("predictor: %s", result.predictor_origin)
     return parameters

@@ -38,30 +38,21 @@ def training_facts(model: LoadedModel, method: Method, schedule: Schedule, setti
     }
 
 
-def train_predictor(
-    model: LoadedModel,
-    method: Method,
-    schedule: Schedule,
-    settings: Settings,
-    *,
-    prompts: Sequence[str],
-    seed: int,
-    interval: int | None,
-    work: Path,
-) -> Parameters:
-    """Train ``method`` for one model, schedule and number of steps, in float32 whatever the bundle's precision.
+def train_predictor(model: LoadedModel, request: Request, *, work: Path) -> Parameters:
+    """Train the request's method for its schedule, in float32 whatever the bundle's precision.
 
     Work files go to ``work``; a rerun goes on from them.
 
     Raises:
-        InputError: there are too few prompts, or ``work`` holds another training.
+        InputError: there are too few prompts, nothing to forecast, or ``work`` holds another training.
     """
+    method, schedule, prompts, seed = request.method, request.schedule, request.prompts, request.seed
+    settings = replace(request.settings, dtype="float32")
     check_training_prompts(prompts)
     if not schedule.forecast:
         raise InputError(f"all {settings.steps} steps are computed: there is nothing to forecast, so nothing to train")
     facts_of_run = {**training_facts(model, method, schedule, settings), "options": json.dumps(method.options())}
     _claim(work, {**facts_of_run, "prompts": _hash(prompts), "seed": str(seed)})
-    settings = replace(settings, dtype="float32")
     denoiser = Denoiser(model, split_model(model, settings), settings)
     runs = record_trajectories(model, denoiser, settings, prompts, seed=seed, work=work)
     held_out = torch.arange(len(prompts)) % HELD_OUT_EVERY == 0
@@ -74,7 +65,7 @@ def train_predictor(
         **facts,
         "options": json.dumps(method.options()),
         "model": model.spec.name,
-        "interval": "none" if interval is None else str(interval),
+        "interval": "none" if request.interval is None else str(request.interval),
         "seed": str(seed),
         "num_prompts": str(len(prompts)),
         "prompts_sha256": _hash(prompts),
@@ -127,16 +118,7 @@ def train_to_file(load: Callable[[], LoadedModel], request: Request, out: Path, 
     check_training_prompts(request.prompts)
     check_file(out, force=force)
     work = out.with_name(out.name + ".training")
-    parameters = train_predictor(
-        load(),
-        request.method,
-        request.schedule,
-        request.settings,
-        prompts=request.prompts,
-        seed=request.seed,
-        interval=request.interval,
-        work=work,
-    )
+    parameters = train_predictor(load(), request, work=work)
     write_file(out, predictor_bytes(parameters))
     shutil.rmtree(work)
     return parameters.facts
