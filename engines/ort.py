@@ -76,7 +76,7 @@ _pool_threads: list[int] = []  # of the one pool that ONNX Runtime has in this p
 def _start_thread_pool(threads: int | None) -> None:
     """Let all engines of the process share one thread pool.
 
-    With a pool each, the idle engine's threads spin while the other one runs: on two cores a run took 1.6 times as long.
+    With a pool each, the idle engine's threads spin while the other one runs, and take its cores.
 
     Raises:
         InputError: the pool runs already, with another number of threads.

@@ -31,7 +31,7 @@ in_the_tree = pytest.mark.skipif(not IN_THE_TREE, reason="the source tree is not
 
 def source_files(root, *, without=NOT_PACKAGED):
     hidden = ("build", "dist")
-    files = [path.relative_to(root) for path in root.rglob("*.py")]
+    files = [path.relative_to(root) for path in root.rglob("*.py") if "site-packages" not in path.parts]
     return sorted(f for f in files if f.parts[0] not in (*without, *hidden) and not f.parts[0].startswith("."))
 
 

@@ -60,8 +60,10 @@ def bind(inputs=None, outputs=None):
 
 
 @pytest.mark.parametrize("outputs", [None, {}])
-def test_fitting_bindings_pass(outputs):
+def test_fitting_bindings_pass_and_the_same_with_another_batch_for_one_input_do_not(outputs):
     bind(outputs=outputs)
+    with pytest.raises(InputError, match="'timestep' has shape"):
+        bind({"timestep": zeros(3)}, outputs=outputs)
 
 
 @pytest.mark.parametrize(
