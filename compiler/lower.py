@@ -4,9 +4,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from cachec.compiler.methods.base import ForecastTable
+from cachec.compiler.methods.base import AdvanceTable, ForecastTable
 from cachec.compiler.schedule import Schedule
-from cachec.runtime.program import Compute, Forecast, Instruction, Predict, Program, ProgramKey
+from cachec.runtime.program import Advance, Compute, Cut, Forecast, Instruction, Predict, Program, ProgramKey
 from cachec.runtime.specs import Array
 
 
@@ -61,6 +61,21 @@ def lower_predictor(
     return _program(key, instructions, slots.capacity, sigmas, timesteps, coefficients, bias)
 
 
+def lower_advance(table: AdvanceTable, key: ProgramKey, sigmas: Array, timesteps: Array) -> Program:
+    """A program for the output cut: it needs the compute engine only. Every velocity keeps its own slot to the end."""
+    schedule, num = table.schedule, len(table.schedule.compute)
+    coefficients = np.zeros((schedule.num_steps, num), np.float32)
+    coefficients[list(schedule.compute)] = np.tril(table.coefficients)
+    timesteps = timesteps.copy()
+    if table.timesteps is not None:
+        timesteps[list(schedule.compute)] = table.timesteps
+    instructions: list[Instruction] = []
+    for slot, (step, end) in enumerate(zip(schedule.compute, [*schedule.compute[1:], schedule.num_steps], strict=True)):
+        instructions += [Compute(step, slot), Advance(tuple(range(step, end)), slot + 1)]
+    bias = np.zeros(schedule.num_steps, np.float32)
+    return _program(key, instructions, num, sigmas, timesteps, coefficients, bias, cut="output")
+
+
 class _Slots:
     """Numbers slots from 0; the lowest free one is given first, so the slots ever given are always ``0 … capacity - 1``."""
 
@@ -88,6 +103,7 @@ def _program(
     timesteps: Array,
     coefficients: Array,
     bias: Array,
+    cut: Cut = "hidden",
 ) -> Program:
     return Program(
         key=key,
@@ -97,4 +113,5 @@ def _program(
         timesteps=timesteps.astype(np.float32),
         coefficients=np.ascontiguousarray(coefficients[:, :capacity]),
         bias=bias,
+        cut=cut,
     )

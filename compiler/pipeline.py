@@ -108,7 +108,7 @@ def add_forecast(model: LoadedModel, split: Graphs, request: Request, parameters
         example = split.modules[COMPUTE](**inputs)["feature"]
     predictor = capture_predictor(method.predictor(parameters), method.window, example, request.settings.steps)
     sigmas = torch.from_numpy(model.sampling(request.settings)[0])
-    histories = _histories(method, schedule)
+    histories = method.histories(schedule)
     passes = forecast_passes(predictor, sigmas, histories, fold=request.fold)
     return run_passes(split, passes, observers=_observers(model, request, start=len(split_passes(model.block))))
 
@@ -149,10 +149,6 @@ def build_target(backend: Any, request: Request, plans: Sequence[EnginePlan], wr
     )
 
 
-def _histories(method: Method, schedule: Schedule) -> dict[int, tuple[int, ...]]:
-    return {step: schedule.history(step, method.window, feeds_back=method.feeds_back) for step in schedule.forecast}
-
-
 def _observers(model: LoadedModel, request: Request, start: int = 0) -> list[Observer]:
     observers: list[Observer] = [_log_pass]
     if request.dump_graphs is not None:
@@ -163,7 +159,7 @@ def _observers(model: LoadedModel, request: Request, start: int = 0) -> list[Obs
             named_model(cast_transformer(model, request.settings), model.constants(request.settings)), inputs
         )
         sigmas = torch.from_numpy(model.sampling(request.settings)[0])
-        observers.append(Verifier(reference, inputs, sigmas, _histories(request.method, request.schedule)))
+        observers.append(Verifier(reference, inputs, sigmas, request.method.histories(request.schedule)))
     return observers
 
 

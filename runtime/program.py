@@ -1,7 +1,8 @@
 """Programs: what a session does at each step, decided ahead of time.
 
-A program is a list of instructions over numbered slots, which hold the feature at the cut. The instructions name no
-method and test nothing: the same request always makes the same calls.
+A program is a list of instructions over numbered slots. On the *hidden* cut slots hold features, and every step ends with
+the sampler's Euler step. On the *output* cut slots hold velocities, and the latents move over a whole gap between computed
+steps at once. The instructions name no method and test nothing: the same request always makes the same calls.
 
 Shapes: ``T`` sampling steps, ``S = capacity`` slots.
 """
@@ -10,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from itertools import zip_longest
 from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
@@ -18,11 +20,12 @@ from cachec.runtime.errors import BundleError
 from cachec.runtime.specs import Array
 
 Branch = Literal["conditional", "unconditional"]
+Cut = Literal["hidden", "output"]
 
 
 @dataclass(frozen=True)
 class Compute:
-    """Run the whole model at ``step``; keep its feature in ``slot`` unless no later forecast reads it (``None``)."""
+    """Run the whole model at ``step``; keep its feature (or velocity) in ``slot`` unless nothing reads it (``None``)."""
 
     op: ClassVar[str] = "compute"
     step: int
@@ -73,8 +76,22 @@ class Predict:
             raise BundleError(f"program: step {self.step} reads steps {self.source_steps}, which are not before it")
 
 
-Instruction = Compute | Forecast | Predict
-_INSTRUCTIONS: dict[str, type[Compute] | type[Forecast] | type[Predict]] = {c.op: c for c in (Compute, Forecast, Predict)}
+@dataclass(frozen=True)
+class Advance:
+    """Move the latents over ``steps``, the first of which was just computed: noise plus weighted velocities.
+
+    The weights are ``program.coefficients[steps[0], :num_slots]`` over the slots ``0 … num_slots - 1``.
+    """
+
+    op: ClassVar[str] = "advance"
+    steps: tuple[int, ...]
+    num_slots: int
+    branch: Branch = "conditional"
+
+
+Instruction = Compute | Forecast | Predict | Advance
+_INSTRUCTIONS: dict[str, type[Instruction]] = {c.op: c for c in (Compute, Forecast, Predict, Advance)}
+_ON_CUT: dict[Cut, tuple[type[Instruction], ...]] = {"hidden": (Compute, Forecast, Predict), "output": (Compute, Advance)}
 
 
 @dataclass(frozen=True)
@@ -94,7 +111,7 @@ class ProgramKey:
 def uncached(program: "Program") -> "Program":
     """The same sampling with every step computed: what a cached run is compared with."""
     instructions = tuple(Compute(step, None) for step in range(program.key.start_step, program.num_steps))
-    return replace(program, instructions=instructions)
+    return replace(program, instructions=instructions, cut="hidden")
 
 
 def hash_sigmas(sigmas: Array) -> str:
@@ -107,7 +124,8 @@ class Program:
     """Instructions plus their numbers.
 
     ``sigmas`` [T + 1] noise levels, the last one the end of sampling; ``timesteps`` [T] what the model is told at each
-    step; ``coefficients`` [T, S] and ``bias`` [T] of the linear forecasts (rows of other steps are not read). All float32.
+    step; ``coefficients`` [T, S] and ``bias`` [T] of the linear forecasts (rows of other steps are not read; on the output
+    cut a row moves the latents and the bias is zero). All float32.
     """
 
     key: ProgramKey
@@ -117,6 +135,7 @@ class Program:
     timesteps: Array
     coefficients: Array
     bias: Array
+    cut: Cut = "hidden"
 
     def __post_init__(self) -> None:
         self._check_arrays()
@@ -151,7 +170,13 @@ class Program:
     def _check_steps(self) -> None:
         if not 0 <= self.key.start_step < self.key.steps:
             raise BundleError(f"program starts at step {self.key.start_step} of {self.key.steps}")
-        covered = [step for instruction in self.instructions for step in instruction.steps]
+        if self.cut not in get_args(Cut):
+            raise BundleError(f"program: cut {self.cut!r} is not one of {get_args(Cut)}")
+        for instruction in self.instructions:
+            if not isinstance(instruction, _ON_CUT[self.cut]):
+                raise BundleError(f"program: instruction {instruction.op!r} does not exist on the {self.cut} cut")
+        movers = self.instructions if self.cut == "hidden" else self._advances()
+        covered = [step for instruction in movers for step in instruction.steps]
         expected = list(range(self.key.start_step, self.key.steps))
         if covered != expected:
             raise BundleError(f"program covers steps {covered}, expected each of {expected} once and in order")
@@ -162,21 +187,30 @@ class Program:
             if isinstance(instruction, Predict):
                 instruction.check()
 
+    def _advances(self) -> list[Advance]:
+        """The moves of an output-cut program; each belongs to the computed step before it."""
+        computes, advances = self.instructions[::2], self.instructions[1::2]
+        for compute, advance in zip_longest(computes, advances):
+            if not isinstance(compute, Compute) or not isinstance(advance, Advance) or compute.steps != advance.steps[:1]:
+                raise BundleError(f"program: on the output cut each computed step is followed by its advance, got {compute}, {advance}")
+        return [advance for advance in advances if isinstance(advance, Advance)]
+
     def _check_slots(self) -> None:
         written: set[int] = set()
         for instruction in self.instructions:
-            if isinstance(instruction, Forecast):
+            if isinstance(instruction, Forecast | Advance):
                 reads: tuple[int, ...] = tuple(range(instruction.num_slots))
                 if not reads:
-                    raise BundleError(f"program: forecast of steps {instruction.steps} reads no slot")
-                if self.coefficients[list(instruction.steps), instruction.num_slots :].any():
+                    raise BundleError(f"program: {instruction.op} of steps {instruction.steps} reads no slot")
+                rows = list(instruction.steps) if isinstance(instruction, Forecast) else [instruction.steps[0]]
+                if self.coefficients[rows, instruction.num_slots :].any():
                     raise BundleError(f"program: steps {instruction.steps} have coefficients for slots that are not bound")
             else:
                 reads = instruction.sources if isinstance(instruction, Predict) else ()
             unwritten = set(reads) - written
             if unwritten:
                 raise BundleError(f"program: steps {instruction.steps} read slots {sorted(unwritten)} before any write")
-            slot = None if isinstance(instruction, Forecast) else instruction.slot
+            slot = None if isinstance(instruction, Forecast | Advance) else instruction.slot
             if slot is not None:
                 if not 0 <= slot < self.capacity:
                     raise BundleError(f"program: slot {slot} does not exist, there are {self.capacity}")
@@ -185,7 +219,7 @@ class Program:
     def to_json(self) -> dict[str, Any]:
         """Everything but the arrays (:meth:`arrays`)."""
         instructions = [{"op": i.op, **asdict(i)} for i in self.instructions]
-        return {"key": asdict(self.key), "capacity": self.capacity, "instructions": instructions}
+        return {"key": asdict(self.key), "cut": self.cut, "capacity": self.capacity, "instructions": instructions}
 
     def arrays(self) -> dict[str, Array]:
         return {name: getattr(self, name) for name in ("sigmas", "timesteps", "coefficients", "bias")}
@@ -195,7 +229,7 @@ class Program:
         try:
             instructions = tuple(_read_instruction(i) for i in data["instructions"])
             key = ProgramKey(**data["key"])
-            return cls(key=key, instructions=instructions, capacity=data["capacity"], **arrays)
+            return cls(key=key, instructions=instructions, capacity=data["capacity"], cut=data["cut"], **arrays)
         except (KeyError, TypeError, AttributeError) as error:
             raise BundleError(f"program file does not read as a program: {error!r}") from error
 

@@ -26,7 +26,7 @@ from cachec.runtime.engine import (
 )
 from cachec.runtime.errors import BundleError, InputError
 from cachec.runtime.noise import make_noise
-from cachec.runtime.program import Compute, Forecast, Instruction, Predict, Program
+from cachec.runtime.program import Advance, Compute, Forecast, Instruction, Predict, Program
 from cachec.runtime.specs import Array
 
 
@@ -107,8 +107,10 @@ class Session:
         self._forecast_inputs = {s.name for s in engines["forecast"].signature.inputs} if "forecast" in engines else set()
         self._condition_specs = [compute.input(name) for name in io.conditions]
         self._latent_spec = compute.input(io.latents)
-        feature = compute.output(FEATURE)
-        self.ring = np.zeros((program.capacity, *feature.resolve(self._sizes)), feature.dtype)
+        feature, velocity = compute.output(FEATURE), compute.output(VELOCITY)
+        kept = feature if program.cut == "hidden" else velocity
+        self.ring = np.zeros((program.capacity, *kept.resolve(self._sizes)), kept.dtype)
+        self._noise = np.zeros(self.latent_shape, self._latent_spec.dtype)
         self._latents = np.zeros(self.latent_shape, self._latent_spec.dtype)
         self._velocity = np.zeros_like(self._latents)
         self._scratch = np.zeros(feature.resolve(self._sizes), feature.dtype)  # a feature that nothing reads
@@ -145,6 +147,7 @@ class Session:
         self._latent_spec.check(noise, self._sizes)
         for name, value in conditions.items():
             np.copyto(self._conditions[name], value)
+        np.copyto(self._noise, noise)
         np.copyto(self._latents, noise)
         self._position = 0
 
@@ -164,14 +167,10 @@ class Session:
 
     def _execute(self, instruction: Instruction) -> None:
         if isinstance(instruction, Compute):
-            feature = self._scratch if instruction.slot is None else self.ring[instruction.slot]
-            inputs = {
-                self.io.latents: self._latents,
-                self.io.timestep: self._timesteps[instruction.step],
-                **self._conditions,
-            }
-            self._compute.run(inputs, {VELOCITY: self._velocity, FEATURE: feature})
-            self._integrate(instruction.step)
+            self._evaluate(instruction)
+            return
+        if isinstance(instruction, Advance):
+            self._move(instruction)
             return
         for step in instruction.steps:
             if isinstance(instruction, Forecast):
@@ -182,6 +181,28 @@ class Session:
                 raise BundleError("the program forecasts, but the bundle has no forecast engine: compile it again")
             self._forecast.run(self._with_conditions(inputs, step), {VELOCITY: self._velocity, **outputs})
             self._integrate(step)
+
+    def _evaluate(self, instruction: Compute) -> None:
+        feature, velocity = self._scratch, self._velocity
+        if instruction.slot is not None and self.program.cut == "hidden":
+            feature = self.ring[instruction.slot]
+        elif instruction.slot is not None:
+            velocity = self.ring[instruction.slot]
+        inputs = {
+            self.io.latents: self._latents,
+            self.io.timestep: self._timesteps[instruction.step],
+            **self._conditions,
+        }
+        self._compute.run(inputs, {VELOCITY: velocity, FEATURE: feature})
+        if self.program.cut == "hidden":
+            self._integrate(instruction.step)
+
+    def _move(self, instruction: Advance) -> None:
+        """Noise plus weighted velocities, in place; slots behind the written ones may hold anything, so they are not read."""
+        written = instruction.num_slots
+        weights = self.program.coefficients[instruction.steps[0], :written].astype(self.ring.dtype)
+        np.dot(weights, self.ring[:written].reshape(written, -1), out=self._velocity.reshape(-1))
+        np.add(self._noise, self._velocity, out=self._latents)
 
     def _bind_forecast(self, instruction: Forecast, step: int) -> tuple[dict[str, Array], dict[str, Array]]:
         written = instruction.num_slots  # slots behind it may hold anything, so they are never bound

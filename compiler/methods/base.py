@@ -1,14 +1,19 @@
-"""What a method is: a predictor of the feature at the cut, and the facts that compiling it needs.
+"""What a method is: a way to forecast at a cut, and the facts that compiling it needs.
 
-Shapes: ``B`` batch, ``L`` tokens, ``D`` channels, ``T`` steps, ``W`` window.
+Two kinds of method. A :class:`PredictorMethod` is a graph of past features, inlined into the forecast graph and folded to
+numbers by the passes. A :class:`TableMethod` states its numbers directly. Either way the result is a table: a
+:class:`ForecastTable` on the hidden cut, an :class:`AdvanceTable` on the output cut.
+
+Shapes: ``B`` batch, ``L`` tokens, ``D`` channels, ``T`` steps, ``K`` computed steps, ``W`` window, ``P`` prompts.
 """
 
 import dataclasses
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -17,7 +22,11 @@ from torch import nn
 from cachec.compiler.calibration.trajectories import Denoiser, Trajectories
 from cachec.compiler.schedule import Schedule, interval_schedule
 from cachec.runtime.errors import InputError, PredictorError, unknown_name
+from cachec.runtime.program import Cut
 from cachec.runtime.specs import Array
+
+if TYPE_CHECKING:
+    from cachec.compiler.calibration.calibration import Calibration
 
 
 @dataclass(frozen=True)
@@ -58,20 +67,109 @@ class TrainingData:
     work: Path
 
 
+@dataclass(frozen=True, eq=False)
+class ForecastTable:
+    """Hidden cut, a whole schedule as numbers: the forecast of step s is ``sum_a coefficients[s, a] F_a + bias[s]``.
+
+    ``coefficients`` [T, K] over the K computed features in order, ``bias`` [T]; float64. Rows of computed steps are zero.
+    """
+
+    schedule: Schedule
+    coefficients: Array
+    bias: Array
+
+
+@dataclass(frozen=True, eq=False)
+class AdvanceTable:
+    """Output cut, a whole schedule as numbers: computed step i moves the latents to the next computed step (or the end).
+
+    They become ``x_T + sum_{j <= i} coefficients[i, j] v_j``, with ``v_j`` the computed velocities in order.
+    ``coefficients`` [K, K] lower-triangular, float64. ``timesteps`` [K]: what the model is told at the computed steps, where
+    that is not the sampler's own (polished time steps); else ``None``.
+    """
+
+    schedule: Schedule
+    coefficients: Array
+    timesteps: Array | None = None
+
+
+Table = ForecastTable | AdvanceTable
+
+
 @dataclass(frozen=True)
 class Method(ABC):
-    """A published way to forecast; its fields are its options (``--set name=value``).
+    """A way to forecast; its fields are its options (``--set name=value``).
 
-    ``feeds_back``: the history holds every earlier step, forecasts included, and not only computed ones.
-    ``needs_training``: :meth:`predictor` needs parameters from training.
+    ``needs_training``: wants parameters from ``cachec train``. ``needs_calibration``: wants parameters that
+    :meth:`calibrate` makes from calibration runs. ``min_budget``: the fewest computed steps that it works with.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
-    feeds_back: ClassVar[bool] = False
+    cut: ClassVar[Cut] = "hidden"
     needs_training: ClassVar[bool] = False
+    needs_calibration: ClassVar[bool] = False
+    min_budget: ClassVar[int] = 1
     default_interval: ClassVar[int]
     extra_steps: ClassVar[tuple[int, ...]] = ()
+
+    @abstractmethod
+    def table(self, schedule: Schedule, sigmas: Array, parameters: Parameters | None) -> Table:
+        """The numbers for ``schedule`` on noise levels ``sigmas`` [T + 1]. Pure.
+
+        Raises:
+            InputError: the schedule does not fit the method.
+        """
+
+    def calibrate(self, calibration: "Calibration", schedule: Schedule) -> Parameters:
+        """Parameters from calibration runs, for :meth:`table` with the same schedule."""
+        raise PredictorError(f"method {self.name!r} has nothing to calibrate; compile it as it is")
+
+    def interval(self, num_steps: int, interval: int) -> Schedule:
+        """The method's own published schedule."""
+        return interval_schedule(num_steps, interval, extra=self.extra_steps)
+
+    @classmethod
+    def with_options(cls, options: Mapping[str, str]) -> Self:
+        """Make the method from ``--set`` options.
+
+        Raises:
+            InputError: an option is unknown, or its value is not of its type or out of range.
+        """
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        values: dict[str, Any] = {}
+        for key, text in options.items():
+            if key not in fields:
+                if not fields:
+                    raise InputError(f"method {cls.name!r} has no options, so {key}={text} cannot be set")
+                raise unknown_name(f"option of method {cls.name!r}", key, fields)
+            values[key] = _parse_option(key, text, fields[key].type)
+        return cls(**values)
+
+    def options(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def _parse_option(key: str, text: str, kind: Any) -> Any:
+    if kind is str:
+        return text
+    try:
+        value = kind(text)
+    except ValueError as error:
+        raise InputError(f"option {key} is {text!r}; it must be a {'whole ' if kind is int else ''}number") from error
+    if not math.isfinite(value):
+        raise InputError(f"option {key} is {text!r}; it must be finite")
+    return value
+
+
+@dataclass(frozen=True)
+class PredictorMethod(Method):
+    """A method that is a graph of past features.
+
+    ``feeds_back``: the history holds every earlier step, forecasts included, and not only computed ones.
+    """
+
+    feeds_back: ClassVar[bool] = False
 
     @property
     @abstractmethod
@@ -86,44 +184,32 @@ class Method(ABC):
         """Train; returns the parameters and what is worth knowing about their training."""
         raise PredictorError(f"method {self.name!r} has nothing to train; compile it as it is")
 
-    def interval(self, num_steps: int, interval: int) -> Schedule:
-        """The method's own published schedule."""
-        return interval_schedule(num_steps, interval, extra=self.extra_steps)
+    def histories(self, schedule: Schedule) -> dict[int, tuple[int, ...]]:
+        """Which steps each forecast looks at, newest first."""
+        return {step: schedule.history(step, self.window, feeds_back=self.feeds_back) for step in schedule.forecast}
 
-    @classmethod
-    def with_options(cls, options: Mapping[str, str]) -> Self:
-        """Make the method from ``--set`` options.
-
-        Raises:
-            InputError: an option is unknown, or its value is not a whole number in range.
-        """
-        fields = {field.name for field in dataclasses.fields(cls)}
-        values: dict[str, Any] = {}
-        for key, text in options.items():
-            if key not in fields:
-                if not fields:
-                    raise InputError(f"method {cls.name!r} has no options, so {key}={text} cannot be set")
-                raise unknown_name(f"option of method {cls.name!r}", key, fields)
-            try:
-                values[key] = int(text)
-            except ValueError as error:
-                raise InputError(f"option {key} is {text!r}; it must be a whole number") from error
-        return cls(**values)
-
-    def options(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+    def table(self, schedule: Schedule, sigmas: Array, parameters: Parameters | None) -> ForecastTable:
+        """The table without the passes: the predictor on a basis of features. Equals what folding finds."""
+        predictor = self.predictor(parameters)
+        rows, bias = np.zeros((schedule.num_steps, self.window)), np.zeros(schedule.num_steps)
+        for step, history in self.histories(schedule).items():
+            rows[step], bias[step] = _probe_row(predictor, step, history, tuple(np.asarray(sigmas, np.float64).tolist()))
+        return compose(rows, bias, schedule, feeds_back=self.feeds_back)
 
 
-@dataclass(frozen=True, eq=False)
-class ForecastTable:
-    """A whole schedule as numbers: the forecast of step s is ``sum_a coefficients[s, a] F_a + bias[s]``.
+@torch.no_grad()
+def _probe_row(predictor: Predictor, step: int, history: tuple[int, ...], sigmas: tuple[float, ...]) -> tuple[Array, float]:
+    """Weights [W] and bias of an affine, elementwise predictor: its values at zero and at unit features."""
+    window = len(history)
+    basis = torch.cat([torch.zeros(window, 1), torch.eye(window)], dim=1).float()  # feature j is 1 in column j + 1
+    values = predictor([row[None, None] for row in basis], torch.tensor(history), torch.tensor(sigmas).float(),
+                       torch.tensor(step))[0, 0].double().numpy()  # fmt: skip
+    return values[1:] - values[0], float(values[0])
 
-    ``coefficients`` [T, K] over the K computed features in order, ``bias`` [T]; float64. Rows of computed steps are zero.
-    """
 
-    schedule: Schedule
-    coefficients: Array
-    bias: Array
+@dataclass(frozen=True)
+class TableMethod(Method):
+    """A method that states its numbers: only :meth:`Method.table`, no graph."""
 
 
 def compose(rows: Array, bias: Array, schedule: Schedule, *, feeds_back: bool) -> ForecastTable:
@@ -145,3 +231,15 @@ def compose(rows: Array, bias: Array, schedule: Schedule, *, feeds_back: bool) -
     computed = list(schedule.compute)
     full[computed], offset[computed] = 0.0, 0.0
     return ForecastTable(schedule, full, offset)
+
+
+def collapse(table: ForecastTable, sigmas: Array) -> AdvanceTable:
+    """Forecasts of velocities under the Euler flow sampler, one row for each whole gap between computed steps."""
+    schedule, steps = table.schedule, np.diff(np.asarray(sigmas, np.float64))
+    velocities = table.coefficients.copy()  # every step's velocity in terms of the computed ones
+    velocities[list(schedule.compute), range(len(schedule.compute))] = 1.0
+    if table.bias.any():
+        raise PredictorError("a forecast of velocities with a bias cannot be collapsed to rows")
+    displacement = np.cumsum(steps[:, None] * velocities, axis=0)
+    ends = [*(step - 1 for step in schedule.compute[1:]), schedule.num_steps - 1]
+    return AdvanceTable(schedule, displacement[ends])

@@ -15,7 +15,7 @@ from typing import ClassVar, cast
 import torch
 from torch import nn
 
-from cachec.compiler.methods.base import Method, Parameters, Predictor, TrainingData
+from cachec.compiler.methods.base import Parameters, Predictor, PredictorMethod, TrainingData
 from cachec.compiler.methods.kan import Kan
 from cachec.runtime.errors import InputError, PredictorError
 
@@ -55,7 +55,7 @@ class LesaPredictor(Predictor):
 
 
 @dataclass(frozen=True)
-class Lesa(Method):
+class Lesa(PredictorMethod):
     """Learned; window 8 over every step's feature (forecasts are fed back), warm-up 3 steps plus step 3.
 
     Trained for one model, number of steps and interval, and of no use for others. Starts as plain reuse. ``max_rounds``

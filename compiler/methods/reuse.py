@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import torch
 
-from cachec.compiler.methods.base import Method, Parameters, Predictor
+from cachec.compiler.methods.base import Parameters, Predictor, PredictorMethod
 
 
 class _Reuse(Predictor):
@@ -22,7 +22,7 @@ class _Reuse(Predictor):
 
 
 @dataclass(frozen=True)
-class Reuse(Method):
+class Reuse(PredictorMethod):
     """Order 0, no warm-up of its own, one slot. Exact on constant features; lags behind everything that moves."""
 
     name: ClassVar[str] = "reuse"

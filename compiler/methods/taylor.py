@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import torch
 
-from cachec.compiler.methods.base import Method, Parameters, Predictor
+from cachec.compiler.methods.base import Parameters, Predictor, PredictorMethod
 from cachec.runtime.errors import InputError
 
 WARMUP = 3  # "first_enhance": differences are taken from the last of these steps on
@@ -48,7 +48,7 @@ class _Taylor(Predictor):
 
 
 @dataclass(frozen=True)
-class Taylor(Method):
+class Taylor(PredictorMethod):
     """Order ``order``, warm-up 3 steps, ``order + 1`` slots.
 
     Exact on features that are linear in the step. Second and higher differences are plain, not divided: the curvature is
