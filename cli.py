@@ -169,18 +169,29 @@ def run_command(bundle: Path, prompts: tuple[str, ...], out: Path, source: str |
     _table(rows)
 
 
+_evaluation_options = _options(
+    click.option("--against", default="taylor:1,taylor:2,reuse,plain,unipc", show_default=True, help="What to compare with."),
+    click.option("--level", help="Quality level whose number of computed steps they get; default the first."),
+    click.option("--prompts", "file", type=click.Path(path_type=Path), help="Prompts, one a line; a held-out list ships."),
+    click.option("--seed", default=0, show_default=True, help="Noise of the first prompt; the next has the next seed."),
+    click.option("--model", "source", help="Directory of the model; default from the bundle."),
+)
+
+
 @main.command("eval")
 @_talking
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--prompts", "file", type=click.Path(path_type=Path), help="Prompts, one a line; a held-out list ships.")
-@click.option("--num", default=32, show_default=True, help="How many of them.")
-@click.option("--seed", default=0, show_default=True, help="Noise of the first prompt; the next has the next seed.")
-@click.option("--model", "source", help="Directory of the model; default from the bundle.")
+@_evaluation_options
+@click.option("--num", default=32, show_default=True, help="How many prompts.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the table here, too.")
 @click.option("--force", is_flag=True, help="Replace the JSON file if it exists.")
 def eval_command(bundle: Path, json_file: Path | None, force: bool, **rest: Any) -> None:
-    """Measure BUNDLE beside the uncached run, other methods on its schedule, and plain solvers."""
-    from cachec.compiler.calibration.report import evaluate_bundle, format_table
+    """Measure every level of BUNDLE beside the uncached run, other methods, and plain solvers.
+
+    --against is a list such as taylor:1,lesa,plain,ab2,unipc. The number behind a method is its order.
+    """
+    from cachec.compiler.calibration.report import evaluate_bundle
+    from cachec.compiler.calibration.tables import format_table
     from cachec.compiler.write import check_file, write_file
 
     if json_file is not None:
@@ -189,6 +200,23 @@ def eval_command(bundle: Path, json_file: Path | None, force: bool, **rest: Any)
     click.echo(format_table(evaluation))
     if json_file is not None:
         write_file(json_file, json.dumps(evaluation.to_json(), indent=1).encode())
+
+
+@main.command("report")
+@_talking
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="File: .html, .md or .json.")
+@_evaluation_options
+@click.option("--num", default=8, show_default=True, help="How many prompts.")
+@click.option("--pictures", default=4, show_default=True, help="Show the pictures of the first so many prompts.")
+@click.option("--force", is_flag=True, help="Replace the file if it exists.")
+def report_command(bundle: Path, out: Path, **rest: Any) -> None:
+    """Measure BUNDLE as eval does, and write a page with pictures, plots and settings."""
+    from cachec.compiler.calibration.report import report_bundle
+    from cachec.compiler.calibration.tables import headline
+
+    report = report_bundle(bundle, out, **rest)
+    _table([("report", str(out)), ("result", headline(report))])
 
 
 @main.command("inspect")

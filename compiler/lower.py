@@ -4,8 +4,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from cachec.compiler.methods.base import AdvanceTable, ForecastTable
 from cachec.compiler.schedule import Schedule
+from cachec.compiler.table import AdvanceTable, ForecastTable
 from cachec.runtime.program import Advance, Compute, Cut, Forecast, Instruction, Predict, Program, ProgramKey
 from cachec.runtime.specs import Array
 

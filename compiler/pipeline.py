@@ -16,12 +16,12 @@ from tqdm import tqdm
 from cachec.compiler.capture import capture_predictor, named_model
 from cachec.compiler.export import EnginePlan, plan_engines
 from cachec.compiler.lower import lower_predictor, lower_table
-from cachec.compiler.methods.base import Method, Parameters, compose
+from cachec.compiler.methods.base import Parameters
 from cachec.compiler.models.base import LoadedModel
 from cachec.compiler.predictors import check_fit, find_pretrained, load_predictor, predictor_bytes
 from cachec.compiler.request import Request
-from cachec.compiler.schedule import Schedule
 from cachec.compiler.split import cast_transformer, split_model
+from cachec.compiler.table import compose
 from cachec.compiler.training import train_predictor, training_facts
 from cachec.compiler.verify import Verifier, eager_output
 from cachec.compiler.write import BundleWriter

@@ -1,8 +1,10 @@
 """Schedules: which of the T steps compute the whole model. Pure data."""
 
+import math
 from dataclasses import dataclass
 from itertools import pairwise
 
+from cachec.compiler.published import L2P_LISTS, L2P_STEPS, SPECTRUM_ALPHAS
 from cachec.runtime.errors import InputError
 
 
@@ -70,6 +72,74 @@ def uniform_schedule(num_steps: int, budget: int) -> Schedule:
     rest = budget - len(start)
     spaced = [round(2 + (i + 1) * (num_steps - 2) / (rest + 1)) for i in range(rest)]
     return Schedule(num_steps, tuple(start + spaced))
+
+
+def interval_for_budget(num_steps: int, budget: int, extra: tuple[int, ...] = ()) -> Schedule:
+    """The counter rule with the smallest interval that computes at most ``budget`` steps.
+
+    Raises:
+        InputError: it computes more at any interval.
+    """
+    for interval in range(1, num_steps + 1):
+        schedule = interval_schedule(num_steps, interval, extra=extra)
+        if len(schedule.compute) <= budget:
+            return schedule
+    raise InputError(f"budget is {budget}; an interval schedule of {num_steps} steps has at least {len(schedule.compute)}")
+
+
+def l2p_schedule(num_steps: int, budget: int) -> Schedule:
+    """The hand-tuned list of L2P (arXiv 2604.26365) with ``budget`` computed steps, for 50 steps.
+
+    Raises:
+        InputError: there is none.
+    """
+    lists = {len(steps): steps for steps in L2P_LISTS.values()}
+    if num_steps != L2P_STEPS or budget not in lists:
+        known = ", ".join(str(count) for count in sorted(lists))
+        raise InputError(
+            f"L2P has no list of {budget} steps of {num_steps}; its lists are for {L2P_STEPS} steps, with {known} of them"
+        )
+    return Schedule(num_steps, lists[budget])
+
+
+def spectrum_schedule(num_steps: int, budget: int | None = None, alpha: float = 0.75) -> Schedule:
+    """Windows that grow (Spectrum, arXiv 2603.01623): 5 warm-up steps, then gaps of 2, 2 + alpha, 2 + 2 alpha, …, rounded down.
+
+    With ``budget``, ``alpha`` is one that gives so many computed steps: a published one (0.75, 3) where it does, else the
+    first that bisection finds.
+
+    Raises:
+        InputError: ``alpha`` is negative, or no growth gives ``budget`` steps.
+    """
+    if not (alpha >= 0 and math.isfinite(alpha)):
+        raise InputError(f"alpha is {alpha}; windows do not shrink")
+    if budget is None:
+        return _growing_windows(num_steps, alpha)
+    least, most = _growing_windows(num_steps, num_steps), _growing_windows(num_steps, 0.0)
+    low, high = 0.0, float(num_steps)
+    for candidate in (*SPECTRUM_ALPHAS, low, high):
+        schedule = _growing_windows(num_steps, candidate)
+        if len(schedule.compute) == budget:
+            return schedule
+    for _ in range(64):
+        middle = (low + high) / 2
+        schedule = _growing_windows(num_steps, middle)
+        if len(schedule.compute) == budget:
+            return schedule
+        low, high = (middle, high) if len(schedule.compute) > budget else (low, middle)
+    raise InputError(
+        f"budget is {budget}; no growing window over {num_steps} steps has so many: they have {len(least.compute)} to "
+        f"{len(most.compute)}"
+    )
+
+
+def _growing_windows(num_steps: int, alpha: float) -> Schedule:
+    compute = list(range(min(5, num_steps)))
+    window = 2.0
+    while compute[-1] + int(window) < num_steps:
+        compute.append(compute[-1] + int(window))
+        window += alpha
+    return Schedule(num_steps, tuple(compute))
 
 
 def parse_schedule(text: str, num_steps: int) -> Schedule:

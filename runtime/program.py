@@ -192,7 +192,9 @@ class Program:
         computes, advances = self.instructions[::2], self.instructions[1::2]
         for compute, advance in zip_longest(computes, advances):
             if not isinstance(compute, Compute) or not isinstance(advance, Advance) or compute.steps != advance.steps[:1]:
-                raise BundleError(f"program: on the output cut each computed step is followed by its advance, got {compute}, {advance}")
+                raise BundleError(
+                    f"program: on the output cut each computed step is followed by its advance, got {compute}, {advance}"
+                )
         return [advance for advance in advances if isinstance(advance, Advance)]
 
     def _check_slots(self) -> None:

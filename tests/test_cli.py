@@ -186,11 +186,48 @@ def test_predictor_of_another_model_is_refused(tmp_path):
     assert "weights_sha256" in output
 
 
-@pytest.mark.parametrize("command", [["inspect"], ["run", "-p", "x", "-o", "x.png"], ["eval"]])
+@pytest.mark.parametrize("command", [["inspect"], ["run", "-p", "x", "-o", "x.png"], ["eval"], ["report", "-o", "x.html"]])
 def test_what_is_no_bundle_is_refused(tmp_path, command):
     code, output = cachec(command[0], tmp_path, *command[1:])
     assert code == BundleError.exit_code
     assert "is not a bundle" in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--against", "tailor:1"], "Did you mean 'taylor'?"),
+        (["--against", "taylor:x"], "whole number"),
+        (["--num", "0"], "num is 0"),
+        (["--seed", "-1"], "seed is -1"),
+    ],
+)
+@pytest.mark.parametrize("command", [["eval"], ["report", "-o", "report.html"]])
+def test_wrong_evaluation_input_is_refused(tmp_path, command, arguments, message):
+    code, output = cachec(command[0], tmp_path, *command[1:], *arguments)
+    assert code == InputError.exit_code
+    assert message in output
+
+
+@pytest.mark.parametrize("level", ["fats", "uncached"])
+@pytest.mark.parametrize("command", [["eval"], ["report", "-o", "report.html"]])
+def test_unknown_level_is_refused(toy_bundle, command, level):
+    code, output = cachec(command[0], toy_bundle, *command[1:], "--level", level)
+    assert code == InputError.exit_code
+    assert f"unknown level '{level}'" in output
+
+
+def test_report_of_another_kind_is_refused(tmp_path):
+    code, output = cachec("report", tmp_path, "-o", tmp_path / "report.pdf")
+    assert code == InputError.exit_code
+    assert "name it .html, .md or .json" in output
+
+
+def test_report_that_exists_needs_force(tmp_path):
+    (tmp_path / "report.html").write_text("mine")
+    code, output = cachec("report", tmp_path, "-o", tmp_path / "report.html")
+    assert code == OutputError.exit_code
+    assert "--force" in output
 
 
 @pytest.mark.parametrize("prompt", ["", "   "])

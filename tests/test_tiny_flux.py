@@ -241,15 +241,34 @@ def test_damaged_engine_files_are_refused(lesa_bundle, tmp_path, damage):
 def test_eval_writes_the_table_and_the_json(lesa_bundle, tmp_path):
     output = run_cli("eval", lesa_bundle, "--num", "2", "--json", tmp_path / "eval.json")
     rows = {row["name"]: row for row in json.loads((tmp_path / "eval.json").read_text())["rows"]}
-    assert list(rows) == ["uncached", "bundle", "taylor1", "taylor2", "reuse", "plain", "unipc", "diffusers"]
+    assert list(rows) == ["uncached", "default", "taylor:1", "taylor:2", "reuse", "plain", "unipc", "diffusers"]
     fields = {"name", "compute_steps", "psnr_db", "psnr_db_fine", "ssim", "latent_rel_l2", "seconds_loop",
               "seconds_total", "speedup_vs_uncached", "speedup_vs_eager"}  # fmt: skip
     assert all(fields <= set(row) for row in rows.values())
     assert rows["uncached"]["psnr_db"] is None
-    assert rows["bundle"]["compute_steps"] == rows["plain"]["compute_steps"] == rows["unipc"]["compute_steps"] == 10
+    assert rows["default"]["compute_steps"] == rows["plain"]["compute_steps"] == rows["unipc"]["compute_steps"] == 10
     assert rows["diffusers"]["latent_rel_l2"] < 1e-3
-    assert rows["bundle"]["latent_rel_l2"] < rows["reuse"]["latent_rel_l2"]
-    assert "this bundle" in output
+    assert rows["default"]["latent_rel_l2"] < rows["reuse"]["latent_rel_l2"]
+    assert rows["diffusers"]["attribute_accuracy"] > 0.7
+    assert rows["default"]["lpips"] is None or rows["default"]["lpips"] > 0
+    assert len(rows["default"]["psnr_db_by_prompt"]) == 2
+    assert "**default**" in output
+
+
+def test_report_writes_a_page_with_pictures_and_plots(lesa_bundle, tmp_path):
+    out = tmp_path / "report.html"
+    output = run_cli("report", lesa_bundle, "-o", out, "--num", "1", "--pictures", "1", "--against", "lesa,ab2")
+    page = out.read_text()
+    assert page.count("data:image/png;base64,") == 6  # uncached, default, lesa, ab2, diffusers, fine
+    assert page.count("<svg") == 4
+    assert str(tmp_path) not in page
+    assert "times as fast" in output
+
+
+def test_methods_without_a_fitting_predictor_are_refused(lesa_bundle):
+    result = CliRunner().invoke(main, ["eval", str(lesa_bundle), "--against", "lesa:5", "--num", "1"])
+    assert result.exit_code == InputError.exit_code
+    assert "no lesa predictor ships for tiny-flux with 50 steps, interval 5" in result.output
 
 
 def test_eval_refuses_a_model_with_other_weights(lesa_bundle, tmp_path):

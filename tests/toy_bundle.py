@@ -9,9 +9,9 @@ from toy import ToyDiT, example_inputs
 from cachec.compiler.capture import capture_model, capture_predictor
 from cachec.compiler.export import plan_engines
 from cachec.compiler.lower import lower_table
-from cachec.compiler.methods.base import compose
 from cachec.compiler.methods.taylor import Taylor
 from cachec.compiler.schedule import Schedule
+from cachec.compiler.table import compose
 from cachec.compiler.write import BundleWriter
 from cachec.engines.eager import EagerEngine
 from cachec.passes import forecast_passes, run_passes, split_passes

@@ -1,13 +1,20 @@
 """How close pictures and latents are. Pictures are float in [0, 1]: several papers compute PSNR on uint8, with wrap-around."""
 
+import importlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from cachec.runtime.specs import Array
+
+LPIPS_BACKBONE = "alexnet-owt-7be5be79.pth"  # torchvision's, as torchmetrics asks for it
 
 
 def psnr_db(picture: Array, reference: Array) -> float:
@@ -25,6 +32,35 @@ def ssim(picture: Array, reference: Array) -> float:
 def latent_rel_l2(latents: Array, reference: Array) -> float:
     """Distance of latents from reference latents, over the norm of the reference."""
     return float(np.linalg.norm(latents - reference) / np.linalg.norm(reference))
+
+
+@dataclass(frozen=True)
+class Lpips:
+    """Learned perceptual distance (arXiv 1801.03924, AlexNet), or the reason why there is none here."""
+
+    network: Any | None
+    reason: str | None = None
+
+    @torch.no_grad()
+    def distance(self, picture: Array, reference: Array) -> float | None:
+        """Distance of two pictures [H, W, 3], 0 for equal ones; ``None`` if it is not available."""
+        if self.network is None:
+            return None
+        pair = (torch.from_numpy(np.ascontiguousarray(p, np.float32)).permute(2, 0, 1)[None] for p in (picture, reference))
+        return float(self.network(*pair))
+
+
+def find_lpips() -> Lpips:
+    """LPIPS if its code and its weights are on this machine; nothing is ever downloaded."""
+    if missing := [name for name in ("torchmetrics", "torchvision") if find_spec(name) is None]:
+        return Lpips(None, f"{' and '.join(missing)} not installed: pip install torchmetrics torchvision")
+    if not (Path(torch.hub.get_dir()) / "checkpoints" / LPIPS_BACKBONE).is_file():
+        return Lpips(
+            None, f"no AlexNet weights in torch's cache: fetch them with python -c 'import torchvision; "
+            f"torchvision.models.alexnet(weights=\"IMAGENET1K_V1\")' ({LPIPS_BACKBONE})",
+        )  # fmt: skip
+    module = importlib.import_module("torchmetrics.image.lpip")
+    return Lpips(module.LearnedPerceptualImagePatchSimilarity(net_type="alex", normalize=True))
 
 
 @dataclass(frozen=True)

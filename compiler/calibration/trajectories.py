@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save
 from tqdm import tqdm
 
 from cachec.compiler.models.base import LoadedModel, Settings, tensors_from
+from cachec.compiler.table import AdvanceTable, ForecastTable
 from cachec.passes import COMPUTE, FORECAST, Graphs
 from cachec.passes.base import placeholders
 from cachec.runtime.bundle import replace_file
@@ -54,6 +55,19 @@ class Denoiser:
         return result[VELOCITY], result[FEATURE]
 
     @torch.no_grad()
+    def velocity(self, x: torch.Tensor, timestep: float, conditions: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Velocity of the whole model, told any ``timestep``."""
+        return self.differentiable_velocity(x, torch.tensor(timestep, dtype=x.dtype), conditions)
+
+    def differentiable_velocity(
+        self, x: torch.Tensor, timestep: torch.Tensor, conditions: Mapping[str, torch.Tensor]
+    ) -> torch.Tensor:
+        """The same with gradients, for latents and the scalar ``timestep``."""
+        inputs = {self._io.latents: x, self._io.timestep: timestep.expand(len(x)), **conditions}
+        velocity: torch.Tensor = self._compute(**inputs)[VELOCITY]
+        return velocity
+
+    @torch.no_grad()
     def tail(self, feature: torch.Tensor, step: int, conditions: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Velocity from a feature."""
         known = {**conditions, self._io.timestep: self._time(feature, step), FEATURE: feature}
@@ -63,6 +77,30 @@ class Denoiser:
     def advance(self, x: torch.Tensor, velocity: torch.Tensor, step: int) -> torch.Tensor:
         """Euler step of the flow."""
         return x + (self.sigmas[step + 1] - self.sigmas[step]) * velocity
+
+    def advance_by(self, table: AdvanceTable, noise: torch.Tensor, conditions: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Final latents of an output-cut table."""
+        timesteps = self.timesteps[list(table.schedule.compute)] if table.timesteps is None else table.timesteps
+        rows = torch.from_numpy(table.coefficients).to(noise.dtype)
+        x, velocities = noise, noise.new_empty((len(rows), *noise.shape))
+        for i, timestep in enumerate(timesteps):
+            velocities[i] = self.velocity(x, float(timestep), conditions)
+            x = noise + torch.tensordot(rows[i, : i + 1], velocities[: i + 1], 1)
+        return x
+
+    def forecast_by(self, table: ForecastTable, noise: torch.Tensor, conditions: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Final latents of a hidden-cut table."""
+        x, features, computed = noise, [], set(table.schedule.compute)
+        for step in range(table.schedule.num_steps):
+            if step in computed:
+                velocity, feature = self.compute(x, step, conditions)
+                features.append(feature)
+            else:
+                row = torch.from_numpy(table.coefficients[step, : len(features)]).to(x.dtype)
+                forecast = sum(weight * past for weight, past in zip(row, features, strict=True)) + float(table.bias[step])
+                velocity = self.tail(torch.as_tensor(forecast), step, conditions)
+            x = self.advance(x, velocity, step)
+        return x
 
     def _time(self, x: torch.Tensor, step: int) -> torch.Tensor:
         return self.timesteps[step].expand(len(x)).clone()

@@ -6,8 +6,14 @@ from cachec.compiler.methods.base import Method
 from cachec.runtime.errors import unknown_name
 
 METHODS = {
+    "adams": "cachec.compiler.methods.adams:Adams",
+    "foca": "cachec.compiler.methods.foca:FoCa",
+    "hicache": "cachec.compiler.methods.hicache:HiCache",
+    "l2p": "cachec.compiler.methods.l2p:L2p",
     "lesa": "cachec.compiler.methods.lesa:Lesa",
+    "newton": "cachec.compiler.methods.newton:Newton",
     "reuse": "cachec.compiler.methods.reuse:Reuse",
+    "spectrum": "cachec.compiler.methods.spectrum:Spectrum",
     "taylor": "cachec.compiler.methods.taylor:Taylor",
 }
 

@@ -15,7 +15,14 @@ TINY_FLUX_DIR = Path(__file__).parent / "tiny-flux"
 MODELS = {
     "flux": ModelSpec("flux", "black-forest-labs/FLUX.1-dev"),
     "tiny-flux": ModelSpec(
-        "tiny-flux", str(TINY_FLUX_DIR), height=64, width=64, text_tokens=16, prompts="shapes", packaged=True
+        "tiny-flux",
+        str(TINY_FLUX_DIR),
+        height=64,
+        width=64,
+        text_tokens=16,
+        prompts="shapes",
+        packaged=True,
+        probe=TINY_FLUX_DIR / "probe.safetensors",
     ),
 }
 

@@ -7,6 +7,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +23,8 @@ from cachec.runtime.specs import Array
 class ModelSpec:
     """Defaults of a named model: sizes in pixels, text length in tokens, guidance scale, and its prompt lists.
 
-    ``source`` is a Hub id or a directory; ``name`` is what the command line calls it.
+    ``source`` is a Hub id or a directory; ``name`` is what the command line calls it; ``probe`` a file of weights that read
+    what its pictures show (``cachec.compiler.models.probe``).
     """
 
     name: str
@@ -33,6 +35,7 @@ class ModelSpec:
     guidance: float = 3.5
     prompts: str = "general"
     packaged: bool = False
+    probe: Path | None = None
 
     @property
     def portable_source(self) -> str:

@@ -10,12 +10,13 @@ import torch
 from cachec.compiler.capture import capture_predictor
 from cachec.compiler.lower import lower_predictor, lower_table
 from cachec.compiler.methods import METHODS, get_method
-from cachec.compiler.methods.base import Method, Parameters, compose
+from cachec.compiler.methods.base import Method, Parameters
 from cachec.compiler.methods.kan import KanLinear
 from cachec.compiler.methods.lesa import STAGE_BOUNDS, WINDOWS, Lesa, LesaPredictor
 from cachec.compiler.methods.reuse import Reuse
 from cachec.compiler.methods.taylor import Taylor
 from cachec.compiler.schedule import interval_schedule
+from cachec.compiler.table import compose
 from cachec.passes import DropAsserts, FoldStatic, Graphs
 from cachec.passes.base import FORECAST, outputs
 from cachec.runtime.engine import FEATURE, VELOCITY

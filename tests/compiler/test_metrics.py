@@ -3,7 +3,8 @@ import math
 import numpy as np
 import pytest
 
-from cachec.compiler.calibration.metrics import latent_rel_l2, mean, psnr_db, ssim
+from cachec.compiler.calibration import metrics
+from cachec.compiler.calibration.metrics import Lpips, find_lpips, latent_rel_l2, mean, psnr_db, ssim
 
 
 def test_psnr_is_that_of_floats_and_does_not_wrap():
@@ -29,3 +30,20 @@ def test_mean_has_its_standard_error():
 def test_latent_error_is_relative():
     x = np.ones((1, 4, 4))
     assert latent_rel_l2(1.1 * x, x) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    ("installed", "reason"), [(False, "torchmetrics and torchvision not installed: pip install"), (True, "no AlexNet weights")]
+)
+def test_lpips_without_its_code_or_weights_says_what_to_do_and_downloads_nothing(monkeypatch, tmp_path, installed, reason):
+    monkeypatch.setattr(metrics, "find_spec", lambda name: object() if installed else None)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    lpips = find_lpips()
+    assert lpips.distance(np.zeros((8, 8, 3)), np.ones((8, 8, 3))) is None
+    assert reason in lpips.reason
+    assert str(tmp_path) not in lpips.reason
+
+
+def test_lpips_gets_pictures_channels_first():
+    network = Lpips(lambda picture, reference: (picture - reference).abs().max() if picture.shape == (1, 3, 8, 9) else None)
+    assert network.distance(np.full((8, 9, 3), 0.75), np.full((8, 9, 3), 0.5)) == pytest.approx(0.25)
