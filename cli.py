@@ -79,20 +79,22 @@ def _options(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return apply
 
 
-_schedule_options = _options(
-    click.option("--method", default="lesa", show_default=True, help="Forecasting method: cachec list methods."),
-    click.option("--set", "options", multiple=True, metavar="K=V", help="Option of the method, as order=2."),
+_model_options = _options(
     click.option("--steps", default=50, show_default=True, help="Sampling steps."),
-    click.option("--interval", type=int, help="Compute every N-th step, by the method's published rule."),
-    click.option("--budget", type=int, help="Compute K steps, evenly spread."),
-    click.option("--schedule", help="Compute exactly these steps, as 0,1,2,9,16."),
     click.option("--height", type=int, help="Pixels; default from the model."),
     click.option("--width", type=int, help="Pixels; default from the model."),
     click.option("--text-tokens", type=int, help="Length of the text sequence; default from the model."),
     click.option("--guidance", type=float, help="Guidance scale; default from the model."),
-    click.option("--prompts", type=click.Path(), help="Training prompts, one a line; a default list ships."),
+    click.option("--prompts", type=click.Path(), help="Training and calibration prompts, one a line; a default list ships."),
     click.option("--seed", default=0, show_default=True),
     click.option("--force", is_flag=True, help="Replace the output if it exists."),
+)
+_schedule_options = _options(
+    click.option("--method", default="lesa", show_default=True, help="Forecasting method: cachec list methods."),
+    click.option("--set", "options", multiple=True, metavar="K=V", help="Option of the method, as order=2."),
+    click.option("--interval", type=int, help="Compute every N-th step, by the method's published rule."),
+    click.option("--budget", type=int, help="Compute K steps: searched for fitted methods, else evenly spread."),
+    click.option("--schedule", help="uniform, interval, search, or the steps to compute, as 0,1,2,9,16."),
 )
 
 
@@ -101,6 +103,13 @@ _schedule_options = _options(
 @click.argument("model")
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Bundle directory [default: MODEL-METHOD.cachec].")
 @_schedule_options
+@_model_options
+@click.option("--levels", help="Several levels in one bundle: lossless,high,balanced,fast, or a PSNR in dB each: fast=30.")
+@click.option("--target-psnr", type=float, help="As few computed steps as reach this PSNR in dB against the uncached run.")
+@click.option("--target-speedup", type=float, help="As many computed steps as leave the loop this many times as fast.")
+@click.option("--min-psnr", type=float, help="Fail if a level is below this PSNR in dB on held-out prompts.")
+@click.option("--calibration", type=click.Path(), help="File from cachec calibrate; default: made now.")
+@click.option("--reference-steps", type=int, help="Fit to a finer run with so many steps.")
 @click.option("--backend", default="ort", show_default=True, help="Engine back end: cachec list backends.")
 @click.option("--dtype", default="float32", show_default=True, help="float32 or float16.")
 @click.option("--batch", type=int, help="Accept batches of this size only; default any.")
@@ -114,6 +123,7 @@ def compile_command(model: str, out: Path | None, options: tuple[str, ...], forc
     from cachec.compiler.pipeline import compile_bundle
     from cachec.compiler.request import make_request
     from cachec.compiler.write import check_output
+    from cachec.runtime.inspect import describe_levels
 
     spec = find_model(model)
     request = make_request(spec, options=_parse_options(options), **rest)
@@ -121,16 +131,29 @@ def compile_command(model: str, out: Path | None, options: tuple[str, ...], forc
     check_output(out, force=force)
     bundle, done = compile_bundle(load_model(spec), request, out, force=force)
     size = sum(entry["bytes"] for entry in bundle.manifest.files.values())
-    computed = request.schedule.compute
     _table(
         [
             ("bundle", str(out)),
-            ("method", f"{request.method.name}, predictor {done.predictor_origin}"),
-            ("computed steps", f"{len(computed)} of {request.settings.steps}: {', '.join(map(str, computed))}"),
+            ("method", f"{request.method.name}, trained predictor: {done.predictor_origin}"),
+            *describe_levels(bundle),
             ("size", f"{size / 1e6:.1f} MB"),
             ("seconds", ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in done.seconds.items())),
         ]
     )
+
+
+@main.command("calibrate")
+@_talking
+@click.argument("model")
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Calibration file (safetensors).")
+@click.option("--num", type=int, default=32, show_default=True, help="How many of the prompts.")
+@click.option("--reference-steps", type=int, default=0, show_default=True, help="Also run with so many steps; 0 for not.")
+@_model_options
+def calibrate_command(model: str, out: Path, num: int, reference_steps: int, force: bool, **rest: Any) -> None:
+    """Run MODEL uncached on some prompts and keep what fits and searches need. Interrupted, the same command goes on."""
+    from cachec.compiler.calibration.run import calibrate_to_file
+
+    _table(calibrate_to_file(model, out, num=num, reference_steps=reference_steps, force=force, **rest))
 
 
 @main.command("train")
@@ -138,6 +161,7 @@ def compile_command(model: str, out: Path | None, options: tuple[str, ...], forc
 @click.argument("model")
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Predictor file (safetensors).")
 @_schedule_options
+@_model_options
 def train_command(model: str, out: Path, options: tuple[str, ...], force: bool, **rest: Any) -> None:
     """Train a method's predictor for MODEL. Interrupted, the same command goes on where it was."""
     from cachec.compiler.models import find_model, load_model
@@ -155,6 +179,7 @@ def train_command(model: str, out: Path, options: tuple[str, ...], force: bool, 
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("-p", "--prompt", "prompts", multiple=True, required=True, help="Prompt; may be given several times.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="PNG file.")
+@click.option("--level", help="Quality level: cachec inspect lists them; default the bundle's first.")
 @click.option("--seed", default=0, show_default=True, help="Noise of the first prompt; the next has the next seed.")
 @click.option("--model", "source", help="Directory of the model's text encoders and VAE; default from the bundle.")
 @click.option("--compare", is_flag=True, help="Also run every step, and write both side by side.")

@@ -26,14 +26,15 @@ class EnginePlan:
 
 
 def plan_engines(graphs: Graphs, inputs: Mapping[str, torch.Tensor], num_steps: int) -> list[EnginePlan]:
-    """Plans for the compute and the forecast engine; ``inputs`` are example inputs of the model."""
-    compute, forecast = graphs.modules[COMPUTE], graphs.modules[FORECAST]
-    with torch.no_grad():
-        feature = compute(**inputs)[FEATURE]
-    return [
-        plan_engine(COMPUTE, compute, inputs),
-        plan_engine(FORECAST, forecast, _forecast_inputs(forecast, inputs, feature, num_steps)),
-    ]
+    """Plans for the compute engine and, if there is one, the forecast engine; ``inputs`` are example inputs of the model."""
+    compute = graphs.modules[COMPUTE]
+    plans = [plan_engine(COMPUTE, compute, inputs)]
+    if FORECAST in graphs.modules:
+        with torch.no_grad():
+            feature = compute(**inputs)[FEATURE]
+        forecast = graphs.modules[FORECAST]
+        plans.append(plan_engine(FORECAST, forecast, _forecast_inputs(forecast, inputs, feature, num_steps)))
+    return plans
 
 
 def plan_engine(name: str, module: fx.GraphModule, inputs: Mapping[str, torch.Tensor]) -> EnginePlan:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from cachec.compiler.calibration.against import compared_level
 from cachec.compiler.calibration.metrics import psnr_db
 from cachec.compiler.models import find_model, load_model
 from cachec.compiler.models.base import LoadedModel, Settings, check_prompts, settings_of
@@ -14,7 +15,7 @@ from cachec.compiler.write import check_file
 from cachec.engines import open_bundle
 from cachec.runtime.errors import InputError
 from cachec.runtime.noise import check_seed, make_noise
-from cachec.runtime.program import uncached
+from cachec.runtime.program import UNCACHED
 from cachec.runtime.session import LoadedBundle, Session
 from cachec.runtime.specs import Array
 
@@ -25,6 +26,7 @@ def generate_pictures(
     out: Path,
     *,
     source: str | None = None,
+    level: str | None = None,
     seed: int = 0,
     compare: bool = False,
     threads: int | None = None,
@@ -47,9 +49,10 @@ def generate_pictures(
     with open_bundle(bundle, verify=verify, threads=threads) as loaded:
         model = load_model(find_model(source or loaded.manifest.model["source"]), with_transformer=False)
         settings = settings_of(loaded.manifest)
+        level = compared_level(loaded, level)
         if compare:
-            return _compare(loaded, model, settings, prompts, seed, out)
-        rows, session = [], loaded.session(batch=loaded.programs["default"].key.batch or 1)
+            return _compare(loaded, level, model, settings, prompts, seed, out)
+        rows, session = [], loaded.session(batch=loaded.programs[level].key.batch or 1, level=level)
         for index, (prompt, file) in enumerate(zip(prompts, files, strict=True)):
             picture, seconds, total = _picture(session, model, settings, prompt, seed + index)
             write_png(to_image(picture), file)
@@ -75,11 +78,11 @@ def _picture(session: Session, model: LoadedModel, settings: Settings, prompt: s
 
 
 def _compare(
-    loaded: LoadedBundle, model: LoadedModel, settings: Settings, prompts: Sequence[str], seed: int, out: Path
+    loaded: LoadedBundle, level: str, model: LoadedModel, settings: Settings, prompts: Sequence[str], seed: int, out: Path
 ) -> list[tuple[str, str]]:
-    program = loaded.programs["default"]
+    program = loaded.programs[level]
     batch = program.key.batch or 1
-    sessions = [Session(loaded.engines, one, loaded.io, batch=batch) for one in (uncached(program), program)]
+    sessions = [Session(loaded.engines, one, loaded.io, batch=batch) for one in (loaded.programs[UNCACHED], program)]
     for session in sessions:  # the first call of an engine is slow, and would be charged to the uncached run
         _picture(session, model, settings, prompts[0], seed)
     name, computed = loaded.manifest.method["name"], len(program.compute_steps)

@@ -76,6 +76,12 @@ def lower_advance(table: AdvanceTable, key: ProgramKey, sigmas: Array, timesteps
     return _program(key, instructions, num, sigmas, timesteps, coefficients, bias, cut="output")
 
 
+def lower_uncached(key: ProgramKey, sigmas: Array, timesteps: Array) -> Program:
+    """The same sampling with every step computed: what a cached run is compared with."""
+    instructions: list[Instruction] = [Compute(step, None) for step in range(key.start_step, key.steps)]
+    return _program(key, instructions, 1, sigmas, timesteps, np.zeros((key.steps, 1)), np.zeros(key.steps, np.float32))
+
+
 class _Slots:
     """Numbers slots from 0; the lowest free one is given first, so the slots ever given are always ``0 … capacity - 1``."""
 
@@ -111,7 +117,7 @@ def _program(
         capacity=capacity,
         sigmas=sigmas.astype(np.float32),
         timesteps=timesteps.astype(np.float32),
-        coefficients=np.ascontiguousarray(coefficients[:, :capacity]),
+        coefficients=np.ascontiguousarray(coefficients[:, :capacity], np.float32),
         bias=bias,
         cut=cut,
     )

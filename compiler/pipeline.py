@@ -1,4 +1,4 @@
-"""The story of a compilation, on one page: capture, split, predict, fold, compose, lower, build, write."""
+"""The story of a compilation: capture, split, calibrate, inline, fold, build, search, fit, lower, measure, write."""
 
 import importlib.metadata
 import logging
@@ -6,20 +6,32 @@ import platform
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from tqdm import tqdm
 
+from cachec.compiler.calibration.statistics import (
+    calibration_facts,
+    check_calibration_prompts,
+    check_statistics,
+    load_statistics,
+    record_statistics,
+)
 from cachec.compiler.capture import capture_predictor, named_model
 from cachec.compiler.export import EnginePlan, plan_engines
-from cachec.compiler.lower import lower_predictor, lower_table
-from cachec.compiler.methods.base import Parameters
-from cachec.compiler.models.base import LoadedModel
+from cachec.compiler.lower import lower_predictor, lower_table, lower_uncached
+from cachec.compiler.methods.base import Parameters, PredictorMethod
+from cachec.compiler.methods.reuse import Reuse
+from cachec.compiler.models.base import LoadedModel, Settings
 from cachec.compiler.predictors import check_fit, find_pretrained, load_predictor, predictor_bytes
-from cachec.compiler.request import Request
+from cachec.compiler.programs import Calibrations, Planner, level_facts, lower_plan
+from cachec.compiler.quality import check_quality, forecast_cost, measure_levels
+from cachec.compiler.request import NUM_CALIBRATION, Request
+from cachec.compiler.schedule import Schedule
 from cachec.compiler.split import cast_transformer, split_model
 from cachec.compiler.table import compose
 from cachec.compiler.training import train_predictor, training_facts
@@ -29,22 +41,34 @@ from cachec.engines import get_backend
 from cachec.passes import COMPUTE, Graphs, dump_to, forecast_passes, run_passes, split_passes
 from cachec.passes.base import Observer
 from cachec.runtime.bundle import Artifact, Bundle, Manifest, Target
+from cachec.runtime.engine import Engine
 from cachec.runtime.errors import InputError
 from cachec.runtime.noise import GENERATOR
-from cachec.runtime.program import Program, ProgramKey, hash_sigmas
+from cachec.runtime.program import UNCACHED, Program, ProgramKey, hash_sigmas
+from cachec.runtime.specs import Array
 
 log = logging.getLogger(__name__)
 
-STAGES = ("capture and split", "predictor", "passes and lowering", "build engines")
+STAGES = (
+    "capture and split",
+    "trained predictor",
+    "calibration",
+    "passes",
+    "build engines",
+    "schedules and coefficients",
+    "measure",
+)
 
 
 @dataclass
 class Compilation:
-    """What a compilation made besides the bundle, for the closing table. ``seconds`` by stage."""
+    """What a compilation made besides the bundle, for the closing table. ``seconds`` by stage, ``levels`` as measured."""
 
     seconds: dict[str, float] = field(default_factory=dict)
     predictor_origin: str = "none needed"
     trained: bool = False
+    levels: dict[str, dict[str, Any]] = field(default_factory=dict)
+    works: list[Path] = field(default_factory=list)
 
 
 def compile_bundle(model: LoadedModel, request: Request, out: Path, *, force: bool = False) -> tuple[Bundle, Compilation]:
@@ -55,36 +79,132 @@ def compile_bundle(model: LoadedModel, request: Request, out: Path, *, force: bo
     """
     backend = get_backend(request.backend)
     result = Compilation()
-    with BundleWriter(out, force=force) as writer, _Clock(result.seconds, STAGES) as clock:
+    with BundleWriter(out, force=force) as writer, _Clock(result.seconds, STAGES) as clock, ExitStack() as stack:
         split = split_model(model, request.settings, _observers(model, request))
         clock.lap()
-        work = out.with_name(out.name + ".training")
-        parameters = find_parameters(model, request, result, work)
+        parameters = find_parameters(model, request, result, out.with_name(out.name + ".training"))
         clock.lap()
-        forecast = add_forecast(model, split, request, parameters)
-        program = lower(model, forecast, request)
-        plans = plan_engines(forecast, model.example_inputs(request.settings), request.settings.steps)
+        calibrations = find_calibrations(model, split, request, result, out.with_name(out.name + ".calibration"))
+        clock.lap()
+        graphs = add_forecast(model, split, request, parameters)
+        plans = plan_engines(graphs, model.example_inputs(request.settings), request.settings.steps)
         clock.lap()
         target = build_target(backend, request, plans, writer)
+        engines = {
+            name: stack.enter_context(backend.load(writer.staging / artifact.path, artifact.signature))
+            for name, artifact in target.engines.items()
+        }
         clock.lap()
-        programs = {"default": writer.add_program("default", program)}
+        programs = make_programs(model, request, graphs, engines, calibrations, parameters, result)
+        clock.lap()
+        if calibrations is not None:
+            measure(model, request, engines, programs, calibrations, result)
+        clock.lap()
+        files = {level: writer.add_program(level, program) for level, program in programs.items()}
         if parameters is not None:
             writer.add_bytes("predictor/predictor.safetensors", predictor_bytes(parameters))
-        writer.commit(_manifest(model, request, target, programs, writer, parameters))
-    if result.trained:
+        writer.commit(_manifest(model, request, target, files, writer, parameters, result))
+    for work in result.works:
         shutil.rmtree(work)
     return Bundle.open(out), result
+
+
+def find_calibrations(
+    model: LoadedModel, split: Graphs, request: Request, result: Compilation, work: Path
+) -> Calibrations | None:
+    """Calibration runs, if anything needs them: from the given file, or made now (resumable in ``work``).
+
+    Raises:
+        InputError: the file is of something else, or there are too few prompts.
+    """
+    if not request.needs_calibration:
+        return None
+    settings = replace(request.settings, dtype="float32")
+    single = split if request.settings.dtype == "float32" else split_model(model, settings)
+    if request.calibration is not None:
+        statistics = load_statistics(request.calibration)
+        check_statistics(statistics, calibration_facts(model, settings, request.reference_steps or None))
+    else:
+        prompts = request.prompts if request.retrain else request.prompts[:NUM_CALIBRATION]
+        check_calibration_prompts(prompts)
+        statistics = record_statistics(
+            model, single, settings, prompts, reference_steps=request.reference_steps, seed=request.seed, work=work
+        )
+        result.works.append(work)
+    check_calibration_prompts(statistics.prompts)
+    return Calibrations.open(statistics, model, single, settings)
+
+
+def make_programs(
+    model: LoadedModel,
+    request: Request,
+    graphs: Graphs,
+    engines: Mapping[str, Engine],
+    calibrations: Calibrations | None,
+    parameters: Parameters | None,
+    result: Compilation,
+) -> dict[str, Program]:
+    """A program for every goal, and the uncached one."""
+    settings = request.settings
+    sigmas, timesteps = model.sampling(settings)
+    key = ProgramKey(
+        settings.steps, hash_sigmas(sigmas), settings.height, settings.width, settings.text_tokens, batch=request.batch
+    )
+    programs = {UNCACHED: lower_uncached(replace(key, level=UNCACHED), sigmas, timesteps)}
+    method, schedule = request.method, request.schedule
+    if schedule is not None and isinstance(method, PredictorMethod):
+        programs["default"] = lower_folded(graphs, method, schedule, key, sigmas, timesteps)
+        return programs
+    planner = Planner(
+        model, method, settings, calibrations, parameters=parameters, to_fine=request.reference_steps > 0
+        and not any(goal.lossless for goal in request.goals), seed=request.seed,
+        forecast_cost=forecast_cost(engines, programs[UNCACHED], model) if request.wants_speed else 0.0,
+    )  # fmt: skip
+    for goal in request.goals:
+        plan = planner.plan(goal)
+        programs[goal.level] = lower_plan(plan, model, settings, key)
+        result.levels[goal.level] = dict(level_facts(plan, programs[goal.level]))
+    return programs
+
+
+def lower_folded(
+    graphs: Graphs, method: PredictorMethod, schedule: Schedule, key: ProgramKey, sigmas: Array, timesteps: Array
+) -> Program:
+    """The program of a predictor on its one schedule: composed coefficients, or predictor calls if nothing was folded."""
+    if graphs.rows is None:
+        return lower_predictor(
+            schedule, method.window, feeds_back=method.feeds_back, key=key, sigmas=sigmas, timesteps=timesteps
+        )
+    rows, bias = graphs.rows.coefficients.numpy(), graphs.rows.bias.numpy()
+    return lower_table(compose(rows, bias, schedule, feeds_back=method.feeds_back), key, sigmas, timesteps)
+
+
+def measure(
+    model: LoadedModel,
+    request: Request,
+    engines: Mapping[str, Engine],
+    programs: Mapping[str, Program],
+    calibrations: Calibrations,
+    result: Compilation,
+) -> None:
+    """Measure every level on held-out prompts, and fail if one is below the gate."""
+    _, held_out = calibrations.coarse.split()
+    facts = measure_levels(model, request.settings, engines, programs, held_out)
+    result.levels = {level: {**result.levels.get(level, {}), **known} for level, known in facts.items()}
+    check_quality(result.levels, request.min_psnr)
 
 
 def find_parameters(model: LoadedModel, request: Request, result: Compilation, work: Path) -> Parameters | None:
     """The method's trained parameters: from the given file, from the package, or trained now (resumable in ``work``)."""
     if not request.method.needs_training:
         return None
-    if not request.schedule.forecast:
+    schedule = request.schedule
+    assert schedule is not None, "goals of trained methods are schedules"
+    if not schedule.forecast:
         raise InputError(
             f"all {request.settings.steps} steps are computed: there is nothing for {request.method.name} to forecast"
         )
-    wanted = training_facts(model, request.method, request.schedule, request.settings)
+    wanted = training_facts(model, request.method, schedule, request.settings)
     if request.predictor is not None:
         parameters = load_predictor(request.predictor)
         check_fit(parameters, wanted)
@@ -96,37 +216,49 @@ def find_parameters(model: LoadedModel, request: Request, result: Compilation, w
         log.warning("no trained %s predictor fits these settings: training one now", request.method.name)
         parameters = train_predictor(model, request, work=work)
         result.predictor_origin, result.trained = "trained now", True
+        result.works.append(work)
     log.info("predictor: %s", result.predictor_origin)
     return parameters
 
 
 def add_forecast(model: LoadedModel, split: Graphs, request: Request, parameters: Parameters | None) -> Graphs:
-    """Inline the method's predictor into the forecast graph and, unless told otherwise, fold it to numbers."""
+    """The graphs of the request's cut: the compute graph alone, or with the predictor inlined into the forecast graph.
+
+    Unless told otherwise the predictor is folded to numbers. What is left is the same for all linear methods, so methods
+    that state their numbers, and searched schedules, take what the simplest predictor leaves.
+    """
+    if request.method.cut == "output":
+        return Graphs({COMPUTE: split.modules[COMPUTE]})
     method, schedule = request.method, request.schedule
-    inputs = model.example_inputs(request.settings)
+    if schedule is None or not isinstance(method, PredictorMethod):
+        return linear_graphs(model, split, request.settings)
+    return inline(model, split, request.settings, method, schedule, parameters, fold=request.fold,
+                  observers=_observers(model, request, start=len(split_passes(model.block))))  # fmt: skip
+
+
+def linear_graphs(model: LoadedModel, split: Graphs, settings: Settings) -> Graphs:
+    """The compute graph and the linear forecast graph."""
+    return inline(model, split, settings, Reuse(), Schedule(settings.steps, (0,)), None, fold=True)
+
+
+def inline(
+    model: LoadedModel,
+    split: Graphs,
+    settings: Settings,
+    method: PredictorMethod,
+    schedule: Schedule,
+    parameters: Parameters | None,
+    *,
+    fold: bool,
+    observers: Sequence[Observer] = (),
+) -> Graphs:
+    """Inline a predictor into the forecast graph and, with ``fold``, fold it to numbers."""
     with torch.no_grad():
-        example = split.modules[COMPUTE](**inputs)["feature"]
-    predictor = capture_predictor(method.predictor(parameters), method.window, example, request.settings.steps)
-    sigmas = torch.from_numpy(model.sampling(request.settings)[0])
-    histories = method.histories(schedule)
-    passes = forecast_passes(predictor, sigmas, histories, fold=request.fold)
-    return run_passes(split, passes, observers=_observers(model, request, start=len(split_passes(model.block))))
-
-
-def lower(model: LoadedModel, graphs: Graphs, request: Request) -> Program:
-    """The program of the request: composed coefficients, or predictor calls if nothing was folded."""
-    settings, method, schedule = request.settings, request.method, request.schedule
-    sigmas, timesteps = model.sampling(settings)
-    key = ProgramKey(
-        settings.steps, hash_sigmas(sigmas), settings.height, settings.width, settings.text_tokens, batch=request.batch
-    )
-    if graphs.rows is None:
-        return lower_predictor(
-            schedule, method.window, feeds_back=method.feeds_back, key=key, sigmas=sigmas, timesteps=timesteps
-        )
-    rows, bias = graphs.rows.coefficients.numpy(), graphs.rows.bias.numpy()
-    table = compose(rows, bias, schedule, feeds_back=method.feeds_back)
-    return lower_table(table, key, sigmas, timesteps)
+        example = split.modules[COMPUTE](**model.example_inputs(settings))["feature"]
+    predictor = capture_predictor(method.predictor(parameters), method.window, example, settings.steps)
+    sigmas = torch.from_numpy(model.sampling(settings)[0])
+    passes = forecast_passes(predictor, sigmas, method.histories(schedule), fold=fold)
+    return run_passes(split, passes, observers=observers)
 
 
 def build_target(backend: Any, request: Request, plans: Sequence[EnginePlan], writer: BundleWriter) -> Target:
@@ -159,7 +291,9 @@ def _observers(model: LoadedModel, request: Request, start: int = 0) -> list[Obs
             named_model(cast_transformer(model, request.settings), model.constants(request.settings)), inputs
         )
         sigmas = torch.from_numpy(model.sampling(request.settings)[0])
-        observers.append(Verifier(reference, inputs, sigmas, request.method.histories(request.schedule)))
+        method, schedule = request.method, request.schedule
+        histories = {} if schedule is None or not isinstance(method, PredictorMethod) else method.histories(schedule)
+        observers.append(Verifier(reference, inputs, sigmas, histories))
     return observers
 
 
@@ -175,6 +309,7 @@ def _manifest(
     programs: Mapping[str, Mapping[str, str]],
     writer: BundleWriter,
     parameters: Parameters | None,
+    result: Compilation,
 ) -> Manifest:
     settings, method = request.settings, request.method
     io = model.io
@@ -184,7 +319,8 @@ def _manifest(
         method={
             "name": method.name,
             "options": method.options(),
-            "feeds_back": method.feeds_back,
+            "cut": method.cut,
+            "feeds_back": getattr(method, "feeds_back", False),
             "short_history": "repeat the oldest entry",
             "fold": "static" if request.fold else "none",
             "predictor": dict(parameters.facts) if parameters else None,
@@ -200,7 +336,11 @@ def _manifest(
         targets=(target,),
         programs=programs,
         files=writer.files,
-        facts={"made_by": f"cachec {importlib.metadata.version('cachec')}", "torch": torch.__version__},
+        facts={
+            "made_by": f"cachec {importlib.metadata.version('cachec')}",
+            "torch": torch.__version__,
+            "levels": result.levels,
+        },
     )
 
 

@@ -1,32 +1,41 @@
 """From what a user says to a checked request."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from cachec.compiler.calibration.prompts import default_prompts, read_prompts
+from cachec.compiler.goals import Goal, Wish, make_goals
 from cachec.compiler.methods import get_method
-from cachec.compiler.methods.base import Method
+from cachec.compiler.methods.base import Method, PredictorMethod
 from cachec.compiler.models.base import ModelSpec, Settings
-from cachec.compiler.schedule import Schedule, parse_schedule, uniform_schedule
+from cachec.compiler.schedule import Schedule
 from cachec.engines import BACKENDS
 from cachec.runtime.errors import InputError, unknown_name
 from cachec.runtime.noise import check_seed
+
+NUM_CALIBRATION = 32  # prompts of a calibration that compile makes itself
+REFERENCE_FACTOR = 4  # steps of the fine reference, over those of the run
 
 
 @dataclass(frozen=True)
 class Request:
     """What to compile. ``interval`` is recorded if the schedule came from one; ``fold`` is ``--fold static``.
 
-    ``retrain``: prompts were given, so a predictor that ships is not used.
+    ``retrain``: prompts were given, so a predictor that ships is not used. ``reference_steps`` 0: no fine reference.
+    ``min_psnr``: the build fails below it.
     """
 
     method: Method
-    schedule: Schedule
+    goals: tuple[Goal, ...]
     settings: Settings
     backend: str = "ort"
     interval: int | None = None
     predictor: Path | None = None
+    calibration: Path | None = None
+    reference_steps: int = 0
+    min_psnr: float | None = None
     prompts: Sequence[str] = ()
     retrain: bool = False
     seed: int = 0
@@ -34,6 +43,22 @@ class Request:
     fold: bool = True
     verify_passes: bool = False
     dump_graphs: Path | None = None
+
+    @property
+    def schedule(self) -> Schedule | None:
+        """The one fixed schedule, if nothing is searched."""
+        return self.goals[0].schedule
+
+    @property
+    def wants_speed(self) -> bool:
+        """Must the cost of a forecast be known to plan?"""
+        return any(goal.speedup is not None for goal in self.goals)
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Are calibration runs looked at: for fits, searches, or a quality gate?"""
+        searched = any(goal.searched for goal in self.goals)
+        return self.method.needs_calibration or searched or self.min_psnr is not None
 
 
 def make_request(
@@ -45,6 +70,12 @@ def make_request(
     interval: int | None = None,
     budget: int | None = None,
     schedule: str | None = None,
+    levels: str | None = None,
+    target_psnr: float | None = None,
+    target_speedup: float | None = None,
+    min_psnr: float | None = None,
+    calibration: str | Path | None = None,
+    reference_steps: int | None = None,
     backend: str = "ort",
     height: int | None = None,
     width: int | None = None,
@@ -61,22 +92,65 @@ def make_request(
 ) -> Request:
     """Check all options against each other and fill in the model's defaults.
 
-    At most one of ``interval`` (the method's published rule), ``budget`` (number of computed steps, evenly spread) and
-    ``schedule`` (``0,1,2,9``) may be given; the default is the method's own interval. ``prompts`` is a file of training
-    prompts. ``fold`` is ``static`` or ``none``.
+    Which steps to compute: ``interval`` (the method's published rule), ``budget`` (how many), ``levels``
+    (``lossless,high,fast=30``), ``target_psnr`` in dB or ``target_speedup``; at most one. ``schedule`` is ``uniform``,
+    ``interval``, ``search``, or a list of steps, ``0,1,2,9``. The default is the method's own interval; methods that are
+    fitted to a schedule search one. ``calibration`` is a file from ``cachec calibrate``; ``reference_steps`` fits to a finer
+    run. ``prompts`` is a file of training and calibration prompts. ``fold`` is ``static`` or ``none``.
 
     Raises:
         InputError: an option is unknown, out of range, or contradicts another.
     """
     if backend not in BACKENDS:
         raise unknown_name("backend", backend, BACKENDS)
-    if fold not in ("static", "none"):
-        raise InputError(f"fold is {fold!r}; use static or none")
     check_seed(seed)
     if batch is not None and batch < 1:
         raise InputError(f"batch is {batch}; it must be at least 1")
+    if min_psnr is not None and not (math.isfinite(min_psnr) and min_psnr > 0):
+        raise InputError(f"min-psnr is {min_psnr}; it must be a number of dB above 0")
     chosen = get_method(method).with_options(options or {})
-    settings = Settings(
+    settings = make_settings(spec, height, width, text_tokens, guidance, steps, dtype)
+    if predictor is not None and prompts is not None:
+        raise InputError("--predictor and --prompts contradict each other: a given predictor is not trained")
+    if predictor is not None and not chosen.needs_training:
+        raise InputError(f"method {method!r} has no trained predictor, so --predictor {predictor} cannot be used")
+    wish = Wish(interval, budget, schedule, levels, target_psnr, target_speedup)
+    goals, interval = make_goals(chosen, steps, wish)
+    return Request(
+        method=chosen,
+        goals=goals,
+        settings=settings,
+        backend=backend,
+        interval=interval,
+        predictor=Path(predictor) if predictor else None,
+        calibration=Path(calibration) if calibration else None,
+        reference_steps=_choose_reference(chosen, goals, steps, reference_steps),
+        min_psnr=min_psnr,
+        prompts=read_prompts(Path(prompts)) if prompts else default_prompts(spec.prompts, "train"),
+        retrain=prompts is not None,
+        seed=seed,
+        batch=batch,
+        fold=_check_fold(chosen, goals, fold),
+        verify_passes=verify_passes,
+        dump_graphs=Path(dump_graphs) if dump_graphs else None,
+    )
+
+
+def make_settings(
+    spec: ModelSpec,
+    height: int | None = None,
+    width: int | None = None,
+    text_tokens: int | None = None,
+    guidance: float | None = None,
+    steps: int = 50,
+    dtype: str = "float32",
+) -> Settings:
+    """Settings with the model's defaults filled in.
+
+    Raises:
+        InputError: one is out of range.
+    """
+    return Settings(
         height=spec.height if height is None else height,
         width=spec.width if width is None else width,
         text_tokens=spec.text_tokens if text_tokens is None else text_tokens,
@@ -84,37 +158,24 @@ def make_request(
         steps=steps,
         dtype=dtype,
     )
-    if predictor is not None and prompts is not None:
-        raise InputError("--predictor and --prompts contradict each other: a given predictor is not trained")
-    if predictor is not None and not chosen.needs_training:
-        raise InputError(f"method {method!r} has no trained predictor, so --predictor {predictor} cannot be used")
-    plan, interval = _choose_schedule(chosen, steps, interval, budget, schedule)
-    return Request(
-        method=chosen,
-        schedule=plan,
-        settings=settings,
-        backend=backend,
-        interval=interval,
-        predictor=Path(predictor) if predictor else None,
-        prompts=read_prompts(Path(prompts)) if prompts else default_prompts(spec.prompts, "train"),
-        retrain=prompts is not None,
-        seed=seed,
-        batch=batch,
-        fold=fold == "static",
-        verify_passes=verify_passes,
-        dump_graphs=Path(dump_graphs) if dump_graphs else None,
-    )
 
 
-def _choose_schedule(
-    method: Method, steps: int, interval: int | None, budget: int | None, schedule: str | None
-) -> tuple[Schedule, int | None]:
-    given = [name for name, value in (("interval", interval), ("budget", budget), ("schedule", schedule)) if value is not None]
-    if len(given) > 1:
-        raise InputError(f"{' and '.join('--' + name for name in given)} contradict each other: give one")
-    if schedule is not None:
-        return parse_schedule(schedule, steps), None
-    if budget is not None:
-        return uniform_schedule(steps, budget), None
-    interval = method.default_interval if interval is None else interval
-    return method.interval(steps, interval), interval
+def _choose_reference(method: Method, goals: Sequence[Goal], steps: int, given: int | None) -> int:
+    """Steps of the fine reference; 0 if nothing is fitted to one."""
+    if any(goal.lossless for goal in goals):
+        if method.cut != "output" or not method.schedule_bound:
+            raise InputError(f"level lossless is fitted to a fine reference, which {method.name} cannot be: take method gram")
+        return REFERENCE_FACTOR * steps if given is None else given
+    if given and not (method.cut == "output" and method.schedule_bound):
+        raise InputError(f"reference-steps is {given}, but {method.name} is not fitted to a reference: take method gram")
+    return given or 0
+
+
+def _check_fold(method: Method, goals: Sequence[Goal], fold: str) -> bool:
+    if fold not in ("static", "none"):
+        raise InputError(f"fold is {fold!r}; use static or none")
+    if fold == "none" and not isinstance(method, PredictorMethod):
+        raise InputError(f"fold is none, but {method.name} has no predictor graph to keep in the engine: use static")
+    if fold == "none" and any(goal.searched for goal in goals):
+        raise InputError("fold is none, but a searched schedule needs its forecasts as numbers: use static")
+    return fold == "static"

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from cachec.compiler.calibration.trajectories import Denoiser, record_trajectories
-from cachec.compiler.methods.base import Method, Parameters, TrainingData
+from cachec.compiler.methods.base import Method, Parameters, PredictorMethod, TrainingData
 from cachec.compiler.models.base import LoadedModel, Settings, check_prompts
 from cachec.compiler.predictors import predictor_bytes
 from cachec.compiler.request import Request
@@ -46,7 +46,10 @@ def train_predictor(model: LoadedModel, request: Request, *, work: Path) -> Para
     Raises:
         InputError: there are too few prompts, nothing to forecast, or ``work`` holds another training.
     """
-    method, schedule, prompts, seed = request.method, request.schedule, request.prompts, request.seed
+    method, prompts, seed = request.method, request.prompts, request.seed
+    schedule = request.schedule
+    if schedule is None or not isinstance(method, PredictorMethod):
+        raise PredictorError(f"method {method.name!r} has nothing to train on one schedule: compile it as it is")
     settings = replace(request.settings, dtype="float32")
     check_training_prompts(prompts)
     if not schedule.forecast:

@@ -56,6 +56,12 @@ class PassError(CachecError):
     exit_code: ClassVar[int] = 9
 
 
+class QualityError(CachecError):
+    """A quality or speed that was asked for is not reached."""
+
+    exit_code: ClassVar[int] = 10
+
+
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> InputError:
     """An error for a name that is not among ``known``, with the nearest one suggested."""
     known = sorted(known)

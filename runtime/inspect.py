@@ -1,7 +1,10 @@
 """What is in a bundle, in words."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from cachec.runtime.bundle import Bundle
-from cachec.runtime.program import Program
+from cachec.runtime.program import UNCACHED, Program
 
 
 def describe_bundle(bundle: Bundle) -> list[tuple[str, str]]:
@@ -12,18 +15,14 @@ def describe_bundle(bundle: Bundle) -> list[tuple[str, str]]:
     rows = [
         ("model", f"{manifest.model['name']} ({manifest.model['source']}), weights {manifest.model['weights_sha256'][:16]}"),
         ("method", method["name"] + (f" ({options})" if options else "") + f", fold {method['fold']}"),
-        ("cut", f"after {settings['cut']}"),
+        ("cut", f"{method['cut']}, after {settings['cut']}"),
         ("setting", f"{settings['width']}x{settings['height']}, {settings['text_tokens']} text tokens, "
                     f"guidance {settings['guidance']}, {settings['steps']} steps"),
     ]  # fmt: skip
     predictor = method["predictor"]
     if predictor is not None:
         rows.append(("predictor", f"trained on {predictor['num_prompts']} prompts, seed {predictor['seed']}"))
-    for level in manifest.programs:
-        program = bundle.program(level)
-        rows.append((f"level {level}", f"computes {len(program.compute_steps)} of {program.num_steps} steps"))
-        rows.append(("", schedule_strip(program)))
-        rows.append(("", f"{program.capacity} slots, {_slot_bytes(bundle, program) / 1e6:.2f} MB a sample"))
+    rows += describe_levels(bundle)
     for target in manifest.targets:
         rows.append(("target", f"{target.backend} {target.version}, {target.os}, {target.precision}, {target.shape_bucket}"))
         for name, artifact in target.engines.items():
@@ -33,6 +32,34 @@ def describe_bundle(bundle: Bundle) -> list[tuple[str, str]]:
     return rows
 
 
+def describe_levels(bundle: Bundle) -> list[tuple[str, str]]:
+    """Rows about each level but the uncached one: its steps, its slots, and what was measured when it was compiled."""
+    rows, measured = [], bundle.manifest.facts.get("levels", {})
+    for level in bundle.manifest.programs:
+        if level == UNCACHED:
+            continue
+        program = bundle.program(level)
+        rows.append((f"level {level}", f"computes {len(program.compute_steps)} of {program.num_steps} steps"))
+        rows.append(("", schedule_strip(program)))
+        rows.append(("", ", ".join(map(str, program.compute_steps))))
+        rows.append(("", f"{program.capacity} slots, {_slot_bytes(bundle, program) / 1e6:.2f} MB a sample"))
+        facts = measured.get(level, {})
+        if "psnr_db" in facts:
+            rows.append(("", _measured(facts)))
+    return rows
+
+
+def _measured(facts: Mapping[str, Any]) -> str:
+    def decibels(name: str) -> str:
+        value, error = facts[name], facts.get(f"{name}_stderr")
+        return "equal" if value is None else f"{value:.2f} dB" + ("" if error is None else f" ± {error:.2f}")
+
+    text = f"PSNR {decibels('psnr_db')}, loop {facts['speedup']:.2f} times as fast"
+    if "psnr_db_fine" in facts:
+        text += f", {decibels('psnr_db_fine')} against the fine reference"
+    return f"{text}; {facts['num_prompts']} held-out prompts when compiled"
+
+
 def schedule_strip(program: Program) -> str:
     """One character a step: # computed, · forecast."""
     computed = set(program.compute_steps)
@@ -40,8 +67,8 @@ def schedule_strip(program: Program) -> str:
 
 
 def _slot_bytes(bundle: Bundle, program: Program) -> int:
-    feature = bundle.target.engines["compute"].signature.output("feature")
-    size = 4 if feature.dtype == "float32" else 2
-    for dim in feature.resolve({"batch": 1}):
+    kept = bundle.target.engines["compute"].signature.output("feature" if program.cut == "hidden" else "velocity")
+    size = 4 if kept.dtype == "float32" else 2
+    for dim in kept.resolve({"batch": 1}):
         size *= dim
     return size * program.capacity

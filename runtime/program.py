@@ -10,7 +10,7 @@ Shapes: ``T`` sampling steps, ``S = capacity`` slots.
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import zip_longest
 from typing import Any, ClassVar, Literal, get_args
 
@@ -21,6 +21,7 @@ from cachec.runtime.specs import Array
 
 Branch = Literal["conditional", "unconditional"]
 Cut = Literal["hidden", "output"]
+UNCACHED = "uncached"  # the level of every bundle that computes every step
 
 
 @dataclass(frozen=True)
@@ -108,12 +109,6 @@ class ProgramKey:
     level: str = "default"
 
 
-def uncached(program: "Program") -> "Program":
-    """The same sampling with every step computed: what a cached run is compared with."""
-    instructions = tuple(Compute(step, None) for step in range(program.key.start_step, program.num_steps))
-    return replace(program, instructions=instructions, cut="hidden")
-
-
 def hash_sigmas(sigmas: Array) -> str:
     """Sixteen hexadecimal digits that stand for a schedule of noise levels."""
     return hashlib.sha256(np.ascontiguousarray(sigmas, np.float32).tobytes()).hexdigest()[:16]
@@ -175,6 +170,8 @@ class Program:
         for instruction in self.instructions:
             if not isinstance(instruction, _ON_CUT[self.cut]):
                 raise BundleError(f"program: instruction {instruction.op!r} does not exist on the {self.cut} cut")
+        if self.cut == "output" and self.bias.any():
+            raise BundleError("program: the bias is not zero, but nothing reads it on the output cut")
         movers = self.instructions if self.cut == "hidden" else self._advances()
         covered = [step for instruction in movers for step in instruction.steps]
         expected = list(range(self.key.start_step, self.key.steps))

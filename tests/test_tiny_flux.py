@@ -26,7 +26,7 @@ from cachec.compiler.request import make_request
 from cachec.runtime.bundle import Bundle
 from cachec.runtime.errors import BundleError, InputError
 from cachec.runtime.noise import make_noise
-from cachec.runtime.program import uncached
+from cachec.runtime.program import UNCACHED
 from cachec.runtime.session import Session
 
 PROMPT = "a large red circle at the left on a dark background"
@@ -127,7 +127,7 @@ def test_several_prompts_make_numbered_files(lesa_bundle, tmp_path):
 def test_uncached_program_equals_the_diffusers_pipeline(lesa_bundle, model, conditions):
     settings = settings_of(Bundle.open(lesa_bundle).manifest)
     with cachec.load(lesa_bundle) as loaded:
-        session = Session(loaded.engines, uncached(loaded.programs["default"]), loaded.io, batch=2)
+        session = loaded.session(level=UNCACHED, batch=2)
         noise = np.stack([make_noise(s, session.latent_shape[1:]) for s in (1, 2)])
         np.testing.assert_allclose(session.run(conditions, noise), model.generate(conditions, noise, settings), atol=2e-3)
 

@@ -10,8 +10,9 @@ TOKENS, WIDTH = 6, 8
 
 
 class Block(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, *, head_axis: bool) -> None:
         super().__init__()
+        self.head_axis = head_axis
         self.norm = nn.LayerNorm(WIDTH, elementwise_affine=False)
         self.modulation = nn.Linear(WIDTH, 2 * WIDTH)
         self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
@@ -20,19 +21,27 @@ class Block(nn.Module):
     def forward(self, x: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
         shift, gate = self.modulation(condition)[:, None].chunk(2, dim=-1)
         q, k, v = (self.qkv(self.norm(x) + shift)).chunk(3, dim=-1)
-        x = x + gate * nn.functional.scaled_dot_product_attention(q, k, v)
+        x = x + gate * self.attention(q, k, v)
         return x + self.mlp(self.norm(x))
+
+    def attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        if self.head_axis:
+            return nn.functional.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
+        return nn.functional.scaled_dot_product_attention(q, k, v)
 
 
 class ToyDiT(nn.Module):
-    """Predicts a velocity [B, L, D] from latents [B, L, D], timestep [B] and prompt [B, D]."""
+    """Predicts a velocity [B, L, D] from latents [B, L, D], timestep [B] and prompt [B, D].
 
-    def __init__(self, num_blocks: int = 3) -> None:
+    With ``head_axis`` it goes through ONNX, whose attention wants one; the numbers are the same.
+    """
+
+    def __init__(self, num_blocks: int = 3, *, head_axis: bool = False) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.embed = nn.Linear(WIDTH, WIDTH)
         self.time = nn.Linear(1, WIDTH)
-        self.blocks = nn.ModuleList(Block() for _ in range(num_blocks))
+        self.blocks = nn.ModuleList(Block(head_axis=head_axis) for _ in range(num_blocks))
         self.norm_out = nn.LayerNorm(WIDTH)
         self.out = nn.Linear(WIDTH, WIDTH)
         self.register_buffer("positions", torch.arange(TOKENS).float()[:, None])

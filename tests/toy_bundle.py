@@ -1,4 +1,7 @@
-"""The toy DiT compiled by hand, without a pipeline around it: split, Taylor of order 1, eager engines, a real bundle."""
+"""The toy DiT compiled by hand, without a pipeline around it: real bundles on both cuts.
+
+Hidden cut: Taylor of order 1, eager engines. Output cut: Adams-Bashforth with other time steps, any back end.
+"""
 
 import platform
 
@@ -8,25 +11,28 @@ from toy import ToyDiT, example_inputs
 
 from cachec.compiler.capture import capture_model, capture_predictor
 from cachec.compiler.export import plan_engines
-from cachec.compiler.lower import lower_table
+from cachec.compiler.lower import lower_advance, lower_table, lower_uncached
+from cachec.compiler.methods.adams import Adams
 from cachec.compiler.methods.taylor import Taylor
 from cachec.compiler.schedule import Schedule
-from cachec.compiler.table import compose
+from cachec.compiler.table import AdvanceTable, compose
 from cachec.compiler.write import BundleWriter
 from cachec.engines.eager import EagerEngine
-from cachec.passes import forecast_passes, run_passes, split_passes
+from cachec.passes import COMPUTE, Graphs, forecast_passes, run_passes, split_passes
 from cachec.runtime.bundle import Artifact, Manifest, Target
 from cachec.runtime.noise import GENERATOR
-from cachec.runtime.program import ProgramKey, hash_sigmas
+from cachec.runtime.program import UNCACHED, ProgramKey, hash_sigmas
 
 STEPS = 10
 SIGMAS = np.linspace(1, 0, STEPS + 1, dtype=np.float32)
 SCHEDULE = Schedule(STEPS, (0, 2, 3, 6))  # forecasts step 1 while only one slot is written
 LAST_BLOCK = "blocks.2"
+KEY = ProgramKey(STEPS, hash_sigmas(SIGMAS), height=6, width=8, text_tokens=0)
 
 
-def split_toy():
-    return run_passes(capture_model(ToyDiT().eval(), example_inputs()), split_passes(LAST_BLOCK))
+def split_toy(*, head_axis=False):
+    model = ToyDiT(head_axis=head_axis).eval()
+    return run_passes(capture_model(model, example_inputs()), split_passes(LAST_BLOCK))
 
 
 def captured(predictor, window):
@@ -47,19 +53,40 @@ def add_predictor(split, predictor, window, *, feeds_back=False, fold=True):
 
 def toy_program(graphs):
     table = compose(graphs.rows.coefficients.numpy(), graphs.rows.bias.numpy(), SCHEDULE, feeds_back=False)
-    key = ProgramKey(STEPS, hash_sigmas(SIGMAS), height=6, width=8, text_tokens=0)
-    return lower_table(table, key, SIGMAS, SIGMAS[:-1])
+    return lower_table(table, KEY, SIGMAS, SIGMAS[:-1])
+
+
+def output_table():
+    """Rows of Adams-Bashforth 2 and time steps that are not the sampler's."""
+    rows = Adams(2).table(SCHEDULE, SIGMAS, None).coefficients
+    return AdvanceTable(SCHEDULE, rows, np.array([0.97, 0.77, 0.68, 0.41]))
 
 
 def write_toy_bundle(split, out):
     method = Taylor(order=1)
     graphs = add_predictor(split, method.predictor(None), method.window)
+    return write_bundle(graphs, toy_program(graphs), method, out)
+
+
+def write_output_bundle(split, out, backend=EagerEngine):
+    program = lower_advance(output_table(), KEY, SIGMAS, SIGMAS[:-1])
+    return write_bundle(Graphs({COMPUTE: split.modules[COMPUTE]}), program, Adams(2), out, backend)
+
+
+def write_bundle(graphs, program, method, out, backend=EagerEngine):
     plans = plan_engines(graphs, example_inputs(), STEPS)
     with BundleWriter(out, force=False) as writer:
         signatures = {plan.name: plan.signature for plan in plans}
-        paths = EagerEngine.build({plan.name: plan.program for plan in plans}, signatures, writer.directory("engines"))
+        directory = writer.directory("engines")
+        paths = backend.build({plan.name: plan.program for plan in plans}, signatures, directory)
         engines = {name: Artifact(writer.seal(path), signatures[name]) for name, path in paths.items()}
-        programs = {"default": writer.add_program("default", toy_program(graphs))}
+        for extra in sorted(directory.iterdir()):
+            if extra.relative_to(writer.staging).as_posix() not in writer.files:
+                writer.seal(extra)
+        programs = {
+            "default": writer.add_program("default", program),
+            UNCACHED: writer.add_program(UNCACHED, lower_uncached(KEY, SIGMAS, SIGMAS[:-1])),
+        }
         writer.commit(
             Manifest(
                 model={"name": "toy", "source": "tests", "weights_sha256": "0" * 64},
@@ -74,7 +101,7 @@ def write_toy_bundle(split, out):
                     "cut": LAST_BLOCK,
                 },
                 noise=GENERATOR,
-                targets=(Target("eager", EagerEngine.version(), platform.system().lower(), "float32", "6x8", engines),),
+                targets=(Target(backend.name, backend.version(), platform.system().lower(), "float32", "6x8", engines),),
                 programs=programs,
                 files=writer.files,
             )

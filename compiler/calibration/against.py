@@ -13,11 +13,9 @@ from cachec.compiler.export import plan_engines
 from cachec.compiler.lower import lower_advance, lower_table
 from cachec.compiler.methods import METHODS, get_method
 from cachec.compiler.methods.base import Method, Parameters
-from cachec.compiler.methods.reuse import Reuse
 from cachec.compiler.models.base import LoadedModel, Settings, settings_of
-from cachec.compiler.pipeline import add_forecast
+from cachec.compiler.pipeline import linear_graphs
 from cachec.compiler.predictors import find_pretrained
-from cachec.compiler.request import Request
 from cachec.compiler.schedule import Schedule
 from cachec.compiler.split import split_model
 from cachec.compiler.table import AdvanceTable, ForecastTable
@@ -26,11 +24,10 @@ from cachec.engines import get_backend
 from cachec.passes import COMPUTE, FORECAST
 from cachec.runtime.engine import FEATURES, Engine
 from cachec.runtime.errors import InputError, unknown_name
-from cachec.runtime.program import Compute, Program, ProgramKey, hash_sigmas, uncached
+from cachec.runtime.program import UNCACHED, Compute, Program, ProgramKey, hash_sigmas
 from cachec.runtime.session import LoadedBundle, Session
 
 PLAIN = "plain"  # the model's own sampler with fewer steps, which solvers call euler
-UNCACHED = "uncached"
 Kind = Literal["uncached", "level", "method", "solver"]
 
 
@@ -97,11 +94,6 @@ def _parse_option(entry: str, part: str, default: str) -> tuple[str, str]:
     return name or default, value
 
 
-def reference_program(loaded: LoadedBundle) -> Program:
-    """The program that computes every step."""
-    return loaded.programs[UNCACHED] if UNCACHED in loaded.programs else uncached(loaded.programs["default"])
-
-
 def compared_level(loaded: LoadedBundle, level: str | None) -> str:
     """The level whose schedule other methods are run on: the given one, or the first that forecasts.
 
@@ -120,7 +112,7 @@ def level_rows(loaded: LoadedBundle) -> list[Row]:
     """The uncached run, then every level of the bundle."""
     levels = {name: program for name, program in loaded.programs.items() if name != UNCACHED}
     return [
-        Row(UNCACHED, "uncached", reference_program(loaded), loaded.engines),
+        Row(UNCACHED, "uncached", loaded.programs[UNCACHED], loaded.engines),
         *(Row(name, "level", program, loaded.engines) for name, program in levels.items()),
     ]
 
@@ -217,8 +209,7 @@ def _is_linear(engines: Mapping[str, Engine]) -> bool:
 def _build_linear(loaded: LoadedBundle, model: LoadedModel, work: Path, stack: ExitStack) -> Mapping[str, Engine]:
     """Engines that forecast linearly, for a bundle that has the predictor inside its own or does not forecast at all."""
     settings, backend = settings_of(loaded.manifest), get_backend(loaded.manifest.targets[0].backend)
-    request = Request(Reuse(), Schedule(settings.steps, (0,)), settings)
-    graphs = add_forecast(model, split_model(model, settings), request, None)
+    graphs = linear_graphs(model, split_model(model, settings), settings)
     plans = plan_engines(graphs, model.example_inputs(settings), settings.steps)
     work.mkdir(parents=True, exist_ok=True)
     signatures = {plan.name: plan.signature for plan in plans}

@@ -13,7 +13,7 @@ import torch
 from cachec.compiler.calibration.statistics import Statistics, check_finite
 from cachec.compiler.calibration.trajectories import Denoiser
 from cachec.compiler.models.base import LoadedModel, Settings, tensors_from
-from cachec.compiler.table import AdvanceTable, Table
+from cachec.compiler.table import Table
 from cachec.passes import Graphs
 from cachec.runtime.errors import InputError
 from cachec.runtime.specs import Array
@@ -124,13 +124,16 @@ class Calibration:
         results = []
         for start in range(0, self.num_prompts, CHUNK):
             rows = slice(start, start + CHUNK)
-            play = self.denoiser.advance_by if isinstance(table, AdvanceTable) else self.denoiser.forecast_by
-            results.append(play(table, self.noise()[rows], self._conditions(rows)))  # type: ignore[operator]
+            results.append(self.denoiser.play(table, self.noise()[rows], self._conditions(rows)))
         return torch.cat(results)
 
     def errors(self, table: Table) -> Array:
         """Relative L2 errors [P] of the final latents against the reference."""
         return relative_errors(self.run(table), self.latents(self.num_steps))
+
+    def all_conditions(self) -> dict[str, torch.Tensor]:
+        """The prompts' conditions, by name [P, …]."""
+        return self._conditions(slice(None))
 
     def _conditions(self, rows: slice) -> dict[str, torch.Tensor]:
         return {name: value[self.index[rows]] for name, value in self.conditions.items()}

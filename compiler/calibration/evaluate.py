@@ -17,7 +17,6 @@ from typing import Any
 from tqdm import tqdm
 
 from cachec.compiler.calibration.against import (
-    UNCACHED,
     Row,
     compared_level,
     compared_rows,
@@ -32,7 +31,7 @@ from cachec.compiler.models.base import LoadedModel, Settings, settings_of
 from cachec.compiler.models.probe import Probe, load_probe, parse_caption, score_pictures
 from cachec.runtime.errors import InputError
 from cachec.runtime.noise import make_noise
-from cachec.runtime.program import Program
+from cachec.runtime.program import UNCACHED, Program
 from cachec.runtime.session import LoadedBundle, Session
 from cachec.runtime.specs import Array
 

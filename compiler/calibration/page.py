@@ -10,11 +10,11 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
-from cachec.compiler.calibration.against import UNCACHED
 from cachec.compiler.calibration.evaluate import DIFFUSERS, FINE, Evaluation, KeptPrompt
 from cachec.compiler.calibration.plots import plot_coefficients, plot_errors, plot_quality, plot_schedules
 from cachec.compiler.calibration.tables import HEADER, MEANINGS, NO_VALUE, Report, headline, table_cells, table_notes
 from cachec.compiler.pictures import to_image
+from cachec.runtime.program import UNCACHED
 from cachec.runtime.specs import Array
 
 MAX_SIDE = 512  # pixels; larger pictures are reduced

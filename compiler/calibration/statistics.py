@@ -8,7 +8,6 @@ Shapes: ``P`` prompts, ``T`` steps, ``R`` steps of the fine reference, ``L`` tok
 import hashlib
 import json
 import logging
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +21,6 @@ from tqdm import tqdm
 
 from cachec.compiler.calibration.trajectories import TRAINING_SEED_BASE, Denoiser
 from cachec.compiler.models.base import LoadedModel, Settings, check_prompts, tensors_from
-from cachec.compiler.split import split_model
 from cachec.compiler.write import write_file
 from cachec.passes import Graphs
 from cachec.runtime.bundle import replace_file
@@ -33,6 +31,7 @@ from cachec.runtime.program import hash_sigmas
 log = logging.getLogger(__name__)
 
 FORMAT = "cachec-calibration-1"
+MIN_PROMPTS = 8
 MAX_CHUNK = 16  # prompts a batch
 MAX_FEATURE_BYTES = 2**30  # of recorded features in memory; of longer sequences only some tokens are kept
 
@@ -145,7 +144,7 @@ def record_statistics(
         "format": FORMAT,
     }
     if work is not None:
-        _claim(work, facts)
+        _claim(work, {**facts, "chunk": str(plan.chunk)})  # batches of another size would not line up
     recorder = _Recorder(model, split, settings, plan, reference_steps, seed)
     chunks = []
     with tqdm(total=plan.evaluations, desc="calibrating", unit="evaluation", disable=None) as bar:
@@ -253,7 +252,10 @@ def load_statistics(path: Path) -> Statistics:
         raise InputError(f"{path} is not a calibration file, or is damaged ({error}): run cachec calibrate again") from error
     if facts.get("format") != FORMAT:
         raise InputError(f"{path} is not a calibration file of this cachec ({FORMAT}): make one with cachec calibrate")
-    return _from_tensors(tensors, facts, str(path))
+    try:
+        return _from_tensors(tensors, facts, str(path))
+    except (KeyError, ValueError) as error:
+        raise InputError(f"{path} is not a calibration file, or is damaged ({error!r}): run cachec calibrate again") from error
 
 
 def check_statistics(statistics: Statistics, wanted: Mapping[str, str]) -> None:
@@ -270,22 +272,13 @@ def check_statistics(statistics: Statistics, wanted: Mapping[str, str]) -> None:
         )
 
 
-def calibrate_to_file(
-    model: LoadedModel,
-    settings: Settings,
-    prompts: Sequence[str],
-    out: Path,
-    *,
-    reference_steps: int,
-    seed: int,
-) -> Statistics:
-    """``cachec calibrate``: record into ``out``, with finished batches beside it until it is done."""
-    work = out.with_name(out.name + ".parts")
-    split = split_model(model, replace(settings, dtype="float32"))
-    statistics = record_statistics(model, split, settings, prompts, reference_steps=reference_steps, seed=seed, work=work)
-    save_statistics(statistics, out)
-    shutil.rmtree(work)
-    return statistics
+def check_calibration_prompts(prompts: Sequence[str]) -> None:
+    """Raise ``InputError`` unless there are enough prompts to fit on some and to measure on others."""
+    check_prompts(prompts)
+    if len(prompts) < MIN_PROMPTS:
+        raise InputError(
+            f"{len(prompts)} prompts are too few to fit on some and to measure on others: give at least {MIN_PROMPTS}"
+        )
 
 
 def _from_tensors(tensors: Mapping[str, torch.Tensor], facts: Mapping[str, str], origin: str) -> Statistics:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save
 from tqdm import tqdm
 
 from cachec.compiler.models.base import LoadedModel, Settings, tensors_from
-from cachec.compiler.table import AdvanceTable, ForecastTable
+from cachec.compiler.table import AdvanceTable, ForecastTable, Table
 from cachec.passes import COMPUTE, FORECAST, Graphs
 from cachec.passes.base import placeholders
 from cachec.runtime.bundle import replace_file
@@ -78,8 +78,13 @@ class Denoiser:
         """Euler step of the flow."""
         return x + (self.sigmas[step + 1] - self.sigmas[step]) * velocity
 
-    def advance_by(self, table: AdvanceTable, noise: torch.Tensor, conditions: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Final latents of an output-cut table."""
+    def play(self, table: Table, noise: torch.Tensor, conditions: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Final latents of the closed loop: the model at computed steps, the table elsewhere."""
+        if isinstance(table, AdvanceTable):
+            return self._advance_by(table, noise, conditions)
+        return self._forecast_by(table, noise, conditions)
+
+    def _advance_by(self, table: AdvanceTable, noise: torch.Tensor, conditions: Mapping[str, torch.Tensor]) -> torch.Tensor:
         timesteps = self.timesteps[list(table.schedule.compute)] if table.timesteps is None else table.timesteps
         rows = torch.from_numpy(table.coefficients).to(noise.dtype)
         x, velocities = noise, noise.new_empty((len(rows), *noise.shape))
@@ -88,8 +93,7 @@ class Denoiser:
             x = noise + torch.tensordot(rows[i, : i + 1], velocities[: i + 1], 1)
         return x
 
-    def forecast_by(self, table: ForecastTable, noise: torch.Tensor, conditions: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Final latents of a hidden-cut table."""
+    def _forecast_by(self, table: ForecastTable, noise: torch.Tensor, conditions: Mapping[str, torch.Tensor]) -> torch.Tensor:
         x, features, computed = noise, [], set(table.schedule.compute)
         for step in range(table.schedule.num_steps):
             if step in computed:

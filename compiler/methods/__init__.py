@@ -7,7 +7,10 @@ from cachec.runtime.errors import unknown_name
 
 METHODS = {
     "adams": "cachec.compiler.methods.adams:Adams",
+    "bns": "cachec.compiler.methods.bns:Bns",
     "foca": "cachec.compiler.methods.foca:FoCa",
+    "gram": "cachec.compiler.methods.gram:Gram",
+    "gram-hidden": "cachec.compiler.methods.gram_hidden:GramHidden",
     "hicache": "cachec.compiler.methods.hicache:HiCache",
     "l2p": "cachec.compiler.methods.l2p:L2p",
     "lesa": "cachec.compiler.methods.lesa:Lesa",

@@ -73,7 +73,8 @@ class Method(ABC):
     """A way to forecast; its fields are its options (``--set name=value``).
 
     ``needs_training``: wants parameters from ``cachec train``. ``needs_calibration``: wants parameters that
-    :meth:`calibrate` makes from calibration runs. ``min_budget``: the fewest computed steps that it works with.
+    :meth:`calibrate` makes from calibration runs; ``schedule_bound``: those serve one schedule only. ``min_budget``: the
+    fewest computed steps that it works with.
     """
 
     name: ClassVar[str]
@@ -81,6 +82,7 @@ class Method(ABC):
     cut: ClassVar[Cut] = "hidden"
     needs_training: ClassVar[bool] = False
     needs_calibration: ClassVar[bool] = False
+    schedule_bound: ClassVar[bool] = False
     min_budget: ClassVar[int] = 1
     default_interval: ClassVar[int]
     extra_steps: ClassVar[tuple[int, ...]] = ()
@@ -96,6 +98,10 @@ class Method(ABC):
     def calibrate(self, calibration: "Calibration", schedule: Schedule) -> Parameters:
         """Parameters from calibration runs, for :meth:`table` with the same schedule."""
         raise PredictorError(f"method {self.name!r} has nothing to calibrate; compile it as it is")
+
+    def draft(self) -> "Method":
+        """The method at its cheapest, for searches that fit it to many schedules."""
+        return self
 
     def interval(self, num_steps: int, interval: int) -> Schedule:
         """The method's own published schedule."""
@@ -160,21 +166,27 @@ class PredictorMethod(Method):
         """Which steps each forecast looks at, newest first."""
         return {step: schedule.history(step, self.window, feeds_back=self.feeds_back) for step in schedule.forecast}
 
+    def row(self, step: int, history: tuple[int, ...], sigmas: Array, parameters: Parameters | None) -> Array:
+        """Weights [W] of one forecast on its history, newest first, of an unbiased predictor. A short history is padded."""
+        padded = (*history, *[history[-1]] * (self.window - len(history)))
+        return _probe_row(self.predictor(parameters), step, padded, torch.as_tensor(np.asarray(sigmas)).float())[0]
+
     def table(self, schedule: Schedule, sigmas: Array, parameters: Parameters | None) -> ForecastTable:
         """The table without the passes: the predictor on a basis of features. Equals what folding finds."""
         predictor = self.predictor(parameters)
         rows, bias = np.zeros((schedule.num_steps, self.window)), np.zeros(schedule.num_steps)
+        levels = torch.as_tensor(np.asarray(sigmas)).float()
         for step, history in self.histories(schedule).items():
-            rows[step], bias[step] = _probe_row(predictor, step, history, tuple(np.asarray(sigmas, np.float64).tolist()))
+            rows[step], bias[step] = _probe_row(predictor, step, history, levels)
         return compose(rows, bias, schedule, feeds_back=self.feeds_back)
 
 
 @torch.no_grad()
-def _probe_row(predictor: Predictor, step: int, history: tuple[int, ...], sigmas: tuple[float, ...]) -> tuple[Array, float]:
+def _probe_row(predictor: Predictor, step: int, history: tuple[int, ...], sigmas: torch.Tensor) -> tuple[Array, float]:
     """Weights [W] and bias of an affine, elementwise predictor: its values at zero and at unit features."""
     window = len(history)
     basis = torch.cat([torch.zeros(window, 1), torch.eye(window)], dim=1).float()  # feature j is 1 in column j + 1
-    values = predictor([row[None, None] for row in basis], torch.tensor(history), torch.tensor(sigmas).float(),
+    values = predictor([row[None, None] for row in basis], torch.tensor(history), sigmas,
                        torch.tensor(step))[0, 0].double().numpy()  # fmt: skip
     return values[1:] - values[0], float(values[0])
 

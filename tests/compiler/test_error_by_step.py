@@ -8,7 +8,7 @@ from cachec.compiler.lower import lower_advance
 from cachec.compiler.schedule import Schedule
 from cachec.compiler.table import AdvanceTable
 from cachec.runtime.noise import make_noise
-from cachec.runtime.program import uncached
+from cachec.runtime.program import UNCACHED
 from cachec.runtime.session import Session
 
 
@@ -31,9 +31,8 @@ def test_a_trace_ends_where_the_run_does(loaded, run):
 
 
 def test_the_uncached_run_has_no_error_and_forecasts_have(loaded, run):
-    program = loaded.programs["default"]
-    sessions = {"same": Session(loaded.engines, uncached(program), loaded.io), "default": loaded.session()}
-    errors = measure_errors(Session(loaded.engines, uncached(program), loaded.io), sessions, [run, run])
+    sessions = {"same": loaded.session(level=UNCACHED), "default": loaded.session()}
+    errors = measure_errors(loaded.session(level=UNCACHED), sessions, [run, run])
     assert max(errors["same"].rel_l2) < 1e-6
     assert errors["default"].steps == pytest.approx(range(1, STEPS + 1))
     assert errors["default"].rel_l2[-1] > 1e-4
@@ -47,7 +46,7 @@ def test_output_cut_has_points_at_computed_steps(loaded, run):
     moves = np.diff(ends, prepend=SIGMAS[0])
     table = AdvanceTable(schedule, np.tril(np.broadcast_to(moves, (3, 3))))
     output = Session(loaded.engines, lower_advance(table, program.key, SIGMAS, SIGMAS[:-1]), loaded.io)
-    errors = measure_errors(Session(loaded.engines, uncached(program), loaded.io), {"output": output}, [run])
+    errors = measure_errors(loaded.session(level=UNCACHED), {"output": output}, [run])
     assert errors["output"].steps == pytest.approx((1, 5, STEPS))
     assert errors["output"].rel_l2[0] < 1e-6 < errors["output"].rel_l2[1]
 

@@ -22,12 +22,12 @@ from cachec.compiler.calibration.report import render_report, report_bundle
 from cachec.compiler.calibration.summary import Measurements, summarize
 from cachec.compiler.calibration.svg import Axis, Svg, spread, text_width
 from cachec.compiler.calibration.tables import HEADER, Report, format_table, headline
-from cachec.compiler.lower import lower_advance, lower_table
+from cachec.compiler.lower import lower_advance, lower_table, lower_uncached
 from cachec.compiler.methods.taylor import Taylor
 from cachec.compiler.schedule import Schedule
 from cachec.compiler.table import AdvanceTable
 from cachec.runtime.errors import InputError
-from cachec.runtime.program import ProgramKey, hash_sigmas, uncached
+from cachec.runtime.program import ProgramKey, hash_sigmas
 
 STEPS = 10
 SIGMAS = np.linspace(1, 0, STEPS + 1, dtype=np.float32)
@@ -38,6 +38,10 @@ PROMPT = "<script>alert('x')</script> & \"quotes\" | bars"
 
 def hidden_program():
     return lower_table(Taylor(1).table(SCHEDULE, SIGMAS, None), KEY, SIGMAS, SIGMAS[:-1])
+
+
+def uncached_program():
+    return lower_uncached(KEY, SIGMAS, SIGMAS[:-1])
 
 
 def output_program():
@@ -81,7 +85,7 @@ def made_up_evaluation(*, kept=True, probed=True):
         "probe": {"items": 3, "prompts_skipped": 1} if probed else None,
     }
     hidden = hidden_program()
-    programs = {"uncached": uncached(hidden), "fast": hidden, "taylor:1": hidden, "plain": output_program()}
+    programs = {"uncached": uncached_program(), "fast": hidden, "taylor:1": hidden, "plain": output_program()}
     names = [*results, FINE]
     picture = np.random.default_rng(0).random((8, 8, 3)).astype(np.float32)
     one = KeptPrompt(
@@ -198,7 +202,7 @@ def test_plots_are_well_formed():
     ]
     for text in drawn:
         ElementTree.fromstring(text)
-    assert plot_coefficients(uncached(hidden_program())) == ""
+    assert plot_coefficients(uncached_program()) == ""
 
 
 def test_quality_plot_of_equal_rows_only_is_empty_but_there():

@@ -12,7 +12,15 @@ import cachec
 from cachec.runtime.bundle import MANIFEST, Bundle, Manifest, Target, hash_file, replace_file
 from cachec.runtime.errors import BundleError, InputError
 
-KINDS = ["manifest.json", "compute*.pt2", "forecast*.pt2", "default*.json", "default*.safetensors"]
+KINDS = [
+    "manifest.json",
+    "compute*.pt2",
+    "forecast*.pt2",
+    "default*.json",
+    "default*.safetensors",
+    "uncached*.json",
+    "uncached*.safetensors",
+]
 
 
 @pytest.fixture

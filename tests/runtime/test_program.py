@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from cachec.runtime.errors import BundleError
-from cachec.runtime.program import Compute, Forecast, Predict, Program, ProgramKey, hash_sigmas, uncached
+from cachec.runtime.program import Advance, Compute, Forecast, Predict, Program, ProgramKey, hash_sigmas
 
 STEPS = 4
 SIGMAS = np.linspace(1, 0, STEPS + 1, dtype=np.float32)
@@ -146,20 +146,118 @@ def test_a_file_that_is_no_program_is_refused(damage):
         Program.from_json(data, make_program().arrays())
 
 
-@pytest.mark.parametrize("start", [0, 2])
-def test_uncached_computes_every_step(start):
-    program = make_program(
-        key=replace(make_program().key, start_step=start),
-        instructions=tuple(Compute(s, 0) for s in range(start, STEPS)),
-    )
-    plain = uncached(program)
-    assert plain.compute_steps == tuple(range(start, STEPS))
-    assert all(instruction.slot is None for instruction in plain.instructions)
-    assert np.array_equal(plain.sigmas, program.sigmas)
+# The output cut
+
+MOVES = (Compute(0, 0), Advance((0, 1), 1), Compute(2, 1), Advance((2, 3), 2))
+ROWS = np.array([[-0.5, 0], [0, 0], [-0.25, -0.75], [0, 0]], np.float32)
 
 
-def test_uncached_leaves_the_cached_program_alone():
-    program = make_program()
-    digest = program.digest()
-    assert uncached(program).compute_steps == (0, 1, 2, 3)
-    assert program.digest() == digest
+def make_output_program(**changes):
+    return make_program(**{"instructions": MOVES, "coefficients": ROWS, "cut": "output", **changes})
+
+
+def test_an_output_program_is_accepted():
+    program = make_output_program()
+    assert program.compute_steps == (0, 2)
+    assert program.num_steps == STEPS
+
+
+@pytest.mark.parametrize(
+    ("instructions", "message"),
+    [
+        ((), "covers steps .., expected each of"),
+        (MOVES[:2], r"covers steps \[0, 1\], expected each of \[0, 1, 2, 3\]"),
+        ((*MOVES[:3], Advance((2,), 2)), r"covers steps \[0, 1, 2\]"),
+        ((*MOVES[:3], Advance((2, 3, 4), 2)), r"covers steps \[0, 1, 2, 3, 4\]"),
+        ((*MOVES[:3], Advance((2, 2, 3), 2)), r"covers steps \[0, 1, 2, 2, 3\]"),
+        ((Compute(0, 0), Advance((0,), 1), *MOVES[2:]), r"covers steps \[0, 2, 3\]"),
+        ((Compute(0, 0), Advance((0, 1, 2), 1), *MOVES[2:]), r"covers steps \[0, 1, 2, 2, 3\]"),
+        ((*MOVES[2:], *MOVES[:2]), "covers steps"),
+        (MOVES[:3], "each computed step is followed by its advance, got Compute.step=2.*, None"),
+        ((*MOVES, Compute(3, 1)), "each computed step is followed by its advance"),
+        ((*MOVES, Advance((3,), 2)), "each computed step is followed by its advance"),
+        (MOVES[1:], "each computed step is followed by its advance, got Advance"),
+        ((MOVES[0], MOVES[2], MOVES[1], MOVES[3]), "each computed step is followed by its advance"),
+        ((MOVES[0], Advance((1,), 1), *MOVES[2:]), "each computed step is followed by its advance"),
+        ((MOVES[0], Advance((), 1), *MOVES[2:]), "each computed step is followed by its advance"),
+        ((*MOVES[:2], Compute(3, 1), Advance((2, 3), 2)), "each computed step is followed by its advance"),
+        ((*MOVES[:3], Advance((2, 3), 1)), r"steps \(2, 3\) have coefficients for slots that are not bound"),
+        ((*MOVES[:3], Advance((2, 3), 3)), r"read slots \[2\] before any write"),
+        ((MOVES[0], Advance((0, 1), 2), *MOVES[2:]), r"steps \(0, 1\) read slots \[1\] before any write"),
+        ((Compute(0, None), *MOVES[1:]), r"steps \(0, 1\) read slots \[0\] before any write"),
+        ((*MOVES[:2], Compute(2, None), MOVES[3]), r"steps \(2, 3\) read slots \[1\] before any write"),
+        ((*MOVES[:3], Advance((2, 3), 0)), "advance of steps .* reads no slot"),
+        ((*MOVES[:2], Compute(2, 2), MOVES[3]), "slot 2 does not exist, there are 2"),
+        ((Compute(0, 0, branch="both"), *MOVES[1:]), "branch 'both' is not one of"),
+        ((MOVES[0], Advance((0, 1), 1, branch="both"), *MOVES[2:]), "branch 'both' is not one of"),
+        ((*MOVES[:2], Forecast((2, 3), 1)), "instruction 'forecast' does not exist on the output cut"),
+        ((*MOVES[:2], Compute(2, 1), Predict(3, (0,), (0,), None)), "instruction 'predict' does not exist on the output cut"),
+    ],
+)
+def test_impossible_moves_are_refused(instructions, message):
+    with pytest.raises(BundleError, match=message):
+        make_output_program(instructions=instructions)
+
+
+def test_moves_do_not_exist_on_the_hidden_cut():
+    with pytest.raises(BundleError, match="instruction 'advance' does not exist on the hidden cut"):
+        make_output_program(cut="hidden")
+
+
+@pytest.mark.parametrize("cut", ["", "velocity", None, ["output"]])
+def test_an_unknown_cut_is_refused(cut):
+    with pytest.raises(BundleError, match="is not one of .'hidden', 'output'."):
+        make_output_program(cut=cut)
+
+
+def test_a_row_counts_where_its_gap_begins_and_nowhere_else():
+    """Rows of other steps are not read, so they may hold anything finite."""
+    rows = ROWS.copy()
+    rows[[1, 3]] = 7
+    assert make_output_program(coefficients=rows).compute_steps == (0, 2)
+    rows[0, 1] = 1
+    with pytest.raises(BundleError, match=r"steps \(0, 1\) have coefficients for slots that are not bound"):
+        make_output_program(coefficients=rows)
+
+
+def test_a_bias_on_the_output_cut_is_refused():
+    with pytest.raises(BundleError, match="bias"):
+        make_output_program(bias=np.array([0, 0, 0.5, 0], np.float32))
+
+
+def test_an_output_program_may_start_late():
+    key = replace(make_program().key, start_step=2)
+    assert make_output_program(key=key, instructions=(Compute(2, 0), Advance((2, 3), 1)), coefficients=ROWS[::-1] * 0)
+    with pytest.raises(BundleError, match=r"covers steps \[0, 1, 2, 3\], expected each of \[2, 3\]"):
+        make_output_program(key=key)
+
+
+def test_an_output_program_survives_its_file():
+    program = make_output_program(timesteps=np.array([0.9, 0.7, 0.4, 0.1], np.float32))
+    read = Program.from_json(json.loads(json.dumps(program.to_json())), program.arrays())
+    assert read.digest() == program.digest()
+    assert (read.instructions, read.cut, read.capacity, read.key) == (MOVES, "output", 2, program.key)
+    for name, array in program.arrays().items():
+        assert np.array_equal(getattr(read, name), array)
+
+
+def test_a_file_of_the_other_cut_is_refused():
+    data = make_output_program().to_json()
+    with pytest.raises(BundleError, match="does not exist on the hidden cut"):
+        Program.from_json({**data, "cut": "hidden"}, make_output_program().arrays())
+    del data["cut"]
+    with pytest.raises(BundleError, match="does not read as a program"):
+        Program.from_json(data, make_output_program().arrays())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"coefficients": ROWS * 2},
+        {"timesteps": SIGMAS[:-1] * np.float32(0.9)},
+        {"instructions": (*MOVES[:2], Compute(2, 1), Advance((2, 3), 2, branch="unconditional"))},
+    ],
+    ids=["rows", "timesteps", "instructions"],
+)
+def test_the_digest_of_an_output_program_sees_every_change(changes):
+    assert make_output_program(**changes).digest() != make_output_program().digest()

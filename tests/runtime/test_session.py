@@ -1,11 +1,14 @@
 import numpy as np
 import pytest
-from toy_bundle import SCHEDULE, STEPS
+import torch
+from toy_bundle import SCHEDULE, SIGMAS, STEPS, eager_velocity, output_table, split_toy, write_output_bundle
 
 import cachec
-from cachec.runtime.errors import InputError
+from cachec.engines import get_backend
+from cachec.runtime.bundle import Bundle
+from cachec.runtime.errors import BundleError, InputError
 from cachec.runtime.noise import make_noise
-from cachec.runtime.program import Forecast, uncached
+from cachec.runtime.program import UNCACHED, Advance, Forecast
 from cachec.runtime.session import Session
 
 SHAPE = (6, 8)
@@ -90,7 +93,7 @@ def test_a_batch_equals_its_samples_alone(loaded):
 
 
 def test_forecasting_differs_from_computing_every_step_but_not_much(loaded):
-    full = Session(loaded.engines, uncached(loaded.programs["default"]), loaded.io).run(prompt(1), noise(1))
+    full = loaded.session(level=UNCACHED).run(prompt(1), noise(1))
     error = np.abs(full - run_alone(loaded, 1)).max()
     assert 1e-6 < error < 0.5 * np.abs(full).max()
 
@@ -159,7 +162,7 @@ def test_denoising_without_seeds_is_refused(loaded):
 
 
 def test_an_unknown_level_is_refused(loaded):
-    with pytest.raises(InputError, match=r"level 'fast' is not in this bundle; it has default"):
+    with pytest.raises(InputError, match=r"level 'fast' is not in this bundle; it has default, uncached"):
         loaded.session(level="fast")
 
 
@@ -193,3 +196,133 @@ def test_changing_the_inputs_after_begin_changes_nothing(loaded):
 
 def test_denoise_starts_from_the_noise_of_its_seeds(loaded):
     assert np.array_equal(loaded.denoise(prompt(1, 2), seeds=[1, 2]), run_alone(loaded, 1, 2))
+
+
+# The output cut: velocities in the slots, a row for each gap, no forecast engine
+
+
+@pytest.fixture(scope="module")
+def output_bundles(tmp_path_factory):
+    out, split = tmp_path_factory.mktemp("bundles"), split_toy(head_axis=True)
+    return {name: write_output_bundle(split, out / name, get_backend(name)) for name in ("eager", "ort")}
+
+
+@pytest.fixture(scope="module", params=["eager", "ort"])
+def output(request, output_bundles):
+    with cachec.load(output_bundles[request.param]) as bundle:
+        yield bundle
+
+
+def velocity_of(loaded, x, timestep, conditions):
+    """One call of the compute engine, by hand."""
+    velocity = np.empty_like(x)
+    inputs = {"latents": x, "timestep": np.full(len(x), timestep, np.float32), **conditions}
+    loaded.engines["compute"].context().run(inputs, {"velocity": velocity})
+    return velocity
+
+
+def straight_line(velocity, start):
+    """x = noise + sum of weighted velocities, computed step by computed step."""
+    table, x, velocities = output_table(), start, []
+    for row, timestep in zip(table.coefficients, table.timesteps, strict=True):
+        velocities.append(velocity(x, timestep).astype(np.float64))
+        x = (start + sum(weight * v for weight, v in zip(row, velocities, strict=False))).astype(np.float32)
+    return x
+
+
+def test_an_output_bundle_has_one_engine_and_computes_its_schedule(output):
+    assert set(output.engines) == {"compute"}
+    assert output.programs["default"].compute_steps == SCHEDULE.compute
+    assert output.session().ring.shape == (len(SCHEDULE.compute), 1, *SHAPE)
+
+
+def test_an_output_program_is_the_recursion_written_out(output):
+    conditions = prompt(1, 2)
+    expected = straight_line(lambda x, timestep: velocity_of(output, x, timestep, conditions), noise(1, 2))
+    np.testing.assert_allclose(run_alone(output, 1, 2), expected, atol=2e-6, rtol=2e-6)
+
+
+def test_an_output_program_is_the_recursion_on_the_model_itself(output):
+    def velocity(x, timestep):
+        given = {"latents": torch.from_numpy(x), "timestep": torch.full((1,), float(timestep))}
+        return eager_velocity({**given, "prompt": torch.from_numpy(prompt(1)["prompt"])}).numpy()
+
+    np.testing.assert_allclose(run_alone(output, 1), straight_line(velocity, noise(1)), atol=1e-4, rtol=0)
+
+
+def test_the_uncached_run_is_euler_at_the_samplers_own_timesteps(output):
+    x, conditions = noise(1), prompt(1)
+    for step in range(STEPS):
+        x = x + (SIGMAS[step + 1] - SIGMAS[step]) * velocity_of(output, x, SIGMAS[step], conditions)
+    np.testing.assert_allclose(output.session(level=UNCACHED).run(conditions, noise(1)), x, atol=1e-6, rtol=0)
+
+
+def test_slots_hold_velocities_and_those_not_written_yet_are_never_read(output):
+    session = begin_on_stale_slots(output, 1)
+    for instruction in output.programs["default"].instructions:
+        session.advance()
+        written = instruction.num_slots if isinstance(instruction, Advance) else instruction.slot + 1
+        assert np.isfinite(session.ring[:written]).all()
+        assert np.isnan(session.ring[written:]).all()
+        assert np.isfinite(session.latents).all()
+    assert session.finished
+    assert np.array_equal(session.latents, run_alone(output, 1))
+    first = velocity_of(output, noise(1), output_table().timesteps[0], prompt(1))
+    np.testing.assert_allclose(session.ring[0], first, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("behind", [0, 1, 3])
+def test_output_sessions_may_be_interleaved(output, behind):
+    first, second = begin_on_stale_slots(output, 1), begin_on_stale_slots(output, 2)
+    for _ in range(behind):
+        first.advance()
+    while not second.finished:
+        if not first.finished:
+            first.advance()
+        second.advance()
+    assert np.array_equal(first.latents, run_alone(output, 1))
+    assert np.array_equal(second.latents, run_alone(output, 2))
+    assert not np.array_equal(first.latents, second.latents)
+
+
+@pytest.mark.parametrize("done", [0, 1, 2, 5, 8])
+def test_a_second_output_request_forgets_the_first_wherever_that_was(output, done):
+    session = begin_on_stale_slots(output, 1)
+    for _ in range(done):
+        session.advance()
+    assert np.array_equal(session.run(prompt(2), noise(2)), run_alone(output, 2))
+
+
+def test_an_output_batch_equals_its_samples_alone(output):
+    alone = np.concatenate([run_alone(output, seed) for seed in (1, 2, 3)])
+    np.testing.assert_allclose(run_alone(output, 1, 2, 3), alone, atol=1e-5, rtol=0)
+
+
+def test_output_requests_leave_their_inputs_alone(output):
+    conditions, start = prompt(1), noise(1)
+    session = output.session()
+    session.begin(conditions, start)
+    session.advance()
+    kept = start.copy()
+    start[:] = 0  # the session has its own copy, which every gap starts from
+    while not session.finished:
+        session.advance()
+    assert np.array_equal(session.latents, run_alone(output, 1))
+    assert np.array_equal(kept, noise(1))
+
+
+def test_back_ends_agree_on_an_output_program(output_bundles):
+    results = {}
+    for name, path in output_bundles.items():
+        assert Bundle.open(path).manifest.targets[0].backend == name
+        with cachec.load(path) as bundle:
+            results[name] = bundle.denoise(prompt(1, 2), seeds=[1, 2])
+    np.testing.assert_allclose(results["ort"], results["eager"], atol=1e-4, rtol=0)
+
+
+def test_a_program_that_forecasts_needs_the_engine_for_it(output, loaded):
+    session = Session(output.engines, loaded.programs["default"], output.io)
+    session.begin(prompt(1), noise(1))
+    session.advance()
+    with pytest.raises(BundleError, match="the program forecasts, but the bundle has no forecast engine: compile it again"):
+        session.advance()

@@ -1,0 +1,96 @@
+"""Rows fitted in closed form to calibration runs: this project's own method.
+
+Source: "calibration in the Gram domain" of this repository's README. It is a linear multistep solver with free
+coefficients, as BNS (arXiv 2403.01329) and S4S (arXiv 2502.17423), but fitted by least squares, node by node, on latents
+that its own rows led to, and on a schedule searched for it; then all rows and time steps are polished together by
+Gauss-Newton.
+"""
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+
+from cachec.compiler.methods.base import Parameters, TableMethod
+from cachec.compiler.schedule import Schedule
+from cachec.compiler.table import AdvanceTable
+from cachec.runtime.errors import InputError, PredictorError
+from cachec.runtime.program import Cut
+from cachec.runtime.specs import Array
+
+if TYPE_CHECKING:
+    from cachec.compiler.calibration.calibration import Calibration
+
+POLISH_PROMPTS = 32
+
+
+@dataclass(frozen=True)
+class Gram(TableMethod):
+    """x at the next node = x_T + sum of all computed velocities so far, with fitted weights; output cut, a slot for each.
+
+    No order and no warm-up: one computed step is enough to begin. The displacement from the noise is regressed on every
+    velocity, so each row also repairs what earlier ones missed. ``polish`` is the number of Gauss-Newton rounds on rows and
+    time steps (0: the closed form alone). Fitted to one model, sampler and schedule; of no use for others, and no better
+    than its calibration prompts are typical. Exact on nothing.
+    """
+
+    name: ClassVar[str] = "gram"
+    summary: ClassVar[str] = "rows and time steps fitted to calibration runs (ours)"
+    cut: ClassVar[Cut] = "output"
+    needs_calibration: ClassVar[bool] = True
+    schedule_bound: ClassVar[bool] = True
+    default_interval: ClassVar[int] = 7
+    polish: int = 2
+
+    def __post_init__(self) -> None:
+        if self.polish < 0:
+            raise InputError(f"polish is {self.polish}; it counts rounds, 0 for none")
+
+    def draft(self) -> "Gram":
+        return replace(self, polish=0)
+
+    def calibrate(self, calibration: "Calibration", schedule: Schedule) -> Parameters:
+        from cachec.compiler.calibration.closed_loop import fit_rows, polish
+
+        table = fit_rows(calibration, schedule)
+        if self.polish:
+            some = calibration.select(range(min(POLISH_PROMPTS, calibration.num_prompts)))
+            table = polish(some, table, rounds=self.polish)
+        tensors = {"rows": torch.from_numpy(table.coefficients)}
+        if table.timesteps is not None:
+            tensors["timesteps"] = torch.from_numpy(table.timesteps)
+        return Parameters(tensors, schedule_facts(self.name, calibration, schedule), calibration.origin)
+
+    def table(self, schedule: Schedule, sigmas: Array, parameters: Parameters | None) -> AdvanceTable:
+        return fitted_table(self.name, schedule, parameters)
+
+
+def schedule_facts(name: str, calibration: "Calibration", schedule: Schedule) -> dict[str, str]:
+    """What fitted rows were fitted to."""
+    return {
+        "method": name,
+        "steps": str(schedule.num_steps),
+        "schedule": ",".join(map(str, schedule.compute)),
+        "num_prompts": str(calibration.num_prompts),
+        "target": "fine reference" if calibration.fine else "uncached run",
+    }
+
+
+def fitted_table(name: str, schedule: Schedule, parameters: Parameters | None) -> AdvanceTable:
+    """The table that :meth:`Gram.calibrate` (or BNS) left in ``parameters``.
+
+    Raises:
+        PredictorError: there are none, or they were fitted to another schedule.
+    """
+    if parameters is None:
+        raise PredictorError(f"{name} needs rows fitted to calibration runs: give --calibration, or let compile make one")
+    wanted = ",".join(map(str, schedule.compute))
+    if parameters.facts.get("schedule") != wanted or parameters.facts.get("steps") != str(schedule.num_steps):
+        raise PredictorError(
+            f"rows of {name} were fitted to steps {parameters.facts.get('schedule')} of {parameters.facts.get('steps')}, "
+            f"wanted {wanted} of {schedule.num_steps}: fit them to this schedule"
+        )
+    timesteps = parameters.tensors.get("timesteps")
+    return AdvanceTable(
+        schedule, parameters.tensors["rows"].double().numpy(), None if timesteps is None else timesteps.double().numpy()
+    )
