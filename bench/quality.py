@@ -48,8 +48,11 @@ from cachec.compiler.training import training_facts
 from cachec.runtime.errors import InputError
 from cachec.runtime.noise import make_noise
 
-BUDGETS = (6, 8, 10, 4, 5, 7, 13, 17)
-FEW_BUDGETS = (6, 8, 10)
+FEW_BUDGETS = (6, 8, 10)  # everything, with closed-loop searches
+MORE_BUDGETS = (4, 5, 7, 13, 17)  # searches of other methods than gram stay in the Gram domain
+MAX_POLISHED = 10  # computed steps; a Jacobian takes a cubic number of model evaluations
+FEW_SOLVERS = ("euler", "ab2", "unipc")  # in the other settings
+FEW_CACHES = ("taylor:1", "adams:2", "l2p (closed)")
 NUM_FIT = 32
 CHUNK = 16
 FINE = 200
@@ -173,22 +176,24 @@ class Bench:
         self.path.write_text(json.dumps(self.rows))
 
 
-def bench_budget(bench: Bench, budget: int, *, full: bool) -> None:
-    """All rows of one budget; ``full`` adds BNS and the comparators."""
+def bench_budget(bench: Bench, budget: int, *, main: bool, closed: bool) -> None:
+    """All rows of one budget. ``main``: all methods, BNS and the comparators too; ``closed``: closed-loop searches."""
     setting = bench.setting
     fit = setting.calibration.select(range(NUM_FIT))
-    bench_gram(bench, fit, budget, bns=full)
-    for name in SOLVERS:
+    bench_gram(bench, fit, budget, bns=main and closed)
+    for name in SOLVERS if main else FEW_SOLVERS:
         bench.row(budget, name, "own", lambda n=name: _solver(setting, n, budget))
-        bench.row(budget, name, "searched", lambda n=name: _searched_solver(fit, n, budget))
+        bench.row(budget, name, "searched", lambda n=name: _searched_solver(fit, n, budget, closed=closed))
     for name, (method, options) in CACHES.items():
+        if not main and name not in FEW_CACHES:
+            continue
         chosen = get_method(method).with_options(options)
         parameters = chosen.calibrate(fit, Schedule(fit.num_steps, (0,))) if chosen.needs_calibration else None
         bench.row(budget, name, "own", lambda m=chosen, p=parameters: _tabled(m, fit, p, published(m, fit.num_steps, budget)))
-        bench.row(budget, name, "searched", lambda m=chosen, p=parameters: _searched(m, fit, p, budget))
+        bench.row(budget, name, "searched", lambda m=chosen, p=parameters: _searched(m, fit, p, budget, closed=closed))
     hidden = get_method("gram-hidden").with_options({})
-    bench.row(budget, "gram-hidden", "searched", lambda: _searched(hidden, fit, None, budget))
-    if full:
+    bench.row(budget, "gram-hidden", "searched", lambda: _searched(hidden, fit, None, budget, closed=closed))
+    if main and closed:
         taylor = get_method("taylor").with_options({"order": "1"})
         gram = fit.velocity_gram()
         bench.row(budget, "taylor:1", "CEM", lambda: _tabled(taylor, fit, None, cem_schedule(gram, budget)))
@@ -210,7 +215,8 @@ def bench_gram(bench: Bench, fit: Calibration, budget: int, *, bns: bool) -> Non
     bench.row(budget, "gram", "searched", searched)
     key = f"{bench.setting.name}|{budget}|gram|searched"
     schedule = Schedule(fit.num_steps, tuple(bench.rows[key]["steps"]))
-    bench.row(budget, "gram polished", "searched", lambda: _timed_fit(get_method("gram").with_options({}), fit, schedule))
+    if budget <= MAX_POLISHED:
+        bench.row(budget, "gram polished", "searched", lambda: _timed_fit(get_method("gram").with_options({}), fit, schedule))
     if bns:
         bench.row(budget, "bns", "gram's", lambda: _timed_fit(get_method("bns").with_options({}), fit, schedule))
     if bench.setting.fine is not None and bns:
@@ -245,9 +251,11 @@ def _tabled(method: Method, fit: Calibration, parameters: Parameters | None, sch
     return {"table": method.table(schedule, fit.sigmas, parameters)}
 
 
-def _searched(method: Method, fit: Calibration, parameters: Parameters | None, budget: int) -> dict[str, Any]:
+def _searched(
+    method: Method, fit: Calibration, parameters: Parameters | None, budget: int, *, closed: bool = True
+) -> dict[str, Any]:
     start = time.perf_counter()
-    schedule = search_schedule(method, fit, parameters, budget, seed=0)
+    schedule = search_schedule(method, fit, parameters, budget, seed=0, closed=closed)
     middle = time.perf_counter()
     if method.schedule_bound:
         parameters = method.calibrate(fit, schedule)
@@ -269,7 +277,7 @@ def _solver(setting: Setting, name: str, budget: int) -> dict[str, Any]:
     return {"table": AdvanceTable(schedule, solver_rows(name, sigmas.astype(np.float64)), timesteps.astype(np.float64))}
 
 
-def _searched_solver(fit: Calibration, name: str, budget: int) -> dict[str, Any]:
+def _searched_solver(fit: Calibration, name: str, budget: int, *, closed: bool) -> dict[str, Any]:
     start = time.perf_counter()
 
     def table(steps: tuple[int, ...]) -> AdvanceTable:
@@ -278,6 +286,8 @@ def _searched_solver(fit: Calibration, name: str, budget: int) -> dict[str, Any]
     score = solver_score(lambda sigmas: solver_rows(name, sigmas), fit)
     candidates = search_schedules(score, fit.num_steps, budget, seed=0)
     few = few_prompts(fit)
+    if not closed:
+        return {"table": table(candidates[0]), "search_s": round(time.perf_counter() - start, 1)}
     best = polish_schedule(
         candidates[:FEW_SCHEDULES], lambda s: -decibels(few.errors(table(s))), fit.num_steps, moves=CLOSED_MOVES, seed=0
     )
@@ -315,28 +325,33 @@ def bench_prompts(bench: Bench) -> None:
             )
 
 
-SETTINGS = {"50 steps": (50, None, 64), "28 steps": (28, None, 32), "shift 1.6": (50, 1.6, 32)}
+# by name: setting, steps, shift, evaluation prompts, budgets
+PARTS: dict[str, tuple[str, int, float | None, int, tuple[int, ...]]] = {
+    "50 steps": ("50 steps", 50, None, 64, FEW_BUDGETS),
+    "28 steps": ("28 steps", 28, None, 32, FEW_BUDGETS),
+    "shift 1.6": ("shift 1.6", 50, 1.6, 32, FEW_BUDGETS),
+    "50 steps, more": ("50 steps", 50, None, 64, MORE_BUDGETS),
+}
 
 
 @click.command()
 @click.option("--work", type=click.Path(path_type=Path), default=Path("build/quality"), show_default=True)
-@click.option("--setting", type=click.Choice(list(SETTINGS)), help="Only this one; several may run side by side.")
+@click.option("--part", type=click.Choice(list(PARTS)), help="Only this one; several may run side by side.")
 @click.option("--lesa", type=click.Path(path_type=Path), help="Folder with lesa-N.safetensors, trained with cachec train.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("bench/quality.json"), show_default=True)
-def main(work: Path, setting: str | None, lesa: Path | None, out: Path) -> None:
+def main(work: Path, part: str | None, lesa: Path | None, out: Path) -> None:
     logging.basicConfig(level=logging.ERROR)
     warnings.filterwarnings("ignore")
     work.mkdir(parents=True, exist_ok=True)
-    for name in SETTINGS if setting is None else [setting]:
-        steps, shift, num = SETTINGS[name]
-        bench = Bench(work / f"rows {name}.json", open_setting(name, work, steps=steps, shift=shift, num=num))
-        for budget in FEW_BUDGETS:
-            bench_budget(bench, budget, full=name == "50 steps")
+    for name in PARTS if part is None else [part]:
+        setting, steps, shift, num, budgets = PARTS[name]
+        first = setting == "50 steps"
+        bench = Bench(work / f"rows {name}.json", open_setting(setting, work, steps=steps, shift=shift, num=num))
+        for budget in budgets:
+            bench_budget(bench, budget, main=first, closed=budgets == FEW_BUDGETS)
         if name == "50 steps":
             bench_lesa(bench, lesa)
             bench_prompts(bench)
-            for budget in BUDGETS:
-                bench_budget(bench, budget, full=budget in FEW_BUDGETS)
             base = bench.setting.compare(bench.setting.reference)
             bench.rows["50 steps|50|uncached|own"] = {"computed": 50, "psnr_fine": base["psnr_fine"]}
             bench.path.write_text(json.dumps(bench.rows))

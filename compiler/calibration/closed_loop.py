@@ -13,6 +13,7 @@ from tqdm import tqdm
 from cachec.compiler.calibration.calibration import Calibration, decibels, relative_errors
 from cachec.compiler.schedule import Schedule
 from cachec.compiler.table import AdvanceTable
+from cachec.runtime.errors import InputError
 from cachec.runtime.specs import Array
 
 log = logging.getLogger(__name__)
@@ -184,7 +185,10 @@ def _best_step(calibration: Calibration, schedule: Schedule, point: _Point, soft
         timesteps = point.timesteps + sum(size * d_time for size, (_, d_time, _) in zip(step, jacobian.moves, strict=True))
         if not (np.diff(timesteps) < 0).all() or timesteps[0] > 1 or timesteps[-1] <= 0:
             continue
-        moved = _play(calibration, schedule, rows, timesteps)
+        try:
+            moved = _play(calibration, schedule, rows, timesteps)
+        except InputError:  # too long a step leaves the region where the model is finite
+            continue
         if _score(calibration, moved, soft) < score:
             return moved
     return None

@@ -13,8 +13,8 @@ from toy_model import POISON, SETTINGS, ToyModel
 import cachec.compiler.calibration.statistics as module
 from cachec.compiler.calibration.statistics import (
     FORMAT,
-    calibrate_to_file,
     calibration_facts,
+    check_calibration_prompts,
     check_statistics,
     gram,
     load_statistics,
@@ -362,37 +362,20 @@ def test_prompts_must_say_something(record, prompts, message):
         record(prompts)
 
 
+def test_calibrations_for_fits_want_some_prompts_to_measure_on():
+    check_calibration_prompts(["a ring"] * module.MIN_PROMPTS)
+    with pytest.raises(InputError, match="7 prompts are too few to fit on some and to measure on others: give at least 8"):
+        check_calibration_prompts(["a ring"] * 7)
+    with pytest.raises(InputError, match="prompt 9 is empty"):
+        check_calibration_prompts(["a ring"] * 8 + [""])
+
+
 def test_a_plan_says_how_large_the_file_gets(record, model):
     statistics = record()
     plan = plan_calibration(model, SETTINGS, torch.zeros(2, TOKENS, WIDTH), len(PROMPTS), FINE)
     tensors = sum(value.nbytes for value in tensors_of(statistics).values())
     assert plan.file_bytes == tensors
     assert plan.evaluations == len(PROMPTS) * (STEPS + FINE)
-
-
-def test_calibrating_to_a_file_leaves_only_the_file(record, model, tmp_path):
-    made = calibrate_to_file(model, SETTINGS, PROMPTS, tmp_path / "c", reference_steps=FINE, seed=0)
-    assert [p.name for p in tmp_path.iterdir()] == ["c"]
-    assert_same_bits(load_statistics(tmp_path / "c"), made)
-    assert_same_bits(made, record())
-
-
-def test_an_interrupted_calibration_leaves_no_file_and_goes_on_where_it_was(model, tmp_path, monkeypatch):
-    real = module._Recorder.record
-
-    def interrupted(self, prompts, start, bar):
-        if start == 2:
-            raise KeyboardInterrupt
-        return real(self, prompts, start, bar)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(module._Recorder, "record", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            calibrate_to_file(model, SETTINGS, PROMPTS, tmp_path / "c", reference_steps=0, seed=0)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["c.parts"]
-    assert sorted(p.name for p in (tmp_path / "c.parts").iterdir()) == ["calibration.json", "runs-0000.safetensors"]
-    calibrate_to_file(model, SETTINGS, PROMPTS, tmp_path / "c", reference_steps=0, seed=0)
-    assert [p.name for p in tmp_path.iterdir()] == ["c"]
 
 
 def test_a_place_that_cannot_be_written_is_an_error_of_the_output(record, tmp_path):
