@@ -273,7 +273,7 @@ def list_command(what: str) -> None:
     elif what == "methods":
         from cachec.compiler.methods import METHODS, get_method
 
-        _table([(name, get_method(name).summary) for name in METHODS])
+        _table([(name, f"{get_method(name).cut} cut: {get_method(name).summary}") for name in METHODS])
     else:
         from cachec.engines import BACKENDS, get_backend
 

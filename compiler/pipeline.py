@@ -15,6 +15,7 @@ import torch
 from tqdm import tqdm
 
 from cachec.compiler.calibration.statistics import (
+    Statistics,
     calibration_facts,
     check_calibration_prompts,
     check_statistics,
@@ -80,11 +81,12 @@ def compile_bundle(model: LoadedModel, request: Request, out: Path, *, force: bo
     backend = get_backend(request.backend)
     result = Compilation()
     with BundleWriter(out, force=force) as writer, _Clock(result.seconds, STAGES) as clock, ExitStack() as stack:
+        given = read_calibration(model, request)
         split = split_model(model, request.settings, _observers(model, request))
         clock.lap()
         parameters = find_parameters(model, request, result, out.with_name(out.name + ".training"))
         clock.lap()
-        calibrations = find_calibrations(model, split, request, result, out.with_name(out.name + ".calibration"))
+        calibrations = find_calibrations(model, split, request, given, result, out.with_name(out.name + ".calibration"))
         clock.lap()
         graphs = add_forecast(model, split, request, parameters)
         plans = plan_engines(graphs, model.example_inputs(request.settings), request.settings.steps)
@@ -109,30 +111,40 @@ def compile_bundle(model: LoadedModel, request: Request, out: Path, *, force: bo
     return Bundle.open(out), result
 
 
-def find_calibrations(
-    model: LoadedModel, split: Graphs, request: Request, result: Compilation, work: Path
-) -> Calibrations | None:
-    """Calibration runs, if anything needs them: from the given file, or made now (resumable in ``work``).
+def read_calibration(model: LoadedModel, request: Request) -> Statistics | None:
+    """The given calibration file, if one is.
 
     Raises:
-        InputError: the file is of something else, or there are too few prompts.
+        InputError: it is of something else, or has too few prompts.
+    """
+    if request.calibration is None:
+        return None
+    statistics = load_statistics(request.calibration)
+    check_statistics(statistics, calibration_facts(model, request.settings, request.reference_steps or None))
+    check_calibration_prompts(statistics.prompts)
+    return statistics
+
+
+def find_calibrations(
+    model: LoadedModel, split: Graphs, request: Request, given: Statistics | None, result: Compilation, work: Path
+) -> Calibrations | None:
+    """Calibration runs, if anything needs them: the given ones, or made now (resumable in ``work``).
+
+    Raises:
+        InputError: there are too few prompts.
     """
     if not request.needs_calibration:
         return None
     settings = replace(request.settings, dtype="float32")
     single = split if request.settings.dtype == "float32" else split_model(model, settings)
-    if request.calibration is not None:
-        statistics = load_statistics(request.calibration)
-        check_statistics(statistics, calibration_facts(model, settings, request.reference_steps or None))
-    else:
+    if given is None:
         prompts = request.prompts if request.retrain else request.prompts[:NUM_CALIBRATION]
         check_calibration_prompts(prompts)
-        statistics = record_statistics(
+        given = record_statistics(
             model, single, settings, prompts, reference_steps=request.reference_steps, seed=request.seed, work=work
         )
         result.works.append(work)
-    check_calibration_prompts(statistics.prompts)
-    return Calibrations.open(statistics, model, single, settings)
+    return Calibrations.open(given, model, single, settings)
 
 
 def make_programs(

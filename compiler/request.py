@@ -168,6 +168,10 @@ def _choose_reference(method: Method, goals: Sequence[Goal], steps: int, given: 
         return REFERENCE_FACTOR * steps if given is None else given
     if given and not (method.cut == "output" and method.schedule_bound):
         raise InputError(f"reference-steps is {given}, but {method.name} is not fitted to a reference: take method gram")
+    if given and not any(goal.searched for goal in goals):
+        raise InputError(
+            f"reference-steps is {given}, but the schedule is given on the run's own steps: take --schedule search"
+        )
     return given or 0
 
 

@@ -24,9 +24,9 @@ from cachec.runtime.engine import (
     Engine,
     history_name,
 )
-from cachec.runtime.errors import BundleError, InputError
+from cachec.runtime.errors import BundleError, InputError, unknown_name
 from cachec.runtime.noise import make_noise
-from cachec.runtime.program import Advance, Compute, Forecast, Instruction, Predict, Program
+from cachec.runtime.program import UNCACHED, Advance, Compute, Forecast, Instruction, Predict, Program
 from cachec.runtime.specs import Array
 
 
@@ -58,13 +58,19 @@ class LoadedBundle:
     def io(self) -> ModelIO:
         return ModelIO.from_json(self.manifest.io)
 
-    def session(self, *, batch: int = 1, level: str = "default") -> "Session":
-        """A session for requests of ``batch`` samples at a quality level."""
+    @property
+    def default_level(self) -> str:
+        """The bundle's first level that is not the uncached one."""
+        return next((level for level in self.programs if level != UNCACHED), UNCACHED)
+
+    def session(self, *, batch: int = 1, level: str | None = None) -> "Session":
+        """A session for requests of ``batch`` samples at a quality level, by default the bundle's first."""
+        level = self.default_level if level is None else level
         if level not in self.programs:
-            raise InputError(f"level {level!r} is not in this bundle; it has {', '.join(self.programs)}")
+            raise unknown_name("level", level, self.programs)
         return Session(self.engines, self.programs[level], self.io, batch=batch)
 
-    def denoise(self, conditions: Mapping[str, Array], seeds: Sequence[int], *, level: str = "default") -> Array:
+    def denoise(self, conditions: Mapping[str, Array], seeds: Sequence[int], *, level: str | None = None) -> Array:
         """Latents for ``len(seeds)`` samples, in one batch; conditions have that batch size."""
         session = self.session(batch=len(seeds), level=level)
         return session.run(conditions, np.stack([make_noise(seed, session.latent_shape[1:]) for seed in seeds]))

@@ -102,7 +102,7 @@ def compared_level(loaded: LoadedBundle, level: str | None) -> str:
     """
     levels = [name for name in loaded.programs if name != UNCACHED]
     if level is None:
-        return levels[0]
+        return loaded.default_level
     if level not in levels:
         raise unknown_name("level", level, levels)
     return level

@@ -4,6 +4,7 @@ Shapes: ``P`` prompts, ``K`` computed steps, ``E`` elements of the latents, ``M`
 """
 
 import logging
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,7 +24,7 @@ FOLDS = 8
 NUDGE = 1e-3  # finite difference, in units of the preconditioned coefficients and of timesteps
 STEPS_PER_JACOBIAN = 3  # later ones with its weights and residuals anew
 SOFTNESS = 0.5
-DAMPINGS = (1e-4, 1e-3, 1e-2, 0.1, 1.0)  # Levenberg-Marquardt, relative to the mean curvature
+DAMPINGS = (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0)  # Levenberg-Marquardt, relative to the mean curvature
 
 
 def node_timesteps(calibration: Calibration, schedule: Schedule) -> Array:
@@ -96,8 +97,8 @@ class _Point:
     latents: list[torch.Tensor]  # before each computed step, then the final ones
 
 
-def polish(calibration: Calibration, table: AdvanceTable, *, rounds: int) -> AdvanceTable:
-    """Gauss-Newton on all rows and time steps at once; ``rounds`` Jacobians at most.
+def polish(calibration: Calibration, table: AdvanceTable, *, rounds: int, move_timesteps: bool = True) -> AdvanceTable:
+    """Gauss-Newton on all rows and, with ``move_timesteps``, time steps at once; ``rounds`` Jacobians at most.
 
     The objective is the mean over prompts of log(e^2 + SOFTNESS * median e^2), e the error of the final latents: nearly the
     mean in decibels, but prompts that are well reached by luck do not rule the fit (without it held-out prompts gain less).
@@ -106,7 +107,7 @@ def polish(calibration: Calibration, table: AdvanceTable, *, rounds: int) -> Adv
     point = _play(calibration, table.schedule, table.coefficients, _timesteps_of(calibration, table))
     soft = SOFTNESS * float(np.median(_squares(calibration, point)))
     for number in tqdm(range(rounds), desc="polishing", unit="round", disable=None, leave=False):
-        moved = _gauss_newton(calibration, table.schedule, point, soft)
+        moved = _gauss_newton(calibration, table.schedule, point, soft, _moves(point, timesteps=move_timesteps))
         if moved is None:
             break
         point = moved
@@ -145,9 +146,10 @@ def _squares(calibration: Calibration, point: _Point) -> Array:
     return result
 
 
-def _gauss_newton(calibration: Calibration, schedule: Schedule, point: _Point, soft: float) -> _Point | None:
+def _gauss_newton(
+    calibration: Calibration, schedule: Schedule, point: _Point, soft: float, moves: list[tuple[Array, Array, int]]
+) -> _Point | None:
     """Damped steps with one Jacobian; ``None`` if no damping gives a better score."""
-    moves = _moves(point)
     columns = torch.stack([_slope(calibration, schedule, point, move) for move in moves])  # [M, P, E]
     products = torch.stack([(some @ some.T) for some in columns.transpose(0, 1).double()])  # [P, M, M]
     improved = None
@@ -169,7 +171,7 @@ class _Jacobian:
 
 
 def _best_step(calibration: Calibration, schedule: Schedule, point: _Point, soft: float, jacobian: _Jacobian) -> _Point | None:
-    """The point after the step of the first damping that gives a better score."""
+    """The point after the best damped step; ``None`` if none gives a better score."""
     reference = calibration.latents(calibration.num_steps)
     residual = (point.latents[-1] - reference).flatten(1).double()
     norms = reference.flatten(1).double().square().sum(dim=1)
@@ -178,27 +180,40 @@ def _best_step(calibration: Calibration, schedule: Schedule, point: _Point, soft
     pull = (residual * weights[:, None]).flatten()
     gradient = np.array([float(column.double().flatten() @ pull) for column in jacobian.columns])
     score = _score(calibration, point, soft)
+    best: _Point | None = None
     for damping in DAMPINGS:
-        scale = np.diag(curvature)
-        step = -np.linalg.solve(curvature + damping * np.diag(scale + 1e-9 * scale.max()), gradient)
-        rows = point.rows + sum(size * d_rows for size, (d_rows, _, _) in zip(step, jacobian.moves, strict=True))
-        timesteps = point.timesteps + sum(size * d_time for size, (_, d_time, _) in zip(step, jacobian.moves, strict=True))
-        if not (np.diff(timesteps) < 0).all() or timesteps[0] > 1 or timesteps[-1] <= 0:
-            continue
-        try:
-            moved = _play(calibration, schedule, rows, timesteps)
-        except InputError:  # too long a step leaves the region where the model is finite
-            continue
-        if _score(calibration, moved, soft) < score:
-            return moved
-    return None
+        moved = _stepped(calibration, schedule, point, jacobian, _solve_damped(curvature, gradient, damping))
+        reached = math.inf if moved is None else _score(calibration, moved, soft)
+        if reached < score:
+            best, score = moved, reached
+        elif best is not None:  # more damping only shortens the step from here on
+            break
+    return best
+
+
+def _solve_damped(curvature: Array, gradient: Array, damping: float) -> Array:
+    scale = np.diag(curvature)
+    step: Array = -np.linalg.solve(curvature + damping * np.diag(scale + 1e-9 * scale.max()), gradient)
+    return step
+
+
+def _stepped(calibration: Calibration, schedule: Schedule, point: _Point, jacobian: _Jacobian, step: Array) -> _Point | None:
+    """The point after a step; ``None`` if it leaves the order of the time steps, or the region where the model is finite."""
+    rows = point.rows + sum(size * d_rows for size, (d_rows, _, _) in zip(step, jacobian.moves, strict=True))
+    timesteps = point.timesteps + sum(size * d_time for size, (_, d_time, _) in zip(step, jacobian.moves, strict=True))
+    if not (np.diff(timesteps) < 0).all() or timesteps[0] > 1 or timesteps[-1] <= 0:
+        return None
+    try:
+        return _play(calibration, schedule, rows, timesteps)
+    except InputError:
+        return None
 
 
 def _score(calibration: Calibration, point: _Point, soft: float) -> float:
     return float(np.mean(np.log(_squares(calibration, point) + soft)))
 
 
-def _moves(point: _Point) -> list[tuple[Array, Array, int]]:
+def _moves(point: _Point, *, timesteps: bool) -> list[tuple[Array, Array, int]]:
     """Directions of the search: change of rows [K, K] and of timesteps [K], and the first computed step that notices.
 
     Rows move along the whitened velocities, so that a unit of any direction moves the latents by as much.
@@ -213,10 +228,10 @@ def _moves(point: _Point) -> list[tuple[Array, Array, int]]:
                 rows = np.zeros((num, num))
                 rows[i, : i + 1] = vector / np.sqrt(value)
                 moves.append((rows, np.zeros(num), i + 1))
-        if i:
-            timesteps = np.zeros(num)
-            timesteps[i] = 1.0
-            moves.append((np.zeros((num, num)), timesteps, i))
+        if i and timesteps:
+            told = np.zeros(num)
+            told[i] = 1.0
+            moves.append((np.zeros((num, num)), told, i))
     return moves
 
 

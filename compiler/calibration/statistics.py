@@ -214,7 +214,7 @@ def check_finite(values: torch.Tensor, prompts: Sequence[str], start: int, step:
     if bad.any():
         index = int(bad.nonzero()[0])
         raise InputError(
-            f"the uncached model gives NaN or infinity at step {step} for prompt {start + index + 1} ({prompts[index]!r}): "
+            f"the model gives NaN or infinity at step {step} for prompt {start + index + 1} ({prompts[index]!r}): "
             "check the weights and the precision, or leave that prompt out"
         )
 

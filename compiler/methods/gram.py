@@ -90,7 +90,8 @@ def fitted_table(name: str, schedule: Schedule, parameters: Parameters | None) -
             f"rows of {name} were fitted to steps {parameters.facts.get('schedule')} of {parameters.facts.get('steps')}, "
             f"wanted {wanted} of {schedule.num_steps}: fit them to this schedule"
         )
+    rows = parameters.tensors.get("rows")
+    if rows is None or rows.shape != (len(schedule.compute),) * 2:
+        raise PredictorError(f"{parameters.origin} holds no rows of {name} for {len(schedule.compute)} computed steps")
     timesteps = parameters.tensors.get("timesteps")
-    return AdvanceTable(
-        schedule, parameters.tensors["rows"].double().numpy(), None if timesteps is None else timesteps.double().numpy()
-    )
+    return AdvanceTable(schedule, rows.double().numpy(), None if timesteps is None else timesteps.double().numpy())

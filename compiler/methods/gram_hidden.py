@@ -51,6 +51,8 @@ class GramHidden(TableMethod):
     def table(self, schedule: Schedule, sigmas: Array, parameters: Parameters | None) -> ForecastTable:
         if parameters is None:
             raise PredictorError("gram-hidden needs rows fitted to calibration runs: give --calibration")
+        if "rows" not in parameters.tensors:
+            raise PredictorError(f"{parameters.origin} holds no rows of gram-hidden: it has {sorted(parameters.tensors)}")
         rows = parameters.tensors["rows"].double().numpy()
         wanted = ",".join(map(str, schedule.compute))
         if parameters.facts.get("schedule") != wanted or len(rows) != schedule.num_steps:

@@ -236,7 +236,7 @@ def test_polish_without_rounds_changes_nothing(calibration):
 
 def test_polish_stops_where_nothing_helps(calibration, monkeypatch):
     jacobians, real = [], module._moves
-    monkeypatch.setattr(module, "_moves", lambda point: (jacobians.append(point), real(point))[1])
+    monkeypatch.setattr(module, "_moves", lambda point, **options: (jacobians.append(point), real(point, **options))[1])
     monkeypatch.setattr(module, "DAMPINGS", (-3.0,))  # uphill
     table = fit_rows(calibration, FOUR)
     np.testing.assert_array_equal(polish(calibration, table, rounds=5).coefficients, table.coefficients)
@@ -259,27 +259,74 @@ def test_a_step_to_where_the_model_is_not_finite_is_made_shorter(calibration, po
     assert len(failures) == 3
 
 
-def test_the_gradient_of_a_polish_is_that_of_its_objective(calibration, monkeypatch):
-    """One very short step along each move, by autograd: where the damping is huge, steps go down the scaled gradient."""
-    rows, timesteps = fit_rows(calibration, FOUR).coefficients, node_timesteps(calibration, FOUR)
+def test_a_jacobian_serves_several_steps_each_from_where_the_last_one_led(calibration, monkeypatch):
+    table, jacobians, real = fit_rows(calibration, FOUR), [], module._moves
+    monkeypatch.setattr(module, "_moves", lambda point, **options: (jacobians.append(point), real(point, **options))[1])
+    soft = module.SOFTNESS * np.median(calibration.errors(table) ** 2)
+    reached = []
+    for steps in (1, 2, 3):
+        monkeypatch.setattr(module, "STEPS_PER_JACOBIAN", steps)
+        reached.append(objective(calibration, polish(calibration, table, rounds=1), soft))
+    assert reached[2] < reached[1] < reached[0] < objective(calibration, table, soft)
+    assert len(jacobians) == 3
+
+
+def test_polish_may_leave_the_timesteps_alone(calibration, polished):
+    table, with_timesteps = polished
+    rows_only = polish(calibration, table, rounds=3, move_timesteps=False)
+    np.testing.assert_array_equal(rows_only.timesteps, node_timesteps(calibration, FOUR))
+    scores = [decibels(calibration.errors(one)) for one in (table, rows_only, with_timesteps)]
+    assert scores == sorted(scores)
+    assert scores[1] > scores[0] + 0.5
+
+
+def test_damped_steps_go_down_the_gradient_of_the_objective(calibration, monkeypatch):
+    """With a damping so large that each number moves by itself: - gradient / (damping * curvature), both by autograd."""
+    damping, rows, timesteps = 1e5, fit_rows(calibration, FOUR).coefficients, node_timesteps(calibration, FOUR)
     monkeypatch.setattr(module, "NUDGE", 1e-6)
-    monkeypatch.setattr(module, "DAMPINGS", (1e9,))
+    monkeypatch.setattr(module, "DAMPINGS", (damping,))
     monkeypatch.setattr(module, "STEPS_PER_JACOBIAN", 1)
     point = module._play(calibration, FOUR, rows, timesteps)
     soft = module.SOFTNESS * float(np.median(module._squares(calibration, point)))
-    reference = calibration.latents(STEPS).flatten(1)
-    at = (torch.from_numpy(rows).requires_grad_(), torch.from_numpy(timesteps).requires_grad_())
-    squares = (closed_loop(calibration, FOUR)(*at) - reference).square().sum(dim=1) / reference.square().sum(dim=1)
-    value = torch.log(squares + soft).mean()
-    by_rows, by_timesteps = (g.numpy() for g in torch.autograd.grad(value, at))
-    moved = module._gauss_newton(calibration, FOUR, point, soft)
-    change = (by_rows * (moved.rows - rows)).sum() + by_timesteps @ (moved.timesteps - timesteps)
-    assert module._score(calibration, point, soft) == pytest.approx(value.item())
-    assert module._score(calibration, moved, soft) - value.item() == pytest.approx(change, rel=0.05)
-    for d_rows, d_timesteps, _ in module._moves(point):
-        slope = (by_rows * d_rows).sum() + by_timesteps @ d_timesteps
-        size = ((moved.rows - rows) * d_rows).sum() + (moved.timesteps - timesteps) @ d_timesteps
-        assert slope * size <= 0  # every number goes downhill
+    reference, at = calibration.latents(STEPS).flatten(1), (torch.from_numpy(rows), torch.from_numpy(timesteps))
+    final = closed_loop(calibration, FOUR)
+
+    def value(rows, timesteps):
+        squares = (final(rows, timesteps) - reference).square().sum(dim=1) / reference.square().sum(dim=1)
+        return torch.log(squares + soft).mean()
+
+    assert module._score(calibration, point, soft) == pytest.approx(value(*at).item())
+    by_rows, by_timesteps = (slope.detach().numpy() for slope in torch.func.grad(value, argnums=(0, 1))(*at))
+    weights = 1 / ((final(*at) - reference).square().sum(dim=1) + soft * reference.square().sum(dim=1))
+    moves = module._moves(point, timesteps=True)
+    moved = module._gauss_newton(calibration, FOUR, point, soft, moves)
+    for d_rows, d_timesteps, _ in moves:
+        column = torch.func.jvp(final, at, (torch.from_numpy(d_rows), torch.from_numpy(d_timesteps)))[1]
+        curvature = (weights[:, None] * column**2).sum().item()
+        slope = ((by_rows * d_rows).sum() + by_timesteps @ d_timesteps) * calibration.num_prompts / 2
+        step = ((moved.rows - rows) * d_rows).sum() + (moved.timesteps - timesteps) @ d_timesteps
+        step /= (d_rows**2).sum() + (d_timesteps**2).sum()
+        assert step == pytest.approx(-slope / (damping * curvature), rel=0.02, abs=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("number", "size"), [(1, 0.5), (3, -1.0), (2, -0.5)], ids=["past the one before", "below 0", "past the next"]
+)
+def test_timesteps_never_cross_however_good_that_were(calibration, monkeypatch, number, size):
+    rows, timesteps = fit_rows(calibration, FOUR).coefficients, node_timesteps(calibration, FOUR)
+    point = module._play(calibration, FOUR, rows, timesteps)
+    told = np.zeros(4)
+    told[number] = 1.0
+    residual = (point.latents[-1] - calibration.latents(STEPS)).flatten(1)
+    column = -residual[None] / size  # so that a step of this size leaves no residual
+    jacobian = module._Jacobian([(np.zeros((4, 4)), told, number)], column, torch.einsum("mpe,npe->pmn", column, column))
+    scores = iter(range(0, -100, -1))
+    monkeypatch.setattr(module, "_score", lambda *_: next(scores))  # whatever is tried is better
+    monkeypatch.setattr(module, "DAMPINGS", (1e-4,))
+    assert module._best_step(calibration, FOUR, point, 1e-3, jacobian) is None
+    monkeypatch.setattr(module, "DAMPINGS", (1e-4, 1e3))  # a shorter step is fine
+    moved = module._best_step(calibration, FOUR, point, 1e-3, jacobian)
+    assert 0 < abs(moved.timesteps[number] - timesteps[number]) < 0.01
 
 
 def test_polish_goes_on_from_polished_timesteps(calibration, polished):
@@ -312,7 +359,7 @@ def test_slopes_are_the_derivatives_of_the_closed_loop(calibration, schedule, mo
     at = (torch.from_numpy(rows), torch.from_numpy(timesteps))
     torch.testing.assert_close(point.latents[-1].flatten(1), final(*at), rtol=1e-12, atol=1e-12)
     by_rows, by_timesteps = torch.func.jacfwd(final, argnums=(0, 1))(*at)
-    for d_rows, d_timesteps, start in module._moves(point):
+    for d_rows, d_timesteps, start in module._moves(point, timesteps=True):
         exact = torch.einsum("peij,ij->pe", by_rows, torch.from_numpy(d_rows))
         exact = exact + by_timesteps @ torch.from_numpy(d_timesteps)
         got = module._slope(calibration, schedule, point, (d_rows, d_timesteps, start))
@@ -321,7 +368,7 @@ def test_slopes_are_the_derivatives_of_the_closed_loop(calibration, schedule, mo
 
 def test_moves_reach_all_rows_and_all_timesteps_but_the_first(calibration):
     point = module._play(calibration, FOUR, fit_rows(calibration, FOUR).coefficients, node_timesteps(calibration, FOUR))
-    moves = module._moves(point)
+    moves = module._moves(point, timesteps=True)
     directions = np.array([np.concatenate([d_rows[np.tril_indices(4)], d_timesteps]) for d_rows, d_timesteps, _ in moves])
     assert np.linalg.matrix_rank(directions) == len(moves) == 10 + 3
     assert all((np.triu(d_rows, 1) == 0).all() and d_timesteps[0] == 0 for d_rows, d_timesteps, _ in moves)
@@ -329,7 +376,7 @@ def test_moves_reach_all_rows_and_all_timesteps_but_the_first(calibration):
 
 def test_a_unit_along_any_row_moves_the_latents_by_as_much(calibration):
     point = module._play(calibration, FOUR, fit_rows(calibration, FOUR).coefficients, node_timesteps(calibration, FOUR))
-    for d_rows, d_timesteps, start in module._moves(point):
+    for d_rows, d_timesteps, start in module._moves(point, timesteps=True):
         if not d_timesteps.any():
             moved = torch.tensordot(torch.from_numpy(d_rows[start - 1]), point.velocities, 1)
             assert moved.square().mean() == pytest.approx(1, rel=1e-6)

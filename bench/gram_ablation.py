@@ -1,0 +1,187 @@
+"""What helps ``gram`` and what does not: ``python -m bench.gram_ablation --work build/quality``, after ``bench.quality``.
+
+Variants of the closed-form fit at the schedules that the bench found, and calibration on captions that share no colour, no
+shape and no place with those that it is measured on. Writes ``bench/gram_ablation.json``. Relative errors of the final latents
+in dB, mean over prompts that no fit saw; differences are paired.
+"""
+
+import json
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+
+from bench.quality import NUM_FIT, open_setting
+from cachec.compiler.calibration.calibration import Calibration, open_calibration, relative_errors
+from cachec.compiler.calibration.closed_loop import fit_rows, node_timesteps, polish
+from cachec.compiler.calibration.statistics import record_statistics
+from cachec.compiler.schedule import Schedule
+from cachec.compiler.split import split_model
+from cachec.compiler.table import AdvanceTable
+from reference.dataset import Scene, scenes
+
+RIDGE = 1e-9
+WARM, COLD = {"red", "orange", "yellow", "purple"}, {"green", "cyan", "blue", "white"}
+ROUND, ANGULAR = {"circle", "ring"}, {"square", "triangle", "cross"}
+HERE, THERE = {"left", "top", "left of"}, {"right", "bottom", "centre", "above"}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A closed-form fit.
+
+    ``history``: the last so many velocities, from the last node on (``None``: all, from the noise). ``noise``, ``constant``:
+    extra regressors. ``reweight``: rounds of weighting prompts by 1 / error^2. ``open_loop``: fitted on the uncached run's
+    velocities instead of its own. ``channels``: a weight for each latent channel.
+    """
+
+    name: str
+    history: int | None = None
+    noise: bool = False
+    constant: bool = False
+    reweight: int = 0
+    open_loop: bool = False
+    channels: bool = False
+
+
+VARIANTS = (
+    Variant("gram"),
+    *(Variant(f"history of {h}", history=h) for h in (1, 2, 3, 4)),
+    Variant("affine: noise's share free", noise=True),
+    Variant("affine: constant", constant=True),
+    Variant("prompts weighted by 1 / error^2", reweight=3),
+    Variant("open loop", open_loop=True),
+    Variant("weights per latent channel", channels=True),
+)
+
+
+def run_variant(variant: Variant, calibration: Calibration, schedule: Schedule, rows: list[torch.Tensor] | None):
+    """Fit (``rows`` None) or play: final latents and the rows [n, C] of each node."""
+    noise, times, found = calibration.noise(), node_timesteps(calibration, schedule), []
+    x, velocities, truth = noise, [], []
+    for i, end in enumerate([*schedule.compute[1:], schedule.num_steps]):
+        step = schedule.compute[i]
+        velocities.append(calibration.velocities(x, float(times[i]), step))
+        if variant.open_loop and rows is None:
+            truth.append(calibration.velocities(calibration.latents(step), float(times[i]), step))
+        base = noise if variant.history is None else x
+        some = slice(None) if variant.history is None else slice(-variant.history, None)
+        extra = [noise] * variant.noise + [torch.ones_like(noise)] * variant.constant
+        regressors = torch.stack([*velocities[some], *extra])
+        if rows is None:
+            seen = torch.stack([*truth[some], *extra]) if variant.open_loop else regressors
+            start = calibration.latents(step) if variant.open_loop and variant.history is not None else base
+            found.append(_solve(variant, seen, calibration.latents(end) - start))
+        x = base + torch.einsum("npld,nd->pld", regressors, (found if rows is None else rows)[i])
+    return x, found
+
+
+def _solve(variant: Variant, regressors: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    num, channels = len(regressors), target.shape[-1]
+    if variant.channels:
+        parts = [_least_squares(regressors[..., c], target[..., c], 0) for c in range(channels)]
+        return torch.stack(parts, dim=1)
+    row = _least_squares(regressors.flatten(2), target.flatten(1), variant.reweight)
+    return row[:, None].expand(num, channels)
+
+
+def _least_squares(regressors: torch.Tensor, target: torch.Tensor, reweight: int) -> torch.Tensor:
+    a, b = regressors.double(), target.double()
+    products, wanted = torch.einsum("npe,mpe->pnm", a, a), torch.einsum("npe,pe->pn", a, b)
+    weights = torch.ones(len(products), dtype=torch.float64)
+    for _ in range(reweight + 1):
+        g, w = (products * weights[:, None, None]).sum(0), (wanted * weights[:, None]).sum(0)
+        row = torch.linalg.solve(g + RIDGE * g.trace() / len(g) * torch.eye(len(g)), w)
+        error = (b - torch.einsum("n,npe->pe", row, a)).square().sum(1)
+        weights = 1 / error.clamp(min=1e-12)
+    return row.float()
+
+
+def decibels_by_prompt(latents: torch.Tensor, calibration: Calibration) -> np.ndarray:
+    return -20 * np.log10(np.maximum(relative_errors(latents, calibration.latents(calibration.num_steps)), 1e-12))
+
+
+def paired(values: np.ndarray, base: np.ndarray) -> dict[str, float]:
+    change = values - base
+    return {"db": round(float(values.mean()), 3), "change": round(float(change.mean()), 3),
+            "stderr": round(float(change.std(ddof=1) / len(change) ** 0.5), 3)}  # fmt: skip
+
+
+def ablate(calibration: Calibration, schedule: Schedule) -> dict[str, Any]:
+    fit, held_out = calibration.select(range(NUM_FIT)), calibration.select(range(NUM_FIT, calibration.num_prompts))
+    result: dict[str, Any] = {}
+    base = None
+    for variant in VARIANTS:
+        _, rows = run_variant(variant, fit, schedule, None)
+        values = decibels_by_prompt(run_variant(variant, held_out, schedule, rows)[0], held_out)
+        base = values if base is None else base
+        result[variant.name] = paired(values, base)
+        print(len(schedule.compute), variant.name, result[variant.name], flush=True)
+    for name, table in _polished(fit, schedule).items():
+        result[name] = paired(decibels_by_prompt(held_out.run(table), held_out), base)
+        print(len(schedule.compute), name, result[name], flush=True)
+    return result
+
+
+def _polished(fit: Calibration, schedule: Schedule) -> dict[str, AdvanceTable]:
+    table = fit_rows(fit, schedule)
+    once = polish(fit, table, rounds=1)
+    rows_only = polish(fit, table, rounds=1, move_timesteps=False)
+    return {"polished rows, 1 round": rows_only, "polished rows and time steps, 1 round": once,
+            "2 rounds": polish(fit, once, rounds=1)}  # fmt: skip
+
+
+def shifted(work: Path) -> dict[str, Any]:
+    """Fits on captions of other colours, shapes and places, or of the same; 8 of 50 steps."""
+    setting = open_setting("50 steps", work, steps=50, shift=None, num=64)
+    split = split_model(setting.model, setting.settings)
+    sets = {"warm": _captions(WARM, ROUND, HERE), "cold": _captions(COLD, ANGULAR, THERE)}
+    opened = {}
+    for name, captions in sets.items():
+        seed = 1 if name == "warm" else 2
+        statistics = record_statistics(
+            setting.model, split, setting.settings, captions, reference_steps=0, seed=seed, work=work / f"shift {name}.parts"
+        )
+        opened[name] = open_calibration(statistics, setting.model, split, setting.settings)
+    held_out = opened["cold"].select(range(NUM_FIT, 2 * NUM_FIT))
+    rows = json.loads((work / "rows 50 steps.json").read_text())
+    schedule = Schedule(50, tuple(rows["50 steps|8|gram|searched"]["steps"]))
+    result, base = {}, None
+    for name, fit in (("same", opened["cold"]), ("disjoint", opened["warm"])):
+        values = decibels_by_prompt(held_out.run(fit_rows(fit.select(range(NUM_FIT)), schedule)), held_out)
+        base = values if base is None else base
+        result[name] = paired(values, base)
+        print("captions", name, result[name], flush=True)
+    return result
+
+
+def _captions(colours: set[str], shapes: set[str], places: set[str]) -> list[str]:
+    stream, found = scenes(303, held_out=True), []
+    while len(found) < 2 * NUM_FIT:
+        scene: Scene = next(stream)
+        fits = all(item.colour in colours and item.shape in shapes for item in scene.items) and scene.place in places
+        if fits and scene.caption() not in found:
+            found.append(scene.caption())
+    return found
+
+
+@click.command()
+@click.option("--work", type=click.Path(path_type=Path), default=Path("build/quality"), show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), default=Path("bench/gram_ablation.json"), show_default=True)
+def main(work: Path, out: Path) -> None:
+    warnings.filterwarnings("ignore")
+    setting = open_setting("50 steps", work, steps=50, shift=None, num=64)
+    rows = json.loads((work / "rows 50 steps.json").read_text())
+    schedules = {k: Schedule(50, tuple(rows[f"50 steps|{k}|gram|searched"]["steps"])) for k in (6, 8, 10)}
+    result: dict[str, Any] = {"schedules": {k: list(s.compute) for k, s in schedules.items()}}
+    result["variants"] = {k: ablate(setting.calibration, schedule) for k, schedule in schedules.items()}
+    result["captions"] = shifted(work)
+    out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
