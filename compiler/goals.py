@@ -192,17 +192,17 @@ def smallest_budget(psnr: Callable[[int], float], target: float, least: int, mos
     return high
 
 
-def budget_for_speedup(speedup: float, steps: int, forecast_cost: float) -> int:
+def budget_for_speedup(speedup: float, steps: int, forecast_cost: float, *, least: int = 1) -> int:
     """The largest number of computed steps with a loop so many times as fast; a forecast costs that share of a computed step.
 
     Raises:
-        QualityError: not even one computed step is fast enough; with the best reachable.
+        QualityError: not even the ``least`` computed steps are fast enough; with the best reachable.
     """
     budget = int((steps / speedup - steps * forecast_cost) / (1 - forecast_cost) + 1e-9)
-    if budget < 1:
-        best = steps / (1 + (steps - 1) * forecast_cost)
+    if budget < least:
+        best = steps / (least + (steps - least) * forecast_cost)
         raise QualityError(
-            f"target-speedup is {speedup:g}, but the best reachable is {best:.2f}: one computed step, and a forecast costs "
-            f"{100 * forecast_cost:.1f} % of one. An output-cut method such as gram has no forecasts to pay"
+            f"target-speedup is {speedup:g}, but the best reachable is {best:.2f}: computed steps are {least} at least, and a "
+            f"forecast costs {100 * forecast_cost:.1f} % of one. An output-cut method such as gram has no forecasts to pay"
         )
     return min(budget, steps)

@@ -25,8 +25,6 @@ from cachec.runtime.specs import Array
 
 log = logging.getLogger(__name__)
 
-MIN_GAIN = 1e-9
-
 
 @dataclass(frozen=True, eq=False)
 class Plan:
@@ -88,8 +86,9 @@ class Planner:
         if goal.budget is not None:
             return self._fit(goal, self._search(goal.budget, fine), fine)
         if goal.speedup is not None:
-            budget = budget_for_speedup(goal.speedup, self._settings.steps, self._forecast_cost)
-            return self._fit(goal, self._search(max(budget, self._method.min_budget), fine), fine)
+            least = self._method.min_budget
+            budget = budget_for_speedup(goal.speedup, self._settings.steps, self._forecast_cost, least=least)
+            return self._fit(goal, self._search(budget, fine), fine)
         return self._reach(goal, fine)
 
     def _reach(self, goal: Goal, fine: bool) -> Plan:

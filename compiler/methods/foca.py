@@ -39,6 +39,7 @@ class FoCa(TableMethod):
     name: ClassVar[str] = "foca"
     summary: ClassVar[str] = "extrapolate by a two-step predictor and corrector (FoCa, as in cache-dit)"
     default_interval: ClassVar[int] = 5
+    min_budget: ClassVar[int] = 3
     form: str = "anchored"
 
     def __post_init__(self) -> None:

@@ -33,6 +33,7 @@ class HiCache(TableMethod):
     name: ClassVar[str] = "hicache"
     summary: ClassVar[str] = "extrapolate by finite differences over Hermite polynomials (HiCache)"
     default_interval: ClassVar[int] = 6
+    min_budget: ClassVar[int] = 3
     order: int = 2
     sigma: float = 0.5
 

@@ -67,6 +67,7 @@ class Lesa(PredictorMethod):
     feeds_back: ClassVar[bool] = True
     needs_training: ClassVar[bool] = True
     default_interval: ClassVar[int] = 7
+    min_budget: ClassVar[int] = 4
     extra_steps: ClassVar[tuple[int, ...]] = (3,)
     max_rounds: int = 240
 

@@ -33,6 +33,7 @@ class Spectrum(TableMethod):
     name: ClassVar[str] = "spectrum"
     summary: ClassVar[str] = "fit Chebyshev polynomials to all features so far (Spectrum)"
     default_interval: ClassVar[int] = 6
+    min_budget: ClassVar[int] = 5
     degree: int = 4
     ridge: float = 0.1
     blend: float = 1.0

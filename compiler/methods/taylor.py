@@ -58,6 +58,7 @@ class Taylor(PredictorMethod):
     name: ClassVar[str] = "taylor"
     summary: ClassVar[str] = "extrapolate by finite differences (TaylorSeer)"
     default_interval: ClassVar[int] = 6
+    min_budget: ClassVar[int] = WARMUP
     order: int = 1
 
     def __post_init__(self) -> None:

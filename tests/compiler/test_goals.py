@@ -91,6 +91,8 @@ def test_bad_levels_are_refused(text, message):
         ("gram", {"target_psnr": math.inf}, "above 0"),
         ("gram", {"target_speedup": 0.5}, "at least 1"),
         ("gram", {"target_speedup": 51.0}, "best reachable with 50 steps is 50"),
+        ("taylor", {"budget": 2}, "budget is 2, but taylor needs 3 computed steps to start"),
+        ("spectrum", {"budget": 4}, "spectrum needs 5"),
         ("lesa", {"levels": "high"}, "trained for one schedule"),
         ("lesa", {"target_psnr": 30.0}, "trained for one schedule"),
         ("lesa", {"schedule": "search"}, "trained for one schedule"),
@@ -134,3 +136,9 @@ def test_the_budget_for_a_speed_up_is_the_largest_that_is_fast_enough(cost, want
 def test_a_speed_up_that_forecasts_forbid_names_the_best():
     with pytest.raises(QualityError, match=r"target-speedup is 10, but the best reachable is 4\.63"):
         budget_for_speedup(10.0, 50, 0.2)
+
+
+def test_a_speed_up_below_the_warm_up_is_refused():
+    assert budget_for_speedup(10.0, 50, 0.0, least=5) == 5
+    with pytest.raises(QualityError, match=r"best reachable is 10\.00: computed steps are 5 at least"):
+        budget_for_speedup(11.0, 50, 0.0, least=5)

@@ -395,6 +395,10 @@ def quick(monkeypatch):
 @each_method
 @pytest.mark.parametrize("budget", [1, STEPS])
 def test_any_method_with_one_step_or_all_of_them(method, budget, calibration, quick):
+    if budget < method.min_budget:
+        with pytest.raises(InputError, match=f"needs {method.min_budget} computed steps to start"):
+            search_schedule(method, calibration, None, budget, seed=0)
+        return
     steps = tuple(range(budget))
     assert search_schedule(method, calibration, None, budget, seed=0) == Schedule(STEPS, steps)
 
