@@ -49,12 +49,12 @@ class Variant:
 
 
 VARIANTS = (
-    Variant("gram"),
+    Variant("closed form"),
     *(Variant(f"history of {h}", history=h) for h in (1, 2, 3, 4)),
     Variant("affine: noise's share free", noise=True),
     Variant("affine: constant", constant=True),
     Variant("prompts weighted by 1 / error^2", reweight=3),
-    Variant("open loop", open_loop=True),
+    Variant("open loop (no iteration)", open_loop=True),
     Variant("weights per latent channel", channels=True),
 )
 
@@ -114,15 +114,18 @@ def paired(values: np.ndarray, base: np.ndarray) -> dict[str, float]:
 def ablate(calibration: Calibration, schedule: Schedule) -> dict[str, Any]:
     fit, held_out = calibration.select(range(NUM_FIT)), calibration.select(range(NUM_FIT, calibration.num_prompts))
     result: dict[str, Any] = {}
-    base = None
+    reference = None
     for variant in VARIANTS:
         _, rows = run_variant(variant, fit, schedule, None)
         values = decibels_by_prompt(run_variant(variant, held_out, schedule, rows)[0], held_out)
-        base = values if base is None else base
-        result[variant.name] = paired(values, base)
+        reference = values if reference is None else reference
+        result[variant.name] = paired(values, reference)
         print(len(schedule.compute), variant.name, result[variant.name], flush=True)
-    for name, table in _polished(fit, schedule).items():
-        result[name] = paired(decibels_by_prompt(held_out.run(table), held_out), base)
+    tables = _polished(fit, schedule)
+    base = decibels_by_prompt(held_out.run(tables["cross-validated ridge"]), held_out)
+    for name, table in tables.items():
+        values = decibels_by_prompt(held_out.run(table), held_out)
+        result[name] = paired(values, reference if name == "cross-validated ridge" else base)
         print(len(schedule.compute), name, result[name], flush=True)
     return result
 
@@ -131,7 +134,7 @@ def _polished(fit: Calibration, schedule: Schedule) -> dict[str, AdvanceTable]:
     table = fit_rows(fit, schedule)
     once = polish(fit, table, rounds=1)
     rows_only = polish(fit, table, rounds=1, move_timesteps=False)
-    return {"polished rows, 1 round": rows_only, "polished rows and time steps, 1 round": once,
+    return {"cross-validated ridge": table, "polished rows, 1 round": rows_only, "polished rows and time steps, 1 round": once,
             "2 rounds": polish(fit, once, rounds=1)}  # fmt: skip
 
 

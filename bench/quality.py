@@ -41,7 +41,7 @@ from cachec.compiler.methods.base import Method, Parameters
 from cachec.compiler.models import find_model, load_model
 from cachec.compiler.models.base import LoadedModel, Settings, tensors_from
 from cachec.compiler.predictors import find_pretrained
-from cachec.compiler.schedule import Schedule, interval_for_budget, l2p_schedule, spectrum_schedule
+from cachec.compiler.schedule import Schedule, interval_for_budget
 from cachec.compiler.split import split_model
 from cachec.compiler.table import AdvanceTable, Table
 from cachec.compiler.training import training_facts
@@ -189,7 +189,7 @@ def bench_budget(bench: Bench, budget: int, *, main: bool, closed: bool) -> None
             continue
         chosen = get_method(method).with_options(options)
         parameters = chosen.calibrate(fit, Schedule(fit.num_steps, (0,))) if chosen.needs_calibration else None
-        bench.row(budget, name, "own", lambda m=chosen, p=parameters: _tabled(m, fit, p, published(m, fit.num_steps, budget)))
+        bench.row(budget, name, "own", lambda m=chosen, p=parameters: _tabled(m, fit, p, m.published(fit.num_steps, budget)))
         bench.row(budget, name, "searched", lambda m=chosen, p=parameters: _searched(m, fit, p, budget, closed=closed))
     hidden = get_method("gram-hidden").with_options({})
     bench.row(budget, "gram-hidden", "searched", lambda: _searched(hidden, fit, None, budget, closed=closed))
@@ -205,14 +205,7 @@ def bench_gram(bench: Bench, fit: Calibration, budget: int, *, bns: bool) -> Non
     draft = get_method("gram").with_options({"polish": "0"})
     own = interval_for_budget(fit.num_steps, budget)
     bench.row(budget, "gram", "interval", lambda: {"table": fit_rows(fit, own)})
-    found: list[Schedule] = []
-
-    def searched() -> dict[str, Any]:
-        made = _searched(draft, fit, None, budget)
-        found.append(made["table"].schedule)
-        return made
-
-    bench.row(budget, "gram", "searched", searched)
+    bench.row(budget, "gram", "searched", lambda: _searched(draft, fit, None, budget))
     key = f"{bench.setting.name}|{budget}|gram|searched"
     schedule = Schedule(fit.num_steps, tuple(bench.rows[key]["steps"]))
     if budget <= MAX_POLISHED:
@@ -236,15 +229,6 @@ def bench_fine(bench: Bench, budget: int) -> None:
 
     bench.row(budget, "gram", "searched, to fine", lambda: make(get_method("gram").with_options({"polish": "0"})))
     bench.row(budget, "gram polished", "searched, to fine", lambda: make(get_method("gram").with_options({})))
-
-
-def published(method: Method, num_steps: int, budget: int) -> Schedule:
-    """The method's own published schedule with at most ``budget`` computed steps."""
-    if method.name == "spectrum":
-        return spectrum_schedule(num_steps, budget)
-    if method.name == "l2p":
-        return l2p_schedule(num_steps, budget)
-    return interval_for_budget(num_steps, budget, extra=method.extra_steps)
 
 
 def _tabled(method: Method, fit: Calibration, parameters: Parameters | None, schedule: Schedule) -> dict[str, Any]:

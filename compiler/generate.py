@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 
-from cachec.compiler.calibration.against import compared_level
 from cachec.compiler.calibration.metrics import psnr_db
 from cachec.compiler.models import find_model, load_model
 from cachec.compiler.models.base import LoadedModel, Settings, check_prompts, settings_of
@@ -49,7 +48,7 @@ def generate_pictures(
     with open_bundle(bundle, verify=verify, threads=threads) as loaded:
         model = load_model(find_model(source or loaded.manifest.model["source"]), with_transformer=False)
         settings = settings_of(loaded.manifest)
-        level = compared_level(loaded, level)
+        level = loaded.check_level(level)
         if compare:
             return _compare(loaded, level, model, settings, prompts, seed, out)
         rows, session = [], loaded.session(batch=loaded.programs[level].key.batch or 1, level=level)

@@ -4,10 +4,11 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from cachec.compiler.calibration.solvers import SOLVERS
+from cachec.compiler.methods import METHODS
 from cachec.compiler.methods.base import Method
 from cachec.compiler.schedule import (
     Schedule,
-    interval_for_budget,
     interval_schedule,
     parse_schedule,
     uniform_schedule,
@@ -17,7 +18,7 @@ from cachec.runtime.errors import InputError, QualityError, unknown_name
 LOSSLESS = "lossless"
 LEVELS: Mapping[str, float] = {LOSSLESS: math.inf, "high": 45.0, "balanced": 40.0, "fast": 35.0}  # PSNR in dB
 KINDS = ("uniform", "interval", "search")
-RESERVED = ("uncached",)
+RESERVED = ("uncached", "fine", "diffusers", "plain", *SOLVERS, *METHODS)  # rows of an evaluation
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Goal:
 
     ``psnr``: the smallest budget whose pictures of held-out calibration prompts are as close to the uncached run's, mean in
     dB. ``lossless``: the smallest whose pictures are as close to the fine reference's as the uncached run's are.
-    ``speedup``: the largest budget whose loop is so many times as fast as the uncached one.
+    ``speedup``: the largest budget whose loop is so many times as fast as the uncached one, by the cost of its calls.
     """
 
     level: str = "default"
@@ -110,7 +111,10 @@ def _check_conflicts(wish: Wish) -> None:
 def _one_goal(method: Method, steps: int, wish: Wish) -> tuple[Goal, int | None]:
     kind, budget = wish.schedule, wish.budget
     if kind is not None and kind not in KINDS:
-        return Goal(schedule=parse_schedule(kind, steps)), None
+        given = parse_schedule(kind, steps)
+        if len(given.compute) < method.min_budget:
+            raise InputError(f"schedule {kind} is too short: {method.name} needs {method.min_budget} computed steps to start")
+        return Goal(schedule=given), None
     if budget is not None and not 1 <= budget <= steps:
         raise InputError(f"budget is {budget}; it must lie between 1 and the number of steps, {steps}")
     if budget is not None and budget < method.min_budget:
@@ -121,8 +125,7 @@ def _one_goal(method: Method, steps: int, wish: Wish) -> tuple[Goal, int | None]
         budget = len(interval_schedule(steps, method.default_interval).compute) if budget is None else budget
         return Goal(budget=budget), None
     if budget is not None:
-        plan = interval_for_budget if kind == "interval" else uniform_schedule
-        return Goal(schedule=plan(steps, budget)), None
+        return Goal(schedule=method.published(steps, budget) if kind == "interval" else uniform_schedule(steps, budget)), None
     interval = method.default_interval if wish.interval is None else wish.interval
     return Goal(schedule=method.interval(steps, interval)), interval
 
@@ -142,7 +145,9 @@ def parse_levels(text: str) -> tuple[Goal, ...]:
             raise InputError(f"level {name!r} is {'reserved' if name in RESERVED else 'there twice'}: choose another name")
         if not equals and name not in LEVELS:
             raise unknown_name("level", name, LEVELS)
-        if name == LOSSLESS and not equals:
+        if name == LOSSLESS and equals:
+            raise InputError("level lossless takes no PSNR: it is measured against the fine reference. Give yours another name")
+        if name == LOSSLESS:
             goals.append(Goal(name, lossless=True))
             continue
         goals.append(Goal(name, psnr=_positive(f"level {name}", _number(name, figure) if equals else LEVELS[name], "dB")))
@@ -198,7 +203,9 @@ def budget_for_speedup(speedup: float, steps: int, forecast_cost: float, *, leas
     Raises:
         QualityError: not even the ``least`` computed steps are fast enough; with the best reachable.
     """
-    budget = int((steps / speedup - steps * forecast_cost) / (1 - forecast_cost) + 1e-9)
+    if speedup <= 1:
+        return steps
+    budget = 0 if forecast_cost >= 1 else int((steps / speedup - steps * forecast_cost) / (1 - forecast_cost) + 1e-9)
     if budget < least:
         best = steps / (least + (steps - least) * forecast_cost)
         raise QualityError(

@@ -22,12 +22,12 @@ from cachec.compiler.calibration.statistics import (
     load_statistics,
     record_statistics,
 )
-from cachec.compiler.capture import capture_predictor, named_model
+from cachec.compiler.capture import named_model
 from cachec.compiler.export import EnginePlan, plan_engines
+from cachec.compiler.forecast import inline, linear_graphs
 from cachec.compiler.lower import lower_predictor, lower_table, lower_uncached
 from cachec.compiler.methods.base import Parameters, PredictorMethod
-from cachec.compiler.methods.reuse import Reuse
-from cachec.compiler.models.base import LoadedModel, Settings
+from cachec.compiler.models.base import LoadedModel
 from cachec.compiler.predictors import check_fit, find_pretrained, load_predictor, predictor_bytes
 from cachec.compiler.programs import Calibrations, Planner, level_facts, lower_plan
 from cachec.compiler.quality import check_quality, forecast_cost, measure_levels
@@ -39,11 +39,11 @@ from cachec.compiler.training import train_predictor, training_facts
 from cachec.compiler.verify import Verifier, eager_output
 from cachec.compiler.write import BundleWriter
 from cachec.engines import get_backend
-from cachec.passes import COMPUTE, Graphs, dump_to, forecast_passes, run_passes, split_passes
+from cachec.passes import COMPUTE, Graphs, dump_to, split_passes
 from cachec.passes.base import Observer
 from cachec.runtime.bundle import Artifact, Bundle, Manifest, Target
 from cachec.runtime.engine import Engine
-from cachec.runtime.errors import InputError
+from cachec.runtime.errors import InputError, QualityError
 from cachec.runtime.noise import GENERATOR
 from cachec.runtime.program import UNCACHED, Program, ProgramKey, hash_sigmas
 from cachec.runtime.specs import Array
@@ -67,8 +67,8 @@ class Compilation:
 
     seconds: dict[str, float] = field(default_factory=dict)
     predictor_origin: str = "none needed"
-    trained: bool = False
     levels: dict[str, dict[str, Any]] = field(default_factory=dict)
+    calibration: dict[str, str] = field(default_factory=dict)
     works: list[Path] = field(default_factory=list)
 
 
@@ -78,8 +78,23 @@ def compile_bundle(model: LoadedModel, request: Request, out: Path, *, force: bo
     Raises:
         CachecError: of the kind that fits; ``out`` is then as it was.
     """
-    backend = get_backend(request.backend)
     result = Compilation()
+    try:
+        bundle = _compile(model, request, out, result, force=force)
+    except QualityError:  # another attempt asks for something else, so nothing is kept for it
+        _remove(result.works)
+        raise
+    _remove(result.works)
+    return bundle, result
+
+
+def _remove(works: Sequence[Path]) -> None:
+    for work in works:
+        shutil.rmtree(work)
+
+
+def _compile(model: LoadedModel, request: Request, out: Path, result: Compilation, *, force: bool) -> Bundle:
+    backend = get_backend(request.backend)
     with BundleWriter(out, force=force) as writer, _Clock(result.seconds, STAGES) as clock, ExitStack() as stack:
         given = read_calibration(model, request)
         split = split_model(model, request.settings, _observers(model, request))
@@ -106,9 +121,7 @@ def compile_bundle(model: LoadedModel, request: Request, out: Path, *, force: bo
         if parameters is not None:
             writer.add_bytes("predictor/predictor.safetensors", predictor_bytes(parameters))
         writer.commit(_manifest(model, request, target, files, writer, parameters, result))
-    for work in result.works:
-        shutil.rmtree(work)
-    return Bundle.open(out), result
+    return Bundle.open(out)
 
 
 def read_calibration(model: LoadedModel, request: Request) -> Statistics | None:
@@ -141,10 +154,16 @@ def find_calibrations(
         prompts = request.prompts if request.retrain else request.prompts[:NUM_CALIBRATION]
         check_calibration_prompts(prompts)
         given = record_statistics(
-            model, single, settings, prompts, reference_steps=request.reference_steps, seed=request.seed, work=work
+            model, single, settings, prompts, reference_steps=request.reference_steps, seed=calibration_seed(request), work=work
         )
         result.works.append(work)
+    result.calibration = {k: v for k, v in given.facts.items() if k != "prompts"}
     return Calibrations.open(given, model, single, settings)
+
+
+def calibration_seed(request: Request) -> int:
+    """Another one than training's for methods that were trained, so that they are not measured on the noise they know."""
+    return request.seed + 1 if request.method.needs_training else request.seed
 
 
 def make_programs(
@@ -167,11 +186,17 @@ def make_programs(
     if schedule is not None and isinstance(method, PredictorMethod):
         programs["default"] = lower_folded(graphs, method, schedule, key, sigmas, timesteps)
         return programs
+    cost = forecast_cost(engines, programs[UNCACHED], model) if request.wants_speed else 0.0
     planner = Planner(
-        model, method, settings, calibrations, parameters=parameters, to_fine=request.reference_steps > 0
-        and not any(goal.lossless for goal in request.goals), seed=request.seed,
-        forecast_cost=forecast_cost(engines, programs[UNCACHED], model) if request.wants_speed else 0.0,
-    )  # fmt: skip
+        model,
+        method,
+        settings,
+        calibrations,
+        parameters=parameters,
+        to_fine=request.fits_fine,
+        forecast_cost=cost,
+        seed=request.seed,
+    )
     for goal in request.goals:
         plan = planner.plan(goal)
         programs[goal.level] = lower_plan(plan, model, settings, key)
@@ -202,8 +227,13 @@ def measure(
     """Measure every level on held-out prompts, and fail if one is below the gate."""
     _, held_out = calibrations.coarse.split()
     facts = measure_levels(model, request.settings, engines, programs, held_out)
-    result.levels = {level: {**result.levels.get(level, {}), **known} for level, known in facts.items()}
+    seen = {"trained_on_prompts": True} if request.method.needs_training else {}
+    result.levels = {level: {**result.levels.get(level, {}), **known, **seen} for level, known in facts.items()}
     check_quality(result.levels, request.min_psnr)
+    for goal in request.goals:
+        reached = result.levels[goal.level]["speedup"]
+        if goal.speedup is not None and reached < goal.speedup:
+            log.warning("level %s: %.2f times as fast was measured, %g was asked for", goal.level, reached, goal.speedup)
 
 
 def find_parameters(model: LoadedModel, request: Request, result: Compilation, work: Path) -> Parameters | None:
@@ -227,7 +257,7 @@ def find_parameters(model: LoadedModel, request: Request, result: Compilation, w
     else:
         log.warning("no trained %s predictor fits these settings: training one now", request.method.name)
         parameters = train_predictor(model, request, work=work)
-        result.predictor_origin, result.trained = "trained now", True
+        result.predictor_origin = "trained now"
         result.works.append(work)
     log.info("predictor: %s", result.predictor_origin)
     return parameters
@@ -246,31 +276,6 @@ def add_forecast(model: LoadedModel, split: Graphs, request: Request, parameters
         return linear_graphs(model, split, request.settings)
     return inline(model, split, request.settings, method, schedule, parameters, fold=request.fold,
                   observers=_observers(model, request, start=len(split_passes(model.block))))  # fmt: skip
-
-
-def linear_graphs(model: LoadedModel, split: Graphs, settings: Settings) -> Graphs:
-    """The compute graph and the linear forecast graph."""
-    return inline(model, split, settings, Reuse(), Schedule(settings.steps, (0,)), None, fold=True)
-
-
-def inline(
-    model: LoadedModel,
-    split: Graphs,
-    settings: Settings,
-    method: PredictorMethod,
-    schedule: Schedule,
-    parameters: Parameters | None,
-    *,
-    fold: bool,
-    observers: Sequence[Observer] = (),
-) -> Graphs:
-    """Inline a predictor into the forecast graph and, with ``fold``, fold it to numbers."""
-    with torch.no_grad():
-        example = split.modules[COMPUTE](**model.example_inputs(settings))["feature"]
-    predictor = capture_predictor(method.predictor(parameters), method.window, example, settings.steps)
-    sigmas = torch.from_numpy(model.sampling(settings)[0])
-    passes = forecast_passes(predictor, sigmas, method.histories(schedule), fold=fold)
-    return run_passes(split, passes, observers=observers)
 
 
 def build_target(backend: Any, request: Request, plans: Sequence[EnginePlan], writer: BundleWriter) -> Target:
@@ -352,6 +357,7 @@ def _manifest(
             "made_by": f"cachec {importlib.metadata.version('cachec')}",
             "torch": torch.__version__,
             "levels": result.levels,
+            "calibration": result.calibration,
         },
     )
 

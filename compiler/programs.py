@@ -20,6 +20,7 @@ from cachec.compiler.models.base import LoadedModel, Settings
 from cachec.compiler.schedule import Schedule
 from cachec.compiler.table import AdvanceTable, Table
 from cachec.passes import Graphs
+from cachec.runtime.errors import InputError
 from cachec.runtime.program import Program, ProgramKey, hash_sigmas
 from cachec.runtime.specs import Array
 
@@ -92,7 +93,7 @@ class Planner:
         return self._reach(goal, fine)
 
     def _reach(self, goal: Goal, fine: bool) -> Plan:
-        """The smallest budget that reaches a PSNR; found with drafts, then as small as the finished fit allows."""
+        """A small budget that reaches a PSNR: by drafts, then as finished fits allow (PSNR need not grow with budgets)."""
         target = self._lossless_psnr() if goal.lossless else goal.psnr
         assert target is not None
 
@@ -104,11 +105,13 @@ class Planner:
             return reached(self._fit(goal, self._search(budget, fine), fine, draft=True))
 
         least = self._method.min_budget
-        budget = smallest_budget(draft, target, least, self._settings.steps)
+        budget, tried = smallest_budget(draft, target, least, self._settings.steps), set[int]()
         plan = self._fit(goal, self._search(budget, fine), fine)
-        if reached(plan) < target:  # a finished fit is not worse by more than noise, but the target is the target
-            plan = self._fit(goal, self._search(budget, fine), fine, draft=True)
-        while budget > least:
+        while reached(plan) < target and budget < self._settings.steps:  # the draft was better by luck
+            tried.add(budget)
+            budget += 1
+            plan = self._fit(goal, self._search(budget, fine), fine)
+        while budget > least and budget - 1 not in tried:
             smaller = self._fit(goal, self._search(budget - 1, fine), fine)
             if reached(smaller) < target:
                 break
@@ -138,7 +141,10 @@ class Planner:
         assert self._calibrations is not None
         found = self._calibrations.fine if fine else self._calibrations.coarse
         if found is None:
-            raise AssertionError("the request asked for a fine reference, so the calibration has one")
+            raise InputError(
+                f"calibration {self._calibrations.coarse.origin} has no fine reference: make one with cachec calibrate "
+                "--reference-steps"
+            )
         return found
 
     def _lossless_psnr(self) -> float:

@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import torch
 
 from cachec.compiler.calibration.calibration import Calibration
 from cachec.compiler.calibration.metrics import Mean, mean, psnr_db
+from cachec.compiler.calibration.statistics import check_finite
 from cachec.compiler.lower import lower_table
 from cachec.compiler.models.base import LoadedModel, Settings
 from cachec.compiler.schedule import Schedule
@@ -45,6 +47,7 @@ def measure_levels(
     for level, program in programs.items():
         batch = program.key.batch or 1
         session = Session(engines, program, model.io, batch=batch)
+        session.run({name: value[[0] * batch] for name, value in conditions.items()}, noise[[0] * batch])  # warm up
         scores: dict[str, list[float]] = {name: [] for name in references}
         seconds[level] = []
         for number in range(len(noise) if level != UNCACHED else min(TIMED_PROMPTS, len(noise))):
@@ -52,6 +55,7 @@ def measure_levels(
             start = time.perf_counter()
             latents = session.run({name: value[rows] for name, value in conditions.items()}, noise[rows])
             seconds[level].append(time.perf_counter() - start)
+            check_finite(torch.from_numpy(latents[:1]), [statistics.prompts[int(index[number])]], number, program.num_steps)
             picture = model.decode(latents[:1], settings)[0]
             for name, pictures in wanted.items():
                 scores[name].append(psnr_db(picture, pictures[number]))
@@ -64,16 +68,18 @@ def measure_levels(
 
 
 def forecast_cost(engines: Mapping[str, Engine], program: Program, model: LoadedModel) -> float:
-    """The time of a forecast over that of a computed step, medians; 0 without a forecast engine.
+    """The time of a forecast over that of a computed step, medians, 1 at most; 0 without a forecast engine.
 
     ``program`` is the uncached one.
     """
     if "forecast" not in engines:
         return 0.0
-    half = program.num_steps // 2
+    half, batch = program.num_steps // 2, program.key.batch or 1
+    if not half:
+        return 0.0
     table = ForecastTable(Schedule(program.num_steps, tuple(range(half))), *_last_feature(program.num_steps, half))
-    session = Session(engines, lower_table(table, program.key, program.sigmas, program.timesteps), model.io, batch=1)
-    conditions = {name: np.zeros(s.resolve({"batch": 1}), s.dtype) for name, s in _conditions(engines, model.io).items()}
+    session = Session(engines, lower_table(table, program.key, program.sigmas, program.timesteps), model.io, batch=batch)
+    conditions = {name: np.zeros(s.resolve({"batch": batch}), s.dtype) for name, s in _conditions(engines, model.io).items()}
     seconds: dict[bool, list[float]] = {True: [], False: []}
     for _ in range(2):  # the first round warms up
         session.begin(conditions, np.zeros(session.latent_shape, np.float32))
@@ -82,7 +88,7 @@ def forecast_cost(engines: Mapping[str, Engine], program: Program, model: Loaded
             start = time.perf_counter()
             session.advance()
             seconds[step < half].append(time.perf_counter() - start)
-    return float(np.median(seconds[False]) / np.median(seconds[True]))
+    return min(1.0, float(np.median(seconds[False]) / np.median(seconds[True])))
 
 
 def _last_feature(num_steps: int, computed: int) -> tuple[Array, Array]:

@@ -50,6 +50,11 @@ class Request:
         return self.goals[0].schedule
 
     @property
+    def fits_fine(self) -> bool:
+        """Are all levels fitted to the fine reference? If one is lossless, only that one is."""
+        return self.reference_steps > 0 and not any(goal.lossless for goal in self.goals)
+
+    @property
     def wants_speed(self) -> bool:
         """Must the cost of a forecast be known to plan?"""
         return any(goal.speedup is not None for goal in self.goals)
@@ -58,7 +63,8 @@ class Request:
     def needs_calibration(self) -> bool:
         """Are calibration runs looked at: for fits, searches, or a quality gate?"""
         searched = any(goal.searched for goal in self.goals)
-        return self.method.needs_calibration or searched or self.min_psnr is not None
+        wished = self.min_psnr is not None or self.calibration is not None
+        return self.method.needs_calibration or searched or wished
 
 
 def make_request(
@@ -114,6 +120,8 @@ def make_request(
         raise InputError("--predictor and --prompts contradict each other: a given predictor is not trained")
     if predictor is not None and not chosen.needs_training:
         raise InputError(f"method {method!r} has no trained predictor, so --predictor {predictor} cannot be used")
+    if calibration is not None and prompts is not None and not chosen.needs_training:
+        raise InputError("--calibration and --prompts contradict each other: a given calibration has its prompts")
     wish = Wish(interval, budget, schedule, levels, target_psnr, target_speedup)
     goals, interval = make_goals(chosen, steps, wish)
     return Request(
@@ -165,6 +173,10 @@ def _choose_reference(method: Method, goals: Sequence[Goal], steps: int, given: 
     if any(goal.lossless for goal in goals):
         if method.cut != "output" or not method.schedule_bound:
             raise InputError(f"level lossless is fitted to a fine reference, which {method.name} cannot be: take method gram")
+        if given == 0:
+            raise InputError(
+                "reference-steps is 0, but level lossless is fitted to a fine reference: leave it out, or name one"
+            )
         return REFERENCE_FACTOR * steps if given is None else given
     if given and not (method.cut == "output" and method.schedule_bound):
         raise InputError(f"reference-steps is {given}, but {method.name} is not fitted to a reference: take method gram")

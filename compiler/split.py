@@ -8,13 +8,8 @@ from torch import nn
 
 from cachec.compiler.capture import capture_model
 from cachec.compiler.models.base import LoadedModel, Settings
-from cachec.passes import Graphs, canonical_passes, run_passes, split_passes
+from cachec.passes import Graphs, run_passes, split_passes
 from cachec.passes.base import Observer
-
-
-def canonical_model(model: LoadedModel, settings: Settings) -> Graphs:
-    """The captured transformer, whole, in the form that every back end takes."""
-    return run_passes(_capture(model, settings), canonical_passes())
 
 
 def split_model(model: LoadedModel, settings: Settings, observers: Sequence[Observer] = ()) -> Graphs:

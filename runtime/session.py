@@ -65,10 +65,18 @@ class LoadedBundle:
 
     def session(self, *, batch: int = 1, level: str | None = None) -> "Session":
         """A session for requests of ``batch`` samples at a quality level, by default the bundle's first."""
+        return Session(self.engines, self.programs[self.check_level(level)], self.io, batch=batch)
+
+    def check_level(self, level: str | None) -> str:
+        """The level, or the default one for ``None``.
+
+        Raises:
+            InputError: the bundle has no such level.
+        """
         level = self.default_level if level is None else level
         if level not in self.programs:
             raise unknown_name("level", level, self.programs)
-        return Session(self.engines, self.programs[level], self.io, batch=batch)
+        return level
 
     def denoise(self, conditions: Mapping[str, Array], seeds: Sequence[int], *, level: str | None = None) -> Array:
         """Latents for ``len(seeds)`` samples, in one batch; conditions have that batch size."""

@@ -126,6 +126,16 @@ def test_a_calibration_of_other_settings_is_refused_before_any_work(model, calib
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_failed_target_removes_the_calibration_that_it_made(model, tmp_path):
+    prompts = tmp_path.parent / "eight.txt"
+    prompts.write_text("\n".join(default_prompts("shapes", "train")[:8]))
+    options = {"polish": "0"}
+    request = make_request(model.spec, method="gram", options=options, steps=2, budget=1, min_psnr=200.0, prompts=prompts)
+    with pytest.raises(QualityError, match="below --min-psnr 200"):
+        compile_bundle(model, request, tmp_path / "gated.cachec")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_run_takes_a_level(levels, tmp_path):
     out = tmp_path / "a.png"
     result = CliRunner().invoke(main, ["run", str(levels), "-p", "a red circle", "--level", "fast", "-o", str(out)])

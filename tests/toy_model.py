@@ -58,8 +58,5 @@ class ToyModel(LoadedModel):
     def decode(self, latents, settings):
         raise NotImplementedError
 
-    def flow_shift(self, settings):
-        return self._shift
-
     def generate(self, conditions, noise, settings):
         raise NotImplementedError

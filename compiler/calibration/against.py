@@ -10,11 +10,11 @@ import numpy as np
 
 from cachec.compiler.calibration.solvers import SOLVERS, solver_rows
 from cachec.compiler.export import plan_engines
+from cachec.compiler.forecast import linear_graphs
 from cachec.compiler.lower import lower_advance, lower_table
 from cachec.compiler.methods import METHODS, get_method
 from cachec.compiler.methods.base import Method, Parameters
 from cachec.compiler.models.base import LoadedModel, Settings, settings_of
-from cachec.compiler.pipeline import linear_graphs
 from cachec.compiler.predictors import find_pretrained
 from cachec.compiler.schedule import Schedule
 from cachec.compiler.split import split_model
@@ -84,7 +84,7 @@ def _parse_entry(text: str) -> Entry:
     interval = options.pop("interval", None)
     if interval is not None and not interval.isdigit():
         raise InputError(f"--against {text}: the interval must be a whole number")
-    return Entry(text, kind.with_options(options), int(interval) if interval else None)
+    return Entry(text, kind.with_options(options), None if interval is None else int(interval))
 
 
 def _parse_option(entry: str, part: str, default: str) -> tuple[str, str]:
@@ -191,7 +191,7 @@ def _solver_program(name: str, model: LoadedModel, settings: Settings, key: Prog
 
 
 def _trained(entry: Entry, method: Method, model: LoadedModel, settings: Settings) -> tuple[Schedule, Parameters]:
-    interval = entry.interval or method.default_interval
+    interval = method.default_interval if entry.interval is None else entry.interval
     schedule = method.interval(settings.steps, interval)
     parameters = find_pretrained(type(method), training_facts(model, method, schedule, settings))
     if parameters is None:

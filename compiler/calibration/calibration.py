@@ -3,7 +3,7 @@
 Shapes: ``P`` prompts, ``G`` grid steps (the sampler's, or those of the fine reference), ``K`` computed steps.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -20,7 +20,6 @@ from cachec.runtime.specs import Array
 
 CHUNK = 16  # prompts a batch
 HELD_OUT_EVERY = 4  # every fourth prompt is kept from fits, and says how good they are
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,11 +119,16 @@ class Calibration:
         return torch.cat(parts)
 
     def run(self, table: Table) -> torch.Tensor:
-        """Final latents [P, …] of the closed loop: the model at computed steps, the table elsewhere."""
+        """Final latents [P, …] of the closed loop: the model at computed steps, the table elsewhere.
+
+        Raises:
+            InputError: they are not finite.
+        """
         results = []
         for start in range(0, self.num_prompts, CHUNK):
             rows = slice(start, start + CHUNK)
             results.append(self.denoiser.play(table, self.noise()[rows], self._conditions(rows)))
+            check_finite(results[-1], self._prompts(rows), start, table.schedule.num_steps)
         return torch.cat(results)
 
     def errors(self, table: Table) -> Array:

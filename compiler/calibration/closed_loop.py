@@ -24,7 +24,7 @@ FOLDS = 8
 NUDGE = 1e-3  # finite difference, in units of the preconditioned coefficients and of timesteps
 STEPS_PER_JACOBIAN = 3  # later ones with its weights and residuals anew
 SOFTNESS = 0.5
-DAMPINGS = (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0)  # Levenberg-Marquardt, relative to the mean curvature
+DAMPINGS = (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0)  # Levenberg-Marquardt, relative to each direction's own curvature
 
 
 def node_timesteps(calibration: Calibration, schedule: Schedule) -> Array:
@@ -151,7 +151,7 @@ def _gauss_newton(
 ) -> _Point | None:
     """Damped steps with one Jacobian; ``None`` if no damping gives a better score."""
     columns = torch.stack([_slope(calibration, schedule, point, move) for move in moves])  # [M, P, E]
-    products = torch.stack([(some @ some.T) for some in columns.transpose(0, 1).double()])  # [P, M, M]
+    products = torch.stack([one @ one.T for one in (columns[:, p].double() for p in range(columns.shape[1]))])  # [P, M, M]
     improved = None
     for _ in range(STEPS_PER_JACOBIAN):
         moved = _best_step(calibration, schedule, improved or point, soft, _Jacobian(moves, columns, products))

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from cachec.compiler.calibration.against import (
@@ -28,7 +29,7 @@ from cachec.compiler.calibration.error_by_step import ErrorCurve, measure_errors
 from cachec.compiler.calibration.metrics import Lpips, find_lpips, latent_rel_l2, psnr_db, ssim
 from cachec.compiler.calibration.summary import Measurements, summarize
 from cachec.compiler.models.base import LoadedModel, Settings, settings_of
-from cachec.compiler.models.probe import Probe, load_probe, parse_caption, score_pictures
+from cachec.compiler.models.probe import SIDE, Probe, load_probe, parse_caption, score_pictures
 from cachec.runtime.errors import InputError
 from cachec.runtime.noise import make_noise
 from cachec.runtime.program import UNCACHED, Program
@@ -156,7 +157,7 @@ def _make_bench(loaded: LoadedBundle, model: LoadedModel, rows: Sequence[Row]) -
         denoisers={**denoisers, DIFFUSERS: diffusers},
         fine=Session(loaded.engines, fine, loaded.io).run,
         lpips=find_lpips(),
-        probe=load_probe(model.spec.probe) if model.spec.probe else None,
+        probe=load_probe(model.spec.probe) if model.spec.probe and settings.height == settings.width == SIDE else None,
     )
 
 
@@ -179,6 +180,8 @@ def _measure_prompt(bench: _Bench, prompt: str, seed: int, results: Mapping[str,
         before = time.perf_counter()
         latents[name] = bench.denoisers[name](conditions, noise)
         after = time.perf_counter()
+        if not np.isfinite(latents[name]).all():
+            raise InputError(f"row {name} gives NaN or infinity for prompt {prompt!r}, seed {seed}: leave that row out")
         pictures[name] = bench.decode(latents[name])
         results[name].loop_seconds.append(after - before)
         results[name].total_seconds.append(time.perf_counter() - start)

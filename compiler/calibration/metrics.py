@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
+from cachec.runtime.errors import InputError
 from cachec.runtime.specs import Array
 
 LPIPS_BACKBONE = "alexnet-owt-7be5be79.pth"  # torchvision's, as torchmetrics asks for it
@@ -72,8 +73,14 @@ class Mean:
 
 
 def mean(values: Sequence[float]) -> Mean:
-    """Mean and standard error of the finite values; no value if there is none (all pictures are equal)."""
-    values = [value for value in values if math.isfinite(value)]
+    """Mean and standard error over the pictures that are not equal (infinity); no value if all are.
+
+    Raises:
+        InputError: a value is NaN.
+    """
+    if any(math.isnan(value) for value in values):
+        raise InputError(f"picture {[math.isnan(v) for v in values].index(True) + 1} is not a number: the run gave NaN")
+    values = [value for value in values if not math.isinf(value)]
     if not values:
         return Mean(None, None)
     error = float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None

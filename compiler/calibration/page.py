@@ -55,7 +55,10 @@ def _figures(report: Report) -> list[tuple[str, str]]:
         ("denoise loop", f"{row['seconds_loop']:.3g} s"),
         ("uncached loop", f"{uncached['seconds_loop']:.3g} s"),
         ("PSNR", "equal" if row["psnr_db"] is None else f"{row['psnr_db']:.1f} dB"),
-        (f"PSNR vs {report.evaluation.setting['fine_steps']} steps", f"{row['psnr_db_fine']:.1f} dB"),
+        (
+            f"PSNR vs {report.evaluation.setting['fine_steps']} steps",
+            "equal" if row["psnr_db_fine"] is None else f"{row['psnr_db_fine']:.1f} dB",
+        ),
     ]
     return figures if accuracy is None else [*figures, ("attributes right", f"{accuracy:.1%}")]
 

@@ -5,7 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from cachec.compiler.calibration.prompts import default_prompts, read_prompts
-from cachec.compiler.calibration.statistics import check_calibration_prompts, record_statistics, save_statistics
+from cachec.compiler.calibration.statistics import (
+    MIN_PROMPTS,
+    check_calibration_prompts,
+    record_statistics,
+    save_statistics,
+)
 from cachec.compiler.models import find_model, load_model
 from cachec.compiler.request import make_settings
 from cachec.compiler.split import split_model
@@ -37,9 +42,11 @@ def calibrate_to_file(
     spec = find_model(source)
     settings = make_settings(spec, **sizes)
     listed = read_prompts(Path(prompts)) if prompts else default_prompts(spec.prompts, "train")
+    if num < MIN_PROMPTS:
+        raise InputError(f"num is {num}; calibration needs at least {MIN_PROMPTS} prompts, to fit and to measure")
     if num > len(listed):
         raise InputError(f"num is {num}, but there are only {len(listed)} prompts: give more with --prompts")
-    chosen = listed[: max(num, 0)]
+    chosen = listed[:num]
     check_calibration_prompts(chosen)
     check_file(out, force=force)
     model = load_model(spec)

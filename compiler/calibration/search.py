@@ -306,7 +306,11 @@ def closed_score(method: Method, calibration: Calibration, parameters: Parameter
     def score(steps: Steps) -> float:
         schedule = Schedule(calibration.num_steps, steps)
         fitted = draft.calibrate(calibration, schedule) if draft.schedule_bound else parameters
-        return -decibels(calibration.errors(draft.table(schedule, calibration.sigmas, fitted)))
+        try:
+            return -decibels(calibration.errors(draft.table(schedule, calibration.sigmas, fitted)))
+        except InputError as error:  # the forecasts blow up: as bad as can be, but another schedule may do
+            log.info("schedule %s: %s", steps, error)
+            return float("inf")
 
     return score
 

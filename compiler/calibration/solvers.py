@@ -6,18 +6,13 @@ with v_j the velocities so far. x_sigma = (1 - sigma) x_0 + sigma noise, so dx /
 Shapes: latents [B, …]; ``K`` evaluations at noise levels sigmas[0] … sigmas[K - 1]; sigmas[K] is where the last one leads.
 """
 
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 
-from cachec.runtime.engine import VELOCITY, ExecutionContext
 from cachec.runtime.errors import InputError, PredictorError, unknown_name
-from cachec.runtime.session import ModelIO
 from cachec.runtime.specs import Array
-
-Denoise = Callable[[Mapping[str, Array], Array], Array]
 
 ADAMS_ORDERS = {"euler": 1, "ab2": 2, "ab3": 3}
 DIFFUSERS_SOLVERS = ("dpm", "unipc")
@@ -65,21 +60,6 @@ def adams_bashforth(sigmas: Array, order: int) -> Array:
     return np.cumsum(steps, axis=0)
 
 
-def multistep(context: ExecutionContext, io: ModelIO, timesteps: Array, rows: Array) -> Denoise:
-    """Run ``rows`` [K, K] on the whole model; it is told ``timesteps`` [K]. Latents are formed from the noise each time."""
-    table = np.asarray(rows, np.float32)
-
-    def denoise(conditions: Mapping[str, Array], noise: Array) -> Array:
-        velocities = np.empty((len(table), *noise.shape), noise.dtype)
-        x = noise.copy()
-        for i, timestep in enumerate(timesteps):
-            _evaluate(context, io, conditions, x, float(timestep), velocities[i])
-            x = noise + np.tensordot(table[i, : i + 1], velocities[: i + 1], 1)
-        return x
-
-    return denoise
-
-
 def _diffusers_rows(name: str, sigmas: Array) -> Array:
     """Let a diffusers scheduler step through coefficient vectors over (x_T, v_0 … v_{K-1}); linearity gives the rows.
 
@@ -115,10 +95,3 @@ def diffusers_scheduler(name: str, sigmas: Array) -> Any:
     scheduler.sigmas = torch.from_numpy(levels)
     scheduler.set_begin_index(0)
     return scheduler
-
-
-def _evaluate(
-    context: ExecutionContext, io: ModelIO, conditions: Mapping[str, Array], x: Array, timestep: float, velocity: Array
-) -> None:
-    inputs = {io.latents: x, io.timestep: np.full(len(x), timestep, np.float32), **conditions}
-    context.run(inputs, {VELOCITY: velocity})

@@ -19,8 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from cachec.compiler.calibration.trajectories import Denoiser, Trajectories
-from cachec.compiler.schedule import Schedule, interval_schedule
+from cachec.compiler.schedule import Schedule, interval_for_budget, interval_schedule
 from cachec.compiler.table import ForecastTable, Table, compose
 from cachec.runtime.errors import InputError, PredictorError, unknown_name
 from cachec.runtime.program import Cut
@@ -28,6 +27,7 @@ from cachec.runtime.specs import Array
 
 if TYPE_CHECKING:
     from cachec.compiler.calibration.calibration import Calibration
+    from cachec.compiler.calibration.trajectories import Denoiser, Trajectories
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,9 @@ class Predictor(nn.Module, ABC):
 class TrainingData:
     """What a method is trained on: the split model, recorded runs, and runs that only tell when to stop."""
 
-    denoiser: Denoiser
-    train: Trajectories
-    held_out: Trajectories
+    denoiser: "Denoiser"
+    train: "Trajectories"
+    held_out: "Trajectories"
     schedule: Schedule
     seed: int
     work: Path
@@ -106,6 +106,14 @@ class Method(ABC):
     def interval(self, num_steps: int, interval: int) -> Schedule:
         """The method's own published schedule."""
         return interval_schedule(num_steps, interval, extra=self.extra_steps)
+
+    def published(self, num_steps: int, budget: int) -> Schedule:
+        """The method's own published schedule with at most ``budget`` computed steps.
+
+        Raises:
+            InputError: there is none.
+        """
+        return interval_for_budget(num_steps, budget, extra=self.extra_steps)
 
     @classmethod
     def with_options(cls, options: Mapping[str, str]) -> Self:

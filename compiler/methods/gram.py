@@ -6,6 +6,7 @@ that its own rows led to, and on a schedule searched for it; then all rows and t
 Gauss-Newton.
 """
 
+import logging
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from cachec.compiler.calibration.calibration import Calibration
 
 POLISH_PROMPTS = 32
+MAX_POLISHED = 12  # computed steps
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -30,8 +34,8 @@ class Gram(TableMethod):
 
     No order and no warm-up: one computed step is enough to begin. The displacement from the noise is regressed on every
     velocity, so each row also repairs what earlier ones missed. ``polish`` is the number of Gauss-Newton rounds on rows and
-    time steps (0: the closed form alone). Fitted to one model, sampler and schedule; of no use for others, and no better
-    than its calibration prompts are typical. Exact on nothing.
+    time steps (0: the closed form alone; above 12 computed steps there is none). Fitted to one model, sampler and schedule;
+    of no use for others, and no better than its calibration prompts are typical. Exact on nothing.
     """
 
     name: ClassVar[str] = "gram"
@@ -53,7 +57,9 @@ class Gram(TableMethod):
         from cachec.compiler.calibration.closed_loop import fit_rows, polish
 
         table = fit_rows(calibration, schedule)
-        if self.polish:
+        if self.polish and len(schedule.compute) > MAX_POLISHED:
+            log.warning("%d computed steps are not polished: that takes a cubic number of evaluations", len(schedule.compute))
+        elif self.polish:
             some = calibration.select(range(min(POLISH_PROMPTS, calibration.num_prompts)))
             table = polish(some, table, rounds=self.polish)
         tensors = {"rows": torch.from_numpy(table.coefficients)}

@@ -12,7 +12,7 @@ import torch
 
 from cachec.compiler.methods.base import Parameters, TableMethod
 from cachec.compiler.published import L2P_LISTS, L2P_STEPS
-from cachec.compiler.schedule import Schedule, interval_schedule
+from cachec.compiler.schedule import Schedule, interval_schedule, l2p_schedule
 from cachec.compiler.table import AdvanceTable, collapse, compose
 from cachec.runtime.errors import InputError, PredictorError
 from cachec.runtime.program import Cut
@@ -55,6 +55,9 @@ class L2p(TableMethod):
         if num_steps == L2P_STEPS and interval in L2P_LISTS:
             return Schedule(num_steps, L2P_LISTS[interval])
         return interval_schedule(num_steps, interval)
+
+    def published(self, num_steps: int, budget: int) -> Schedule:
+        return l2p_schedule(num_steps, budget)
 
     def calibrate(self, calibration: "Calibration", schedule: Schedule) -> Parameters:
         gram = calibration.velocity_gram()

@@ -53,6 +53,9 @@ class Spectrum(TableMethod):
         """
         return spectrum_schedule(num_steps, budget=len(interval_schedule(num_steps, interval).compute))
 
+    def published(self, num_steps: int, budget: int) -> Schedule:
+        return spectrum_schedule(num_steps, budget)
+
     def table(self, schedule: Schedule, sigmas: Array, parameters: Parameters | None) -> ForecastTable:
         computed = np.array(schedule.compute)
         rows = np.zeros((schedule.num_steps, len(computed)))

@@ -115,10 +115,6 @@ class LoadedModel(ABC):
         """Pictures [B, H, W, 3], float32 in [0, 1], from packed latents."""
 
     @abstractmethod
-    def flow_shift(self, settings: Settings) -> float:
-        """The factor by which other samplers of flows call the sampler's shift at this resolution."""
-
-    @abstractmethod
     def generate(self, conditions: Mapping[str, Array], noise: Array, settings: Settings) -> Array:
         """Latents from the untouched pipeline's own denoise loop: the eager baseline."""
 

@@ -4,7 +4,6 @@ Cut: the image tokens after the last single block, before ``norm_out`` and ``pro
 """
 
 import hashlib
-import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -95,10 +94,6 @@ class FluxModel(LoadedModel):
         keys = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
         mu: float = calculate_shift(self._tokens(settings), *(config[key] for key in keys))
         return mu
-
-    def flow_shift(self, settings: Settings) -> float:
-        config = self.pipeline.scheduler.config
-        return math.exp(self.shift(settings)) if config.use_dynamic_shifting else float(config.shift)
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], settings: Settings, names: Sequence[str]) -> dict[str, Array]:

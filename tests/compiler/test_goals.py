@@ -59,6 +59,9 @@ def test_levels_have_their_figures_or_given_ones():
         ("hihg", "Did you mean 'high'"),
         ("high,high", "there twice"),
         ("uncached=30", "reserved"),
+        ("fine=30", "reserved"),
+        ("taylor=30", "reserved"),
+        ("lossless=40", "takes no PSNR"),
         ("fast=much", "'much'; it must be a PSNR in dB"),
         ("fast=-3", "above 0"),
         ("fast=nan", "above 0"),
@@ -91,6 +94,7 @@ def test_bad_levels_are_refused(text, message):
         ("gram", {"target_psnr": math.inf}, "above 0"),
         ("gram", {"target_speedup": 0.5}, "at least 1"),
         ("gram", {"target_speedup": 51.0}, "best reachable with 50 steps is 50"),
+        ("taylor", {"schedule": "0,30"}, "too short: taylor needs 3"),
         ("taylor", {"budget": 2}, "budget is 2, but taylor needs 3 computed steps to start"),
         ("spectrum", {"budget": 4}, "spectrum needs 5"),
         ("lesa", {"levels": "high"}, "trained for one schedule"),
@@ -121,7 +125,7 @@ def test_a_target_out_of_reach_names_the_best():
         smallest_budget(lambda budget: float(budget), 60.0, 1, 50)
 
 
-@pytest.mark.parametrize("cost", [0.0, 0.03, 0.5])
+@pytest.mark.parametrize("cost", [0.0, 0.03, 0.5, 1.0, 1.2])
 @pytest.mark.parametrize("wanted", [1.0, 1.7, 2.0])
 def test_the_budget_for_a_speed_up_is_the_largest_that_is_fast_enough(cost, wanted):
     def speedup(budget):

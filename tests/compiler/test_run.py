@@ -75,9 +75,9 @@ def test_what_is_interrupted_goes_on_where_it_was(calibrate, tmp_path, monkeypat
     ("options", "message"),
     [
         ({"num": 11}, "num is 11, but there are only 10 prompts: give more with --prompts"),
-        ({"num": 7}, "7 prompts are too few to fit on some and to measure on others: give at least 8"),
-        ({"num": 0}, "no prompt"),
-        ({"num": -3}, "no prompt"),
+        ({"num": 7}, "num is 7; calibration needs at least 8 prompts"),
+        ({"num": 0}, "num is 0; calibration needs"),
+        ({"num": -3}, "num is -3; calibration needs"),
         ({"seed": -1}, "seed is -1"),
         ({"steps": 0}, "steps is 0"),
         ({"reference_steps": 6}, "reference-steps is 6; it must be a multiple of the 4 steps"),

@@ -4,10 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from cachec.compiler.calibration.solvers import SOLVERS, diffusers_scheduler, multistep, solver_rows
+from cachec.compiler.calibration.solvers import SOLVERS, diffusers_scheduler, solver_rows
 from cachec.runtime.engine import VELOCITY
 from cachec.runtime.errors import InputError
-from cachec.runtime.session import ModelIO
 
 SHAPE = (2, 3, 4)
 
@@ -135,21 +134,6 @@ class _Model:
     def run(self, inputs, outputs):
         self.told.append(float(inputs["t"][0]))
         outputs[VELOCITY][...] = model(inputs["x"], inputs["t"].reshape(-1, 1, 1)) + inputs["c"]
-
-
-@pytest.mark.parametrize("name", SOLVERS)
-def test_multistep_runs_rows_on_an_engine(name):
-    sigmas = shifted(6)
-    rows, context = solver_rows(name, sigmas), _Model()
-    noise = np.random.default_rng(0).standard_normal(SHAPE).astype(np.float32)
-    kept = noise.copy()
-    denoise = multistep(context, ModelIO("x", "t", ("c",)), sigmas[:-1], rows)
-    first = denoise({"c": np.zeros_like(noise)}, noise)
-    assert first.dtype == np.float32
-    assert (denoise({"c": np.zeros_like(noise)}, noise) == first).all()
-    assert (noise == kept).all()
-    np.testing.assert_allclose(context.told[:6], sigmas[:-1], rtol=1e-6)
-    np.testing.assert_allclose(first, run_rows(rows, sigmas, noise.astype(np.float64)), atol=1e-5)
 
 
 def test_unknown_solvers_are_refused_with_the_nearest_name():

@@ -1,0 +1,38 @@
+"""The forecast graph: a predictor inlined into the tail and folded, or the linear one that all linear methods share."""
+
+from collections.abc import Sequence
+
+import torch
+
+from cachec.compiler.capture import capture_predictor
+from cachec.compiler.methods.base import Parameters, PredictorMethod
+from cachec.compiler.methods.reuse import Reuse
+from cachec.compiler.models.base import LoadedModel, Settings
+from cachec.compiler.schedule import Schedule
+from cachec.passes import COMPUTE, Graphs, forecast_passes, run_passes
+from cachec.passes.base import Observer
+
+
+def linear_graphs(model: LoadedModel, split: Graphs, settings: Settings) -> Graphs:
+    """The compute graph and the linear forecast graph."""
+    return inline(model, split, settings, Reuse(), Schedule(settings.steps, (0,)), None, fold=True)
+
+
+def inline(
+    model: LoadedModel,
+    split: Graphs,
+    settings: Settings,
+    method: PredictorMethod,
+    schedule: Schedule,
+    parameters: Parameters | None,
+    *,
+    fold: bool,
+    observers: Sequence[Observer] = (),
+) -> Graphs:
+    """Inline a predictor into the forecast graph and, with ``fold``, fold it to numbers."""
+    with torch.no_grad():
+        example = split.modules[COMPUTE](**model.example_inputs(settings))["feature"]
+    predictor = capture_predictor(method.predictor(parameters), method.window, example, settings.steps)
+    sigmas = torch.from_numpy(model.sampling(settings)[0])
+    passes = forecast_passes(predictor, sigmas, method.histories(schedule), fold=fold)
+    return run_passes(split, passes, observers=observers)
