@@ -5,7 +5,7 @@ READY := $(VENV)/.ready
 BUILD := reference/build
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo test check types wheel eval reference clean
+.PHONY: help demo test check types wheel eval quality reference clean
 
 help:  ## Say what can be made
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -47,6 +47,11 @@ wheel: $(READY)  ## Build the wheel, install it in clean venvs, run the smoke te
 
 eval: $(READY)  ## The honest table: demo/eval.json
 	$(BIN)/cachec eval demo/tiny-flux-lesa.cachec --json demo/eval.json --force
+
+quality: $(READY)  ## Every method at every budget: bench/QUALITY.md (about two hours on two idle cores)
+	$(BIN)/python -m bench.quality --work build/quality
+	$(BIN)/python -m bench.gram_ablation --work build/quality
+	$(BIN)/python -m bench.quality_report --date $$(date +%F)
 
 reference: $(READY)  ## Retrain tiny-flux from nothing (an hour or two on two idle cores)
 	$(BIN)/python -m reference.train_autoencoder --out $(BUILD)

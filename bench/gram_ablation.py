@@ -25,6 +25,7 @@ from cachec.compiler.table import AdvanceTable
 from reference.dataset import Scene, scenes
 
 RIDGE = 1e-9
+MAX_POLISHED = 8  # computed steps
 WARM, COLD = {"red", "orange", "yellow", "purple"}, {"green", "cyan", "blue", "white"}
 ROUND, ANGULAR = {"circle", "ring"}, {"square", "triangle", "cross"}
 HERE, THERE = {"left", "top", "left of"}, {"right", "bottom", "centre", "above"}
@@ -121,7 +122,11 @@ def ablate(calibration: Calibration, schedule: Schedule) -> dict[str, Any]:
         reference = values if reference is None else reference
         result[variant.name] = paired(values, reference)
         print(len(schedule.compute), variant.name, result[variant.name], flush=True)
-    tables = _polished(fit, schedule)
+    tables = (
+        _polished(fit, schedule)
+        if len(schedule.compute) <= MAX_POLISHED
+        else {"cross-validated ridge": fit_rows(fit, schedule)}
+    )
     base = decibels_by_prompt(held_out.run(tables["cross-validated ridge"]), held_out)
     for name, table in tables.items():
         values = decibels_by_prompt(held_out.run(table), held_out)

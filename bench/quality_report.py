@@ -160,7 +160,10 @@ def ablation(path: Path) -> str:
     for name in next(iter(variants.values())):
         cells = []
         for entry in variants.values():
-            row = entry[name]
+            row = entry.get(name)
+            if row is None:
+                cells.append("–")
+                continue
             cells.append(f"{row['db']:.2f}" if name == "closed form" else f"{row['change']:+.2f} ± {row['stderr']:.2f}")
         lines.append([name, *cells])
     captions = data["captions"]
