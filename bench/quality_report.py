@@ -180,7 +180,7 @@ def plot(rows: Rows, path: Path) -> None:
     shown = (("gram polished", "searched", "C3", "-"), ("gram", "searched", "C3", "--"), ("bns", "gram's", "C5", ":"),
              ("ab2", "searched", "C0", "-"), ("unipc", "searched", "C9", "-"), ("unipc", "own", "C9", ":"),
              ("ab2", "own", "C0", ":"), ("taylor:1", "searched", "C2", "-"), ("taylor:1", "own", "C2", ":"),
-             ("l2p (closed)", "own", "C4", ":"), ("spectrum", "own", "C1", ":"), ("lesa", "own", "k", ""))  # fmt: skip
+             ("l2p (Adam)", "own", "C4", ":"), ("spectrum", "own", "C1", ":"), ("lesa", "own", "k", ""))  # fmt: skip
     for method, schedule, colour, style in shown:
         points = [(rows.get(k, method, schedule), k) for k in rows.budgets()]
         found = [(row["computed"], row["psnr"]) for row, _ in points if row is not None]

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from cachec.compiler.calibration.calibration import Calibration
 
 POLISH_PROMPTS = 32
+MIN_POLISH_PROMPTS = 16  # with fewer, rows and time steps fit these prompts alone: bench/QUALITY.md
 MAX_POLISHED = 12  # computed steps
 
 log = logging.getLogger(__name__)
@@ -34,8 +35,9 @@ class Gram(TableMethod):
 
     No order and no warm-up: one computed step is enough to begin. The displacement from the noise is regressed on every
     velocity, so each row also repairs what earlier ones missed. ``polish`` is the number of Gauss-Newton rounds on rows and
-    time steps (0: the closed form alone; above 12 computed steps there is none). Fitted to one model, sampler and schedule;
-    of no use for others, and no better than its calibration prompts are typical. Exact on nothing.
+    time steps (0: the closed form alone; there is none above 12 computed steps, nor below 16 fitted prompts). Fitted to one
+    model, sampler and schedule; of no use for others, and no better than its calibration prompts are typical. Exact on
+    nothing.
     """
 
     name: ClassVar[str] = "gram"
@@ -59,6 +61,8 @@ class Gram(TableMethod):
         table = fit_rows(calibration, schedule)
         if self.polish and len(schedule.compute) > MAX_POLISHED:
             log.warning("%d computed steps are not polished: that takes a cubic number of evaluations", len(schedule.compute))
+        elif self.polish and calibration.num_prompts < MIN_POLISH_PROMPTS:
+            log.warning("fitted on %d prompts, not polished: that takes %d", calibration.num_prompts, MIN_POLISH_PROMPTS)
         elif self.polish:
             some = calibration.select(range(min(POLISH_PROMPTS, calibration.num_prompts)))
             table = polish(some, table, rounds=self.polish)

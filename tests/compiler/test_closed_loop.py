@@ -449,6 +449,7 @@ def test_gram_without_polish_is_the_closed_form(calibration):
 
 def test_gram_fits_rows_to_all_prompts_and_polishes_on_the_first(monkeypatch):
     monkeypatch.setattr("cachec.compiler.methods.gram.POLISH_PROMPTS", 4)
+    monkeypatch.setattr("cachec.compiler.methods.gram.MIN_POLISH_PROMPTS", 9)
     calibration = make_calibration(9)
     parameters = Gram(polish=2).calibrate(calibration, FOUR)
     assert parameters.tensors["rows"].dtype == parameters.tensors["timesteps"].dtype == torch.float64
@@ -464,6 +465,14 @@ def test_gram_works_with_few_prompts(num_prompts):
     calibration = make_calibration(num_prompts)
     table = Gram(polish=1).table(FOUR, calibration.sigmas, Gram(polish=1).calibrate(calibration, FOUR))
     assert decibels(calibration.errors(table)) > 30
+
+
+def test_gram_does_not_polish_on_too_few_prompts_and_says_so(caplog):
+    calibration = make_calibration(15)
+    parameters = Gram(polish=2).calibrate(calibration, FOUR)
+    assert set(parameters.tensors) == {"rows"}
+    assert caplog.messages == ["fitted on 15 prompts, not polished: that takes 16"]
+    assert set(Gram(polish=1).calibrate(make_calibration(16), FOUR).tensors) == {"rows", "timesteps"}
 
 
 def test_drafts_are_gram_without_polish():
