@@ -13,13 +13,11 @@ from torch.export import Dim, ExportedProgram
 
 from cachec.passes import MODEL, Graphs
 from cachec.passes.base import copy_module
-from cachec.runtime.engine import FEATURE, HISTORY_STEPS, SIGMAS, STEP, VELOCITY, history_name
+from cachec.runtime.engine import BATCH, FEATURE, HISTORY_STEPS, SIGMAS, STEP, VELOCITY, history_name
 from cachec.runtime.errors import PassError
 
-BATCH = "batch"
-SLOTS = "slots"
 MAX_BATCH = 1024
-MAX_SLOTS = 1024
+MAX_SIZE = 1024  # of the other symbolic axes: slots, steps
 
 
 class _Captured(nn.Module):
@@ -120,18 +118,17 @@ def _trace(
 
 
 def export_program(
-    module: fx.GraphModule, inputs: Mapping[str, torch.Tensor], dynamic: Mapping[str, Mapping[int, str]]
+    module: fx.GraphModule, inputs: Mapping[str, torch.Tensor], dynamic: Mapping[str, tuple[str, ...]]
 ) -> ExportedProgram:
-    """Export a rewritten graph again, for an engine builder; ``dynamic`` names the symbolic axes of inputs.
+    """Export a rewritten graph again, for an engine builder; ``dynamic`` names the leading, symbolic axes of each input.
 
     Raises:
         PassError: ``torch.export`` refuses; with its reason.
     """
-    sizes = {BATCH: MAX_BATCH, SLOTS: MAX_SLOTS}
-    dims = {name: Dim(name, min=1, max=sizes[name]) for axes in dynamic.values() for name in axes.values()}
-    shapes = {name: {axis: dims[d] for axis, d in dynamic.get(name, {}).items()} for name in inputs}
+    names = {name for axes in dynamic.values() for name in axes}
+    dims = {name: Dim(name, min=1, max=MAX_BATCH if name == BATCH else MAX_SIZE) for name in names}
+    shapes = {name: {axis: dims[d] for axis, d in enumerate(dynamic[name])} for name in inputs}
     program = _export(module, (), dict(inputs), shapes)
-    program.example_inputs = None  # they would be stored as a pickle
     for node in program.graph.nodes:
         for note in ("stack_trace", "from_node"):  # they hold source paths of the machine that compiles
             node.meta.pop(note, None)

@@ -9,13 +9,21 @@ from cachec.compiler.methods.base import Parameters, PredictorMethod
 from cachec.compiler.methods.reuse import Reuse
 from cachec.compiler.models.base import LoadedModel, Settings
 from cachec.compiler.schedule import Schedule
-from cachec.passes import COMPUTE, Graphs, forecast_passes, run_passes
-from cachec.passes.base import Observer
+from cachec.passes import COMPUTE, FORECAST, Graphs, engine_passes, forecast_passes, run_passes
+from cachec.passes.base import Observer, placeholders
+from cachec.runtime.engine import FEATURES
 
 
 def linear_graphs(model: LoadedModel, split: Graphs, settings: Settings) -> Graphs:
     """The compute graph and the linear forecast graph."""
     return inline(model, split, settings, Reuse(), Schedule(settings.steps, (0,)), None, fold=True)
+
+
+def engine_graphs(model: LoadedModel, graphs: Graphs, hoist: str, observers: Sequence[Observer] = ()) -> Graphs:
+    """The graphs that engines are built from."""
+    io, linear = model.io, FORECAST in graphs.modules and FEATURES in placeholders(graphs.modules[FORECAST])
+    passes = engine_passes(io.latents, io.timestep, io.conditions, linear=linear, hoist=hoist)
+    return run_passes(graphs, passes, observers=observers)
 
 
 def inline(

@@ -25,15 +25,21 @@ def lower_table(table: ForecastTable, key: ProgramKey, sigmas: Array, timesteps:
     coefficients = np.zeros((schedule.num_steps, max(len(row_of), 1)), np.float32)
     bias = table.bias.astype(np.float32)
     instructions: list[Instruction] = []
+    run: list[int] = []  # forecast steps since the last computed one
     for step in range(schedule.num_steps):
         slots.release(last_read, step)
+        if run and step in row_of:
+            instructions.append(Forecast(tuple(run), slots.capacity))
+            run = []
         if step in row_of:
             slot = slots.assign(step) if last_read[step] >= 0 else None
             instructions.append(Compute(step, slot))
             continue
         for owner, slot in slots.live.items():
             coefficients[step, slot] = table.coefficients[step, row_of[owner]]
-        instructions.append(Forecast((step,), slots.capacity))
+        run.append(step)
+    if run:
+        instructions.append(Forecast(tuple(run), slots.capacity))
     return _program(key, instructions, max(slots.capacity, 1), sigmas, timesteps, coefficients, bias)
 
 

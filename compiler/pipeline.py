@@ -24,7 +24,7 @@ from cachec.compiler.calibration.statistics import (
 )
 from cachec.compiler.capture import named_model
 from cachec.compiler.export import EnginePlan, plan_engines
-from cachec.compiler.forecast import inline, linear_graphs
+from cachec.compiler.forecast import engine_graphs, inline, linear_graphs
 from cachec.compiler.lower import lower_predictor, lower_table, lower_uncached
 from cachec.compiler.methods.base import Parameters, PredictorMethod
 from cachec.compiler.models.base import LoadedModel
@@ -49,6 +49,8 @@ from cachec.runtime.program import UNCACHED, Program, ProgramKey, hash_sigmas
 from cachec.runtime.specs import Array
 
 log = logging.getLogger(__name__)
+
+PASSES_BEFORE_ENGINES = 20  # number of the first dump of engine passes
 
 STAGES = (
     "capture and split",
@@ -104,13 +106,11 @@ def _compile(model: LoadedModel, request: Request, out: Path, result: Compilatio
         calibrations = find_calibrations(model, split, request, given, result, out.with_name(out.name + ".calibration"))
         clock.lap()
         graphs = add_forecast(model, split, request, parameters)
-        plans = plan_engines(graphs, model.example_inputs(request.settings), request.settings.steps)
+        final = engine_graphs(model, graphs, request.hoist, _observers(model, request, start=PASSES_BEFORE_ENGINES))
+        plans = plan_engines(final, model.example_inputs(request.settings), model.io.latents, request.settings.steps)
         clock.lap()
         target = build_target(backend, request, plans, writer)
-        engines = {
-            name: stack.enter_context(backend.load(writer.staging / artifact.path, artifact.signature))
-            for name, artifact in target.engines.items()
-        }
+        engines = load_engines(backend, target, writer.staging, stack)
         clock.lap()
         programs = make_programs(model, request, graphs, engines, calibrations, parameters, result)
         clock.lap()
@@ -293,12 +293,7 @@ def build_target(backend: Any, request: Request, plans: Sequence[EnginePlan], wr
     """Build the engines into the bundle."""
     settings = request.settings
     directory = writer.directory(f"engines/{backend.name}-cpu-{settings.dtype}-{settings.height}x{settings.width}")
-    signatures = {plan.name: plan.signature for plan in plans}
-    paths = backend.build({plan.name: plan.program for plan in plans}, signatures, directory)
-    engines = {name: Artifact(writer.seal(path), signatures[name]) for name, path in paths.items()}
-    for extra in sorted(directory.iterdir()):
-        if extra.relative_to(writer.staging).as_posix() not in writer.files:
-            writer.seal(extra)
+    engines = build_engines(backend, plans, writer, directory)
     return Target(
         backend=backend.name,
         version=backend.version(),
@@ -307,6 +302,26 @@ def build_target(backend: Any, request: Request, plans: Sequence[EnginePlan], wr
         shape_bucket=f"{settings.height}x{settings.width}, {settings.text_tokens} text tokens",
         engines=engines,
     )
+
+
+def build_engines(
+    backend: type[Engine], plans: Sequence[EnginePlan], writer: BundleWriter, directory: Path
+) -> dict[str, Artifact]:
+    """Build engines into a directory of the bundle, and name their files by their hashes."""
+    signatures = {plan.name: plan.signature for plan in plans}
+    paths = backend.build({plan.name: plan.program for plan in plans}, signatures, directory)
+    sealed = {path: writer.seal(path) for path in sorted(set(paths.values()))}  # several engines may be in one file
+    for extra in sorted(directory.iterdir()):
+        if extra.relative_to(writer.staging).as_posix() not in writer.files:
+            writer.seal(extra)
+    return {name: Artifact(sealed[path], signatures[name]) for name, path in paths.items()}
+
+
+def load_engines(backend: type[Engine], target: Target, root: Path, stack: ExitStack) -> dict[str, Engine]:
+    """Load what was built, to be closed with ``stack``."""
+    files = {name: root / artifact.path for name, artifact in target.engines.items()}
+    engines = backend.load(files, {name: artifact.signature for name, artifact in target.engines.items()})
+    return {name: stack.enter_context(engine) for name, engine in engines.items()}
 
 
 def _observers(model: LoadedModel, request: Request, start: int = 0) -> list[Observer]:
@@ -351,6 +366,7 @@ def _manifest(
             "feeds_back": getattr(method, "feeds_back", False),
             "short_history": "repeat the oldest entry",
             "fold": "static" if request.fold else "none",
+            "hoist": request.hoist,
             "predictor": dict(parameters.facts) if parameters else None,
         },
         settings={

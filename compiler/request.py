@@ -12,6 +12,7 @@ from cachec.compiler.methods.base import Method, PredictorMethod
 from cachec.compiler.models.base import ModelSpec, Settings
 from cachec.compiler.schedule import Schedule
 from cachec.engines import BACKENDS
+from cachec.passes import HOISTS
 from cachec.runtime.errors import InputError, unknown_name
 from cachec.runtime.noise import check_seed
 
@@ -42,6 +43,7 @@ class Request:
     seed: int = 0
     batch: int | None = None
     fold: bool = True
+    hoist: str = "all"
     verify_passes: bool = False
     dump_graphs: Path | None = None
 
@@ -94,6 +96,7 @@ def make_request(
     prompts: str | Path | None = None,
     seed: int = 0,
     fold: str = "static",
+    hoist: str = "all",
     verify_passes: bool = False,
     dump_graphs: str | Path | None = None,
 ) -> Request:
@@ -103,7 +106,8 @@ def make_request(
     (``lossless,high,fast=30``), ``target_psnr`` in dB or ``target_speedup``; at most one. ``schedule`` is ``uniform``,
     ``interval``, ``search``, or a list of steps, ``0,1,2,9``. The default is the method's own interval; methods that are
     fitted to a schedule search one. ``calibration`` is a file from ``cachec calibrate``; ``reference_steps`` fits to a finer
-    run. ``prompts`` is a file of training and calibration prompts. ``fold`` is ``static`` or ``none``.
+    run. ``prompts`` is a file of training and calibration prompts. ``fold`` is ``static`` or ``none``,
+    ``hoist`` ``none``, ``tables`` (what depends on the prompt leaves the step) or ``all`` (on the step, too).
 
     Raises:
         InputError: an option is unknown, out of range, or contradicts another.
@@ -140,6 +144,7 @@ def make_request(
         seed=seed,
         batch=batch,
         fold=_check_fold(chosen, goals, fold),
+        hoist=_check_hoist(hoist),
         verify_passes=verify_passes,
         dump_graphs=Path(dump_graphs) if dump_graphs else None,
     )
@@ -188,6 +193,12 @@ def _choose_reference(method: Method, goals: Sequence[Goal], steps: int, given: 
             f"reference-steps is {given}, but the schedule is given on the run's own steps: take --schedule search"
         )
     return given or 0
+
+
+def _check_hoist(hoist: str) -> str:
+    if hoist not in HOISTS:
+        raise unknown_name("hoist", hoist, HOISTS)
+    return hoist
 
 
 def _check_fold(method: Method, goals: Sequence[Goal], fold: str) -> bool:

@@ -10,6 +10,7 @@ from cachec.runtime.errors import BundleError, unknown_name
 from cachec.runtime.session import LoadedBundle, load_bundle
 
 BACKENDS = {
+    "aoti": "cachec.engines.aoti:AotiEngine",
     "eager": "cachec.engines.eager:EagerEngine",
     "ort": "cachec.engines.ort:OrtEngine",
 }

@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from cachec.runtime.engine import Engine, ExecutionContext, check_bindings
+from cachec.runtime.device import Buffer, Host
+from cachec.runtime.engine import Call, Engine, ExecutionContext, check_bindings
 from cachec.runtime.errors import BundleError, missing_extra
-from cachec.runtime.specs import Array, Signature
+from cachec.runtime.specs import Signature
 
 if importlib.util.find_spec("torch") is None:
     raise missing_extra("torch", "compile", "the eager backend")
@@ -29,11 +30,18 @@ class EagerEngine(Engine):
     def __init__(self, module: torch.nn.Module, signature: Signature) -> None:
         self._module: Any = module
         self.signature = signature
+        self.device = Host()
 
     @classmethod
-    def load(cls, path: Path, signature: Signature, *, threads: int | None = None) -> Self:
+    def load(
+        cls, files: Mapping[str, Path], signatures: Mapping[str, Signature], *, threads: int | None = None
+    ) -> dict[str, Self]:
         if threads is not None:
             torch.set_num_threads(threads)
+        return {name: cls._open(path, signatures[name]) for name, path in files.items()}
+
+    @classmethod
+    def _open(cls, path: Path, signature: Signature) -> Self:
         try:
             program = torch.export.load(path)
         except (RuntimeError, ValueError, OSError) as error:
@@ -58,6 +66,7 @@ class EagerEngine(Engine):
         paths = {}
         for name, program in programs.items():
             paths[name] = out / f"{name}.pt2"
+            program.example_inputs = None  # they would be stored as a pickle
             torch.export.save(program, paths[name])
         return paths
 
@@ -67,9 +76,18 @@ class _EagerContext(ExecutionContext):
         self._module = module
         self._signature = signature
 
-    @torch.no_grad()
-    def run(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
+    def bind(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> Call:
         check_bindings(self._signature, inputs, outputs)
-        results = self._module(**{name: torch.from_numpy(array) for name, array in inputs.items()})
-        for name, array in outputs.items():
-            torch.from_numpy(array).copy_(results[name])
+        given, wanted = ({name: torch.from_numpy(array) for name, array in side.items()} for side in (inputs, outputs))
+        return _EagerCall(self._module, given, wanted)
+
+
+class _EagerCall(Call):
+    def __init__(self, module: torch.nn.Module, inputs: dict[str, torch.Tensor], outputs: dict[str, torch.Tensor]) -> None:
+        self._module, self._inputs, self._outputs = module, inputs, outputs
+
+    @torch.no_grad()
+    def run(self) -> None:
+        results = self._module(**self._inputs)
+        for name, buffer in self._outputs.items():
+            buffer.copy_(results[name])

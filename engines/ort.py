@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from cachec.runtime.engine import Engine, ExecutionContext, check_bindings
+from cachec.runtime.device import Buffer, Host
+from cachec.runtime.engine import Call, Engine, ExecutionContext, check_bindings
 from cachec.runtime.errors import BundleError, InputError, missing_extra
-from cachec.runtime.specs import Array, Signature
+from cachec.runtime.specs import Signature
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -39,10 +40,17 @@ class OrtEngine(Engine):
     def __init__(self, session: onnxruntime.InferenceSession, signature: Signature) -> None:
         self._session: Any = session
         self.signature = signature
+        self.device = Host()
 
     @classmethod
-    def load(cls, path: Path, signature: Signature, *, threads: int | None = None) -> Self:
+    def load(
+        cls, files: Mapping[str, Path], signatures: Mapping[str, Signature], *, threads: int | None = None
+    ) -> dict[str, Self]:
         _start_thread_pool(threads)
+        return {name: cls._open(path, signatures[name]) for name, path in files.items()}
+
+    @classmethod
+    def _open(cls, path: Path, signature: Signature) -> Self:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.use_per_session_threads = False
@@ -97,14 +105,24 @@ class _OrtContext(ExecutionContext):
         self._session = session
         self._signature = signature
 
-    def run(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
+    def bind(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> Call:
         check_bindings(self._signature, inputs, outputs)
         binding = self._session.io_binding()
         for name, array in inputs.items():
             binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
         for name, array in outputs.items():
             binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
-        self._session.run_with_iobinding(binding)
+        return _OrtCall(self._session, binding, (*inputs.values(), *outputs.values()))
+
+
+class _OrtCall(Call):
+    def __init__(self, session: onnxruntime.InferenceSession, binding: Any, buffers: tuple[Buffer, ...]) -> None:
+        self._run: Any = session.run_with_iobinding
+        self._binding = binding
+        self._buffers = buffers  # the binding knows addresses only
+
+    def run(self) -> None:
+        self._run(self._binding)
 
 
 def build_onnx(programs: Mapping[str, "ExportedProgram"], signatures: Mapping[str, Signature], out: Path) -> dict[str, Path]:

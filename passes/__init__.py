@@ -8,10 +8,13 @@ from collections.abc import Mapping
 import torch
 from torch import fx
 
+from cachec.passes.add_advance import AddAdvance
 from cachec.passes.base import (
+    ADVANCE,
     COMPUTE,
     FORECAST,
     MODEL,
+    PROLOGUE,
     GraphPass,
     Graphs,
     Pass,
@@ -21,6 +24,7 @@ from cachec.passes.base import (
     graph_text,
     run_passes,
 )
+from cachec.passes.batch_forecast import BatchForecast
 from cachec.passes.decomplexify import Decomplexify
 from cachec.passes.drop_asserts import DropAsserts
 from cachec.passes.drop_noop_squeezes import DropNoopSqueezes
@@ -28,6 +32,8 @@ from cachec.passes.expand_attention_masks import ExpandAttentionMasks
 from cachec.passes.find_cut import FindCut
 from cachec.passes.fold_constants import FoldConstants
 from cachec.passes.fold_static import FoldStatic
+from cachec.passes.fuse_sampler import FuseSampler
+from cachec.passes.hoist import Hoist
 from cachec.passes.inline_predictor import InlinePredictor
 from cachec.passes.prune import Prune
 from cachec.passes.replace_type_as import ReplaceTypeAs
@@ -35,9 +41,13 @@ from cachec.passes.rewrite_bool_masked_fill import RewriteBoolMaskedFill
 from cachec.passes.split_model import SplitModel
 
 __all__ = [
+    "ADVANCE",
     "COMPUTE",
     "FORECAST",
     "MODEL",
+    "PROLOGUE",
+    "AddAdvance",
+    "BatchForecast",
     "Decomplexify",
     "DropAsserts",
     "DropNoopSqueezes",
@@ -45,8 +55,10 @@ __all__ = [
     "FindCut",
     "FoldConstants",
     "FoldStatic",
+    "FuseSampler",
     "GraphPass",
     "Graphs",
+    "Hoist",
     "InlinePredictor",
     "Pass",
     "PassResult",
@@ -57,6 +69,7 @@ __all__ = [
     "SplitModel",
     "canonical_passes",
     "dump_to",
+    "engine_passes",
     "forecast_passes",
     "graph_text",
     "run_passes",
@@ -96,4 +109,21 @@ def forecast_passes(
         DropAsserts(),  # the predictor brings its own
         *([FoldStatic(sigmas, histories)] if fold else []),  # needs the predictor and the tail in one graph
         Prune(),  # last: folding leaves the predictor's weights and inputs unread
+    ]
+
+
+HOISTS = ("none", "tables", "all")  # what leaves the step graphs: nothing, what depends on the prompt, on the step too
+
+
+def engine_passes(latents: str, timestep: str, conditions: tuple[str, ...], *, linear: bool, hoist: str = "all") -> list[Pass]:
+    """From graphs of single steps to what engines are built from. ``latents``, ``timestep``, ``conditions``: input names.
+
+    ``linear``: there is a linear forecast graph, not none and not one with a predictor inside.
+    """
+    return [
+        *([] if hoist == "none" else [Hoist(timestep, conditions, per_step=hoist == "all")]),
+        *([BatchForecast(latents, timestep)] if linear else []),  # needs to know what was hoisted by step
+        FuseSampler(latents),
+        AddAdvance(),
+        Prune(),
     ]

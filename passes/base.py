@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,20 +11,23 @@ from torch import fx
 
 from cachec.runtime.errors import PassError, PredictorError
 
-MODEL, COMPUTE, FORECAST = "model", "compute", "forecast"
+MODEL, COMPUTE, FORECAST, PROLOGUE, ADVANCE = "model", "compute", "forecast", "prologue", "advance"
 
 
 @dataclass(frozen=True)
 class Graphs:
     """What flows through the passes.
 
-    ``modules`` holds ``model`` before the split and ``compute`` and ``forecast`` after it. ``cut`` names the node whose
-    value crosses from body to tail. ``rows`` is what folding the predictor left: coefficients [T, W] and bias [T].
+    ``modules`` holds ``model`` before the split and ``compute`` and ``forecast`` after it, later ``prologue`` and
+    ``advance``. ``cut`` names the node whose value crosses from body to tail, in the forecast graph once the predictor is
+    there. ``rows`` is what folding the predictor left: coefficients [T, W] and bias [T]. ``axes`` names, by module and
+    tensor, the leading axes with symbolic sizes; tensors that it does not list have a batch in front.
     """
 
     modules: Mapping[str, fx.GraphModule]
     cut: str | None = None
     rows: "PredictorRows | None" = None
+    axes: Mapping[str, Mapping[str, tuple[str, ...]]] = field(default_factory=dict)
 
     def with_modules(self, **modules: fx.GraphModule) -> "Graphs":
         return replace(self, modules=modules)

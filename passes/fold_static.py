@@ -20,12 +20,14 @@ from cachec.passes.base import (
     placeholders,
 )
 from cachec.runtime.engine import (
+    BATCH,
     BIAS,
     COEFFICIENTS,
     FEATURE,
     FEATURES,
     HISTORY_STEPS,
     SIGMAS,
+    SLOTS,
     STEP,
     VELOCITY,
     history_name,
@@ -68,9 +70,10 @@ class FoldStatic(Pass):
             schedule = {SIGMAS: self.sigmas, STEP: torch.tensor(step), HISTORY_STEPS: torch.tensor(history)}
             known = evaluate_static(module, analysis, schedule)
             coefficients[step], bias[step] = probe(module, analysis, known, step)
-        new = _linear_forecast(module, analysis)
-        rows = PredictorRows(coefficients, bias)
-        return PassResult(replace(graphs, modules={**graphs.modules, FORECAST: new}, rows=rows), changed=True)
+        new, feature = _linear_forecast(module, analysis)
+        rows, modules = PredictorRows(coefficients, bias), {**graphs.modules, FORECAST: new}
+        axes = {**graphs.axes, FORECAST: {FEATURES: (SLOTS, BATCH), COEFFICIENTS: (SLOTS,), BIAS: ()}}
+        return PassResult(replace(graphs, modules=modules, cut=feature, rows=rows, axes=axes), changed=True)
 
     def ensures(self, graphs: Graphs) -> None:
         left = placeholders(graphs.modules[FORECAST]).keys() & set(SCHEDULE_INPUTS)
@@ -180,8 +183,8 @@ def _double(value: Any) -> Any:
     return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
-def _linear_forecast(module: fx.GraphModule, analysis: Analysis) -> fx.GraphModule:
-    """The tail behind ``coefficients @ features + bias``, accumulated in float32."""
+def _linear_forecast(module: fx.GraphModule, analysis: Analysis) -> tuple[fx.GraphModule, str]:
+    """The tail behind ``coefficients @ features + bias``, accumulated in float32; and the name of that sum's node."""
     graph = fx.Graph()
     example = analysis.result.meta["val"]
     size = len(analysis.history)
@@ -210,7 +213,7 @@ def _linear_forecast(module: fx.GraphModule, analysis: Analysis) -> fx.GraphModu
     graph.output({VELOCITY: values[velocity]})
     new = fx.GraphModule(attributes, graph)
     finish(new)
-    return new
+    return new, feature.name
 
 
 def _placeholder(graph: fx.Graph, name: str, example: torch.Tensor) -> fx.Node:

@@ -7,7 +7,7 @@ import torch
 from torch import fx
 
 from cachec.passes.base import FORECAST, Graphs, Pass, PassResult, fetch, finish, outputs, placeholders
-from cachec.runtime.engine import FEATURE, VELOCITY
+from cachec.runtime.engine import FEATURE, HISTORY_STEPS, SIGMAS, STEP, VELOCITY
 from cachec.runtime.errors import PassError
 
 PREFIX = "predictor_"
@@ -51,4 +51,6 @@ class InlinePredictor(Pass):
         graph.output({VELOCITY: values[outputs(tail)[VELOCITY]], FEATURE: values[placeholders(tail)[FEATURE]]})
         module = fx.GraphModule(attributes, graph)
         finish(module)
-        return PassResult(replace(graphs, modules={**graphs.modules, FORECAST: module}), changed=True)
+        schedule = dict.fromkeys((SIGMAS, STEP, HISTORY_STEPS), ())
+        axes = {**graphs.axes, FORECAST: {**graphs.axes.get(FORECAST, {}), **schedule}}
+        return PassResult(replace(graphs, modules={**graphs.modules, FORECAST: module}, axes=axes), changed=True)

@@ -23,7 +23,7 @@ from cachec.runtime.specs import Signature
 log = logging.getLogger(__name__)
 
 FORMAT = "cachec-bundle"
-FORMAT_VERSION = 2  # 2: programs name their cut
+FORMAT_VERSION = 3  # 2: programs name their cut; 3: engines take the sampler in, forecasts come in runs
 MANIFEST = "manifest.json"
 LARGE_FILE_BYTES = 64 * 2**20  # files above are hashed once per machine, then known by size and time
 

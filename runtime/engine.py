@@ -1,6 +1,7 @@
-"""What every back end offers: an engine to share, and contexts to run it in.
+"""What every back end offers: an engine to share, contexts to run it in, and calls that are bound to their buffers.
 
-The names below are the ones that compute and forecast graphs use for what is not the model's own input.
+The names below are the ones that graphs use for what is not the model's own input. ``B`` batch, ``T`` steps, ``S`` slots,
+``H`` of them written, ``n`` forecasts of one call.
 """
 
 from abc import ABC, abstractmethod
@@ -9,17 +10,29 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, Self
 
+from cachec.runtime.device import Buffer, Device
 from cachec.runtime.errors import InputError
-from cachec.runtime.specs import Array, Signature
+from cachec.runtime.specs import Signature
 
 VELOCITY = "velocity"  # the model's output [B, …]
+VELOCITIES = "velocities"  # several of them [n, B, …], or [H, B, …] from the slots
 FEATURE = "feature"  # the hidden state at the cut [B, …]
 FEATURES = "features"  # the written slots [H, B, …]
-COEFFICIENTS = "coefficients"  # one row [H]
-BIAS = "bias"  # scalar
+COEFFICIENTS = "coefficients"  # rows [n, H] of forecasts, or one row [H] that moves the latents
+BIAS = "bias"  # [n]
+NOISE = "noise"  # the latents that a request began with [B, …]
+DELTA = "delta"  # a step in sigma [1]
+DELTAS = "deltas"  # [n]
+NEXT_LATENTS = "next_latents"  # [B, …]
 SIGMAS = "sigmas"  # the whole schedule [T + 1]
 STEP = "step"  # scalar int64
 HISTORY_STEPS = "history_steps"  # which steps the history is of, newest first [W] int64
+
+STEP_VALUES = "step_values"  # all that depends on the step but not on the latents, side by side [B, …]
+
+BATCH, SLOTS, FORECASTS = "batch", "slots", "forecasts"  # symbolic sizes: B, H, n
+STEPS_OF = {"compute": "compute_steps", "forecast": "forecast_steps"}  # symbolic sizes of the prologue
+TIMESTEPS_OF = {"compute": "compute_timesteps", "forecast": "forecast_timesteps"}  # its inputs [T]
 
 
 def history_name(index: int) -> str:
@@ -27,16 +40,33 @@ def history_name(index: int) -> str:
     return f"feature_{index}"
 
 
+def hoisted_name(engine: str, name: str) -> str:
+    """What the prologue calls its result for the input ``name`` of a step engine."""
+    return f"{engine}_{name}"
+
+
+class Call(ABC):
+    """An engine call with its buffers bound. Making it again reads and writes the same buffers, and allocates none."""
+
+    @abstractmethod
+    def run(self) -> None:
+        """Make the call. On devices that work beside the host it may still be pending on return."""
+
+
 class ExecutionContext(ABC):
     """Runs one engine for one session. Keeps nothing between calls and writes only into the given buffers."""
 
     @abstractmethod
-    def run(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
-        """Run once. Every array is C-contiguous and of the engine's dtype; ``outputs`` may name a subset.
+    def bind(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> Call:
+        """A call on these buffers. ``outputs`` may name a subset; no output may lie where an input does.
 
         Raises:
-            InputError: a name is unknown or missing, or a shape or dtype does not fit.
+            InputError: a name is unknown or missing, or a shape, dtype or layout does not fit.
         """
+
+    def run(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> None:
+        """Run once."""
+        self.bind(inputs, outputs).run()
 
 
 class Engine(ABC):
@@ -45,6 +75,7 @@ class Engine(ABC):
     name: ClassVar[str]
     needs_same_version: ClassVar[bool]  # artifacts load only in the version of the library that built them
     signature: Signature
+    device: Device
 
     @staticmethod
     @abstractmethod
@@ -56,16 +87,19 @@ class Engine(ABC):
     def build(programs: Mapping[str, Any], signatures: Mapping[str, Signature], out: Path) -> dict[str, Path]:
         """Build engines from exported programs (``torch.export.ExportedProgram``) into the directory ``out``.
 
-        Returns the file of each program. Other files in ``out`` (shared weights) belong to the engines, too.
+        Returns the file of each program; several may be in one. Other files in ``out`` (shared weights) belong to the
+        engines, too.
         """
 
     @classmethod
     @abstractmethod
-    def load(cls, path: Path, signature: Signature, *, threads: int | None = None) -> Self:
-        """Load the artifact at ``path``; ``threads`` limits the CPU threads of one call.
+    def load(
+        cls, files: Mapping[str, Path], signatures: Mapping[str, Signature], *, threads: int | None = None
+    ) -> dict[str, Self]:
+        """Load all engines of a bundle, by name; ``threads`` limits the CPU threads of one call.
 
         Raises:
-            BundleError: the file is not an engine of this back end.
+            BundleError: a file is not an engine of this back end.
         """
 
     @abstractmethod
@@ -83,21 +117,26 @@ class Engine(ABC):
         self.close()
 
 
-def check_bindings(signature: Signature, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
+def check_bindings(signature: Signature, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> None:
     """Raise ``InputError`` unless the names, shapes and dtypes fit ``signature``; symbolic sizes must agree."""
     wanted = {spec.name for spec in signature.inputs}
     if set(inputs) != wanted:
         raise InputError(f"engine inputs are {sorted(wanted)}, got {sorted(inputs)}")
     sizes: dict[str, int] = {}
     known = {spec.name: spec for spec in (*signature.inputs, *signature.outputs)}
-    for name, array in (*inputs.items(), *outputs.items()):
+    for name, buffer in (*inputs.items(), *outputs.items()):
         if name not in known:
             raise InputError(f"engine has no tensor {name!r}; it has {sorted(known)}")
-        spec = known[name]
-        if array.dtype != spec.dtype or len(array.shape) != len(spec.shape):
-            raise InputError(f"{name!r} is {array.dtype}{list(array.shape)}, expected {spec.dtype}{list(spec.shape)}")
-        for want, got in zip(spec.shape, array.shape, strict=True):
+        spec, dtype = known[name], str(buffer.dtype).removeprefix("torch.")
+        if dtype != spec.dtype or len(buffer.shape) != len(spec.shape):
+            raise InputError(f"{name!r} is {dtype}{list(buffer.shape)}, expected {spec.dtype}{list(spec.shape)}")
+        for want, got in zip(spec.shape, buffer.shape, strict=True):
             if got != (sizes.setdefault(want, got) if isinstance(want, str) else want):
-                raise InputError(f"{name!r} has shape {list(array.shape)}, expected {list(spec.shape)} with {sizes}")
-        if not array.flags.c_contiguous:
+                raise InputError(f"{name!r} has shape {list(buffer.shape)}, expected {list(spec.shape)} with {sizes}")
+        if not _is_contiguous(buffer):
             raise InputError(f"{name!r} is not contiguous; pass numpy.ascontiguousarray of it")
+
+
+def _is_contiguous(buffer: Buffer) -> bool:
+    flags = getattr(buffer, "flags", None)
+    return bool(buffer.is_contiguous() if flags is None else flags.c_contiguous)

@@ -56,6 +56,12 @@ class PassError(CachecError):
     exit_code: ClassVar[int] = 9
 
 
+class EngineError(CachecError):
+    """A back end cannot build or run an engine: a compiler is missing, memory is short."""
+
+    exit_code: ClassVar[int] = 11
+
+
 class QualityError(CachecError):
     """A quality or speed that was asked for is not reached."""
 

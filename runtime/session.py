@@ -1,9 +1,10 @@
-"""Sessions: play a program back on two engines.
+"""Sessions: play a program back on engines.
 
-``B`` batch, ``S`` slots; everything a request needs lies in buffers that its session owns, so sessions of one bundle
-never share state and may be interleaved.
+``B`` batch; everything a request needs lies in buffers that its session owns, so sessions of one bundle never share state
+and may be interleaved. All calls are bound when the session is made; a request then only makes them.
 """
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -11,39 +12,15 @@ from typing import Any, Self
 
 import numpy as np
 
+from cachec.runtime.binding import Binding, ModelIO, Operation
 from cachec.runtime.bundle import Bundle, Manifest
-from cachec.runtime.engine import (
-    BIAS,
-    COEFFICIENTS,
-    FEATURE,
-    FEATURES,
-    HISTORY_STEPS,
-    SIGMAS,
-    STEP,
-    VELOCITY,
-    Engine,
-    history_name,
-)
-from cachec.runtime.errors import BundleError, InputError, unknown_name
+from cachec.runtime.device import Buffer
+from cachec.runtime.engine import Call, Engine
+from cachec.runtime.errors import InputError, unknown_name
 from cachec.runtime.noise import make_noise
-from cachec.runtime.program import UNCACHED, Advance, Compute, Forecast, Instruction, Predict, Program
+from cachec.runtime.program import UNCACHED, Program
 from cachec.runtime.specs import Array
-
-
-@dataclass(frozen=True)
-class ModelIO:
-    """Which engine input plays which part.
-
-    ``latents`` and ``timestep`` change with every step; ``conditions`` (prompt, guidance) are given once per request.
-    """
-
-    latents: str
-    timestep: str
-    conditions: tuple[str, ...]
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Self:
-        return cls(data["latents"], data["timestep"], tuple(data["conditions"]))
+from cachec.runtime.trace import Trace
 
 
 @dataclass(frozen=True)
@@ -56,7 +33,8 @@ class LoadedBundle:
 
     @property
     def io(self) -> ModelIO:
-        return ModelIO.from_json(self.manifest.io)
+        io = self.manifest.io
+        return ModelIO(io["latents"], io["timestep"], tuple(io["conditions"]))
 
     @property
     def default_level(self) -> str:
@@ -97,55 +75,53 @@ class LoadedBundle:
 def load_bundle(bundle: Bundle, engine_type: type[Engine], *, threads: int | None = None) -> LoadedBundle:
     """Load the engines of an opened bundle with its back end's engine class."""
     programs = {level: bundle.program(level) for level in bundle.manifest.programs}
-    engines = {
-        name: engine_type.load(bundle.path(artifact.path), artifact.signature, threads=threads)
-        for name, artifact in bundle.target.engines.items()
-    }
-    return LoadedBundle(bundle.manifest, programs, engines)
+    artifacts = bundle.target.engines
+    files = {name: bundle.path(artifact.path) for name, artifact in artifacts.items()}
+    signatures = {name: artifact.signature for name, artifact in artifacts.items()}
+    return LoadedBundle(bundle.manifest, programs, engine_type.load(files, signatures, threads=threads))
 
 
 class Session:
-    """One request at a time: ``begin``, then ``advance`` until ``finished``; or ``run``, which does all of it."""
+    """One request at a time: ``begin``, then ``advance`` until ``finished``; or ``run``, which does all of it.
 
-    def __init__(self, engines: Mapping[str, Engine], program: Program, io: ModelIO, *, batch: int = 1) -> None:
+    With a sampler of one's own: ``begin``, then ``velocity`` for each step; made ``for_sampler``.
+    """
+
+    def __init__(
+        self, engines: Mapping[str, Engine], program: Program, io: ModelIO, *, batch: int = 1, for_sampler: bool = False
+    ) -> None:
         if batch < 1:
             raise InputError(f"batch is {batch}; it must be at least 1")
         if program.key.batch not in (None, batch):
             raise InputError(f"batch is {batch}; this bundle was compiled for batches of {program.key.batch}")
-        compute = engines["compute"].signature
         self.program = program
         self.io = io
+        self.trace: Trace | None = None
         self._sizes = {"batch": batch}
-        self._compute = engines["compute"].context()
-        self._forecast = engines["forecast"].context() if "forecast" in engines else None
-        self._forecast_inputs = {s.name for s in engines["forecast"].signature.inputs} if "forecast" in engines else set()
-        self._condition_specs = [compute.input(name) for name in io.conditions]
-        self._latent_spec = compute.input(io.latents)
-        feature, velocity = compute.output(FEATURE), compute.output(VELOCITY)
-        kept = feature if program.cut == "hidden" else velocity
-        self.ring = np.zeros((program.capacity, *kept.resolve(self._sizes)), kept.dtype)
-        self._noise = np.zeros(self.latent_shape, self._latent_spec.dtype)
-        self._latents = np.zeros(self.latent_shape, self._latent_spec.dtype)
-        self._velocity = np.zeros_like(self._latents)
-        self._scratch = np.zeros(feature.resolve(self._sizes), feature.dtype)  # a feature that nothing reads
-        timestep = compute.input(io.timestep)
-        self._timesteps = np.repeat(program.timesteps[:, None].astype(timestep.dtype), batch, axis=1)
-        self._conditions = {s.name: np.zeros(s.resolve(self._sizes), s.dtype) for s in self._condition_specs}
-        self._position = len(program.instructions)
+        self._binding = Binding(engines, program, io, batch=batch, with_velocities=for_sampler)
+        self._operations = self._binding.operations
+        self._device = self._binding.device
+        self._position = len(self._operations)
+        self._velocities: dict[int, Array] = {}  # of coming steps, for a sampler outside
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
         """Shape of the latents, batch first."""
-        return self._latent_spec.resolve(self._sizes)
+        return self._binding.latent_spec.resolve(self._sizes)
+
+    @property
+    def ring(self) -> Buffer:
+        """The slots [S, B, …]."""
+        return self._binding.ring
 
     @property
     def finished(self) -> bool:
-        return self._position == len(self.program.instructions)
+        return self._position == len(self._operations)
 
     @property
     def latents(self) -> Array:
-        """The current latents; a view that the next step overwrites."""
-        return self._latents
+        """A copy of the current latents."""
+        return self._device.download(self._binding.final if self.finished else self._operations[self._position].latents)
 
     def begin(self, conditions: Mapping[str, Array], noise: Array) -> None:
         """Start a request. Nothing of the session changes unless all inputs fit.
@@ -153,23 +129,26 @@ class Session:
         Raises:
             InputError: a condition is missing, unknown, of the wrong shape or dtype, or not finite.
         """
-        expected = {spec.name for spec in self._condition_specs}
-        if set(conditions) != expected:
-            raise InputError(f"conditions are {sorted(expected)}, got {sorted(conditions)}")
-        for spec in self._condition_specs:
-            spec.check(conditions[spec.name], self._sizes)
-        self._latent_spec.check(noise, self._sizes)
+        specs = {spec.name: spec for spec in self._binding.condition_specs()}
+        if set(conditions) != set(specs):
+            raise InputError(f"conditions are {sorted(specs)}, got {sorted(conditions)}")
+        for name, spec in specs.items():
+            spec.check(conditions[name], self._sizes)
+        self._binding.latent_spec.check(noise, self._sizes)
         for name, value in conditions.items():
-            np.copyto(self._conditions[name], value)
-        np.copyto(self._noise, noise)
-        np.copyto(self._latents, noise)
+            self._device.upload(value, self._binding.conditions[name])
+        self._device.upload(noise, self._binding.noise)
+        if self._binding.prologue is not None:
+            self._call("prologue", (), self._binding.prologue)
         self._position = 0
+        self._velocities = {}
 
     def advance(self) -> None:
         """Carry out the next instruction."""
         if self.finished:
             raise InputError("this request is finished: call begin() with new noise first")
-        self._execute(self.program.instructions[self._position])
+        operation = self._operations[self._position]
+        self._call(operation.engine, operation.steps, operation.call)
         self._position += 1
 
     def run(self, conditions: Mapping[str, Array], noise: Array) -> Array:
@@ -177,72 +156,55 @@ class Session:
         self.begin(conditions, noise)
         while not self.finished:
             self.advance()
-        return self._latents.copy()
+        return self.latents
 
-    def _execute(self, instruction: Instruction) -> None:
-        if isinstance(instruction, Compute):
-            self._evaluate(instruction)
+    def velocity(self, step: int, latents: Array) -> Array:
+        """The velocity [B, …] at ``step`` and ``latents``, for a sampler outside that takes the steps in order.
+
+        On the output cut all steps of a gap get the same velocity, which brings a sampler of Euler's kind to the latents
+        that the program wants at the end of the gap.
+
+        Raises:
+            InputError: another step is next, or the latents do not fit.
+        """
+        if step not in self._velocities:
+            self._find_velocities(step, latents)
+        return self._velocities.pop(step)
+
+    def _find_velocities(self, step: int, latents: Array) -> None:
+        wanted = None if self.finished else self._operations[self._position].steps[0]
+        if step != wanted or self._velocities:
+            due = min(self._velocities, default=wanted)
+            raise InputError(f"step {step} was asked for, but {'no step' if due is None else f'step {due}'} is next")
+        self._binding.latent_spec.check(latents, self._sizes)
+        operation = self._operations[self._position]
+        self._device.upload(latents, operation.latents)
+        self.advance()
+        if self.program.cut == "output":
+            self._spread_gap(operation)
             return
-        if isinstance(instruction, Advance):
-            self._move(instruction)
-            return
-        for step in instruction.steps:
-            if isinstance(instruction, Forecast):
-                inputs, outputs = self._bind_forecast(instruction, step)
-            else:
-                inputs, outputs = self._bind_predict(instruction)
-            if self._forecast is None:
-                raise BundleError("the program forecasts, but the bundle has no forecast engine: compile it again")
-            self._forecast.run(self._with_conditions(inputs, step), {VELOCITY: self._velocity, **outputs})
-            self._integrate(step)
+        if operation.velocities is None:
+            raise InputError("this session was not made for a sampler outside: make it with for_sampler=True")
+        values = self._device.download(operation.velocities)
+        self._velocities = dict(zip(operation.steps, values, strict=True)) if len(values.shape) > len(latents.shape) else {
+            operation.steps[0]: values
+        }  # fmt: skip
 
-    def _evaluate(self, instruction: Compute) -> None:
-        feature, velocity = self._scratch, self._velocity
-        if instruction.slot is not None and self.program.cut == "hidden":
-            feature = self.ring[instruction.slot]
-        elif instruction.slot is not None:
-            velocity = self.ring[instruction.slot]
-        inputs = {
-            self.io.latents: self._latents,
-            self.io.timestep: self._timesteps[instruction.step],
-            **self._conditions,
-        }
-        self._compute.run(inputs, {VELOCITY: velocity, FEATURE: feature})
-        if self.program.cut == "hidden":
-            self._integrate(instruction.step)
-
-    def _move(self, instruction: Advance) -> None:
-        """Noise plus weighted velocities, in place; slots behind the written ones may hold anything, so they are not read."""
-        written = instruction.num_slots
-        weights = self.program.coefficients[instruction.steps[0], :written].astype(self.ring.dtype)
-        np.dot(weights, self.ring[:written].reshape(written, -1), out=self._velocity.reshape(-1))
-        np.add(self._noise, self._velocity, out=self._latents)
-
-    def _bind_forecast(self, instruction: Forecast, step: int) -> tuple[dict[str, Array], dict[str, Array]]:
-        written = instruction.num_slots  # slots behind it may hold anything, so they are never bound
-        return {
-            FEATURES: self.ring[:written],
-            COEFFICIENTS: self.program.coefficients[step, :written],
-            BIAS: self.program.bias[step : step + 1].reshape(()),
-        }, {}
-
-    def _bind_predict(self, instruction: Predict) -> tuple[dict[str, Array], dict[str, Array]]:
-        sources = {history_name(i): self.ring[slot] for i, slot in enumerate(instruction.sources)}
-        schedule = {
-            SIGMAS: self.program.sigmas,
-            STEP: np.array(instruction.step, np.int64),
-            HISTORY_STEPS: np.array(instruction.source_steps, np.int64),
-        }
-        feature = self._scratch if instruction.slot is None else self.ring[instruction.slot]
-        read = {name: value for name, value in schedule.items() if name in self._forecast_inputs}
-        return {**sources, **read}, {FEATURE: feature}
-
-    def _with_conditions(self, inputs: dict[str, Array], step: int) -> dict[str, Array]:
-        known = {**self._conditions, self.io.timestep: self._timesteps[step], self.io.latents: self._latents}
-        return {**inputs, **{name: value for name, value in known.items() if name in self._forecast_inputs}}
-
-    def _integrate(self, step: int) -> None:
-        """Euler step of the flow, in place: x += (sigma_next - sigma) v."""
+    def _spread_gap(self, compute: Operation) -> None:
+        """Carry out the move after a computed step of the output cut, and give each of its steps the mean velocity."""
+        move = self._operations[self._position]
+        before = self._device.download(compute.latents)
+        self.advance()
         sigmas = self.program.sigmas
-        np.multiply(self._velocity, sigmas[step + 1] - sigmas[step], out=self._velocity)
-        np.add(self._latents, self._velocity, out=self._latents)
+        velocity = (self.latents - before) / (sigmas[move.steps[-1] + 1] - sigmas[move.steps[0]])
+        self._velocities = dict.fromkeys(move.steps, velocity)
+
+    def _call(self, engine: str, steps: tuple[int, ...], call: Call) -> None:
+        if self.trace is None:
+            call.run()
+            return
+        start = time.perf_counter_ns()
+        call.run()
+        self._device.synchronize()
+        details: dict[str, Any] = {"steps": list(steps)} if steps else {}
+        self.trace.add(engine, start, time.perf_counter_ns(), **details)

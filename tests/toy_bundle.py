@@ -14,12 +14,14 @@ from cachec.compiler.export import plan_engines
 from cachec.compiler.lower import lower_advance, lower_table, lower_uncached
 from cachec.compiler.methods.adams import Adams
 from cachec.compiler.methods.taylor import Taylor
+from cachec.compiler.pipeline import build_engines
 from cachec.compiler.schedule import Schedule
 from cachec.compiler.table import AdvanceTable, compose
 from cachec.compiler.write import BundleWriter
 from cachec.engines.eager import EagerEngine
-from cachec.passes import COMPUTE, Graphs, forecast_passes, run_passes, split_passes
-from cachec.runtime.bundle import Artifact, Manifest, Target
+from cachec.passes import COMPUTE, FORECAST, Graphs, engine_passes, forecast_passes, run_passes, split_passes
+from cachec.passes.base import placeholders
+from cachec.runtime.bundle import Manifest, Target
 from cachec.runtime.noise import GENERATOR
 from cachec.runtime.program import UNCACHED, ProgramKey, hash_sigmas
 
@@ -68,21 +70,18 @@ def write_toy_bundle(split, out):
     return write_bundle(graphs, toy_program(graphs), method, out)
 
 
-def write_output_bundle(split, out, backend=EagerEngine):
+def write_output_bundle(split, out, backend=EagerEngine, hoist="all"):
     program = lower_advance(output_table(), KEY, SIGMAS, SIGMAS[:-1])
-    return write_bundle(Graphs({COMPUTE: split.modules[COMPUTE]}), program, Adams(2), out, backend)
+    return write_bundle(Graphs({COMPUTE: split.modules[COMPUTE]}), program, Adams(2), out, backend, hoist)
 
 
-def write_bundle(graphs, program, method, out, backend=EagerEngine):
-    plans = plan_engines(graphs, example_inputs(), STEPS)
+def write_bundle(graphs, program, method, out, backend=EagerEngine, hoist="all"):
+    linear = FORECAST in graphs.modules and "features" in placeholders(graphs.modules[FORECAST])
+    graphs = run_passes(graphs, engine_passes("latents", "timestep", ("prompt",), linear=linear, hoist=hoist))
+    plans = plan_engines(graphs, example_inputs(), "latents", STEPS)
     with BundleWriter(out, force=False) as writer:
-        signatures = {plan.name: plan.signature for plan in plans}
         directory = writer.directory("engines")
-        paths = backend.build({plan.name: plan.program for plan in plans}, signatures, directory)
-        engines = {name: Artifact(writer.seal(path), signatures[name]) for name, path in paths.items()}
-        for extra in sorted(directory.iterdir()):
-            if extra.relative_to(writer.staging).as_posix() not in writer.files:
-                writer.seal(extra)
+        engines = build_engines(backend, plans, writer, directory)
         programs = {
             "default": writer.add_program("default", program),
             UNCACHED: writer.add_program(UNCACHED, lower_uncached(KEY, SIGMAS, SIGMAS[:-1])),

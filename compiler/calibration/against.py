@@ -10,7 +10,7 @@ import numpy as np
 
 from cachec.compiler.calibration.solvers import SOLVERS, solver_rows
 from cachec.compiler.export import plan_engines
-from cachec.compiler.forecast import linear_graphs
+from cachec.compiler.forecast import engine_graphs, linear_graphs
 from cachec.compiler.lower import lower_advance, lower_table
 from cachec.compiler.methods import METHODS, get_method
 from cachec.compiler.methods.base import Method, Parameters
@@ -21,7 +21,7 @@ from cachec.compiler.split import split_model
 from cachec.compiler.table import AdvanceTable, ForecastTable
 from cachec.compiler.training import training_facts
 from cachec.engines import get_backend
-from cachec.passes import COMPUTE, FORECAST
+from cachec.passes import FORECAST
 from cachec.runtime.engine import FEATURES, Engine
 from cachec.runtime.errors import InputError, unknown_name
 from cachec.runtime.program import UNCACHED, Compute, Program, ProgramKey, hash_sigmas
@@ -209,9 +209,9 @@ def _is_linear(engines: Mapping[str, Engine]) -> bool:
 def _build_linear(loaded: LoadedBundle, model: LoadedModel, work: Path, stack: ExitStack) -> Mapping[str, Engine]:
     """Engines that forecast linearly, for a bundle that has the predictor inside its own or does not forecast at all."""
     settings, backend = settings_of(loaded.manifest), get_backend(loaded.manifest.targets[0].backend)
-    graphs = linear_graphs(model, split_model(model, settings), settings)
-    plans = plan_engines(graphs, model.example_inputs(settings), settings.steps)
+    graphs = engine_graphs(model, linear_graphs(model, split_model(model, settings), settings), hoist="all")
+    plans = plan_engines(graphs, model.example_inputs(settings), model.io.latents, settings.steps)
     work.mkdir(parents=True, exist_ok=True)
     signatures = {plan.name: plan.signature for plan in plans}
     paths = backend.build({plan.name: plan.program for plan in plans}, signatures, work)
-    return {name: stack.enter_context(backend.load(paths[name], signatures[name])) for name in (COMPUTE, FORECAST)}
+    return {name: stack.enter_context(engine) for name, engine in backend.load(paths, signatures).items()}

@@ -15,7 +15,9 @@ from cachec.runtime.errors import BundleError, InputError
 KINDS = [
     "manifest.json",
     "compute*.pt2",
+    "prologue*.pt2",
     "forecast*.pt2",
+    "advance*.pt2",
     "default*.json",
     "default*.safetensors",
     "uncached*.json",
@@ -52,7 +54,7 @@ def test_an_undamaged_copy_opens(bundle):
     opened = Bundle.open(bundle, verify=True)
     assert opened.program().compute_steps == SCHEDULE.compute
     assert opened.program().num_steps == STEPS
-    assert set(opened.target.engines) == {"compute", "forecast"}
+    assert set(opened.target.engines) == {"prologue", "compute", "forecast", "advance"}
 
 
 def test_the_manifest_lists_every_file_and_nothing_else(bundle):

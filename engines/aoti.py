@@ -1,0 +1,121 @@
+"""AOTInductor: all graphs of a bundle compiled to machine code, in one ``.pt2`` with the weights stored once.
+
+PyTorch runs it; building takes a C++ compiler. CPU threads are PyTorch's own setting, which holds for the whole process.
+"""
+
+import importlib.util
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from cachec.runtime.device import Buffer, Host
+from cachec.runtime.engine import Call, Engine, ExecutionContext, check_bindings
+from cachec.runtime.errors import BundleError, EngineError, missing_extra
+from cachec.runtime.specs import Signature
+
+if importlib.util.find_spec("torch") is None:
+    raise missing_extra("torch", "compile", "the aoti backend")
+import torch
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+FILE = "model.pt2"
+OPTIONS = {
+    "aot_inductor.package": True,
+    "aot_inductor.package_constants_in_so": False,  # they would be stored with every graph
+    "aot_inductor.package_constants_on_disk_format": "pickle_weights",
+}
+
+
+class AotiEngine(Engine):
+    """One graph of a ``.pt2``."""
+
+    name = "aoti"
+    needs_same_version = True
+
+    def __init__(self, runner: Any, signature: Signature) -> None:
+        self._runner: Any = runner
+        self.signature = signature
+        self.device = Host()
+
+    @classmethod
+    def load(
+        cls, files: Mapping[str, Path], signatures: Mapping[str, Signature], *, threads: int | None = None
+    ) -> dict[str, Self]:
+        from torch.export.pt2_archive._package import load_pt2
+
+        if threads is not None:
+            torch.set_num_threads(threads)
+        path = next(iter(files.values()))
+        try:
+            contents = load_pt2(str(path), load_weights_from_disk=True)
+        except (RuntimeError, ValueError, OSError) as error:
+            raise BundleError(f"torch {torch.__version__} cannot load {path}: {error}") from error
+        missing = files.keys() - contents.aoti_runners.keys()
+        if missing:
+            raise BundleError(f"{path} holds no graph {', '.join(sorted(missing))}: compile the bundle again")
+        return {name: cls(contents.aoti_runners[name], signatures[name]) for name in files}
+
+    def context(self) -> ExecutionContext:
+        if self._runner is None:
+            raise BundleError("the engine was closed: load the bundle again")
+        return _AotiContext(self._runner, self.signature)
+
+    def close(self) -> None:
+        self._runner = None
+
+    @staticmethod
+    def version() -> str:
+        return str(torch.__version__)
+
+    @staticmethod
+    def build(programs: Mapping[str, "ExportedProgram"], signatures: Mapping[str, Signature], out: Path) -> dict[str, Path]:
+        """Write one ``.pt2`` for all programs into ``out``.
+
+        Raises:
+            EngineError: there is no C++ compiler, or it fails.
+        """
+        from torch._inductor import aot_compile
+        from torch.export.pt2_archive._package import package_pt2
+
+        if not any(map(shutil.which, ("g++", "clang++", "c++"))):
+            raise EngineError("the aoti backend compiles C++, and there is no g++ or clang++: install one (apt install g++)")
+        compiled: dict[str, Any] = {}
+        for name, program in programs.items():
+            args, kwargs = program.example_inputs or ((), {})
+            try:
+                compiled[name] = aot_compile(program.module(check_guards=False), args, kwargs, options=OPTIONS)
+            except RuntimeError as error:
+                raise EngineError(f"AOTInductor cannot compile the {name} graph: {error}") from error
+        path = out / FILE
+        package_pt2(str(path), aoti_files=compiled)
+        return dict.fromkeys(programs, path)
+
+
+class _AotiContext(ExecutionContext):
+    def __init__(self, runner: Any, signature: Signature) -> None:
+        self._runner = runner
+        self._signature = signature
+
+    def bind(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> Call:
+        check_bindings(self._signature, inputs, outputs)
+        given = [torch.from_numpy(inputs[spec.name]) for spec in self._signature.inputs]
+        names = [spec.name for spec in self._signature.outputs]
+        wanted = [(names.index(name), torch.from_numpy(array)) for name, array in outputs.items()]
+        return _AotiCall(self._runner, given, wanted)
+
+
+class _AotiCall(Call):
+    """AOTInductor allocates its results, so that they are copied."""
+
+    def __init__(self, runner: Any, inputs: list[torch.Tensor], outputs: list[tuple[int, torch.Tensor]]) -> None:
+        self._run: Any = runner.loader.boxed_run
+        self._inputs, self._outputs = inputs, outputs
+
+    @torch.no_grad()
+    def run(self) -> None:
+        results = self._run(list(self._inputs))
+        for index, buffer in self._outputs:
+            buffer.copy_(results[index])

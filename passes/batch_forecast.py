@@ -1,0 +1,128 @@
+"""All forecasts between two computed steps in one call."""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from cachec.passes.base import FORECAST, PROLOGUE, Graphs, Pass, PassResult, fetch, finish, outputs, placeholders
+from cachec.runtime.engine import (
+    BATCH,
+    BIAS,
+    COEFFICIENTS,
+    DELTAS,
+    FEATURES,
+    FORECASTS,
+    NEXT_LATENTS,
+    SLOTS,
+    VELOCITIES,
+    VELOCITY,
+    hoisted_name,
+)
+from cachec.runtime.errors import PassError
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class BatchForecast(Pass):
+    """From one step's forecast to ``n`` of them, with the sampler's Euler steps behind.
+
+    No forecast depends on the latents, so all are one product ``coefficients @ features``, and one tail on ``n * B``
+    samples. ``coefficients`` becomes [n, H], ``bias`` [n]; what differs from step to step (``timestep``, hoisted values)
+    gets an axis of steps in front; latents [B, …] and ``deltas`` [n] come in, and ``next_latents`` [B, …] goes out beside
+    the ``velocities`` [n, B, …].
+    """
+
+    name: ClassVar[str] = "batch_forecast"
+    latents: str
+    timestep: str
+
+    def requires(self, graphs: Graphs) -> None:
+        if FEATURES not in placeholders(graphs.modules[FORECAST]) or graphs.cut is None:
+            raise PassError("the forecast graph is not linear; run fold_static first")
+
+    def run(self, graphs: Graphs) -> PassResult:
+        module = graphs.modules[FORECAST]
+        hoisted = graphs.axes.get(PROLOGUE, {})
+        per_step = [
+            n for n in placeholders(module) if n == self.timestep or len(hoisted.get(hoisted_name(FORECAST, n), ())) > 1
+        ]
+        new = _batched(module, graphs.cut, self.latents, per_step)
+        axes = {
+            FEATURES: (SLOTS, BATCH),
+            COEFFICIENTS: (FORECASTS, SLOTS),
+            BIAS: (FORECASTS,),
+            DELTAS: (FORECASTS,),
+            VELOCITIES: (FORECASTS, BATCH),
+            **dict.fromkeys(per_step, (FORECASTS, BATCH)),
+        }
+        return PassResult(
+            replace(graphs, modules={**graphs.modules, FORECAST: new}, axes={**graphs.axes, FORECAST: axes}), changed=True
+        )
+
+
+def _batched(module: fx.GraphModule, cut: str, latents: str, per_step: list[str]) -> fx.GraphModule:
+    feature = next(node for node in module.graph.nodes if node.name == cut)
+    velocity = outputs(module)[VELOCITY]
+    graph = fx.Graph()
+    inputs = {name: graph.placeholder(name) for name in (FEATURES, COEFFICIENTS, BIAS, latents, DELTAS)}
+    tail = _slice(velocity, feature)
+    inputs |= {name: graph.placeholder(name) for name, node in placeholders(module).items() if node in tail}
+    call = graph.call_function
+    steps = call(aten.sym_size.int, (inputs[COEFFICIENTS], 0))
+    slots = call(aten.sym_size.int, (inputs[FEATURES], 0))
+    dtype = feature.meta["val"].dtype
+    shape = [int(size) for size in feature.meta["val"].shape[1:]]
+    flat = call(aten.view.default, (inputs[FEATURES], [slots, -1]))
+    flat = flat if dtype == torch.float32 else call(aten.to.dtype, (flat, torch.float32))
+    summed = call(aten.mm.default, (inputs[COEFFICIENTS], flat))
+    forecast = call(aten.add.Tensor, (summed, call(aten.unsqueeze.default, (inputs[BIAS], 1))))
+    forecast = call(aten.view.default, (forecast, [-1, *shape]))  # [n * B, …]
+    forecast = forecast if dtype == torch.float32 else call(aten.to.dtype, (forecast, dtype))
+    size = call(aten.sym_size.int, (forecast, 0))
+    values: dict[fx.Node, fx.Node] = {feature: forecast}
+    attributes = {}
+    for node in module.graph.nodes:
+        if node not in tail or node is feature:
+            continue
+        if node.op == "placeholder":
+            rank = node.meta["val"].ndim
+            values[node] = _for_all_steps(graph, inputs[str(node.target)], steps, rank, widen=str(node.target) not in per_step)
+        elif node.target is aten.sym_size.int:
+            values[node] = size
+        else:
+            values[node] = graph.node_copy(node, values.__getitem__)
+            values[node].meta = {k: v for k, v in node.meta.items() if k != "val"}
+        if node.op == "get_attr":
+            attributes[str(node.target)] = fetch(module, str(node.target))
+    rest = [int(size) for size in velocity.meta["val"].shape[1:]]
+    velocities = call(aten.view.default, (values[velocity], [steps, -1, *rest]))
+    flat = call(aten.view.default, (values[velocity], [steps, -1]))
+    moved = call(aten.mm.default, (call(aten.unsqueeze.default, (inputs[DELTAS], 0)), flat))
+    after = call(aten.add.Tensor, (inputs[latents], call(aten.view.default, (moved, [-1, *rest]))))
+    graph.output({VELOCITIES: velocities, NEXT_LATENTS: after})
+    new = fx.GraphModule(attributes, graph)
+    finish(new)
+    return new
+
+
+def _slice(result: fx.Node, end: fx.Node) -> set[fx.Node]:
+    """What ``result`` needs beyond ``end``."""
+    needed: set[fx.Node] = set()
+    stack = [result]
+    while stack:
+        node = stack.pop()
+        if node not in needed:
+            needed.add(node)
+            stack.extend([] if node is end else node.all_input_nodes)
+    return needed
+
+
+def _for_all_steps(graph: fx.Graph, value: fx.Node, steps: fx.Node, rank: int, *, widen: bool) -> fx.Node:
+    """[n, B, …] or, to ``widen``, [B, …] as [n * B, …]; ``rank`` is that of one step's."""
+    if widen:
+        value = graph.call_function(aten.unsqueeze.default, (value, 0))
+        value = graph.call_function(aten.expand.default, (value, [steps, *[-1] * rank]))
+    return graph.call_function(aten.flatten.using_ints, (value, 0, 1))

@@ -1,0 +1,54 @@
+"""Where buffers lie. A buffer has a ``shape`` and a ``dtype``, and is sliced along its first axis without a copy."""
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+import numpy as np
+
+from cachec.runtime.specs import Array
+
+Buffer = Any  # a numpy array on the host; on other devices what their library has for it
+
+
+class Device(ABC):
+    """Memory that engines read and write. All copies are asked for by name, so that none happens unseen."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def empty(self, shape: tuple[int, ...], dtype: str) -> Buffer:
+        """A new buffer, C-contiguous. Filled with zeros: what was never written must not be NaN.
+
+        Raises:
+            InputError: the device has not so much memory left; says how much was wanted.
+        """
+
+    @abstractmethod
+    def upload(self, value: Array, buffer: Buffer) -> None:
+        """Copy a host array of the same shape and dtype into ``buffer``."""
+
+    @abstractmethod
+    def download(self, buffer: Buffer) -> Array:
+        """A copy of ``buffer`` on the host, when all that was started before is done."""
+
+    @abstractmethod
+    def synchronize(self) -> None:
+        """Wait until all that was started is done."""
+
+
+class Host(Device):
+    """numpy arrays."""
+
+    name: ClassVar[str] = "cpu"
+
+    def empty(self, shape: tuple[int, ...], dtype: str) -> Array:
+        return np.zeros(shape, dtype)
+
+    def upload(self, value: Array, buffer: Array) -> None:
+        np.copyto(buffer, value)
+
+    def download(self, buffer: Array) -> Array:
+        return buffer.copy()
+
+    def synchronize(self) -> None:
+        """Nothing is ever pending."""

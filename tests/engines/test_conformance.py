@@ -1,0 +1,187 @@
+"""What every engine must pass: the same bundles, built and run by each back end."""
+
+import numpy as np
+import pytest
+from toy import TOKENS, WIDTH
+from toy_bundle import SIGMAS, STEPS, add_predictor, split_toy, toy_program, write_bundle, write_output_bundle
+
+import cachec
+from cachec.compiler.methods.taylor import Taylor
+from cachec.engines import BACKENDS, get_backend
+from cachec.runtime.errors import BundleError, InputError
+from cachec.runtime.noise import make_noise
+from cachec.runtime.program import UNCACHED
+from cachec.runtime.session import Session
+from cachec.runtime.trace import Trace
+
+SHAPE = (TOKENS, WIDTH)
+CUTS = ("hidden", "output")
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory):
+    """Bundles by back end and cut, each made when first asked for."""
+    out, split, made = tmp_path_factory.mktemp("bundles"), split_toy(head_axis=True), {}
+
+    def bundle(backend, cut, hoist="all"):
+        key = (backend, cut, hoist)
+        if key not in made:
+            path = out / "-".join(key)
+            engine = get_backend(backend)
+            if cut == "output":
+                made[key] = write_output_bundle(split, path, engine, hoist=hoist)
+            else:
+                method = Taylor(order=1)
+                graphs = add_predictor(split, method.predictor(None), method.window)
+                made[key] = write_bundle(graphs, toy_program(graphs), method, path, engine, hoist=hoist)
+        return made[key]
+
+    return bundle
+
+
+@pytest.fixture(scope="module", params=[(b, c) for b in BACKENDS for c in CUTS], ids=lambda pair: "-".join(pair))
+def loaded(request, bundles):
+    with cachec.load(bundles(*request.param)) as bundle:
+        yield bundle
+
+
+def prompt(*seeds):
+    return {"prompt": np.stack([make_noise(100 + seed, (WIDTH,)) for seed in seeds])}
+
+
+def noise(*seeds):
+    return np.stack([make_noise(seed, SHAPE) for seed in seeds])
+
+
+@pytest.mark.parametrize("level", ["default", UNCACHED])
+@pytest.mark.parametrize("seeds", [(1,), (1, 2, 3)])
+def test_latents_equal_those_of_eager(loaded, bundles, level, seeds):
+    cut = loaded.programs["default"].cut
+    with cachec.load(bundles("eager", cut)) as reference:
+        wanted = reference.denoise(prompt(*seeds), seeds, level=level)
+    np.testing.assert_allclose(loaded.denoise(prompt(*seeds), seeds, level=level), wanted, atol=2e-5, rtol=1e-5)
+
+
+def test_a_session_used_again_equals_a_new_one_bit_for_bit(loaded):
+    session = loaded.session()
+    first = session.run(prompt(1), noise(1))
+    kept = first.copy()
+    session.run(prompt(2), noise(2))
+    np.testing.assert_array_equal(first, kept)
+    np.testing.assert_array_equal(session.run(prompt(1), noise(1)), loaded.session().run(prompt(1), noise(1)))
+    np.testing.assert_array_equal(first, loaded.session().run(prompt(1), noise(1)))
+
+
+def test_interleaved_sessions_equal_sessions_alone(loaded):
+    one, two = loaded.session(), loaded.session()
+    one.begin(prompt(1), noise(1))
+    two.begin(prompt(2), noise(2))
+    while not (one.finished and two.finished):
+        for session in (one, two):
+            if not session.finished:
+                session.advance()
+    np.testing.assert_array_equal(one.latents, loaded.session().run(prompt(1), noise(1)))
+    np.testing.assert_array_equal(two.latents, loaded.session().run(prompt(2), noise(2)))
+
+
+def test_engines_write_only_the_outputs_that_are_bound(loaded):
+    """And read no buffer after the call: changing an input later changes nothing."""
+    engine = loaded.engines["advance"]
+    rng = np.random.default_rng(0)
+    inputs = {
+        "noise": rng.standard_normal((2, *SHAPE)).astype(np.float32),
+        "velocities": rng.standard_normal((3, 2, *SHAPE)).astype(np.float32),
+        "coefficients": rng.standard_normal(3).astype(np.float32),
+    }
+    kept = {name: value.copy() for name, value in inputs.items()}
+    out = np.full((2, *SHAPE), np.nan, np.float32)
+    call = engine.context().bind(inputs, {"next_latents": out})
+    assert np.isnan(out).all()
+    call.run()
+    expected = kept["noise"] + np.einsum("h,h...->...", kept["coefficients"], kept["velocities"])
+    np.testing.assert_allclose(out, expected, atol=1e-5)
+    for name, value in inputs.items():
+        np.testing.assert_array_equal(value, kept[name])
+    before = out.copy()
+    inputs["noise"][:] = 0
+    np.testing.assert_array_equal(out, before)
+    call.run()  # bound to the buffers, not to what was in them
+    np.testing.assert_allclose(out, expected - kept["noise"], atol=1e-5)
+
+
+def test_a_subset_of_the_outputs_may_be_bound(loaded):
+    session = loaded.session(level=UNCACHED)
+    assert set(loaded.engines["compute"].signature.outputs) > {loaded.engines["compute"].signature.output("velocity")}
+    assert np.isfinite(session.run(prompt(1), noise(1))).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"noise": None}, "engine inputs are"),
+        ({"strange": np.zeros(1, np.float32)}, "engine inputs are"),
+        ({"coefficients": np.zeros(3)}, r"'coefficients' is float64\[3\], expected float32"),
+        ({"coefficients": np.zeros(4, np.float32)}, r"has shape .* expected"),
+        ({"noise": np.zeros((1, *SHAPE), np.float32)}, r"has shape .* expected"),
+        ({"noise": np.zeros((2, WIDTH, TOKENS), np.float32).swapaxes(1, 2)}, "'noise' is not contiguous"),
+    ],
+)
+def test_wrong_inputs_are_refused(loaded, change, message):
+    inputs = {
+        "noise": np.zeros((2, *SHAPE), np.float32),
+        "velocities": np.zeros((3, 2, *SHAPE), np.float32),
+        "coefficients": np.zeros(3, np.float32),
+    }
+    inputs = {name: value for name, value in {**inputs, **change}.items() if value is not None}
+    with pytest.raises(InputError, match=message):
+        loaded.engines["advance"].context().bind(inputs, {"next_latents": np.zeros((2, *SHAPE), np.float32)})
+
+
+def test_closed_engines_are_refused(bundles, loaded):
+    backend = loaded.manifest.targets[0].backend
+    closed = cachec.load(bundles(backend, loaded.programs["default"].cut))
+    closed.close()
+    with pytest.raises(BundleError, match="the engine was closed"):
+        closed.session()
+
+
+@pytest.mark.parametrize("hoist", ["none", "tables"])
+def test_hoisting_changes_latents_by_rounding_only(loaded, bundles, hoist):
+    backend, cut = loaded.manifest.targets[0].backend, loaded.programs["default"].cut
+    with cachec.load(bundles(backend, cut, hoist)) as other:
+        assert ("prologue" in other.engines) == (hoist == "tables" and "prologue" in other.engines)
+        for level in ("default", UNCACHED):
+            one, two = (b.denoise(prompt(1, 2), [1, 2], level=level) for b in (loaded, other))
+            np.testing.assert_allclose(one, two, atol=2e-5, rtol=1e-5)
+
+
+def test_a_sampler_outside_gets_the_same_latents(loaded):
+    session = Session(loaded.engines, loaded.programs["default"], loaded.io, batch=2, for_sampler=True)
+    session.begin(prompt(1, 2), noise(1, 2))
+    x = noise(1, 2)
+    for step in range(STEPS):
+        x = x + (SIGMAS[step + 1] - SIGMAS[step]) * session.velocity(step, x)
+    np.testing.assert_allclose(x, loaded.denoise(prompt(1, 2), [1, 2]), atol=1e-5, rtol=1e-5)
+
+
+def test_a_sampler_outside_must_take_the_steps_in_order(loaded):
+    session = Session(loaded.engines, loaded.programs["default"], loaded.io, for_sampler=True)
+    session.begin(prompt(1), noise(1))
+    with pytest.raises(InputError, match="step 1 was asked for, but step 0 is next"):
+        session.velocity(1, noise(1))
+    session.velocity(0, noise(1))
+    with pytest.raises(InputError, match="step 0 was asked for, but step 1 is next"):
+        session.velocity(0, noise(1))
+
+
+def test_a_trace_tells_where_the_time_went(loaded):
+    session = loaded.session()
+    session.trace = Trace()
+    session.run(prompt(1), noise(1))
+    names = [event["name"] for event in session.trace.events]
+    program = loaded.programs["default"]
+    assert names == ["prologue", *(op.engine for op in session._operations)]
+    assert names.count("compute") == len(program.compute_steps)
+    steps = [step for event in session.trace.events for step in event["args"].get("steps", [])]
+    assert sorted(set(steps)) == list(range(STEPS))
+    assert all(event["dur"] > 0 for event in session.trace.events)
