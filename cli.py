@@ -185,6 +185,7 @@ def train_command(model: str, out: Path, options: tuple[str, ...], force: bool, 
 @click.option("--model", "source", help="Directory of the model's text encoders and VAE; default from the bundle.")
 @click.option("--compare", is_flag=True, help="Also run every step, and write both side by side.")
 @click.option("--threads", type=int, help="CPU threads an engine call may use.")
+@click.option("--profile", type=click.Path(path_type=Path), help="Write where the time went: Chrome trace, JSON.")
 @click.option("--verify", is_flag=True, help="Hash large files even if this machine has before.")
 @click.option("--force", is_flag=True, help="Replace the output if it exists.")
 def run_command(bundle: Path, prompts: tuple[str, ...], out: Path, source: str | None, **rest: Any) -> None:

@@ -10,13 +10,14 @@ from cachec.compiler.calibration.metrics import psnr_db
 from cachec.compiler.models import find_model, load_model
 from cachec.compiler.models.base import LoadedModel, Settings, check_prompts, settings_of
 from cachec.compiler.pictures import Cell, draw_sheet, to_image, write_png
-from cachec.compiler.write import check_file
+from cachec.compiler.write import check_file, write_file
 from cachec.engines import open_bundle
 from cachec.runtime.errors import InputError
 from cachec.runtime.noise import check_seed, make_noise
 from cachec.runtime.program import UNCACHED
 from cachec.runtime.session import LoadedBundle, Session
 from cachec.runtime.specs import Array
+from cachec.runtime.trace import Trace
 
 
 def generate_pictures(
@@ -31,8 +32,11 @@ def generate_pictures(
     threads: int | None = None,
     verify: bool = False,
     force: bool = False,
+    profile: Path | None = None,
 ) -> list[tuple[str, str]]:
     """Make a picture per prompt, or with ``compare`` one sheet of all. Returns the rows of a short table.
+
+    ``profile``: where to write a trace of the last request's engine calls, after one request to warm up.
 
     Raises:
         InputError: a prompt is empty, or the seed is negative.
@@ -40,10 +44,10 @@ def generate_pictures(
     """
     check_prompts(prompts)
     check_seed(seed)
-    if threads is not None and threads < 1:
-        raise InputError(f"threads is {threads}; it must be at least 1")
+    if profile is not None and compare:
+        raise InputError("--profile is of one run, --compare makes two: leave one out")
     files = [out] if compare or len(prompts) == 1 else _numbered(out, len(prompts))
-    for file in files:
+    for file in [*files, *([] if profile is None else [profile])]:
         check_file(file, force=force)
     with open_bundle(bundle, verify=verify, threads=threads) as loaded:
         model = load_model(find_model(source or loaded.manifest.model["source"]), with_transformer=False)
@@ -56,6 +60,8 @@ def generate_pictures(
             picture, seconds, total = _picture(session, model, settings, prompt, seed + index)
             write_png(to_image(picture), file)
             rows.append((str(file), f"denoise loop {seconds:.3f} s, request {total:.3f} s: {prompt}"))
+        if profile is not None:
+            rows += _profile(session, model, settings, prompts[-1], seed + len(prompts) - 1, profile)
         return rows
 
 
@@ -74,6 +80,21 @@ def _picture(session: Session, model: LoadedModel, settings: Settings, prompt: s
     after = time.perf_counter()
     picture = model.decode(latents[:1], settings)[0]
     return picture, after - before, time.perf_counter() - start
+
+
+def _profile(
+    session: Session, model: LoadedModel, settings: Settings, prompt: str, seed: int, out: Path
+) -> list[tuple[str, str]]:
+    """One more request, traced."""
+    session.trace = Trace()
+    _, seconds, _ = _picture(session, model, settings, prompt, seed)
+    trace, session.trace = session.trace, None
+    write_file(out, trace.to_json().encode())
+    spent = trace.seconds()
+    calls = {name: sum(event["name"] == name for event in trace.events) for name in spent}
+    rows = [(f"  {name}", f"{calls[name]} calls, {1e3 * time:.2f} ms") for name, time in spent.items()]
+    rest = ("  outside engines", f"{1e3 * (seconds - sum(spent.values())):.2f} ms")
+    return [(str(out), "open it in ui.perfetto.dev or chrome://tracing"), *rows, rest]
 
 
 def _compare(

@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import logging
-import platform
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ from typing import Any, Self
 import torch
 from tqdm import tqdm
 
+from cachec.compiler.build import build_target, load_engines
 from cachec.compiler.calibration.statistics import (
     Statistics,
     calibration_facts,
@@ -23,7 +23,8 @@ from cachec.compiler.calibration.statistics import (
     record_statistics,
 )
 from cachec.compiler.capture import named_model
-from cachec.compiler.export import EnginePlan, plan_engines
+from cachec.compiler.costs import hoisting_facts, memory_facts
+from cachec.compiler.export import plan_engines
 from cachec.compiler.forecast import engine_graphs, inline, linear_graphs
 from cachec.compiler.lower import lower_predictor, lower_table, lower_uncached
 from cachec.compiler.methods.base import Parameters, PredictorMethod
@@ -41,7 +42,7 @@ from cachec.compiler.write import BundleWriter
 from cachec.engines import get_backend
 from cachec.passes import COMPUTE, Graphs, dump_to, split_passes
 from cachec.passes.base import Observer
-from cachec.runtime.bundle import Artifact, Bundle, Manifest, Target
+from cachec.runtime.bundle import Bundle, Manifest, Target
 from cachec.runtime.engine import Engine
 from cachec.runtime.errors import InputError, QualityError
 from cachec.runtime.noise import GENERATOR
@@ -71,6 +72,7 @@ class Compilation:
     predictor_origin: str = "none needed"
     levels: dict[str, dict[str, Any]] = field(default_factory=dict)
     calibration: dict[str, str] = field(default_factory=dict)
+    costs: dict[str, Any] = field(default_factory=dict)
     works: list[Path] = field(default_factory=list)
 
 
@@ -107,9 +109,10 @@ def _compile(model: LoadedModel, request: Request, out: Path, result: Compilatio
         clock.lap()
         graphs = add_forecast(model, split, request, parameters)
         final = engine_graphs(model, graphs, request.hoist, _observers(model, request, start=PASSES_BEFORE_ENGINES))
+        result.costs = {"hoisted": hoisting_facts(graphs, final), "memory": memory_facts(final)}
         plans = plan_engines(final, model.example_inputs(request.settings), model.io.latents, request.settings.steps)
         clock.lap()
-        target = build_target(backend, request, plans, writer)
+        target = build_target(backend, request.settings, plans, writer)
         engines = load_engines(backend, target, writer.staging, stack)
         clock.lap()
         programs = make_programs(model, request, graphs, engines, calibrations, parameters, result)
@@ -289,41 +292,6 @@ def add_forecast(model: LoadedModel, split: Graphs, request: Request, parameters
                   observers=_observers(model, request, start=len(split_passes(model.block))))  # fmt: skip
 
 
-def build_target(backend: Any, request: Request, plans: Sequence[EnginePlan], writer: BundleWriter) -> Target:
-    """Build the engines into the bundle."""
-    settings = request.settings
-    directory = writer.directory(f"engines/{backend.name}-cpu-{settings.dtype}-{settings.height}x{settings.width}")
-    engines = build_engines(backend, plans, writer, directory)
-    return Target(
-        backend=backend.name,
-        version=backend.version(),
-        os=platform.system().lower(),
-        precision=settings.dtype,
-        shape_bucket=f"{settings.height}x{settings.width}, {settings.text_tokens} text tokens",
-        engines=engines,
-    )
-
-
-def build_engines(
-    backend: type[Engine], plans: Sequence[EnginePlan], writer: BundleWriter, directory: Path
-) -> dict[str, Artifact]:
-    """Build engines into a directory of the bundle, and name their files by their hashes."""
-    signatures = {plan.name: plan.signature for plan in plans}
-    paths = backend.build({plan.name: plan.program for plan in plans}, signatures, directory)
-    sealed = {path: writer.seal(path) for path in sorted(set(paths.values()))}  # several engines may be in one file
-    for extra in sorted(directory.iterdir()):
-        if extra.relative_to(writer.staging).as_posix() not in writer.files:
-            writer.seal(extra)
-    return {name: Artifact(sealed[path], signatures[name]) for name, path in paths.items()}
-
-
-def load_engines(backend: type[Engine], target: Target, root: Path, stack: ExitStack) -> dict[str, Engine]:
-    """Load what was built, to be closed with ``stack``."""
-    files = {name: root / artifact.path for name, artifact in target.engines.items()}
-    engines = backend.load(files, {name: artifact.signature for name, artifact in target.engines.items()})
-    return {name: stack.enter_context(engine) for name, engine in engines.items()}
-
-
 def _observers(model: LoadedModel, request: Request, start: int = 0) -> list[Observer]:
     observers: list[Observer] = [_log_pass]
     if request.dump_graphs is not None:
@@ -336,7 +304,7 @@ def _observers(model: LoadedModel, request: Request, start: int = 0) -> list[Obs
         sigmas = torch.from_numpy(model.sampling(request.settings)[0])
         method, schedule = request.method, request.schedule
         histories = {} if schedule is None or not isinstance(method, PredictorMethod) else method.histories(schedule)
-        observers.append(Verifier(reference, inputs, sigmas, histories))
+        observers.append(Verifier(reference, inputs, sigmas, histories, model.io.timestep))
     return observers
 
 
@@ -385,6 +353,7 @@ def _manifest(
             "torch": torch.__version__,
             "levels": result.levels,
             "calibration": result.calibration,
+            **result.costs,
         },
     )
 

@@ -17,7 +17,7 @@ from cachec.compiler.schedule import Schedule
 from cachec.compiler.table import ForecastTable
 from cachec.runtime.engine import Engine
 from cachec.runtime.errors import QualityError
-from cachec.runtime.program import UNCACHED, Program
+from cachec.runtime.program import UNCACHED, Compute, Program
 from cachec.runtime.session import ModelIO, Session
 from cachec.runtime.specs import Array, TensorSpec
 
@@ -84,10 +84,11 @@ def forecast_cost(engines: Mapping[str, Engine], program: Program, model: Loaded
     for _ in range(2):  # the first round warms up
         session.begin(conditions, np.zeros(session.latent_shape, np.float32))
         seconds = {True: [], False: []}
-        for step in range(program.num_steps):
+        for instruction in session.program.instructions:
             start = time.perf_counter()
             session.advance()
-            seconds[step < half].append(time.perf_counter() - start)
+            spent = (time.perf_counter() - start) / len(instruction.steps)
+            seconds[isinstance(instruction, Compute)].append(spent)
     return min(1.0, float(np.median(seconds[False]) / np.median(seconds[True])))
 
 

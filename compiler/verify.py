@@ -7,16 +7,20 @@ from dataclasses import dataclass
 import torch
 from torch import fx, nn
 
-from cachec.passes import COMPUTE, FORECAST, MODEL, Graphs, Pass, PassResult
+from cachec.passes import COMPUTE, FORECAST, MODEL, PROLOGUE, Graphs, Pass, PassResult
 from cachec.passes.base import placeholders
 from cachec.runtime.engine import (
     BIAS,
     COEFFICIENTS,
+    DELTA,
+    DELTAS,
     FEATURE,
     FEATURES,
     HISTORY_STEPS,
     SIGMAS,
     STEP,
+    TIMESTEPS_OF,
+    VELOCITIES,
     VELOCITY,
     history_name,
 )
@@ -40,6 +44,7 @@ class Verifier:
     inputs: Mapping[str, torch.Tensor]
     sigmas: torch.Tensor
     histories: Mapping[int, tuple[int, ...]]
+    timestep: str = "timestep"
     _unfolded: fx.GraphModule | None = None
     _tail: fx.GraphModule | None = None
 
@@ -48,6 +53,9 @@ class Verifier:
         modules = result.graphs.modules
         if MODEL in modules:
             self._compare(one, "model", modules[MODEL](**self.inputs)[VELOCITY], 0.0)
+            return
+        if DELTA in placeholders(modules[COMPUTE]) or PROLOGUE in modules:
+            self._compare_engines(one, result.graphs)
             return
         computed = modules[COMPUTE](**self.inputs)
         self._compare(one, "compute", computed[VELOCITY], 0.0)
@@ -61,6 +69,47 @@ class Verifier:
         else:
             self._unfolded = modules[FORECAST]
             self._compare_inlined(one, known, computed[FEATURE])
+
+    def _compare_engines(self, one: Pass, graphs: Graphs) -> None:
+        """Graphs with a prologue, or with the sampler inside. Each sample has its own timestep: it is a step of its own."""
+        modules, tolerance = graphs.modules, FOLD_TOLERANCE[self._dtype]
+        hoisted: dict[str, torch.Tensor] = {}
+        if PROLOGUE in modules:
+            prologue = modules[PROLOGUE]
+            times = dict.fromkeys(TIMESTEPS_OF.values(), self.inputs[self.timestep])
+            hoisted = prologue(**{name: {**self.inputs, **times}[name] for name in placeholders(prologue)})
+        delta = {DELTA: torch.tensor([-0.5])}
+        compute = modules[COMPUTE]
+        single = {name: _own_step(value) if len(graphs.axes[PROLOGUE][name]) > 1 else value for name, value in hoisted.items()}
+        known = {**self.inputs, **delta, **{name.removeprefix(f"{COMPUTE}_"): value for name, value in single.items()}}
+        computed = compute(**{name: known[name] for name in placeholders(compute)})
+        self._compare(one, "compute", computed[VELOCITY], tolerance)
+        names = placeholders(modules[FORECAST]) if FORECAST in modules else {}
+        if FEATURES not in names:
+            return
+        batched = len(graphs.axes[FORECAST][COEFFICIENTS]) > 1
+        rows = {name.removeprefix(f"{FORECAST}_"): v for name, v in (hoisted if batched else single).items()}
+        steps = len(self.reference)
+        last = {FEATURES: computed[FEATURE][None].contiguous(), COEFFICIENTS: torch.ones(1), BIAS: torch.zeros(())}
+        if batched:
+            times = self.inputs[self.timestep][:, None].expand(steps, steps)
+            last |= {
+                COEFFICIENTS: torch.ones(steps, 1),
+                BIAS: torch.zeros(steps),
+                DELTAS: torch.ones(steps),
+                self.timestep: times,
+            }
+        known = {**self.inputs, **rows, **last}
+        forecast = modules[FORECAST](**{name: known[name] for name in names})
+        got = _own_step(forecast[VELOCITIES]) if batched else forecast[VELOCITY]
+        self._compare(one, "forecast", got, tolerance)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        if self._tail is None:
+            return torch.float32
+        dtype: torch.dtype = placeholders(self._tail)[FEATURE].meta["val"].dtype
+        return dtype
 
     def _compare(self, one: Pass, what: str, got: torch.Tensor, tolerance: float, wanted: torch.Tensor | None = None) -> None:
         wanted = self.reference if wanted is None else wanted
@@ -100,6 +149,11 @@ class Verifier:
             linear = {FEATURES: torch.stack(past), COEFFICIENTS: row, BIAS: bias}
             got = graphs.modules[FORECAST](**known, **linear)[VELOCITY]
             self._compare(one, f"forecast of step {step}", got, FOLD_TOLERANCE[feature.dtype], wanted)
+
+
+def _own_step(values: torch.Tensor) -> torch.Tensor:
+    """From [T, B, …] with T = B, sample b at step b: [B, …]."""
+    return torch.stack([values[i, i] for i in range(len(values))])
 
 
 def eager_output(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:

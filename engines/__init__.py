@@ -1,13 +1,17 @@
 """Back ends by name. One file each, imported only when used; every one can build and run (see ``runtime.engine``)."""
 
 import importlib
+import logging
+import os
 import platform
 from pathlib import Path
 
 from cachec.runtime.bundle import Bundle
 from cachec.runtime.engine import Engine
-from cachec.runtime.errors import BundleError, unknown_name
+from cachec.runtime.errors import BundleError, InputError, unknown_name
 from cachec.runtime.session import LoadedBundle, load_bundle
+
+log = logging.getLogger(__name__)
 
 BACKENDS = {
     "aoti": "cachec.engines.aoti:AotiEngine",
@@ -30,12 +34,24 @@ def get_backend(name: str) -> type[Engine]:
     return backend
 
 
+def check_threads(threads: int | None) -> None:
+    """Raise ``InputError`` for a number of threads that is none; warn about more than there are cores."""
+    if threads is None:
+        return
+    if threads < 1:
+        raise InputError(f"threads is {threads}; it must be at least 1")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if threads > cores:
+        log.warning("threads is %d, but this process has %d cores: more threads than cores wait for each other", threads, cores)
+
+
 def open_bundle(root: Path, *, verify: bool = False, threads: int | None = None) -> LoadedBundle:
     """Check the bundle at ``root`` and load its engines.
 
     Raises:
         BundleError: it is damaged, or was built for another operating system or version of its back end.
     """
+    check_threads(threads)
     bundle = Bundle.open(root, verify=verify)
     target = bundle.target
     backend = get_backend(target.backend)

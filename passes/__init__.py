@@ -35,9 +35,11 @@ from cachec.passes.fold_static import FoldStatic
 from cachec.passes.fuse_sampler import FuseSampler
 from cachec.passes.hoist import Hoist
 from cachec.passes.inline_predictor import InlinePredictor
+from cachec.passes.merge_linears import MergeLinears
 from cachec.passes.prune import Prune
 from cachec.passes.replace_type_as import ReplaceTypeAs
 from cachec.passes.rewrite_bool_masked_fill import RewriteBoolMaskedFill
+from cachec.passes.share_subexpressions import ShareSubexpressions
 from cachec.passes.split_model import SplitModel
 
 __all__ = [
@@ -60,12 +62,14 @@ __all__ = [
     "Graphs",
     "Hoist",
     "InlinePredictor",
+    "MergeLinears",
     "Pass",
     "PassResult",
     "PredictorRows",
     "Prune",
     "ReplaceTypeAs",
     "RewriteBoolMaskedFill",
+    "ShareSubexpressions",
     "SplitModel",
     "canonical_passes",
     "dump_to",
@@ -121,7 +125,11 @@ def engine_passes(latents: str, timestep: str, conditions: tuple[str, ...], *, l
     ``linear``: there is a linear forecast graph, not none and not one with a predictor inside.
     """
     return [
-        *([] if hoist == "none" else [Hoist(timestep, conditions, per_step=hoist == "all")]),
+        *(
+            []
+            if hoist == "none"
+            else [Hoist(timestep, conditions, per_step=hoist == "all"), ShareSubexpressions(), MergeLinears()]
+        ),
         *([BatchForecast(latents, timestep)] if linear else []),  # needs to know what was hoisted by step
         FuseSampler(latents),
         AddAdvance(),

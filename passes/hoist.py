@@ -28,6 +28,7 @@ from cachec.runtime.errors import PassError
 
 CONSTANT, REQUEST, STEP, LIVE = range(4)  # what a value depends on, at most
 aten = torch.ops.aten
+CUTS = {aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default}
 RESHAPES = {aten.unsqueeze.default, aten.squeeze.dim, aten.view.default, aten.reshape.default, aten.expand.default}
 
 
@@ -39,7 +40,8 @@ class Hoist(Pass):
     for all steps at once: modulations, time embeddings. The step graphs read the results as inputs and lose the weights:
     one input for each value of the request, and one, ``step_values``, for all values of the step side by side. The prologue
     takes the conditions, and the timesteps [T] of each step graph; its result for the input ``x`` of a step graph is called
-    ``compute_x`` or ``forecast_x``, [B, …] or [T, B, …]. Batched over steps it equals single steps to float rounding.
+    ``compute_x`` or ``forecast_x``, [B, …] or [T, B, …]. Batched over steps it equals single steps to float rounding. What
+    depends on the step and has an axis of tokens stays: for all steps it would cost more memory than it saves time.
     """
 
     name: ClassVar[str] = "hoist"
@@ -92,11 +94,15 @@ class Hoist(Pass):
                 prologue.add(name, module, node, label, known)
             else:
                 packs.setdefault(node.meta["val"].dtype, []).append(node)
-        step = extract(module, outputs(module), border)
+        parts = {node: _parts(node) for nodes in packs.values() for node in nodes}
+        inputs = {node: label for node, label in border.items() if node not in parts}
+        inputs |= {part.node: f"{border[node]}_part_{i}" for node, some in parts.items() for i, part in enumerate(some)}
+        step = extract(module, outputs(module), inputs)
         for dtype, nodes in packs.items():
             label = STEP_VALUES if len(packs) == 1 else f"{STEP_VALUES}_{str(dtype).removeprefix('torch.')}"
-            prologue.add_packed(name, module, nodes, label, known)
-            _unpack(step, label, {border[node]: node.meta["val"] for node in nodes})
+            together = [part for node in nodes for part in parts[node]]
+            prologue.add_packed(name, module, nodes, together, label, known)
+            _unpack(step, label, {inputs[part.node]: part for part in together})
         return step
 
     def levels(self, module: fx.GraphModule) -> dict[fx.Node, int]:
@@ -110,6 +116,8 @@ class Hoist(Pass):
                 known[node] = CONSTANT
             else:
                 known[node] = max((known[value] for value in node.all_input_nodes), default=CONSTANT)
+            if known[node] == STEP and _has_tokens(node):
+                known[node] = LIVE
         return known
 
 
@@ -133,13 +141,25 @@ class _Prologue:
         self.axes[name] = (BATCH,)
 
     def add_packed(
-        self, owner: str, module: fx.GraphModule, nodes: list[fx.Node], label: str, known: Mapping[fx.Node, int]
+        self,
+        owner: str,
+        module: fx.GraphModule,
+        nodes: list[fx.Node],
+        parts: list["_Part"],
+        label: str,
+        known: Mapping[fx.Node, int],
     ) -> None:
         """Compute ``nodes``, which depend on the step, here: side by side in one result [T, B, …]."""
         values = [self._copy(owner, module, node, STEP, known) for node in nodes]
-        flat = [self._graph.call_function(aten.reshape.default, (value, [-1, _size(node)]))
+        flat = [value if node.meta["val"].ndim == 2
+                else self._graph.call_function(aten.reshape.default, (value, [-1, _size(node)]))
                 for value, node in zip(values, nodes, strict=True)]  # fmt: skip
         packed = self._graph.call_function(aten.cat.default, (flat, 1))
+        if any(part.added for part in parts):
+            name = f"added_{owner}_{label}"
+            added = [torch.full((part.size,), float(part.added), dtype=nodes[0].meta["val"].dtype) for part in parts]
+            self._attributes[name] = torch.cat(added)
+            packed = self._graph.call_function(aten.add.Tensor, (packed, self._graph.get_attr(name)))
         shape = [self._num_steps(owner), -1, sum(map(_size, nodes))]
         name = hoisted_name(owner, label)
         self.results[name] = self._graph.call_function(aten.view.default, (packed, shape))
@@ -260,7 +280,15 @@ def _unsunk(node: fx.Node, known: Mapping[fx.Node, int]) -> fx.Node:
 
 
 def _is_view(node: fx.Node) -> bool:
-    return node.op == "call_function" and node.target in RESHAPES
+    if node.op != "call_function":
+        return False
+    scalar = node.target is aten.add.Tensor and len(node.all_input_nodes) == 1
+    return node.target in RESHAPES or node.target in CUTS or node.target is operator.getitem or scalar
+
+
+def _has_tokens(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and math.prod(int(size) for size in value.shape[1:-1]) > 1
 
 
 def _size(node: fx.Node) -> int:
@@ -268,20 +296,61 @@ def _size(node: fx.Node) -> int:
     return math.prod(int(size) for size in node.meta["val"].shape[1:])
 
 
-def _unpack(module: fx.GraphModule, label: str, values: Mapping[str, torch.Tensor]) -> None:
-    """Replace the inputs ``values`` (name → example) by one input that holds them side by side."""
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """A piece of a value of the border: the node that gives it in the step graph, its size, and what was added to it."""
+
+    node: fx.Node
+    size: int
+    added: float = 0.0
+
+
+def _parts(node: fx.Node) -> list[_Part]:
+    """The pieces [B, d] that the step graph cuts a value [B, …] into, if it does nothing else with it.
+
+    A number that is added to all of a piece (the 1 of a scale) is added ahead.
+    """
+    cut = next(iter(node.users))
+    if len(node.users) > 1 or cut.target not in CUTS or node.meta["val"].ndim != 2 or cut.args[-1] not in (1, -1):
+        return [_Part(node, _size(node))]
+    parts = [_follow(piece) for piece in sorted(cut.users, key=lambda user: user.args[1])]
+    if sum(part.size for part in parts) != _size(node):  # a piece is not used: leave it to the step graph
+        return [_Part(node, _size(node))]
+    return parts
+
+
+def _follow(piece: fx.Node) -> _Part:
+    """The last mere form of a piece that is all that its readers see."""
+    node, added = piece, 0.0
+    while len(node.users) == 1:
+        user = next(iter(node.users))
+        scalar = user.target is aten.add.Tensor and len(user.all_input_nodes) == 1 and not user.kwargs and not added
+        if scalar:
+            added = float(next(value for value in user.args if isinstance(value, int | float)))
+        elif user.target not in RESHAPES:
+            break
+        node = user
+    return _Part(node, _size(piece), added)
+
+
+def _unpack(module: fx.GraphModule, label: str, parts: Mapping[str, _Part]) -> None:
+    """Replace the inputs ``parts`` by one input that holds them side by side."""
     graph, inputs = module.graph, placeholders(module)
-    sizes = [math.prod(map(int, value.shape[1:])) for value in values.values()]
+    values = {name: part.node.meta["val"] for name, part in parts.items()}
+    sizes = [part.size for part in parts.values()]
     example = next(iter(values.values()))
     with graph.inserting_before(next(iter(graph.nodes))):
         packed = graph.placeholder(label)
     packed.meta = {"val": example.new_empty((example.shape[0], sum(sizes)))}
     with graph.inserting_before(next(node for node in graph.nodes if node.op not in ("placeholder", "get_attr"))):
-        parts = graph.call_function(aten.split_with_sizes.default, (packed, sizes, 1))
+        wide = any(value.ndim == 3 for value in values.values())  # [B, 1, d], as modulations are read
+        row = graph.call_function(aten.unsqueeze.default, (packed, 1)) if wide else packed
+        cuts = graph.call_function(aten.split_with_sizes.default, (row, sizes, -1))
         for number, (name, value) in enumerate(values.items()):
-            part = graph.call_function(operator.getitem, (parts, number))
-            if value.ndim != 2:
-                part = graph.call_function(aten.view.default, (part, [-1, *map(int, value.shape[1:])]))
+            part = graph.call_function(operator.getitem, (cuts, number))
+            shape = [int(size) for size in value.shape[1:]]
+            if shape != [*[1] * wide, sizes[number]]:
+                part = graph.call_function(aten.view.default, (part, [-1, *shape]))
             part.meta = {"val": value}
             inputs[name].replace_all_uses_with(part)
             graph.erase_node(inputs[name])

@@ -1,10 +1,15 @@
 """What is in a bundle, in words."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from cachec.runtime.bundle import Bundle
+from cachec.runtime.engine import STEPS_OF
 from cachec.runtime.program import UNCACHED, Program
+from cachec.runtime.specs import TensorSpec
 
 
 def describe_bundle(bundle: Bundle) -> list[tuple[str, str]]:
@@ -27,9 +32,44 @@ def describe_bundle(bundle: Bundle) -> list[tuple[str, str]]:
         rows.append(("target", f"{target.backend} {target.version}, {target.os}, {target.precision}, {target.shape_bucket}"))
         for name, artifact in target.engines.items():
             rows.append((f"  {name}", f"{artifact.path}, {manifest.files[artifact.path]['bytes'] / 1e6:.2f} MB"))
+    rows += describe_memory(bundle)
     total = sum(entry["bytes"] for entry in manifest.files.values())
     rows.append(("size", f"{total / 1e6:.1f} MB in {len(manifest.files)} files, all hashes match"))
     return rows
+
+
+def describe_memory(bundle: Bundle) -> list[tuple[str, str]]:
+    """Rows about what a session of one sample takes: known before anything runs."""
+    facts = bundle.manifest.facts
+    memory, rows = facts["memory"], []
+    for name, left in facts["hoisted"].items():
+        rows.append((f"hoisted, {name}", f"{left['nodes']} nodes, {left['flops'] / 1e6:.2f} MFLOP, "
+                     f"{left['weight_bytes'] / 1e6:.2f} MB of weights left the step"))  # fmt: skip
+    level = next((level for level in bundle.manifest.programs if level != UNCACHED), UNCACHED)
+    program = bundle.program(level)
+    parts = {
+        "weights": memory["weights"],
+        "slots": _slot_bytes(bundle, program),
+        "step values": _hoisted_bytes(bundle, program),
+        "activations at most": memory["activations"],
+    }
+    text = " + ".join(f"{name} {size / 1e6:.2f}" for name, size in parts.items())
+    rows.append(("memory", f"{sum(parts.values()) / 1e6:.1f} MB for one sample at level {level}: {text}"))
+    return rows
+
+
+def _hoisted_bytes(bundle: Bundle, program: Program) -> int:
+    """What the prologue leaves for all steps."""
+    prologue = bundle.target.engines.get("prologue")
+    if prologue is None:
+        return 0
+    computed = len(program.compute_steps)
+    sizes = {"batch": 1, STEPS_OF["compute"]: computed, STEPS_OF["forecast"]: max(1, program.num_steps - computed)}
+    return sum(_tensor_bytes(spec, sizes) for spec in prologue.signature.outputs)
+
+
+def _tensor_bytes(spec: TensorSpec, sizes: Mapping[str, int]) -> int:
+    return math.prod(spec.resolve(sizes)) * np.dtype(spec.dtype).itemsize
 
 
 def describe_levels(bundle: Bundle) -> list[tuple[str, str]]:
@@ -69,7 +109,4 @@ def schedule_strip(program: Program) -> str:
 
 def _slot_bytes(bundle: Bundle, program: Program) -> int:
     kept = bundle.target.engines["compute"].signature.output("feature" if program.cut == "hidden" else "velocity")
-    size = 4 if kept.dtype == "float32" else 2
-    for dim in kept.resolve({"batch": 1}):
-        size *= dim
-    return size * program.capacity
+    return _tensor_bytes(kept, {"batch": 1}) * program.capacity

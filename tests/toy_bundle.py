@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from toy import ToyDiT, example_inputs
 
+from cachec.compiler.build import build_engines
 from cachec.compiler.capture import capture_model, capture_predictor
+from cachec.compiler.costs import memory_facts
 from cachec.compiler.export import plan_engines
 from cachec.compiler.lower import lower_advance, lower_table, lower_uncached
 from cachec.compiler.methods.adams import Adams
 from cachec.compiler.methods.taylor import Taylor
-from cachec.compiler.pipeline import build_engines
 from cachec.compiler.schedule import Schedule
 from cachec.compiler.table import AdvanceTable, compose
 from cachec.compiler.write import BundleWriter
@@ -103,6 +104,7 @@ def write_bundle(graphs, program, method, out, backend=EagerEngine, hoist="all")
                 targets=(Target(backend.name, backend.version(), platform.system().lower(), "float32", "6x8", engines),),
                 programs=programs,
                 files=writer.files,
+                facts={"memory": memory_facts(graphs), "hoisted": {}},
             )
         )
     return out

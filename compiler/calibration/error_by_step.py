@@ -25,7 +25,7 @@ class ErrorCurve:
 
 
 def measure_errors(reference: Session, sessions: Mapping[str, Session], runs: Sequence[Run]) -> dict[str, ErrorCurve]:
-    """The mean curve of each session over ``runs``; on the output cut it has points at the computed steps only."""
+    """The mean curve of each session over ``runs``; forecasts come in runs, so it has points at their ends."""
     grid = reference.program.sigmas
     values: dict[str, list[list[float]]] = {name: [] for name in sessions}
     levels: dict[str, list[float]] = {}
@@ -42,13 +42,13 @@ def measure_errors(reference: Session, sessions: Mapping[str, Session], runs: Se
 
 
 def trace(session: Session, conditions: Mapping[str, Array], noise: Array) -> Iterator[tuple[float, Array]]:
-    """Run step by step; yields each noise level that the latents reach, and a copy of them there."""
+    """Run; yields each noise level that the latents reach, and a copy of them there."""
     session.begin(conditions, noise)
     program = session.program
     for instruction in program.instructions:
         session.advance()
         if program.cut == "hidden" or isinstance(instruction, Advance):
-            yield float(program.sigmas[instruction.steps[-1] + 1]), session.latents.copy()
+            yield float(program.sigmas[instruction.steps[-1] + 1]), session.latents
 
 
 def position(sigmas: Array, sigma: float) -> float:

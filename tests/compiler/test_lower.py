@@ -7,7 +7,7 @@ from toy_calibration import sigmas_of
 from cachec.compiler.lower import lower_advance, lower_table, lower_uncached
 from cachec.compiler.schedule import Schedule, interval_schedule
 from cachec.compiler.table import AdvanceTable, collapse, compose
-from cachec.runtime.program import Advance, Compute, ProgramKey, hash_sigmas
+from cachec.runtime.program import Advance, Compute, Forecast, ProgramKey, hash_sigmas
 
 SIZE = 6
 SCHEDULES = {
@@ -135,6 +135,18 @@ def test_a_lowered_table_with_a_bias_and_long_memory_is_the_table(schedule):
         if isinstance(instruction, Compute):
             slots[instruction.slot] = features[instruction.step]
             continue
-        (step,) = instruction.steps
-        got = sum(program.coefficients[step, s] * slots[s] for s in range(instruction.num_slots)) + program.bias[step]
-        np.testing.assert_allclose(got, table.coefficients[step] @ stacked + table.bias[step], rtol=1e-4, atol=1e-4)
+        for step in instruction.steps:
+            got = sum(program.coefficients[step, s] * slots[s] for s in range(instruction.num_slots)) + program.bias[step]
+            np.testing.assert_allclose(got, table.coefficients[step] @ stacked + table.bias[step], rtol=1e-4, atol=1e-4)
+
+
+@each_schedule
+def test_forecasts_between_two_computed_steps_are_one_instruction(schedule):
+    num = schedule.num_steps
+    sigmas = sigmas_of(num)
+    table = compose(np.ones((num, 1)), np.zeros(num), schedule, feeds_back=False)
+    program = lower_table(table, key_of(sigmas), sigmas, sigmas[:-1])
+    runs = [instruction.steps for instruction in program.instructions if isinstance(instruction, Forecast)]
+    assert all(run == tuple(range(run[0], run[-1] + 1)) for run in runs)
+    ends = [*schedule.compute[1:], num]
+    assert runs == [tuple(range(a + 1, b)) for a, b in zip(schedule.compute, ends, strict=True) if b > a + 1]

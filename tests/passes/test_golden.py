@@ -5,7 +5,7 @@ import pytest
 from toy_bundle import add_predictor
 
 from cachec.compiler.methods.taylor import Taylor
-from cachec.passes import COMPUTE, FORECAST, graph_text
+from cachec.passes import COMPUTE, FORECAST, PROLOGUE, engine_passes, graph_text, run_passes
 
 GOLDEN = Path(__file__).parent / "golden"
 UPDATE = "CACHEC_UPDATE_GOLDEN"
@@ -19,10 +19,19 @@ def folded_text(split):
     return graph_text(add_predictor(split, Taylor(1).predictor(None), 2).modules[FORECAST])
 
 
+def engine_text(split, name):
+    linear = add_predictor(split, Taylor(1).predictor(None), 2)
+    graphs = run_passes(linear, engine_passes("latents", "timestep", ("prompt",), linear=True))
+    return graph_text(graphs.modules[name])
+
+
 TEXTS = {
     "compute": lambda split: split_text(split, COMPUTE),
     "forecast": lambda split: split_text(split, FORECAST),
     "forecast-taylor-1": folded_text,
+    "engine-prologue": lambda split: engine_text(split, PROLOGUE),
+    "engine-compute": lambda split: engine_text(split, COMPUTE),
+    "engine-forecast": lambda split: engine_text(split, FORECAST),
 }
 
 
