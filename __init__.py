@@ -7,7 +7,7 @@ from cachec.runtime.errors import CachecError
 from cachec.runtime.session import LoadedBundle, Session
 
 __version__ = "0.1.0"
-__all__ = ["CachecError", "LoadedBundle", "Session", "__version__", "compile_model", "load"]
+__all__ = ["CachecError", "LoadedBundle", "Session", "__version__", "accelerate", "compile_model", "load"]
 
 
 def load(bundle: str | Path, *, verify: bool = False, threads: int | None = None) -> LoadedBundle:
@@ -40,3 +40,20 @@ def compile_model(model: str, out: str | Path, *, method: str = "lesa", force: b
     request = make_request(spec, method=method, **options)
     compile_bundle(load_model(spec), request, Path(out), force=force)
     return Path(out)
+
+
+def accelerate(pipeline: Any, *, method: str = "taylor", compiled: bool = True, **options: Any) -> Any:
+    """Compile a diffusers pipeline in memory, in place, without files; returns it, ready to call as before.
+
+    ``compiled``: under ``torch.compile``, else op by op. ``options`` are those of :func:`compile_model`: ``steps`` (50),
+    ``budget``, ``interval``, ``schedule``, ``height``, ``width``, ``text_tokens``, …; calls must then ask for these.
+
+    Raises:
+        CachecError: of the kind that fits; the pipeline is then as it was.
+    """
+    from cachec.compiler.accelerate import accelerate_pipeline
+    from cachec.compiler.models import wrap_pipeline
+    from cachec.compiler.request import make_request
+
+    model = wrap_pipeline(pipeline)
+    return accelerate_pipeline(model, make_request(model.spec, method=method, **options), compiled=compiled)

@@ -16,6 +16,7 @@ log = logging.getLogger(__name__)
 BACKENDS = {
     "aoti": "cachec.engines.aoti:AotiEngine",
     "eager": "cachec.engines.eager:EagerEngine",
+    "inductor": "cachec.engines.inductor:InductorEngine",
     "ort": "cachec.engines.ort:OrtEngine",
 }
 

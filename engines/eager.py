@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from cachec.runtime.device import Buffer, Host
+from cachec.runtime.device import Buffer
 from cachec.runtime.engine import Call, Engine, ExecutionContext, check_bindings
 from cachec.runtime.errors import BundleError, missing_extra
 from cachec.runtime.specs import Signature
@@ -16,6 +16,8 @@ from cachec.runtime.specs import Signature
 if importlib.util.find_spec("torch") is None:
     raise missing_extra("torch", "compile", "the eager backend")
 import torch
+
+from cachec.engines.torch_device import as_tensor, device_of
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -27,10 +29,10 @@ class EagerEngine(Engine):
     name = "eager"
     needs_same_version = True
 
-    def __init__(self, module: torch.nn.Module, signature: Signature) -> None:
+    def __init__(self, module: torch.nn.Module, signature: Signature, device: str = "cpu") -> None:
         self._module: Any = module
         self.signature = signature
-        self.device = Host()
+        self.device = device_of(device)
 
     @classmethod
     def load(
@@ -78,7 +80,7 @@ class _EagerContext(ExecutionContext):
 
     def bind(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> Call:
         check_bindings(self._signature, inputs, outputs)
-        given, wanted = ({name: torch.from_numpy(array) for name, array in side.items()} for side in (inputs, outputs))
+        given, wanted = ({name: as_tensor(buffer) for name, buffer in side.items()} for side in (inputs, outputs))
         return _EagerCall(self._module, given, wanted)
 
 

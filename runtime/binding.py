@@ -101,7 +101,7 @@ class Binding:
 
     def _data(self, value: Array) -> Buffer:
         """A constant of the program on the device."""
-        value = np.ascontiguousarray(value)
+        value = np.asarray(value, order="C")
         buffer = self.device.empty(value.shape, str(value.dtype))
         self.device.upload(value, buffer)
         return buffer

@@ -1,7 +1,7 @@
 """Where buffers lie. A buffer has a ``shape`` and a ``dtype``, and is sliced along its first axis without a copy."""
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -13,7 +13,7 @@ Buffer = Any  # a numpy array on the host; on other devices what their library h
 class Device(ABC):
     """Memory that engines read and write. All copies are asked for by name, so that none happens unseen."""
 
-    name: ClassVar[str]
+    name: str
 
     @abstractmethod
     def empty(self, shape: tuple[int, ...], dtype: str) -> Buffer:
@@ -25,11 +25,15 @@ class Device(ABC):
 
     @abstractmethod
     def upload(self, value: Array, buffer: Buffer) -> None:
-        """Copy a host array of the same shape and dtype into ``buffer``."""
+        """Copy a host array, or a buffer of this device, of the same shape and dtype into ``buffer``."""
 
     @abstractmethod
     def download(self, buffer: Buffer) -> Array:
         """A copy of ``buffer`` on the host, when all that was started before is done."""
+
+    @abstractmethod
+    def copy(self, buffer: Buffer) -> Buffer:
+        """A copy on this device."""
 
     @abstractmethod
     def synchronize(self) -> None:
@@ -39,7 +43,7 @@ class Device(ABC):
 class Host(Device):
     """numpy arrays."""
 
-    name: ClassVar[str] = "cpu"
+    name = "cpu"
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Array:
         return np.zeros(shape, dtype)
@@ -48,6 +52,9 @@ class Host(Device):
         np.copyto(buffer, value)
 
     def download(self, buffer: Array) -> Array:
+        return buffer.copy()
+
+    def copy(self, buffer: Array) -> Array:
         return buffer.copy()
 
     def synchronize(self) -> None:

@@ -102,7 +102,7 @@ class Session:
         self._operations = self._binding.operations
         self._device = self._binding.device
         self._position = len(self._operations)
-        self._velocities: dict[int, Array] = {}  # of coming steps, for a sampler outside
+        self._velocities: dict[int, Buffer] = {}  # of coming steps, for a sampler outside
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
@@ -158,8 +158,10 @@ class Session:
             self.advance()
         return self.latents
 
-    def velocity(self, step: int, latents: Array) -> Array:
+    def velocity(self, step: int, latents: Buffer) -> Buffer:
         """The velocity [B, …] at ``step`` and ``latents``, for a sampler outside that takes the steps in order.
+
+        Both are buffers of the engines' device: numpy arrays on the CPU.
 
         On the output cut all steps of a gap get the same velocity, which brings a sampler of Euler's kind to the latents
         that the program wants at the end of the gap.
@@ -171,12 +173,13 @@ class Session:
             self._find_velocities(step, latents)
         return self._velocities.pop(step)
 
-    def _find_velocities(self, step: int, latents: Array) -> None:
+    def _find_velocities(self, step: int, latents: Buffer) -> None:
         wanted = None if self.finished else self._operations[self._position].steps[0]
         if step != wanted or self._velocities:
             due = min(self._velocities, default=wanted)
             raise InputError(f"step {step} was asked for, but {'no step' if due is None else f'step {due}'} is next")
-        self._binding.latent_spec.check(latents, self._sizes)
+        if isinstance(latents, np.ndarray):
+            self._binding.latent_spec.check(latents, self._sizes)
         operation = self._operations[self._position]
         self._device.upload(latents, operation.latents)
         self.advance()
@@ -185,7 +188,7 @@ class Session:
             return
         if operation.velocities is None:
             raise InputError("this session was not made for a sampler outside: make it with for_sampler=True")
-        values = self._device.download(operation.velocities)
+        values = self._device.copy(operation.velocities)
         self._velocities = dict(zip(operation.steps, values, strict=True)) if len(values.shape) > len(latents.shape) else {
             operation.steps[0]: values
         }  # fmt: skip
@@ -193,10 +196,11 @@ class Session:
     def _spread_gap(self, compute: Operation) -> None:
         """Carry out the move after a computed step of the output cut, and give each of its steps the mean velocity."""
         move = self._operations[self._position]
-        before = self._device.download(compute.latents)
+        before = self._device.copy(compute.latents)
         self.advance()
+        after = self._binding.final if self.finished else self._operations[self._position].latents
         sigmas = self.program.sigmas
-        velocity = (self.latents - before) / (sigmas[move.steps[-1] + 1] - sigmas[move.steps[0]])
+        velocity = (after - before) / float(sigmas[move.steps[-1] + 1] - sigmas[move.steps[0]])
         self._velocities = dict.fromkeys(move.steps, velocity)
 
     def _call(self, engine: str, steps: tuple[int, ...], call: Call) -> None:

@@ -143,16 +143,20 @@ def test_back_ends_and_folding_agree(lesa_bundle, unfolded_bundle, eager_bundle,
 
 
 def test_one_forecast_agrees_folded_and_unfolded_to_1e_5(lesa_bundle, unfolded_bundle, conditions):
-    """Advance both bundles to their first forecast: the latents then differ by one folding only."""
-    after = []
+    """Take both bundles to their first forecast: the velocities then differ by one folding only."""
+    velocities = []
     for path in (lesa_bundle, unfolded_bundle):
         with cachec.load(path) as loaded:
-            session = loaded.session(batch=2)
-            session.begin(conditions, np.stack([make_noise(s, session.latent_shape[1:]) for s in (1, 2)]))
-            for _ in range(5):
-                session.advance()
-            after.append(session.latents.copy())
-    np.testing.assert_allclose(after[0], after[1], atol=1e-5)
+            program = loaded.programs["default"]
+            session = Session(loaded.engines, program, loaded.io, batch=2, for_sampler=True)
+            x = np.stack([make_noise(s, session.latent_shape[1:]) for s in (1, 2)])
+            session.begin(conditions, x)
+            first = next(step for step in range(program.num_steps) if step not in program.compute_steps)
+            for step in range(first + 1):
+                velocity = session.velocity(step, x)
+                x = x + (program.sigmas[step + 1] - program.sigmas[step]) * velocity
+            velocities.append(velocity)
+    np.testing.assert_allclose(*velocities, atol=1e-5)
 
 
 def test_kan_is_inside_the_unfolded_engine_and_only_there(lesa_bundle, unfolded_bundle):
@@ -218,7 +222,11 @@ def test_inspect_tells_schedule_and_predictor(lesa_bundle):
     assert "all hashes match" in output
     data = json.loads(run_cli("inspect", lesa_bundle, "--json"))
     assert data["manifest"]["method"]["name"] == "lesa"
-    assert len(data["programs"]["default"]["instructions"]) == 50
+    instructions = data["programs"]["default"]["instructions"]
+    assert [i["op"] for i in instructions].count("compute") == 10
+    assert sum(len(i["steps"]) if i["op"] == "forecast" else 1 for i in instructions) == 50
+    assert "of weights left the step" in output
+    assert "MB for one sample at level default: weights" in output
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "remove"])

@@ -4,6 +4,7 @@ import importlib
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -57,15 +58,33 @@ def load_model(spec: ModelSpec, *, with_transformer: bool = True) -> LoadedModel
     _quiet_loading()
     directory = _directory(spec, with_transformer=with_transformer)
     kind = _pipeline_class(directory, spec)
-    if kind not in FAMILIES:
-        raise InputError(f"{spec.source} is a {kind}; cachec knows {', '.join(FAMILIES)}")
-    module, _, attribute = FAMILIES[kind].partition(":")
-    family = getattr(importlib.import_module(module), attribute)
+    family = _family(kind, spec.source)
     try:
-        loaded: LoadedModel = family(spec, directory, with_transformer=with_transformer)
+        loaded: LoadedModel = family.load(spec, directory, with_transformer=with_transformer)
     except (OSError, ValueError, SafetensorError) as error:
         raise ModelUnavailableError(f"{spec.source} cannot be loaded: {error}") from error
     return loaded
+
+
+def wrap_pipeline(pipeline: Any) -> LoadedModel:
+    """A diffusers pipeline that is in memory already.
+
+    Raises:
+        InputError: no family knows this kind of pipeline.
+    """
+    family = _family(type(pipeline).__name__, "the pipeline")
+    origin = Path(str(getattr(pipeline.config, "_name_or_path", "")) or "-")
+    packaged = next((spec for spec in MODELS.values() if spec.packaged and Path(spec.source) == origin), None)
+    spec = packaged or replace(MODELS["flux"], name=origin.name, source=str(origin))
+    loaded: LoadedModel = family(spec, pipeline, origin if (origin / "transformer").is_dir() else None)
+    return loaded
+
+
+def _family(kind: str, source: str) -> Any:
+    if kind not in FAMILIES:
+        raise InputError(f"{source} is a {kind}; cachec knows {', '.join(FAMILIES)}")
+    module, _, attribute = FAMILIES[kind].partition(":")
+    return getattr(importlib.import_module(module), attribute)
 
 
 def _quiet_loading() -> None:

@@ -25,13 +25,18 @@ from cachec.runtime.specs import Array
 class FluxModel(LoadedModel):
     """A FLUX pipeline on the CPU in float32."""
 
-    def __init__(self, spec: ModelSpec, directory: Path, *, with_transformer: bool) -> None:
-        absent: dict[str, Any] = {} if with_transformer else {"transformer": None}
+    def __init__(self, spec: ModelSpec, pipeline: FluxPipeline, directory: Path | None = None) -> None:
+        _check_scheduler(pipeline.scheduler)
         self.spec = spec
-        self.pipeline = FluxPipeline.from_pretrained(directory, local_files_only=True, **absent)
-        self.pipeline.set_progress_bar_config(disable=True)
+        self.pipeline: Any = pipeline
         self._directory = directory
-        _check_scheduler(self.pipeline.scheduler)
+
+    @classmethod
+    def load(cls, spec: ModelSpec, directory: Path, *, with_transformer: bool) -> "FluxModel":
+        absent: dict[str, Any] = {} if with_transformer else {"transformer": None}
+        pipeline = FluxPipeline.from_pretrained(directory, local_files_only=True, **absent)
+        pipeline.set_progress_bar_config(disable=True)
+        return cls(spec, pipeline, directory)
 
     @property
     def transformer(self) -> nn.Module:
@@ -53,6 +58,9 @@ class FluxModel(LoadedModel):
 
     @cached_property
     def weights_hash(self) -> str:
+        if self._directory is None:
+            tensors = sorted(self.transformer.state_dict().items())
+            return hashlib.sha256(b"".join(hashlib.sha256(_raw(tensor)).digest() for _, tensor in tensors)).hexdigest()
         files = sorted((self._directory / "transformer").glob("*.safetensors"))
         if not files:
             raise ModelUnavailableError(f"{self.spec.source} has no safetensors weights in transformer/: convert them first")
@@ -137,6 +145,10 @@ class FluxModel(LoadedModel):
                 raise InputError(f"{axis} is {size}; {self.spec.name} takes multiples of {side} pixels")
         tokens: int = (settings.height // side) * (settings.width // side)
         return tokens
+
+
+def _raw(tensor: torch.Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def _check_scheduler(scheduler: Any) -> None:

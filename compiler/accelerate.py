@@ -1,0 +1,116 @@
+"""``cachec.accelerate``: a pipeline in memory, compiled in place, without files.
+
+The pipeline keeps its own loop and its own sampler; its transformer is replaced by one that computes some steps and hands out
+forecasts at the others.
+"""
+
+import logging
+import tempfile
+from collections.abc import Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from cachec.compiler.export import plan_engines
+from cachec.compiler.forecast import engine_graphs
+from cachec.compiler.models.base import LoadedModel
+from cachec.compiler.pipeline import Compilation, add_forecast, find_calibrations, find_parameters, make_programs
+from cachec.compiler.request import Request
+from cachec.compiler.split import split_model
+from cachec.engines.eager import EagerEngine
+from cachec.engines.inductor import InductorEngine
+from cachec.runtime.engine import Engine
+from cachec.runtime.errors import InputError
+from cachec.runtime.program import UNCACHED, Program
+from cachec.runtime.session import ModelIO, Session
+
+log = logging.getLogger(__name__)
+
+
+def accelerate_pipeline(model: LoadedModel, request: Request, *, compiled: bool = True) -> Any:
+    """Replace the transformer of ``model``'s pipeline; returns the pipeline.
+
+    ``compiled``: run the graphs under ``torch.compile``, else op by op.
+
+    Raises:
+        CachecError: of the kind that fits; the pipeline is then as it was.
+    """
+    result = Compilation()
+    with tempfile.TemporaryDirectory(prefix="cachec-") as work:
+        split = split_model(model, request.settings)
+        parameters = find_parameters(model, request, result, Path(work) / "training")
+        calibrations = find_calibrations(model, split, request, None, result, Path(work) / "calibration")
+        graphs = engine_graphs(model, add_forecast(model, split, request, parameters), request.hoist)
+        plans = plan_engines(graphs, model.example_inputs(request.settings), model.io.latents, request.settings.steps)
+        kind = InductorEngine if compiled else EagerEngine
+        engines = {plan.name: kind(graphs.modules[plan.name], plan.signature) for plan in plans}
+        programs = make_programs(model, request, graphs, engines, calibrations, parameters, result)
+        result.works.clear()  # they lie in the temporary directory
+    program = next(program for level, program in programs.items() if level != UNCACHED)
+    pipeline = model.pipeline
+    pipeline.transformer = AcceleratedTransformer(model.transformer, pipeline.scheduler, engines, program, model.io)
+    return pipeline
+
+
+class AcceleratedTransformer(nn.Module):
+    """Stands where the transformer was. Whatever it does not do itself, it asks of the ``original``."""
+
+    def __init__(
+        self, original: nn.Module, scheduler: Any, engines: Mapping[str, Engine], program: Program, io: ModelIO
+    ) -> None:
+        super().__init__()
+        self.original = original
+        self.program = program
+        self._scheduler, self._engines, self._io = scheduler, engines, io
+        self._sessions: dict[int, Session] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("original"), name)
+
+    @contextmanager
+    def cache_context(self, name: str) -> Any:
+        """Diffusers' own caches ask for one; there is nothing to keep apart here: each batch size has its session."""
+        yield
+
+    @torch.no_grad()
+    def forward(self, *, return_dict: bool = True, **inputs: Any) -> Any:
+        """The velocity at the scheduler's current step, from the transformer's usual keywords.
+
+        Raises:
+            InputError: the run is not the one that was compiled: other steps, sizes or inputs.
+        """
+        step = self._scheduler.step_index or 0
+        known = {name: inputs[name].float() for name in (self._io.latents, *self._io.conditions)}
+        self._refuse_extras({name: value for name, value in inputs.items() if name not in known})
+        batch = len(known[self._io.latents])
+        if batch not in self._sessions:
+            self._sessions[batch] = Session(self._engines, self.program, self._io, batch=batch, for_sampler=True)
+        session = self._sessions[batch]
+        latents = known.pop(self._io.latents).numpy()
+        if step == 0:
+            self._check_schedule()
+            session.begin({name: value.numpy() for name, value in known.items()}, latents)
+        velocity = torch.from_numpy(session.velocity(step, latents)).to(inputs[self._io.latents].dtype)
+        return {"sample": velocity} if return_dict else (velocity,)
+
+    def _check_schedule(self) -> None:
+        sigmas = self._scheduler.sigmas.float().cpu().numpy()
+        if len(sigmas) != self.program.num_steps + 1:
+            raise InputError(
+                f"num_inference_steps is {len(sigmas) - 1}; this pipeline was accelerated for {self.program.num_steps} steps"
+            )
+        if not np.allclose(sigmas, self.program.sigmas, atol=1e-5):
+            raise InputError("the scheduler's noise levels are not those that this pipeline was accelerated for")
+
+    def _refuse_extras(self, extras: Mapping[str, Any]) -> None:
+        expected = {self._io.timestep, "img_ids", "txt_ids"}
+        strange = [name for name, value in extras.items() if name not in expected and value is not None and value != {}]
+        if strange:
+            raise InputError(f"the accelerated transformer does not take {', '.join(sorted(strange))}: take it off the call")

@@ -1,0 +1,22 @@
+"""``torch.compile``: graphs are compiled when they first run. For use in the process that has the model.
+
+A bundle holds exported programs, as for eager; loading one costs a compilation, which PyTorch's own cache shortens.
+"""
+
+from typing import Any
+
+import torch
+
+from cachec.engines.eager import EagerEngine
+from cachec.runtime.specs import Signature
+
+
+class InductorEngine(EagerEngine):
+    """A graph under ``torch.compile``."""
+
+    name = "inductor"
+
+    def __init__(self, module: torch.nn.Module, signature: Signature, device: str = "cpu") -> None:
+        varied = any(isinstance(size, str) and size != "batch" for spec in signature.inputs for size in spec.shape)
+        compiled: Any = torch.compile(module, dynamic=varied)  # with the batch alone, a graph for each batch is faster
+        super().__init__(compiled, signature, device)
