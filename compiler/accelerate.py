@@ -23,10 +23,11 @@ from cachec.compiler.request import Request
 from cachec.compiler.split import split_model
 from cachec.engines.eager import EagerEngine
 from cachec.engines.inductor import InductorEngine
+from cachec.runtime.binding import ModelIO
 from cachec.runtime.engine import Engine
 from cachec.runtime.errors import InputError
 from cachec.runtime.program import UNCACHED, Program
-from cachec.runtime.session import ModelIO, Session
+from cachec.runtime.session import Session
 
 log = logging.getLogger(__name__)
 

@@ -92,16 +92,16 @@ class Verifier:
         steps = len(self.reference)
         last = {FEATURES: computed[FEATURE][None].contiguous(), COEFFICIENTS: torch.ones(1), BIAS: torch.zeros(())}
         if batched:
-            times = self.inputs[self.timestep][:, None].expand(steps, steps)
+            told = self.inputs[self.timestep][:, None].expand(steps, steps)
             last |= {
                 COEFFICIENTS: torch.ones(steps, 1),
                 BIAS: torch.zeros(steps),
                 DELTAS: torch.ones(steps),
-                self.timestep: times,
+                self.timestep: told,
             }
         known = {**self.inputs, **rows, **last}
-        forecast = modules[FORECAST](**{name: known[name] for name in names})
-        got = _own_step(forecast[VELOCITIES]) if batched else forecast[VELOCITY]
+        made = modules[FORECAST](**{name: known[name] for name in names})
+        got = _own_step(made[VELOCITIES]) if batched else made[VELOCITY]
         self._compare(one, "forecast", got, tolerance)
 
     @property

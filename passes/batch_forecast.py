@@ -45,6 +45,7 @@ class BatchForecast(Pass):
 
     def run(self, graphs: Graphs) -> PassResult:
         module = graphs.modules[FORECAST]
+        assert graphs.cut is not None  # as requires() has checked
         hoisted = graphs.axes.get(PROLOGUE, {})
         per_step = [
             n for n in placeholders(module) if n == self.timestep or len(hoisted.get(hoisted_name(FORECAST, n), ())) > 1

@@ -160,7 +160,7 @@ class _Prologue:
             added = [torch.full((part.size,), float(part.added), dtype=nodes[0].meta["val"].dtype) for part in parts]
             self._attributes[name] = torch.cat(added)
             packed = self._graph.call_function(aten.add.Tensor, (packed, self._graph.get_attr(name)))
-        shape = [self._num_steps(owner), -1, sum(map(_size, nodes))]
+        shape: list[fx.Node | int] = [self._num_steps(owner), -1, sum(map(_size, nodes))]
         name = hoisted_name(owner, label)
         self.results[name] = self._graph.call_function(aten.view.default, (packed, shape))
         self.axes[name] = (STEPS_OF[owner], BATCH)
@@ -313,7 +313,7 @@ def _parts(node: fx.Node) -> list[_Part]:
     cut = next(iter(node.users))
     if len(node.users) > 1 or cut.target not in CUTS or node.meta["val"].ndim != 2 or cut.args[-1] not in (1, -1):
         return [_Part(node, _size(node))]
-    parts = [_follow(piece) for piece in sorted(cut.users, key=lambda user: user.args[1])]
+    parts = [_follow(piece) for piece in sorted(cut.users, key=lambda user: int(str(user.args[1])))]
     if sum(part.size for part in parts) != _size(node):  # a piece is not used: leave it to the step graph
         return [_Part(node, _size(node))]
     return parts

@@ -54,12 +54,18 @@ def _is_linear(node: fx.Node) -> bool:
     return node.op == "call_function" and node.target is aten.linear.default and len(node.args) == 3 and len(node.users) == 1
 
 
+def _argument(node: fx.Node, place: int) -> fx.Node:
+    argument = node.args[place]
+    assert isinstance(argument, fx.Node)
+    return argument
+
+
 def _merged(module: fx.GraphModule, run: list[fx.Node]) -> fx.Node:
     """The linear layer with the weights [sum of out, in] and biases of all."""
     graph = module.graph
     names = []
     for place, kind in ((1, "weight"), (2, "bias")):
-        tensors = [fetch(module, str(node.args[place].target)) for node in run]
+        tensors = [fetch(module, str(_argument(node, place).target)) for node in run]
         name = f"merged_{run[0].name}_{kind}"
         module.register_buffer(name, torch.cat([tensor.detach() for tensor in tensors]))
         names.append(name)

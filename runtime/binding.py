@@ -96,8 +96,8 @@ class Binding:
         specs = {spec.name: spec for engine in self._engines.values() for spec in engine.signature.inputs}
         return [specs[name] for name in self._io.conditions if name in specs]
 
-    def _empty(self, spec: TensorSpec, leading: tuple[int, ...] = (), **sizes: int) -> Buffer:
-        return self.device.empty((*leading, *spec.resolve({**self._sizes, **sizes})), spec.dtype)
+    def _empty(self, spec: TensorSpec, leading: tuple[int, ...] = (), sizes: Mapping[str, int] | None = None) -> Buffer:
+        return self.device.empty((*leading, *spec.resolve({**self._sizes, **(sizes or {})})), spec.dtype)
 
     def _data(self, value: Array) -> Buffer:
         """A constant of the program on the device."""
@@ -123,7 +123,7 @@ class Binding:
         steps = {STEPS_OF["compute"]: self._program.compute_steps, STEPS_OF["forecast"]: self._forecast_steps() or (0,)}
         times = {TIMESTEPS_OF[name]: self._data(self._program.timesteps[list(steps[STEPS_OF[name]])]) for name in TIMESTEPS_OF}
         sizes = {name: len(some) for name, some in steps.items()}
-        self.hoisted = {spec.name: self._empty(spec, **sizes) for spec in signature.outputs}
+        self.hoisted = {spec.name: self._empty(spec, sizes=sizes) for spec in signature.outputs}
         known = {**self.conditions, **times}
         return self._contexts["prologue"].bind({s.name: known[s.name] for s in signature.inputs}, self.hoisted)
 
@@ -175,7 +175,7 @@ class Binding:
         results = {NEXT_LATENTS: self._next_latents()}
         if self._with_velocities:
             spec = self._engines["forecast"].signature.output(VELOCITIES)
-            results[VELOCITIES] = self._empty(spec, **{FORECASTS: len(steps)})
+            results[VELOCITIES] = self._empty(spec, sizes={FORECASTS: len(steps)})
         return self._operation("forecast", steps, inputs, results, latents, results.get(VELOCITIES))
 
     def _bind_predict(self, instruction: Predict) -> Operation:
