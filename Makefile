@@ -5,7 +5,7 @@ READY := $(VENV)/.ready
 BUILD := reference/build
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo test check types wheel eval quality reference clean
+.PHONY: help demo test check types wheel eval quality bench reference clean
 
 help:  ## Say what can be made
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -54,6 +54,10 @@ quality: $(READY)  ## Every method at every budget: bench/QUALITY.md (about two 
 	$(BIN)/python -m bench.quality --work build/quality
 	$(BIN)/python -m bench.gram_ablation --work build/quality
 	$(BIN)/python -m bench.quality_report --date $$(date +%F)
+
+bench: $(READY)  ## Speed beside the peers in one run: bench/RESULTS.md (about ten minutes on two idle cores)
+	$(BIN)/python -m pip install --quiet --editable '.[cpu,compile,dev,bench]'
+	$(BIN)/python -m bench.speed --date $$(date +%F)
 
 reference: $(READY)  ## Retrain tiny-flux from nothing (an hour or two on two idle cores)
 	$(BIN)/python -m reference.train_autoencoder --out $(BUILD)

@@ -35,11 +35,6 @@ class AotiEngine(Engine):
     name = "aoti"
     needs_same_version = True
 
-    def __init__(self, runner: Any, signature: Signature) -> None:
-        self._runner: Any = runner
-        self.signature = signature
-        self.device = Host()
-
     @classmethod
     def load(
         cls, files: Mapping[str, Path], signatures: Mapping[str, Signature], *, threads: int | None = None
@@ -56,15 +51,10 @@ class AotiEngine(Engine):
         missing = files.keys() - contents.aoti_runners.keys()
         if missing:
             raise BundleError(f"{path} holds no graph {', '.join(sorted(missing))}: compile the bundle again")
-        return {name: cls(contents.aoti_runners[name], signatures[name]) for name in files}
+        return {name: cls(contents.aoti_runners[name], signatures[name], Host()) for name in files}
 
-    def context(self) -> ExecutionContext:
-        if self._runner is None:
-            raise BundleError("the engine was closed: load the bundle again")
-        return _AotiContext(self._runner, self.signature)
-
-    def close(self) -> None:
-        self._runner = None
+    def _context(self, native: Any) -> ExecutionContext:
+        return _AotiContext(native, self.signature)
 
     @staticmethod
     def version() -> str:

@@ -30,9 +30,7 @@ class EagerEngine(Engine):
     needs_same_version = True
 
     def __init__(self, module: torch.nn.Module, signature: Signature, device: str = "cpu") -> None:
-        self._module: Any = module
-        self.signature = signature
-        self.device = device_of(device)
+        super().__init__(module, signature, device_of(device))
 
     @classmethod
     def load(
@@ -50,13 +48,8 @@ class EagerEngine(Engine):
             raise BundleError(f"torch {torch.__version__} cannot load {path}: {error}") from error
         return cls(program.module(check_guards=False), signature)
 
-    def context(self) -> ExecutionContext:
-        if self._module is None:
-            raise BundleError("the engine was closed: load the bundle again")
-        return _EagerContext(self._module, self.signature)
-
-    def close(self) -> None:
-        self._module = None
+    def _context(self, native: Any) -> ExecutionContext:
+        return _EagerContext(native, self.signature)
 
     @staticmethod
     def version() -> str:

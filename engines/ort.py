@@ -37,11 +37,6 @@ class OrtEngine(Engine):
     name = "ort"
     needs_same_version = False  # an ONNX file is a standard
 
-    def __init__(self, session: onnxruntime.InferenceSession, signature: Signature) -> None:
-        self._session: Any = session
-        self.signature = signature
-        self.device = Host()
-
     @classmethod
     def load(
         cls, files: Mapping[str, Path], signatures: Mapping[str, Signature], *, threads: int | None = None
@@ -58,15 +53,10 @@ class OrtEngine(Engine):
             session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's exceptions share no base class but Exception
             raise BundleError(f"ONNX Runtime {onnxruntime.__version__} cannot load {path}: {error}") from error
-        return cls(session, signature)
+        return cls(session, signature, Host())
 
-    def context(self) -> ExecutionContext:
-        if self._session is None:
-            raise BundleError("the engine was closed: load the bundle again")
-        return _OrtContext(self._session, self.signature)
-
-    def close(self) -> None:
-        self._session = None
+    def _context(self, native: Any) -> ExecutionContext:
+        return _OrtContext(native, self.signature)
 
     @staticmethod
     def version() -> str:

@@ -1,7 +1,7 @@
 """What a pass is: a frozen dataclass from graphs to new graphs, with a contract that is checked around every run."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -68,21 +68,25 @@ class Pass(ABC):
 
 @dataclass(frozen=True)
 class GraphPass(Pass):
-    """A pass that treats every graph by itself, by editing a copy of it."""
+    """A pass that treats every graph by itself, or those named ``only``, by editing a copy of it."""
+
+    only: ClassVar[tuple[str, ...] | None] = None
 
     @abstractmethod
     def edit(self, module: fx.GraphModule) -> int:
         """Edit ``module`` in place; return how many places changed."""
 
     def run(self, graphs: Graphs) -> PassResult:
-        copies = {name: copy_module(module) for name, module in graphs.modules.items()}
+        chosen = graphs.modules if self.only is None else {n: m for n, m in graphs.modules.items() if n in self.only}
+        copies = {name: copy_module(module) for name, module in chosen.items()}
         changes = sum(self.edit(module) for module in copies.values())
         if not changes:
             return PassResult(graphs, changed=False)
         for module in copies.values():
             finish(module)
         # copied again, so that attributes which the edit left unread are gone
-        return PassResult(graphs.with_modules(**{n: copy_module(m) for n, m in copies.items()}), changed=True)
+        copies = {name: copy_module(module) for name, module in copies.items()}
+        return PassResult(graphs.with_modules(**{**graphs.modules, **copies}), changed=True)
 
 
 Observer = Callable[[int, Pass, PassResult], None]
@@ -175,6 +179,18 @@ def depends_on_inputs(module: fx.GraphModule) -> set[fx.Node]:
         if node.op == "placeholder" or any(argument in dependent for argument in node.all_input_nodes):
             dependent.add(node)
     return dependent
+
+
+def backward_slice(results: Iterable[fx.Node], ends: Container[fx.Node] = ()) -> set[fx.Node]:
+    """What ``results`` need, themselves included, and nothing beyond ``ends``."""
+    needed: set[fx.Node] = set()
+    stack = list(results)
+    while stack:
+        node = stack.pop()
+        if node not in needed:
+            needed.add(node)
+            stack.extend([] if node in ends else node.all_input_nodes)
+    return needed
 
 
 def placeholders(module: fx.GraphModule) -> dict[str, fx.Node]:

@@ -6,7 +6,18 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from cachec.passes.base import FORECAST, PROLOGUE, Graphs, Pass, PassResult, fetch, finish, outputs, placeholders
+from cachec.passes.base import (
+    FORECAST,
+    PROLOGUE,
+    Graphs,
+    Pass,
+    PassResult,
+    backward_slice,
+    fetch,
+    finish,
+    outputs,
+    placeholders,
+)
 from cachec.runtime.engine import (
     BATCH,
     BIAS,
@@ -69,7 +80,7 @@ def _batched(module: fx.GraphModule, cut: str, latents: str, per_step: list[str]
     velocity = outputs(module)[VELOCITY]
     graph = fx.Graph()
     inputs = {name: graph.placeholder(name) for name in (FEATURES, COEFFICIENTS, BIAS, latents, DELTAS)}
-    tail = _slice(velocity, feature)
+    tail = backward_slice([velocity], {feature})
     inputs |= {name: graph.placeholder(name) for name, node in placeholders(module).items() if node in tail}
     call = graph.call_function
     steps = call(aten.sym_size.int, (inputs[COEFFICIENTS], 0))
@@ -107,18 +118,6 @@ def _batched(module: fx.GraphModule, cut: str, latents: str, per_step: list[str]
     new = fx.GraphModule(attributes, graph)
     finish(new)
     return new
-
-
-def _slice(result: fx.Node, end: fx.Node) -> set[fx.Node]:
-    """What ``result`` needs beyond ``end``."""
-    needed: set[fx.Node] = set()
-    stack = [result]
-    while stack:
-        node = stack.pop()
-        if node not in needed:
-            needed.add(node)
-            stack.extend([] if node is end else node.all_input_nodes)
-    return needed
 
 
 def _for_all_steps(graph: fx.Graph, value: fx.Node, steps: fx.Node, rank: int, *, widen: bool) -> fx.Node:

@@ -13,6 +13,7 @@ from cachec.passes.base import (
     Pass,
     PassResult,
     PredictorRows,
+    backward_slice,
     emit,
     fetch,
     finish,
@@ -98,13 +99,7 @@ def analyse(module: fx.GraphModule) -> Analysis:
     while history_name(len(history)) in inputs:
         history.append(inputs[history_name(len(history))])
     result = outputs(module)[FEATURE]
-    needed: set[fx.Node] = set()
-    stack = [result]
-    while stack:
-        node = stack.pop()
-        if node not in needed:
-            needed.add(node)
-            stack.extend(node.all_input_nodes)
+    needed = backward_slice([result])
     touched, static, dynamic = set(history), [], []
     for node in module.graph.nodes:
         if node not in needed or node in touched:

@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from cachec.passes.base import PROLOGUE, GraphPass, Graphs, PassResult, copy_module, fetch, finish
+from cachec.passes.base import PROLOGUE, GraphPass, fetch
 
 aten = torch.ops.aten
 
@@ -19,14 +19,7 @@ class MergeLinears(GraphPass):
     """
 
     name: ClassVar[str] = "merge_linears"
-
-    def run(self, graphs: Graphs) -> PassResult:
-        if PROLOGUE not in graphs.modules:
-            return PassResult(graphs, changed=False)
-        module = copy_module(graphs.modules[PROLOGUE])
-        changes = self.edit(module)
-        finish(module)
-        return PassResult(graphs.with_modules(**{**graphs.modules, PROLOGUE: copy_module(module)}), changed=bool(changes))
+    only: ClassVar[tuple[str, ...]] = (PROLOGUE,)
 
     def edit(self, module: fx.GraphModule) -> int:
         changes = 0

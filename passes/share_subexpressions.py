@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from cachec.passes.base import PROLOGUE, GraphPass, Graphs, PassResult, copy_module, fetch, finish
+from cachec.passes.base import PROLOGUE, GraphPass, fetch
 
 
 @dataclass(frozen=True)
@@ -14,14 +14,7 @@ class ShareSubexpressions(GraphPass):
     """In the prologue: calls of the same operator on the same values become one. Its parts come from several graphs."""
 
     name: ClassVar[str] = "share_subexpressions"
-
-    def run(self, graphs: Graphs) -> PassResult:
-        if PROLOGUE not in graphs.modules:
-            return PassResult(graphs, changed=False)
-        module = copy_module(graphs.modules[PROLOGUE])
-        changes = self.edit(module)
-        finish(module)
-        return PassResult(graphs.with_modules(**{**graphs.modules, PROLOGUE: copy_module(module)}), changed=bool(changes))
+    only: ClassVar[tuple[str, ...]] = (PROLOGUE,)
 
     def edit(self, module: fx.GraphModule) -> int:
         seen: dict[Any, fx.Node] = {}

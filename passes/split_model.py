@@ -7,7 +7,19 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from cachec.passes.base import COMPUTE, FORECAST, MODEL, Graphs, Pass, PassResult, fetch, finish, outputs, placeholders
+from cachec.passes.base import (
+    COMPUTE,
+    FORECAST,
+    MODEL,
+    Graphs,
+    Pass,
+    PassResult,
+    backward_slice,
+    fetch,
+    finish,
+    outputs,
+    placeholders,
+)
 from cachec.runtime.engine import FEATURE, VELOCITY
 from cachec.runtime.errors import PassError
 
@@ -46,13 +58,7 @@ class SplitModel(Pass):
 
 def extract(module: fx.GraphModule, results: Mapping[str, fx.Node], replaced: Mapping[fx.Node, str]) -> fx.GraphModule:
     """The backward slice of ``results``, with the nodes ``replaced`` turned into inputs of the given names."""
-    needed: set[fx.Node] = set()
-    stack = list(results.values())
-    while stack:
-        node = stack.pop()
-        if node not in needed:
-            needed.add(node)
-            stack.extend([] if node in replaced else node.all_input_nodes)
+    needed = backward_slice(results.values(), replaced)
     graph = fx.Graph()
     values: dict[fx.Node, fx.Node] = {}
     for node, name in replaced.items():

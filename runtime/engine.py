@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any, ClassVar, Self
 
 from cachec.runtime.device import Buffer, Device
-from cachec.runtime.errors import InputError
+from cachec.runtime.errors import BundleError, InputError
 from cachec.runtime.specs import Signature
 
 VELOCITY = "velocity"  # the model's output [B, …]
@@ -74,8 +74,11 @@ class Engine(ABC):
 
     name: ClassVar[str]
     needs_same_version: ClassVar[bool]  # artifacts load only in the version of the library that built them
-    signature: Signature
-    device: Device
+
+    def __init__(self, native: Any, signature: Signature, device: Device) -> None:
+        self._native: Any = native  # the library's own object
+        self.signature = signature
+        self.device = device
 
     @staticmethod
     @abstractmethod
@@ -102,13 +105,23 @@ class Engine(ABC):
             BundleError: a file is not an engine of this back end.
         """
 
-    @abstractmethod
     def context(self) -> ExecutionContext:
-        """A new context for one session."""
+        """A new context for one session.
+
+        Raises:
+            BundleError: the engine was closed.
+        """
+        if self._native is None:
+            raise BundleError("the engine was closed: load the bundle again")
+        return self._context(self._native)
 
     @abstractmethod
+    def _context(self, native: Any) -> ExecutionContext:
+        """A new context on the library's own object."""
+
     def close(self) -> None:
         """Let go of the engine: no new contexts; its memory is freed with the last context."""
+        self._native = None
 
     def __enter__(self) -> Self:
         return self
