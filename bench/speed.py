@@ -241,6 +241,9 @@ Microseconds of one engine call, medians, and of the Python between two calls:
 
 Building the engines from the split graphs took: {builds}.{skipped}
 
+The spread is wide on a shared machine, so `of ideal` is good to some 0.05 only. The microseconds were taken without a pause
+after other rows, whose threads still spun: they compare engines of a row, not rows.
+
 Not measured yet: the FLUX-shaped model, peak memory, cold start, batches, tokens, and anything on a GPU.
 """
 
