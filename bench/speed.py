@@ -225,9 +225,10 @@ def report(data: Mapping[str, Any], date: str) -> str:
 
 {setting["model"]}, {setting["steps"]} steps, batch 1, float32, {where}, {date}.
 
-`python -m bench.speed`: rows take turns in one process on the same {setting["prompts"]} prompts and noise; median seconds of
-{setting["repeats"]} denoise loops (quartiles). *× uncached*: over the same engine's own uncached run. *of ideal*: that over
-T/K. *× peer*: over the peer whose computed steps the row runs on. PSNR in dB against the row's own uncached picture.
+`python -m bench.speed --prompts {setting["prompts"]} --repeats {setting["repeats"]}`: rows take turns in one process, same
+prompts and noise; median seconds of the denoise loops (quartiles). *× uncached*: over the same engine's own uncached run. *of
+ideal*: that over T/K. *× peer*: over the peer whose computed steps the row runs on. PSNR in dB against the row's own uncached
+picture.
 
 | row | computed | seconds | × uncached | of ideal | × diffusers | × peer | PSNR |
 | --- | --- | --- | --- | --- | --- | --- | --- |

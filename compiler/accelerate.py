@@ -4,7 +4,6 @@ The pipeline keeps its own loop and its own sampler; its transformer is replaced
 forecasts at the others.
 """
 
-import logging
 import tempfile
 from collections.abc import Mapping
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import nn
 
 from cachec.compiler.export import plan_engines
@@ -29,8 +29,6 @@ from cachec.runtime.errors import InputError
 from cachec.runtime.program import UNCACHED, Program
 from cachec.runtime.session import Session
 
-log = logging.getLogger(__name__)
-
 
 def accelerate_pipeline(model: LoadedModel, request: Request, *, compiled: bool = True) -> Any:
     """Replace the transformer of ``model``'s pipeline; returns the pipeline.
@@ -40,6 +38,8 @@ def accelerate_pipeline(model: LoadedModel, request: Request, *, compiled: bool 
     Raises:
         CachecError: of the kind that fits; the pipeline is then as it was.
     """
+    if isinstance(model.transformer, AcceleratedTransformer):
+        raise InputError("this pipeline is accelerated already: set pipe.transformer = pipe.transformer.original first")
     result = Compilation()
     with tempfile.TemporaryDirectory(prefix="cachec-") as work:
         split = split_model(model, request.settings)
@@ -99,7 +99,7 @@ class AcceleratedTransformer(nn.Module):
             self._check_schedule()
             session.begin({name: value.numpy() for name, value in known.items()}, latents)
         velocity = torch.from_numpy(session.velocity(step, latents)).to(inputs[self._io.latents].dtype)
-        return {"sample": velocity} if return_dict else (velocity,)
+        return Transformer2DModelOutput(sample=velocity) if return_dict else (velocity,)
 
     def _check_schedule(self) -> None:
         sigmas = self._scheduler.sigmas.float().cpu().numpy()

@@ -3,12 +3,13 @@
 A bundle holds exported programs, as for eager; loading one costs a compilation, which PyTorch's own cache shortens.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from cachec.engines.eager import EagerEngine
+from cachec.engines.eager import EagerEngine  # it says which extra brings torch where there is none
 from cachec.runtime.specs import Signature
+
+if TYPE_CHECKING:
+    import torch
 
 
 class InductorEngine(EagerEngine):
@@ -16,7 +17,9 @@ class InductorEngine(EagerEngine):
 
     name = "inductor"
 
-    def __init__(self, module: torch.nn.Module, signature: Signature, device: str = "cpu") -> None:
+    def __init__(self, module: "torch.nn.Module", signature: Signature, device: str = "cpu") -> None:
+        import torch
+
         varied = any(isinstance(size, str) and size != "batch" for spec in signature.inputs for size in spec.shape)
         compiled: Any = torch.compile(module, dynamic=varied)  # with the batch alone, a graph for each batch is faster
         super().__init__(compiled, signature, device)

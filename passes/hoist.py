@@ -324,10 +324,10 @@ def _follow(piece: fx.Node) -> _Part:
     node, added = piece, 0.0
     while len(node.users) == 1:
         user = next(iter(node.users))
-        scalar = user.target is aten.add.Tensor and len(user.all_input_nodes) == 1 and not user.kwargs and not added
-        if scalar:
-            added = float(next(value for value in user.args if isinstance(value, int | float)))
-        elif user.target not in RESHAPES:
+        numbers = [value for value in user.args if isinstance(value, int | float)]
+        if user.target is aten.add.Tensor and len(numbers) == 1 and not user.kwargs and not added:
+            added = float(numbers[0])
+        elif user.target not in RESHAPES or _size(user) != _size(piece):  # an expansion is left to the step graph
             break
         node = user
     return _Part(node, _size(piece), added)

@@ -82,7 +82,8 @@ class Binding:
         self.ring = self._empty(kept, leading=(program.capacity,))
         self.noise, *self._turns = (self._empty(self.latent_spec) for _ in range(3))
         self._velocity = self._empty(velocity)
-        self.conditions = {spec.name: self._empty(spec) for spec in self.condition_specs()}
+        self.condition_specs = self._condition_specs()
+        self.conditions = {spec.name: self._empty(spec) for spec in self.condition_specs}
         self._deltas = self._data(np.diff(program.sigmas))
         self._timesteps = self._data(np.repeat(program.timesteps[:, None], batch, axis=1))
         self.hoisted: dict[str, Buffer] = {}
@@ -91,7 +92,7 @@ class Binding:
         self.operations = [self._bind(instruction) for instruction in program.instructions]
         self.final = self._latents()
 
-    def condition_specs(self) -> list[TensorSpec]:
+    def _condition_specs(self) -> list[TensorSpec]:
         """What a request brings: the conditions that any engine reads."""
         specs = {spec.name: spec for engine in self._engines.values() for spec in engine.signature.inputs}
         return [specs[name] for name in self._io.conditions if name in specs]

@@ -129,7 +129,7 @@ class Session:
         Raises:
             InputError: a condition is missing, unknown, of the wrong shape or dtype, or not finite.
         """
-        specs = {spec.name: spec for spec in self._binding.condition_specs()}
+        specs = {spec.name: spec for spec in self._binding.condition_specs}
         if set(conditions) != set(specs):
             raise InputError(f"conditions are {sorted(specs)}, got {sorted(conditions)}")
         for name, spec in specs.items():

@@ -100,6 +100,11 @@ def test_a_failing_request_leaves_the_pipeline_as_it_was():
     assert pipeline.transformer is original
 
 
+def test_a_pipeline_is_accelerated_once(accelerated):
+    with pytest.raises(InputError, match="this pipeline is accelerated already"):
+        cachec.accelerate(accelerated, method="taylor", steps=STEPS)
+
+
 def test_only_known_pipelines_are_taken():
     with pytest.raises(InputError, match="the pipeline is a dict; cachec knows FluxPipeline"):
         cachec.accelerate({})

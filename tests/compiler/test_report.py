@@ -207,7 +207,9 @@ def test_plots_are_well_formed():
 
 def test_quality_plot_of_equal_rows_only_is_empty_but_there():
     rows = [row for row in made_up_evaluation().rows if row["kind"] == "uncached"]
-    ElementTree.fromstring(plot_quality(rows))
+    drawn = ElementTree.fromstring(plot_quality(rows))
+    assert drawn.tag.endswith("svg")
+    assert not any(node.tag.endswith("circle") for node in drawn.iter())
 
 
 def test_labels_cover_neither_each_other_nor_spots():
@@ -240,4 +242,5 @@ def test_svg_escapes_text():
     picture = Svg(10, 10, "<a> & b")
     picture.text(1, 1, PROMPT)
     picture.rect(0, 0, 1, 1, fill='"red"', hint="<x>")
-    ElementTree.fromstring(picture.render())
+    drawn = ElementTree.fromstring(picture.render())
+    assert PROMPT in [node.text for node in drawn.iter()]

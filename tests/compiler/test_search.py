@@ -422,7 +422,7 @@ def test_without_closed_loops_the_model_is_not_run(calibration, quick, monkeypat
     monkeypatch.setattr(type(calibration.denoiser), "compute", None)
     monkeypatch.setattr(type(calibration.denoiser), "differentiable_velocity", None)
     for method in METHODS:
-        search_schedule(method, calibration, None, 4, seed=0, closed=False)
+        assert len(search_schedule(method, calibration, None, 4, seed=0, closed=False).compute) == 4
 
 
 def test_the_number_of_closed_loop_runs_is_bounded(calibration, quick, monkeypatch):

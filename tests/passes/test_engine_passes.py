@@ -234,3 +234,31 @@ def test_engine_passes_leave_graphs_that_export_and_read_everything(linear, hois
     for name, module in graphs.modules.items():
         for node in placeholders(module).values():
             assert node.users, f"{name} does not read {node}"
+
+
+class Expanded(torch.nn.Module):
+    """A modulation in two pieces, one of which is spread over the tokens before it is read, the other doubled."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.modulation = torch.nn.Linear(WIDTH, 2 * WIDTH)
+        self.blocks = torch.nn.ModuleList([torch.nn.Linear(WIDTH, WIDTH)])
+        self.out = torch.nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, latents, timestep, prompt):
+        shift, scale = self.modulation(prompt * timestep[:, None]).chunk(2, dim=1)
+        x = latents + shift[:, None].expand(-1, TOKENS, -1)
+        return self.out(torch.relu(self.blocks[0](x * (scale + scale)[:, None])))
+
+
+@torch.no_grad()
+def test_pieces_that_are_spread_or_added_to_themselves_are_cut_right():
+    inputs = example_inputs()
+    split = run_passes(capture_model(Expanded().eval(), inputs), split_passes("blocks.0"))
+    hoisted = run_passes(split, [HOIST])
+    made = run_prologue(hoisted, inputs["prompt"], TIMES)["compute_step_values"]
+    for row, time in zip(made, TIMES, strict=True):
+        wanted = split.modules[COMPUTE](**{**inputs, "timestep": time.expand(2)})["velocity"]
+        got = hoisted.modules[COMPUTE](latents=inputs["latents"], step_values=row)["velocity"]
+        torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
