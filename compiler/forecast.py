@@ -19,10 +19,12 @@ def linear_graphs(model: LoadedModel, split: Graphs, settings: Settings) -> Grap
     return inline(model, split, settings, Reuse(), Schedule(settings.steps, (0,)), None, fold=True)
 
 
-def engine_graphs(model: LoadedModel, graphs: Graphs, hoist: str, observers: Sequence[Observer] = ()) -> Graphs:
-    """The graphs that engines are built from."""
+def engine_graphs(
+    model: LoadedModel, graphs: Graphs, hoist: str, observers: Sequence[Observer] = (), *, velocities: bool = False
+) -> Graphs:
+    """The graphs that engines are built from; with ``velocities``, forecasts hand them out for a sampler outside."""
     io, linear = model.io, FORECAST in graphs.modules and FEATURES in placeholders(graphs.modules[FORECAST])
-    passes = engine_passes(io.latents, io.timestep, io.conditions, linear=linear, hoist=hoist)
+    passes = engine_passes(io.latents, io.timestep, io.conditions, linear=linear, hoist=hoist, velocities=velocities)
     return run_passes(graphs, passes, observers=observers)
 
 

@@ -108,7 +108,8 @@ def _compile(model: LoadedModel, request: Request, out: Path, result: Compilatio
         calibrations = find_calibrations(model, split, request, given, result, out.with_name(out.name + ".calibration"))
         clock.lap()
         graphs = add_forecast(model, split, request, parameters)
-        final = engine_graphs(model, graphs, request.hoist, _observers(model, request, start=PASSES_BEFORE_ENGINES))
+        observers = _observers(model, request, start=PASSES_BEFORE_ENGINES)
+        final = engine_graphs(model, graphs, request.hoist, observers, velocities=request.velocities)
         result.costs = {"hoisted": hoisting_facts(graphs, final), "memory": memory_facts(final)}
         plans = plan_engines(final, model.example_inputs(request.settings), model.io.latents, request.settings.steps)
         clock.lap()

@@ -44,6 +44,7 @@ class Request:
     batch: int | None = None
     fold: bool = True
     hoist: str = "all"
+    velocities: bool = False
     verify_passes: bool = False
     dump_graphs: Path | None = None
 
@@ -97,6 +98,7 @@ def make_request(
     seed: int = 0,
     fold: str = "static",
     hoist: str = "all",
+    velocities: bool = False,
     verify_passes: bool = False,
     dump_graphs: str | Path | None = None,
 ) -> Request:
@@ -108,6 +110,7 @@ def make_request(
     fitted to a schedule search one. ``calibration`` is a file from ``cachec calibrate``; ``reference_steps`` fits to a finer
     run. ``prompts`` is a file of training and calibration prompts. ``fold`` is ``static`` or ``none``,
     ``hoist`` ``none``, ``tables`` (what depends on the prompt leaves the step) or ``all`` (on the step, too).
+    ``velocities``: forecasts also hand out velocities, for a sampler outside (``LoadedBundle.session(for_sampler=True)``).
 
     Raises:
         InputError: an option is unknown, out of range, or contradicts another.
@@ -145,6 +148,7 @@ def make_request(
         batch=batch,
         fold=_check_fold(chosen, goals, fold),
         hoist=_check_hoist(hoist),
+        velocities=velocities,
         verify_passes=verify_passes,
         dump_graphs=Path(dump_graphs) if dump_graphs else None,
     )

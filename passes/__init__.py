@@ -119,10 +119,19 @@ def forecast_passes(
 HOISTS = ("none", "tables", "all")  # what leaves the step graphs: nothing, what depends on the prompt, on the step too
 
 
-def engine_passes(latents: str, timestep: str, conditions: tuple[str, ...], *, linear: bool, hoist: str = "all") -> list[Pass]:
+def engine_passes(
+    latents: str,
+    timestep: str,
+    conditions: tuple[str, ...],
+    *,
+    linear: bool,
+    hoist: str = "all",
+    velocities: bool = False,
+) -> list[Pass]:
     """From graphs of single steps to what engines are built from. ``latents``, ``timestep``, ``conditions``: input names.
 
-    ``linear``: there is a linear forecast graph, not none and not one with a predictor inside.
+    ``linear``: there is a linear forecast graph, not none and not one with a predictor inside. ``velocities``: it hands
+    them out.
     """
     return [
         *(
@@ -130,7 +139,7 @@ def engine_passes(latents: str, timestep: str, conditions: tuple[str, ...], *, l
             if hoist == "none"
             else [Hoist(timestep, conditions, per_step=hoist == "all"), ShareSubexpressions(), MergeLinears()]
         ),
-        *([BatchForecast(latents, timestep)] if linear else []),  # needs to know what was hoisted by step
+        *([BatchForecast(latents, timestep, velocities)] if linear else []),  # needs to know what was hoisted by step
         FuseSampler(latents),
         AddAdvance(),
         Prune(),

@@ -42,13 +42,16 @@ class BatchForecast(Pass):
 
     No forecast depends on the latents, so all are one product ``coefficients @ features``, and one tail on ``n * B``
     samples. ``coefficients`` becomes [n, H], ``bias`` [n]; what differs from step to step (``timestep``, hoisted values)
-    gets an axis of steps in front; latents [B, …] and ``deltas`` [n] come in, and ``next_latents`` [B, …] goes out beside
-    the ``velocities`` [n, B, …].
+    gets an axis of steps in front; latents [B, …] and ``deltas`` [n] come in, and ``next_latents`` [B, …] goes out.
+
+    With ``velocities``, those [n, B, …] go out as well, for a sampler outside. Without, nobody reads the single ones: the
+    weighted sum over the steps is taken in front of the last linear layer, which then runs once.
     """
 
     name: ClassVar[str] = "batch_forecast"
     latents: str
     timestep: str
+    velocities: bool = False
 
     def requires(self, graphs: Graphs) -> None:
         if FEATURES not in placeholders(graphs.modules[FORECAST]) or graphs.cut is None:
@@ -61,13 +64,13 @@ class BatchForecast(Pass):
         per_step = [
             n for n in placeholders(module) if n == self.timestep or len(hoisted.get(hoisted_name(FORECAST, n), ())) > 1
         ]
-        new = _batched(module, graphs.cut, self.latents, per_step)
+        new = _batched(module, graphs.cut, self.latents, per_step, velocities=self.velocities)
         axes = {
             FEATURES: (SLOTS, BATCH),
             COEFFICIENTS: (FORECASTS, SLOTS),
             BIAS: (FORECASTS,),
             DELTAS: (FORECASTS,),
-            VELOCITIES: (FORECASTS, BATCH),
+            **({VELOCITIES: (FORECASTS, BATCH)} if self.velocities else {}),
             **dict.fromkeys(per_step, (FORECASTS, BATCH)),
         }
         return PassResult(
@@ -75,7 +78,7 @@ class BatchForecast(Pass):
         )
 
 
-def _batched(module: fx.GraphModule, cut: str, latents: str, per_step: list[str]) -> fx.GraphModule:
+def _batched(module: fx.GraphModule, cut: str, latents: str, per_step: list[str], *, velocities: bool) -> fx.GraphModule:
     feature = next(node for node in module.graph.nodes if node.name == cut)
     velocity = outputs(module)[VELOCITY]
     graph = fx.Graph()
@@ -109,15 +112,38 @@ def _batched(module: fx.GraphModule, cut: str, latents: str, per_step: list[str]
             values[node].meta = {k: v for k, v in node.meta.items() if k != "val"}
         if node.op == "get_attr":
             attributes[str(node.target)] = fetch(module, str(node.target))
-    rest = [int(size) for size in velocity.meta["val"].shape[1:]]
-    velocities = call(aten.view.default, (values[velocity], [steps, -1, *rest]))
-    flat = call(aten.view.default, (values[velocity], [steps, -1]))
-    moved = call(aten.mm.default, (call(aten.unsqueeze.default, (inputs[DELTAS], 0)), flat))
-    after = call(aten.add.Tensor, (inputs[latents], call(aten.view.default, (moved, [-1, *rest]))))
-    graph.output({VELOCITIES: velocities, NEXT_LATENTS: after})
+    move = _summed(graph, values, velocity, inputs[DELTAS], steps, through=not velocities)
+    result = {NEXT_LATENTS: call(aten.add.Tensor, (inputs[latents], move))}
+    if velocities:
+        rest = [int(size) for size in velocity.meta["val"].shape[1:]]
+        result[VELOCITIES] = call(aten.view.default, (values[velocity], [steps, -1, *rest]))
+    graph.output(result)
     new = fx.GraphModule(attributes, graph)
     finish(new)
     return new
+
+
+def _summed(
+    graph: fx.Graph, values: dict[fx.Node, fx.Node], node: fx.Node, deltas: fx.Node, steps: fx.Node, *, through: bool
+) -> fx.Node:
+    """The steps' values [n * B, …] of ``node``, weighted with ``deltas`` [n] and summed, [B, …].
+
+    ``through`` linear layers: they are applied to what is summed already.
+    """
+    call = graph.call_function
+    if through and node.target is aten.linear.default:
+        given, weight, *bias = node.args
+        assert isinstance(given, fx.Node)
+        assert isinstance(weight, fx.Node)
+        result = call(aten.linear.default, (_summed(graph, values, given, deltas, steps, through=through), values[weight]))
+        if bias and isinstance(bias[0], fx.Node):
+            weighted = call(aten.mul.Tensor, (values[bias[0]], call(aten.sum.default, (deltas,))))
+            result = call(aten.add.Tensor, (result, weighted))
+        return result
+    rest = [int(size) for size in node.meta["val"].shape[1:]]
+    flat = call(aten.view.default, (values[node], [steps, -1]))
+    moved = call(aten.mm.default, (call(aten.unsqueeze.default, (deltas, 0)), flat))
+    return call(aten.view.default, (moved, [-1, *rest]))
 
 
 def _for_all_steps(graph: fx.Graph, value: fx.Node, steps: fx.Node, rank: int, *, widen: bool) -> fx.Node:

@@ -32,7 +32,7 @@ from cachec.runtime.engine import (
     history_name,
     hoisted_name,
 )
-from cachec.runtime.errors import BundleError
+from cachec.runtime.errors import BundleError, InputError
 from cachec.runtime.program import Advance, Compute, Forecast, Instruction, Predict, Program
 from cachec.runtime.specs import Array, TensorSpec
 
@@ -175,9 +175,16 @@ class Binding:
         }
         results = {NEXT_LATENTS: self._next_latents()}
         if self._with_velocities:
-            spec = self._engines["forecast"].signature.output(VELOCITIES)
+            spec = self._velocities_spec()
             results[VELOCITIES] = self._empty(spec, sizes={FORECASTS: len(steps)})
         return self._operation("forecast", steps, inputs, results, latents, results.get(VELOCITIES))
+
+    def _velocities_spec(self) -> TensorSpec:
+        signature = self._engines["forecast"].signature
+        if VELOCITIES not in {spec.name for spec in signature.outputs}:
+            raise InputError("a sampler outside needs velocities, which these engines keep to themselves: "
+                             "compile the bundle with --velocities")  # fmt: skip
+        return signature.output(VELOCITIES)
 
     def _bind_predict(self, instruction: Predict) -> Operation:
         latents = self._latents()

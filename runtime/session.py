@@ -41,9 +41,12 @@ class LoadedBundle:
         """The bundle's first level that is not the uncached one."""
         return next((level for level in self.programs if level != UNCACHED), UNCACHED)
 
-    def session(self, *, batch: int = 1, level: str | None = None) -> "Session":
-        """A session for requests of ``batch`` samples at a quality level, by default the bundle's first."""
-        return Session(self.engines, self.programs[self.check_level(level)], self.io, batch=batch)
+    def session(self, *, batch: int = 1, level: str | None = None, for_sampler: bool = False) -> "Session":
+        """A session for requests of ``batch`` samples at a quality level, by default the bundle's first.
+
+        ``for_sampler``: for a sampler outside, which asks for velocities one by one.
+        """
+        return Session(self.engines, self.programs[self.check_level(level)], self.io, batch=batch, for_sampler=for_sampler)
 
     def check_level(self, level: str | None) -> str:
         """The level, or the default one for ``None``.

@@ -76,9 +76,10 @@ def write_output_bundle(split, out, backend=EagerEngine, hoist="all"):
     return write_bundle(Graphs({COMPUTE: split.modules[COMPUTE]}), program, Adams(2), out, backend, hoist)
 
 
-def write_bundle(graphs, program, method, out, backend=EagerEngine, hoist="all"):
+def write_bundle(graphs, program, method, out, backend=EagerEngine, hoist="all", velocities=False):
     linear = FORECAST in graphs.modules and "features" in placeholders(graphs.modules[FORECAST])
-    graphs = run_passes(graphs, engine_passes("latents", "timestep", ("prompt",), linear=linear, hoist=hoist))
+    passes = engine_passes("latents", "timestep", ("prompt",), linear=linear, hoist=hoist, velocities=velocities)
+    graphs = run_passes(graphs, passes)
     plans = plan_engines(graphs, example_inputs(), "latents", STEPS)
     with BundleWriter(out, force=False) as writer:
         directory = writer.directory("engines")

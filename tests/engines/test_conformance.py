@@ -11,7 +11,6 @@ from cachec.engines import BACKENDS, get_backend
 from cachec.runtime.errors import BundleError, InputError
 from cachec.runtime.noise import make_noise
 from cachec.runtime.program import UNCACHED
-from cachec.runtime.session import Session
 from cachec.runtime.trace import Trace
 
 SHAPE = (TOKENS, WIDTH)
@@ -23,8 +22,8 @@ def bundles(tmp_path_factory):
     """Bundles by back end and cut, each made when first asked for."""
     out, split, made = tmp_path_factory.mktemp("bundles"), split_toy(head_axis=True), {}
 
-    def bundle(backend, cut, hoist="all"):
-        key = (backend, cut, hoist)
+    def bundle(backend, cut, hoist="all", *, velocities=False):
+        key = (backend, cut, hoist, "velocities" if velocities else "latents")
         if key not in made:
             path = out / "-".join(key)
             engine = get_backend(backend)
@@ -33,7 +32,7 @@ def bundles(tmp_path_factory):
             else:
                 method = Taylor(order=1)
                 graphs = add_predictor(split, method.predictor(None), method.window)
-                made[key] = write_bundle(graphs, toy_program(graphs), method, path, engine, hoist=hoist)
+                made[key] = write_bundle(graphs, toy_program(graphs), method, path, engine, hoist, velocities)
         return made[key]
 
     return bundle
@@ -155,8 +154,14 @@ def test_hoisting_changes_latents_by_rounding_only(loaded, bundles, hoist):
             np.testing.assert_allclose(one, two, atol=2e-5, rtol=1e-5)
 
 
-def test_a_sampler_outside_gets_the_same_latents(loaded):
-    session = Session(loaded.engines, loaded.programs["default"], loaded.io, batch=2, for_sampler=True)
+@pytest.fixture
+def for_sampler(loaded, bundles):
+    with cachec.load(bundles(loaded.manifest.targets[0].backend, loaded.programs["default"].cut, velocities=True)) as bundle:
+        yield bundle
+
+
+def test_a_sampler_outside_gets_the_same_latents(loaded, for_sampler):
+    session = for_sampler.session(batch=2, for_sampler=True)
     session.begin(prompt(1, 2), noise(1, 2))
     x = noise(1, 2)
     for step in range(STEPS):
@@ -164,8 +169,15 @@ def test_a_sampler_outside_gets_the_same_latents(loaded):
     np.testing.assert_allclose(x, loaded.denoise(prompt(1, 2), [1, 2]), atol=1e-5, rtol=1e-5)
 
 
-def test_a_sampler_outside_must_take_the_steps_in_order(loaded):
-    session = Session(loaded.engines, loaded.programs["default"], loaded.io, for_sampler=True)
+def test_engines_that_hand_out_no_velocities_are_not_for_a_sampler_outside(loaded):
+    if loaded.programs["default"].cut == "output":
+        pytest.skip("the output cut forecasts no velocities")
+    with pytest.raises(InputError, match="a sampler outside needs velocities.*compile the bundle with --velocities"):
+        loaded.session(for_sampler=True)
+
+
+def test_a_sampler_outside_must_take_the_steps_in_order(for_sampler):
+    session = for_sampler.session(for_sampler=True)
     session.begin(prompt(1), noise(1))
     with pytest.raises(InputError, match="step 1 was asked for, but step 0 is next"):
         session.velocity(1, noise(1))
