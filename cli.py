@@ -116,6 +116,7 @@ _schedule_options = _options(
 @click.option("--predictor", type=click.Path(), help="Trained predictor file, from cachec train.")
 @click.option("--fold", default="static", show_default=True, help="static, or none: keep the predictor in the engine.")
 @click.option("--hoist", default="all", show_default=True, help="What leaves the steps: none, tables, all.")
+@click.option("--slots", help="Store features as float16: half the memory, a little rounding.")
 @click.option("--velocities", is_flag=True, help="Forecasts also hand out velocities, for a sampler outside.")
 @click.option("--verify-passes", is_flag=True, help="Compare the graphs with eager after each pass.")
 @click.option("--dump-graphs", type=click.Path(), metavar="DIR", help="Write the readable graph after each pass.")

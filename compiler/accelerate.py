@@ -45,7 +45,8 @@ def accelerate_pipeline(model: LoadedModel, request: Request, *, compiled: bool 
         split = split_model(model, request.settings)
         parameters = find_parameters(model, request, result, Path(work) / "training")
         calibrations = find_calibrations(model, split, request, None, result, Path(work) / "calibration")
-        graphs = engine_graphs(model, add_forecast(model, split, request, parameters), request.hoist, velocities=True)
+        forecast = add_forecast(model, split, request, parameters)
+        graphs = engine_graphs(model, forecast, request.hoist, velocities=True, slots=request.slots)
         plans = plan_engines(graphs, model.example_inputs(request.settings), model.io.latents, request.settings.steps)
         kind = InductorEngine if compiled else EagerEngine
         engines = {plan.name: kind(graphs.modules[plan.name], plan.signature) for plan in plans}

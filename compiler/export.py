@@ -24,6 +24,7 @@ from cachec.runtime.engine import (
     STEP,
     TIMESTEPS_OF,
     VELOCITIES,
+    VELOCITY,
     history_name,
     hoisted_name,
 )
@@ -66,7 +67,8 @@ def plan_engines(graphs: Graphs, inputs: Mapping[str, torch.Tensor], latents: st
         some = _forecast_inputs(graphs, inputs, torch.randn(shape).to(feature.dtype), hoisted, num_steps)
         plans.append(plan_engine(FORECAST, graphs.modules[FORECAST], some, graphs.axes))
     if ADVANCE in graphs.modules:
-        velocities = torch.stack([inputs[latents] + i for i in range(NUM_SLOTS)])
+        velocity = torch.zeros_like(inputs[latents]).to(outputs(compute)[VELOCITY].meta["val"].dtype)
+        velocities = torch.stack([velocity + i for i in range(NUM_SLOTS)])
         some = {NOISE: inputs[latents], VELOCITIES: velocities, COEFFICIENTS: torch.linspace(1, 0.5, NUM_SLOTS)}
         plans.append(plan_engine(ADVANCE, graphs.modules[ADVANCE], some, graphs.axes))
     return plans

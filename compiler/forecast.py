@@ -20,11 +20,22 @@ def linear_graphs(model: LoadedModel, split: Graphs, settings: Settings) -> Grap
 
 
 def engine_graphs(
-    model: LoadedModel, graphs: Graphs, hoist: str, observers: Sequence[Observer] = (), *, velocities: bool = False
+    model: LoadedModel,
+    graphs: Graphs,
+    hoist: str,
+    observers: Sequence[Observer] = (),
+    *,
+    velocities: bool = False,
+    slots: str | None = None,
 ) -> Graphs:
-    """The graphs that engines are built from; with ``velocities``, forecasts hand them out for a sampler outside."""
+    """The graphs that engines are built from; with ``velocities``, forecasts hand them out for a sampler outside.
+
+    ``slots`` is the type that features are stored in, by default their own.
+    """
     io, linear = model.io, FORECAST in graphs.modules and FEATURES in placeholders(graphs.modules[FORECAST])
-    passes = engine_passes(io.latents, io.timestep, io.conditions, linear=linear, hoist=hoist, velocities=velocities)
+    dtype = None if slots is None else getattr(torch, slots)
+    names = (io.latents, io.timestep, io.conditions)
+    passes = engine_passes(*names, linear=linear, hoist=hoist, velocities=velocities, slots=dtype)
     return run_passes(graphs, passes, observers=observers)
 
 

@@ -109,7 +109,7 @@ def _compile(model: LoadedModel, request: Request, out: Path, result: Compilatio
         clock.lap()
         graphs = add_forecast(model, split, request, parameters)
         observers = _observers(model, request, start=PASSES_BEFORE_ENGINES)
-        final = engine_graphs(model, graphs, request.hoist, observers, velocities=request.velocities)
+        final = engine_graphs(model, graphs, request.hoist, observers, velocities=request.velocities, slots=request.slots)
         result.costs = {"hoisted": hoisting_facts(graphs, final), "memory": memory_facts(final)}
         plans = plan_engines(final, model.example_inputs(request.settings), model.io.latents, request.settings.steps)
         clock.lap()
@@ -305,7 +305,7 @@ def _observers(model: LoadedModel, request: Request, start: int = 0) -> list[Obs
         sigmas = torch.from_numpy(model.sampling(request.settings)[0])
         method, schedule = request.method, request.schedule
         histories = {} if schedule is None or not isinstance(method, PredictorMethod) else method.histories(schedule)
-        observers.append(Verifier(reference, inputs, sigmas, histories, model.io.timestep))
+        observers.append(Verifier(reference, inputs, sigmas, histories, model.io.timestep, model.io.latents))
     return observers
 
 
@@ -336,6 +336,7 @@ def _manifest(
             "short_history": "repeat the oldest entry",
             "fold": "static" if request.fold else "none",
             "hoist": request.hoist,
+            "slots": request.slots or "their own type",
             "predictor": dict(parameters.facts) if parameters else None,
         },
         settings={

@@ -17,6 +17,7 @@ from cachec.runtime.errors import InputError, unknown_name
 from cachec.runtime.noise import check_seed
 
 NUM_CALIBRATION = 32  # prompts of a calibration that compile makes itself
+SLOTS = ("float16", "float32")  # what features may be stored in
 REFERENCE_FACTOR = 4  # steps of the fine reference, over those of the run
 
 
@@ -45,6 +46,7 @@ class Request:
     fold: bool = True
     hoist: str = "all"
     velocities: bool = False
+    slots: str | None = None
     verify_passes: bool = False
     dump_graphs: Path | None = None
 
@@ -99,6 +101,7 @@ def make_request(
     fold: str = "static",
     hoist: str = "all",
     velocities: bool = False,
+    slots: str | None = None,
     verify_passes: bool = False,
     dump_graphs: str | Path | None = None,
 ) -> Request:
@@ -111,6 +114,7 @@ def make_request(
     run. ``prompts`` is a file of training and calibration prompts. ``fold`` is ``static`` or ``none``,
     ``hoist`` ``none``, ``tables`` (what depends on the prompt leaves the step) or ``all`` (on the step, too).
     ``velocities``: forecasts also hand out velocities, for a sampler outside (``LoadedBundle.session(for_sampler=True)``).
+    ``slots`` ``float16``: store features in half the memory.
 
     Raises:
         InputError: an option is unknown, out of range, or contradicts another.
@@ -149,6 +153,7 @@ def make_request(
         fold=_check_fold(chosen, goals, fold),
         hoist=_check_hoist(hoist),
         velocities=velocities,
+        slots=_check_slots(slots),
         verify_passes=verify_passes,
         dump_graphs=Path(dump_graphs) if dump_graphs else None,
     )
@@ -203,6 +208,12 @@ def _check_hoist(hoist: str) -> str:
     if hoist not in HOISTS:
         raise unknown_name("hoist", hoist, HOISTS)
     return hoist
+
+
+def _check_slots(slots: str | None) -> str | None:
+    if slots not in (None, *SLOTS):
+        raise unknown_name("slot type", str(slots), SLOTS)
+    return slots
 
 
 def _check_fold(method: Method, goals: Sequence[Goal], fold: str) -> bool:

@@ -8,19 +8,18 @@ import torch
 from torch import fx, nn
 
 from cachec.passes import COMPUTE, FORECAST, MODEL, PROLOGUE, Graphs, Pass, PassResult
-from cachec.passes.base import placeholders
+from cachec.passes.base import outputs, placeholders
 from cachec.runtime.engine import (
     BIAS,
     COEFFICIENTS,
     DELTA,
-    DELTAS,
     FEATURE,
     FEATURES,
     HISTORY_STEPS,
+    NEXT_LATENTS,
     SIGMAS,
     STEP,
     TIMESTEPS_OF,
-    VELOCITIES,
     VELOCITY,
     history_name,
 )
@@ -45,6 +44,7 @@ class Verifier:
     sigmas: torch.Tensor
     histories: Mapping[int, tuple[int, ...]]
     timestep: str = "timestep"
+    latents: str = "latents"
     _unfolded: fx.GraphModule | None = None
     _tail: fx.GraphModule | None = None
 
@@ -72,7 +72,9 @@ class Verifier:
 
     def _compare_engines(self, one: Pass, graphs: Graphs) -> None:
         """Graphs with a prologue, or with the sampler inside. Each sample has its own timestep: it is a step of its own."""
-        modules, tolerance = graphs.modules, FOLD_TOLERANCE[self._dtype]
+        modules = graphs.modules
+        kept = outputs(modules[COMPUTE])[FEATURE if FORECAST in modules else VELOCITY].meta["val"].dtype
+        tolerance = max(FOLD_TOLERANCE[self._dtype], FOLD_TOLERANCE[kept])
         hoisted: dict[str, torch.Tensor] = {}
         if PROLOGUE in modules:
             prologue = modules[PROLOGUE]
@@ -96,13 +98,19 @@ class Verifier:
             last |= {
                 COEFFICIENTS: torch.ones(steps, 1),
                 BIAS: torch.zeros(steps),
-                DELTAS: torch.ones(steps),
                 self.timestep: told,
             }
         known = {**self.inputs, **rows, **last}
-        made = modules[FORECAST](**{name: known[name] for name in names})
-        got = _own_step(made[VELOCITIES]) if batched else made[VELOCITY]
-        self._compare(one, "forecast", got, tolerance)
+
+        def forecast(**more: torch.Tensor) -> dict[str, torch.Tensor]:
+            made: dict[str, torch.Tensor] = modules[FORECAST](**{name: {**known, **more}[name] for name in names})
+            return made
+
+        if not batched:
+            self._compare(one, "forecast", forecast()[VELOCITY], tolerance)
+            return
+        moved = [forecast(deltas=row)[NEXT_LATENTS] - self.inputs[self.latents] for row in torch.eye(steps)]
+        self._compare(one, "forecast", _own_step(torch.stack(moved)), tolerance)
 
     @property
     def _dtype(self) -> torch.dtype:

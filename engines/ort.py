@@ -16,7 +16,7 @@ import numpy as np
 
 from cachec.runtime.device import Buffer, Host
 from cachec.runtime.engine import Call, Engine, ExecutionContext, check_bindings
-from cachec.runtime.errors import BundleError, InputError, missing_extra
+from cachec.runtime.errors import BundleError, EngineError, InputError, missing_extra
 from cachec.runtime.specs import Signature
 
 if TYPE_CHECKING:
@@ -112,7 +112,14 @@ class _OrtCall(Call):
         self._buffers = buffers  # the binding knows addresses only
 
     def run(self) -> None:
-        self._run(self._binding)
+        try:
+            self._run(self._binding)
+        except Exception as error:  # onnxruntime's exceptions share no base class but Exception
+            size, reason = sum(buffer.nbytes for buffer in self._buffers) / 1e6, " ".join(str(error).split())
+            raise EngineError(
+                f"ONNX Runtime cannot run a call with {size:.1f} MB of inputs and outputs: {reason}. If memory is short, take "
+                "a smaller batch: cachec inspect shows what one sample takes"
+            ) from error
 
 
 def build_onnx(programs: Mapping[str, "ExportedProgram"], signatures: Mapping[str, Signature], out: Path) -> dict[str, Path]:

@@ -25,6 +25,7 @@ from cachec.passes.base import (
     run_passes,
 )
 from cachec.passes.batch_forecast import BatchForecast
+from cachec.passes.cast_slots import CastSlots
 from cachec.passes.decomplexify import Decomplexify
 from cachec.passes.drop_asserts import DropAsserts
 from cachec.passes.drop_noop_squeezes import DropNoopSqueezes
@@ -50,6 +51,7 @@ __all__ = [
     "PROLOGUE",
     "AddAdvance",
     "BatchForecast",
+    "CastSlots",
     "Decomplexify",
     "DropAsserts",
     "DropNoopSqueezes",
@@ -127,11 +129,12 @@ def engine_passes(
     linear: bool,
     hoist: str = "all",
     velocities: bool = False,
+    slots: torch.dtype | None = None,
 ) -> list[Pass]:
     """From graphs of single steps to what engines are built from. ``latents``, ``timestep``, ``conditions``: input names.
 
     ``linear``: there is a linear forecast graph, not none and not one with a predictor inside. ``velocities``: it hands
-    them out.
+    them out. ``slots``: what features are stored in, if not in their own type.
     """
     return [
         *(
@@ -142,5 +145,6 @@ def engine_passes(
         *([BatchForecast(latents, timestep, velocities)] if linear else []),  # needs to know what was hoisted by step
         FuseSampler(latents),
         AddAdvance(),
+        *([CastSlots(slots)] if slots is not None else []),  # last: the sampler reads velocities that were not cast
         Prune(),
     ]

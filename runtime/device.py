@@ -1,10 +1,12 @@
 """Where buffers lie. A buffer has a ``shape`` and a ``dtype``, and is sliced along its first axis without a copy."""
 
+import math
 from abc import ABC, abstractmethod
 from typing import Any
 
 import numpy as np
 
+from cachec.runtime.errors import EngineError
 from cachec.runtime.specs import Array
 
 Buffer = Any  # a numpy array on the host; on other devices what their library has for it
@@ -20,7 +22,7 @@ class Device(ABC):
         """A new buffer, C-contiguous. Filled with zeros: what was never written must not be NaN.
 
         Raises:
-            InputError: the device has not so much memory left; says how much was wanted.
+            EngineError: the device has not so much memory left; says how much was wanted.
         """
 
     @abstractmethod
@@ -46,7 +48,11 @@ class Host(Device):
     name = "cpu"
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Array:
-        return np.zeros(shape, dtype)
+        try:
+            return np.zeros(shape, dtype)
+        except MemoryError as error:
+            size = math.prod(shape) * np.dtype(dtype).itemsize
+            raise EngineError(f"there is no memory for a buffer of {size / 1e6:.1f} MB more: take a smaller batch") from error
 
     def upload(self, value: Array, buffer: Array) -> None:
         np.copyto(buffer, value)

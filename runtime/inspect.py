@@ -82,7 +82,8 @@ def describe_levels(bundle: Bundle) -> list[tuple[str, str]]:
         rows.append((f"level {level}", f"computes {len(program.compute_steps)} of {program.num_steps} steps"))
         rows.append(("", schedule_strip(program)))
         rows.append(("", ", ".join(map(str, program.compute_steps))))
-        rows.append(("", f"{program.capacity} slots, {_slot_bytes(bundle, program) / 1e6:.2f} MB a sample"))
+        size = _slot_bytes(bundle, program) / 1e6
+        rows.append(("", f"{program.capacity} slots of {_slot_spec(bundle, program).dtype}, {size:.2f} MB a sample"))
         facts = measured.get(level, {})
         if "psnr_db" in facts:
             rows.append(("", _measured(facts)))
@@ -108,5 +109,8 @@ def schedule_strip(program: Program) -> str:
 
 
 def _slot_bytes(bundle: Bundle, program: Program) -> int:
-    kept = bundle.target.engines["compute"].signature.output("feature" if program.cut == "hidden" else "velocity")
-    return _tensor_bytes(kept, {"batch": 1}) * program.capacity
+    return _tensor_bytes(_slot_spec(bundle, program), {"batch": 1}) * program.capacity
+
+
+def _slot_spec(bundle: Bundle, program: Program) -> TensorSpec:
+    return bundle.target.engines["compute"].signature.output("feature" if program.cut == "hidden" else "velocity")

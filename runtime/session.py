@@ -19,7 +19,7 @@ from cachec.runtime.engine import Call, Engine
 from cachec.runtime.errors import InputError, unknown_name
 from cachec.runtime.noise import make_noise
 from cachec.runtime.program import UNCACHED, Program
-from cachec.runtime.specs import Array
+from cachec.runtime.specs import Array, TensorSpec
 from cachec.runtime.trace import Trace
 
 
@@ -136,8 +136,8 @@ class Session:
         if set(conditions) != set(specs):
             raise InputError(f"conditions are {sorted(specs)}, got {sorted(conditions)}")
         for name, spec in specs.items():
-            spec.check(conditions[name], self._sizes)
-        self._binding.latent_spec.check(noise, self._sizes)
+            self._check(spec, conditions[name])
+        self._check(self._binding.latent_spec, noise)
         for name, value in conditions.items():
             self._device.upload(value, self._binding.conditions[name])
         self._device.upload(noise, self._binding.noise)
@@ -145,6 +145,16 @@ class Session:
             self._call("prologue", (), self._binding.prologue)
         self._position = 0
         self._velocities = {}
+
+    def _check(self, spec: TensorSpec, value: Array) -> None:
+        try:
+            spec.check(value, self._sizes)
+        except InputError as error:
+            key = self.program.key
+            raise InputError(
+                f"{error}; this session takes batches of {self._sizes['batch']}, and its bundle was compiled for "
+                f"{key.width}x{key.height} pixels and {key.text_tokens} text tokens"
+            ) from error
 
     def advance(self) -> None:
         """Carry out the next instruction."""
@@ -182,7 +192,7 @@ class Session:
             due = min(self._velocities, default=wanted)
             raise InputError(f"step {step} was asked for, but {'no step' if due is None else f'step {due}'} is next")
         if isinstance(latents, np.ndarray):
-            self._binding.latent_spec.check(latents, self._sizes)
+            self._check(self._binding.latent_spec, latents)
         operation = self._operations[self._position]
         self._device.upload(latents, operation.latents)
         self.advance()

@@ -71,14 +71,14 @@ def write_toy_bundle(split, out):
     return write_bundle(graphs, toy_program(graphs), method, out)
 
 
-def write_output_bundle(split, out, backend=EagerEngine, hoist="all"):
+def write_output_bundle(split, out, backend=EagerEngine, hoist="all", slots=None):
     program = lower_advance(output_table(), KEY, SIGMAS, SIGMAS[:-1])
-    return write_bundle(Graphs({COMPUTE: split.modules[COMPUTE]}), program, Adams(2), out, backend, hoist)
+    return write_bundle(Graphs({COMPUTE: split.modules[COMPUTE]}), program, Adams(2), out, backend, hoist, slots=slots)
 
 
-def write_bundle(graphs, program, method, out, backend=EagerEngine, hoist="all", velocities=False):
+def write_bundle(graphs, program, method, out, backend=EagerEngine, hoist="all", velocities=False, slots=None):
     linear = FORECAST in graphs.modules and "features" in placeholders(graphs.modules[FORECAST])
-    passes = engine_passes("latents", "timestep", ("prompt",), linear=linear, hoist=hoist, velocities=velocities)
+    passes = engine_passes("latents", "timestep", ("prompt",), linear=linear, hoist=hoist, velocities=velocities, slots=slots)
     graphs = run_passes(graphs, passes)
     plans = plan_engines(graphs, example_inputs(), "latents", STEPS)
     with BundleWriter(out, force=False) as writer:

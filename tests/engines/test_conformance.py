@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from toy import TOKENS, WIDTH
 from toy_bundle import SIGMAS, STEPS, add_predictor, split_toy, toy_program, write_bundle, write_output_bundle
 
@@ -22,17 +23,17 @@ def bundles(tmp_path_factory):
     """Bundles by back end and cut, each made when first asked for."""
     out, split, made = tmp_path_factory.mktemp("bundles"), split_toy(head_axis=True), {}
 
-    def bundle(backend, cut, hoist="all", *, velocities=False):
-        key = (backend, cut, hoist, "velocities" if velocities else "latents")
+    def bundle(backend, cut, hoist="all", *, velocities=False, slots=None):
+        key = (backend, cut, hoist, "velocities" if velocities else "latents", str(slots))
         if key not in made:
             path = out / "-".join(key)
             engine = get_backend(backend)
             if cut == "output":
-                made[key] = write_output_bundle(split, path, engine, hoist=hoist)
+                made[key] = write_output_bundle(split, path, engine, hoist, slots)
             else:
                 method = Taylor(order=1)
                 graphs = add_predictor(split, method.predictor(None), method.window)
-                made[key] = write_bundle(graphs, toy_program(graphs), method, path, engine, hoist, velocities)
+                made[key] = write_bundle(graphs, toy_program(graphs), method, path, engine, hoist, velocities, slots)
         return made[key]
 
     return bundle
@@ -152,6 +153,21 @@ def test_hoisting_changes_latents_by_rounding_only(loaded, bundles, hoist):
         for level in ("default", UNCACHED):
             one, two = (b.denoise(prompt(1, 2), [1, 2], level=level) for b in (loaded, other))
             np.testing.assert_allclose(one, two, atol=2e-5, rtol=1e-5)
+
+
+def test_a_request_takes_no_new_buffer(loaded, monkeypatch):
+    session = loaded.session(batch=2)
+    wanted = session.run(prompt(1, 2), noise(1, 2))
+    monkeypatch.setattr(type(session._device), "empty", lambda *_: pytest.fail("a buffer was made"))
+    np.testing.assert_array_equal(session.run(prompt(1, 2), noise(1, 2)), wanted)
+
+
+def test_half_precision_slots_take_half_the_memory_and_change_latents_by_their_rounding(loaded, bundles):
+    backend, cut = loaded.manifest.targets[0].backend, loaded.programs["default"].cut
+    with cachec.load(bundles(backend, cut, slots=torch.float16)) as half:
+        assert half.session().ring.nbytes * 2 == loaded.session().ring.nbytes
+        one, two = (b.denoise(prompt(1, 2), [1, 2]) for b in (loaded, half))
+    assert 1e-6 < np.abs(one - two).max() / np.abs(one).max() < 2e-3
 
 
 @pytest.fixture

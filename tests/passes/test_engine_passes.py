@@ -23,7 +23,7 @@ from cachec.passes import (
     run_passes,
     split_passes,
 )
-from cachec.passes.base import outputs, placeholders
+from cachec.passes.base import Graphs, outputs, placeholders
 from cachec.runtime.errors import PassError
 
 HOIST = Hoist("timestep", ("prompt",))
@@ -265,3 +265,34 @@ def test_pieces_that_are_spread_or_added_to_themselves_are_cut_right():
         wanted = split.modules[COMPUTE](**{**inputs, "timestep": time.expand(2)})["velocity"]
         got = hoisted.modules[COMPUTE](latents=inputs["latents"], step_values=row)["velocity"]
         torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_slots_of_a_smaller_type_round_features_and_nothing_else(linear):
+    plain, small = (
+        run_passes(linear, engine_passes("latents", "timestep", ("prompt",), linear=True, hoist="none", slots=slots))
+        for slots in (None, torch.float16)
+    )
+    inputs = {**example_inputs(), "delta": torch.tensor([-0.3])}
+    wanted, got = (graphs.modules[COMPUTE](**inputs) for graphs in (plain, small))
+    assert got["feature"].dtype == torch.float16
+    assert torch.equal(got["feature"], wanted["feature"].half())
+    assert torch.equal(got["velocity"], wanted["velocity"])
+    assert torch.equal(got["next_latents"], wanted["next_latents"])
+    run = {**random_run(4, 3, 2), "timestep": torch.rand(4, 2), "prompt": inputs["prompt"]}
+    run["features"] = run["features"].half()
+    known = {name: run[name] for name in placeholders(plain.modules[FORECAST])}
+    wanted = plain.modules[FORECAST](**{**known, "features": run["features"].float()})
+    assert torch.equal(small.modules[FORECAST](**known)["next_latents"], wanted["next_latents"])
+
+
+@torch.no_grad()
+def test_slots_of_the_output_cut_hold_velocities(toy_split):
+    graphs = Graphs({COMPUTE: toy_split.modules[COMPUTE]})
+    graphs = run_passes(graphs, engine_passes("latents", "timestep", ("prompt",), linear=False, slots=torch.float16))
+    assert outputs(graphs.modules[COMPUTE])["velocity"].meta["val"].dtype == torch.float16
+    given = random_run(1, 4, 2)
+    velocities, row = given["features"].half(), given["coefficients"][0]
+    got = graphs.modules[ADVANCE](noise=given["latents"], velocities=velocities, coefficients=row)["next_latents"]
+    expected = given["latents"] + torch.einsum("h,h...->...", row, velocities.float())
+    torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-6)
