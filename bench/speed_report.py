@@ -62,11 +62,14 @@ def _setting(data: Data) -> str:
 def _verdicts(parts: Data) -> str:
     lines = [*_ideal_verdicts(parts), *_row_verdicts(parts), *_cold_verdict(parts)]
     unmet = [line[0] for line in lines if line[-1] == "no"]
-    closing = "Every figure is met by a back end at least." if not unmet else (
-        "Not met by any back end: " + "; ".join(unmet) + ". *What one engine call takes* below shows where the time of a cached loop goes that "
-        "is no computed step."
-    )  # fmt: skip
-    return table(["figure", "asked", "measured", "met"], lines) + f"\n{closing if lines else 'Nothing has been measured.'}\n"
+    if not lines:
+        return "Nothing of it has been measured.\n"
+    closing = "Each figure is met by at least one back end."
+    if unmet:
+        closing = (
+            f"Not met by any back end: {'; '.join(unmet)}. *What one engine call takes* shows where a cached loop's time goes."
+        )
+    return table(["figure", "asked", "measured", "met"], lines) + f"\n{closing}\n"
 
 
 def _verdict(name: str, asked: float, values: Mapping[str, float], *, least: bool = True, digits: int = 3) -> list[str]:
@@ -214,9 +217,9 @@ def _pairs(pairs: Mapping[str, Data]) -> str:
     header = ["row", "pairs", "ideal T/K", "measured, times as fast", "measured/ideal", "share of computed steps"]
     return (
         "An uncached and a cached run directly after each other, order alternating, one back end in the process; medians "
-        "of the pairs' ratios. *Share of computed steps*: of a cached loop's time, from its trace; what is missing to 1 is prologue, "
-        "forecasts, and Python between calls. It bounds measured/ideal, but for the part of the prologue and the Python "
-        "that the uncached run has, too.\n\n" + table(header, lines)
+        "of the pairs' ratios. *Share of computed steps*: of a cached loop's time, from its trace; what is missing to "
+        "1 is prologue, forecasts, and Python between calls. It bounds measured/ideal, but for the part of the prologue and "
+        "the Python that the uncached run has, too.\n\n" + table(header, lines)
     )  # fmt: skip
 
 
@@ -248,11 +251,11 @@ def _cold(part: Data) -> str:
               "peak RSS, MiB"]  # fmt: skip
     return (
         "Seconds since the process was started, cumulative, as a user's script would do it; medians of the runs after the "
-        "first. *Empty caches*: the very first run, with no compiled kernels and no known file hashes (a bundle's files above 64 MiB "
-        "are hashed once per machine, smaller ones each time); files were in the page cache always. `cachec …` rows take "
-        "the conditions from a file and make latents; for ort the process is checked to be free of torch. *Text to picture* "
-        f"loads text encoders and VAE, as the diffusers rows do. cachec computes {part['budget']} of {part['steps']} steps; "
-        "a peer follows its own rule.\n\n" + table(header, lines)
+        "first. *Empty caches*: the very first run, with no compiled kernels and no known file hashes (a bundle's files "
+        "above 64 MiB are hashed once per machine, smaller ones each time); files were in the page cache always. "
+        "`cachec …` rows take the conditions from a file and make latents; for ort the process is checked to be free of "
+        "torch. *Text to picture* loads text encoders and VAE, as the diffusers rows do. cachec computes "
+        f"{part['budget']} of {part['steps']} steps; a peer follows its own rule.\n\n" + table(header, lines)
     )  # fmt: skip
 
 
@@ -328,7 +331,8 @@ def _bundles(parts: Data) -> str:
     return (
         "What `cachec compile --method taylor` does, in a process of its own: *process* counts importing and loading (and, "
         "the first time, making the random weights), *compiling* runs from the loaded model to the checked "
-        "bundle. inductor's bundle holds graphs; it compiles them when they first run (*empty caches* above).\n\n" + table(header, lines)
+        "bundle. inductor's bundle holds graphs; it compiles them when they first run (*empty caches* above).\n\n"
+        + table(header, lines)
     )  # fmt: skip
 
 

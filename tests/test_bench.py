@@ -1,0 +1,97 @@
+"""The speed bench's pure parts: its FLUX-shaped model at a small size, and its report from a JSON. Nothing is timed."""
+
+import json
+
+import numpy as np
+import pytest
+
+from cachec.compiler.export import plan_engines
+from cachec.compiler.forecast import engine_graphs, linear_graphs
+from cachec.compiler.schedule import Schedule
+from cachec.compiler.split import split_model
+from cachec.engines.eager import EagerEngine
+from cachec.runtime.session import Session
+
+cases = pytest.importorskip("bench.cases", reason="the source tree is not beside the tests")
+speed = pytest.importorskip("bench.speed", reason="matplotlib is not installed")
+speed_report = pytest.importorskip("bench.speed_report")
+
+FACTS = {
+    "date": "2026-01-02", "cpu": "a CPU", "cores": 2, "threads": 2, "memory_gib": 8, "python": "3.11.0",
+    "versions": {"torch": "2.13.0"},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    path = tmp_path_factory.mktemp("bench")
+    cases.write_weights(path / "weights", {**cases.SMALL_CONFIG, "num_single_layers": 1})
+    return path
+
+
+def test_the_flux_shaped_model_splits_and_a_session_equals_the_transformer(work):
+    case = cases.open_case(cases.SHAPED, work, quick=True)
+    assert isinstance(case.model, cases.FluxShaped)
+    graphs = engine_graphs(case.model, linear_graphs(case.model, split_model(case.model, case.settings), case.settings), "all")
+    plans = plan_engines(graphs, case.model.example_inputs(case.settings), case.model.io.latents, case.settings.steps)
+    engines = {plan.name: EagerEngine(graphs.modules[plan.name], plan.signature) for plan in plans}
+    program = case.program("hidden", Schedule(case.steps, tuple(range(case.steps))))
+    conditions, noise = case.requests[0]
+    given = {name: value.numpy() for name, value in conditions.items()}
+    latents = Session(engines, program, case.model.io).run(given, noise.numpy())
+    np.testing.assert_allclose(latents, case.model.generate(given, noise.numpy(), case.settings), atol=2e-4, rtol=1e-4)
+
+
+def test_conditions_come_from_the_text_alone(work):
+    case = cases.open_case(cases.SHAPED, work, quick=True)
+    names = case.model.io.conditions
+    alone, both = (case.model.encode(texts, case.settings, names) for texts in (["a"], ["b", "a"]))
+    for name in names:
+        np.testing.assert_array_equal(alone[name][0], both[name][1])
+    assert not np.array_equal(both["pooled_projections"][0], both["pooled_projections"][1])
+
+
+def test_psnr_of_latents_takes_their_range_as_peak(work):
+    case = cases.open_case(cases.SHAPED, work, quick=True)
+    reference = np.array([0.0, 2.0], np.float32)
+    assert case.psnr(reference + np.float32(0.2), reference) == pytest.approx(20.0, abs=1e-4)
+    assert case.psnr(reference, reference) == np.inf
+
+
+def test_parts_have_names_of_their_own_and_come_after_their_bundles():
+    names = [part.name for part in speed.all_parts()]
+    assert len(set(names)) == len(names)
+    assert names[0] == "bundles-tiny-flux-ort"
+    assert [part.name for part in speed.choose_parts("pairs", "flux-shaped")] == [
+        f"pairs-flux-shaped-{backend}" for backend in ("ort", "aoti", "inductor")
+    ]
+    assert speed.choose_parts("report", None) == []
+
+
+def spread(value):
+    return {"median": value, "low": value, "high": value}
+
+
+def pair_part(of_ideal):
+    calls = {"calls": {"compute": 1000.0, "forecast": 8.0}, "forecasts": {"5": 8.0}, "outside": 1.0, "share": 0.002,
+             "whole": {"compute": 9000.0, "forecast": 100.0, "outside": 50.0}}  # fmt: skip
+    names = [f"{cut} cut, {budget}" for cut in ("hidden", "output") for budget in (7, 10)]
+    pairs = [{"name": name, "computed": 7, "ideal": 4.0, "ratios": [4.0], "ratio": spread(4.0), "of_ideal": spread(of_ideal)}
+             for name in names]  # fmt: skip
+    return {"case": "tiny-flux", "backend": "ort", "steps": 28, "pairs": pairs, "calls": dict.fromkeys(names, calls),
+            "facts": FACTS, "wall_seconds": 60.0}  # fmt: skip
+
+
+@pytest.mark.parametrize(("of_ideal", "met"), [(0.98, "yes"), (0.9, "no")])
+def test_the_report_says_what_is_met_and_what_has_not_run(tmp_path, of_ideal, met):
+    (tmp_path / "pairs-tiny-flux-ort.json").write_text(json.dumps(pair_part(of_ideal)))
+    text = speed_report.report(speed.collect(tmp_path, speed.all_parts(), quick=False), {})
+    assert f"| measured/ideal, tiny-flux, hidden cut, 7 | ≥ 0.97 | ort {of_ideal:.3f} | {met} |" in text
+    assert ("Not met by any back end" in text) == (met == "no")
+    assert "| ort, hidden cut, 7 | 1000 | 0 | 5: 8 | 0.20 % | – | 1 |" in text
+    assert "Parts that have not run: bundles-tiny-flux-ort" in text
+    assert "Nothing has run on a GPU" in text
+
+
+def test_a_report_of_nothing_says_so(tmp_path):
+    assert "Nothing has been measured." in speed_report.report(speed.collect(tmp_path, speed.all_parts(), quick=True), {})
