@@ -114,7 +114,7 @@ def main(name: str, backend: str, work: Path, out: Path, quick: bool) -> None:
     request = case.requests[0]
     with ExitStack() as stack:
         uncached, cached = make_sessions(case, load_engines(work, case, backend, stack), case.budgets)
-        for session in cached.values():
+        for session in (uncached, *cached.values()):
             session_run(session)(request)
         settle()
         ratios = measure_pairs(case, uncached, cached)

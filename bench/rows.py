@@ -102,19 +102,15 @@ def _peer_run(peer: Peer) -> Runs:
 def measure_loops(case: Case, rows: Sequence[Row]) -> None:
     """Denoise loops. Every other round goes backwards."""
     for number in range(case.sizes.repeats):
+        index = number % len(case.requests)
         for row in rows if number % 2 == 0 else rows[::-1]:
-            if row.once:
-                continue
-            index = number % len(case.requests)
-            seconds = timed(
-                _keep_latents(row, index, case),
-                (lambda row=row, i=index: row.run(case.requests[i])) if case.sizes.warm else None,
-            )
-            row.seconds.append(seconds)
+            if not row.once:
+                run = _keeping_latents(case, row, index)
+                row.seconds.append(timed(run, run if case.sizes.warm else None))
         print(f"round {number + 1} of {case.sizes.repeats}", flush=True)
 
 
-def _keep_latents(row: Row, index: int, case: Case) -> Callable[[], None]:
+def _keeping_latents(case: Case, row: Row, index: int) -> Callable[[], None]:
     def run() -> None:
         row.latents[index] = row.run(case.requests[index]).numpy()
 
