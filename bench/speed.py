@@ -17,6 +17,7 @@ import click
 
 from bench.plots import draw_plots
 from bench.speed_report import report
+from cachec.runtime.bundle import replace_file
 
 CASES = ("tiny-flux", "flux-shaped")
 BACKENDS = ("ort", "aoti", "inductor")
@@ -67,8 +68,8 @@ def run_part(part: Part, work: Path, *, quick: bool) -> float:
     Raises:
         click.ClickException: it failed; with the end of its log.
     """
-    out, log = work / f"{part.name}.json", work / f"{part.name}.log"
-    command = [sys.executable, "-m", part.module, *part.words, str(work), str(out), *(["--quick"] if quick else [])]
+    out, log, raw = (work / f"{part.name}.{ending}" for ending in ("json", "log", "partial"))
+    command = [sys.executable, "-m", part.module, *part.words, str(work), str(raw), *(["--quick"] if quick else [])]
     start = time.perf_counter()
     with log.open("w") as file:
         code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
@@ -76,7 +77,8 @@ def run_part(part: Part, work: Path, *, quick: bool) -> float:
         tail = "\n".join(log.read_text().splitlines()[-15:])
         raise click.ClickException(f"{part.name} failed ({code}); go on with --keep once it is mended:\n{tail}")
     seconds = time.perf_counter() - start
-    out.write_text(json.dumps({**json.loads(out.read_text()), "wall_seconds": seconds}, indent=1) + "\n")
+    replace_file(out, (json.dumps({**json.loads(raw.read_text()), "wall_seconds": seconds}, indent=1) + "\n").encode())
+    raw.unlink()
     return seconds
 
 
