@@ -250,11 +250,11 @@ def _cold(part: Data) -> str:
     header = ["row", "interpreter", "imported", "first latents", "first picture", "first latents, empty caches", "runs",
               "peak RSS, MiB"]  # fmt: skip
     return (
-        "Seconds since the process was started, cumulative, as a user's script would do it; medians, without the first run of "
-        "what compiles or remembers. *Empty caches*: that first run, with no compiled kernels and no known file hashes (a bundle's files "
-        "above 64 MiB are hashed once per machine, smaller ones each time); files were in the page cache always. "
-        "`cachec …` rows take the conditions from a file and make latents; for ort the process is checked to be free of "
-        "torch. *Text to picture* loads text encoders and VAE, as the diffusers rows do. cachec computes "
+        "Seconds since the process was started, cumulative, as a user's script would do it; medians, without the first run "
+        "of what compiles or remembers. *Empty caches*: that first run, with no compiled kernels and no known file hashes (a "
+        "bundle's files above 64 MiB are hashed once per machine, smaller ones each time); files were in the page cache "
+        "always. `cachec …` rows take the conditions from a file and make latents; for ort the process is checked to be free "
+        "of torch. *Text to picture* loads text encoders and VAE, as the diffusers rows do. cachec computes "
         f"{part['budget']} of {part['steps']} steps; a peer follows its own rule.\n\n" + table(header, lines)
     )  # fmt: skip
 
