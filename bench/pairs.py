@@ -15,7 +15,7 @@ import click
 
 from bench.bundles import load_engines
 from bench.cases import METHODS, Case, open_case
-from bench.rows import session_run
+from bench.rows import session_run, warm_up
 from bench.timing import PAUSE, settle, spread, timed, write_part
 from cachec.compiler.schedule import Schedule, uniform_schedule
 from cachec.runtime.session import Session
@@ -114,7 +114,8 @@ def main(name: str, backend: str, work: Path, out: Path, quick: bool) -> None:
     request = case.requests[0]
     with ExitStack() as stack:
         uncached, cached = make_sessions(case, load_engines(work, case, backend, stack), case.budgets)
-        for session in (uncached, *cached.values()):
+        warm_up(uncached, request)
+        for session in cached.values():
             session_run(session)(request)
         settle()
         ratios = measure_pairs(case, uncached, cached)

@@ -13,6 +13,7 @@ from cachec.engines.eager import EagerEngine
 from cachec.runtime.session import Session
 
 cases = pytest.importorskip("bench.cases", reason="the source tree is not beside the tests")
+bench_rows = pytest.importorskip("bench.rows")
 speed = pytest.importorskip("bench.speed", reason="matplotlib is not installed")
 speed_report = pytest.importorskip("bench.speed_report")
 
@@ -91,6 +92,31 @@ def test_the_report_says_what_is_met_and_what_has_not_run(tmp_path, of_ideal, me
     assert "| ort, hidden cut, 7 | 1000 | 0 | 5: 8 | 0.20 % | – | 1 |" in text
     assert "Parts that have not run: bundles-tiny-flux-ort" in text
     assert "Nothing has run on a GPU" in text
+
+
+def row(name, family, seconds, computed, *, beside=(), error=0.0):
+    latents = np.linspace(0, 1, 8, dtype=np.float32) + np.float32(error)
+    return bench_rows.Row(name, family, None, tuple(range(computed)), beside, seconds=[seconds] * 3, latents={0: latents})
+
+
+def test_rows_are_compared_with_their_own_uncached_run_and_with_the_peer_on_its_steps(work):
+    case = cases.open_case(cases.SHAPED, work, quick=True)
+    rows = [row("diffusers", "diffusers", 12.0, case.steps), row("a cache", "diffusers", 6.0, 4, error=0.1)]
+    for backend in ("ort", "aoti", "inductor"):
+        family = f"cachec {backend}"
+        rows.append(row(f"{family}, uncached", family, 6.0, case.steps))
+        rows.append(row(f"{family}, on the steps of a cache", family, 2.0, 4, beside=("a cache",), error=0.01))
+    entries = {entry["name"]: entry for entry in bench_rows.to_json(case, rows)}
+    assert entries["a cache"]["speedup"] == pytest.approx(2.0)
+    assert entries["a cache"]["of_ideal"] == pytest.approx(2.0 * 4 / case.steps)
+    mine = entries["cachec ort, on the steps of a cache"]
+    assert (mine["speedup"], mine["over_diffusers"]) == (pytest.approx(3.0), pytest.approx(6.0))
+    assert mine["psnr_db"] == pytest.approx(40.0, abs=1e-3)
+    part = {"case": "flux-shaped", "steps": case.steps, "requests": 1, "repeats": 3, "pictures": False,
+            "rows": list(entries.values()), "skipped": {}, "facts": FACTS, "wall_seconds": 1.0}  # fmt: skip
+    text = speed_report.report({"quick": False, "parts": {"rows-flux-shaped": part}, "missing": [], "gpu": None}, {})
+    assert "| a cache | 4 | 6.0000 (6.0000–6.0000) | 20.0 | 40.0 | 3.00 | 3.00 | 3.00 |" in text
+    assert "least × any peer on its own steps, flux-shaped | ≥ 1.3 | ort 3.00, aoti 3.00, inductor 3.00 | yes |" in text
 
 
 def test_a_report_of_nothing_says_so(tmp_path):
