@@ -52,7 +52,7 @@ def _setting(data: Data) -> str:
         f"{minutes:.0f} minutes in all; {' to '.join(dict.fromkeys((dates[0], dates[-1])))}.{quick}\n\n"
         f"Hardware: {'; '.join(machines)}. Python {', '.join(pythons)}; {'; '.join(versions)}. float32, batch 1 unless said "
         "otherwise. Every figure is made from `bench/speed.json`. *Computed*: steps that ran the whole transformer, "
-        "as hooks in its blocks counted them. A median stands before its quartiles (in brackets).\n"
+        "as hooks in its blocks counted them for the first prompt. A median stands before its quartiles (in brackets).\n"
     )
 
 
