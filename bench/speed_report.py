@@ -170,9 +170,9 @@ def _rows(part: Data, cold: Data | None) -> str:
         ])  # fmt: skip
     whole = ["whole request, s"] if part["pictures"] else []
     header = ["row", "computed", "loop, s", *whole, "× own uncached", "of ideal", "× diffusers", "peak RSS, MiB", "PSNR, dB"]
-    skipped = "".join(f"\n- Not run: {name}: {why}" for name, why in part["skipped"].items())
+    skipped = "".join(f"\n- Not run: {name}: {why}" for name, why in part["skipped"].items()) + "\n"
     return (
-        f"{part['steps']} steps; rows take turns in one process on the same {part['requests']} prompts and noise, "
+        f"{part['steps']} steps; rows take turns in one process on the same prompts and noise ({part['requests']}), "
         f"{part['repeats']} rounds. *Of ideal*: the speed-up over T/K, of medians far apart: the paired figure below is the "
         "better one. Peak RSS is of a process of its own with that row alone (cachec's at the larger K, from a bundle, "
         "conditions from a file). PSNR against the row's own uncached run.\n\n" + table(header, lines) + skipped
