@@ -95,8 +95,11 @@ def collect(work: Path, parts: Sequence[Part], *, quick: bool) -> dict[str, Any]
 @click.option("--case", type=click.Choice(CASES), help="One model only.")
 @click.option("--keep", is_flag=True, help="Do not measure again what has been measured.")
 @click.option("--quick", is_flag=True, help="Few repeats and a smaller model, to try the code; leaves bench/ alone.")
-@click.option("--work", type=click.Path(path_type=Path), help="Work directory [default: build/bench or build/bench-quick].")
+@click.option(
+    "--work", type=click.Path(path_type=Path), help="Work directory; results go there, too [default: build/bench, and bench/]."
+)
 def main(only: str | None, case: str | None, keep: bool, quick: bool, work: Path | None) -> None:
+    out = work or Path("build/bench-quick" if quick else "bench")
     work = work or Path("build/bench-quick" if quick else "build/bench")
     (work / "bundles").mkdir(parents=True, exist_ok=True)
     parts = choose_parts(only, case)
@@ -108,7 +111,6 @@ def main(only: str | None, case: str | None, keep: bool, quick: bool, work: Path
         print(f"{label} …", end="", flush=True)
         print(f" {run_part(part, work, quick=quick):.0f} s", flush=True)
     data = collect(work, all_parts(), quick=quick)
-    out = work if quick else Path("bench")
     (out / "speed.json").write_text(json.dumps(data, indent=1) + "\n")
     pictures = draw_plots(data, out)
     (out / "RESULTS.md").write_text(report(data, pictures))
