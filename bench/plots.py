@@ -42,7 +42,7 @@ def draw_rows(part: Mapping[str, Any]) -> Any:
     seconds = [row["seconds"]["median"] for row in rows]
     axes.barh(places, seconds, color=[COLOURS[row["family"]] for row in rows], height=0.72)
     for place, row, value in zip(places, rows, seconds, strict=True):
-        note = "uncached" if len(row["computed"]) == part["steps"] else f"{len(row['computed'])} steps"
+        note = f"{'all ' if len(row['computed']) == part['steps'] else ''}{len(row['computed'])} steps"
         quality = "" if row["psnr_db"] is None else f", {row['psnr_db']:.0f} dB"
         axes.text(value + 0.01 * max(seconds), place, f"{value:.3g} s, {note}{quality}", va="center", fontsize=8)
     axes.set_yticks(places, [row["name"] for row in rows], fontsize=8)
