@@ -65,7 +65,6 @@ class Sizes:
     request_repeats: int
     pair_rounds: int
     pair_seconds: float
-    trace_runs: int
     cold_repeats: int
     warm: bool
 
@@ -203,7 +202,7 @@ def open_case(name: str, work: Path, *, quick: bool) -> Case:
     if name == TINY:
         spec = find_model(TINY)
         settings = Settings(spec.height, spec.width, spec.text_tokens, spec.guidance, 50, "float32")
-        sizes = Sizes(2, 2, 2, 2, 20.0, 2, 2, warm=True) if quick else Sizes(4, 6, 4, 30, 150.0, 20, 5, warm=True)
+        sizes = Sizes(2, 2, 2, 2, 20.0, 2, warm=True) if quick else Sizes(4, 6, 4, 30, 150.0, 5, warm=True)
         return Case(name, load_model(spec), settings, (7, 10), pictures=True, sizes=sizes)
     if name != SHAPED:
         raise InputError(f"there is no case {name!r}: take one of {', '.join(CASES)}")
@@ -213,7 +212,7 @@ def open_case(name: str, work: Path, *, quick: bool) -> Case:
     model = FluxShaped(directory, pixels=64 if quick else 128, text_tokens=32 if quick else 512)
     spec = model.spec
     settings = Settings(spec.height, spec.width, spec.text_tokens, spec.guidance, 12 if quick else 28, "float32")
-    sizes = Sizes(1, 2, 0, 2, 20.0, 1, 1, warm=False) if quick else Sizes(1, 2, 0, 5, 160.0, 1, 1, warm=False)
+    sizes = Sizes(1, 2, 0, 2, 20.0, 1, warm=False) if quick else Sizes(1, 1, 0, 5, 160.0, 1, warm=False)
     return Case(name, model, settings, (5, 7) if quick else (7, 10), pictures=False, sizes=sizes)
 
 

@@ -36,7 +36,8 @@ def make_tasks(case: Case, work: Path) -> dict[str, dict[str, Any]]:
     directory = case.model.spec.source if case.pictures else str(shaped_weights(work).resolve())
     tasks = {}
     for peer in PEERS:
-        if not peer.startswith("cache-dit") or find_spec("cache_dit") is not None:
+        idle = peer.startswith("diffusers FirstBlockCache") and not case.pictures  # skips nothing on random weights
+        if not idle and (not peer.startswith("cache-dit") or find_spec("cache_dit") is not None):
             tasks[peer] = {"kind": "diffusers", "peer": peer, "directory": directory, "compute": mask, **sizes, **common}
     for backend in BACKENDS:
         task = {"backend": backend, "bundle": str(bundle_path(work, case.name, backend).resolve()), **common}

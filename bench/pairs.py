@@ -1,13 +1,15 @@
 """Uncached and cached runs side by side, one back end in a process: ``python -m bench.pairs CASE BACKEND WORK OUT``.
 
 Medians of runs far apart drift with the machine; a ratio of neighbours does not. Each uncached run stands between two cached
-ones and makes a pair with both. Then where the microseconds of one engine call go.
+ones and makes a pair with both. The cached runs are traced: where the microseconds of one engine call go.
 """
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,9 @@ import click
 
 from bench.bundles import load_engines
 from bench.cases import METHODS, Case, open_case
+from bench.peers import Request
 from bench.rows import session_run, warm_up
-from bench.timing import PAUSE, settle, spread, timed, write_part
+from bench.timing import settle, spread, timed, write_part
 from cachec.compiler.schedule import Schedule, uniform_schedule
 from cachec.runtime.session import Session
 from cachec.runtime.trace import Trace
@@ -24,21 +27,37 @@ from cachec.runtime.trace import Trace
 LEAST_ROUNDS = 2
 
 
-def measure_pairs(case: Case, uncached: Session, cached: dict[str, Session]) -> dict[str, list[float]]:
+@dataclass
+class Traced:
+    """Runs of a session, each with its events and its microseconds."""
+
+    session: Session
+    runs: list[tuple[list[dict[str, Any]], float]] = field(default_factory=list)
+
+    def __call__(self, request: Request) -> None:
+        """Tracing costs a few microseconds a call."""
+        self.session.trace = Trace()
+        start = time.perf_counter()
+        session_run(self.session)(request)
+        self.runs.append((self.session.trace.events, 1e6 * (time.perf_counter() - start)))
+        self.session.trace = None
+
+
+def measure_pairs(case: Case, uncached: Session, cached: Mapping[str, Traced]) -> dict[str, list[float]]:
     """Seconds uncached over seconds cached, by name, one per round. Both sides of a pair are warmed by the same run."""
     sizes, request, started = case.sizes, case.requests[0], time.perf_counter()
     ratios: dict[str, list[float]] = {name: [] for name in cached}
-    slow = session_run(uncached)
-    runs = {name: session_run(session) for name, session in cached.items()}
     labels, number, last = list(cached), 0, 0.0
+    slow = session_run(uncached)
     while number < sizes.pair_rounds:
         begun = time.perf_counter()
         if number >= LEAST_ROUNDS and begun - started + last > sizes.pair_seconds:
             break
         for names in zip(labels[::2], labels[1::2], strict=True):
             first, second = names if number % 2 == 0 else names[::-1]
-            warm = (lambda run=runs[names[0]]: run(request)) if sizes.warm else None
-            before, between, after = (timed(lambda run=run: run(request), warm) for run in (runs[first], slow, runs[second]))
+            warm = partial(session_run(cached[names[0]].session), request) if sizes.warm else None
+            turns = (cached[first], slow, cached[second])
+            before, between, after = (timed(partial(run, request), warm) for run in turns)
             ratios[first].append(between / before)
             ratios[second].append(between / after)
         number += 1
@@ -46,8 +65,8 @@ def measure_pairs(case: Case, uncached: Session, cached: dict[str, Session]) -> 
     return ratios
 
 
-def trace_calls(session: Session, run: Callable[[], object], repeats: int) -> dict[str, Any]:
-    """Where a request's microseconds go, medians.
+def summarise_calls(runs: Sequence[tuple[Sequence[Mapping[str, Any]], float]]) -> dict[str, Any]:
+    """Where a request's microseconds go, medians over its runs.
 
     ``calls`` is one call of each engine, ``forecasts`` one by how many it makes, ``outside`` what lies between two calls,
     ``whole`` all calls of a request by engine; ``share`` a forecast over a computed step.
@@ -56,22 +75,16 @@ def trace_calls(session: Session, run: Callable[[], object], repeats: int) -> di
     whole: dict[str, list[float]] = {}
     forecasts: dict[int, list[float]] = {}
     outside = []
-    for _ in range(repeats):
-        time.sleep(PAUSE)
-        session.trace = Trace()
-        start = time.perf_counter()
-        run()
-        total = 1e6 * (time.perf_counter() - start)
-        events = session.trace.events
-        spent = {name: 1e6 * seconds for name, seconds in session.trace.seconds().items()}
+    for events, total in runs:
+        spent: dict[str, float] = {}
+        for event in events:
+            calls.setdefault(event["name"], []).append(event["dur"])
+            spent[event["name"]] = spent.get(event["name"], 0.0) + event["dur"]
+            if event["name"] == "forecast":
+                forecasts.setdefault(len(event["args"]["steps"]), []).append(event["dur"])
         for name, micro in {**spent, "outside": total - sum(spent.values())}.items():
             whole.setdefault(name, []).append(micro)
         outside.append(whole["outside"][-1] / len(events))
-        for event in events:
-            calls.setdefault(event["name"], []).append(event["dur"])
-            if event["name"] == "forecast":
-                forecasts.setdefault(len(event["args"]["steps"]), []).append(event["dur"])
-    session.trace = None
     medians = {name: statistics.median(values) for name, values in calls.items()}
     by_count = {num: statistics.median(values) for num, values in sorted(forecasts.items())}
     result: dict[str, Any] = {
@@ -115,14 +128,13 @@ def main(name: str, backend: str, work: Path, out: Path, quick: bool) -> None:
     with ExitStack() as stack:
         uncached, cached = make_sessions(case, load_engines(work, case, backend, stack), case.budgets)
         warm_up(uncached, request)
-        for session in cached.values():
-            session_run(session)(request)
+        for number, session in enumerate(cached.values()):
+            if backend == "inductor" or number == 0:  # torch.compile compiles when a graph first runs, for n = 1 again
+                session_run(session)(request)
         settle()
-        ratios = measure_pairs(case, uncached, cached)
-        calls = {}
-        for label, session in cached.items():
-            run = session_run(session)
-            calls[label] = trace_calls(session, lambda run=run: run(request), case.sizes.trace_runs)
+        traced = {label: Traced(session) for label, session in cached.items()}
+        ratios = measure_pairs(case, uncached, traced)
+        calls = {label: summarise_calls(one.runs) for label, one in traced.items()}
         pairs = pair_json(case, ratios, {label: len(session.program.compute_steps) for label, session in cached.items()})
     write_part(out, {"case": name, "backend": backend, "steps": case.steps, "pairs": pairs, "calls": calls})
 

@@ -17,7 +17,7 @@ import click
 
 from bench.bundles import load_engines
 from bench.cases import METHODS, TINY, Case, at_size, open_case
-from bench.pairs import trace_calls
+from bench.pairs import Traced, summarise_calls
 from bench.peers import Request, make_peer, plain
 from bench.rows import session_run
 from bench.timing import repeat_for, settle, spread, write_part
@@ -62,13 +62,12 @@ def _measure_size(case: Case, budget: float) -> dict[str, Any]:
     with ExitStack() as stack, tempfile.TemporaryDirectory() as out:
         session = Session(_build_ort(case, Path(out), stack), case.program("hidden", Schedule(TOKEN_STEPS, TOKEN_COMPUTE)),
                           case.model.io)  # fmt: skip
-        run = session_run(session)
-        run(request)
-        (once,) = repeat_for(lambda: run(request), 0, least=1)
-        repeats = max(3, min(30, int(budget / once)))
-        traced = trace_calls(session, lambda: run(request), repeats)
-        result["ort"] = {"median": traced["calls"]["compute"] / 1e6}
-        result["forecast run"] = {"median": traced["calls"]["forecast"] / 1e6}
+        session_run(session)(request)
+        traced = Traced(session)
+        repeat_for(lambda: traced(request), budget)
+        calls = summarise_calls(traced.runs)["calls"]
+        result["ort"] = {"median": calls["compute"] / 1e6}
+        result["forecast run"] = {"median": calls["forecast"] / 1e6}
     return result
 
 
