@@ -55,9 +55,9 @@ quality: $(READY)  ## Every method at every budget: bench/QUALITY.md (about two 
 	$(BIN)/python -m bench.gram_ablation --work build/quality
 	$(BIN)/python -m bench.quality_report --date $$(date +%F)
 
-bench: $(READY)  ## Speed beside the peers in one run: bench/RESULTS.md (about ten minutes on two idle cores)
+bench: $(READY)  ## Speed beside the peers in one run: bench/RESULTS.md (under an hour on two idle cores)
 	$(BIN)/python -m pip install --quiet --editable '.[cpu,compile,dev,bench]'
-	$(BIN)/python -m bench.speed --date $$(date +%F)
+	$(BIN)/python -m bench.speed
 
 reference: $(READY)  ## Retrain tiny-flux from nothing (an hour or two on two idle cores)
 	$(BIN)/python -m reference.train_autoencoder --out $(BUILD)
