@@ -22,7 +22,7 @@ from cachec.compiler.write import BundleWriter
 from cachec.engines.eager import EagerEngine
 from cachec.passes import COMPUTE, FORECAST, Graphs, engine_passes, forecast_passes, run_passes, split_passes
 from cachec.passes.base import placeholders
-from cachec.runtime.bundle import Manifest, Target
+from cachec.runtime.bundle import ANY_DEVICE, Manifest, Target
 from cachec.runtime.noise import GENERATOR
 from cachec.runtime.program import UNCACHED, ProgramKey, hash_sigmas
 
@@ -80,6 +80,7 @@ def write_bundle(graphs, program, method, out, backend=EagerEngine, hoist="all")
     linear = FORECAST in graphs.modules and "features" in placeholders(graphs.modules[FORECAST])
     graphs = run_passes(graphs, engine_passes("latents", "timestep", ("prompt",), linear=linear, hoist=hoist))
     plans = plan_engines(graphs, example_inputs(), "latents", STEPS)
+    device = "cpu" if backend.device_bound else ANY_DEVICE
     with BundleWriter(out, force=False) as writer:
         directory = writer.directory("engines")
         engines = build_engines(backend, plans, writer, directory)
@@ -101,7 +102,9 @@ def write_bundle(graphs, program, method, out, backend=EagerEngine, hoist="all")
                     "cut": LAST_BLOCK,
                 },
                 noise=GENERATOR,
-                targets=(Target(backend.name, backend.version(), platform.system().lower(), "float32", "6x8", engines),),
+                targets=(
+                    Target(backend.name, backend.version(), platform.system().lower(), device, "float32", "6x8", engines),
+                ),
                 programs=programs,
                 files=writer.files,
                 facts={"memory": memory_facts(graphs), "hoisted": {}},
