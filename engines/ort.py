@@ -141,8 +141,8 @@ def _open_on_gpu(path: Path, device: CudaDevice, index: int) -> onnxruntime.Infe
         log.warning("calls of %s are made without CUDA graphs: %s", path.name, error)
     if CUDA_PROVIDER not in session.get_providers():  # it only logs that a library is missing
         raise EngineError(
-            f"ONNX Runtime {onnxruntime.__version__} cannot start {CUDA_PROVIDER} on {device.name}: a CUDA library is missing or "
-            "of another version (pip install 'onnxruntime-gpu[cuda,cudnn]')"
+            f"ONNX Runtime {onnxruntime.__version__} cannot start {CUDA_PROVIDER} on {device.name}: a CUDA library is missing "
+            "or of another version (pip install 'onnxruntime-gpu[cuda,cudnn]')"
         )
     return session
 

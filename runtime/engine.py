@@ -101,8 +101,8 @@ class Engine(ABC):
     ) -> dict[str, Path]:
         """Build engines from exported programs (``torch.export.ExportedProgram``) into the directory ``out``.
 
-        ``device`` matters to back ends that are ``device_bound``. Returns the file of each program; several may be in one. Other files in ``out`` (shared weights) belong to the
-        engines, too.
+        ``device`` matters to back ends that are ``device_bound``. Returns the file of each program; several may be in one.
+        Other files in ``out`` (shared weights) belong to the engines, too.
         """
 
     @classmethod

@@ -23,7 +23,6 @@ from cachec.runtime.program import UNCACHED, Program
 from cachec.runtime.specs import Array, TensorSpec
 from cachec.runtime.trace import Trace
 
-
 log = logging.getLogger(__name__)
 
 

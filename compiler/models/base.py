@@ -82,6 +82,11 @@ class LoadedModel(ABC):
     def transformer(self) -> nn.Module: ...
 
     @property
+    def device(self) -> torch.device:
+        """Where the transformer is: example inputs and constants are there, too."""
+        return next(self.transformer.parameters()).device
+
+    @property
     @abstractmethod
     def block(self) -> str:
         """Path of the last block of the body, as in ``transformer.named_modules()``."""
