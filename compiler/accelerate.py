@@ -72,8 +72,8 @@ def _fit_request(model: LoadedModel, request: Request) -> Request:
     name = model.device.type
     if name != CPU and (request.needs_calibration or request.method.needs_training or request.verify_passes):
         raise InputError(
-            f"the pipeline is on {name}, but {request.method.name} with this schedule needs runs of the model, or checks, that are "
-            "made on the CPU: name a method and a schedule that need none (taylor or adams with --budget)"
+            f"the pipeline is on {name}, but {request.method.name} with this schedule needs runs of the model, or checks, that "
+            "are made on the CPU: name a method and a schedule that need none (taylor or adams with --budget)"
         )
     dtype = str(next(model.transformer.parameters()).dtype).removeprefix("torch.")
     return replace(request, settings=replace(request.settings, dtype=dtype))

@@ -127,6 +127,11 @@ class Session:
         return self._binding.ring
 
     @property
+    def recorded(self) -> bool:
+        """Are requests replayed from one recording?"""
+        return self._recording is not None
+
+    @property
     def finished(self) -> bool:
         return self._position == len(self._operations)
 
@@ -160,6 +165,10 @@ class Session:
             spec.check(value, self._sizes)
         else:
             spec.check_form(value, self._sizes)
+
+    def takes(self, value: Any) -> bool:
+        """Is ``value`` a buffer of the device, so that it need not come from the host?"""
+        return self._device.owns(value)
 
     def _start(self) -> None:
         if self._binding.prologue is not None:
