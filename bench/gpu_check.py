@@ -73,7 +73,7 @@ class Report:
         return (self.deadline - time.monotonic()) / 60
 
     def attempt(self, name: str, work: Callable[[], Any]) -> Any:
-        """The result of ``work``; ``None`` if it cannot be had, for the recorded reason. Lack of memory is passed on as well."""
+        """The result of ``work``; ``None`` if it cannot be had, which is recorded. Lack of memory is passed on as well."""
         start, entry = time.monotonic(), dict[str, Any](section=name)
         self.data["sections"].append(entry)
         result = None

@@ -105,7 +105,7 @@ class Engines:
 
 @dataclass(eq=False)
 class Row:
-    """Something that makes latents. ``family``: rows with the same uncached run. ``session``: cachec's, which may be recorded."""
+    """Something that makes latents. ``family``: rows with the same uncached run. ``session``: cachec's, if it has one."""
 
     name: str
     family: str

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from cachec.engines.cuda_device import CudaBuffer, CudaDevice, cuda_device
-from cachec.runtime.device import CPU, CUDA, Buffer, Device, DeviceName, Host
+from cachec.runtime.device import CPU, CUDA, Buffer, DeviceName, Host
 from cachec.runtime.engine import HOST, Call, Engine, ExecutionContext, check_bindings
 from cachec.runtime.errors import BundleError, EngineError, InputError, missing_extra
 from cachec.runtime.specs import BFLOAT16, Signature
@@ -68,7 +68,7 @@ class OrtEngine(Engine):
         return {name: cls(_open_on_gpu(path, gpu, device.index), signatures[name], gpu) for name, path in files.items()}
 
     def _context(self, native: Any) -> ExecutionContext:
-        return OrtContext(native, self.signature, self.device)
+        return OrtContext(native, self.signature, DeviceName.parse(self.device.name))
 
     @staticmethod
     def check_target(device: DeviceName, precision: str) -> None:
@@ -150,10 +150,10 @@ def _open_on_gpu(path: Path, device: CudaDevice, index: int) -> onnxruntime.Infe
 class OrtContext(ExecutionContext):
     """Binds buffers by their addresses."""
 
-    def __init__(self, session: onnxruntime.InferenceSession, signature: Signature, device: Device) -> None:
+    def __init__(self, session: onnxruntime.InferenceSession, signature: Signature, place: DeviceName) -> None:
         self._session = session
         self._signature = signature
-        self._place = DeviceName.parse(device.name)
+        self._place = place
 
     def bind(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> Call:
         check_bindings(self._signature, inputs, outputs)

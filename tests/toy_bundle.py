@@ -23,6 +23,7 @@ from cachec.engines.eager import EagerEngine
 from cachec.passes import COMPUTE, FORECAST, Graphs, engine_passes, forecast_passes, run_passes, split_passes
 from cachec.passes.base import placeholders
 from cachec.runtime.bundle import ANY_DEVICE, Manifest, Target
+from cachec.runtime.engine import HOST
 from cachec.runtime.noise import GENERATOR
 from cachec.runtime.program import UNCACHED, ProgramKey, hash_sigmas
 
@@ -71,19 +72,19 @@ def write_toy_bundle(split, out):
     return write_bundle(graphs, toy_program(graphs), method, out)
 
 
-def write_output_bundle(split, out, backend=EagerEngine, hoist="all"):
+def write_output_bundle(split, out, backend=EagerEngine, hoist="all", device=HOST):
     program = lower_advance(output_table(), KEY, SIGMAS, SIGMAS[:-1])
-    return write_bundle(Graphs({COMPUTE: split.modules[COMPUTE]}), program, Adams(2), out, backend, hoist)
+    return write_bundle(Graphs({COMPUTE: split.modules[COMPUTE]}), program, Adams(2), out, backend, hoist, device)
 
 
-def write_bundle(graphs, program, method, out, backend=EagerEngine, hoist="all"):
+def write_bundle(graphs, program, method, out, backend=EagerEngine, hoist="all", device=HOST):
     linear = FORECAST in graphs.modules and "features" in placeholders(graphs.modules[FORECAST])
     graphs = run_passes(graphs, engine_passes("latents", "timestep", ("prompt",), linear=linear, hoist=hoist))
     plans = plan_engines(graphs, example_inputs(), "latents", STEPS)
-    device = "cpu" if backend.device_bound else ANY_DEVICE
+    where = device.kind if backend.device_bound else ANY_DEVICE
     with BundleWriter(out, force=False) as writer:
         directory = writer.directory("engines")
-        engines = build_engines(backend, plans, writer, directory)
+        engines = build_engines(backend, plans, writer, directory, device)
         programs = {
             "default": writer.add_program("default", program),
             UNCACHED: writer.add_program(UNCACHED, lower_uncached(KEY, SIGMAS, SIGMAS[:-1])),
@@ -102,9 +103,7 @@ def write_bundle(graphs, program, method, out, backend=EagerEngine, hoist="all")
                     "cut": LAST_BLOCK,
                 },
                 noise=GENERATOR,
-                targets=(
-                    Target(backend.name, backend.version(), platform.system().lower(), device, "float32", "6x8", engines),
-                ),
+                targets=(Target(backend.name, backend.version(), platform.system().lower(), where, "float32", "6x8", engines),),
                 programs=programs,
                 files=writer.files,
                 facts={"memory": memory_facts(graphs), "hoisted": {}},
