@@ -51,12 +51,14 @@ class TorchDevice(Device):
             return None
         with torch.cuda.device(self._device):
             before, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
+            new_stream: Any = torch.cuda.Stream  # it has no types
             try:
-                with torch.cuda.graph(graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local"):
+                with torch.cuda.graph(graph, stream=new_stream(), capture_error_mode="thread_local"):
                     work()
             except (RuntimeError, CachecError) as error:
                 torch.cuda.set_stream(before)  # torch.cuda.graph leaves its own current when a capture fails
-                raise EngineError(f"they cannot be captured as a CUDA graph: {error}") from error
+                reason = error.__context__ or error  # ending a capture that failed fails as well
+                raise EngineError(f"they cannot be captured as a CUDA graph: {reason}") from error
         return _Replay(graph)
 
 
