@@ -10,17 +10,18 @@ __version__ = "0.1.0"
 __all__ = ["CachecError", "LoadedBundle", "Session", "__version__", "accelerate", "compile_model", "load"]
 
 
-def load(bundle: str | Path, *, verify: bool = False, threads: int | None = None) -> LoadedBundle:
-    """Open a bundle and load its engines.
+def load(bundle: str | Path, *, device: str = "cpu", verify: bool = False, threads: int | None = None) -> LoadedBundle:
+    """Open a bundle and load its engines on ``device``: ``cpu``, ``cuda``, or ``cuda:1`` for the second GPU.
 
     ``verify`` hashes large files even if this machine has hashed them before; ``threads`` limits CPU threads.
 
     Raises:
-        BundleError: the directory is no bundle, damaged, or does not fit this machine.
+        BundleError: the directory is no bundle, damaged, or does not fit this machine or device.
+        InputError: there is no such device here.
     """
     from cachec.engines import open_bundle
 
-    return open_bundle(Path(bundle), verify=verify, threads=threads)
+    return open_bundle(Path(bundle), device=device, verify=verify, threads=threads)
 
 
 def compile_model(model: str, out: str | Path, *, method: str = "lesa", force: bool = False, **options: Any) -> Path:

@@ -16,6 +16,8 @@ cache-dit (DBCache, static steps mask, TaylorSeer calibrator)
     runs the first ``Fn`` blocks in all steps (at least 1; its default is 8) and forecasts the residual of the rest. Steps 0
     to 2 give its Taylor series no slope (``current_step > 1``, counted from -1): it reuses until a later step is computed.
 
+Everything is where the transformer is, and in its precision: CPU or CUDA, float32 or bfloat16.
+
 Shapes: ``B`` batch, ``T`` steps, ``N`` image tokens, ``L`` text tokens, ``C`` latent channels.
 """
 
@@ -45,7 +47,6 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from cachec.compiler.calibration.metrics import psnr_db
 from cachec.compiler.calibration.prompts import default_prompts
 from cachec.compiler.models import find_model, load_model
 from cachec.compiler.models.base import LoadedModel, Settings, tensors_from
@@ -75,6 +76,10 @@ class Subject:
     constants: Mapping[str, Any]
     sampling: Callable[[int], tuple[Array, Array]]
 
+    @property
+    def device(self) -> torch.device:
+        return next(self.transformer.parameters()).device
+
     def __post_init__(self) -> None:
         for name, module in self.transformer.named_modules():
             if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
@@ -88,14 +93,15 @@ def open_subject(model: LoadedModel, settings: Settings) -> Subject:
 
 def bare_subject(transformer: FluxTransformer2DModel, *, rows: int, columns: int, text_tokens: int) -> Subject:
     """A transformer without a pipeline, say with random weights, on FLUX.1-dev's grid for ``rows x columns`` image tokens."""
-    ids = FluxPipeline._prepare_latent_image_ids(1, rows, columns, torch.device("cpu"), torch.float32)
+    device = next(transformer.parameters()).device
+    ids = FluxPipeline._prepare_latent_image_ids(1, rows, columns, device, torch.float32)
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
 
     def sampling(steps: int) -> tuple[Array, Array]:
         scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=calculate_shift(rows * columns, *FLUX_SHIFT))
         return scheduler.sigmas.numpy(), (scheduler.timesteps / 1000).numpy()
 
-    constants = {"img_ids": ids, "txt_ids": torch.zeros(text_tokens, 3), "return_dict": False}
+    constants = {"img_ids": ids, "txt_ids": torch.zeros(text_tokens, 3, device=device), "return_dict": False}
     return Subject(transformer.eval(), constants, sampling)
 
 
@@ -162,11 +168,12 @@ class Peer:
         for step in range(self.num_steps):
             for flag in self.flags:
                 flag.executed = False
-            timestep = self.timesteps[step].expand(len(latents))
+            timestep = self.timesteps[step].expand(len(latents)).to(latents.dtype)
             with self.transformer.cache_context("cond"):  # as FluxPipeline does; diffusers' caches raise without
                 inputs = {"hidden_states": latents, "timestep": timestep, **conditions, **self.constants}
                 velocity = self.call(**inputs)[0]
-            latents = latents + (self.sigmas[step + 1] - self.sigmas[step]) * velocity
+            moved = latents.float() + (self.sigmas[step + 1] - self.sigmas[step]) * velocity  # as the scheduler does it
+            latents = moved.to(latents.dtype)
             yield latents, all(flag.executed for flag in self.flags)
 
 
@@ -193,7 +200,7 @@ def make_peers(subject: Subject, *, num_steps: int, compute: Sequence[int], comp
             skipped[f"cache-dit F{first_blocks}B0"] = str(error)
     peers = [make_peer(recipe, subject, num_steps=num_steps) for recipe in recipes]
     compiles = recipes if compiled else recipes[:1]
-    if (reason := _why_no_compiler()) is None:
+    if (reason := why_no_compiler(subject.device)) is None:
         peers += [make_peer(recipe, subject, num_steps=num_steps, compiled=True) for recipe in compiles]
     else:
         skipped |= {_compiled_name(recipe): reason for recipe in compiles}
@@ -214,7 +221,7 @@ def make_peer(recipe: Recipe, subject: Subject, *, num_steps: int, compiled: boo
     if compiled:
         _raise_recompile_limits()
         call = torch.compile(transformer, dynamic=False)
-    sigmas, timesteps = (torch.from_numpy(np.array(array)) for array in subject.sampling(num_steps))
+    sigmas, timesteps = grid(subject, num_steps)
     return Peer(
         name=_compiled_name(recipe) if compiled else recipe.name,
         about=recipe.about,
@@ -227,6 +234,12 @@ def make_peer(recipe: Recipe, subject: Subject, *, num_steps: int, compiled: boo
         timesteps=timesteps,
         flags=flags,
     )
+
+
+def grid(subject: Subject, num_steps: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sampler's ``sigmas`` [T + 1] and ``timesteps`` [T] on the subject's device, float32."""
+    sigmas, timesteps = (torch.from_numpy(np.array(array)).to(subject.device) for array in subject.sampling(num_steps))
+    return sigmas, timesteps
 
 
 def plain() -> Recipe:
@@ -363,8 +376,10 @@ def _raise_recompile_limits() -> None:
     config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, 8 * RECOMPILES)
 
 
-def _why_no_compiler() -> str | None:
-    """Why Inductor cannot compile for the CPU here; ``None`` if it can."""
+def why_no_compiler(device: torch.device) -> str | None:
+    """Why Inductor cannot compile for the device here; ``None`` if it can, as far as can be seen."""
+    if device.type == "cuda":
+        return None if find_spec("triton") else "Inductor needs triton, which is not installed"
     builder = importlib.import_module("torch._inductor.cpp_builder")
     failure = importlib.import_module("torch._inductor.exc").InvalidCxxCompiler
     try:
@@ -374,12 +389,20 @@ def _why_no_compiler() -> str | None:
     return None
 
 
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all that was started."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def time_runs(peer: Peer, request: Request, *, repeats: int) -> float:
     """Median seconds of a request; the peer must have run before."""
     seconds = []
     for _ in range(repeats):
+        synchronize(request[1].device)
         start = time.perf_counter()
         peer.run(*request)
+        synchronize(request[1].device)
         seconds.append(time.perf_counter() - start)
     return statistics.median(seconds)
 
@@ -399,6 +422,8 @@ def make_requests(model: LoadedModel, settings: Settings, prompts: Sequence[str]
 @click.option("--repeats", default=3, show_default=True)
 @click.option("--compiled", is_flag=True, help="Every cache under torch.compile too.")
 def main(steps: int, budget: int, prompts: int, repeats: int, compiled: bool) -> None:
+    from cachec.compiler.calibration.metrics import psnr_db  # brings scikit-image, which only this program needs
+
     warnings.filterwarnings("ignore")
     spec = find_model("tiny-flux")
     model = load_model(spec)

@@ -7,6 +7,7 @@ forecasts at the others.
 import tempfile
 from collections.abc import Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,9 @@ from cachec.compiler.request import Request
 from cachec.compiler.split import split_model
 from cachec.engines.eager import EagerEngine
 from cachec.engines.inductor import InductorEngine
+from cachec.engines.torch_device import TorchDevice
 from cachec.runtime.binding import ModelIO
+from cachec.runtime.device import CPU, DeviceName
 from cachec.runtime.engine import Engine
 from cachec.runtime.errors import InputError
 from cachec.runtime.program import UNCACHED, Program
@@ -33,6 +36,8 @@ from cachec.runtime.session import Session
 def accelerate_pipeline(model: LoadedModel, request: Request, *, compiled: bool = True) -> Any:
     """Replace the transformer of ``model``'s pipeline; returns the pipeline.
 
+    Engines and buffers are where the transformer is, and in its precision.
+
     ``compiled``: run the graphs under ``torch.compile``, else op by op.
 
     Raises:
@@ -40,6 +45,7 @@ def accelerate_pipeline(model: LoadedModel, request: Request, *, compiled: bool 
     """
     if isinstance(model.transformer, AcceleratedTransformer):
         raise InputError("this pipeline is accelerated already: set pipe.transformer = pipe.transformer.original first")
+    request = _fit_request(model, request)
     result = Compilation()
     with tempfile.TemporaryDirectory(prefix="cachec-") as work:
         split = split_model(model, request.settings)
@@ -48,14 +54,30 @@ def accelerate_pipeline(model: LoadedModel, request: Request, *, compiled: bool 
         forecast = add_forecast(model, split, request, parameters)
         graphs = engine_graphs(model, forecast, request.hoist, velocities=True, slots=request.slots)
         plans = plan_engines(graphs, model.example_inputs(request.settings), model.io.latents, request.settings.steps)
-        kind = InductorEngine if compiled else EagerEngine
-        engines = {plan.name: kind(graphs.modules[plan.name], plan.signature) for plan in plans}
+        kind, device = InductorEngine if compiled else EagerEngine, TorchDevice(DeviceName.parse(str(model.device)))
+        engines = {plan.name: kind(graphs.modules[plan.name], plan.signature, device) for plan in plans}
         programs = make_programs(model, request, graphs, engines, calibrations, parameters, result)
         result.works.clear()  # they lie in the temporary directory
     program = next(program for level, program in programs.items() if level != UNCACHED)
     pipeline = model.pipeline
     pipeline.transformer = AcceleratedTransformer(model.transformer, pipeline.scheduler, engines, program, model.io)
     return pipeline
+
+
+def _fit_request(model: LoadedModel, request: Request) -> Request:
+    """The request in the transformer's own precision.
+
+    Raises:
+        InputError: the method is fitted to runs of the model, which are made on the CPU, and the model is elsewhere.
+    """
+    name = model.device.type
+    if name != CPU and (request.needs_calibration or request.method.needs_training or request.verify_passes):
+        raise InputError(
+            f"the pipeline is on {name}, but {request.method.name} with this schedule needs runs of the model, or checks, that "
+            "are made on the CPU: name a method and a schedule that need none (taylor or adams with --budget)"
+        )
+    dtype = str(next(model.transformer.parameters()).dtype).removeprefix("torch.")
+    return replace(request, settings=replace(request.settings, dtype=dtype))
 
 
 class AcceleratedTransformer(nn.Module):
@@ -90,16 +112,22 @@ class AcceleratedTransformer(nn.Module):
         """
         step = self._scheduler.step_index or 0
         known = {name: inputs[name].float() for name in (self._io.latents, *self._io.conditions)}
+        device = self._engines["compute"].device
+        if strange := [name for name, value in known.items() if not device.owns(value)]:
+            raise InputError(
+                f"{', '.join(strange)} are not on {device.name}, where this pipeline was accelerated: move it back, or set "
+                "pipe.transformer = pipe.transformer.original and accelerate it again"
+            )
         self._refuse_extras({name: value for name, value in inputs.items() if name not in known})
         batch = len(known[self._io.latents])
         if batch not in self._sessions:
             self._sessions[batch] = Session(self._engines, self.program, self._io, batch=batch, for_sampler=True)
         session = self._sessions[batch]
-        latents = known.pop(self._io.latents).numpy()
+        latents = known.pop(self._io.latents)
         if step == 0:
             self._check_schedule()
-            session.begin({name: value.numpy() for name, value in known.items()}, latents)
-        velocity = torch.from_numpy(session.velocity(step, latents)).to(inputs[self._io.latents].dtype)
+            session.begin(known, latents)
+        velocity = session.velocity(step, latents).to(inputs[self._io.latents].dtype)
         return Transformer2DModelOutput(sample=velocity) if return_dict else (velocity,)
 
     def _check_schedule(self) -> None:

@@ -17,6 +17,7 @@ from cachec.runtime.engine import BATCH, FEATURE, HISTORY_STEPS, SIGMAS, STEP, V
 from cachec.runtime.errors import PassError
 
 MAX_BATCH = 1024
+ROUNDING = 1e-2  # of bfloat16, through a whole model, relative
 MAX_SIZE = 1024  # of the other symbolic axes: slots, steps
 
 
@@ -60,7 +61,9 @@ def capture_model(model: nn.Module, inputs: Mapping[str, torch.Tensor], constant
     with torch.no_grad():
         wanted, got = wrapped(dict(inputs))[VELOCITY], module(**inputs)[VELOCITY]
     if not torch.equal(wanted, got):
-        raise PassError(f"the captured graph differs from the model by {(wanted - got).abs().max().item():.1e}")
+        error = ((wanted - got).norm() / wanted.norm()).item()
+        if wanted.is_cpu or not error <= ROUNDING:  # GPUs may sum in another order from call to call
+            raise PassError(f"the captured graph differs from the model, relatively by {error:.1e}")
     return Graphs({MODEL: module})
 
 
@@ -82,6 +85,7 @@ def capture_predictor(predictor: nn.Module, window: int, example: torch.Tensor, 
         SIGMAS: torch.linspace(1, 0, num_steps + 1),
         STEP: torch.tensor(window + 5),
     }
+    inputs = {name: value.to(example.device) for name, value in inputs.items()}
     return _trace(_NamedPredictor(predictor, names).eval(), inputs, batched=names, outputs=(FEATURE,))
 
 

@@ -44,11 +44,12 @@ class EnginePlan:
 
 def plan_engines(graphs: Graphs, inputs: Mapping[str, torch.Tensor], latents: str, num_steps: int) -> list[EnginePlan]:
     """Plans for all engines; ``inputs`` are example inputs of the model, ``latents`` the name of one."""
-    known = {**inputs, DELTA: torch.tensor([-0.1])}
+    device = inputs[latents].device
+    known = {**inputs, DELTA: torch.tensor([-0.1], device=device)}
     plans = []
     if PROLOGUE in graphs.modules:
         prologue = graphs.modules[PROLOGUE]
-        times = {name: torch.linspace(1, 0.1, NUM_STEPS) for name in TIMESTEPS_OF.values()}
+        times = {name: torch.linspace(1, 0.1, NUM_STEPS, device=device) for name in TIMESTEPS_OF.values()}
         given = {name: {**inputs, **times}[name] for name in placeholders(prologue)}
         plans.append(plan_engine(PROLOGUE, prologue, given, graphs.axes))
         with torch.no_grad():
@@ -64,12 +65,13 @@ def plan_engines(graphs: Graphs, inputs: Mapping[str, torch.Tensor], latents: st
     if FORECAST in graphs.modules:
         feature = outputs(compute)[FEATURE].meta["val"]
         shape = [len(inputs[latents]), *map(int, feature.shape[1:])]
-        some = _forecast_inputs(graphs, inputs, torch.randn(shape).to(feature.dtype), hoisted, num_steps)
+        example = torch.randn(shape).to(device, feature.dtype)
+        some = _forecast_inputs(graphs, inputs, example, hoisted, num_steps)
         plans.append(plan_engine(FORECAST, graphs.modules[FORECAST], some, graphs.axes))
     if ADVANCE in graphs.modules:
         velocity = torch.zeros_like(inputs[latents]).to(outputs(compute)[VELOCITY].meta["val"].dtype)
         velocities = torch.stack([velocity + i for i in range(NUM_SLOTS)])
-        some = {NOISE: inputs[latents], VELOCITIES: velocities, COEFFICIENTS: torch.linspace(1, 0.5, NUM_SLOTS)}
+        some = {NOISE: inputs[latents], VELOCITIES: velocities, COEFFICIENTS: torch.linspace(1, 0.5, NUM_SLOTS, device=device)}
         plans.append(plan_engine(ADVANCE, graphs.modules[ADVANCE], some, graphs.axes))
     return plans
 
@@ -120,7 +122,7 @@ def _forecast_inputs(
         elif name in inputs and by_step:  # timesteps, of all steps
             result[name] = torch.stack([inputs[name]] * NUM_STEPS)
         else:
-            result[name] = examples[name]
+            result[name] = examples[name].to(feature.device)
     return result
 
 

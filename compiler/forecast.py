@@ -53,7 +53,8 @@ def inline(
     """Inline a predictor into the forecast graph and, with ``fold``, fold it to numbers."""
     with torch.no_grad():
         example = split.modules[COMPUTE](**model.example_inputs(settings))["feature"]
-    predictor = capture_predictor(method.predictor(parameters), method.window, example, settings.steps)
+    example = example.cpu() if fold else example  # folding runs the predictor, on little data
+    predictor = capture_predictor(method.predictor(parameters).to(example.device), method.window, example, settings.steps)
     sigmas = torch.from_numpy(model.sampling(settings)[0])
     passes = forecast_passes(predictor, sigmas, method.histories(schedule), fold=fold)
     return run_passes(split, passes, observers=observers)

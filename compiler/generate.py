@@ -29,6 +29,7 @@ def generate_pictures(
     level: str | None = None,
     seed: int = 0,
     compare: bool = False,
+    device: str = "cpu",
     threads: int | None = None,
     verify: bool = False,
     force: bool = False,
@@ -39,7 +40,7 @@ def generate_pictures(
     ``profile``: where to write a trace of the last request's engine calls, after one request to warm up.
 
     Raises:
-        InputError: a prompt is empty, or the seed is negative.
+        InputError: a prompt is empty, the seed is negative, or there is no such device.
         OutputError: a file exists already, or cannot be written.
     """
     check_prompts(prompts)
@@ -49,7 +50,7 @@ def generate_pictures(
     files = [out] if compare or len(prompts) == 1 else _numbered(out, len(prompts))
     for file in [*files, *([] if profile is None else [profile])]:
         check_file(file, force=force)
-    with open_bundle(bundle, verify=verify, threads=threads) as loaded:
+    with open_bundle(bundle, device=device, verify=verify, threads=threads) as loaded:
         model = load_model(find_model(source or loaded.manifest.model["source"]), with_transformer=False)
         settings = settings_of(loaded.manifest)
         level = loaded.check_level(level)

@@ -99,6 +99,7 @@ def _remove(works: Sequence[Path]) -> None:
 
 def _compile(model: LoadedModel, request: Request, out: Path, result: Compilation, *, force: bool) -> Bundle:
     backend = get_backend(request.backend)
+    backend.check_target(request.device, request.settings.dtype)
     with BundleWriter(out, force=force) as writer, _Clock(result.seconds, STAGES) as clock, ExitStack() as stack:
         given = read_calibration(model, request)
         split = split_model(model, request.settings, _observers(model, request))
@@ -113,8 +114,8 @@ def _compile(model: LoadedModel, request: Request, out: Path, result: Compilatio
         result.costs = {"hoisted": hoisting_facts(graphs, final), "memory": memory_facts(final)}
         plans = plan_engines(final, model.example_inputs(request.settings), model.io.latents, request.settings.steps)
         clock.lap()
-        target = build_target(backend, request.settings, plans, writer)
-        engines = load_engines(backend, target, writer.staging, stack)
+        target = build_target(backend, request.settings, plans, writer, request.device)
+        engines = load_engines(backend, target, writer.staging, stack, request.device)
         clock.lap()
         programs = make_programs(model, request, graphs, engines, calibrations, parameters, result)
         clock.lap()

@@ -88,6 +88,7 @@ def forecast_cost(engines: Mapping[str, Engine], program: Program, model: Loaded
         for instruction in session.program.instructions:
             start = time.perf_counter()
             session.advance()
+            engines["compute"].device.synchronize()
             spent = (time.perf_counter() - start) / len(instruction.steps)
             seconds[isinstance(instruction, Compute)].append(spent)
     return min(1.0, float(np.median(seconds[False]) / np.median(seconds[True])))

@@ -13,6 +13,8 @@ from cachec.compiler.models.base import ModelSpec, Settings
 from cachec.compiler.schedule import Schedule
 from cachec.engines import BACKENDS
 from cachec.passes import HOISTS
+from cachec.runtime.device import DeviceName
+from cachec.runtime.engine import HOST
 from cachec.runtime.errors import InputError, unknown_name
 from cachec.runtime.noise import check_seed
 
@@ -34,6 +36,7 @@ class Request:
     goals: tuple[Goal, ...]
     settings: Settings
     backend: str = "ort"
+    device: DeviceName = HOST
     interval: int | None = None
     predictor: Path | None = None
     calibration: Path | None = None
@@ -89,6 +92,7 @@ def make_request(
     calibration: str | Path | None = None,
     reference_steps: int | None = None,
     backend: str = "ort",
+    device: str = "cpu",
     height: int | None = None,
     width: int | None = None,
     text_tokens: int | None = None,
@@ -112,9 +116,9 @@ def make_request(
     ``interval``, ``search``, or a list of steps, ``0,1,2,9``. The default is the method's own interval; methods that are
     fitted to a schedule search one. ``calibration`` is a file from ``cachec calibrate``; ``reference_steps`` fits to a finer
     run. ``prompts`` is a file of training and calibration prompts. ``fold`` is ``static`` or ``none``,
-    ``hoist`` ``none``, ``tables`` (what depends on the prompt leaves the step) or ``all`` (on the step, too).
-    ``velocities``: forecasts also hand out velocities, for a sampler outside (``LoadedBundle.session(for_sampler=True)``).
-    ``slots`` ``float16``: store features in half the memory.
+    ``hoist`` ``none``, ``tables`` (what depends on the prompt leaves the step) or ``all`` (on the step, too). ``device`` is
+    where engines are measured, and for ``aoti`` what they are built for. ``velocities``: forecasts also hand out velocities,
+    for a sampler outside (``LoadedBundle.session(for_sampler=True)``). ``slots`` ``float16``: features in half the memory.
 
     Raises:
         InputError: an option is unknown, out of range, or contradicts another.
@@ -141,6 +145,7 @@ def make_request(
         goals=goals,
         settings=settings,
         backend=backend,
+        device=DeviceName.parse(device),
         interval=interval,
         predictor=Path(predictor) if predictor else None,
         calibration=Path(calibration) if calibration else None,

@@ -6,7 +6,8 @@ import os
 import platform
 from pathlib import Path
 
-from cachec.runtime.bundle import Bundle
+from cachec.runtime.bundle import ANY_DEVICE, Bundle
+from cachec.runtime.device import DeviceName
 from cachec.runtime.engine import Engine
 from cachec.runtime.errors import BundleError, InputError, unknown_name
 from cachec.runtime.session import LoadedBundle, load_bundle
@@ -46,13 +47,15 @@ def check_threads(threads: int | None) -> None:
         log.warning("threads is %d, but this process has %d cores: more threads than cores wait for each other", threads, cores)
 
 
-def open_bundle(root: Path, *, verify: bool = False, threads: int | None = None) -> LoadedBundle:
-    """Check the bundle at ``root`` and load its engines.
+def open_bundle(root: Path, *, device: str = "cpu", verify: bool = False, threads: int | None = None) -> LoadedBundle:
+    """Check the bundle at ``root`` and load its engines on ``device``: ``cpu``, ``cuda``, or ``cuda:1`` for the second GPU.
 
     Raises:
-        BundleError: it is damaged, or was built for another operating system or version of its back end.
+        BundleError: it is damaged, or was built for another operating system, device or version of its back end.
+        InputError: there is no such device here.
     """
     check_threads(threads)
+    name = DeviceName.parse(device)
     bundle = Bundle.open(root, verify=verify)
     target = bundle.target
     backend = get_backend(target.backend)
@@ -62,7 +65,13 @@ def open_bundle(root: Path, *, verify: bool = False, threads: int | None = None)
         raise BundleError(
             f"{root} was built with {backend.name} {target.version}, here is {backend.version()}: {_again(bundle)}"
         )
-    return load_bundle(bundle, backend, threads=threads)
+    if target.device not in (ANY_DEVICE, name.kind):
+        raise BundleError(
+            f"device is {device}, but {root} was built for {target.device}: open it there, or {_again(bundle)} "
+            f"--backend {backend.name} --device {name.kind}"
+        )
+    backend.check_target(name, target.precision)
+    return load_bundle(bundle, backend, device=name, threads=threads)
 
 
 def _again(bundle: Bundle) -> str:

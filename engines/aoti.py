@@ -1,6 +1,8 @@
 """AOTInductor: all graphs of a bundle compiled to machine code, in one ``.pt2`` with the weights stored once.
 
-PyTorch runs it; building takes a C++ compiler. CPU threads are PyTorch's own setting, which holds for the whole process.
+PyTorch runs it; building takes a C++ compiler, and for CUDA the toolkit's headers and Triton. CPU threads are PyTorch's own
+setting, which holds for the whole process. An archive runs on the kind of device that it was built for; on CUDA its engines
+must not be called from several threads at once.
 """
 
 import importlib.util
@@ -9,14 +11,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from cachec.runtime.device import Buffer, Host
-from cachec.runtime.engine import Call, Engine, ExecutionContext, check_bindings
-from cachec.runtime.errors import BundleError, EngineError, missing_extra
+from cachec.runtime.device import CUDA, Buffer, DeviceName
+from cachec.runtime.engine import HOST, Call, Engine, ExecutionContext, check_bindings
+from cachec.runtime.errors import BundleError, EngineError, InputError, missing_extra
 from cachec.runtime.specs import Signature
 
 if importlib.util.find_spec("torch") is None:
     raise missing_extra("torch", "compile", "the aoti backend")
 import torch
+from torch.export.passes import move_to_device_pass
+
+from cachec.engines import torch_device
+from cachec.engines.torch_device import as_tensor, device_of, out_of_memory
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -34,24 +40,34 @@ class AotiEngine(Engine):
 
     name = "aoti"
     needs_same_version = True
+    device_bound = True
 
     @classmethod
     def load(
-        cls, files: Mapping[str, Path], signatures: Mapping[str, Signature], *, threads: int | None = None
+        cls,
+        files: Mapping[str, Path],
+        signatures: Mapping[str, Signature],
+        *,
+        device: DeviceName = HOST,
+        threads: int | None = None,
     ) -> dict[str, Self]:
         from torch.export.pt2_archive._package import load_pt2
 
         if threads is not None:
             torch.set_num_threads(threads)
         path = next(iter(files.values()))
+        on_gpu = device.kind == CUDA  # PyTorch's locks between threads cannot be captured as a CUDA graph
         try:
-            contents = load_pt2(str(path), load_weights_from_disk=True)
+            contents = load_pt2(str(path), load_weights_from_disk=True, run_single_threaded=on_gpu)
+        except torch.OutOfMemoryError as error:
+            raise EngineError(f"{device} has no room for the weights of {path.name}: {error}") from error
         except (RuntimeError, ValueError, OSError) as error:
             raise BundleError(f"torch {torch.__version__} cannot load {path}: {error}") from error
         missing = files.keys() - contents.aoti_runners.keys()
         if missing:
             raise BundleError(f"{path} holds no graph {', '.join(sorted(missing))}: compile the bundle again")
-        return {name: cls(contents.aoti_runners[name], signatures[name], Host()) for name in files}
+        there = device_of(device, signatures.values())
+        return {name: cls(contents.aoti_runners[name], signatures[name], there) for name in files}
 
     def _context(self, native: Any) -> ExecutionContext:
         return _AotiContext(native, self.signature)
@@ -61,8 +77,20 @@ class AotiEngine(Engine):
         return str(torch.__version__)
 
     @staticmethod
-    def build(programs: Mapping[str, "ExportedProgram"], signatures: Mapping[str, Signature], out: Path) -> dict[str, Path]:
-        """Write one ``.pt2`` for all programs into ``out``.
+    def check_target(device: DeviceName, precision: str) -> None:
+        torch_device.check_device(device)
+        if device.index:  # load_pt2 puts weights where they were when they were saved, which is the first
+            raise InputError(f"device is {device}, but aoti loads onto the first GPU only: choose it with CUDA_VISIBLE_DEVICES")
+
+    @staticmethod
+    def build(
+        programs: Mapping[str, "ExportedProgram"],
+        signatures: Mapping[str, Signature],
+        out: Path,
+        *,
+        device: DeviceName = HOST,
+    ) -> dict[str, Path]:
+        """Write one ``.pt2`` for all programs into ``out``. For a GPU, the programs are moved to it.
 
         Raises:
             EngineError: there is no C++ compiler, or it fails.
@@ -74,11 +102,13 @@ class AotiEngine(Engine):
             raise EngineError("the aoti backend compiles C++, and there is no g++ or clang++: install one (apt install g++)")
         compiled: dict[str, Any] = {}
         for name, program in programs.items():
+            if device.kind == CUDA:
+                program = move_to_device_pass(program, str(device))
             args, kwargs = program.example_inputs or ((), {})
             try:
                 compiled[name] = aot_compile(program.module(check_guards=False), args, kwargs, options=OPTIONS)
-            except RuntimeError as error:
-                raise EngineError(f"AOTInductor cannot compile the {name} graph: {error}") from error
+            except (RuntimeError, OSError) as error:  # OSError: there is no CUDA toolkit (CUDA_HOME)
+                raise EngineError(f"AOTInductor cannot compile the {name} graph for {device}: {error}") from error
         path = out / FILE
         package_pt2(str(path), aoti_files=compiled)
         return dict.fromkeys(programs, path)
@@ -91,9 +121,9 @@ class _AotiContext(ExecutionContext):
 
     def bind(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> Call:
         check_bindings(self._signature, inputs, outputs)
-        given = [torch.from_numpy(inputs[spec.name]) for spec in self._signature.inputs]
+        given = [as_tensor(inputs[spec.name]) for spec in self._signature.inputs]
         names = [spec.name for spec in self._signature.outputs]
-        wanted = [(names.index(name), torch.from_numpy(array)) for name, array in outputs.items()]
+        wanted = [(names.index(name), as_tensor(buffer)) for name, buffer in outputs.items()]
         return _AotiCall(self._runner, given, wanted)
 
 
@@ -106,6 +136,9 @@ class _AotiCall(Call):
 
     @torch.no_grad()
     def run(self) -> None:
-        results = self._run(list(self._inputs))
+        try:
+            results = self._run(list(self._inputs))
+        except torch.OutOfMemoryError as error:
+            raise out_of_memory(error) from error
         for index, buffer in self._outputs:
             buffer.copy_(results[index])

@@ -8,45 +8,59 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from cachec.runtime.device import Buffer
-from cachec.runtime.engine import Call, Engine, ExecutionContext, check_bindings
-from cachec.runtime.errors import BundleError, missing_extra
+from cachec.runtime.device import CPU, Buffer, Device, DeviceName
+from cachec.runtime.engine import HOST, Call, Engine, ExecutionContext, check_bindings
+from cachec.runtime.errors import BundleError, EngineError, missing_extra
 from cachec.runtime.specs import Signature
 
 if importlib.util.find_spec("torch") is None:
     raise missing_extra("torch", "compile", "the eager backend")
 import torch
+from torch.export.passes import move_to_device_pass
 
-from cachec.engines.torch_device import as_tensor, device_of
+from cachec.engines import torch_device
+from cachec.engines.torch_device import as_tensor, device_of, out_of_memory
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
 
 class EagerEngine(Engine):
-    """An exported program, run by PyTorch on the CPU."""
+    """An exported program, run by PyTorch."""
 
     name = "eager"
     needs_same_version = True
+    device_bound = False  # programs are moved when they are loaded
 
-    def __init__(self, module: torch.nn.Module, signature: Signature, device: str = "cpu") -> None:
-        super().__init__(module, signature, device_of(device))
+    def __init__(self, module: torch.nn.Module, signature: Signature, device: Device) -> None:
+        super().__init__(module, signature, device)
 
     @classmethod
     def load(
-        cls, files: Mapping[str, Path], signatures: Mapping[str, Signature], *, threads: int | None = None
+        cls,
+        files: Mapping[str, Path],
+        signatures: Mapping[str, Signature],
+        *,
+        device: DeviceName = HOST,
+        threads: int | None = None,
     ) -> dict[str, Self]:
         if threads is not None:
             torch.set_num_threads(threads)
-        return {name: cls._open(path, signatures[name]) for name, path in files.items()}
+        there = device_of(device, signatures.values())
+        return {name: cls._open(path, signatures[name], there) for name, path in files.items()}
 
     @classmethod
-    def _open(cls, path: Path, signature: Signature) -> Self:
+    def _open(cls, path: Path, signature: Signature, device: Device) -> Self:
         try:
             program = torch.export.load(path)
         except (RuntimeError, ValueError, OSError) as error:
             raise BundleError(f"torch {torch.__version__} cannot load {path}: {error}") from error
-        return cls(program.module(check_guards=False), signature)
+        if device.name != CPU:
+            try:
+                program = move_to_device_pass(program, device.name)
+            except torch.OutOfMemoryError as error:
+                raise EngineError(f"{device.name} has no room for the weights of {path.name}: {error}") from error
+        return cls(program.module(check_guards=False), signature, device)
 
     def _context(self, native: Any) -> ExecutionContext:
         return _EagerContext(native, self.signature)
@@ -56,7 +70,17 @@ class EagerEngine(Engine):
         return str(torch.__version__)
 
     @staticmethod
-    def build(programs: Mapping[str, "ExportedProgram"], signatures: Mapping[str, Signature], out: Path) -> dict[str, Path]:
+    def check_target(device: DeviceName, precision: str) -> None:
+        torch_device.check_device(device)
+
+    @staticmethod
+    def build(
+        programs: Mapping[str, "ExportedProgram"],
+        signatures: Mapping[str, Signature],
+        out: Path,
+        *,
+        device: DeviceName = HOST,
+    ) -> dict[str, Path]:
         """Write one ``.pt2`` file per program into ``out``; returns them by program name."""
         paths = {}
         for name, program in programs.items():
@@ -83,6 +107,9 @@ class _EagerCall(Call):
 
     @torch.no_grad()
     def run(self) -> None:
-        results = self._module(**self._inputs)
+        try:
+            results = self._module(**self._inputs)
+        except torch.OutOfMemoryError as error:
+            raise out_of_memory(error) from error
         for name, buffer in self._outputs.items():
             buffer.copy_(results[name])

@@ -6,6 +6,7 @@ A bundle holds exported programs, as for eager; loading one costs a compilation,
 from typing import TYPE_CHECKING, Any
 
 from cachec.engines.eager import EagerEngine  # it says which extra brings torch where there is none
+from cachec.runtime.device import Device
 from cachec.runtime.specs import Signature
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ class InductorEngine(EagerEngine):
 
     name = "inductor"
 
-    def __init__(self, module: "torch.nn.Module", signature: Signature, device: str = "cpu") -> None:
+    def __init__(self, module: "torch.nn.Module", signature: Signature, device: Device) -> None:
         import torch
 
         varied = any(isinstance(size, str) and size != "batch" for spec in signature.inputs for size in spec.shape)

@@ -1,23 +1,27 @@
-"""ONNX Runtime on CPU.
+"""ONNX Runtime on the CPU and on NVIDIA GPUs.
 
 Build: ``torch.onnx`` at opset 23; all engines of a bundle share one weights file, tensors stored once by content.
-Run: I/O binding straight onto the session's buffers; neither torch nor onnx is loaded.
+Run: I/O binding straight onto the session's buffers; neither torch nor onnx is loaded. On a GPU all engines work in one stream
+without waiting for the host, and each call is recorded as a CUDA graph when it is made for the second time.
 """
 
 import hashlib
 import importlib.util
+import itertools
 import logging
 import os
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from cachec.runtime.device import Buffer, Host
-from cachec.runtime.engine import Call, Engine, ExecutionContext, check_bindings
+from cachec.engines.cuda_device import CudaBuffer, CudaDevice, cuda_device
+from cachec.runtime.device import CPU, CUDA, Buffer, DeviceName, Host
+from cachec.runtime.engine import HOST, Call, Engine, ExecutionContext, check_bindings
 from cachec.runtime.errors import BundleError, EngineError, InputError, missing_extra
-from cachec.runtime.specs import Signature
+from cachec.runtime.specs import BFLOAT16, Signature
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -26,44 +30,71 @@ if importlib.util.find_spec("onnxruntime") is None:
     raise missing_extra("onnxruntime", "cpu", "the ort backend")
 import onnxruntime
 
+log = logging.getLogger(__name__)
+
+CPU_PROVIDER = "CPUExecutionProvider"
+CUDA_PROVIDER = "CUDAExecutionProvider"
+GRAPH_ID = "gpu_graph_id"  # run option; calls with the same one are one CUDA graph
+NO_GRAPH = -1
+ONNX_BFLOAT16 = 16  # of onnx.TensorProto.DataType; numpy has no name for it
+
 OPSET = 23
 ALIGNMENT = 4096  # bytes; of tensors in the weights file, so that it can be mapped
 SHARED_FROM = 1024  # bytes; smaller tensors stay inside the ONNX file
 
 
 class OrtEngine(Engine):
-    """An ``InferenceSession`` on the CPU execution provider."""
+    """An ``InferenceSession``."""
 
     name = "ort"
     needs_same_version = False  # an ONNX file is a standard
+    device_bound = False
 
     @classmethod
     def load(
-        cls, files: Mapping[str, Path], signatures: Mapping[str, Signature], *, threads: int | None = None
+        cls,
+        files: Mapping[str, Path],
+        signatures: Mapping[str, Signature],
+        *,
+        device: DeviceName = HOST,
+        threads: int | None = None,
     ) -> dict[str, Self]:
         _start_thread_pool(threads)
-        return {name: cls._open(path, signatures[name]) for name, path in files.items()}
-
-    @classmethod
-    def _open(cls, path: Path, signature: Signature) -> Self:
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        options.use_per_session_threads = False
-        try:
-            session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime's exceptions share no base class but Exception
-            raise BundleError(f"ONNX Runtime {onnxruntime.__version__} cannot load {path}: {error}") from error
-        return cls(session, signature, Host())
+        if device.kind == CPU:
+            host = Host()
+            return {name: cls(_open(path, [CPU_PROVIDER]), signatures[name], host) for name, path in files.items()}
+        onnxruntime.preload_dlls()  # finds CUDA where pip put it
+        gpu = cuda_device(device)
+        return {name: cls(_open_on_gpu(path, gpu, device.index), signatures[name], gpu) for name, path in files.items()}
 
     def _context(self, native: Any) -> ExecutionContext:
-        return _OrtContext(native, self.signature)
+        return OrtContext(native, self.signature, DeviceName.parse(self.device.name))
+
+    @staticmethod
+    def check_target(device: DeviceName, precision: str) -> None:
+        available = onnxruntime.get_available_providers()
+        if device.kind == CUDA and CUDA_PROVIDER not in available:
+            raise InputError(
+                f"device is {device}, but {CUDA_PROVIDER} is not among onnxruntime.get_available_providers(), which are "
+                f"{', '.join(available)}: replace onnxruntime by onnxruntime-gpu (cachec[gpu]), or use --device cpu"
+            )
+        if device.kind == CPU and precision == BFLOAT16:
+            raise InputError(
+                "dtype is bfloat16, which ONNX Runtime has no kernels for on the CPU: use --device cuda or float16"
+            )
 
     @staticmethod
     def version() -> str:
         return str(onnxruntime.__version__)
 
     @staticmethod
-    def build(programs: Mapping[str, "ExportedProgram"], signatures: Mapping[str, Signature], out: Path) -> dict[str, Path]:
+    def build(
+        programs: Mapping[str, "ExportedProgram"],
+        signatures: Mapping[str, Signature],
+        out: Path,
+        *,
+        device: DeviceName = HOST,
+    ) -> dict[str, Path]:
         """Write one ONNX file per program and one weights file into ``out``; returns the ONNX files by program name."""
         return build_onnx(programs, signatures, out)
 
@@ -90,19 +121,92 @@ def _start_thread_pool(threads: int | None) -> None:
         )
 
 
-class _OrtContext(ExecutionContext):
-    def __init__(self, session: onnxruntime.InferenceSession, signature: Signature) -> None:
+def _open(path: Path, providers: list[Any]) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.use_per_session_threads = False
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=providers, enable_fallback=0)
+    except Exception as error:  # onnxruntime's exceptions share no base class but Exception
+        raise BundleError(f"ONNX Runtime {onnxruntime.__version__} cannot load {path}: {error}") from error
+
+
+def _open_on_gpu(path: Path, device: CudaDevice, index: int) -> onnxruntime.InferenceSession:
+    """A session in the device's stream, with CUDA graphs if its operators allow."""
+    options = {"device_id": str(index), "user_compute_stream": str(device.stream), "use_tf32": "0"}
+    try:
+        session = _open(path, [(CUDA_PROVIDER, {**options, "enable_cuda_graph": "1"})])
+    except BundleError as error:  # an operator that only the CPU has, say; or something worse, which comes again
+        session = _open(path, [(CUDA_PROVIDER, options)])
+        log.warning("calls of %s are made without CUDA graphs: %s", path.name, error)
+    if CUDA_PROVIDER not in session.get_providers():  # it only logs that a library is missing
+        raise EngineError(
+            f"ONNX Runtime {onnxruntime.__version__} cannot start {CUDA_PROVIDER} on {device.name}: a CUDA library is missing "
+            "or of another version (pip install 'onnxruntime-gpu[cuda,cudnn]')"
+        )
+    return session
+
+
+class OrtContext(ExecutionContext):
+    """Binds buffers by their addresses."""
+
+    def __init__(self, session: onnxruntime.InferenceSession, signature: Signature, place: DeviceName) -> None:
         self._session = session
         self._signature = signature
+        self._place = place
 
     def bind(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> Call:
         check_bindings(self._signature, inputs, outputs)
         binding = self._session.io_binding()
-        for name, array in inputs.items():
-            binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
-        for name, array in outputs.items():
-            binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
-        return _OrtCall(self._session, binding, (*inputs.values(), *outputs.values()))
+        for name, buffer in inputs.items():
+            binding.bind_input(name, *self._where(buffer))
+        for name, buffer in outputs.items():
+            binding.bind_output(name, *self._where(buffer))
+        kind = _OrtCall if self._place.kind == CPU else GraphedCall
+        return kind(self._session, binding, (*inputs.values(), *outputs.values()))
+
+    def _where(self, buffer: Buffer) -> tuple[Any, ...]:
+        element = ONNX_BFLOAT16 if buffer.dtype == BFLOAT16 else np.dtype(buffer.dtype)
+        address = buffer.pointer if isinstance(buffer, CudaBuffer) else buffer.ctypes.data
+        return self._place.kind, self._place.index, element, buffer.shape, address
+
+
+_graph_ids = itertools.count(1)
+
+
+class GraphedCall(Call):
+    """A call that is queued on the GPU. The first time it is made as it is, from the second on as a CUDA graph.
+
+    ONNX Runtime records a graph after running a call some more times, so that a session for one request would pay for nothing.
+    """
+
+    def __init__(self, session: onnxruntime.InferenceSession, binding: Any, buffers: tuple[Buffer, ...]) -> None:
+        self._session, self._binding, self._buffers = session, binding, buffers
+        self._graph = next(_graph_ids)
+        self._options, self._recorded = _run_options(NO_GRAPH), False
+        self._next = (
+            self._graph if session.get_provider_options().get(CUDA_PROVIDER, {}).get("enable_cuda_graph") == "1" else None
+        )
+
+    def run(self) -> None:
+        try:
+            self._session.run_with_iobinding(self._binding, self._options)
+        except Exception as error:  # onnxruntime's exceptions share no base class but Exception
+            if not self._recorded:
+                raise EngineError(f"ONNX Runtime cannot run a call on the GPU: {error}") from error
+            log.warning("a call is made without a CUDA graph, since it cannot be captured: %s", error)
+            self._options, self._recorded = _run_options(NO_GRAPH), False
+            self._session.run_with_iobinding(self._binding, self._options)
+        if self._next is not None:
+            self._options, self._recorded, self._next = _run_options(self._next), True, None
+            weakref.finalize(self, self._session.release_captured_graph, self._graph).atexit = False
+
+
+def _run_options(graph: int) -> onnxruntime.RunOptions:
+    options = onnxruntime.RunOptions()
+    options.add_run_config_entry(GRAPH_ID, str(graph))
+    options.add_run_config_entry("disable_synchronize_execution_providers", "1")  # the stream keeps the order
+    return options
 
 
 class _OrtCall(Call):

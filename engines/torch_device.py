@@ -1,57 +1,105 @@
 """PyTorch tensors as buffers, on the device that PyTorch runs on."""
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 import torch
 
-from cachec.runtime.device import Buffer, Device, Host
-from cachec.runtime.errors import InputError
-from cachec.runtime.specs import Array
+from cachec.runtime.device import CPU, CUDA, Buffer, Device, DeviceName, Host, no_room
+from cachec.runtime.engine import Call
+from cachec.runtime.errors import CachecError, EngineError, InputError
+from cachec.runtime.specs import BFLOAT16, Array, Signature, itemsize
 
 
 class TorchDevice(Device):
-    """Tensors of one PyTorch device, ``cuda:0`` say."""
+    """Tensors of one PyTorch device, ``cuda:0`` say; on the CPU they serve for bfloat16, which numpy has not."""
 
-    def __init__(self, device: str) -> None:
-        self.name = device
-        self._device = torch.device(device)
+    def __init__(self, name: DeviceName) -> None:
+        check_device(name)
+        self.name = str(name)
+        self._device = torch.device(self.name)
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> torch.Tensor:
         try:
             return torch.zeros(shape, dtype=getattr(torch, dtype), device=self._device)
-        except torch.OutOfMemoryError as error:
-            size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-            raise InputError(f"{self.name} has no room for {size / 1e6:.1f} MB more: take a smaller batch or size") from error
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            free = torch.cuda.mem_get_info(self._device)[0] if self._device.type == CUDA else None
+            raise no_room(self.name, shape, itemsize(dtype), free) from error
+
+    def owns(self, value: Any) -> bool:
+        return isinstance(value, torch.Tensor) and value.device == self._device
 
     def upload(self, value: Any, buffer: torch.Tensor) -> None:
         buffer.copy_(torch.from_numpy(value) if isinstance(value, np.ndarray) else value)
 
     def download(self, buffer: torch.Tensor) -> Array:
-        array: Array = buffer.to("cpu", copy=True).numpy()
+        value = buffer.float() if buffer.dtype == torch.bfloat16 else buffer
+        array: Array = value.to(CPU, copy=True).numpy()
         return array
 
     def copy(self, buffer: torch.Tensor) -> torch.Tensor:
         return buffer.clone()
 
     def synchronize(self) -> None:
-        if self._device.type == "cuda":
+        if self._device.type == CUDA:
             torch.cuda.synchronize(self._device)
 
+    def record(self, work: Callable[[], None]) -> Call | None:
+        """A CUDA graph of ``work``; its temporary tensors get memory of their own."""
+        if self._device.type != CUDA:
+            return None
+        with torch.cuda.device(self._device):
+            before, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
+            new_stream: Any = torch.cuda.Stream  # it has no types
+            try:
+                with torch.cuda.graph(graph, stream=new_stream(), capture_error_mode="thread_local"):
+                    work()
+            except (RuntimeError, CachecError) as error:
+                torch.cuda.set_stream(before)  # torch.cuda.graph leaves its own current when a capture fails
+                reason = error.__context__ or error  # ending a capture that failed fails as well
+                raise EngineError(f"they cannot be captured as a CUDA graph: {reason}") from error
+        return _Replay(graph)
 
-def device_of(name: str) -> Device:
-    """The device that buffers lie on: numpy arrays for the CPU.
+
+class _Replay(Call):
+    def __init__(self, graph: torch.cuda.CUDAGraph) -> None:
+        self._graph = graph
+
+    def run(self) -> None:
+        self._graph.replay()
+
+
+def check_device(name: DeviceName) -> None:
+    """Raise ``InputError`` unless PyTorch has this device here."""
+    if name.kind == CPU:
+        return
+    if not torch.cuda.is_available():
+        raise InputError(
+            f"device is {name}, but torch.cuda.is_available() is False: PyTorch {torch.__version__} sees no GPU here. "
+            "Install a CUDA build of torch and a driver, or use --device cpu"
+        )
+    if name.index >= torch.cuda.device_count():
+        raise InputError(f"device is {name}, but there are {torch.cuda.device_count()} GPUs, counted from 0")
+
+
+def device_of(name: DeviceName, signatures: Iterable[Signature]) -> Device:
+    """The device that the buffers of a bundle's engines lie on: numpy arrays for the CPU, if numpy has their dtypes.
 
     Raises:
         InputError: PyTorch has no such device here.
     """
-    if name == "cpu":
+    specs = [spec for signature in signatures for spec in (*signature.inputs, *signature.outputs)]
+    if name.kind == CPU and all(spec.dtype != BFLOAT16 for spec in specs):
         return Host()
-    if not torch.cuda.is_available():
-        raise InputError(f"device is {name!r}, but PyTorch {torch.__version__} sees no CUDA device here: use cpu")
     return TorchDevice(name)
 
 
 def as_tensor(buffer: Buffer) -> torch.Tensor:
     """A tensor on the same memory."""
     return torch.from_numpy(buffer) if isinstance(buffer, np.ndarray) else buffer
+
+
+def out_of_memory(error: torch.OutOfMemoryError) -> EngineError:
+    """PyTorch's message says how much was wanted and how much is free."""
+    return EngineError(f"the device has no memory left for a call: {error}. Take a smaller batch or size")

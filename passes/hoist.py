@@ -157,7 +157,8 @@ class _Prologue:
         packed = self._graph.call_function(aten.cat.default, (flat, 1))
         if any(part.added for part in parts):
             name = f"added_{owner}_{label}"
-            added = [torch.full((part.size,), float(part.added), dtype=nodes[0].meta["val"].dtype) for part in parts]
+            like = nodes[0].meta["val"]
+            added = [torch.full((part.size,), float(part.added), dtype=like.dtype, device=like.device) for part in parts]
             self._attributes[name] = torch.cat(added)
             packed = self._graph.call_function(aten.add.Tensor, (packed, self._graph.get_attr(name)))
         shape: list[fx.Node | int] = [self._num_steps(owner), -1, sum(map(_size, nodes))]

@@ -84,8 +84,8 @@ class Binding:
         self._velocity = self._empty(velocity)
         self.condition_specs = self._condition_specs()
         self.conditions = {spec.name: self._empty(spec) for spec in self.condition_specs}
-        self._deltas = self._data(np.diff(program.sigmas))
-        self._timesteps = self._data(np.repeat(program.timesteps[:, None], batch, axis=1))
+        self._deltas = np.diff(program.sigmas)
+        self._timesteps = np.repeat(program.timesteps[:, None], batch, axis=1)
         self.hoisted: dict[str, Buffer] = {}
         self.prologue = self._bind_prologue()
         self._moves = 0
@@ -101,7 +101,7 @@ class Binding:
         return self.device.empty((*leading, *spec.resolve({**self._sizes, **(sizes or {})})), spec.dtype)
 
     def _data(self, value: Array) -> Buffer:
-        """A constant of the program on the device."""
+        """A constant of the program on the device; each in a buffer of its own, since GPUs want their data aligned."""
         value = np.asarray(value, order="C")
         buffer = self.device.empty(value.shape, str(value.dtype))
         self.device.upload(value, buffer)
@@ -167,9 +167,9 @@ class Binding:
             FEATURES: self.ring[:written],
             COEFFICIENTS: self._data(self._program.coefficients[rows, :written]),
             BIAS: self._data(self._program.bias[rows]),
-            DELTAS: self._deltas[rows],
+            DELTAS: self._data(self._deltas[rows]),
             self._io.latents: latents,
-            self._io.timestep: self._timesteps[rows],
+            self._io.timestep: self._data(self._timesteps[rows]),
             **self.conditions,
             **self._rows("forecast", first, first + len(steps)),
         }
@@ -204,8 +204,8 @@ class Binding:
     def _at_step(self, step: int, latents: Buffer) -> dict[str, Buffer]:
         return {
             self._io.latents: latents,
-            self._io.timestep: self._timesteps[step],
-            DELTA: self._deltas[step : step + 1],
+            self._io.timestep: self._data(self._timesteps[step]),
+            DELTA: self._data(self._deltas[step : step + 1]),
             **self.conditions,
         }
 

@@ -23,8 +23,11 @@ from cachec.runtime.specs import Signature
 log = logging.getLogger(__name__)
 
 FORMAT = "cachec-bundle"
-FORMAT_VERSION = 3  # 2: programs name their cut; 3: engines take the sampler in, forecasts come in runs
+FORMAT_VERSION = (
+    4  # 2: programs name their cut; 3: engines take the sampler in, forecasts come in runs; 4: targets name devices
+)
 MANIFEST = "manifest.json"
+ANY_DEVICE = "any"  # of a target whose artifacts are bound to no device
 LARGE_FILE_BYTES = 64 * 2**20  # files above are hashed once per machine, then known by size and time
 
 
@@ -51,17 +54,21 @@ class Artifact:
 
 @dataclass(frozen=True)
 class Target:
-    """Where a set of engines runs: back end with its version, operating system, precision and shape bucket."""
+    """Where a set of engines runs: back end with its version, operating system, device, precision and shape bucket.
+
+    ``device`` is the kind, ``cpu`` or ``cuda``, that the artifacts were built for, or ``any``.
+    """
 
     backend: str
     version: str
     os: str
+    device: str
     precision: str
     shape_bucket: str
     engines: Mapping[str, Artifact]
 
     def to_json(self) -> dict[str, Any]:
-        fields = {k: getattr(self, k) for k in ("backend", "version", "os", "precision", "shape_bucket")}
+        fields = {k: getattr(self, k) for k in ("backend", "version", "os", "device", "precision", "shape_bucket")}
         return {**fields, "engines": {name: a.to_json() for name, a in self.engines.items()}}
 
     @classmethod

@@ -1,19 +1,51 @@
 """Where buffers lie. A buffer has a ``shape`` and a ``dtype``, and is sliced along its first axis without a copy."""
 
-import math
+import re
 from abc import ABC, abstractmethod
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cachec.runtime.errors import EngineError
+from cachec.runtime.errors import InputError
 from cachec.runtime.specs import Array
 
+if TYPE_CHECKING:
+    from cachec.runtime.engine import Call
+
 Buffer = Any  # a numpy array on the host; on other devices what their library has for it
+CPU, CUDA = "cpu", "cuda"
+
+
+@dataclass(frozen=True)
+class DeviceName:
+    """What a user calls a device: ``cpu``, ``cuda``, ``cuda:1``."""
+
+    kind: str
+    index: int = 0
+
+    def __str__(self) -> str:
+        return CPU if self.kind == CPU else f"{self.kind}:{self.index}"
+
+    @classmethod
+    def parse(cls, text: str) -> "DeviceName":
+        """Read a name.
+
+        Raises:
+            InputError: it is none.
+        """
+        match = re.fullmatch(r"cpu|cuda(?::(\d{1,3}))?", text, re.ASCII)
+        if match is None:
+            raise InputError(f"device is {text!r}; use cpu, cuda, or one of several GPUs by its number, as cuda:1")
+        return cls(CPU) if text == CPU else cls(CUDA, int(match[1] or 0))
 
 
 class Device(ABC):
-    """Memory that engines read and write. All copies are asked for by name, so that none happens unseen."""
+    """Memory that engines read and write. All copies are asked for by name, so that none happens unseen.
+
+    On devices that work beside the host, calls, uploads and copies are carried out in the order in which they were made.
+    """
 
     name: str
 
@@ -22,8 +54,12 @@ class Device(ABC):
         """A new buffer, C-contiguous. Filled with zeros: what was never written must not be NaN.
 
         Raises:
-            EngineError: the device has not so much memory left; says how much was wanted.
+            InputError: the device has not so much memory left; says how much was wanted, and how much there is if known.
         """
+
+    @abstractmethod
+    def owns(self, value: Any) -> bool:
+        """Is ``value`` a buffer of this device?"""
 
     @abstractmethod
     def upload(self, value: Array, buffer: Buffer) -> None:
@@ -31,7 +67,7 @@ class Device(ABC):
 
     @abstractmethod
     def download(self, buffer: Buffer) -> Array:
-        """A copy of ``buffer`` on the host, when all that was started before is done."""
+        """A copy of ``buffer`` on the host, when all that was started before is done. bfloat16 comes as float32."""
 
     @abstractmethod
     def copy(self, buffer: Buffer) -> Buffer:
@@ -41,18 +77,30 @@ class Device(ABC):
     def synchronize(self) -> None:
         """Wait until all that was started is done."""
 
+    @abstractmethod
+    def record(self, work: Callable[[], None]) -> "Call | None":
+        """All that ``work`` starts, as one call that reads and writes the same buffers; ``None``: nothing would be gained.
+
+        ``work`` must have run before, so that nothing is left that happens only the first time. It is not carried out.
+
+        Raises:
+            EngineError: it cannot be recorded; says why. The device is then as it was.
+        """
+
 
 class Host(Device):
     """numpy arrays."""
 
-    name = "cpu"
+    name = CPU
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Array:
         try:
             return np.zeros(shape, dtype)
         except MemoryError as error:
-            size = math.prod(shape) * np.dtype(dtype).itemsize
-            raise EngineError(f"there is no memory for a buffer of {size / 1e6:.1f} MB more: take a smaller batch") from error
+            raise no_room(self.name, shape, np.dtype(dtype).itemsize) from error
+
+    def owns(self, value: Any) -> bool:
+        return isinstance(value, np.ndarray)
 
     def upload(self, value: Array, buffer: Array) -> None:
         np.copyto(buffer, value)
@@ -65,3 +113,15 @@ class Host(Device):
 
     def synchronize(self) -> None:
         """Nothing is ever pending."""
+
+    def record(self, work: Callable[[], None]) -> None:
+        """The calls are all that there is."""
+
+
+def no_room(device: str, shape: tuple[int, ...], itemsize: int, free: int | None = None) -> InputError:
+    """An error for a buffer that finds no room; ``itemsize`` and ``free`` in bytes."""
+    size = itemsize
+    for extent in shape:  # in Python's integers: numpy's would overflow
+        size *= extent
+    known = "" if free is None else f" ({free / 1e6:.1f} MB are free)"
+    return InputError(f"{device} has no room for {size / 1e6:.1f} MB more{known}: take a smaller batch or size")

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, Self
 
-from cachec.runtime.device import Buffer, Device
+from cachec.runtime.device import CPU, Buffer, Device, DeviceName
 from cachec.runtime.errors import BundleError, InputError
 from cachec.runtime.specs import Signature
 
@@ -33,6 +33,9 @@ STEP_VALUES = "step_values"  # all that depends on the step but not on the laten
 BATCH, SLOTS, FORECASTS = "batch", "slots", "forecasts"  # symbolic sizes: B, H, n
 STEPS_OF = {"compute": "compute_steps", "forecast": "forecast_steps"}  # symbolic sizes of the prologue
 TIMESTEPS_OF = {"compute": "compute_timesteps", "forecast": "forecast_timesteps"}  # its inputs [T]
+
+
+HOST = DeviceName(CPU)
 
 
 def history_name(index: int) -> str:
@@ -74,6 +77,7 @@ class Engine(ABC):
 
     name: ClassVar[str]
     needs_same_version: ClassVar[bool]  # artifacts load only in the version of the library that built them
+    device_bound: ClassVar[bool]  # artifacts run only on the kind of device that they were built for
 
     def __init__(self, native: Any, signature: Signature, device: Device) -> None:
         self._native: Any = native  # the library's own object
@@ -87,22 +91,35 @@ class Engine(ABC):
 
     @staticmethod
     @abstractmethod
-    def build(programs: Mapping[str, Any], signatures: Mapping[str, Signature], out: Path) -> dict[str, Path]:
+    def check_target(device: DeviceName, precision: str) -> None:
+        """Raise ``InputError`` unless graphs of ``precision`` can run on ``device`` here; says what was looked for."""
+
+    @staticmethod
+    @abstractmethod
+    def build(
+        programs: Mapping[str, Any], signatures: Mapping[str, Signature], out: Path, *, device: DeviceName = HOST
+    ) -> dict[str, Path]:
         """Build engines from exported programs (``torch.export.ExportedProgram``) into the directory ``out``.
 
-        Returns the file of each program; several may be in one. Other files in ``out`` (shared weights) belong to the
-        engines, too.
+        ``device`` matters to back ends that are ``device_bound``. Returns the file of each program; several may be in one.
+        Other files in ``out`` (shared weights) belong to the engines, too.
         """
 
     @classmethod
     @abstractmethod
     def load(
-        cls, files: Mapping[str, Path], signatures: Mapping[str, Signature], *, threads: int | None = None
+        cls,
+        files: Mapping[str, Path],
+        signatures: Mapping[str, Signature],
+        *,
+        device: DeviceName = HOST,
+        threads: int | None = None,
     ) -> dict[str, Self]:
         """Load all engines of a bundle, by name; ``threads`` limits the CPU threads of one call.
 
         Raises:
             BundleError: a file is not an engine of this back end.
+            InputError: there is no such device here, or no room on it.
         """
 
     def context(self) -> ExecutionContext:

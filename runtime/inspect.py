@@ -4,12 +4,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
-from cachec.runtime.bundle import Bundle
+from cachec.runtime.bundle import ANY_DEVICE, Bundle, Target
 from cachec.runtime.engine import STEPS_OF
 from cachec.runtime.program import UNCACHED, Program
-from cachec.runtime.specs import TensorSpec
+from cachec.runtime.specs import TensorSpec, itemsize
 
 
 def describe_bundle(bundle: Bundle) -> list[tuple[str, str]]:
@@ -29,13 +27,18 @@ def describe_bundle(bundle: Bundle) -> list[tuple[str, str]]:
         rows.append(("predictor", f"trained on {predictor['num_prompts']} prompts, seed {predictor['seed']}"))
     rows += describe_levels(bundle)
     for target in manifest.targets:
-        rows.append(("target", f"{target.backend} {target.version}, {target.os}, {target.precision}, {target.shape_bucket}"))
+        rows.append(("target", _target_text(target)))
         for name, artifact in target.engines.items():
             rows.append((f"  {name}", f"{artifact.path}, {manifest.files[artifact.path]['bytes'] / 1e6:.2f} MB"))
     rows += describe_memory(bundle)
     total = sum(entry["bytes"] for entry in manifest.files.values())
     rows.append(("size", f"{total / 1e6:.1f} MB in {len(manifest.files)} files, all hashes match"))
     return rows
+
+
+def _target_text(target: Target) -> str:
+    device = "any device" if target.device == ANY_DEVICE else target.device
+    return f"{target.backend} {target.version}, {target.os}, {device}, {target.precision}, {target.shape_bucket}"
 
 
 def describe_memory(bundle: Bundle) -> list[tuple[str, str]]:
@@ -69,7 +72,7 @@ def _hoisted_bytes(bundle: Bundle, program: Program) -> int:
 
 
 def _tensor_bytes(spec: TensorSpec, sizes: Mapping[str, int]) -> int:
-    return math.prod(spec.resolve(sizes)) * np.dtype(spec.dtype).itemsize
+    return math.prod(spec.resolve(sizes)) * itemsize(spec.dtype)
 
 
 def describe_levels(bundle: Bundle) -> list[tuple[str, str]]:

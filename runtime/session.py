@@ -4,6 +4,7 @@
 and may be interleaved. All calls are bound when the session is made; a request then only makes them.
 """
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,13 +15,15 @@ import numpy as np
 
 from cachec.runtime.binding import Binding, ModelIO, Operation
 from cachec.runtime.bundle import Bundle, Manifest
-from cachec.runtime.device import Buffer
-from cachec.runtime.engine import Call, Engine
-from cachec.runtime.errors import InputError, unknown_name
+from cachec.runtime.device import Buffer, DeviceName
+from cachec.runtime.engine import HOST, Call, Engine
+from cachec.runtime.errors import EngineError, InputError, unknown_name
 from cachec.runtime.noise import make_noise
 from cachec.runtime.program import UNCACHED, Program
 from cachec.runtime.specs import Array, TensorSpec
 from cachec.runtime.trace import Trace
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -75,19 +78,25 @@ class LoadedBundle:
         self.close()
 
 
-def load_bundle(bundle: Bundle, engine_type: type[Engine], *, threads: int | None = None) -> LoadedBundle:
+def load_bundle(
+    bundle: Bundle, engine_type: type[Engine], *, device: DeviceName = HOST, threads: int | None = None
+) -> LoadedBundle:
     """Load the engines of an opened bundle with its back end's engine class."""
     programs = {level: bundle.program(level) for level in bundle.manifest.programs}
     artifacts = bundle.target.engines
     files = {name: bundle.path(artifact.path) for name, artifact in artifacts.items()}
     signatures = {name: artifact.signature for name, artifact in artifacts.items()}
-    return LoadedBundle(bundle.manifest, programs, engine_type.load(files, signatures, threads=threads))
+    return LoadedBundle(bundle.manifest, programs, engine_type.load(files, signatures, device=device, threads=threads))
 
 
 class Session:
     """One request at a time: ``begin``, then ``advance`` until ``finished``; or ``run``, which does all of it.
 
     With a sampler of one's own: ``begin``, then ``velocity`` for each step; made ``for_sampler``.
+
+    Conditions, noise and latents are numpy arrays, or buffers of the engines' device (torch tensors, on a GPU); float32
+    whatever the model's precision. Where the device can record calls, ``run`` does so in its second request, and from then
+    on starts all of a request at once.
     """
 
     def __init__(
@@ -106,6 +115,9 @@ class Session:
         self._device = self._binding.device
         self._position = len(self._operations)
         self._velocities: dict[int, Buffer] = {}  # of coming steps, for a sampler outside
+        self._has_run = False
+        self._tried = False  # to record; not before the first request, which sets up what happens only once
+        self._recording: Call | None = None
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
@@ -118,6 +130,11 @@ class Session:
         return self._binding.ring
 
     @property
+    def recorded(self) -> bool:
+        """Are requests replayed from one recording?"""
+        return self._recording is not None
+
+    @property
     def finished(self) -> bool:
         return self._position == len(self._operations)
 
@@ -126,12 +143,16 @@ class Session:
         """A copy of the current latents."""
         return self._device.download(self._binding.final if self.finished else self._operations[self._position].latents)
 
-    def begin(self, conditions: Mapping[str, Array], noise: Array) -> None:
+    def begin(self, conditions: Mapping[str, Buffer], noise: Buffer) -> None:
         """Start a request. Nothing of the session changes unless all inputs fit.
 
         Raises:
-            InputError: a condition is missing, unknown, of the wrong shape or dtype, or not finite.
+            InputError: a condition is missing, unknown, of the wrong shape or dtype, or not finite (looked at on the host).
         """
+        self._take(conditions, noise)
+        self._start()
+
+    def _take(self, conditions: Mapping[str, Buffer], noise: Buffer) -> None:
         specs = {spec.name: spec for spec in self._binding.condition_specs}
         if set(conditions) != set(specs):
             raise InputError(f"conditions are {sorted(specs)}, got {sorted(conditions)}")
@@ -141,20 +162,29 @@ class Session:
         for name, value in conditions.items():
             self._device.upload(value, self._binding.conditions[name])
         self._device.upload(noise, self._binding.noise)
-        if self._binding.prologue is not None:
-            self._call("prologue", (), self._binding.prologue)
-        self._position = 0
-        self._velocities = {}
 
-    def _check(self, spec: TensorSpec, value: Array) -> None:
+    def _check(self, spec: TensorSpec, value: Buffer) -> None:
         try:
-            spec.check(value, self._sizes)
+            if isinstance(value, np.ndarray) or not self._device.owns(value):
+                spec.check(value, self._sizes)
+            else:
+                spec.check_form(value, self._sizes)
         except InputError as error:
             key = self.program.key
             raise InputError(
                 f"{error}; this session takes batches of {self._sizes['batch']}, and its bundle was compiled for "
                 f"{key.width}x{key.height} pixels and {key.text_tokens} text tokens"
             ) from error
+
+    def takes(self, value: Any) -> bool:
+        """Is ``value`` a buffer of the device, so that it need not come from the host?"""
+        return self._device.owns(value)
+
+    def _start(self) -> None:
+        if self._binding.prologue is not None:
+            self._call("prologue", (), self._binding.prologue)
+        self._position = 0
+        self._velocities = {}
 
     def advance(self) -> None:
         """Carry out the next instruction."""
@@ -164,17 +194,39 @@ class Session:
         self._call(operation.engine, operation.steps, operation.call)
         self._position += 1
 
-    def run(self, conditions: Mapping[str, Array], noise: Array) -> Array:
+    def run(self, conditions: Mapping[str, Buffer], noise: Buffer) -> Array:
         """From noise to latents. Returns a copy that later requests leave alone."""
-        self.begin(conditions, noise)
+        self._take(conditions, noise)
+        self._velocities = {}
+        if self._has_run and self.trace is None:
+            self._record_once()
+        if self._recording is None or self.trace is not None:
+            self._play()
+        else:
+            self._recording.run()
+            self._position = len(self._operations)
+        self._has_run = True
+        return self.latents
+
+    def _play(self) -> None:
+        self._start()
         while not self.finished:
             self.advance()
-        return self.latents
+
+    def _record_once(self) -> None:
+        """Record all calls of a request, if the device can and it was not tried before."""
+        if self._tried:
+            return
+        self._tried = True
+        try:
+            self._recording = self._device.record(self._play)
+        except EngineError as error:
+            log.warning("the calls of a request are made one by one: %s", error)
 
     def velocity(self, step: int, latents: Buffer) -> Buffer:
         """The velocity [B, …] at ``step`` and ``latents``, for a sampler outside that takes the steps in order.
 
-        Both are buffers of the engines' device: numpy arrays on the CPU.
+        The velocity is a buffer of the engines' device: a numpy array on the CPU.
 
         On the output cut all steps of a gap get the same velocity, which brings a sampler of Euler's kind to the latents
         that the program wants at the end of the gap.
@@ -191,8 +243,7 @@ class Session:
         if step != wanted or self._velocities:
             due = min(self._velocities, default=wanted)
             raise InputError(f"step {step} was asked for, but {'no step' if due is None else f'step {due}'} is next")
-        if isinstance(latents, np.ndarray):
-            self._check(self._binding.latent_spec, latents)
+        self._check(self._binding.latent_spec, latents)
         operation = self._operations[self._position]
         self._device.upload(latents, operation.latents)
         self.advance()
@@ -209,6 +260,10 @@ class Session:
     def _spread_gap(self, compute: Operation) -> None:
         """Carry out the move after a computed step of the output cut, and give each of its steps the mean velocity."""
         move = self._operations[self._position]
+        if not hasattr(compute.latents, "__sub__"):
+            raise InputError(
+                f"buffers of {self._device.name} in this back end cannot be subtracted: use run, or the hidden cut"
+            )
         before = self._device.copy(compute.latents)
         self.advance()
         after = self._binding.final if self.finished else self._operations[self._position].latents

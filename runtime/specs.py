@@ -14,18 +14,24 @@ from cachec.runtime.errors import InputError
 
 Array = NDArray[Any]
 Dim = int | str
+BFLOAT16 = "bfloat16"  # numpy has none: buffers of it belong to another library
+
+
+def itemsize(dtype: str) -> int:
+    """Bytes of one element."""
+    return 2 if dtype == BFLOAT16 else np.dtype(dtype).itemsize
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One named tensor: its shape, with symbolic dimensions by name, and its numpy dtype."""
+    """One named tensor: its shape, with symbolic dimensions by name, and its dtype: numpy's name, or bfloat16."""
 
     name: str
     shape: tuple[Dim, ...]
     dtype: str
 
     def __post_init__(self) -> None:
-        np.dtype(self.dtype)  # raises on a name that is no dtype
+        itemsize(self.dtype)  # raises on a name that is no dtype
 
     def resolve(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """The shape with symbolic dimensions replaced by ``sizes``."""
@@ -35,16 +41,21 @@ class TensorSpec:
         """Raise ``InputError`` unless ``value`` has this dtype and shape and holds only finite numbers."""
         if not isinstance(value, np.ndarray):
             raise InputError(f"input {self.name!r} is a {type(value).__name__}, expected a numpy array")
-        if value.dtype != np.dtype(self.dtype):
-            raise InputError(f"input {self.name!r} has dtype {value.dtype}, expected {self.dtype}: convert it first")
+        self.check_form(value, sizes)
+        if value.dtype.kind == "f" and not np.isfinite(value).all():
+            raise InputError(f"input {self.name!r} holds NaN or infinity: check what made it")
+
+    def check_form(self, value: Any, sizes: Mapping[str, int] | None = None) -> None:
+        """Raise ``InputError`` unless an array, or a buffer of any device, has this dtype and shape."""
+        dtype = str(value.dtype).removeprefix("torch.")
+        if dtype != self.dtype:
+            raise InputError(f"input {self.name!r} has dtype {dtype}, expected {self.dtype}: convert it first")
         wanted = tuple((sizes or {}).get(d, d) if isinstance(d, str) else d for d in self.shape)
         fits = len(value.shape) == len(wanted) and all(
             isinstance(want, str) or want == got for want, got in zip(wanted, value.shape, strict=True)
         )
         if not fits:
             raise InputError(f"input {self.name!r} has shape {list(value.shape)}, expected {list(wanted)}")
-        if value.dtype.kind == "f" and not np.isfinite(value).all():
-            raise InputError(f"input {self.name!r} holds NaN or infinity: check what made it")
 
     def to_json(self) -> dict[str, Any]:
         return {"name": self.name, "shape": list(self.shape), "dtype": self.dtype}

@@ -29,7 +29,7 @@ def load():
 
 
 def run(pipeline, **changes):
-    return pipeline(**{**CALL, **changes}, generator=torch.Generator().manual_seed(0)).images.numpy()
+    return pipeline(**{**CALL, **changes}, generator=torch.Generator().manual_seed(0)).images.float().numpy()
 
 
 @pytest.fixture(scope="module")
@@ -108,3 +108,36 @@ def test_a_pipeline_is_accelerated_once(accelerated):
 def test_only_known_pipelines_are_taken():
     with pytest.raises(InputError, match="the pipeline is a dict; cachec knows FluxPipeline"):
         cachec.accelerate({})
+
+
+EVERYTHING = ",".join(map(str, range(STEPS)))
+
+
+@pytest.fixture(scope="module")
+def uncached_bfloat16():
+    return run(load().to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("method", ["taylor", "adams"])
+def test_bfloat16_pipelines_keep_their_precision(method, uncached_bfloat16):
+    pipeline = load().to(torch.bfloat16)
+    cachec.accelerate(pipeline, method=method, steps=STEPS, schedule=EVERYTHING, options={"order": "1"}, compiled=False)
+    assert {tensor.dtype for tensor in pipeline.transformer._engines["compute"]._native.parameters()} == {torch.bfloat16}
+    assert relative_error(run(pipeline), uncached_bfloat16) < 0.01  # the prologue and the latents round elsewhere
+
+
+def test_bfloat16_features_are_forecast(uncached_bfloat16):
+    pipeline = load().to(torch.bfloat16)
+    cachec.accelerate(pipeline, method="taylor", steps=STEPS, schedule="0,1,2,5,8", compiled=False)
+    first = run(pipeline)
+    assert 1e-4 < relative_error(first, uncached_bfloat16) < 0.2
+    (session,) = pipeline.transformer._sessions.values()
+    assert session.ring.dtype == torch.bfloat16
+    np.testing.assert_array_equal(run(pipeline), first)
+
+
+def test_a_pipeline_that_was_moved_since_is_refused(accelerated):
+    inputs = {"hidden_states": torch.zeros(2, 64, 64, device="meta")}
+    inputs |= {"encoder_hidden_states": torch.zeros(2, 16, 64), "pooled_projections": torch.zeros(2, 64)}
+    with pytest.raises(InputError, match="hidden_states are not on cpu, where this pipeline was accelerated"):
+        accelerated.transformer(**inputs, guidance=torch.ones(2), timestep=torch.ones(2))

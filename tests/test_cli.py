@@ -4,6 +4,7 @@ import json
 import os
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from cachec.cli import main
@@ -40,6 +41,8 @@ def cachec(*arguments):
         (["tiny-flux", "--steps", "0"], "steps is 0"),
         (["tiny-flux", "--interval", "5", "--budget", "9"], "contradict each other"),
         (["tiny-flux", "--dtype", "int8"], "dtype is 'int8'"),
+        (["tiny-flux", "--device", "gpu"], "device is 'gpu'; use cpu, cuda"),
+        (["tiny-flux", "--dtype", "bfloat16"], "ONNX Runtime has no kernels for on a CPU"),
         (["tiny-flux", "--fold", "maybe"], "fold is 'maybe'"),
         (["tiny-flux", "--batch", "0"], "batch is 0"),
         (["tiny-flux", "--seed", "-1"], "seed is -1"),
@@ -191,6 +194,20 @@ def test_what_is_no_bundle_is_refused(tmp_path, command):
     code, output = cachec(command[0], tmp_path, *command[1:])
     assert code == BundleError.exit_code
     assert "is not a bundle" in output
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:x", "cuda:-1", ""])
+def test_what_is_no_device_is_refused(toy_bundle, device):
+    code, output = cachec("run", toy_bundle, "-p", "x", "-o", "x.png", "--device", device)
+    assert code == InputError.exit_code
+    assert f"device is {device!r}; use cpu, cuda" in output
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_refused(toy_bundle):
+    code, output = cachec("run", toy_bundle, "-p", "x", "-o", "x.png", "--device", "cuda")
+    assert code == InputError.exit_code
+    assert "torch.cuda.is_available() is False" in output
 
 
 @pytest.mark.parametrize(

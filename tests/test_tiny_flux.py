@@ -401,12 +401,16 @@ def test_training_that_stops_improving_ends_by_itself(tmp_path, few_prompts, mod
     assert [point["phase"] for point in curve] == [0, 0, 0, 0, 0, 1, 1, 1, 1]
 
 
-def test_float16_follows_float32_and_leaves_the_model_as_it_is(tmp_path, model, eager_bundle, conditions):
-    half = make_request(MODELS["tiny-flux"], method="lesa", interval=7, backend="eager", dtype="float16", verify_passes=True)
+@pytest.mark.parametrize(("dtype", "distance"), [("float16", 0.05), ("bfloat16", 0.1)])
+def test_half_precision_follows_float32_and_leaves_the_model_as_it_is(
+    tmp_path, model, eager_bundle, conditions, dtype, distance
+):
+    half = make_request(MODELS["tiny-flux"], method="lesa", interval=7, backend="eager", dtype=dtype, verify_passes=True)
     compile_bundle(model, half, tmp_path / "half.cachec")
     assert str(next(model.transformer.parameters()).dtype) == "torch.float32"
     latents = []
     for path in (eager_bundle, tmp_path / "half.cachec"):
         with cachec.load(path) as loaded:
             latents.append(loaded.denoise(conditions, [1, 2]))
-    assert np.linalg.norm(latents[1] - latents[0]) < 0.05 * np.linalg.norm(latents[0])
+    assert np.linalg.norm(latents[1] - latents[0]) < distance * np.linalg.norm(latents[0])
+    assert Bundle.open(tmp_path / "half.cachec").manifest.settings["dtype"] == dtype

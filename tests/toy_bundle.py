@@ -22,7 +22,8 @@ from cachec.compiler.write import BundleWriter
 from cachec.engines.eager import EagerEngine
 from cachec.passes import COMPUTE, FORECAST, Graphs, engine_passes, forecast_passes, run_passes, split_passes
 from cachec.passes.base import placeholders
-from cachec.runtime.bundle import Manifest, Target
+from cachec.runtime.bundle import ANY_DEVICE, Manifest, Target
+from cachec.runtime.engine import HOST
 from cachec.runtime.noise import GENERATOR
 from cachec.runtime.program import UNCACHED, ProgramKey, hash_sigmas
 
@@ -71,19 +72,21 @@ def write_toy_bundle(split, out):
     return write_bundle(graphs, toy_program(graphs), method, out)
 
 
-def write_output_bundle(split, out, backend=EagerEngine, hoist="all", slots=None):
+def write_output_bundle(split, out, backend=EagerEngine, hoist="all", device=HOST, slots=None):
     program = lower_advance(output_table(), KEY, SIGMAS, SIGMAS[:-1])
-    return write_bundle(Graphs({COMPUTE: split.modules[COMPUTE]}), program, Adams(2), out, backend, hoist, slots=slots)
+    graphs = Graphs({COMPUTE: split.modules[COMPUTE]})
+    return write_bundle(graphs, program, Adams(2), out, backend, hoist, device, slots=slots)
 
 
-def write_bundle(graphs, program, method, out, backend=EagerEngine, hoist="all", velocities=False, slots=None):
+def write_bundle(graphs, program, method, out, backend=EagerEngine, hoist="all", device=HOST, *, velocities=False, slots=None):
     linear = FORECAST in graphs.modules and "features" in placeholders(graphs.modules[FORECAST])
     passes = engine_passes("latents", "timestep", ("prompt",), linear=linear, hoist=hoist, velocities=velocities, slots=slots)
     graphs = run_passes(graphs, passes)
     plans = plan_engines(graphs, example_inputs(), "latents", STEPS)
+    where = device.kind if backend.device_bound else ANY_DEVICE
     with BundleWriter(out, force=False) as writer:
         directory = writer.directory("engines")
-        engines = build_engines(backend, plans, writer, directory)
+        engines = build_engines(backend, plans, writer, directory, device)
         programs = {
             "default": writer.add_program("default", program),
             UNCACHED: writer.add_program(UNCACHED, lower_uncached(KEY, SIGMAS, SIGMAS[:-1])),
@@ -102,7 +105,7 @@ def write_bundle(graphs, program, method, out, backend=EagerEngine, hoist="all",
                     "cut": LAST_BLOCK,
                 },
                 noise=GENERATOR,
-                targets=(Target(backend.name, backend.version(), platform.system().lower(), "float32", "6x8", engines),),
+                targets=(Target(backend.name, backend.version(), platform.system().lower(), where, "float32", "6x8", engines),),
                 programs=programs,
                 files=writer.files,
                 facts={"memory": memory_facts(graphs), "hoisted": {}},

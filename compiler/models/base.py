@@ -18,6 +18,8 @@ from cachec.runtime.bundle import Manifest
 from cachec.runtime.errors import InputError
 from cachec.runtime.specs import Array
 
+DTYPES = ("float32", "float16", "bfloat16")
+
 
 @dataclass(frozen=True)
 class ModelSpec:
@@ -61,8 +63,8 @@ class Settings:
             raise InputError(f"guidance is {self.guidance}; it must be a finite number")
         if self.text_tokens < 1:
             raise InputError(f"text-tokens is {self.text_tokens}; it must be at least 1")
-        if self.dtype not in ("float32", "float16"):
-            raise InputError(f"dtype is {self.dtype!r}; use float32 or float16")
+        if self.dtype not in DTYPES:
+            raise InputError(f"dtype is {self.dtype!r}; use {', '.join(DTYPES)}")
 
 
 class LoadedModel(ABC):
@@ -78,6 +80,11 @@ class LoadedModel(ABC):
     @property
     @abstractmethod
     def transformer(self) -> nn.Module: ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where the transformer is: example inputs and constants are there, too."""
+        return next(self.transformer.parameters()).device
 
     @property
     @abstractmethod

@@ -23,7 +23,7 @@ from cachec.runtime.specs import Array
 
 
 class FluxModel(LoadedModel):
-    """A FLUX pipeline on the CPU in float32."""
+    """A FLUX pipeline; as loaded here it is on the CPU in float32."""
 
     def __init__(self, spec: ModelSpec, pipeline: FluxPipeline, directory: Path | None = None) -> None:
         _check_scheduler(pipeline.scheduler)
@@ -71,7 +71,7 @@ class FluxModel(LoadedModel):
         generator = torch.Generator().manual_seed(0)
 
         def random(*shape: int) -> torch.Tensor:
-            return torch.randn(batch, *shape, generator=generator)
+            return torch.randn(batch, *shape, generator=generator)  # on the CPU: the same numbers on all devices
 
         examples = {
             "hidden_states": random(self._tokens(settings), config.in_channels),
@@ -81,20 +81,22 @@ class FluxModel(LoadedModel):
             "guidance": torch.full((batch,), settings.guidance),
         }
         io = self.io
-        return {name: examples[name] for name in (io.latents, io.timestep, *io.conditions)}
+        return {name: examples[name].to(self.device) for name in (io.latents, io.timestep, *io.conditions)}
 
     def constants(self, settings: Settings) -> dict[str, Any]:
         side = 2 * self.pipeline.vae_scale_factor
         ids = self.pipeline._prepare_latent_image_ids(
-            1, settings.height // side, settings.width // side, torch.device("cpu"), torch.float32
+            1, settings.height // side, settings.width // side, self.device, torch.float32
         )
-        return {"img_ids": ids, "txt_ids": torch.zeros(settings.text_tokens, 3), "return_dict": False}
+        return {"img_ids": ids, "txt_ids": torch.zeros(settings.text_tokens, 3, device=self.device), "return_dict": False}
 
     def sampling(self, settings: Settings) -> tuple[Array, Array]:
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(self.pipeline.scheduler.config)
         sigmas = np.linspace(1.0, 1 / settings.steps, settings.steps)
         scheduler.set_timesteps(sigmas=sigmas, mu=self.shift(settings))
-        return scheduler.sigmas.numpy().astype(np.float32), (scheduler.timesteps / 1000).numpy().astype(np.float32)
+        dtype = torch.float32 if self.pipeline.transformer is None else next(self.transformer.parameters()).dtype
+        timesteps = scheduler.timesteps.to(dtype) / 1000  # rounded as the pipeline does it
+        return scheduler.sigmas.numpy().astype(np.float32), timesteps.float().numpy()
 
     def shift(self, settings: Settings) -> float:
         """The scheduler's mu at this resolution."""
@@ -109,8 +111,8 @@ class FluxModel(LoadedModel):
             prompt=list(prompts), prompt_2=None, max_sequence_length=settings.text_tokens
         )
         conditions = {
-            "encoder_hidden_states": states.float().numpy(),
-            "pooled_projections": pooled.float().numpy(),
+            "encoder_hidden_states": states.float().cpu().numpy(),
+            "pooled_projections": pooled.float().cpu().numpy(),
             "guidance": np.full(len(prompts), settings.guidance, np.float32),
         }
         return {name: conditions[name] for name in names}
@@ -118,24 +120,28 @@ class FluxModel(LoadedModel):
     @torch.no_grad()
     def decode(self, latents: Array, settings: Settings) -> Array:
         pipe = self.pipeline
-        unpacked = pipe._unpack_latents(torch.from_numpy(latents), settings.height, settings.width, pipe.vae_scale_factor)
+        given = torch.from_numpy(latents).to(pipe.vae.device, pipe.vae.dtype)
+        unpacked = pipe._unpack_latents(given, settings.height, settings.width, pipe.vae_scale_factor)
         scaled = unpacked / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
         picture = pipe.vae.decode(scaled, return_dict=False)[0]
         array: Array = pipe.image_processor.postprocess(picture, output_type="np")
         return array.astype(np.float32)
 
     def generate(self, conditions: Mapping[str, Array], noise: Array, settings: Settings) -> Array:
+        def there(value: Array) -> torch.Tensor:
+            return torch.from_numpy(value).to(self.device, next(self.transformer.parameters()).dtype)
+
         result = self.pipeline(
-            prompt_embeds=torch.from_numpy(conditions["encoder_hidden_states"]),
-            pooled_prompt_embeds=torch.from_numpy(conditions["pooled_projections"]),
-            latents=torch.from_numpy(noise),
+            prompt_embeds=there(conditions["encoder_hidden_states"]),
+            pooled_prompt_embeds=there(conditions["pooled_projections"]),
+            latents=there(noise),
             height=settings.height,
             width=settings.width,
             num_inference_steps=settings.steps,
             guidance_scale=settings.guidance,
             output_type="latent",
         )
-        latents: Array = result.images.float().numpy()
+        latents: Array = result.images.float().cpu().numpy()
         return latents
 
     def _tokens(self, settings: Settings) -> int:

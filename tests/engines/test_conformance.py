@@ -29,11 +29,13 @@ def bundles(tmp_path_factory):
             path = out / "-".join(key)
             engine = get_backend(backend)
             if cut == "output":
-                made[key] = write_output_bundle(split, path, engine, hoist, slots)
+                made[key] = write_output_bundle(split, path, engine, hoist, slots=slots)
             else:
                 method = Taylor(order=1)
                 graphs = add_predictor(split, method.predictor(None), method.window)
-                made[key] = write_bundle(graphs, toy_program(graphs), method, path, engine, hoist, velocities, slots)
+                made[key] = write_bundle(
+                    graphs, toy_program(graphs), method, path, engine, hoist, velocities=velocities, slots=slots
+                )
         return made[key]
 
     return bundle

@@ -9,7 +9,7 @@ import pytest
 from toy_bundle import SCHEDULE, STEPS
 
 import cachec
-from cachec.runtime.bundle import MANIFEST, Bundle, Manifest, Target, hash_file, replace_file
+from cachec.runtime.bundle import ANY_DEVICE, MANIFEST, Bundle, Manifest, Target, hash_file, replace_file
 from cachec.runtime.errors import BundleError, InputError
 
 KINDS = [
@@ -135,7 +135,7 @@ def test_a_manifest_that_is_none_is_refused(bundle, text, message):
         Bundle.open(bundle)
 
 
-@pytest.mark.parametrize("version", [1, 0, "2", None])
+@pytest.mark.parametrize("version", [1, 3, 0, "2", None])
 def test_another_format_version_is_refused_with_what_to_do(bundle, version):
     data = json.loads((bundle / MANIFEST).read_text())
     (bundle / MANIFEST).write_text(json.dumps({**data, "format_version": version}))
@@ -178,6 +178,13 @@ def test_a_file_that_is_used_but_not_listed_is_refused(bundle):
 def test_a_manifest_of_the_wrong_form_is_refused(bundle, field, value):
     rewrite_manifest(bundle, **{field: value})
     with pytest.raises(BundleError):
+        cachec.load(bundle)
+
+
+def test_a_bundle_for_another_device_is_refused(bundle):
+    assert Bundle.open(bundle).target.device == ANY_DEVICE
+    rewrite_manifest(bundle, targets=(replace(Bundle.open(bundle).target, device="cuda"),))
+    with pytest.raises(BundleError, match="device is cpu, but .* was built for cuda: open it there, or make one .*cpu"):
         cachec.load(bundle)
 
 

@@ -10,6 +10,7 @@ from cachec.compiler.forecast import engine_graphs, linear_graphs
 from cachec.compiler.schedule import Schedule
 from cachec.compiler.split import split_model
 from cachec.engines.eager import EagerEngine
+from cachec.runtime.device import Host
 from cachec.runtime.session import Session
 
 cases = pytest.importorskip("bench.cases", reason="the source tree is not beside the tests")
@@ -35,7 +36,7 @@ def test_the_flux_shaped_model_splits_and_a_session_equals_the_transformer(work)
     assert isinstance(case.model, cases.FluxShaped)
     graphs = engine_graphs(case.model, linear_graphs(case.model, split_model(case.model, case.settings), case.settings), "all")
     plans = plan_engines(graphs, case.model.example_inputs(case.settings), case.model.io.latents, case.settings.steps)
-    engines = {plan.name: EagerEngine(graphs.modules[plan.name], plan.signature) for plan in plans}
+    engines = {plan.name: EagerEngine(graphs.modules[plan.name], plan.signature, Host()) for plan in plans}
     program = case.program("hidden", Schedule(case.steps, tuple(range(case.steps))))
     conditions, noise = case.requests[0]
     given = {name: value.numpy() for name, value in conditions.items()}
