@@ -46,8 +46,9 @@ def compile_model(model: str, out: str | Path, *, method: str = "lesa", force: b
 def accelerate(pipeline: Any, *, method: str = "taylor", compiled: bool = True, **options: Any) -> Any:
     """Compile a diffusers pipeline in memory, in place, without files; returns it, ready to call as before.
 
-    ``compiled``: under ``torch.compile``, else op by op. ``options`` are those of :func:`compile_model`: ``steps`` (50),
-    ``budget``, ``interval``, ``schedule``, ``height``, ``width``, ``text_tokens``, …; calls must then ask for these.
+    It is compiled where it is, in its own precision. ``compiled``: under ``torch.compile``, else op by op. ``options`` are
+    those of :func:`compile_model`: ``steps`` (50), ``budget``, ``interval``, ``schedule``, ``height``, ``width``,
+    ``text_tokens``, …; calls must then ask for these.
 
     Raises:
         CachecError: of the kind that fits; the pipeline is then as it was.

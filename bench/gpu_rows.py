@@ -33,6 +33,7 @@ from cachec.compiler.schedule import Schedule, uniform_schedule
 from cachec.compiler.split import split_model
 from cachec.compiler.table import ForecastTable
 from cachec.engines import get_backend
+from cachec.engines.torch_device import TorchDevice
 from cachec.runtime.device import DeviceName
 from cachec.runtime.engine import Engine
 from cachec.runtime.errors import InputError
@@ -188,8 +189,6 @@ def build_engines(case: Case, backend: str) -> Engines:
     signatures = {plan.name: plan.signature for plan in plans}
     with ExitStack() as stack:
         if backend in ("eager", "inductor"):
-            from cachec.engines.torch_device import TorchDevice
-
             device = TorchDevice(name)
             loaded = {plan.name: kind(graphs.modules[plan.name], plan.signature, device) for plan in plans}
         else:

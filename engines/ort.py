@@ -228,6 +228,9 @@ class _OrtCall(Call):
 
 def build_onnx(programs: Mapping[str, "ExportedProgram"], signatures: Mapping[str, Signature], out: Path) -> dict[str, Path]:
     """Write ``<name>.onnx`` per program plus one shared ``weights-<hash>.bin`` into ``out``."""
+    for package in ("onnx_ir", "onnxscript"):
+        if importlib.util.find_spec(package) is None:
+            raise missing_extra(package, "compile", "building for the ort backend")
     import onnx_ir
     import torch
 

@@ -141,3 +141,11 @@ def test_a_pipeline_that_was_moved_since_is_refused(accelerated):
     inputs |= {"encoder_hidden_states": torch.zeros(2, 16, 64), "pooled_projections": torch.zeros(2, 64)}
     with pytest.raises(InputError, match="hidden_states are not on cpu, where this pipeline was accelerated"):
         accelerated.transformer(**inputs, guidance=torch.ones(2), timestep=torch.ones(2))
+
+
+@pytest.mark.parametrize("options", [{"device": "cuda"}, {"dtype": "float16"}])
+def test_another_device_or_precision_is_not_made(options):
+    pipeline = load()
+    with pytest.raises(InputError, match="the pipeline is on cpu in float32, where it is compiled: move it before"):
+        cachec.accelerate(pipeline, method="taylor", steps=STEPS, **options)
+    assert isinstance(pipeline.transformer, torch.nn.Module)

@@ -10,10 +10,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from cachec.runtime.errors import InputError
+from cachec.runtime.errors import InputError, missing_extra
 from cachec.runtime.specs import Array
+
+if find_spec("skimage") is None:
+    raise missing_extra("scikit-image", "compile", "measuring pictures")
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 LPIPS_BACKBONE = "alexnet-owt-7be5be79.pth"  # torchvision's, as torchmetrics asks for it
 
