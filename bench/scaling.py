@@ -91,7 +91,7 @@ def measure_steps(case: Case, work: Path, *, quick: bool) -> dict[str, Any]:
             for budget in BUDGETS
         }
         runs = {key: session_run(session) for key, session in sessions.items()}
-        spent = _in_turns({key: _bound(run, case.requests[0]) for key, run in runs.items()}, 2 if quick else 15)
+        spent = in_turns({key: bound(run, case.requests[0]) for key, run in runs.items()}, 2 if quick else 15)
     return {"rows": [{"cut": cut, "budget": budget, **spread(spent[cut, budget])} for cut, budget in sessions]}
 
 
@@ -106,8 +106,8 @@ def measure_batch(case: Case, work: Path, *, quick: bool) -> dict[str, Any]:
             for name, budget in schedules.items():
                 program = case.program("hidden", uniform_schedule(case.steps, budget))
                 session = Session(engines, program, case.model.io, batch=batch)
-                calls[name, batch] = _bound(session_run(session), request)
-        spent = _in_turns(calls, 2 if quick else 7)
+                calls[name, batch] = bound(session_run(session), request)
+        spent = in_turns(calls, 2 if quick else 7)
     return {"rows": [{"name": name, "batch": batch, **spread(spent[name, batch])} for name, batch in calls]}
 
 
@@ -115,11 +115,12 @@ def _repeat(value: Any, batch: int) -> Any:
     return value.repeat(batch, *[1] * (value.ndim - 1))
 
 
-def _bound(run: Callable[[Request], object], request: Request) -> Callable[[], object]:
+def bound(run: Callable[[Request], object], request: Request) -> Callable[[], object]:
+    """``run`` on one request."""
     return lambda: run(request)
 
 
-def _in_turns(calls: Mapping[Any, Callable[[], object]], rounds: int) -> dict[Any, list[float]]:
+def in_turns(calls: Mapping[Any, Callable[[], object]], rounds: int) -> dict[Any, list[float]]:
     """Seconds of each call, after one untimed round; every other round goes backwards."""
     for call in calls.values():
         call()

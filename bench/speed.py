@@ -45,6 +45,7 @@ def all_parts() -> list[Part]:
     parts += [Part("pairs", "bench.pairs", (case, backend), case) for case in CASES for backend in BACKENDS]
     parts += [Part("cold", "bench.cold", (case,), case) for case in CASES]
     parts += [Part(name, "bench.scaling", (name,), "tiny-flux") for name in ("tokens", "steps", "batch")]
+    parts += [Part(name, "bench.session_costs", (name,), "tiny-flux") for name in ("overhead", "requests", "slots")]
     return parts
 
 
@@ -91,7 +92,7 @@ def collect(work: Path, parts: Sequence[Part], *, quick: bool) -> dict[str, Any]
 
 
 @click.command()
-@click.option("--only", help="Parts, with commas: bundles, rows, pairs, cold, tokens, steps, batch, report [default: all].")
+@click.option("--only", help="Parts, with commas: bundles, rows, pairs, cold, tokens, …, report [default: all].")
 @click.option("--case", type=click.Choice(CASES), help="One model only.")
 @click.option("--keep", is_flag=True, help="Do not measure again what has been measured.")
 @click.option("--quick", is_flag=True, help="Few repeats and a smaller model, to try the code; leaves bench/ alone.")

@@ -5,7 +5,15 @@ from typing import Any
 
 CASES = ("tiny-flux", "flux-shaped")
 BACKENDS = ("ort", "aoti", "inductor")
-ASKED = {"of_ideal": 0.97, "share": 0.005, "over_eager": 2.0, "over_compiled": 1.0, "over_peer": 1.3, "cold": 1.0}
+ASKED = {
+    "of_ideal": 0.97,
+    "share": 0.005,
+    "over_eager": 2.0,
+    "over_compiled": 1.0,
+    "over_peer": 1.3,
+    "cold": 1.0,
+    "overhead": 30.0,
+}
 ABOUT_CASE = {
     "tiny-flux": "The packaged model, trained, 64x64 pixels: 64 image and 16 text tokens, width 192, "
     "3 double and 6 single blocks.",
@@ -26,6 +34,7 @@ def report(data: Data, pictures: Mapping[str, str]) -> str:
     for case in CASES:
         sections += [f"## {case}\n", ABOUT_CASE[case] + "\n", *_case(parts, case, pictures)]
     sections += _growth(parts, pictures)
+    sections += _session(parts)
     sections += ["## Compiling\n", _bundles(parts), "## On a GPU\n", _gpu(data["gpu"])]
     if data["missing"]:
         sections += ["## Not measured\n", "Parts that have not run: " + ", ".join(data["missing"]) + ".\n"]
@@ -60,7 +69,7 @@ def _setting(data: Data) -> str:
 
 
 def _verdicts(parts: Data) -> str:
-    lines = [*_ideal_verdicts(parts), *_row_verdicts(parts), *_cold_verdict(parts)]
+    lines = [*_ideal_verdicts(parts), *_row_verdicts(parts), *_cold_verdict(parts), *_overhead_verdict(parts)]
     unmet = [line[0] for line in lines if line[-1] == "no"]
     if not lines:
         return "Nothing of it has been measured.\n"
@@ -129,6 +138,13 @@ def _cold_verdict(parts: Data) -> list[list[str]]:
         return []
     values = {"ort": cold["rows"]["cachec ort"]["later"]["seconds"]["latents"]}
     return [_verdict("process start to latents, tiny-flux, no torch, seconds", ASKED["cold"], values, least=False, digits=2)]
+
+
+def _overhead_verdict(parts: Data) -> list[list[str]]:
+    if not (part := parts.get("overhead")):
+        return []
+    most = {"null engines": max(row["call"]["median"] for row in part["rows"])}
+    return [_verdict("session overhead, µs per engine call", ASKED["overhead"], most, least=False, digits=1)]
 
 
 # A case ---------------------------------------------------------------------------------------------------------------------
@@ -315,6 +331,42 @@ def _batch(part: Data) -> str:
         lines.append([batch, _spread(slow), _spread(fast), *each, f"{slow['median'] / fast['median']:.2f}"])
     header = ["batch", *(f"{name}, s" for name in names), *(f"{name}, s per picture" for name in names), "times as fast"]
     return "tiny-flux, cachec ort, the loop of a whole batch.\n\n" + table(header, lines)
+
+
+# The session ----------------------------------------------------------------------------------------------------------------
+
+
+def _session(parts: Data) -> list[str]:
+    written = [write(parts[name]) for name, write in (("overhead", _overhead), ("requests", _requests), ("slots", _slots))
+               if name in parts]  # fmt: skip
+    return ["## The session, tiny-flux\n", *written] if written else []
+
+
+def _overhead(part: Data) -> str:
+    lines = [[row["name"], row["calls"], _spread(row["call"], 2), _spread(row["start"], 0)] for row in part["rows"]]
+    return "Microseconds of Python with engines that do nothing. *Start*: a request's checks and copies.\n\n" + table(
+        ["program", "calls", "µs per engine call", "start, µs"], lines
+    )
+
+
+def _requests(part: Data) -> str:
+    before, after = part["before"] / 2**20, part["after"] / 2**20
+    return (
+        f"Resident memory over {part['requests']} requests (cachec ort, hidden cut, {part['budget']} computed steps): "
+        f"{before:.1f} MiB after the first 50, {after:.1f} MiB at the end.\n"
+    )
+
+
+def _slots(part: Data) -> str:
+    lines = [
+        [row["cut"], row["slots"], f"{row['bytes'] / 2**10:.0f}", f"{row['psnr_db']:.2f}",
+         f"{row['psnr_from_float32']:.1f}" if "psnr_from_float32" in row else "–", _spread(row["seconds"])]
+        for row in part["rows"]
+    ]  # fmt: skip
+    return (
+        f"Slots of half precision (`--slots float16`), {part['budget']} computed steps, {part['prompts']} held-out captions, "
+        "PSNR in dB.\n\n" + table(["cut", "slots", "KiB", "against uncached", "against float32 slots", "loop, s"], lines)
+    )
 
 
 # Compiling and GPU ----------------------------------------------------------------------------------------------------------
