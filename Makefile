@@ -59,8 +59,8 @@ bench: $(READY)  ## Speed beside the peers in one run: bench/RESULTS.md (under a
 	$(BIN)/python -m pip install --quiet --editable '.[cpu,compile,dev,bench]'
 	$(BIN)/python -m bench.speed
 
-gpu:  ## On a machine with a GPU: build, compare with eager, measure; gpu.json. Uses PYTHON, which has torch and diffusers
-	$(PYTHON) -m bench.gpu_check --out gpu.json
+gpu:  ## On a machine with a GPU: build, compare with eager, measure; bench/gpu.json. Uses PYTHON, which has torch and diffusers
+	$(PYTHON) -m bench.gpu_check --out bench/gpu.json
 
 reference: $(READY)  ## Retrain tiny-flux from nothing (an hour or two on two idle cores)
 	$(BIN)/python -m reference.train_autoencoder --out $(BUILD)

@@ -23,6 +23,10 @@ ABOUT_CASE = {
     "near the uncached run is, not how a picture looks. On random weights FirstBlockCache may find nothing to skip; a cache "
     "that skipped nothing was run once.",
 }
+GPU_COLUMNS = {
+    "seconds": "loop, s", "speedup": "× own uncached", "of_ideal": "of ideal", "over_eager": "× diffusers",
+    "distance_from_eager": "distance from eager", "parity": "parity",
+}  # fmt: skip
 Data = Mapping[str, Any]
 
 
@@ -391,16 +395,23 @@ def _bundles(parts: Data) -> str:
 def _gpu(gpu: Any) -> str:
     if gpu is None:
         return (
-            "Nothing has run on a GPU. `python -m bench.gpu_check` is the one command for that; it writes `bench/gpu.json`.\n"
+            "Nothing has run on a GPU. `python -m bench.gpu_check --out bench/gpu.json` is the one command for that; its rows "
+            "then stand here.\n"
         )
-    rows = gpu["rows"]
-    keys = list(dict.fromkeys(key for row in rows for key in row))
-    where = ", ".join(f"{key}: {value}" for key, value in gpu.items() if key != "rows" and isinstance(value, str | int | float))
-    lines = [[_plain(row.get(key)) for key in keys] for row in rows]
-    return f"From `bench/gpu.json` (`python -m bench.gpu_check`). {where}\n\n" + table(keys, lines)
+    setting = ", ".join(f"{name}: {value}" for name, value in gpu["setting"].items() if isinstance(value, str | int | float))
+    pages = [f"From `bench/gpu.json` (`python -m bench.gpu_check`). {setting}\n"]
+    for case in gpu["cases"]:
+        lines = [
+            [row["row"], row["steps"], len(row["computed"]), *(_plain(row.get(key)) for key in GPU_COLUMNS)]
+            for row in case["rows"]
+        ]
+        header = ["row", "steps", "computed", *GPU_COLUMNS.values()]
+        pages += [f"### {case['case']}, {case['dtype']}\n", table(header, lines)]
+    left_out = [f"- {one['section']}: {one['status']}, {one['reason']}" for one in gpu["sections"] if one["status"] != "ok"]
+    return "\n".join([*pages, *(["Left out or failed:\n", *left_out, ""] if left_out else [])])
 
 
-def _plain(value: Any) -> str:
+def _plain(value: float | bool | None) -> str:
     if value is None:
         return "–"
-    return f"{value:.4g}" if isinstance(value, float) else str(len(value)) if isinstance(value, list) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else {True: "yes", False: "no"}[bool(value)]

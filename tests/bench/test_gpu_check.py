@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+speed_report = pytest.importorskip("bench.speed_report", reason="the source tree is not beside the tests")
 ROOT = Path(__file__).resolve().parents[2]
 
 pytestmark = pytest.mark.skipif(not (ROOT / "bench").is_dir(), reason="the source tree is not beside the tests")
@@ -64,6 +65,14 @@ def test_rows_are_measured_and_near_eager(report):
     assert uncached["distance_from_eager"] < 0.02
     assert uncached["replayed_from_one_recording"] is False  # there is nothing to record on the CPU
     assert len(rows["cachec eager, output cut, 4"]["computed"]) == 4
+
+
+def test_its_rows_stand_in_the_report_of_the_speed_bench(report):
+    text = speed_report.report({"quick": False, "parts": {}, "missing": [], "gpu": report}, {})
+    (case,) = report["cases"]
+    for row in case["rows"]:
+        assert f"| {row['row']} | {row['steps']} | {len(row['computed'])} | {row['seconds']:.4g} |" in text
+    assert "- tiny-flux: skipped, --small" in text
 
 
 def test_the_full_models_are_not_for_a_cpu(tmp_path):
