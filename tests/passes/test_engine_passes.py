@@ -296,3 +296,20 @@ def test_slots_of_the_output_cut_hold_velocities(toy_split):
     got = graphs.modules[ADVANCE](noise=given["latents"], velocities=velocities, coefficients=row)["next_latents"]
     expected = given["latents"] + torch.einsum("h,h...->...", row, velocities.float())
     torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-6)
+
+
+@torch.no_grad()
+def test_what_half_precision_cannot_hold_becomes_the_largest_it_can(toy_split):
+    graphs = Graphs({COMPUTE: toy_split.modules[COMPUTE]})
+    graphs = run_passes(graphs, engine_passes("latents", "timestep", ("prompt",), linear=False, slots=torch.float16))
+    inputs = {**example_inputs(), "delta": torch.tensor([-0.3])}
+    with torch.no_grad():
+        compute = graphs.modules[COMPUTE]
+        bias = next(value for name, value in compute.named_parameters() if name.endswith("out.bias"))
+        saved = bias.clone()
+        try:
+            bias.fill_(1e6)
+            largest = compute(**inputs)["velocity"]
+        finally:
+            bias.copy_(saved)
+    assert torch.equal(largest, torch.full_like(largest, torch.finfo(torch.float16).max))
