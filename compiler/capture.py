@@ -50,7 +50,8 @@ def capture_model(model: nn.Module, inputs: Mapping[str, torch.Tensor], constant
     model's parameters.
 
     Raises:
-        PassError: the model cannot be captured, or the graph does not compute exactly what the model does; on a GPU, beyond rounding.
+        PassError: the model cannot be captured, or the graph does not compute exactly what the model does; on a GPU, up to
+            rounding.
     """
     if len({id(t) for t in inputs.values()}) != len(inputs) or any(t.shape[0] < 2 for t in inputs.values()):
         raise PassError("example inputs must be distinct tensors with a batch of at least two")
