@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from cachec.runtime.errors import CachecError
+from cachec.runtime.errors import CachecError, InputError
 from cachec.runtime.session import LoadedBundle, Session
 
 __version__ = "0.1.0"
@@ -57,5 +57,7 @@ def accelerate(pipeline: Any, *, method: str = "taylor", compiled: bool = True, 
     from cachec.compiler.models import wrap_pipeline
     from cachec.compiler.request import make_request
 
+    if given := sorted({"device", "dtype"} & options.keys()):
+        raise InputError(f"{' and '.join(given)} cannot be given: the pipeline's own are taken; move it first with pipe.to(…)")
     model = wrap_pipeline(pipeline)
     return accelerate_pipeline(model, make_request(model.spec, method=method, **options), compiled=compiled)

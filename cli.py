@@ -117,7 +117,7 @@ _schedule_options = _options(
 @click.option("--predictor", type=click.Path(), help="Trained predictor file, from cachec train.")
 @click.option("--fold", default="static", show_default=True, help="static, or none: keep the predictor in the engine.")
 @click.option("--hoist", default="all", show_default=True, help="What leaves the steps: none, tables, all.")
-@click.option("--slots", help="Store features as float16: half the memory, a little rounding.")
+@click.option("--slots", help="Store features as float16 or bfloat16: half the memory, some rounding.")
 @click.option("--velocities", is_flag=True, help="Forecasts also hand out velocities, for a sampler outside.")
 @click.option("--verify-passes", is_flag=True, help="Compare the graphs with eager after each pass.")
 @click.option("--dump-graphs", type=click.Path(), metavar="DIR", help="Write the readable graph after each pass.")
@@ -206,6 +206,7 @@ _evaluation_options = _options(
     click.option("--prompts", "file", type=click.Path(path_type=Path), help="Prompts, one a line; a held-out list ships."),
     click.option("--seed", default=0, show_default=True, help="Noise of the first prompt; the next has the next seed."),
     click.option("--model", "source", help="Directory of the model; default from the bundle."),
+    click.option("--device", default="cpu", show_default=True, help="cpu, cuda, or cuda:1 for the second GPU."),
 )
 
 

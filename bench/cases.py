@@ -202,7 +202,7 @@ def open_case(name: str, work: Path, *, quick: bool) -> Case:
     if name == TINY:
         spec = find_model(TINY)
         settings = Settings(spec.height, spec.width, spec.text_tokens, spec.guidance, 50, "float32")
-        sizes = Sizes(2, 2, 2, 2, 20.0, 2, warm=True) if quick else Sizes(4, 6, 4, 30, 150.0, 5, warm=True)
+        sizes = Sizes(2, 2, 2, 2, 20.0, 2, warm=True) if quick else Sizes(4, 6, 4, 60, 150.0, 5, warm=True)
         return Case(name, load_model(spec), settings, (7, 10), pictures=True, sizes=sizes)
     if name != SHAPED:
         raise InputError(f"there is no case {name!r}: take one of {', '.join(CASES)}")

@@ -116,6 +116,12 @@ class Row:
     first_seconds: float
     session: Session | None = None
     seconds: list[float] = field(default_factory=list)
+    last: torch.Tensor | None = None  # of the last timed run, replayed where calls are recorded
+
+    def warm_up(self) -> bool:
+        """One more run, in which sessions are recorded."""
+        self.run()
+        return True
 
     def facts(self) -> dict[str, Any]:
         return {} if self.session is None else {"replayed_from_one_recording": self.session.recorded}
@@ -278,16 +284,14 @@ def _cachec_row(case: Case, built: Engines, name: str, program: Program) -> Row:
 
 
 def measure(rows: Sequence[Row], case: Case, *, repeats: int, deadline: float) -> int:
-    """Time the rows in turns, after one more run each, in which sessions are recorded. Returns the number of rounds."""
-    for row in rows:
-        row.run()
+    """Time the rows in turns. Returns the number of rounds."""
     for number in range(repeats):
         if number and time.monotonic() > deadline:
             return number
         for row in rows if number % 2 == 0 else reversed(rows):
             synchronize(case.device)
             start = time.perf_counter()
-            row.run()
+            row.last = row.run()
             synchronize(case.device)
             row.seconds.append(time.perf_counter() - start)
     return repeats

@@ -1,7 +1,7 @@
 """Uncached and cached runs side by side, one back end in a process: ``python -m bench.pairs CASE BACKEND WORK OUT``.
 
 Medians of runs far apart drift with the machine; a ratio of neighbours does not. Each uncached run stands between two cached
-ones and makes a pair with both. The cached runs are traced: where the microseconds of one engine call go.
+ones and makes a pair with both. More cached runs are traced behind them: where the microseconds of one engine call go.
 """
 
 import statistics
@@ -25,6 +25,7 @@ from cachec.runtime.session import Session
 from cachec.runtime.trace import Trace
 
 LEAST_ROUNDS = 2
+TRACED_RUNS = 10  # of each session, where they take milliseconds
 
 
 @dataclass
@@ -43,7 +44,7 @@ class Traced:
         self.session.trace = None
 
 
-def measure_pairs(case: Case, uncached: Session, cached: Mapping[str, Traced]) -> dict[str, list[float]]:
+def measure_pairs(case: Case, uncached: Session, cached: Mapping[str, Session]) -> dict[str, list[float]]:
     """Seconds uncached over seconds cached, by name, one per round. Both sides of a pair are warmed by the same run."""
     sizes, request, started = case.sizes, case.requests[0], time.perf_counter()
     ratios: dict[str, list[float]] = {name: [] for name in cached}
@@ -55,8 +56,8 @@ def measure_pairs(case: Case, uncached: Session, cached: Mapping[str, Traced]) -
             break
         for names in zip(labels[::2], labels[1::2], strict=True):
             first, second = names if number % 2 == 0 else names[::-1]
-            warm = partial(session_run(cached[names[0]].session), request) if sizes.warm else None
-            turns = (cached[first], slow, cached[second])
+            warm = partial(session_run(cached[names[0]]), request) if sizes.warm else None
+            turns = (session_run(cached[first]), slow, session_run(cached[second]))
             before, between, after = (timed(partial(run, request), warm) for run in turns)
             ratios[first].append(between / before)
             ratios[second].append(between / after)
@@ -132,8 +133,11 @@ def main(name: str, backend: str, work: Path, out: Path, quick: bool) -> None:
             if backend == "inductor" or number == 0:  # torch.compile compiles when a graph first runs, for n = 1 again
                 session_run(session)(request)
         settle()
+        ratios = measure_pairs(case, uncached, cached)
         traced = {label: Traced(session) for label, session in cached.items()}
-        ratios = measure_pairs(case, uncached, traced)
+        for _ in range(TRACED_RUNS if case.sizes.warm else 1):
+            for one in traced.values():
+                timed(partial(one, request))
         calls = {label: summarise_calls(one.runs) for label, one in traced.items()}
         pairs = pair_json(case, ratios, {label: len(session.program.compute_steps) for label, session in cached.items()})
     write_part(out, {"case": name, "backend": backend, "steps": case.steps, "pairs": pairs, "calls": calls})

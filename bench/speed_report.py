@@ -174,6 +174,8 @@ def _picture(pictures: Mapping[str, str], name: str) -> str:
 def _spread(value: Mapping[str, float] | None, digits: int = 4) -> str:
     if value is None:
         return "–"
+    if value["low"] == value["high"]:  # a single run
+        return f"{value['median']:.{digits}f}"
     return f"{value['median']:.{digits}f} ({value['low']:.{digits}f}–{value['high']:.{digits}f})"
 
 

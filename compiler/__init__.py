@@ -4,6 +4,6 @@ import importlib.util
 
 from cachec.runtime.errors import missing_extra
 
-for _package in ("torch", "diffusers", "transformers"):  # what only parts of it need is asked for there
+for _package in ("torch", "diffusers", "transformers"):  # what only parts of it need, they ask for themselves
     if importlib.util.find_spec(_package) is None:
         raise missing_extra(_package, "compile", "the compiler")

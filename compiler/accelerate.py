@@ -68,21 +68,15 @@ def _fit_request(model: LoadedModel, request: Request) -> Request:
     """The request in the transformer's own precision.
 
     Raises:
-        InputError: another device or precision was asked for; or the method is fitted to runs of the model, which are made
-            on the CPU, and the model is elsewhere.
+        InputError: the method is fitted to runs of the model, which are made on the CPU, and the model is elsewhere.
     """
     name = model.device.type
     if name != CPU and (request.needs_calibration or request.method.needs_training or request.verify_passes):
         raise InputError(
             f"the pipeline is on {name}, but {request.method.name} with this schedule needs runs of the model, or checks, that "
-            "are made on the CPU: name a method and a schedule that need none (taylor or adams with --budget)"
+            "are made on the CPU: name a method and a schedule that need none (taylor or adams with a budget)"
         )
     dtype = str(next(model.transformer.parameters()).dtype).removeprefix("torch.")
-    if request.device.kind not in (CPU, name) or request.settings.dtype not in ("float32", dtype):
-        raise InputError(
-            f"device {request.device} and dtype {request.settings.dtype} were asked for, but the pipeline is on {name} in "
-            f"{dtype}, where it is compiled: move it before, with pipe.to(device, dtype)"
-        )
     return replace(request, settings=replace(request.settings, dtype=dtype))
 
 

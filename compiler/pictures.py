@@ -1,15 +1,20 @@
 """Pictures on disk, and the sheet that ``cachec run --compare`` writes."""
 
+import importlib.util
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
 
 from cachec.compiler.write import write_file
+from cachec.runtime.errors import missing_extra
 from cachec.runtime.specs import Array
+
+if importlib.util.find_spec("PIL") is None:
+    raise missing_extra("pillow", "compile", "drawing pictures")
+from PIL import Image, ImageDraw, ImageFont
 
 MIN_CELL = 256  # pixels; smaller pictures are enlarged by a whole factor
 MARGIN = 16

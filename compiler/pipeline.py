@@ -99,7 +99,8 @@ def _remove(works: Sequence[Path]) -> None:
 
 def _compile(model: LoadedModel, request: Request, out: Path, result: Compilation, *, force: bool) -> Bundle:
     backend = get_backend(request.backend)
-    backend.check_target(request.device, request.settings.dtype)
+    for dtype in (request.settings.dtype, request.slots or request.settings.dtype):
+        backend.check_target(request.device, dtype)
     with BundleWriter(out, force=force) as writer, _Clock(result.seconds, STAGES) as clock, ExitStack() as stack:
         given = read_calibration(model, request)
         split = split_model(model, request.settings, _observers(model, request))

@@ -102,7 +102,8 @@ def _last_feature(num_steps: int, computed: int) -> tuple[Array, Array]:
 
 
 def _conditions(engines: Mapping[str, Engine], io: ModelIO) -> dict[str, TensorSpec]:
-    return {name: engines["compute"].signature.input(name) for name in io.conditions}
+    specs = {spec.name: spec for engine in engines.values() for spec in engine.signature.inputs}
+    return {name: specs[name] for name in io.conditions if name in specs}
 
 
 def _means(scores: Mapping[str, list[float]]) -> dict[str, float | None]:

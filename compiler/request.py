@@ -19,7 +19,7 @@ from cachec.runtime.errors import InputError, unknown_name
 from cachec.runtime.noise import check_seed
 
 NUM_CALIBRATION = 32  # prompts of a calibration that compile makes itself
-SLOTS = ("float16", "float32")  # what features may be stored in
+SLOTS = ("bfloat16", "float16", "float32")  # what features may be stored in
 REFERENCE_FACTOR = 4  # steps of the fine reference, over those of the run
 
 
@@ -118,7 +118,8 @@ def make_request(
     run. ``prompts`` is a file of training and calibration prompts. ``fold`` is ``static`` or ``none``,
     ``hoist`` ``none``, ``tables`` (what depends on the prompt leaves the step) or ``all`` (on the step, too). ``device`` is
     where engines are measured, and for ``aoti`` what they are built for. ``velocities``: forecasts also hand out velocities,
-    for a sampler outside (``LoadedBundle.session(for_sampler=True)``). ``slots`` ``float16``: features in half the memory.
+    for a sampler outside (``LoadedBundle.session(for_sampler=True)``). ``slots`` ``float16`` or ``bfloat16`` stores features
+    in half the memory.
 
     Raises:
         InputError: an option is unknown, out of range, or contradicts another.

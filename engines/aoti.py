@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from cachec.runtime.device import CUDA, Buffer, DeviceName
+from cachec.runtime.device import CUDA, Buffer, Device, DeviceName
 from cachec.runtime.engine import HOST, Call, Engine, ExecutionContext, check_bindings
 from cachec.runtime.errors import BundleError, EngineError, InputError, missing_extra
 from cachec.runtime.specs import Signature
@@ -22,7 +22,7 @@ import torch
 from torch.export.passes import move_to_device_pass
 
 from cachec.engines import torch_device
-from cachec.engines.torch_device import as_tensor, device_of, out_of_memory
+from cachec.engines.torch_device import as_tensor, device_of, is_out_of_memory, watching_memory
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -59,9 +59,9 @@ class AotiEngine(Engine):
         on_gpu = device.kind == CUDA  # PyTorch's locks between threads cannot be captured as a CUDA graph
         try:
             contents = load_pt2(str(path), load_weights_from_disk=True, run_single_threaded=on_gpu)
-        except torch.OutOfMemoryError as error:
-            raise EngineError(f"{device} has no room for the weights of {path.name}: {error}") from error
         except (RuntimeError, ValueError, OSError) as error:
+            if is_out_of_memory(error):
+                raise EngineError(f"there is no memory for the weights of {path.name} on {device}: {error}") from error
             raise BundleError(f"torch {torch.__version__} cannot load {path}: {error}") from error
         missing = files.keys() - contents.aoti_runners.keys()
         if missing:
@@ -70,7 +70,7 @@ class AotiEngine(Engine):
         return {name: cls(contents.aoti_runners[name], signatures[name], there) for name in files}
 
     def _context(self, native: Any) -> ExecutionContext:
-        return _AotiContext(native, self.signature)
+        return _AotiContext(native, self.signature, self.device)
 
     @staticmethod
     def version() -> str:
@@ -115,12 +115,12 @@ class AotiEngine(Engine):
 
 
 class _AotiContext(ExecutionContext):
-    def __init__(self, runner: Any, signature: Signature) -> None:
+    def __init__(self, runner: Any, signature: Signature, device: Device) -> None:
         self._runner = runner
-        self._signature = signature
+        self._signature, self._device = signature, device
 
     def bind(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> Call:
-        check_bindings(self._signature, inputs, outputs)
+        check_bindings(self._signature, self._device, inputs, outputs)
         given = [as_tensor(inputs[spec.name]) for spec in self._signature.inputs]
         names = [spec.name for spec in self._signature.outputs]
         wanted = [(names.index(name), as_tensor(buffer)) for name, buffer in outputs.items()]
@@ -136,9 +136,7 @@ class _AotiCall(Call):
 
     @torch.no_grad()
     def run(self) -> None:
-        try:
+        with watching_memory("a call"):
             results = self._run(list(self._inputs))
-        except torch.OutOfMemoryError as error:
-            raise out_of_memory(error) from error
         for index, buffer in self._outputs:
             buffer.copy_(results[index])

@@ -51,11 +51,15 @@ class Driver:
             self._library = ctypes.CDLL(library)
         except OSError as error:
             raise InputError(
-                f"device is cuda:{index}, but NVIDIA's driver library {library} cannot be loaded: {error}"
+                f"device is cuda:{index}, but NVIDIA's driver library {library} cannot be loaded: {error}. "
+                "Install a driver, or use --device cpu"
             ) from error
         for name, types in FUNCTIONS.items():
             getattr(self._library, name).argtypes = types
-        self._call("cuInit", 0)
+        try:
+            self._call("cuInit", 0)
+        except EngineError as error:
+            raise InputError(f"device is cuda:{index}, but there is no GPU here: {error}. Use --device cpu") from error
         count, device, context, stream = c_int(), c_int(), c_void_p(), c_void_p()
         self._call("cuDeviceGetCount", ctypes.byref(count))
         if index >= count.value:
@@ -153,6 +157,8 @@ class _Memory:
 class CudaDevice(Device):
     """Memory of one GPU, and the one stream that everything on it is queued in."""
 
+    calculates = False
+
     def __init__(self, index: int, library: str = LIBRARY) -> None:
         self.name = f"{CUDA}:{index}"
         self._driver = Driver(index, library)
@@ -179,7 +185,8 @@ class CudaDevice(Device):
             self._driver.copy("DtoD", buffer.pointer, value.pointer, buffer.nbytes)
             return
         host = np.ascontiguousarray(value, buffer.dtype)
-        self._driver.copy("HtoD", buffer.pointer, host.ctypes.data, buffer.nbytes)  # returns when ``host`` is read
+        self._driver.copy("HtoD", buffer.pointer, host.ctypes.data, buffer.nbytes)
+        self._driver.synchronize()  # else pinned memory would be read after this returns
 
     def download(self, buffer: CudaBuffer) -> Array:
         wide = buffer.dtype == BFLOAT16

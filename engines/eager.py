@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from cachec.runtime.device import CPU, Buffer, Device, DeviceName
 from cachec.runtime.engine import HOST, Call, Engine, ExecutionContext, check_bindings
-from cachec.runtime.errors import BundleError, EngineError, missing_extra
+from cachec.runtime.errors import BundleError, missing_extra
 from cachec.runtime.specs import Signature
 
 if importlib.util.find_spec("torch") is None:
@@ -19,7 +19,7 @@ import torch
 from torch.export.passes import move_to_device_pass
 
 from cachec.engines import torch_device
-from cachec.engines.torch_device import as_tensor, device_of, out_of_memory
+from cachec.engines.torch_device import as_tensor, device_of, watching_memory
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -56,14 +56,12 @@ class EagerEngine(Engine):
         except (RuntimeError, ValueError, OSError) as error:
             raise BundleError(f"torch {torch.__version__} cannot load {path}: {error}") from error
         if device.name != CPU:
-            try:
+            with watching_memory(f"the weights of {path.name} on {device.name}"):
                 program = move_to_device_pass(program, device.name)
-            except torch.OutOfMemoryError as error:
-                raise EngineError(f"{device.name} has no room for the weights of {path.name}: {error}") from error
         return cls(program.module(check_guards=False), signature, device)
 
     def _context(self, native: Any) -> ExecutionContext:
-        return _EagerContext(native, self.signature)
+        return _EagerContext(native, self.signature, self.device)
 
     @staticmethod
     def version() -> str:
@@ -91,12 +89,12 @@ class EagerEngine(Engine):
 
 
 class _EagerContext(ExecutionContext):
-    def __init__(self, module: torch.nn.Module, signature: Signature) -> None:
+    def __init__(self, module: torch.nn.Module, signature: Signature, device: Device) -> None:
         self._module = module
-        self._signature = signature
+        self._signature, self._device = signature, device
 
     def bind(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> Call:
-        check_bindings(self._signature, inputs, outputs)
+        check_bindings(self._signature, self._device, inputs, outputs)
         given, wanted = ({name: as_tensor(buffer) for name, buffer in side.items()} for side in (inputs, outputs))
         return _EagerCall(self._module, given, wanted)
 
@@ -107,9 +105,7 @@ class _EagerCall(Call):
 
     @torch.no_grad()
     def run(self) -> None:
-        try:
+        with watching_memory("a call"):
             results = self._module(**self._inputs)
-        except torch.OutOfMemoryError as error:
-            raise out_of_memory(error) from error
         for name, buffer in self._outputs.items():
             buffer.copy_(results[name])

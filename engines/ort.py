@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from cachec.engines.cuda_device import CudaBuffer, CudaDevice, cuda_device
-from cachec.runtime.device import CPU, CUDA, Buffer, DeviceName, Host
+from cachec.runtime.device import CPU, CUDA, Buffer, Device, DeviceName, Host
 from cachec.runtime.engine import HOST, Call, Engine, ExecutionContext, check_bindings
 from cachec.runtime.errors import BundleError, EngineError, InputError, missing_extra
 from cachec.runtime.specs import BFLOAT16, Signature
@@ -38,6 +38,7 @@ GRAPH_ID = "gpu_graph_id"  # run option; calls with the same one are one CUDA gr
 NO_GRAPH = -1
 ONNX_BFLOAT16 = 16  # of onnx.TensorProto.DataType; numpy has no name for it
 
+NO_MEMORY = ("Failed to allocate memory", "out of memory", "bad_alloc")  # in ONNX Runtime's messages
 OPSET = 23
 ALIGNMENT = 4096  # bytes; of tensors in the weights file, so that it can be mapped
 SHARED_FROM = 1024  # bytes; smaller tensors stay inside the ONNX file
@@ -68,7 +69,7 @@ class OrtEngine(Engine):
         return {name: cls(_open_on_gpu(path, gpu, device.index), signatures[name], gpu) for name, path in files.items()}
 
     def _context(self, native: Any) -> ExecutionContext:
-        return OrtContext(native, self.signature, DeviceName.parse(self.device.name))
+        return OrtContext(native, self.signature, self.device)
 
     @staticmethod
     def check_target(device: DeviceName, precision: str) -> None:
@@ -78,10 +79,10 @@ class OrtEngine(Engine):
                 f"device is {device}, but {CUDA_PROVIDER} is not among onnxruntime.get_available_providers(), which are "
                 f"{', '.join(available)}: replace onnxruntime by onnxruntime-gpu (cachec[gpu]), or use --device cpu"
             )
-        if device.kind == CPU and precision == BFLOAT16:
-            raise InputError(
-                "dtype is bfloat16, which ONNX Runtime has no kernels for on the CPU: use --device cuda or float16"
-            )
+        if device.kind == CUDA:
+            cuda_device(device)
+        elif precision == BFLOAT16:
+            raise InputError("bfloat16 is what ONNX Runtime has no kernels for on the CPU: use --device cuda or float16")
 
     @staticmethod
     def version() -> str:
@@ -128,6 +129,8 @@ def _open(path: Path, providers: list[Any]) -> onnxruntime.InferenceSession:
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=providers, enable_fallback=0)
     except Exception as error:  # onnxruntime's exceptions share no base class but Exception
+        if any(words in str(error) for words in NO_MEMORY):
+            raise EngineError(f"there is no memory for the engine {path.name} and its weights: {_one_line(error)}") from error
         raise BundleError(f"ONNX Runtime {onnxruntime.__version__} cannot load {path}: {error}") from error
 
 
@@ -150,13 +153,13 @@ def _open_on_gpu(path: Path, device: CudaDevice, index: int) -> onnxruntime.Infe
 class OrtContext(ExecutionContext):
     """Binds buffers by their addresses."""
 
-    def __init__(self, session: onnxruntime.InferenceSession, signature: Signature, place: DeviceName) -> None:
+    def __init__(self, session: onnxruntime.InferenceSession, signature: Signature, device: Device) -> None:
         self._session = session
-        self._signature = signature
-        self._place = place
+        self._signature, self._device = signature, device
+        self._place = DeviceName.parse(device.name)
 
     def bind(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> Call:
-        check_bindings(self._signature, inputs, outputs)
+        check_bindings(self._signature, self._device, inputs, outputs)
         binding = self._session.io_binding()
         for name, buffer in inputs.items():
             binding.bind_input(name, *self._where(buffer))
@@ -172,6 +175,7 @@ class OrtContext(ExecutionContext):
 
 
 _graph_ids = itertools.count(1)
+_told: "weakref.WeakSet[onnxruntime.InferenceSession]" = weakref.WeakSet()  # engines whose calls cannot be captured
 
 
 class GraphedCall(Call):
@@ -183,7 +187,7 @@ class GraphedCall(Call):
     def __init__(self, session: onnxruntime.InferenceSession, binding: Any, buffers: tuple[Buffer, ...]) -> None:
         self._session, self._binding, self._buffers = session, binding, buffers
         self._graph = next(_graph_ids)
-        self._options, self._recorded = _run_options(NO_GRAPH), False
+        self._options, self._captures = _run_options(NO_GRAPH), False  # whether this run captures the graph
         self._next = (
             self._graph if session.get_provider_options().get(CUDA_PROVIDER, {}).get("enable_cuda_graph") == "1" else None
         )
@@ -192,14 +196,24 @@ class GraphedCall(Call):
         try:
             self._session.run_with_iobinding(self._binding, self._options)
         except Exception as error:  # onnxruntime's exceptions share no base class but Exception
-            if not self._recorded:
-                raise EngineError(f"ONNX Runtime cannot run a call on the GPU: {error}") from error
-            log.warning("a call is made without a CUDA graph, since it cannot be captured: %s", error)
-            self._options, self._recorded = _run_options(NO_GRAPH), False
-            self._session.run_with_iobinding(self._binding, self._options)
+            if not self._captures:
+                raise _failed_call(error, self._buffers) from error
+            self._go_on_without(error)
+        self._captures = False
         if self._next is not None:
-            self._options, self._recorded, self._next = _run_options(self._next), True, None
+            self._options, self._captures, self._next = _run_options(self._next), True, None
             weakref.finalize(self, self._session.release_captured_graph, self._graph).atexit = False
+
+    def _go_on_without(self, error: Exception) -> None:
+        """Say once an engine why its calls cannot be captured, and make this one as it is."""
+        if self._session not in _told:
+            log.warning("calls are made without CUDA graphs, since one cannot be captured: %s", _one_line(error))
+            _told.add(self._session)
+        self._options = _run_options(NO_GRAPH)
+        try:
+            self._session.run_with_iobinding(self._binding, self._options)
+        except Exception as again:  # onnxruntime's exceptions share no base class but Exception
+            raise _failed_call(again, self._buffers) from again
 
 
 def _run_options(graph: int) -> onnxruntime.RunOptions:
@@ -219,11 +233,19 @@ class _OrtCall(Call):
         try:
             self._run(self._binding)
         except Exception as error:  # onnxruntime's exceptions share no base class but Exception
-            size, reason = sum(buffer.nbytes for buffer in self._buffers) / 1e6, " ".join(str(error).split())
-            raise EngineError(
-                f"ONNX Runtime cannot run a call with {size:.1f} MB of inputs and outputs: {reason}. If memory is short, take "
-                "a smaller batch: cachec inspect shows what one sample takes"
-            ) from error
+            raise _failed_call(error, self._buffers) from error
+
+
+def _failed_call(error: Exception, buffers: tuple[Buffer, ...]) -> EngineError:
+    size = sum(buffer.nbytes for buffer in buffers) / 1e6
+    return EngineError(
+        f"ONNX Runtime cannot run a call with {size:.1f} MB of inputs and outputs: {_one_line(error)}. If memory is short, "
+        "take a smaller batch: cachec inspect shows what one sample takes"
+    )
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def build_onnx(programs: Mapping[str, "ExportedProgram"], signatures: Mapping[str, Signature], out: Path) -> dict[str, Path]:

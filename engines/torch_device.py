@@ -1,6 +1,7 @@
 """PyTorch tensors as buffers, on the device that PyTorch runs on."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,9 @@ class TorchDevice(Device):
     def empty(self, shape: tuple[int, ...], dtype: str) -> torch.Tensor:
         try:
             return torch.zeros(shape, dtype=getattr(torch, dtype), device=self._device)
-        except (torch.OutOfMemoryError, MemoryError) as error:
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
             free = torch.cuda.mem_get_info(self._device)[0] if self._device.type == CUDA else None
             raise no_room(self.name, shape, itemsize(dtype), free) from error
 
@@ -46,7 +49,10 @@ class TorchDevice(Device):
             torch.cuda.synchronize(self._device)
 
     def record(self, work: Callable[[], None]) -> Call | None:
-        """A CUDA graph of ``work``; its temporary tensors get memory of their own."""
+        """A CUDA graph of ``work``; its temporary tensors get memory of their own.
+
+        A capture that fails may keep some memory: PyTorch does not always let go of it.
+        """
         if self._device.type != CUDA:
             return None
         with torch.cuda.device(self._device):
@@ -100,6 +106,18 @@ def as_tensor(buffer: Buffer) -> torch.Tensor:
     return torch.from_numpy(buffer) if isinstance(buffer, np.ndarray) else buffer
 
 
-def out_of_memory(error: torch.OutOfMemoryError) -> EngineError:
-    """PyTorch's message says how much was wanted and how much is free."""
-    return EngineError(f"the device has no memory left for a call: {error}. Take a smaller batch or size")
+@contextmanager
+def watching_memory(what: str) -> Iterator[None]:
+    """Turn PyTorch's errors about memory, which say how much was wanted, into an ``EngineError`` about ``what``."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = str(error).splitlines()[0]
+        raise EngineError(f"there is no memory for {what}: {reason}. Take a smaller batch or size") from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """On the CPU, PyTorch has no exception of its own for it."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)

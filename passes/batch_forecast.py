@@ -45,7 +45,8 @@ class BatchForecast(Pass):
     gets an axis of steps in front; latents [B, …] and ``deltas`` [n] come in, and ``next_latents`` [B, …] goes out.
 
     With ``velocities``, those [n, B, …] go out as well, for a sampler outside. Without, nobody reads the single ones: the
-    weighted sum over the steps is taken in front of the last linear layer, which then runs once.
+    weighted sum over the steps is taken in front of the last linear layer, which then runs once. (Not in half precision, where
+    a cast to float32 comes last.)
     """
 
     name: ClassVar[str] = "batch_forecast"

@@ -22,13 +22,15 @@ from cachec.passes.base import (
 from cachec.runtime.engine import FEATURE, FEATURES, VELOCITIES, VELOCITY
 
 aten = torch.ops.aten
+HALF_MAX = torch.finfo(torch.float16).max
 
 
 @dataclass(frozen=True)
 class CastSlots(Pass):
     """Let computed steps leave ``dtype`` in the slots, and forecasts read it, each with a cast of their own.
 
-    What is kept is the feature where there is a forecast graph, else the velocity. All arithmetic stays as it was.
+    What is kept is the feature where there is a forecast graph, else the velocity. float16 holds up to 65,504: what is larger
+    becomes that. All arithmetic stays as it was.
     """
 
     name: ClassVar[str] = "cast_slots"
@@ -49,7 +51,10 @@ class CastSlots(Pass):
         module = copy_module(module)
         results, end = outputs(module), next(iter(reversed(module.graph.nodes)))
         with module.graph.inserting_before(end):
-            cast = emit(results[kept], aten.to.dtype, results[kept], self.dtype)
+            value = results[kept]
+            if self.dtype == torch.float16:  # some models' features are larger than it can hold
+                value = emit(value, aten.clamp.default, value, -HALF_MAX, HALF_MAX)
+            cast = emit(value, aten.to.dtype, value, self.dtype)
         end.args = ({**results, kept: cast},)
         finish(module)
         return module

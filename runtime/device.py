@@ -48,6 +48,7 @@ class Device(ABC):
     """
 
     name: str
+    calculates = True  # its buffers can be added and subtracted
 
     @abstractmethod
     def empty(self, shape: tuple[int, ...], dtype: str) -> Buffer:

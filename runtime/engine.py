@@ -30,6 +30,7 @@ HISTORY_STEPS = "history_steps"  # which steps the history is of, newest first [
 
 STEP_VALUES = "step_values"  # all that depends on the step but not on the latents, side by side [B, …]
 
+MAX_BATCH = 1024  # that graphs are captured for
 BATCH, SLOTS, FORECASTS = "batch", "slots", "forecasts"  # symbolic sizes: B, H, n
 STEPS_OF = {"compute": "compute_steps", "forecast": "forecast_steps"}  # symbolic sizes of the prologue
 TIMESTEPS_OF = {"compute": "compute_timesteps", "forecast": "forecast_timesteps"}  # its inputs [T]
@@ -147,8 +148,11 @@ class Engine(ABC):
         self.close()
 
 
-def check_bindings(signature: Signature, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> None:
-    """Raise ``InputError`` unless the names, shapes and dtypes fit ``signature``; symbolic sizes must agree."""
+def check_bindings(signature: Signature, device: Device, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> None:
+    """Raise ``InputError`` unless names, shapes and dtypes fit ``signature``; symbolic sizes must agree.
+
+    All buffers must be of ``device``.
+    """
     wanted = {spec.name for spec in signature.inputs}
     if set(inputs) != wanted:
         raise InputError(f"engine inputs are {sorted(wanted)}, got {sorted(inputs)}")
@@ -157,6 +161,8 @@ def check_bindings(signature: Signature, inputs: Mapping[str, Buffer], outputs: 
     for name, buffer in (*inputs.items(), *outputs.items()):
         if name not in known:
             raise InputError(f"engine has no tensor {name!r}; it has {sorted(known)}")
+        if not device.owns(buffer):
+            raise InputError(f"{name!r} is a {type(buffer).__name__}, which is no buffer of {device.name}: upload it first")
         spec, dtype = known[name], str(buffer.dtype).removeprefix("torch.")
         if dtype != spec.dtype or len(buffer.shape) != len(spec.shape):
             raise InputError(f"{name!r} is {dtype}{list(buffer.shape)}, expected {spec.dtype}{list(spec.shape)}")

@@ -16,7 +16,7 @@ import numpy as np
 from cachec.runtime.binding import Binding, ModelIO, Operation
 from cachec.runtime.bundle import Bundle, Manifest
 from cachec.runtime.device import Buffer, DeviceName
-from cachec.runtime.engine import HOST, Call, Engine
+from cachec.runtime.engine import HOST, MAX_BATCH, Call, Engine
 from cachec.runtime.errors import EngineError, InputError, unknown_name
 from cachec.runtime.noise import make_noise
 from cachec.runtime.program import UNCACHED, Program
@@ -102,10 +102,12 @@ class Session:
     def __init__(
         self, engines: Mapping[str, Engine], program: Program, io: ModelIO, *, batch: int = 1, for_sampler: bool = False
     ) -> None:
-        if batch < 1:
-            raise InputError(f"batch is {batch}; it must be at least 1")
+        if not 1 <= batch <= MAX_BATCH:
+            raise InputError(f"batch is {batch}; it must be from 1 to {MAX_BATCH}")
         if program.key.batch not in (None, batch):
             raise InputError(f"batch is {batch}; this bundle was compiled for batches of {program.key.batch}")
+        if for_sampler and not engines["compute"].device.calculates:
+            raise InputError("a sampler outside cannot calculate with GPU buffers of the ort backend: take inductor or aoti")
         self.program = program
         self.io = io
         self.trace: Trace | None = None
@@ -170,6 +172,8 @@ class Session:
             else:
                 spec.check_form(value, self._sizes)
         except InputError as error:
+            if tuple(getattr(value, "shape", ())) == spec.resolve(self._sizes):
+                raise
             key = self.program.key
             raise InputError(
                 f"{error}; this session takes batches of {self._sizes['batch']}, and its bundle was compiled for "
@@ -260,10 +264,6 @@ class Session:
     def _spread_gap(self, compute: Operation) -> None:
         """Carry out the move after a computed step of the output cut, and give each of its steps the mean velocity."""
         move = self._operations[self._position]
-        if not hasattr(compute.latents, "__sub__"):
-            raise InputError(
-                f"buffers of {self._device.name} in this back end cannot be subtracted: use run, or the hidden cut"
-            )
         before = self._device.copy(compute.latents)
         self.advance()
         after = self._binding.final if self.finished else self._operations[self._position].latents

@@ -1,21 +1,26 @@
 """The report as one self-contained HTML page: pictures and plots inside, no script, nothing loaded from elsewhere."""
 
 import base64
+import importlib.util
 import io
 import math
 from importlib.resources import files
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
 from PIL import Image
 
 from cachec.compiler.calibration.evaluate import DIFFUSERS, FINE, Evaluation, KeptPrompt
 from cachec.compiler.calibration.plots import plot_coefficients, plot_errors, plot_quality, plot_schedules
 from cachec.compiler.calibration.tables import HEADER, MEANINGS, NO_VALUE, Report, headline, table_cells, table_notes
 from cachec.compiler.pictures import to_image
+from cachec.runtime.errors import missing_extra
 from cachec.runtime.program import UNCACHED
 from cachec.runtime.specs import Array
+
+if importlib.util.find_spec("jinja2") is None:
+    raise missing_extra("jinja2", "compile", "writing reports")
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
 
 MAX_SIDE = 512  # pixels; larger pictures are reduced
 

@@ -38,6 +38,7 @@ def evaluate_bundle(
     source: str | None,
     against: str,
     level: str | None = None,
+    device: str = "cpu",
     keep_pictures: int = 0,
 ) -> Evaluation:
     """Evaluate a bundle on the first ``num`` prompts of ``file``, or of the list that ships for its model.
@@ -49,7 +50,7 @@ def evaluate_bundle(
         raise InputError(f"num is {num}; it must be at least 1")
     check_seed(seed)
     parse_against(against)
-    with open_bundle(bundle) as loaded:
+    with open_bundle(bundle, device=device) as loaded:
         level = compared_level(loaded, level)
         spec = find_model(source or loaded.manifest.model["source"])
         prompts = read_prompts(file) if file else default_prompts(loaded.manifest.settings["prompts"], "eval")

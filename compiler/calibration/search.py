@@ -6,18 +6,22 @@ tried. It does not know how the model answers to latents that are off, so the be
 Shapes: ``P`` prompts, ``G`` grid steps, ``K`` computed steps.
 """
 
+import importlib.util
 import logging
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from scipy.linalg import solve_triangular
 
 from cachec.compiler.calibration.calibration import Calibration, decibels
 from cachec.compiler.methods.base import Method, Parameters, PredictorMethod
 from cachec.compiler.schedule import Schedule, uniform_schedule
 from cachec.compiler.table import AdvanceTable, ForecastTable
-from cachec.runtime.errors import InputError
+from cachec.runtime.errors import InputError, missing_extra
 from cachec.runtime.specs import Array
+
+if importlib.util.find_spec("scipy") is None:
+    raise missing_extra("scipy", "compile", "searching schedules")
+from scipy.linalg import solve_triangular
 
 log = logging.getLogger(__name__)
 

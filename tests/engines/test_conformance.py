@@ -126,6 +126,7 @@ def test_a_subset_of_the_outputs_may_be_bound(loaded):
         ({"coefficients": np.zeros(4, np.float32)}, r"has shape .* expected"),
         ({"noise": np.zeros((1, *SHAPE), np.float32)}, r"has shape .* expected"),
         ({"noise": np.zeros((2, WIDTH, TOKENS), np.float32).swapaxes(1, 2)}, "'noise' is not contiguous"),
+        ({"noise": torch.zeros(2, *SHAPE)}, "'noise' is a Tensor, which is no buffer of cpu: upload it first"),
     ],
 )
 def test_wrong_inputs_are_refused(loaded, change, message):
@@ -157,7 +158,7 @@ def test_hoisting_changes_latents_by_rounding_only(loaded, bundles, hoist):
             np.testing.assert_allclose(one, two, atol=2e-5, rtol=1e-5)
 
 
-def test_a_request_takes_no_new_buffer(loaded, monkeypatch):
+def test_a_request_asks_the_device_for_no_new_buffer(loaded, monkeypatch):
     session = loaded.session(batch=2)
     wanted = session.run(prompt(1, 2), noise(1, 2))
     monkeypatch.setattr(type(session._device), "empty", lambda *_: pytest.fail("a buffer was made"))
@@ -170,6 +171,17 @@ def test_half_precision_slots_take_half_the_memory_and_change_latents_by_their_r
         assert half.session().ring.nbytes * 2 == loaded.session().ring.nbytes
         one, two = (b.denoise(prompt(1, 2), [1, 2]) for b in (loaded, half))
     assert 1e-6 < np.abs(one - two).max() / np.abs(one).max() < 2e-3
+
+
+def test_bfloat16_slots_are_tensors(bundles):
+    with (
+        cachec.load(bundles("eager", "hidden")) as plain,
+        cachec.load(bundles("eager", "hidden", slots=torch.bfloat16)) as half,
+    ):
+        session = half.session(batch=2)
+        assert session.ring.dtype == torch.bfloat16
+        one, two = (s.run(prompt(1, 2), noise(1, 2)) for s in (plain.session(batch=2), session))
+    assert 1e-6 < np.abs(one - two).max() / np.abs(one).max() < 2e-2
 
 
 @pytest.fixture

@@ -1,5 +1,7 @@
 """From graphs of single steps to those of engines: hoisting, forecasts in runs, the sampler inside."""
 
+import copy
+
 import pytest
 import torch
 from toy import TOKENS, WIDTH, ToyDiT, example_inputs
@@ -296,3 +298,13 @@ def test_slots_of_the_output_cut_hold_velocities(toy_split):
     got = graphs.modules[ADVANCE](noise=given["latents"], velocities=velocities, coefficients=row)["next_latents"]
     expected = given["latents"] + torch.einsum("h,h...->...", row, velocities.float())
     torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-6)
+
+
+@torch.no_grad()
+def test_what_half_precision_cannot_hold_becomes_the_largest_it_can(toy_split):
+    graphs = Graphs({COMPUTE: toy_split.modules[COMPUTE]})
+    passes = engine_passes("latents", "timestep", ("prompt",), linear=False, hoist="none", slots=torch.float16)
+    compute = copy.deepcopy(run_passes(graphs, passes).modules[COMPUTE])
+    next(value for name, value in compute.named_parameters() if name.endswith(".out.bias")).fill_(1e6)
+    largest = compute(**example_inputs(), delta=torch.tensor([-0.3]))["velocity"]
+    assert torch.equal(largest, torch.full_like(largest, torch.finfo(torch.float16).max))

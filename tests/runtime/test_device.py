@@ -178,3 +178,15 @@ def test_what_cannot_be_recorded_is_said_once(loaded, caplog):
 
 def test_the_host_has_nothing_to_record():
     assert Host().record(lambda: pytest.fail("it must not be carried out")) is None
+
+
+def test_torch_says_what_finds_no_room_on_the_cpu():
+    torch = pytest.importorskip("torch")
+    from cachec.engines.torch_device import TorchDevice, watching_memory
+
+    with pytest.raises(InputError, match="cpu has no room for .* MB more"):
+        TorchDevice(DeviceName("cpu")).empty((1 << 24, 1 << 24), "bfloat16")
+    with pytest.raises(EngineError, match="there is no memory for a call: .*Take a smaller batch"), watching_memory("a call"):
+        torch.zeros(1 << 24, 1 << 24)
+    with pytest.raises(RuntimeError, match="shape"), watching_memory("a call"):
+        torch.zeros(2).view(3)

@@ -105,11 +105,11 @@ def with_value(array, value):
 
 
 BAD_REQUESTS = {
-    "noise of another shape": (prompt(1), noise(1)[:, :5], "'latents' has shape"),
-    "noise of another batch": (prompt(1), noise(1, 2), "'latents' has shape"),
+    "noise of another shape": (prompt(1), noise(1)[:, :5], "'latents' has shape .* compiled for 8x6 pixels and 0 text tokens"),
+    "noise of another batch": (prompt(1), noise(1, 2), "'latents' has shape .* this session takes batches of 1, and"),
     "noise without batch": (prompt(1), noise(1)[0], "'latents' has shape"),
     "noise of another dtype": (prompt(1), noise(1).astype(np.float64), "'latents' has dtype float64"),
-    "NaN in the noise": (prompt(1), with_value(noise(1), np.nan), "'latents' holds NaN"),
+    "NaN in the noise": (prompt(1), with_value(noise(1), np.nan), "'latents' holds NaN .*what made it$"),
     "infinity in the noise": (prompt(1), with_value(noise(1), np.inf), "'latents' holds NaN or infinity"),
     "condition missing": ({}, noise(1), "conditions are .'prompt'., got"),
     "condition unknown": ({**prompt(1), "lora": noise(1)}, noise(1), "conditions are .'prompt'., got .*lora"),
@@ -154,6 +154,11 @@ def test_advancing_a_finished_session_is_refused(loaded):
 def test_an_empty_batch_is_refused(loaded, batch):
     with pytest.raises(InputError, match=f"batch is {batch}"):
         loaded.session(batch=batch)
+
+
+def test_a_batch_beyond_what_graphs_are_captured_for_is_refused(loaded):
+    with pytest.raises(InputError, match="batch is 1025; it must be from 1 to 1024"):
+        loaded.session(batch=1025)
 
 
 def test_denoising_without_seeds_is_refused(loaded):

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from cachec.runtime.device import Host
 from cachec.runtime.engine import check_bindings
 from cachec.runtime.errors import InputError
 from cachec.runtime.specs import Signature, TensorSpec
@@ -56,7 +57,7 @@ def test_tensors_are_found_by_name():
 
 def bind(inputs=None, outputs=None):
     inputs = {"latents": zeros(2, 3), "timestep": zeros(2), **(inputs or {})}
-    check_bindings(SIGNATURE, inputs, {"velocity": zeros(2, 3)} if outputs is None else outputs)
+    check_bindings(SIGNATURE, Host(), inputs, {"velocity": zeros(2, 3)} if outputs is None else outputs)
 
 
 @pytest.mark.parametrize("outputs", [None, {}])
@@ -84,4 +85,4 @@ def test_unfit_bindings_are_refused(inputs, outputs, message):
 
 def test_a_missing_input_is_refused():
     with pytest.raises(InputError, match="engine inputs are"):
-        check_bindings(SIGNATURE, {"latents": zeros(2, 3)}, {})
+        check_bindings(SIGNATURE, Host(), {"latents": zeros(2, 3)}, {})
