@@ -6,6 +6,8 @@ must not be called from several threads at once.
 """
 
 import importlib.util
+import io
+import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -51,23 +53,21 @@ class AotiEngine(Engine):
         device: DeviceName = HOST,
         threads: int | None = None,
     ) -> dict[str, Self]:
-        from torch.export.pt2_archive._package import load_pt2
-
         if threads is not None:
             torch.set_num_threads(threads)
         path = next(iter(files.values()))
         on_gpu = device.kind == CUDA  # PyTorch's locks between threads cannot be captured as a CUDA graph
         try:
-            contents = load_pt2(str(path), load_weights_from_disk=True, run_single_threaded=on_gpu)
+            runners = _load_runners(path, single_threaded=on_gpu)
         except (RuntimeError, ValueError, OSError) as error:
             if is_out_of_memory(error):
                 raise EngineError(f"there is no memory for the weights of {path.name} on {device}: {error}") from error
             raise BundleError(f"torch {torch.__version__} cannot load {path}: {error}") from error
-        missing = files.keys() - contents.aoti_runners.keys()
+        missing = files.keys() - runners.keys()
         if missing:
             raise BundleError(f"{path} holds no graph {', '.join(sorted(missing))}: compile the bundle again")
         there = device_of(device, signatures.values())
-        return {name: cls(contents.aoti_runners[name], signatures[name], there) for name in files}
+        return {name: cls(runners[name], signatures[name], there) for name in files}
 
     def _context(self, native: Any) -> ExecutionContext:
         return _AotiContext(native, self.signature, self.device)
@@ -112,6 +112,27 @@ class AotiEngine(Engine):
         path = out / FILE
         package_pt2(str(path), aoti_files=compiled)
         return dict.fromkeys(programs, path)
+
+
+def _load_runners(path: Path, *, single_threaded: bool) -> dict[str, Any]:
+    """Runners by graph, each with weights of its own.
+
+    PyTorch's own ``load_weights_from_disk`` lets the runners share them, and then never frees them.
+    """
+    from torch.export.pt2_archive._package import PT2ArchiveReader, load_pt2
+    from torch.export.pt2_archive.constants import AOTINDUCTOR_DIR, WEIGHTS_DIR
+
+    runners = load_pt2(str(path), run_single_threaded=single_threaded).aoti_runners
+    with PT2ArchiveReader(str(path)) as archive:
+        names = archive.get_file_names()
+        files = {name.removeprefix(WEIGHTS_DIR): name for name in names if name.startswith(WEIGHTS_DIR)}
+        weights = {short: torch.load(io.BytesIO(archive.read_bytes(name))) for short, name in files.items()}
+        for name in names:
+            if name.startswith(AOTINDUCTOR_DIR) and name.endswith("weights_config.json"):
+                places = json.loads(archive.read_string(name))
+                wanted = {key: weights[file].as_strided(*layout) for key, (file, *layout) in places.items()}
+                runners[name.removeprefix(AOTINDUCTOR_DIR).split("/")[0]].load_constants(wanted, check_full_update=True)
+    return dict(runners)
 
 
 class _AotiContext(ExecutionContext):

@@ -1,0 +1,41 @@
+"""What is tested on AOTInductor only."""
+
+import gc
+import resource
+from pathlib import Path
+
+import torch
+
+from cachec.engines.aoti import AotiEngine
+from cachec.runtime.specs import Signature, TensorSpec
+
+SIDE = 2000  # weights of 16 MB
+
+
+def resident_bytes():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def test_closed_engines_give_their_weights_back(tmp_path):
+    class Layer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(SIDE, SIDE)
+
+        def forward(self, x):
+            return {"y": self.layer(x)}
+
+    signatures = {"compute": Signature((TensorSpec("x", (1, SIDE), "float32"),), (TensorSpec("y", (1, SIDE), "float32"),))}
+    with torch.no_grad():
+        program = torch.export.export(Layer().eval(), (), {"x": torch.zeros(1, SIDE)})
+        paths = AotiEngine.build({"compute": program}, signatures, tmp_path)
+
+    def open_and_close():
+        AotiEngine.load(paths, signatures)["compute"].close()
+        gc.collect()
+
+    open_and_close()
+    before = resident_bytes()
+    for _ in range(5):
+        open_and_close()
+    assert resident_bytes() - before < 2 * 4 * SIDE**2
