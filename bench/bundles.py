@@ -10,7 +10,7 @@ import numpy as np
 
 import cachec
 from bench.cases import METHODS, Case, open_case
-from bench.timing import peak_rss, write_part
+from bench.timing import part_arguments, peak_rss, write_part
 from cachec.compiler.pipeline import compile_bundle
 from cachec.compiler.request import make_request
 from cachec.runtime.engine import Engine
@@ -41,11 +41,7 @@ def load_engines(work: Path, case: Case, backend: str, stack: ExitStack) -> Mapp
 
 
 @click.command()
-@click.argument("name")
-@click.argument("backend")
-@click.argument("work", type=click.Path(path_type=Path))
-@click.argument("out", type=click.Path(path_type=Path))
-@click.option("--quick", is_flag=True)
+@part_arguments("name", "backend")
 def main(name: str, backend: str, work: Path, out: Path, quick: bool) -> None:
     case = open_case(name, work, quick=quick)
     method, options = METHODS["hidden"]

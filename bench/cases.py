@@ -5,19 +5,23 @@ as they are.
 """
 
 import hashlib
+import logging
 import math
+import warnings
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import torch
 from diffusers import FluxTransformer2DModel
 
 from bench.peers import Request, Subject, bare_subject, make_peer, make_requests, open_subject, plain
+from bench.timing import part_arguments, write_part
 from cachec.compiler.calibration.metrics import psnr_db
 from cachec.compiler.calibration.prompts import default_prompts
 from cachec.compiler.lower import lower_advance, lower_table, lower_uncached
@@ -214,6 +218,22 @@ def open_case(name: str, work: Path, *, quick: bool) -> Case:
     settings = Settings(spec.height, spec.width, spec.text_tokens, spec.guidance, 12 if quick else 28, "float32")
     sizes = Sizes(1, 2, 0, 2, 20.0, 1, warm=False) if quick else Sizes(1, 1, 0, 5, 160.0, 1, warm=False)
     return Case(name, model, settings, (5, 7) if quick else (7, 10), pictures=False, sizes=sizes)
+
+
+def tiny_command(parts: Mapping[str, Callable[..., dict[str, Any]]]) -> click.Command:
+    """A command that measures one of ``parts`` on tiny-flux."""
+
+    @click.command()
+    @part_arguments("part")
+    def main(part: str, work: Path, out: Path, quick: bool) -> None:
+        logging.basicConfig(level=logging.ERROR)
+        warnings.filterwarnings("ignore")
+        if part not in parts:
+            raise click.UsageError(f"there is no part {part!r}: take one of {', '.join(parts)}")
+        case = open_case(TINY, work, quick=quick)
+        write_part(out, {"case": TINY, "part": part, **parts[part](case, work, quick=quick)})
+
+    return main
 
 
 def at_size(case: Case, *, pixels: int, steps: int) -> Case:

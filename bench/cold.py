@@ -20,7 +20,7 @@ import click
 from bench.bundles import BACKENDS, bundle_path, conditions_path
 from bench.cases import Case, open_case, shaped_weights
 from bench.cold_child import PEERS
-from bench.timing import PAUSE, write_part
+from bench.timing import PAUSE, part_arguments, write_part
 from cachec.compiler.schedule import uniform_schedule
 
 
@@ -76,10 +76,7 @@ def measure(name: str, task: dict[str, Any], caches: Path, repeats: int) -> dict
 
 
 @click.command()
-@click.argument("name")
-@click.argument("work", type=click.Path(path_type=Path))
-@click.argument("out", type=click.Path(path_type=Path))
-@click.option("--quick", is_flag=True)
+@part_arguments("name")
 def main(name: str, work: Path, out: Path, quick: bool) -> None:
     case = open_case(name, work, quick=quick)
     caches = work / "cold-caches" / name

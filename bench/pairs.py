@@ -19,7 +19,7 @@ from bench.bundles import load_engines
 from bench.cases import METHODS, Case, open_case
 from bench.peers import Request
 from bench.rows import session_run, warm_up
-from bench.timing import settle, spread, timed, write_part
+from bench.timing import part_arguments, settle, spread, timed, write_part
 from cachec.compiler.schedule import Schedule, uniform_schedule
 from cachec.runtime.session import Session
 from cachec.runtime.trace import Trace
@@ -118,11 +118,7 @@ def make_sessions(case: Case, engines: Any, budgets: Sequence[int]) -> tuple[Ses
 
 
 @click.command()
-@click.argument("name")
-@click.argument("backend")
-@click.argument("work", type=click.Path(path_type=Path))
-@click.argument("out", type=click.Path(path_type=Path))
-@click.option("--quick", is_flag=True)
+@part_arguments("name", "backend")
 def main(name: str, backend: str, work: Path, out: Path, quick: bool) -> None:
     case = open_case(name, work, quick=quick)
     request = case.requests[0]

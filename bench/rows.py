@@ -20,7 +20,7 @@ import torch
 from bench.bundles import BACKENDS, load_engines
 from bench.cases import METHODS, Case, open_case
 from bench.peers import Peer, Peers, Request, make_peers
-from bench.timing import settle, spread, timed, write_part
+from bench.timing import part_arguments, settle, spread, timed, write_part
 from cachec.compiler.models.base import tensors_from
 from cachec.compiler.schedule import Schedule, uniform_schedule
 from cachec.runtime.engine import Engine
@@ -168,10 +168,7 @@ def to_json(case: Case, rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 @click.command()
-@click.argument("name")
-@click.argument("work", type=click.Path(path_type=Path))
-@click.argument("out", type=click.Path(path_type=Path))
-@click.option("--quick", is_flag=True)
+@part_arguments("name")
 def main(name: str, work: Path, out: Path, quick: bool) -> None:
     logging.basicConfig(level=logging.ERROR)
     warnings.filterwarnings("ignore")

@@ -4,23 +4,19 @@
 computed steps and by batch.
 """
 
-import logging
 import math
 import tempfile
-import warnings
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import click
-
 from bench.bundles import load_engines
-from bench.cases import METHODS, TINY, Case, at_size, open_case
+from bench.cases import METHODS, Case, at_size, tiny_command
 from bench.pairs import Traced, summarise_calls
 from bench.peers import Request, make_peer, plain
 from bench.rows import session_run
-from bench.timing import repeat_for, settle, spread, write_part
+from bench.timing import repeat_for, settle, spread
 from cachec.compiler.export import plan_engines
 from cachec.compiler.forecast import engine_graphs, linear_graphs
 from cachec.compiler.schedule import Schedule, uniform_schedule
@@ -132,19 +128,7 @@ def in_turns(calls: Mapping[Any, Callable[[], object]], rounds: int) -> dict[Any
     return spent
 
 
-PARTS = {"tokens": measure_tokens, "steps": measure_steps, "batch": measure_batch}
-
-
-@click.command()
-@click.argument("part", type=click.Choice(list(PARTS)))
-@click.argument("work", type=click.Path(path_type=Path))
-@click.argument("out", type=click.Path(path_type=Path))
-@click.option("--quick", is_flag=True)
-def main(part: str, work: Path, out: Path, quick: bool) -> None:
-    logging.basicConfig(level=logging.ERROR)
-    warnings.filterwarnings("ignore")
-    case = open_case(TINY, work, quick=quick)
-    write_part(out, {"case": TINY, "part": part, **PARTS[part](case, work, quick=quick)})
+main = tiny_command({"tokens": measure_tokens, "steps": measure_steps, "batch": measure_batch})
 
 
 if __name__ == "__main__":

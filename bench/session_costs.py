@@ -4,27 +4,23 @@
 ``slots``: features stored in float16.
 """
 
-import logging
 import resource
 import statistics
 import tempfile
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import click
-
 import cachec
 from bench.bundles import load_engines
-from bench.cases import METHODS, TINY, Case, open_case
+from bench.cases import METHODS, Case, tiny_command
 from bench.pairs import make_sessions
 from bench.rows import session_run
 from bench.scaling import bound, in_turns
-from bench.timing import spread, write_part
+from bench.timing import spread
 from cachec.compiler.pipeline import compile_bundle
 from cachec.compiler.request import make_request
 from cachec.compiler.schedule import uniform_schedule
@@ -164,19 +160,7 @@ def _compile_half(case: Case, cut: str, stack: ExitStack) -> Path:
     return out
 
 
-PARTS = {"overhead": measure_overhead, "requests": measure_requests, "slots": measure_slots}
-
-
-@click.command()
-@click.argument("part", type=click.Choice(list(PARTS)))
-@click.argument("work", type=click.Path(path_type=Path))
-@click.argument("out", type=click.Path(path_type=Path))
-@click.option("--quick", is_flag=True)
-def main(part: str, work: Path, out: Path, quick: bool) -> None:
-    logging.basicConfig(level=logging.ERROR)
-    warnings.filterwarnings("ignore")
-    case = open_case(TINY, work, quick=quick)
-    write_part(out, {"case": TINY, "part": part, **PARTS[part](case, work, quick=quick)})
+main = tiny_command({"overhead": measure_overhead, "requests": measure_requests, "slots": measure_slots})
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import torch
 
@@ -73,6 +74,20 @@ def facts() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": versions,
     }
+
+
+def part_arguments(*names: str) -> Callable[[Any], Any]:
+    """Of a part's command: its own ``names``, the work directory, the file to write, and ``--quick``."""
+
+    def apply(function: Any) -> Any:
+        function = click.option("--quick", is_flag=True)(function)
+        for path in ("out", "work"):
+            function = click.argument(path, type=click.Path(path_type=Path))(function)
+        for name in reversed(names):
+            function = click.argument(name)(function)
+        return function
+
+    return apply
 
 
 def write_part(out: Path, data: dict[str, Any]) -> None:

@@ -32,9 +32,6 @@ class EagerEngine(Engine):
     needs_same_version = True
     device_bound = False  # programs are moved when they are loaded
 
-    def __init__(self, module: torch.nn.Module, signature: Signature, device: Device) -> None:
-        super().__init__(module, signature, device)
-
     @classmethod
     def load(
         cls,
