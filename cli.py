@@ -126,7 +126,7 @@ def compile_command(model: str, out: Path | None, options: tuple[str, ...], forc
     from cachec.compiler.models import find_model, load_model
     from cachec.compiler.pipeline import compile_bundle
     from cachec.compiler.request import make_request
-    from cachec.compiler.write import check_output
+    from cachec.runtime.write import check_output
     from cachec.runtime.inspect import describe_levels
 
     spec = find_model(model)
@@ -224,7 +224,7 @@ def eval_command(bundle: Path, json_file: Path | None, force: bool, **rest: Any)
     """
     from cachec.compiler.calibration.report import evaluate_bundle
     from cachec.compiler.calibration.tables import format_table
-    from cachec.compiler.write import check_file, write_file
+    from cachec.runtime.write import check_file, write_file
 
     if json_file is not None:
         check_file(json_file, force=force)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cachec.compiler.write import write_file
+from cachec.runtime.write import write_file
 from cachec.runtime.errors import missing_extra
 from cachec.runtime.specs import Array
 

@@ -38,7 +38,7 @@ from cachec.compiler.split import cast_transformer, split_model
 from cachec.compiler.table import compose
 from cachec.compiler.training import train_predictor, training_facts
 from cachec.compiler.verify import Verifier, eager_output
-from cachec.compiler.write import BundleWriter
+from cachec.runtime.write import BundleWriter
 from cachec.engines import get_backend
 from cachec.passes import COMPUTE, Graphs, dump_to, split_passes
 from cachec.passes.base import Observer

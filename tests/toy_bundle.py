@@ -18,7 +18,7 @@ from cachec.compiler.methods.adams import Adams
 from cachec.compiler.methods.taylor import Taylor
 from cachec.compiler.schedule import Schedule
 from cachec.compiler.table import AdvanceTable, compose
-from cachec.compiler.write import BundleWriter
+from cachec.runtime.write import BundleWriter
 from cachec.engines.eager import EagerEngine
 from cachec.passes import COMPUTE, FORECAST, Graphs, engine_passes, forecast_passes, run_passes, split_passes
 from cachec.passes.base import placeholders

@@ -18,7 +18,7 @@ from cachec.compiler.calibration.prompts import default_prompts, read_prompts
 from cachec.compiler.calibration.tables import Report, render_markdown
 from cachec.compiler.models import find_model, load_model
 from cachec.compiler.models.base import check_prompts
-from cachec.compiler.write import check_file, write_file
+from cachec.runtime.write import check_file, write_file
 from cachec.engines import open_bundle
 from cachec.runtime.bundle import Bundle
 from cachec.runtime.errors import InputError

@@ -14,7 +14,7 @@ from cachec.compiler.calibration.statistics import (
 from cachec.compiler.models import find_model, load_model
 from cachec.compiler.request import make_settings
 from cachec.compiler.split import split_model
-from cachec.compiler.write import check_file
+from cachec.runtime.write import check_file
 from cachec.runtime.errors import InputError
 from cachec.runtime.noise import check_seed
 

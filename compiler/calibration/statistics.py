@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from cachec.compiler.calibration.trajectories import TRAINING_SEED_BASE, Denoiser
 from cachec.compiler.models.base import LoadedModel, Settings, check_prompts, tensors_from
-from cachec.compiler.write import write_file
+from cachec.runtime.write import write_file
 from cachec.passes import Graphs
 from cachec.runtime.bundle import replace_file
 from cachec.runtime.errors import InputError, OutputError

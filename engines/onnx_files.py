@@ -1,0 +1,100 @@
+"""ONNX files at opset 23, all of a bundle over one weights file: what ONNX Runtime runs and TensorRT builds from."""
+
+import hashlib
+import importlib.util
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cachec.runtime.errors import missing_extra
+from cachec.runtime.specs import Signature
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+OPSET = 23
+ALIGNMENT = 4096  # bytes; of tensors in the weights file, so that it can be mapped
+SHARED_FROM = 1024  # bytes; smaller tensors stay inside the ONNX file
+
+
+def build_onnx(programs: Mapping[str, "ExportedProgram"], signatures: Mapping[str, Signature], out: Path) -> dict[str, Path]:
+    """Write ``<name>.onnx`` per program plus one shared ``weights-<hash>.bin`` into ``out``."""
+    for package in ("onnx_ir", "onnxscript"):
+        if importlib.util.find_spec(package) is None:
+            raise missing_extra(package, "compile", "writing ONNX files")
+    import onnx_ir
+    import torch
+
+    for noisy in ("torch.onnx", "onnxscript", "onnx_ir"):  # they tell of every pattern that they do not apply
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    models: dict[str, Any] = {}
+    for name, program in programs.items():
+        signature = signatures[name]
+        exported = torch.onnx.export(
+            program,
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=[spec.name for spec in signature.inputs],
+            output_names=[spec.name for spec in signature.outputs],
+            optimize=True,
+            verbose=False,
+        )
+        models[name] = exported.model  # type: ignore[union-attr]
+        _drop_metadata(models[name])
+    weights = _share_weights(models, out)
+    paths = {}
+    for name, model in models.items():
+        for value, tensor in weights[name].items():
+            model.graph.initializers[value].const_value = tensor
+        paths[name] = out / f"{name}.onnx"
+        onnx_ir.save(model, paths[name])
+    return paths
+
+
+def _drop_metadata(model: Any) -> None:
+    """Drop the exporter's notes: they hold source paths and stack traces of the machine that compiled."""
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    for node in model.graph.all_nodes():
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in (*node.outputs, *(v for v in node.inputs if v is not None)):
+            value.metadata_props.clear()
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
+
+
+def _share_weights(models: Mapping[str, Any], out: Path) -> dict[str, dict[str, Any]]:
+    """Write every large initializer once; returns external tensors by model and initializer name."""
+    import onnx_ir
+
+    content = bytearray()
+    places: dict[str, tuple[int, int]] = {}
+    wanted: dict[str, dict[str, tuple[Any, str]]] = {}
+    for name, model in models.items():
+        wanted[name] = {}
+        for key, value in model.graph.initializers.items():
+            tensor = value.const_value
+            if tensor.nbytes < SHARED_FROM:
+                continue
+            data = np.ascontiguousarray(tensor.numpy()).tobytes()
+            digest = hashlib.sha256(data).hexdigest()
+            if digest not in places:
+                content.extend(b"\0" * (-len(content) % ALIGNMENT))
+                places[digest] = (len(content), len(data))
+                content.extend(data)
+            wanted[name][key] = (tensor, digest)
+    file = out / f"weights-{hashlib.sha256(content).hexdigest()[:16]}.bin"
+    file.write_bytes(content)
+    return {
+        name: {
+            key: onnx_ir.ExternalTensor(
+                file.name, *places[digest], tensor.dtype, shape=tensor.shape, name=key, base_dir=str(out)
+            )
+            for key, (tensor, digest) in tensors.items()
+        }
+        for name, tensors in wanted.items()
+    }
