@@ -126,8 +126,8 @@ def compile_command(model: str, out: Path | None, options: tuple[str, ...], forc
     from cachec.compiler.models import find_model, load_model
     from cachec.compiler.pipeline import compile_bundle
     from cachec.compiler.request import make_request
-    from cachec.runtime.write import check_output
     from cachec.runtime.inspect import describe_levels
+    from cachec.runtime.write import check_output
 
     spec = find_model(model)
     request = make_request(spec, options=_parse_options(options), **rest)

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from cachec.compiler.export import EnginePlan
 from cachec.compiler.models.base import Settings
-from cachec.runtime.write import BundleWriter
 from cachec.runtime.bundle import ANY_DEVICE, Artifact, Target
 from cachec.runtime.device import DeviceName
 from cachec.runtime.engine import HOST, Engine
+from cachec.runtime.write import BundleWriter
 
 
 def build_target(

@@ -10,7 +10,6 @@ from cachec.compiler.calibration.metrics import psnr_db
 from cachec.compiler.models import find_model, load_model
 from cachec.compiler.models.base import LoadedModel, Settings, check_prompts, settings_of
 from cachec.compiler.pictures import Cell, draw_sheet, to_image, write_png
-from cachec.runtime.write import check_file, write_file
 from cachec.engines import open_bundle
 from cachec.runtime.errors import InputError
 from cachec.runtime.noise import check_seed, make_noise
@@ -18,6 +17,7 @@ from cachec.runtime.program import UNCACHED
 from cachec.runtime.session import LoadedBundle, Session
 from cachec.runtime.specs import Array
 from cachec.runtime.trace import Trace
+from cachec.runtime.write import check_file, write_file
 
 
 def generate_pictures(

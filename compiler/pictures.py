@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from cachec.runtime.write import write_file
 from cachec.runtime.errors import missing_extra
 from cachec.runtime.specs import Array
+from cachec.runtime.write import write_file
 
 if importlib.util.find_spec("PIL") is None:
     raise missing_extra("pillow", "compile", "drawing pictures")

@@ -38,7 +38,6 @@ from cachec.compiler.split import cast_transformer, split_model
 from cachec.compiler.table import compose
 from cachec.compiler.training import train_predictor, training_facts
 from cachec.compiler.verify import Verifier, eager_output
-from cachec.runtime.write import BundleWriter
 from cachec.engines import get_backend
 from cachec.passes import COMPUTE, Graphs, dump_to, split_passes
 from cachec.passes.base import Observer
@@ -48,6 +47,7 @@ from cachec.runtime.errors import InputError, QualityError
 from cachec.runtime.noise import GENERATOR
 from cachec.runtime.program import UNCACHED, Program, ProgramKey, hash_sigmas
 from cachec.runtime.specs import Array
+from cachec.runtime.write import BundleWriter
 
 log = logging.getLogger(__name__)
 

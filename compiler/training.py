@@ -17,10 +17,10 @@ from cachec.compiler.predictors import predictor_bytes
 from cachec.compiler.request import Request
 from cachec.compiler.schedule import Schedule
 from cachec.compiler.split import split_model
-from cachec.runtime.write import check_file, write_file
 from cachec.runtime.bundle import replace_file
 from cachec.runtime.errors import InputError, OutputError, PredictorError
 from cachec.runtime.program import hash_sigmas
+from cachec.runtime.write import check_file, write_file
 
 HELD_OUT_EVERY = 4  # every fourth prompt is kept from training and tells when to stop
 MIN_PROMPTS = 8

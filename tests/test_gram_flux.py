@@ -15,10 +15,10 @@ from cachec.compiler.models import find_model, load_model
 from cachec.compiler.models.base import settings_of
 from cachec.compiler.pipeline import compile_bundle
 from cachec.compiler.request import make_request
-from cachec.runtime.write import BundleWriter
 from cachec.runtime.bundle import Bundle
 from cachec.runtime.errors import InputError, QualityError
 from cachec.runtime.noise import make_noise
+from cachec.runtime.write import BundleWriter
 
 STEPS, FINE, NUM = 8, 16, 8
 

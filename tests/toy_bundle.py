@@ -18,7 +18,6 @@ from cachec.compiler.methods.adams import Adams
 from cachec.compiler.methods.taylor import Taylor
 from cachec.compiler.schedule import Schedule
 from cachec.compiler.table import AdvanceTable, compose
-from cachec.runtime.write import BundleWriter
 from cachec.engines.eager import EagerEngine
 from cachec.passes import COMPUTE, FORECAST, Graphs, engine_passes, forecast_passes, run_passes, split_passes
 from cachec.passes.base import placeholders
@@ -26,6 +25,7 @@ from cachec.runtime.bundle import ANY_DEVICE, Manifest, Target
 from cachec.runtime.engine import HOST
 from cachec.runtime.noise import GENERATOR
 from cachec.runtime.program import UNCACHED, ProgramKey, hash_sigmas
+from cachec.runtime.write import BundleWriter
 
 STEPS = 10
 SIGMAS = np.linspace(1, 0, STEPS + 1, dtype=np.float32)

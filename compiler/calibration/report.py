@@ -18,13 +18,13 @@ from cachec.compiler.calibration.prompts import default_prompts, read_prompts
 from cachec.compiler.calibration.tables import Report, render_markdown
 from cachec.compiler.models import find_model, load_model
 from cachec.compiler.models.base import check_prompts
-from cachec.runtime.write import check_file, write_file
 from cachec.engines import open_bundle
 from cachec.runtime.bundle import Bundle
 from cachec.runtime.errors import InputError
 from cachec.runtime.inspect import describe_bundle
 from cachec.runtime.noise import check_seed
 from cachec.runtime.program import Program
+from cachec.runtime.write import check_file, write_file
 
 FORMATS = (".html", ".md", ".json")
 

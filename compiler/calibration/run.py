@@ -14,9 +14,9 @@ from cachec.compiler.calibration.statistics import (
 from cachec.compiler.models import find_model, load_model
 from cachec.compiler.request import make_settings
 from cachec.compiler.split import split_model
-from cachec.runtime.write import check_file
 from cachec.runtime.errors import InputError
 from cachec.runtime.noise import check_seed
+from cachec.runtime.write import check_file
 
 
 def calibrate_to_file(

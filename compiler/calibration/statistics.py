@@ -21,12 +21,12 @@ from tqdm import tqdm
 
 from cachec.compiler.calibration.trajectories import TRAINING_SEED_BASE, Denoiser
 from cachec.compiler.models.base import LoadedModel, Settings, check_prompts, tensors_from
-from cachec.runtime.write import write_file
 from cachec.passes import Graphs
 from cachec.runtime.bundle import replace_file
 from cachec.runtime.errors import InputError, OutputError
 from cachec.runtime.noise import NUM_SEEDS, make_noise
 from cachec.runtime.program import hash_sigmas
+from cachec.runtime.write import write_file
 
 log = logging.getLogger(__name__)
 
