@@ -10,25 +10,33 @@ __version__ = "0.1.0"
 __all__ = ["CachecError", "LoadedBundle", "Session", "__version__", "accelerate", "compile_model", "load"]
 
 
-def load(bundle: str | Path, *, device: str = "cpu", verify: bool = False, threads: int | None = None) -> LoadedBundle:
-    """Open a bundle and load its engines on ``device``: ``cpu``, ``cuda``, or ``cuda:1`` for the second GPU.
+def load(
+    bundle: str | Path,
+    *,
+    device: str | None = None,
+    target: str | None = None,
+    verify: bool = False,
+    threads: int | None = None,
+) -> LoadedBundle:
+    """Open a bundle and load the engines of the best of its targets that fits here.
 
+    ``device``: only on ``cpu``, ``cuda``, or ``cuda:1``, the second GPU. ``target``: only this one, ``tensorrt`` say.
     ``verify`` hashes large files even if this machine has hashed them before; ``threads`` limits CPU threads.
 
     Raises:
-        BundleError: the directory is no bundle, damaged, or does not fit this machine or device.
+        BundleError: the directory is no bundle, damaged, or none of its targets fits this machine or device.
         InputError: there is no such device here.
     """
     from cachec.engines import open_bundle
 
-    return open_bundle(Path(bundle), device=device, verify=verify, threads=threads)
+    return open_bundle(Path(bundle), device=device, target=target, verify=verify, threads=threads)
 
 
 def compile_model(model: str, out: str | Path, *, method: str = "lesa", force: bool = False, **options: Any) -> Path:
     """Compile ``model`` (short name, Hub id or directory) into a bundle at ``out``; returns ``out``.
 
     ``options`` are those of ``cachec.compiler.request.make_request``: ``steps``, ``interval``, ``budget``, ``schedule``,
-    ``backend``, ``height``, ``width``, ``guidance``, ``dtype``, ``predictor``, ``prompts``, ``seed``, ….
+    ``targets``, ``height``, ``width``, ``guidance``, ``dtype``, ``predictor``, ``prompts``, ``seed``, ….
 
     Raises:
         CachecError: of the kind that fits; nothing is left at ``out``.

@@ -98,6 +98,32 @@ _schedule_options = _options(
 )
 
 
+_target_option = click.option(
+    "--target",
+    "--backend",
+    "targets",
+    multiple=True,
+    default=["ort"],
+    show_default=True,
+    help="What to build: cachec list backends; bound to a device as ort-cuda. May be given several times.",
+)
+
+
+_build_options = _options(
+    click.option("--strip-weights", is_flag=True, help="TensorRT: engines without weights, which the bundle then has once."),
+    click.option("--hardware-compatibility", default="none", show_default=True,
+                 help="TensorRT: none, same-capability or ampere-plus: also run on other GPUs, slower."),
+    click.option("--version-compatible", is_flag=True, help="TensorRT: also run on later minor versions, slower."),
+    click.option("--optimization-level", default=3, show_default=True, help="TensorRT: 0 builds fast, 5 searches longest."),
+    click.option("--workspace", type=float, help="TensorRT: scratch memory of kernels, in GB; default all that there is."),
+    click.option("--max-batch", default=1, show_default=True, help="TensorRT: samples that a call may take."),
+)  # fmt: skip
+_run_options = _options(
+    click.option("--device", help="cpu, cuda, or cuda:1 for the second GPU; default the best that a target fits."),
+    click.option("--target", help="Use this target of the bundle only, as tensorrt or ort-cpu; default the best that fits."),
+)
+
+
 @main.command("compile")
 @_talking
 @click.argument("model")
@@ -110,8 +136,9 @@ _schedule_options = _options(
 @click.option("--min-psnr", type=float, help="Fail if a level is below this PSNR in dB on held-out prompts.")
 @click.option("--calibration", type=click.Path(), help="File from cachec calibrate; default: made now.")
 @click.option("--reference-steps", type=int, help="Fit to a finer run with so many steps.")
-@click.option("--backend", default="ort", show_default=True, help="Engine back end: cachec list backends.")
+@_target_option
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:1: measure there; aoti builds for it.")
+@_build_options
 @click.option("--dtype", default="float32", show_default=True, help="float32, float16 or bfloat16.")
 @click.option("--batch", type=int, help="Accept batches of this size only; default any.")
 @click.option("--predictor", type=click.Path(), help="Trained predictor file, from cachec train.")
@@ -140,6 +167,7 @@ def compile_command(model: str, out: Path | None, options: tuple[str, ...], forc
             ("bundle", str(out)),
             ("method", f"{request.method.name}, trained predictor: {done.predictor_origin}"),
             *describe_levels(bundle),
+            *[("target", str(target)) for target in bundle.manifest.targets],
             ("size", f"{size / 1e6:.1f} MB"),
             ("seconds", ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in done.seconds.items())),
         ]
@@ -187,7 +215,7 @@ def train_command(model: str, out: Path, options: tuple[str, ...], force: bool, 
 @click.option("--seed", default=0, show_default=True, help="Noise of the first prompt; the next has the next seed.")
 @click.option("--model", "source", help="Directory of the model's text encoders and VAE; default from the bundle.")
 @click.option("--compare", is_flag=True, help="Also run every step, and write both side by side.")
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, or cuda:1 for the second GPU.")
+@_run_options
 @click.option("--threads", type=int, help="CPU threads an engine call may use.")
 @click.option("--profile", type=click.Path(path_type=Path), help="Write where the time went: Chrome trace, JSON.")
 @click.option("--verify", is_flag=True, help="Hash large files even if this machine has before.")
@@ -206,7 +234,7 @@ _evaluation_options = _options(
     click.option("--prompts", "file", type=click.Path(path_type=Path), help="Prompts, one a line; a held-out list ships."),
     click.option("--seed", default=0, show_default=True, help="Noise of the first prompt; the next has the next seed."),
     click.option("--model", "source", help="Directory of the model; default from the bundle."),
-    click.option("--device", default="cpu", show_default=True, help="cpu, cuda, or cuda:1 for the second GPU."),
+    _run_options,
 )
 
 
@@ -265,7 +293,9 @@ def inspect_command(bundle: Path, as_json: bool) -> None:
         programs = {level: opened.program(level).to_json() for level in opened.manifest.programs}
         click.echo(json.dumps({"manifest": opened.manifest.to_json(), "programs": programs}, indent=1))
         return
-    _table(describe_bundle(opened))
+    from cachec.engines.targets import find_fit
+
+    _table(describe_bundle(opened, [find_fit(target).in_words for target in opened.manifest.targets]))
 
 
 @main.command("list")

@@ -47,7 +47,7 @@ def main(name: str, backend: str, work: Path, out: Path, quick: bool) -> None:
     method, options = METHODS["hidden"]
     budget = case.budgets[-1]
     request = make_request(
-        case.model.spec, method=method, options=options, steps=case.steps, budget=budget, schedule="uniform", backend=backend
+        case.model.spec, method=method, options=options, steps=case.steps, budget=budget, schedule="uniform", targets=backend
     )
     path = bundle_path(work, name, backend)
     start = time.perf_counter()

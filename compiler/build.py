@@ -1,51 +1,77 @@
 """From engine plans to engine files in a bundle, and loaded engines."""
 
-import platform
-from collections.abc import Sequence
+import logging
+import tempfile
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+from torch.export import ExportedProgram
+
 from cachec.compiler.export import EnginePlan
-from cachec.compiler.models.base import Settings
-from cachec.runtime.bundle import ANY_DEVICE, Artifact, Target
+from cachec.engines.build import build_into, seal_all
+from cachec.engines.eager import EagerEngine
+from cachec.engines.onnx_files import build_onnx
+from cachec.engines.targets import ONNX_TARGET, TargetName, find_fit
+from cachec.runtime.build import BuildOptions, Sources
+from cachec.runtime.bundle import Target
 from cachec.runtime.device import DeviceName
-from cachec.runtime.engine import HOST, Engine
+from cachec.runtime.engine import Engine
 from cachec.runtime.write import BundleWriter
 
-
-def build_target(
-    backend: type[Engine], settings: Settings, plans: Sequence[EnginePlan], writer: BundleWriter, device: DeviceName
-) -> Target:
-    """Build the engines into the bundle."""
-    target_device = device.kind if backend.device_bound else ANY_DEVICE
-    directory = writer.directory(f"engines/{backend.name}-{target_device}-{settings.dtype}-{settings.height}x{settings.width}")
-    engines = build_engines(backend, plans, writer, directory, device)
-    return Target(
-        backend=backend.name,
-        version=backend.version(),
-        os=platform.system().lower(),
-        device=target_device,
-        precision=settings.dtype,
-        shape_bucket=f"{settings.height}x{settings.width}, {settings.text_tokens} text tokens",
-        engines=engines,
-    )
+log = logging.getLogger(__name__)
 
 
-def build_engines(
-    backend: type[Engine], plans: Sequence[EnginePlan], writer: BundleWriter, directory: Path, device: DeviceName = HOST
-) -> dict[str, Artifact]:
-    """Build engines into a directory of the bundle, and name their files by their hashes."""
-    signatures = {plan.name: plan.signature for plan in plans}
-    paths = backend.build({plan.name: plan.program for plan in plans}, signatures, directory, device=device)
-    sealed = {path: writer.seal(path) for path in sorted(set(paths.values()))}  # several engines may be in one file
-    for extra in sorted(directory.iterdir()):
-        if extra.relative_to(writer.staging).as_posix() not in writer.files:
-            writer.seal(extra)
-    return {name: Artifact(sealed[path], signatures[name]) for name, path in paths.items()}
+class PlannedSources(Sources):
+    """The graphs of a compilation. ONNX files are written when they are first asked for, into the bundle."""
+
+    def __init__(self, plans: Sequence[EnginePlan], writer: BundleWriter, precision: str, shape_bucket: str) -> None:
+        self._plans, self._writer = plans, writer
+        self._files: dict[str, Path] | None = None
+        self.signatures = {plan.name: plan.signature for plan in plans}
+        self.precision, self.shape_bucket = precision, shape_bucket
+
+    @property
+    def wrote_onnx(self) -> bool:
+        """Was anything built from the ONNX files?"""
+        return self._files is not None
+
+    def programs(self) -> Mapping[str, ExportedProgram]:
+        return {plan.name: plan.program for plan in self._plans}
+
+    def onnx(self) -> Mapping[str, Path]:
+        if self._files is None:
+            directory = self._writer.directory(f"engines/onnx-{self.precision}")
+            files = build_onnx(self.programs(), self.signatures, directory)
+            self._files = {name: self._writer.staging / self._writer.seal(path) for name, path in files.items()}
+            seal_all(self._writer, directory)
+        return self._files
 
 
-def load_engines(backend: type[Engine], target: Target, root: Path, stack: ExitStack, device: DeviceName) -> dict[str, Engine]:
-    """Load what was built, to be closed with ``stack``."""
-    files = {name: root / artifact.path for name, artifact in target.engines.items()}
-    engines = backend.load(files, {name: artifact.signature for name, artifact in target.engines.items()}, device=device)
+def build_targets(
+    names: Sequence[TargetName], sources: PlannedSources, writer: BundleWriter, device: DeviceName, options: BuildOptions
+) -> tuple[Target, ...]:
+    """Build all targets into the bundle; with the ONNX target at the end if others were built from its files."""
+    targets = [build_into(writer, sources, name, device=device, options=options) for name in names]
+    if sources.wrote_onnx and not any(target.backend == ONNX_TARGET.backend for target in targets):
+        targets.append(build_into(writer, sources, ONNX_TARGET, device=device, options=options))
+    return tuple(targets)
+
+
+def load_engines(
+    targets: Sequence[Target], sources: Sources, writer: BundleWriter, stack: ExitStack, device: DeviceName
+) -> dict[str, Engine]:
+    """Engines to measure with, closed with ``stack``: those of the first target that runs on ``device`` here, else eager's."""
+    for fit in (find_fit(target, device) for target in targets):
+        if fit.backend is not None:
+            files = {name: writer.staging / artifact.path for name, artifact in fit.target.engines.items()}
+            weights = {name: writer.staging / path for name, path in fit.target.weights.items()}
+            engines: Mapping[str, Engine] = fit.backend.load(files, sources.signatures, device=device, weights=weights)
+            break
+        log.info("%s does not run on %s here: %s", fit.target, device, fit.reason)
+    else:
+        log.warning("no target runs on %s here, so levels are measured with PyTorch, op by op", device)
+        with tempfile.TemporaryDirectory() as folder:
+            files = EagerEngine.build(sources.programs(), sources.signatures, Path(folder), device=device)
+            engines = EagerEngine.load(files, sources.signatures, device=device)
     return {name: stack.enter_context(engine) for name, engine in engines.items()}

@@ -29,7 +29,8 @@ def generate_pictures(
     level: str | None = None,
     seed: int = 0,
     compare: bool = False,
-    device: str = "cpu",
+    device: str | None = None,
+    target: str | None = None,
     threads: int | None = None,
     verify: bool = False,
     force: bool = False,
@@ -50,7 +51,7 @@ def generate_pictures(
     files = [out] if compare or len(prompts) == 1 else _numbered(out, len(prompts))
     for file in [*files, *([] if profile is None else [profile])]:
         check_file(file, force=force)
-    with open_bundle(bundle, device=device, verify=verify, threads=threads) as loaded:
+    with open_bundle(bundle, device=device, target=target, verify=verify, threads=threads) as loaded:
         model = load_model(find_model(source or loaded.manifest.model["source"]), with_transformer=False)
         settings = settings_of(loaded.manifest)
         level = loaded.check_level(level)

@@ -13,7 +13,7 @@ from typing import Any, Self
 import torch
 from tqdm import tqdm
 
-from cachec.compiler.build import build_target, load_engines
+from cachec.compiler.build import PlannedSources, build_targets, load_engines
 from cachec.compiler.calibration.statistics import (
     Statistics,
     calibration_facts,
@@ -38,7 +38,7 @@ from cachec.compiler.split import cast_transformer, split_model
 from cachec.compiler.table import compose
 from cachec.compiler.training import train_predictor, training_facts
 from cachec.compiler.verify import Verifier, eager_output
-from cachec.engines import get_backend
+from cachec.engines.build import check_build, keep_timing
 from cachec.passes import COMPUTE, Graphs, dump_to, split_passes
 from cachec.passes.base import Observer
 from cachec.runtime.bundle import Bundle, Manifest, Target
@@ -98,9 +98,9 @@ def _remove(works: Sequence[Path]) -> None:
 
 
 def _compile(model: LoadedModel, request: Request, out: Path, result: Compilation, *, force: bool) -> Bundle:
-    backend = get_backend(request.backend)
     for dtype in (request.settings.dtype, request.slots or request.settings.dtype):
-        backend.check_target(request.device, dtype)
+        check_build(request.targets, dtype, request.device, request.build)
+    timing = out.with_name(out.name + ".timing")
     with BundleWriter(out, force=force) as writer, _Clock(result.seconds, STAGES) as clock, ExitStack() as stack:
         given = read_calibration(model, request)
         split = split_model(model, request.settings, _observers(model, request))
@@ -115,8 +115,9 @@ def _compile(model: LoadedModel, request: Request, out: Path, result: Compilatio
         result.costs = {"hoisted": hoisting_facts(graphs, final), "memory": memory_facts(final)}
         plans = plan_engines(final, model.example_inputs(request.settings), model.io.latents, request.settings.steps)
         clock.lap()
-        target = build_target(backend, request.settings, plans, writer, request.device)
-        engines = load_engines(backend, target, writer.staging, stack, request.device)
+        sources = PlannedSources(plans, writer, request.settings.dtype, request.settings.shape_bucket)
+        targets = build_targets(request.targets, sources, writer, request.device, request.options_for(timing))
+        engines = load_engines(targets, sources, writer, stack, request.device)
         clock.lap()
         programs = make_programs(model, request, graphs, engines, calibrations, parameters, result)
         clock.lap()
@@ -126,7 +127,10 @@ def _compile(model: LoadedModel, request: Request, out: Path, result: Compilatio
         files = {level: writer.add_program(level, program) for level, program in programs.items()}
         if parameters is not None:
             writer.add_bytes("predictor/predictor.safetensors", predictor_bytes(parameters))
-        writer.commit(_manifest(model, request, target, files, writer, parameters, result))
+        kept = keep_timing(writer, timing)
+        writer.commit(replace(_manifest(model, request, targets, files, writer, parameters, result), timing=kept))
+    if timing.exists():
+        result.works.append(timing)
     return Bundle.open(out)
 
 
@@ -319,7 +323,7 @@ def _log_pass(index: int, one: Any, result: Any) -> None:
 def _manifest(
     model: LoadedModel,
     request: Request,
-    target: Target,
+    targets: tuple[Target, ...],
     programs: Mapping[str, Mapping[str, str]],
     writer: BundleWriter,
     parameters: Parameters | None,
@@ -349,7 +353,7 @@ def _manifest(
             "prompts": model.spec.prompts,
         },
         noise=GENERATOR,
-        targets=(target,),
+        targets=targets,
         programs=programs,
         files=writer.files,
         facts={

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cachec.compiler.calibration.prompts import default_prompts, read_prompts
@@ -12,11 +12,14 @@ from cachec.compiler.methods.base import Method, PredictorMethod
 from cachec.compiler.models.base import ModelSpec, Settings
 from cachec.compiler.schedule import Schedule
 from cachec.engines import BACKENDS
+from cachec.engines.targets import TargetName
 from cachec.passes import HOISTS
+from cachec.runtime.build import BuildOptions, build_options
 from cachec.runtime.device import DeviceName
-from cachec.runtime.engine import HOST
+from cachec.runtime.engine import DEFAULTS, HOST, MAX_BATCH
 from cachec.runtime.errors import InputError, unknown_name
 from cachec.runtime.noise import check_seed
+from cachec.runtime.sizes import USUAL_STRIDE, size_ranges
 
 NUM_CALIBRATION = 32  # prompts of a calibration that compile makes itself
 SLOTS = ("bfloat16", "float16", "float32")  # what features may be stored in
@@ -35,8 +38,10 @@ class Request:
     method: Method
     goals: tuple[Goal, ...]
     settings: Settings
-    backend: str = "ort"
+    targets: tuple[TargetName, ...] = (TargetName("ort"),)
     device: DeviceName = HOST
+    build: BuildOptions = DEFAULTS
+    max_batch: int = 1
     interval: int | None = None
     predictor: Path | None = None
     calibration: Path | None = None
@@ -57,6 +62,13 @@ class Request:
     def schedule(self) -> Schedule | None:
         """The one fixed schedule, if nothing is searched."""
         return self.goals[0].schedule
+
+    def options_for(self, timing: Path) -> BuildOptions:
+        """What builders are asked for; kernel timings are kept in the folder ``timing``."""
+        schedule, steps = self.schedule, self.settings.steps
+        computed = len(schedule.compute) if schedule is not None else steps // USUAL_STRIDE
+        sizes = size_ranges(steps, computed, batch=self.batch, max_batch=self.max_batch)
+        return replace(self.build, sizes=sizes, timing_cache=timing)
 
     @property
     def fits_fine(self) -> bool:
@@ -91,8 +103,14 @@ def make_request(
     min_psnr: float | None = None,
     calibration: str | Path | None = None,
     reference_steps: int | None = None,
-    backend: str = "ort",
+    targets: str | Sequence[str] = "ort",
     device: str = "cpu",
+    strip_weights: bool = False,
+    hardware_compatibility: str = "none",
+    version_compatible: bool = False,
+    optimization_level: int = 3,
+    workspace: float | None = None,
+    max_batch: int = 1,
     height: int | None = None,
     width: int | None = None,
     text_tokens: int | None = None,
@@ -117,18 +135,21 @@ def make_request(
     fitted to a schedule search one. ``calibration`` is a file from ``cachec calibrate``; ``reference_steps`` fits to a finer
     run. ``prompts`` is a file of training and calibration prompts. ``fold`` is ``static`` or ``none``,
     ``hoist`` ``none``, ``tables`` (what depends on the prompt leaves the step) or ``all`` (on the step, too). ``device`` is
-    where engines are measured, and for ``aoti`` what they are built for. ``velocities``: forecasts also hand out velocities,
+    where engines are measured, and for ``aoti`` what they are built for. ``targets``: one or more of ``cachec list backends``;
+    for TensorRT, ``strip_weights`` and what follows is as in ``runtime.build.build_options``, and ``max_batch`` the samples
+    that a call may take. ``velocities``: forecasts also hand out velocities,
     for a sampler outside (``LoadedBundle.session(for_sampler=True)``). ``slots`` ``float16`` or ``bfloat16`` stores features
     in half the memory.
 
     Raises:
         InputError: an option is unknown, out of range, or contradicts another.
     """
-    if backend not in BACKENDS:
-        raise unknown_name("backend", backend, BACKENDS)
     check_seed(seed)
-    if batch is not None and batch < 1:
-        raise InputError(f"batch is {batch}; it must be at least 1")
+    for what, value in (("batch", batch), ("max-batch", max_batch)):
+        if value is not None and not 1 <= value <= MAX_BATCH:
+            raise InputError(f"{what} is {value}; it must be from 1 to {MAX_BATCH}")
+    if batch is not None and max_batch != 1:
+        raise InputError(f"batch {batch} and max-batch {max_batch} contradict each other: give one")
     if min_psnr is not None and not (math.isfinite(min_psnr) and min_psnr > 0):
         raise InputError(f"min-psnr is {min_psnr}; it must be a number of dB above 0")
     chosen = get_method(method).with_options(options or {})
@@ -145,8 +166,10 @@ def make_request(
         method=chosen,
         goals=goals,
         settings=settings,
-        backend=backend,
+        targets=_read_targets(targets),
         device=DeviceName.parse(device),
+        build=build_options(strip_weights, hardware_compatibility, version_compatible, optimization_level, workspace),
+        max_batch=max_batch,
         interval=interval,
         predictor=Path(predictor) if predictor else None,
         calibration=Path(calibration) if calibration else None,
@@ -187,6 +210,15 @@ def make_settings(
         steps=steps,
         dtype=dtype,
     )
+
+
+def _read_targets(targets: str | Sequence[str]) -> tuple[TargetName, ...]:
+    names = (targets,) if isinstance(targets, str) else tuple(targets)
+    if not names:
+        raise InputError("no target given: take ort, or others that cachec list backends names")
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise InputError(f"target {', '.join(sorted(twice))} is given twice")
+    return tuple(TargetName.parse(name, BACKENDS) for name in names)
 
 
 def _choose_reference(method: Method, goals: Sequence[Goal], steps: int, given: int | None, *, given_file: bool) -> int | None:

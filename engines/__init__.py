@@ -1,39 +1,18 @@
-"""Back ends by name. One file each, imported only when used; every one can build and run (see ``runtime.engine``)."""
+"""Engines: back ends by name, and bundles opened with the target that fits this machine."""
 
-import importlib
 import logging
 import os
-import platform
 from pathlib import Path
 
-from cachec.runtime.bundle import ANY_DEVICE, Bundle
-from cachec.runtime.device import DeviceName
-from cachec.runtime.engine import Engine
-from cachec.runtime.errors import BundleError, InputError, unknown_name
+from cachec.engines.backends import BACKENDS, get_backend
+from cachec.engines.targets import ONNX_TARGET, TargetName, choose_target, parse_device
+from cachec.runtime.bundle import Bundle
+from cachec.runtime.errors import CachecError, InputError
 from cachec.runtime.session import LoadedBundle, load_bundle
 
+__all__ = ["BACKENDS", "check_threads", "get_backend", "open_bundle"]
+
 log = logging.getLogger(__name__)
-
-BACKENDS = {
-    "aoti": "cachec.engines.aoti:AotiEngine",
-    "eager": "cachec.engines.eager:EagerEngine",
-    "inductor": "cachec.engines.inductor:InductorEngine",
-    "ort": "cachec.engines.ort:OrtEngine",
-}
-
-
-def get_backend(name: str) -> type[Engine]:
-    """The engine class of a back end.
-
-    Raises:
-        InputError: there is no such back end; with the nearest name.
-        MissingExtraError: its library is not installed.
-    """
-    if name not in BACKENDS:
-        raise unknown_name("backend", name, BACKENDS)
-    module, _, attribute = BACKENDS[name].partition(":")
-    backend: type[Engine] = getattr(importlib.import_module(module), attribute)
-    return backend
 
 
 def check_threads(threads: int | None) -> None:
@@ -47,33 +26,37 @@ def check_threads(threads: int | None) -> None:
         log.warning("threads is %d, but this process has %d cores: more threads than cores wait for each other", threads, cores)
 
 
-def open_bundle(root: Path, *, device: str = "cpu", verify: bool = False, threads: int | None = None) -> LoadedBundle:
-    """Check the bundle at ``root`` and load its engines on ``device``: ``cpu``, ``cuda``, or ``cuda:1`` for the second GPU.
+def open_bundle(
+    root: Path, *, device: str | None = None, target: str | None = None, verify: bool = False, threads: int | None = None
+) -> LoadedBundle:
+    """Check the bundle at ``root`` and load the engines of the best of its targets that fits here.
+
+    ``device`` is ``cpu``, ``cuda``, or ``cuda:1`` for the second GPU, by default the best that a target fits. ``target``
+    allows only targets of this name: ``tensorrt``, ``ort-cpu``.
 
     Raises:
-        BundleError: it is damaged, or was built for another operating system, device or version of its back end.
-        InputError: there is no such device here.
+        BundleError: it is damaged, or none of its targets fits: another operating system, GPU, or version of its back end.
+        InputError: there is no such device.
     """
     check_threads(threads)
-    name = DeviceName.parse(device)
+    name, wanted = parse_device(device), None if target is None else TargetName.parse(target, BACKENDS)
     bundle = Bundle.open(root, verify=verify)
-    target = bundle.target
-    backend = get_backend(target.backend)
-    if target.os != platform.system().lower():
-        raise BundleError(f"{root} was built for {target.os}, this is {platform.system().lower()}: {_again(bundle)}")
-    if backend.needs_same_version and target.version != backend.version():
-        raise BundleError(
-            f"{root} was built with {backend.name} {target.version}, here is {backend.version()}: {_again(bundle)}"
-        )
-    if target.device not in (ANY_DEVICE, name.kind):
-        raise BundleError(
-            f"device is {device}, but {root} was built for {target.device}: open it there, or {_again(bundle)} "
-            f"--backend {backend.name} --device {name.kind}"
-        )
-    backend.check_target(name, target.precision)
-    return load_bundle(bundle, backend, device=name, threads=threads)
+    try:
+        fit, others = choose_target(bundle.manifest.targets, device=name, wanted=wanted)
+    except CachecError as error:
+        raise type(error)(f"{root}: {error}. {_again(bundle)}") from error
+    better = [other for other in others if other.rank < fit.rank]
+    for other in others:
+        log.log(logging.WARNING if other in better else logging.INFO, "target %s does not fit: %s", other.target, other.reason)
+    log.log(logging.WARNING if better else logging.INFO, "using target %s on %s", fit.target, fit.device)
+    assert fit.backend is not None, "chosen targets fit"
+    return load_bundle(bundle, fit.target, fit.backend, device=fit.device, threads=threads)
 
 
 def _again(bundle: Bundle) -> str:
+    """What to do if no target fits."""
     manifest = bundle.manifest
-    return f"make one that fits with cachec compile {manifest.model['source']} --method {manifest.method['name']}"
+    again = f"ake one that fits with cachec compile {manifest.model['source']} --method {manifest.method['name']}"
+    if any(target.backend == ONNX_TARGET.backend for target in manifest.targets):
+        return f"Build one here with cachec add-target {bundle.root} --target tensorrt, or m{again}"
+    return f"M{again}"

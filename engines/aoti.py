@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from cachec.runtime.device import CUDA, Buffer, Device, DeviceName
-from cachec.runtime.engine import HOST, Call, Engine, ExecutionContext, check_bindings
+from cachec.runtime.engine import HOST, NO_WEIGHTS, Call, Engine, ExecutionContext, check_bindings
 from cachec.runtime.errors import BundleError, EngineError, InputError, missing_extra
 from cachec.runtime.specs import Signature
 
@@ -52,6 +52,7 @@ class AotiEngine(Engine):
         *,
         device: DeviceName = HOST,
         threads: int | None = None,
+        weights: Mapping[str, Path] = NO_WEIGHTS,
     ) -> dict[str, Self]:
         if threads is not None:
             torch.set_num_threads(threads)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from cachec.runtime.device import CPU, Buffer, Device, DeviceName
-from cachec.runtime.engine import HOST, Call, Engine, ExecutionContext, check_bindings
+from cachec.runtime.engine import HOST, NO_WEIGHTS, Call, Engine, ExecutionContext, check_bindings
 from cachec.runtime.errors import BundleError, missing_extra
 from cachec.runtime.specs import Signature
 
@@ -40,6 +40,7 @@ class EagerEngine(Engine):
         *,
         device: DeviceName = HOST,
         threads: int | None = None,
+        weights: Mapping[str, Path] = NO_WEIGHTS,
     ) -> dict[str, Self]:
         if threads is not None:
             torch.set_num_threads(threads)

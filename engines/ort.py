@@ -18,8 +18,9 @@ import numpy as np
 
 from cachec.engines.cuda_device import CudaBuffer, CudaDevice, cuda_device
 from cachec.engines.onnx_files import build_onnx
+from cachec.runtime.build import BuildOptions, Built, Sources
 from cachec.runtime.device import CPU, CUDA, Buffer, Device, DeviceName, Host
-from cachec.runtime.engine import HOST, Call, Engine, ExecutionContext, check_bindings
+from cachec.runtime.engine import DEFAULTS, HOST, NO_WEIGHTS, Call, Engine, ExecutionContext, check_bindings
 from cachec.runtime.errors import BundleError, EngineError, InputError, missing_extra
 from cachec.runtime.specs import BFLOAT16, Signature
 
@@ -56,6 +57,7 @@ class OrtEngine(Engine):
         *,
         device: DeviceName = HOST,
         threads: int | None = None,
+        weights: Mapping[str, Path] = NO_WEIGHTS,
     ) -> dict[str, Self]:
         _start_thread_pool(threads)
         if device.kind == CPU:
@@ -95,6 +97,11 @@ class OrtEngine(Engine):
     ) -> dict[str, Path]:
         """Write one ONNX file per program and one weights file into ``out``; returns the ONNX files by program name."""
         return build_onnx(programs, signatures, out)
+
+    @classmethod
+    def build_target(cls, sources: Sources, out: Path, *, device: DeviceName = HOST, options: BuildOptions = DEFAULTS) -> Built:
+        """Nothing is built: the bundle's ONNX files are the engines."""
+        return Built(sources.onnx())
 
 
 _pool_threads: list[int] = []  # of the one pool that ONNX Runtime has in this process

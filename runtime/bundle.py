@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -23,9 +23,7 @@ from cachec.runtime.specs import Signature
 log = logging.getLogger(__name__)
 
 FORMAT = "cachec-bundle"
-FORMAT_VERSION = (
-    4  # 2: programs name their cut; 3: engines take the sampler in, forecasts come in runs; 4: targets name devices
-)
+FORMAT_VERSION = 5  # 3: engines take the sampler in, forecasts come in runs; 4: targets name devices; 5: and what they need
 MANIFEST = "manifest.json"
 ANY_DEVICE = "any"  # of a target whose artifacts are bound to no device
 LARGE_FILE_BYTES = 64 * 2**20  # files above are hashed once per machine, then known by size and time
@@ -56,7 +54,9 @@ class Artifact:
 class Target:
     """Where a set of engines runs: back end with its version, operating system, device, precision and shape bucket.
 
-    ``device`` is the kind, ``cpu`` or ``cuda``, that the artifacts were built for, or ``any``.
+    ``device`` is the kind, ``cpu`` or ``cuda``, that the artifacts were built for, or ``any``. ``needs`` is what else the
+    machine must have, in words of the back end. ``sizes`` are the least, usual and most of symbolic sizes; what is not
+    listed may be any. ``weights`` names, by engine, the ONNX file whose weights go into an engine without.
     """
 
     backend: str
@@ -66,10 +66,25 @@ class Target:
     precision: str
     shape_bucket: str
     engines: Mapping[str, Artifact]
+    needs: Mapping[str, Any] = field(default_factory=dict)
+    sizes: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    weights: Mapping[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        """In short, as ``tensorrt 11.0.0.114, linux, cuda sm_90, bfloat16``."""
+        device = "any device" if self.device == ANY_DEVICE else self.device
+        gpus = "".join(f" sm_{sm}" for sm in self.needs.get("sm", ()))
+        return f"{self.backend} {self.version}, {self.os}, {device}{gpus}, {self.precision}"
+
+    def is_like(self, other: "Target") -> bool:
+        """Do both run in the same places, so that one replaces the other?"""
+        return all(
+            getattr(self, k) == getattr(other, k)
+            for k in ("backend", "version", "os", "device", "precision", "shape_bucket", "needs")
+        )
 
     def to_json(self) -> dict[str, Any]:
-        fields = {k: getattr(self, k) for k in ("backend", "version", "os", "device", "precision", "shape_bucket")}
-        return {**fields, "engines": {name: a.to_json() for name, a in self.engines.items()}}
+        return {**vars(self), "engines": {name: a.to_json() for name, a in self.engines.items()}}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Target":
@@ -83,7 +98,8 @@ class Manifest:
 
     ``model`` says which weights (name, source, hash), ``io`` which engine input plays which part (latents, timestep,
     conditions), ``method`` how forecasts are made, ``settings`` what was asked for, ``programs`` maps a level to its two
-    files, ``files`` maps each file to its size in bytes and SHA-256.
+    files, ``files`` maps each file to its size in bytes and SHA-256. ``timing`` names files with kernel timings, which make
+    the next build quicker.
     """
 
     model: Mapping[str, Any]
@@ -95,6 +111,7 @@ class Manifest:
     programs: Mapping[str, Mapping[str, str]]
     files: Mapping[str, Mapping[str, Any]]
     facts: Mapping[str, Any] = field(default_factory=dict)
+    timing: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         body = {
@@ -178,6 +195,7 @@ class Bundle:
 
     @property
     def target(self) -> Target:
+        """The first target. All have the same graphs, so that names and shapes can be read off any."""
         return self.manifest.targets[0]
 
 

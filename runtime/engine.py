@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, Self
 
+from cachec.runtime.build import BuildOptions, Built, Sources
 from cachec.runtime.device import CPU, Buffer, Device, DeviceName
 from cachec.runtime.errors import BundleError, InputError
 from cachec.runtime.specs import Signature
@@ -37,6 +38,8 @@ TIMESTEPS_OF = {"compute": "compute_timesteps", "forecast": "forecast_timesteps"
 
 
 HOST = DeviceName(CPU)
+DEFAULTS = BuildOptions()
+NO_WEIGHTS: Mapping[str, Path] = {}
 
 
 def history_name(index: int) -> str:
@@ -79,6 +82,8 @@ class Engine(ABC):
     name: ClassVar[str]
     needs_same_version: ClassVar[bool]  # artifacts load only in the version of the library that built them
     device_bound: ClassVar[bool]  # artifacts run only on the kind of device that they were built for
+    only_device: ClassVar[str | None] = None  # the one kind of device that it runs on
+    options: ClassVar[frozenset[str]] = frozenset()  # of ``BuildOptions``, those that it takes; others it ignores
 
     def __init__(self, native: Any, signature: Signature, device: Device) -> None:
         self._native: Any = native  # the library's own object
@@ -95,6 +100,15 @@ class Engine(ABC):
     def check_target(device: DeviceName, precision: str) -> None:
         """Raise ``InputError`` unless graphs of ``precision`` can run on ``device`` here; says what was looked for."""
 
+    @classmethod
+    def check_build(cls, device: DeviceName, precision: str, options: BuildOptions) -> None:
+        """Raise ``InputError`` unless engines can be built here, for ``device``, with these options."""
+        cls.check_target(device, precision)
+
+    @staticmethod
+    def check_needs(needs: Mapping[str, Any], device: DeviceName) -> None:
+        """Raise ``BundleError`` unless this machine has what engines were built to need (``Built.needs``)."""
+
     @staticmethod
     @abstractmethod
     def build(
@@ -107,6 +121,15 @@ class Engine(ABC):
         """
 
     @classmethod
+    def build_target(cls, sources: Sources, out: Path, *, device: DeviceName = HOST, options: BuildOptions = DEFAULTS) -> Built:
+        """Build the engines of a bundle into the directory ``out``, from whatever form of the graphs this back end takes.
+
+        Raises:
+            EngineError: the back end's library cannot; with its reason.
+        """
+        return Built(cls.build(sources.programs(), sources.signatures, out, device=device))
+
+    @classmethod
     @abstractmethod
     def load(
         cls,
@@ -115,8 +138,11 @@ class Engine(ABC):
         *,
         device: DeviceName = HOST,
         threads: int | None = None,
+        weights: Mapping[str, Path] = NO_WEIGHTS,
     ) -> dict[str, Self]:
         """Load all engines of a bundle, by name; ``threads`` limits the CPU threads of one call.
+
+        ``weights``: ONNX files whose weights go into engines that were built without.
 
         Raises:
             BundleError: a file is not an engine of this back end.

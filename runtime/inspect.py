@@ -1,17 +1,17 @@
 """What is in a bundle, in words."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cachec.runtime.bundle import ANY_DEVICE, Bundle, Target
+from cachec.runtime.bundle import Bundle, Target
 from cachec.runtime.engine import STEPS_OF
 from cachec.runtime.program import UNCACHED, Program
 from cachec.runtime.specs import TensorSpec, itemsize
 
 
-def describe_bundle(bundle: Bundle) -> list[tuple[str, str]]:
-    """Rows of a table about an opened bundle."""
+def describe_bundle(bundle: Bundle, fits: Sequence[str] = ()) -> list[tuple[str, str]]:
+    """Rows of a table about an opened bundle. ``fits`` says how each target fits this machine."""
     manifest = bundle.manifest
     settings, method = manifest.settings, manifest.method
     options = ", ".join(f"{k}={v}" for k, v in method["options"].items())
@@ -26,8 +26,9 @@ def describe_bundle(bundle: Bundle) -> list[tuple[str, str]]:
     if predictor is not None:
         rows.append(("predictor", f"trained on {predictor['num_prompts']} prompts, seed {predictor['seed']}"))
     rows += describe_levels(bundle)
-    for target in manifest.targets:
-        rows.append(("target", _target_text(target)))
+    for index, target in enumerate(manifest.targets):
+        rows.append(("target", f"{target}, {target.shape_bucket}"))
+        rows += [("", text) for text in (*fits[index : index + 1], *_target_facts(target))]
         for name, artifact in target.engines.items():
             rows.append((f"  {name}", f"{artifact.path}, {manifest.files[artifact.path]['bytes'] / 1e6:.2f} MB"))
     rows += describe_memory(bundle)
@@ -36,9 +37,17 @@ def describe_bundle(bundle: Bundle) -> list[tuple[str, str]]:
     return rows
 
 
-def _target_text(target: Target) -> str:
-    device = "any device" if target.device == ANY_DEVICE else target.device
-    return f"{target.backend} {target.version}, {target.os}, {device}, {target.precision}, {target.shape_bucket}"
+def _target_facts(target: Target) -> list[str]:
+    """What else there is to know about a target."""
+    facts = []
+    if target.sizes:
+        facts.append("sizes " + ", ".join(f"{name} {least} to {most}" for name, (least, _, most) in target.sizes.items()))
+    needs = {name: value for name, value in target.needs.items() if name != "sm"}
+    if needs:
+        facts.append("needs " + ", ".join(f"{name} {value}" for name, value in needs.items()))
+    if target.weights:
+        facts.append("without weights, which are loaded from the bundle's ONNX files")
+    return facts
 
 
 def describe_memory(bundle: Bundle) -> list[tuple[str, str]]:

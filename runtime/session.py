@@ -14,7 +14,7 @@ from typing import Any, Self
 import numpy as np
 
 from cachec.runtime.binding import Binding, ModelIO, Operation
-from cachec.runtime.bundle import Bundle, Manifest
+from cachec.runtime.bundle import Bundle, Manifest, Target
 from cachec.runtime.device import Buffer, DeviceName
 from cachec.runtime.engine import HOST, MAX_BATCH, Call, Engine
 from cachec.runtime.errors import EngineError, InputError, unknown_name
@@ -33,6 +33,7 @@ class LoadedBundle:
     manifest: Manifest
     programs: Mapping[str, Program]
     engines: Mapping[str, Engine]
+    target: Target
 
     @property
     def io(self) -> ModelIO:
@@ -49,6 +50,10 @@ class LoadedBundle:
 
         ``for_sampler``: for a sampler outside, which asks for velocities one by one.
         """
+        if batch > (most := self.target.sizes.get("batch", (batch,))[-1]):
+            raise InputError(
+                f"batch is {batch}; the engines of {self.target} take up to {most}: compile with --max-batch {batch}"
+            )
         return Session(self.engines, self.programs[self.check_level(level)], self.io, batch=batch, for_sampler=for_sampler)
 
     def check_level(self, level: str | None) -> str:
@@ -79,14 +84,15 @@ class LoadedBundle:
 
 
 def load_bundle(
-    bundle: Bundle, engine_type: type[Engine], *, device: DeviceName = HOST, threads: int | None = None
+    bundle: Bundle, target: Target, engine_type: type[Engine], *, device: DeviceName = HOST, threads: int | None = None
 ) -> LoadedBundle:
-    """Load the engines of an opened bundle with its back end's engine class."""
+    """Load the engines of one target of an opened bundle with its back end's engine class."""
     programs = {level: bundle.program(level) for level in bundle.manifest.programs}
-    artifacts = bundle.target.engines
-    files = {name: bundle.path(artifact.path) for name, artifact in artifacts.items()}
-    signatures = {name: artifact.signature for name, artifact in artifacts.items()}
-    return LoadedBundle(bundle.manifest, programs, engine_type.load(files, signatures, device=device, threads=threads))
+    files = {name: bundle.path(artifact.path) for name, artifact in target.engines.items()}
+    signatures = {name: artifact.signature for name, artifact in target.engines.items()}
+    weights = {name: bundle.path(path) for name, path in target.weights.items()}
+    engines = engine_type.load(files, signatures, device=device, threads=threads, weights=weights)
+    return LoadedBundle(bundle.manifest, programs, engines, target)
 
 
 class Session:

@@ -13,36 +13,70 @@ from cachec.runtime.bundle import FORMAT, MANIFEST, Manifest, hash_file, replace
 from cachec.runtime.errors import OutputError
 from cachec.runtime.program import Program
 
+OWNER = "owner"  # file with the number of the process that adds to a bundle
+
 
 class BundleWriter:
     """Collects files in a hidden directory beside ``out`` and moves them in at the end; a context manager.
 
     The manifest goes last. Leaving the block without :meth:`commit` removes everything that was collected; a process that
     is killed leaves the hidden directory, which the next build into the same place removes.
+
+    ``onto``: add to this bundle, which lies at ``out``, instead of making one. One process at a time can.
     """
 
-    def __init__(self, out: Path, *, force: bool) -> None:
-        check_output(out, force=force)
+    def __init__(self, out: Path, *, force: bool, onto: Manifest | None = None) -> None:
+        if onto is None:
+            check_output(out, force=force)
         self.out = out
-        self._force = force
+        self._force, self._onto = force, onto
         self._prefix = f".{out.name}.building-"
-        self.staging = out.parent / f"{self._prefix}{os.getpid()}"
-        self.files: dict[str, dict[str, Any]] = {}
+        self.staging = out.parent / (f".{out.name}.adding" if onto else f"{self._prefix}{os.getpid()}")
+        self.files: dict[str, dict[str, Any]] = {} if onto is None else {name: dict(e) for name, e in onto.files.items()}
 
     def __enter__(self) -> Self:
         try:
             self.out.parent.mkdir(parents=True, exist_ok=True)
-            for path in list(self.out.parent.iterdir()):
-                owner = path.name.removeprefix(self._prefix)
-                if path.name.startswith(self._prefix) and owner.isdigit() and not _is_other_process(int(owner)):
-                    shutil.rmtree(path)
-            self.staging.mkdir()
+            if self._onto is None:
+                self._remove_leftovers()
+                self.staging.mkdir()
+            else:
+                self._lock()
         except OSError as error:
             raise OutputError(f"cannot write to {self.out.parent}: {error}. Choose another place with -o") from error
         return self
 
+    def _remove_leftovers(self) -> None:
+        for path in list(self.out.parent.iterdir()):
+            owner = path.name.removeprefix(self._prefix)
+            if path.name.startswith(self._prefix) and owner.isdigit() and not _is_other_process(int(owner)):
+                shutil.rmtree(path)
+
+    def _lock(self) -> None:
+        """Make the staging directory, whose existence keeps others out; one of a dead process is moved away first."""
+        owner = self.staging / OWNER
+        try:
+            self.staging.mkdir()
+        except FileExistsError:
+            who = owner.read_text(encoding="utf-8") if owner.is_file() else ""
+            if not who.isdigit() or _is_other_process(int(who)):
+                raise OutputError(
+                    f"process {who or 'unknown'} is adding a target to {self.out}: wait until it is done, or, if it was on "
+                    f"another machine and is dead, remove {self.staging}"
+                ) from None
+            dead = self.staging.with_name(f"{self._prefix}{os.getpid()}")
+            self.staging.rename(dead)  # of two processes that both found it dead, one fails here
+            shutil.rmtree(dead)
+            self.staging.mkdir()
+        owner.write_text(str(os.getpid()), encoding="utf-8")
+
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         shutil.rmtree(self.staging, ignore_errors=True)
+
+    def name_of(self, path: Path) -> str:
+        """Name in the bundle of a file that lies in it, or was collected for it."""
+        root = self.staging if path.is_relative_to(self.staging) else self.out
+        return path.relative_to(root).as_posix()
 
     def directory(self, name: str) -> Path:
         """A directory of the bundle, to put files into."""
@@ -55,7 +89,7 @@ class BundleWriter:
         digest = hash_file(path)
         named = path if digest[:16] in path.name else path.with_name(f"{path.stem}-{digest[:16]}{path.suffix}")
         path.rename(named)
-        name = named.relative_to(self.staging).as_posix()
+        name = self.name_of(named)
         self.files[name] = {"bytes": named.stat().st_size, "sha256": digest}
         return name
 
@@ -75,18 +109,19 @@ class BundleWriter:
         }
 
     def commit(self, manifest: Manifest) -> None:
-        """Move the files to ``out``, then the manifest; then remove files of a bundle that this one replaces."""
-        check_output(self.out, force=self._force)
+        """Move the files to ``out``, then the manifest; then remove files that only the replaced manifest names."""
+        if self._onto is None:
+            check_output(self.out, force=self._force)
         replaced = _listed_files(self.out)
         try:
-            for name in self.files:
+            for name in [name for name in self.files if self._onto is None or (self.staging / name).exists()]:
                 target = self.out / name
                 target.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(self.staging / name, target)
             replace_file(self.out / MANIFEST, json.dumps(manifest.to_json(), indent=1).encode())
         except OSError as error:
             raise OutputError(f"cannot write the bundle to {self.out}: {error}") from error
-        for name in sorted(replaced - set(self.files)):
+        for name in sorted(replaced - set(manifest.files)):
             (self.out / name).unlink(missing_ok=True)
             parent = (self.out / name).parent
             while parent != self.out and not any(parent.iterdir()):
@@ -101,7 +136,7 @@ def check_output(out: Path, *, force: bool) -> None:
     if not out.is_dir():
         raise OutputError(f"{out} is a file: choose another place with -o")
     is_bundle = _is_bundle(out)
-    if not is_bundle and not all(p.name in ("engines", "programs", "predictor") for p in out.iterdir()):
+    if not is_bundle and not all(p.name in ("engines", "programs", "predictor", "timing") for p in out.iterdir()):
         raise OutputError(f"{out} is a directory with other things in it; cachec will not replace it. Choose another with -o")
     if not force:
         kind = "is a bundle already" if is_bundle else "holds an interrupted build"

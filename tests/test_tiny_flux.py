@@ -65,7 +65,7 @@ def unfolded_bundle(tmp_path_factory, model):
 @pytest.fixture(scope="session")
 def eager_bundle(tmp_path_factory, model):
     out = tmp_path_factory.mktemp("bundles") / "eager.cachec"
-    compile_bundle(model, make_request(MODELS["tiny-flux"], method="lesa", interval=7, backend="eager"), out)
+    compile_bundle(model, make_request(MODELS["tiny-flux"], method="lesa", interval=7, targets="eager"), out)
     return out
 
 
@@ -317,7 +317,7 @@ def test_a_killed_compile_leaves_no_bundle_and_the_next_one_cleans_up(tmp_path, 
     process.wait()
     with pytest.raises(BundleError):
         Bundle.open(out)
-    compile_bundle(model, make_request(MODELS["tiny-flux"], method="reuse", backend="eager"), out)
+    compile_bundle(model, make_request(MODELS["tiny-flux"], method="reuse", targets="eager"), out)
     assert [p.name for p in tmp_path.iterdir()] == ["out.cachec"]
 
 
@@ -336,7 +336,7 @@ def test_a_failing_compile_with_force_leaves_the_old_bundle(lesa_bundle, tmp_pat
 def test_force_replaces_a_bundle_and_removes_its_files(tmp_path, model):
     out = tmp_path / "out.cachec"
     for order in (1, 2):
-        request = make_request(MODELS["tiny-flux"], method="taylor", backend="eager", options={"order": str(order)})
+        request = make_request(MODELS["tiny-flux"], method="taylor", targets="eager", options={"order": str(order)})
         bundle, _ = compile_bundle(model, request, out, force=True)
     files = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()}
     assert files == {*bundle.manifest.files, "manifest.json"}
@@ -405,7 +405,7 @@ def test_training_that_stops_improving_ends_by_itself(tmp_path, few_prompts, mod
 def test_half_precision_follows_float32_and_leaves_the_model_as_it_is(
     tmp_path, model, eager_bundle, conditions, dtype, distance
 ):
-    half = make_request(MODELS["tiny-flux"], method="lesa", interval=7, backend="eager", dtype=dtype, verify_passes=True)
+    half = make_request(MODELS["tiny-flux"], method="lesa", interval=7, targets="eager", dtype=dtype, verify_passes=True)
     compile_bundle(model, half, tmp_path / "half.cachec")
     assert str(next(model.transformer.parameters()).dtype) == "torch.float32"
     latents = []

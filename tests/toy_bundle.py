@@ -3,13 +3,11 @@
 Hidden cut: Taylor of order 1, eager engines. Output cut: Adams-Bashforth with other time steps, any back end.
 """
 
-import platform
-
 import numpy as np
 import torch
 from toy import ToyDiT, example_inputs
 
-from cachec.compiler.build import build_engines
+from cachec.compiler.build import PlannedSources, build_targets
 from cachec.compiler.capture import capture_model, capture_predictor
 from cachec.compiler.costs import memory_facts
 from cachec.compiler.export import plan_engines
@@ -19,12 +17,15 @@ from cachec.compiler.methods.taylor import Taylor
 from cachec.compiler.schedule import Schedule
 from cachec.compiler.table import AdvanceTable, compose
 from cachec.engines.eager import EagerEngine
+from cachec.engines.targets import TargetName
 from cachec.passes import COMPUTE, FORECAST, Graphs, engine_passes, forecast_passes, run_passes, split_passes
 from cachec.passes.base import placeholders
-from cachec.runtime.bundle import ANY_DEVICE, Manifest, Target
+from cachec.runtime.build import BuildOptions
+from cachec.runtime.bundle import Manifest
 from cachec.runtime.engine import HOST
 from cachec.runtime.noise import GENERATOR
 from cachec.runtime.program import UNCACHED, ProgramKey, hash_sigmas
+from cachec.runtime.sizes import size_ranges
 from cachec.runtime.write import BundleWriter
 
 STEPS = 10
@@ -83,10 +84,10 @@ def write_bundle(graphs, program, method, out, backend=EagerEngine, hoist="all",
     passes = engine_passes("latents", "timestep", ("prompt",), linear=linear, hoist=hoist, velocities=velocities, slots=slots)
     graphs = run_passes(graphs, passes)
     plans = plan_engines(graphs, example_inputs(), "latents", STEPS)
-    where = device.kind if backend.device_bound else ANY_DEVICE
     with BundleWriter(out, force=False) as writer:
-        directory = writer.directory("engines")
-        engines = build_engines(backend, plans, writer, directory, device)
+        sources = PlannedSources(plans, writer, "float32", "6x8")
+        options = BuildOptions(sizes=size_ranges(STEPS, 4))
+        targets = build_targets([TargetName(backend.name)], sources, writer, device, options)
         programs = {
             "default": writer.add_program("default", program),
             UNCACHED: writer.add_program(UNCACHED, lower_uncached(KEY, SIGMAS, SIGMAS[:-1])),
@@ -105,7 +106,7 @@ def write_bundle(graphs, program, method, out, backend=EagerEngine, hoist="all",
                     "cut": LAST_BLOCK,
                 },
                 noise=GENERATOR,
-                targets=(Target(backend.name, backend.version(), platform.system().lower(), where, "float32", "6x8", engines),),
+                targets=targets,
                 programs=programs,
                 files=writer.files,
                 facts={"memory": memory_facts(graphs), "hoisted": {}},

@@ -222,7 +222,7 @@ def _setting(loaded: LoadedBundle, bench: _Bench, prompts: Sequence[str], *, see
         "schedule_steps": program.num_steps,
         "steps": bench.settings.steps,
         "fine_steps": FINE_STEPS,
-        "backend": loaded.manifest.targets[0].backend,
+        "backend": loaded.target.backend,
         "method": loaded.manifest.method["name"],
         "lpips": "available" if bench.lpips.network is not None else f"not available: {bench.lpips.reason}",
         "probe": probed,

@@ -38,7 +38,8 @@ def evaluate_bundle(
     source: str | None,
     against: str,
     level: str | None = None,
-    device: str = "cpu",
+    device: str | None = None,
+    target: str | None = None,
     keep_pictures: int = 0,
 ) -> Evaluation:
     """Evaluate a bundle on the first ``num`` prompts of ``file``, or of the list that ships for its model.
@@ -50,7 +51,7 @@ def evaluate_bundle(
         raise InputError(f"num is {num}; it must be at least 1")
     check_seed(seed)
     parse_against(against)
-    with open_bundle(bundle, device=device) as loaded:
+    with open_bundle(bundle, device=device, target=target) as loaded:
         level = compared_level(loaded, level)
         spec = find_model(source or loaded.manifest.model["source"])
         prompts = read_prompts(file) if file else default_prompts(loaded.manifest.settings["prompts"], "eval")

@@ -66,6 +66,11 @@ class Settings:
         if self.dtype not in DTYPES:
             raise InputError(f"dtype is {self.dtype!r}; use {', '.join(DTYPES)}")
 
+    @property
+    def shape_bucket(self) -> str:
+        """The sizes that engines are built for."""
+        return f"{self.height}x{self.width}, {self.text_tokens} text tokens"
+
 
 class LoadedModel(ABC):
     """A diffusers pipeline of one family, with its weights.

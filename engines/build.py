@@ -1,0 +1,80 @@
+"""Building the engines of one target into a bundle. Needs what its back end needs: for TensorRT neither torch nor onnx."""
+
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+
+from cachec.engines.backends import get_backend
+from cachec.engines.targets import TargetName
+from cachec.runtime.build import BuildOptions, Sources
+from cachec.runtime.bundle import ANY_DEVICE, Artifact, Target
+from cachec.runtime.device import DeviceName
+from cachec.runtime.engine import HOST
+from cachec.runtime.errors import InputError
+from cachec.runtime.write import BundleWriter
+
+TIMING = "timing"  # folder of kernel timings in a bundle
+
+
+def build_into(
+    writer: BundleWriter, sources: Sources, name: TargetName, *, device: DeviceName = HOST, options: BuildOptions
+) -> Target:
+    """Build a target's engines into the bundle that ``writer`` collects, and name their files by their hashes.
+
+    Raises:
+        InputError: the back end cannot build for this device, precision or options here.
+        EngineError: its library fails.
+    """
+    backend = get_backend(name.backend)
+    there = device_for(name, device)
+    kind = name.device or (there.kind if backend.device_bound else ANY_DEVICE)
+    directory = writer.directory(f"engines/{name}-{sources.precision}")
+    built = backend.build_target(sources, directory, device=there, options=options)
+    sealed = {path: writer.seal(path) for path in sorted(set(built.files.values()))}  # several engines may be in one file
+    seal_all(writer, directory)
+    return Target(
+        backend=backend.name,
+        version=backend.version(),
+        os=platform.system().lower(),
+        device=kind,
+        precision=sources.precision,
+        shape_bucket=sources.shape_bucket,
+        engines={key: Artifact(sealed[path], sources.signatures[key]) for key, path in built.files.items()},
+        needs=built.needs,
+        sizes={key: (size.least, size.usual, size.most) for key, size in options.sizes.items()} if built.bounded else {},
+        weights={key: writer.name_of(path) for key, path in sources.onnx().items()} if options.strip else {},
+    )
+
+
+def check_build(names: Sequence[TargetName], precision: str, device: DeviceName, options: BuildOptions) -> None:
+    """Raise ``InputError`` unless all targets can be built here, and every option is for one of them."""
+    backends = [get_backend(name.backend) for name in names]
+    if unused := options.given() - frozenset().union(*(backend.options for backend in backends)):
+        raise InputError(
+            f"{', '.join(sorted(unused)).replace('_', '-')} is an option of none of the targets {', '.join(map(str, names))}: "
+            "leave it out, or add --target tensorrt"
+        )
+    for name, backend in zip(names, backends, strict=True):
+        backend.check_build(device_for(name, device), precision, options)
+
+
+def device_for(name: TargetName, device: DeviceName) -> DeviceName:
+    """What a target is built for, if the engines are measured on ``device``."""
+    kind = name.device or get_backend(name.backend).only_device or device.kind
+    return device if kind == device.kind else DeviceName(kind)
+
+
+def seal_all(writer: BundleWriter, directory: Path) -> None:
+    """List what else is in a directory: shared weights. An empty directory goes."""
+    for extra in sorted(directory.iterdir()):
+        if writer.name_of(extra) not in writer.files:
+            writer.seal(extra)
+    if not any(directory.iterdir()):
+        directory.rmdir()
+
+
+def keep_timing(writer: BundleWriter, folder: Path) -> dict[str, str]:
+    """Collect kernel timings; returns their files in the bundle, by the machine that they are of."""
+    if not folder.is_dir():
+        return {}
+    return {path.stem: writer.add_bytes(f"{TIMING}/{path.name}", path.read_bytes()) for path in sorted(folder.iterdir())}

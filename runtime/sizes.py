@@ -1,0 +1,25 @@
+"""Which values the symbolic sizes of a bundle's engines take."""
+
+import math
+
+from cachec.runtime.build import SizeRange
+from cachec.runtime.engine import BATCH, FORECASTS, SLOTS, STEPS_OF
+
+USUAL_STRIDE = 6  # a step in so many is computed, where the schedule is not known when engines are built
+
+
+def size_ranges(steps: int, computed: int, *, batch: int | None = None, max_batch: int = 1) -> dict[str, SizeRange]:
+    """Ranges of all symbolic sizes, for any schedule over ``steps`` steps; tuned for ``computed`` evenly spread ones.
+
+    ``batch``: exactly so many samples a call. ``max_batch``: up to so many.
+    """
+    computed = min(max(computed, 1), steps)
+    forecast = max(steps - computed, 1)
+    several = max(steps - 1, 1)
+    return {
+        BATCH: SizeRange(1, max_batch, max_batch) if batch is None else SizeRange(batch, batch, batch),
+        SLOTS: SizeRange(1, computed, steps),
+        FORECASTS: SizeRange(1, min(math.ceil(forecast / computed), several), several),
+        STEPS_OF["compute"]: SizeRange(1, computed, steps),
+        STEPS_OF["forecast"]: SizeRange(1, forecast, steps),
+    }
