@@ -66,7 +66,9 @@ def load_engines(
         if fit.backend is not None:
             files = {name: writer.staging / artifact.path for name, artifact in fit.target.engines.items()}
             weights = {name: writer.staging / path for name, path in fit.target.weights.items()}
-            engines: Mapping[str, Engine] = fit.backend.load(files, sources.signatures, device=device, weights=weights)
+            engines: Mapping[str, Engine] = fit.backend.load(
+                files, sources.signatures, device=device, weights=weights, needs=fit.target.needs
+            )
             break
         log.info("%s does not run on %s here: %s", fit.target, device, fit.reason)
     else:

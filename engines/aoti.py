@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from cachec.runtime.device import CUDA, Buffer, Device, DeviceName
-from cachec.runtime.engine import HOST, NO_WEIGHTS, Call, Engine, ExecutionContext, check_bindings
+from cachec.runtime.engine import HOST, NOTHING, Call, Engine, ExecutionContext, check_bindings
 from cachec.runtime.errors import BundleError, EngineError, InputError, missing_extra
 from cachec.runtime.specs import Signature
 
@@ -52,7 +52,8 @@ class AotiEngine(Engine):
         *,
         device: DeviceName = HOST,
         threads: int | None = None,
-        weights: Mapping[str, Path] = NO_WEIGHTS,
+        weights: Mapping[str, Path] = NOTHING,
+        needs: Mapping[str, Any] = NOTHING,
     ) -> dict[str, Self]:
         if threads is not None:
             torch.set_num_threads(threads)
@@ -73,18 +74,19 @@ class AotiEngine(Engine):
     def _context(self, native: Any) -> ExecutionContext:
         return _AotiContext(native, self.signature, self.device)
 
-    @staticmethod
-    def version() -> str:
+    @classmethod
+    def version(cls) -> str:
         return str(torch.__version__)
 
-    @staticmethod
-    def check_target(device: DeviceName, precision: str) -> None:
+    @classmethod
+    def check_target(cls, device: DeviceName, precision: str) -> None:
         torch_device.check_device(device)
         if device.index:  # load_pt2 puts weights where they were when they were saved, which is the first
             raise InputError(f"device is {device}, but aoti loads onto the first GPU only: choose it with CUDA_VISIBLE_DEVICES")
 
-    @staticmethod
+    @classmethod
     def build(
+        cls,
         programs: Mapping[str, "ExportedProgram"],
         signatures: Mapping[str, Signature],
         out: Path,

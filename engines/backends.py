@@ -10,6 +10,8 @@ BACKENDS = {
     "eager": "cachec.engines.eager:EagerEngine",
     "inductor": "cachec.engines.inductor:InductorEngine",
     "ort": "cachec.engines.ort:OrtEngine",
+    "tensorrt": "cachec.engines.tensorrt:TensorRTEngine",
+    "tensorrt-rtx": "cachec.engines.tensorrt:TensorRTRtxEngine",
 }
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from cachec.runtime.device import CPU, Buffer, Device, DeviceName
-from cachec.runtime.engine import HOST, NO_WEIGHTS, Call, Engine, ExecutionContext, check_bindings
+from cachec.runtime.engine import HOST, NOTHING, Call, Engine, ExecutionContext, check_bindings
 from cachec.runtime.errors import BundleError, missing_extra
 from cachec.runtime.specs import Signature
 
@@ -40,7 +40,8 @@ class EagerEngine(Engine):
         *,
         device: DeviceName = HOST,
         threads: int | None = None,
-        weights: Mapping[str, Path] = NO_WEIGHTS,
+        weights: Mapping[str, Path] = NOTHING,
+        needs: Mapping[str, Any] = NOTHING,
     ) -> dict[str, Self]:
         if threads is not None:
             torch.set_num_threads(threads)
@@ -61,16 +62,17 @@ class EagerEngine(Engine):
     def _context(self, native: Any) -> ExecutionContext:
         return _EagerContext(native, self.signature, self.device)
 
-    @staticmethod
-    def version() -> str:
+    @classmethod
+    def version(cls) -> str:
         return str(torch.__version__)
 
-    @staticmethod
-    def check_target(device: DeviceName, precision: str) -> None:
+    @classmethod
+    def check_target(cls, device: DeviceName, precision: str) -> None:
         torch_device.check_device(device)
 
-    @staticmethod
+    @classmethod
     def build(
+        cls,
         programs: Mapping[str, "ExportedProgram"],
         signatures: Mapping[str, Signature],
         out: Path,

@@ -20,7 +20,7 @@ from cachec.engines.cuda_device import CudaBuffer, CudaDevice, cuda_device
 from cachec.engines.onnx_files import build_onnx
 from cachec.runtime.build import BuildOptions, Built, Sources
 from cachec.runtime.device import CPU, CUDA, Buffer, Device, DeviceName, Host
-from cachec.runtime.engine import DEFAULTS, HOST, NO_WEIGHTS, Call, Engine, ExecutionContext, check_bindings
+from cachec.runtime.engine import DEFAULTS, HOST, NOTHING, Call, Engine, ExecutionContext, check_bindings
 from cachec.runtime.errors import BundleError, EngineError, InputError, missing_extra
 from cachec.runtime.specs import BFLOAT16, Signature
 
@@ -57,7 +57,8 @@ class OrtEngine(Engine):
         *,
         device: DeviceName = HOST,
         threads: int | None = None,
-        weights: Mapping[str, Path] = NO_WEIGHTS,
+        weights: Mapping[str, Path] = NOTHING,
+        needs: Mapping[str, Any] = NOTHING,
     ) -> dict[str, Self]:
         _start_thread_pool(threads)
         if device.kind == CPU:
@@ -70,8 +71,8 @@ class OrtEngine(Engine):
     def _context(self, native: Any) -> ExecutionContext:
         return OrtContext(native, self.signature, self.device)
 
-    @staticmethod
-    def check_target(device: DeviceName, precision: str) -> None:
+    @classmethod
+    def check_target(cls, device: DeviceName, precision: str) -> None:
         available = onnxruntime.get_available_providers()
         if device.kind == CUDA and CUDA_PROVIDER not in available:
             raise InputError(
@@ -83,12 +84,13 @@ class OrtEngine(Engine):
         elif precision == BFLOAT16:
             raise InputError("bfloat16 is what ONNX Runtime has no kernels for on the CPU: use --device cuda or float16")
 
-    @staticmethod
-    def version() -> str:
+    @classmethod
+    def version(cls) -> str:
         return str(onnxruntime.__version__)
 
-    @staticmethod
+    @classmethod
     def build(
+        cls,
         programs: Mapping[str, "ExportedProgram"],
         signatures: Mapping[str, Signature],
         out: Path,

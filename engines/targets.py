@@ -100,7 +100,7 @@ def _check(target: Target, device: DeviceName) -> type[Engine]:
     if target.device not in (ANY_DEVICE, device.kind):
         raise BundleError(f"device is {device}, but it was built for {target.device}")
     backend = get_backend(target.backend)
-    if backend.needs_same_version and target.version != (version := backend.version()):
+    if backend.needs_same_version and "version_from" not in target.needs and target.version != (version := backend.version()):
         raise BundleError(f"it was built with {backend.name} {target.version}, here is {version}")
     backend.check_target(device, target.precision)
     backend.check_needs(target.needs, device)

@@ -256,7 +256,7 @@ def _remember_hash(path: Path, digest: str) -> None:
         log.info("cannot remember the hash of %s: %s", path, error)
 
 
-def replace_file(path: Path, content: bytes) -> None:
+def replace_file(path: Path, content: bytes | memoryview) -> None:
     """Write ``content`` to ``path`` so that a reader sees the old file or the new one, never a part."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:

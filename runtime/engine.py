@@ -39,7 +39,7 @@ TIMESTEPS_OF = {"compute": "compute_timesteps", "forecast": "forecast_timesteps"
 
 HOST = DeviceName(CPU)
 DEFAULTS = BuildOptions()
-NO_WEIGHTS: Mapping[str, Path] = {}
+NOTHING: Mapping[str, Any] = {}
 
 
 def history_name(index: int) -> str:
@@ -90,14 +90,14 @@ class Engine(ABC):
         self.signature = signature
         self.device = device
 
-    @staticmethod
+    @classmethod
     @abstractmethod
-    def version() -> str:
+    def version(cls) -> str:
         """Version of the library behind it, recorded in bundles."""
 
-    @staticmethod
+    @classmethod
     @abstractmethod
-    def check_target(device: DeviceName, precision: str) -> None:
+    def check_target(cls, device: DeviceName, precision: str) -> None:
         """Raise ``InputError`` unless graphs of ``precision`` can run on ``device`` here; says what was looked for."""
 
     @classmethod
@@ -105,14 +105,14 @@ class Engine(ABC):
         """Raise ``InputError`` unless engines can be built here, for ``device``, with these options."""
         cls.check_target(device, precision)
 
-    @staticmethod
-    def check_needs(needs: Mapping[str, Any], device: DeviceName) -> None:
+    @classmethod
+    def check_needs(cls, needs: Mapping[str, Any], device: DeviceName) -> None:
         """Raise ``BundleError`` unless this machine has what engines were built to need (``Built.needs``)."""
 
-    @staticmethod
+    @classmethod
     @abstractmethod
     def build(
-        programs: Mapping[str, Any], signatures: Mapping[str, Signature], out: Path, *, device: DeviceName = HOST
+        cls, programs: Mapping[str, Any], signatures: Mapping[str, Signature], out: Path, *, device: DeviceName = HOST
     ) -> dict[str, Path]:
         """Build engines from exported programs (``torch.export.ExportedProgram``) into the directory ``out``.
 
@@ -138,11 +138,13 @@ class Engine(ABC):
         *,
         device: DeviceName = HOST,
         threads: int | None = None,
-        weights: Mapping[str, Path] = NO_WEIGHTS,
+        weights: Mapping[str, Path] = NOTHING,
+        needs: Mapping[str, Any] = NOTHING,
     ) -> dict[str, Self]:
         """Load all engines of a bundle, by name; ``threads`` limits the CPU threads of one call.
 
-        ``weights``: ONNX files whose weights go into engines that were built without.
+        ``weights``: ONNX files whose weights go into engines that were built without. ``needs``: as they
+        were built with (``Built.needs``).
 
         Raises:
             BundleError: a file is not an engine of this back end.

@@ -91,7 +91,7 @@ def load_bundle(
     files = {name: bundle.path(artifact.path) for name, artifact in target.engines.items()}
     signatures = {name: artifact.signature for name, artifact in target.engines.items()}
     weights = {name: bundle.path(path) for name, path in target.weights.items()}
-    engines = engine_type.load(files, signatures, device=device, threads=threads, weights=weights)
+    engines = engine_type.load(files, signatures, device=device, threads=threads, weights=weights, needs=target.needs)
     return LoadedBundle(bundle.manifest, programs, engines, target)
 
 

@@ -1,0 +1,240 @@
+"""TensorRT and TensorRT for RTX: built from the bundle's ONNX files, run without torch.
+
+Importing this file loads neither library, so that it can be asked what is missing.
+"""
+
+import logging
+import shutil
+from abc import abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from cachec.engines.cuda_device import CudaBuffer, CudaDevice
+from cachec.engines.gpu import Gpu, find_gpu
+from cachec.engines.onnx_files import build_onnx
+from cachec.engines.tensorrt_build import EngineBuilder
+from cachec.engines.tensorrt_library import TENSORRT, TENSORRT_RTX, Library
+from cachec.engines.tensorrt_run import Native, TensorRTContext, load_native
+from cachec.runtime.build import ALL_OPTIONS, BuildOptions, Built, Sources
+from cachec.runtime.device import CUDA, Buffer, Device, DeviceName
+from cachec.runtime.engine import DEFAULTS, HOST, NOTHING, Engine, ExecutionContext
+from cachec.runtime.errors import BundleError, EngineError, InputError
+from cachec.runtime.sizes import size_ranges
+from cachec.runtime.specs import BFLOAT16, Signature
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+log = logging.getLogger(__name__)
+
+LONG_BUILD = 500e6  # bytes of weights; builds of more take minutes, and say first what they need
+BFLOAT16_FROM = 80  # compute capability
+ANY_SIZES = BuildOptions(sizes=size_ranges(steps=100, computed=17))  # for engines outside a bundle
+HOST_MEMORY, DISK = 3.0, 1.1  # a build takes at most, over the bytes of the weights: docs/tensorrt.md
+
+
+class TensorRTFamily(Engine):
+    """An engine of one of the two libraries."""
+
+    library: ClassVar[Library]
+    needs_same_version = True
+    device_bound = True
+    only_device = CUDA
+    options = frozenset(ALL_OPTIONS)
+
+    @classmethod
+    def version(cls) -> str:
+        return cls.library.version()
+
+    @classmethod
+    @abstractmethod
+    def gpus(cls, device: DeviceName) -> tuple[int, ...]:
+        """Compute capabilities of the GPUs that engines which are built here run on."""
+
+    @classmethod
+    def check_target(cls, device: DeviceName, precision: str) -> None:
+        cls.library.load()
+        if device.kind != CUDA:
+            raise InputError(f"device is {device}, but {cls.name} runs on NVIDIA GPUs only: use --device cuda")
+        _check_gpu(cls.library, find_gpu(device), precision)
+
+    @classmethod
+    def check_needs(cls, needs: Mapping[str, Any], device: DeviceName) -> None:
+        if _numbers(cls.version()) < _numbers(needs.get("version_from", "0")):
+            raise BundleError(f"it was built with {cls.name} {needs['version_from']}, here is {cls.version()}")
+        gpu = find_gpu(device)
+        if not runs_on(gpu.capability, needs):
+            built = ", ".join(f"sm_{sm}" for sm in needs["sm"])
+            raise BundleError(f"it was built for {built}, and {gpu.name} is sm_{gpu.capability}")
+
+    @classmethod
+    def check_build(cls, device: DeviceName, precision: str, options: BuildOptions) -> None:
+        cls.library.load()
+        for capability in cls.gpus(device):
+            _check_precision(capability, precision)
+
+    @classmethod
+    def build(
+        cls,
+        programs: Mapping[str, "ExportedProgram"],
+        signatures: Mapping[str, Signature],
+        out: Path,
+        *,
+        device: DeviceName = HOST,
+    ) -> dict[str, Path]:
+        """Write ONNX files into ``out``, and engines beside them, for one sample a call and schedules of up to 100 steps."""
+        onnx = build_onnx(programs, signatures, out)
+        return cls._build(onnx, signatures, out, {name: f"{name}.plan" for name in onnx}, ANY_SIZES)
+
+    @classmethod
+    def build_target(
+        cls, sources: Sources, out: Path, *, device: DeviceName = HOST, options: BuildOptions = DEFAULTS
+    ) -> Built:
+        onnx, gpus = sources.onnx(), cls.gpus(device)
+        tag = f"{cls.version()}_{'_'.join(f'sm{sm}' for sm in gpus)}"
+        size = sources.shape_bucket.split(",")[0]
+        names = {name: f"{name}-{tag}-{sources.precision}-{size}.plan" for name in onnx}
+        check_room(onnx, out, options)
+        needs: dict[str, Any] = {"sm": list(gpus), "cuda": cuda_text(cls.library.driver)}
+        if options.compatibility != "none":
+            needs["compatibility"] = options.compatibility
+        if options.version_compatible:
+            needs["version_from"] = cls.version()
+        files = cls._build(onnx, sources.signatures, out, names, options, timing=f"{cls.name}-{tag}.timing")
+        return Built(files, needs, bounded=True)
+
+    @classmethod
+    def _build(
+        cls,
+        onnx: Mapping[str, Path],
+        signatures: Mapping[str, Signature],
+        out: Path,
+        names: Mapping[str, str],
+        options: BuildOptions,
+        timing: str | None = None,
+    ) -> dict[str, Path]:
+        folder = options.timing_cache if cls.library.keeps_timings else None
+        builder = EngineBuilder(cls.library.load(), options, folder / timing if folder and timing else None)
+        for name, path in onnx.items():
+            builder.build(name, path, signatures[name], out / names[name])
+        return {name: out / file for name, file in names.items()}
+
+    @classmethod
+    def load(
+        cls,
+        files: Mapping[str, Path],
+        signatures: Mapping[str, Signature],
+        *,
+        device: DeviceName = HOST,
+        threads: int | None = None,
+        weights: Mapping[str, Path] = NOTHING,
+        needs: Mapping[str, Any] = NOTHING,
+    ) -> dict[str, Self]:
+        module, there = cls.library.load(), CudaDevice(device.index, captures=True)
+        engines = {}
+        for name, path in files.items():
+            native = load_native(
+                module,
+                path,
+                signatures[name],
+                onnx=weights.get(name),
+                host_code="version_from" in needs,
+                names=cls.tensor_names(signatures[name]),
+            )
+            engines[name] = cls(native, signatures[name], there)
+        return engines
+
+    @classmethod
+    def tensor_names(cls, signature: Signature) -> dict[str, str]:
+        """What engines call our tensors, where it is something else."""
+        return {}
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Device memory that a call needs beside its buffers; all engines of a session share it."""
+        return self._native.scratch_bytes
+
+    def _context(self, native: Native, device: Device, scratch: Buffer | None) -> ExecutionContext:
+        assert isinstance(device, CudaDevice)
+        assert scratch is None or isinstance(scratch, CudaBuffer)
+        return TensorRTContext(native, self.signature, device, scratch)
+
+
+class TensorRTEngine(TensorRTFamily):
+    """TensorRT 11: engines for the GPU that builds them."""
+
+    name = "tensorrt"
+    library = TENSORRT
+
+    @classmethod
+    def gpus(cls, device: DeviceName) -> tuple[int, ...]:
+        return (find_gpu(device).capability,)
+
+    @classmethod
+    def check_build(cls, device: DeviceName, precision: str, options: BuildOptions) -> None:
+        cls.check_target(device, precision)
+        if options.compatibility != "none":
+            log.warning(
+                "hardware compatibility %s costs some speed: some kernels and fusions are left out", options.compatibility
+            )
+
+
+class TensorRTRtxEngine(TensorRTFamily):
+    """TensorRT for RTX: built without a GPU, finished on the user's when it is loaded."""
+
+    name = "tensorrt-rtx"
+    library = TENSORRT_RTX
+    options = frozenset(("level", "workspace"))
+
+    @classmethod
+    def gpus(cls, device: DeviceName) -> tuple[int, ...]:
+        return cls.library.gpus
+
+
+def runs_on(capability: int, needs: Mapping[str, Any]) -> bool:
+    """Does a GPU of this compute capability run engines with these needs?"""
+    built, compatibility = needs["sm"], needs.get("compatibility", "none")
+    return capability in built or (compatibility == "ampere-plus" and capability >= BFLOAT16_FROM)
+
+
+def _check_gpu(library: Library, gpu: Gpu, precision: str) -> None:
+    if gpu.driver < library.driver:
+        raise InputError(
+            f"the driver of {gpu.name} offers CUDA {cuda_text(gpu.driver)}, but {library.name} {library.major} needs "
+            f"{cuda_text(library.driver)}: install a newer driver"
+        )
+    _check_precision(gpu.capability, precision)
+
+
+def _check_precision(capability: int, precision: str) -> None:
+    if precision == BFLOAT16 and capability < BFLOAT16_FROM:
+        raise InputError(f"sm_{capability} has no bfloat16: compile with --dtype float16")
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".") if part.isdigit())
+
+
+def cuda_text(version: int) -> str:
+    """NVIDIA's number of a CUDA version, as people write it."""
+    return f"{version // 1000}.{version % 1000 // 10}"
+
+
+def check_room(onnx: Mapping[str, Path], out: Path, options: BuildOptions) -> None:
+    """Say what a build will take, and refuse it if the disk has not so much.
+
+    Raises:
+        EngineError: the disk is too full.
+    """
+    folders = {path.parent for path in onnx.values()}
+    weights = sum(path.stat().st_size for folder in folders for path in folder.iterdir() if path.suffix in (".onnx", ".bin"))
+    disk = 0 if options.strip else round(DISK * weights)
+    free = shutil.disk_usage(out).free
+    log.log(
+        logging.WARNING if weights > LONG_BUILD else logging.INFO,
+        "building takes up to %.1f GB of memory, about as much on the GPU, and %.1f GB of disk (%.1f GB are free)",
+        HOST_MEMORY * weights / 1e9, disk / 1e9, free / 1e9,
+    )  # fmt: skip
+    if disk > free:
+        raise EngineError(f"the engines take about {disk / 1e9:.1f} GB, and the disk has {free / 1e9:.1f} GB left: make room")

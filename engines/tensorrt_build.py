@@ -1,0 +1,215 @@
+"""From ONNX files to TensorRT engines.
+
+Networks are strongly typed: precision is what the graph says, and no flag changes it. Symbolic sizes that can only be one
+number are fixed, the others get one optimisation profile.
+"""
+
+import logging
+import threading
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from tqdm import tqdm
+
+from cachec.engines.tensorrt_library import Reports, dtypes_of, reports_of
+from cachec.runtime.build import BuildOptions, SizeRange
+from cachec.runtime.bundle import replace_file
+from cachec.runtime.errors import EngineError, InputError
+from cachec.runtime.specs import Signature, TensorSpec
+
+if TYPE_CHECKING:
+    import tensorrt as trt
+
+log = logging.getLogger(__name__)
+
+COMPATIBILITY = {"none": "NONE", "same-capability": "SAME_COMPUTE_CAPABILITY", "ampere-plus": "AMPERE_PLUS"}
+
+
+@dataclass(frozen=True)
+class EngineBuilder:
+    """Builds engines with one library and one set of options. ``timing``: file with kernel timings, which is added to."""
+
+    library: ModuleType
+    options: BuildOptions
+    timing: Path | None = None
+
+    def build(self, name: str, onnx: Path, signature: Signature, out: Path) -> None:
+        """Build the engine of one ONNX file and write it to ``out``. Interrupted, it keeps the timings and writes nothing.
+
+        Raises:
+            EngineError: the parser rejects a node, or the builder fails; with the library's reasons.
+        """
+        reports = reports_of(self.library)
+        builder = self._builder(reports)
+        network: trt.INetworkDefinition = builder.create_network(0)
+        parser = self.library.OnnxParser(network, reports.logger)
+        if not parser.parse_from_file(str(onnx)):
+            raise EngineError(f"TensorRT's parser rejects {onnx.name}: {_parser_errors(parser)}")
+        allow_decomposition(self.library, network)
+        config: trt.IBuilderConfig = builder.create_builder_config()
+        self._configure(config, name)
+        self._set_sizes(builder, network, config, signature)
+        check_borders(self.library, network, signature, onnx)
+        with self._timings(config):
+            plan = self._run(builder, network, config, name)
+        if plan is None:
+            raise reports.error(f"build the {name} engine")
+        replace_file(out, memoryview(plan))
+        log.info("%s: %d layers, %.1f MB", name, network.num_layers, plan.nbytes / 1e6)
+
+    def _builder(self, reports: Reports) -> "trt.Builder":
+        try:
+            return self.library.Builder(reports.logger)
+        except TypeError as error:  # what pybind makes of a null pointer: without a driver there is no builder
+            raise reports.error("start TensorRT's builder, which needs a GPU and its driver") from error
+
+    def _configure(self, config: "trt.IBuilderConfig", name: str) -> None:
+        flags, options = self.library.BuilderFlag, self.options
+        config.builder_optimization_level = options.level
+        config.clear_flag(flags.TF32)  # float32 in the graph means float32
+        if options.workspace is not None:
+            config.set_memory_pool_limit(self.library.MemoryPoolType.WORKSPACE, options.workspace)
+        if options.strip:
+            config.set_flag(flags.REFIT_IDENTICAL)
+            config.set_flag(flags.STRIP_PLAN)
+        if options.version_compatible:
+            config.set_flag(flags.VERSION_COMPATIBLE)
+        if options.compatibility != "none":
+            levels = self.library.HardwareCompatibilityLevel
+            config.hardware_compatibility_level = levels.__members__[COMPATIBILITY[options.compatibility]]
+        if name != "compute":  # small: other streams would cost more than they bring
+            config.max_aux_streams = 0
+
+    def _set_sizes(
+        self,
+        builder: "trt.Builder",
+        network: "trt.INetworkDefinition",
+        config: "trt.IBuilderConfig",
+        signature: Signature,
+    ) -> None:
+        """Fix sizes that can only be one number, and give ranges for the others."""
+        profile: trt.IOptimizationProfile = builder.create_optimization_profile()
+        varies = False
+        for index in range(network.num_inputs):
+            tensor: trt.ITensor = network.get_input(index)
+            least, usual, most = shape_range(signature.input(tensor.name), self.options.sizes)
+            if least == most:
+                tensor.shape = most
+            else:
+                tensor.shape = tuple(a if a == b else -1 for a, b in zip(least, most, strict=True))
+                profile.set_shape(tensor.name, least, usual, most)
+                varies = True
+        if varies:
+            config.add_optimization_profile(profile)
+
+    @contextmanager
+    def _timings(self, config: "trt.IBuilderConfig") -> Iterator[None]:
+        """Start from the kernel timings of earlier builds and keep those of this one, however it ends."""
+        if self.timing is None:
+            yield
+            return
+        known = self.timing.read_bytes() if self.timing.is_file() else b""
+        cache: trt.ITimingCache = config.create_timing_cache(known)
+        if not config.set_timing_cache(cache, False):
+            log.warning("kernel timings in %s are of another GPU or version: measured anew", self.timing.name)
+            config.set_timing_cache(config.create_timing_cache(b""), False)
+        try:
+            yield
+        finally:
+            self.timing.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(self.timing, memoryview(config.get_timing_cache().serialize()))
+
+    def _run(
+        self, builder: "trt.Builder", network: "trt.INetworkDefinition", config: "trt.IBuilderConfig", name: str
+    ) -> "trt.IHostMemory | None":
+        """Build in a thread, so that this one hears Ctrl-C; the builder then stops at its next step."""
+        cancelled = threading.Event()
+        config.progress_monitor = make_monitor(self.library, name, cancelled)
+        with ThreadPoolExecutor(1) as pool:
+            future = pool.submit(builder.build_serialized_network, network, config)
+            try:
+                plan: trt.IHostMemory | None = future.result()
+            except KeyboardInterrupt:
+                cancelled.set()
+                future.result()
+                raise
+        return plan
+
+
+def make_monitor(library: ModuleType, name: str, cancelled: threading.Event) -> "trt.IProgressMonitor":
+    """Shows the builder's phases, on a terminal as a progress bar; stops the build when ``cancelled`` is set."""
+
+    class Progress(library.IProgressMonitor):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self._bars: dict[str, tqdm] = {}
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            log.debug("%s: %s", name, phase_name)
+            if parent_phase is None or parent_phase in self._bars:
+                depth = len(self._bars)
+                bar = tqdm(total=num_steps, desc=f"{name}: {phase_name}", position=depth, leave=False, disable=None)
+                self._bars[phase_name] = bar
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            if phase_name in self._bars:
+                self._bars[phase_name].update(step + 1 - self._bars[phase_name].n)
+            return not cancelled.is_set()
+
+        def phase_finish(self, phase_name: str) -> None:
+            if phase_name in self._bars:
+                self._bars.pop(phase_name).close()
+
+    return Progress()
+
+
+def allow_decomposition(library: ModuleType, network: "trt.INetworkDefinition") -> None:
+    """Let attention run as several kernels where there is none for all of it, as in float32; else the build would fail."""
+    for index in range(network.num_layers):
+        layer: trt.ILayer = network.get_layer(index)
+        if layer.type == library.LayerType.ATTENTION_INPUT:
+            layer.__class__ = library.IAttentionInputLayer
+            layer.attention.decomposable = True
+
+
+def shape_range(spec: TensorSpec, sizes: Mapping[str, SizeRange]) -> tuple[tuple[int, ...], ...]:
+    """Least, usual and most of an input's shape.
+
+    Raises:
+        InputError: a symbolic size has no range.
+    """
+    if missing := [size for size in spec.shape if isinstance(size, str) and size not in sizes]:
+        raise InputError(f"input {spec.name!r} has the size {missing[0]!r}, for which no range is given")
+    ranges = [sizes[size] if isinstance(size, str) else SizeRange(size, size, size) for size in spec.shape]
+    return tuple(tuple(getattr(one, which) for one in ranges) for which in ("least", "usual", "most"))
+
+
+def check_borders(library: ModuleType, network: "trt.INetworkDefinition", signature: Signature, onnx: Path) -> None:
+    """Raise ``EngineError`` unless the network takes and gives what the signature says."""
+    inputs = [network.get_input(index) for index in range(network.num_inputs)]
+    outputs = [network.get_output(index) for index in range(network.num_outputs)]
+    names = dtypes_of(library)
+    for side, tensors, specs in (("takes", inputs, signature.inputs), ("gives", outputs, signature.outputs)):
+        got = {_tensor_text(library, tensor, names): None for tensor in tensors}
+        wanted = {f"{spec.dtype} {spec.name} of rank {len(spec.shape)}": None for spec in specs}
+        if got.keys() != wanted.keys():
+            raise EngineError(
+                f"{onnx.name}, as TensorRT reads it, {side} {list(got)}, expected {list(wanted)}: compile it again"
+            )
+
+
+def _tensor_text(library: ModuleType, tensor: "trt.ITensor", names: Mapping[object, str]) -> str:
+    return f"{names.get(tensor.dtype, 'another type')} {tensor.name} of rank {len(tensor.shape)}"
+
+
+def _parser_errors(parser: "trt.OnnxParser") -> str:
+    found = []
+    for index in range(parser.num_errors):
+        error: trt.ParserError = parser.get_error(index)
+        found.append(f"node {error.node()} {error.node_name()!r} ({error.node_operator()}): {error.desc()}")
+    return "; ".join(found) or "it does not say why"
