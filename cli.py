@@ -174,6 +174,29 @@ def compile_command(model: str, out: Path | None, options: tuple[str, ...], forc
     )
 
 
+@main.command("add-target")
+@_talking
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--target", "names", multiple=True, required=True, help="tensorrt or tensorrt-rtx; may be given several times.")
+@click.option("--device", help="cuda, or cuda:1 for the second GPU; default the first.")
+@_build_options
+@click.option("--force", is_flag=True, help="Replace a target that the bundle has already.")
+def add_target_command(bundle: Path, names: tuple[str, ...], **rest: Any) -> None:
+    """Build engines into BUNDLE on this machine, from the ONNX files in it. Needs no torch."""
+    from cachec.engines.add_target import add_targets
+
+    opened, added = add_targets(bundle, names, **rest)
+    sizes = {name: entry["bytes"] for name, entry in opened.manifest.files.items()}
+    engines = [(name, artifact.path) for target in added for name, artifact in target.engines.items()]
+    _table(
+        [
+            ("bundle", str(bundle)),
+            *[("target", str(target)) for target in added],
+            *[(f"  {name}", f"{path}, {sizes[path] / 1e6:.2f} MB") for name, path in engines],
+        ]
+    )
+
+
 @main.command("calibrate")
 @_talking
 @click.argument("model")
@@ -296,6 +319,20 @@ def inspect_command(bundle: Path, as_json: bool) -> None:
     from cachec.engines.targets import find_fit
 
     _table(describe_bundle(opened, [find_fit(target).in_words for target in opened.manifest.targets]))
+
+
+@main.command("doctor")
+@_talking
+@click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
+def doctor_command(as_json: bool) -> None:
+    """Say what this machine has, and what each back end would need to run and to build here."""
+    from cachec.engines.doctor import diagnose
+
+    found = diagnose()
+    if as_json:
+        click.echo(json.dumps(found.to_json(), indent=1))
+        return
+    _table(found.rows())
 
 
 @main.command("list")

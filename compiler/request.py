@@ -16,10 +16,10 @@ from cachec.engines.targets import TargetName
 from cachec.passes import HOISTS
 from cachec.runtime.build import BuildOptions, build_options
 from cachec.runtime.device import DeviceName
-from cachec.runtime.engine import DEFAULTS, HOST, MAX_BATCH
+from cachec.runtime.engine import DEFAULTS, HOST
 from cachec.runtime.errors import InputError, unknown_name
 from cachec.runtime.noise import check_seed
-from cachec.runtime.sizes import USUAL_STRIDE, size_ranges
+from cachec.runtime.sizes import USUAL_STRIDE, check_max_batch, size_ranges
 
 NUM_CALIBRATION = 32  # prompts of a calibration that compile makes itself
 SLOTS = ("bfloat16", "float16", "float32")  # what features may be stored in
@@ -145,9 +145,9 @@ def make_request(
         InputError: an option is unknown, out of range, or contradicts another.
     """
     check_seed(seed)
-    for what, value in (("batch", batch), ("max-batch", max_batch)):
-        if value is not None and not 1 <= value <= MAX_BATCH:
-            raise InputError(f"{what} is {value}; it must be from 1 to {MAX_BATCH}")
+    check_max_batch(max_batch)
+    if batch is not None and batch < 1:
+        raise InputError(f"batch is {batch}; it must be at least 1")
     if batch is not None and max_batch != 1:
         raise InputError(f"batch {batch} and max-batch {max_batch} contradict each other: give one")
     if min_psnr is not None and not (math.isfinite(min_psnr) and min_psnr > 0):

@@ -12,6 +12,7 @@ BACKENDS = {
     "ort": "cachec.engines.ort:OrtEngine",
     "tensorrt": "cachec.engines.tensorrt:TensorRTEngine",
     "tensorrt-rtx": "cachec.engines.tensorrt:TensorRTRtxEngine",
+    "torch-tensorrt": "cachec.engines.torch_tensorrt:TorchTensorRTEngine",
 }
 
 

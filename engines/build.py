@@ -2,11 +2,12 @@
 
 import platform
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from cachec.engines.backends import get_backend
 from cachec.engines.targets import TargetName
-from cachec.runtime.build import BuildOptions, Sources
+from cachec.runtime.build import ALL_OPTIONS, BuildOptions, Sources
 from cachec.runtime.bundle import ANY_DEVICE, Artifact, Target
 from cachec.runtime.device import DeviceName
 from cachec.runtime.engine import HOST
@@ -14,6 +15,23 @@ from cachec.runtime.errors import InputError
 from cachec.runtime.write import BundleWriter
 
 TIMING = "timing"  # folder of kernel timings in a bundle
+
+
+def plan_target(sources: Sources, name: TargetName, *, device: DeviceName, options: BuildOptions) -> Target:
+    """The target that will be built, without its engines."""
+    backend = get_backend(name.backend)
+    there = device_for(name, device)
+    return Target(
+        backend=backend.name,
+        version=backend.version(),
+        os=platform.system().lower(),
+        device=name.device or (there.kind if backend.device_bound else ANY_DEVICE),
+        precision=sources.precision,
+        shape_bucket=sources.shape_bucket,
+        engines={},
+        needs=backend.needs(there, options),
+        sizes={key: (size.least, size.usual, size.most) for key, size in options.sizes.items()} if backend.bounded else {},
+    )
 
 
 def build_into(
@@ -25,24 +43,16 @@ def build_into(
         InputError: the back end cannot build for this device, precision or options here.
         EngineError: its library fails.
     """
-    backend = get_backend(name.backend)
-    there = device_for(name, device)
-    kind = name.device or (there.kind if backend.device_bound else ANY_DEVICE)
+    target = plan_target(sources, name, device=device, options=options)
     directory = writer.directory(f"engines/{name}-{sources.precision}")
-    built = backend.build_target(sources, directory, device=there, options=options)
-    sealed = {path: writer.seal(path) for path in sorted(set(built.files.values()))}  # several engines may be in one file
+    files = get_backend(name.backend).build_target(sources, directory, device=device_for(name, device), options=options)
+    sealed = {path: writer.seal(path) for path in sorted(set(files.values()))}  # several engines may be in one file
     seal_all(writer, directory)
-    return Target(
-        backend=backend.name,
-        version=backend.version(),
-        os=platform.system().lower(),
-        device=kind,
-        precision=sources.precision,
-        shape_bucket=sources.shape_bucket,
-        engines={key: Artifact(sealed[path], sources.signatures[key]) for key, path in built.files.items()},
-        needs=built.needs,
-        sizes={key: (size.least, size.usual, size.most) for key, size in options.sizes.items()} if built.bounded else {},
-        weights={key: writer.name_of(path) for key, path in sources.onnx().items()} if options.strip else {},
+    strips = options.strip and "strip" in get_backend(name.backend).options
+    return replace(
+        target,
+        engines={key: Artifact(sealed[path], sources.signatures[key]) for key, path in files.items()},
+        weights={key: writer.name_of(path) for key, path in sources.onnx().items()} if strips else {},
     )
 
 
@@ -51,10 +61,12 @@ def check_build(names: Sequence[TargetName], precision: str, device: DeviceName,
     backends = [get_backend(name.backend) for name in names]
     if unused := options.given() - frozenset().union(*(backend.options for backend in backends)):
         raise InputError(
-            f"{', '.join(sorted(unused)).replace('_', '-')} is an option of none of the targets {', '.join(map(str, names))}: "
+            f"{', '.join(ALL_OPTIONS[one] for one in sorted(unused))} is for none of the targets {', '.join(map(str, names))}: "
             "leave it out, or add --target tensorrt"
         )
     for name, backend in zip(names, backends, strict=True):
+        if backend.only_device not in (None, name.device or backend.only_device):
+            raise InputError(f"target {name}: {backend.name} runs on {backend.only_device} only; call it {backend.name}")
         backend.check_build(device_for(name, device), precision, options)
 
 

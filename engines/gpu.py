@@ -34,7 +34,7 @@ def find_gpu(device: DeviceName) -> Gpu:
         error, *values = function(*arguments)
         if int(error):
             _, text = runtime.cudaGetErrorString(error)
-            raise InputError(f"device is {device}, but there is no GPU here: {text.decode()}. Use --device cpu")
+            raise InputError(f"device is {device}, but there is no GPU here: {text.decode()}")
         return values[0] if len(values) == 1 else values
 
     count = call(runtime.cudaGetDeviceCount)

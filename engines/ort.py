@@ -18,7 +18,7 @@ import numpy as np
 
 from cachec.engines.cuda_device import CudaBuffer, CudaDevice, cuda_device
 from cachec.engines.onnx_files import build_onnx
-from cachec.runtime.build import BuildOptions, Built, Sources
+from cachec.runtime.build import BuildOptions, Sources
 from cachec.runtime.device import CPU, CUDA, Buffer, Device, DeviceName, Host
 from cachec.runtime.engine import DEFAULTS, HOST, NOTHING, Call, Engine, ExecutionContext, check_bindings
 from cachec.runtime.errors import BundleError, EngineError, InputError, missing_extra
@@ -101,9 +101,11 @@ class OrtEngine(Engine):
         return build_onnx(programs, signatures, out)
 
     @classmethod
-    def build_target(cls, sources: Sources, out: Path, *, device: DeviceName = HOST, options: BuildOptions = DEFAULTS) -> Built:
+    def build_target(
+        cls, sources: Sources, out: Path, *, device: DeviceName = HOST, options: BuildOptions = DEFAULTS
+    ) -> dict[str, Path]:
         """Nothing is built: the bundle's ONNX files are the engines."""
-        return Built(sources.onnx())
+        return dict(sources.onnx())
 
 
 _pool_threads: list[int] = []  # of the one pool that ONNX Runtime has in this process

@@ -16,7 +16,7 @@ from cachec.engines.onnx_files import build_onnx
 from cachec.engines.tensorrt_build import EngineBuilder
 from cachec.engines.tensorrt_library import TENSORRT, TENSORRT_RTX, Library
 from cachec.engines.tensorrt_run import Native, TensorRTContext, load_native
-from cachec.runtime.build import ALL_OPTIONS, BuildOptions, Built, Sources
+from cachec.runtime.build import ALL_OPTIONS, BuildOptions, Sources
 from cachec.runtime.device import CUDA, Buffer, Device, DeviceName
 from cachec.runtime.engine import DEFAULTS, HOST, NOTHING, Engine, ExecutionContext
 from cachec.runtime.errors import BundleError, EngineError, InputError
@@ -41,6 +41,8 @@ class TensorRTFamily(Engine):
     needs_same_version = True
     device_bound = True
     only_device = CUDA
+    from_onnx = True
+    bounded = True
     options = frozenset(ALL_OPTIONS)
 
     @classmethod
@@ -51,6 +53,11 @@ class TensorRTFamily(Engine):
     @abstractmethod
     def gpus(cls, device: DeviceName) -> tuple[int, ...]:
         """Compute capabilities of the GPUs that engines which are built here run on."""
+
+    @classmethod
+    def tag(cls, device: DeviceName) -> str:
+        """What names of engine files say about where they run: ``11.0.0.114_sm90``."""
+        return "_".join((cls.version(), *(f"sm{sm}" for sm in cls.gpus(device))))
 
     @classmethod
     def check_target(cls, device: DeviceName, precision: str) -> None:
@@ -71,6 +78,8 @@ class TensorRTFamily(Engine):
     @classmethod
     def check_build(cls, device: DeviceName, precision: str, options: BuildOptions) -> None:
         cls.library.load()
+        if device.kind != CUDA:
+            raise InputError(f"device is {device}, but {cls.name} is for NVIDIA GPUs only: leave the device out, or take cuda")
         for capability in cls.gpus(device):
             _check_precision(capability, precision)
 
@@ -90,19 +99,20 @@ class TensorRTFamily(Engine):
     @classmethod
     def build_target(
         cls, sources: Sources, out: Path, *, device: DeviceName = HOST, options: BuildOptions = DEFAULTS
-    ) -> Built:
-        onnx, gpus = sources.onnx(), cls.gpus(device)
-        tag = f"{cls.version()}_{'_'.join(f'sm{sm}' for sm in gpus)}"
-        size = sources.shape_bucket.split(",")[0]
-        names = {name: f"{name}-{tag}-{sources.precision}-{size}.plan" for name in onnx}
+    ) -> dict[str, Path]:
+        onnx, tag = sources.onnx(), cls.tag(device)
+        names = {name: f"{name}-{tag}-{sources.precision}-{sources.size}.plan" for name in onnx}
         check_room(onnx, out, options)
-        needs: dict[str, Any] = {"sm": list(gpus), "cuda": cuda_text(cls.library.driver)}
+        return cls._build(onnx, sources.signatures, out, names, options, timing=f"{cls.name}-{tag}.timing")
+
+    @classmethod
+    def needs(cls, device: DeviceName, options: BuildOptions) -> dict[str, Any]:
+        needs: dict[str, Any] = {"sm": list(cls.gpus(device)), "cuda": cuda_text(cls.library.driver)}
         if options.compatibility != "none":
             needs["compatibility"] = options.compatibility
         if options.version_compatible:
             needs["version_from"] = cls.version()
-        files = cls._build(onnx, sources.signatures, out, names, options, timing=f"{cls.name}-{tag}.timing")
-        return Built(files, needs, bounded=True)
+        return needs
 
     @classmethod
     def _build(

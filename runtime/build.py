@@ -11,7 +11,13 @@ from cachec.runtime.errors import InputError, unknown_name
 from cachec.runtime.specs import Signature
 
 MAX_LEVEL = 5  # of TensorRT's optimisation levels
-ALL_OPTIONS = ("strip", "compatibility", "version_compatible", "level", "workspace")
+ALL_OPTIONS = {  # of ``BuildOptions``, with the names that users give them
+    "strip": "--strip-weights",
+    "compatibility": "--hardware-compatibility",
+    "version_compatible": "--version-compatible",
+    "level": "--optimization-level",
+    "workspace": "--workspace",
+}
 COMPATIBILITIES = ("none", "same-capability", "ampere-plus")
 
 
@@ -89,6 +95,11 @@ class Sources(ABC):
     precision: str
     shape_bucket: str
 
+    @property
+    def size(self) -> str:
+        """Height and width, for names of files."""
+        return self.shape_bucket.split(",")[0]
+
     @abstractmethod
     def programs(self) -> Mapping[str, Any]:
         """``torch.export.ExportedProgram`` by name.
@@ -100,15 +111,3 @@ class Sources(ABC):
     @abstractmethod
     def onnx(self) -> Mapping[str, Path]:
         """ONNX files by name, with their weights beside them."""
-
-
-@dataclass(frozen=True)
-class Built:
-    """Engine files by name; several may be in one. ``needs`` says what a machine must have to run them.
-
-    ``bounded``: they take symbolic sizes only in the ranges that the options gave.
-    """
-
-    files: Mapping[str, Path]
-    needs: Mapping[str, Any] = field(default_factory=dict)
-    bounded: bool = False

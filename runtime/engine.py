@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, Self
 
-from cachec.runtime.build import BuildOptions, Built, Sources
+from cachec.runtime.build import BuildOptions, Sources
 from cachec.runtime.device import CPU, Buffer, Device, DeviceName
 from cachec.runtime.errors import BundleError, InputError
 from cachec.runtime.specs import Signature
@@ -83,6 +83,8 @@ class Engine(ABC):
     needs_same_version: ClassVar[bool]  # artifacts load only in the version of the library that built them
     device_bound: ClassVar[bool]  # artifacts run only on the kind of device that they were built for
     only_device: ClassVar[str | None] = None  # the one kind of device that it runs on
+    from_onnx: ClassVar[bool] = False  # engines are built from ONNX files
+    bounded: ClassVar[bool] = False  # artifacts take symbolic sizes only in the ranges that they were built for
     options: ClassVar[frozenset[str]] = frozenset()  # of ``BuildOptions``, those that it takes; others it ignores
 
     def __init__(self, native: Any, signature: Signature, device: Device) -> None:
@@ -106,8 +108,13 @@ class Engine(ABC):
         cls.check_target(device, precision)
 
     @classmethod
+    def needs(cls, device: DeviceName, options: BuildOptions) -> dict[str, Any]:
+        """What a machine must have to run engines that are built here for ``device``, beside version and precision."""
+        return {}
+
+    @classmethod
     def check_needs(cls, needs: Mapping[str, Any], device: DeviceName) -> None:
-        """Raise ``BundleError`` unless this machine has what engines were built to need (``Built.needs``)."""
+        """Raise ``BundleError`` unless this machine has what engines were built to need."""
 
     @classmethod
     @abstractmethod
@@ -121,13 +128,15 @@ class Engine(ABC):
         """
 
     @classmethod
-    def build_target(cls, sources: Sources, out: Path, *, device: DeviceName = HOST, options: BuildOptions = DEFAULTS) -> Built:
+    def build_target(
+        cls, sources: Sources, out: Path, *, device: DeviceName = HOST, options: BuildOptions = DEFAULTS
+    ) -> dict[str, Path]:
         """Build the engines of a bundle into the directory ``out``, from whatever form of the graphs this back end takes.
 
         Raises:
             EngineError: the back end's library cannot; with its reason.
         """
-        return Built(cls.build(sources.programs(), sources.signatures, out, device=device))
+        return cls.build(sources.programs(), sources.signatures, out, device=device)
 
     @classmethod
     @abstractmethod
@@ -143,8 +152,8 @@ class Engine(ABC):
     ) -> dict[str, Self]:
         """Load all engines of a bundle, by name; ``threads`` limits the CPU threads of one call.
 
-        ``weights``: ONNX files whose weights go into engines that were built without. ``needs``: as they
-        were built with (``Built.needs``).
+        ``weights``: ONNX files whose weights go into engines that were built without. ``needs``: what they
+        were built to need.
 
         Raises:
             BundleError: a file is not an engine of this back end.

@@ -44,7 +44,7 @@ def _target_facts(target: Target) -> list[str]:
         facts.append("sizes " + ", ".join(f"{name} {least} to {most}" for name, (least, _, most) in target.sizes.items()))
     needs = {name: value for name, value in target.needs.items() if name != "sm"}
     if needs:
-        facts.append("needs " + ", ".join(f"{name} {value}" for name, value in needs.items()))
+        facts.append("needs " + ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in needs.items()))
     if target.weights:
         facts.append("without weights, which are loaded from the bundle's ONNX files")
     return facts

@@ -3,7 +3,8 @@
 import math
 
 from cachec.runtime.build import SizeRange
-from cachec.runtime.engine import BATCH, FORECASTS, SLOTS, STEPS_OF
+from cachec.runtime.engine import BATCH, FORECASTS, MAX_BATCH, SLOTS, STEPS_OF
+from cachec.runtime.errors import InputError
 
 USUAL_STRIDE = 6  # a step in so many is computed, where the schedule is not known when engines are built
 
@@ -23,3 +24,9 @@ def size_ranges(steps: int, computed: int, *, batch: int | None = None, max_batc
         STEPS_OF["compute"]: SizeRange(1, computed, steps),
         STEPS_OF["forecast"]: SizeRange(1, forecast, steps),
     }
+
+
+def check_max_batch(batch: int) -> None:
+    """Raise ``InputError`` unless engines can be built for so many samples a call."""
+    if not 1 <= batch <= MAX_BATCH:
+        raise InputError(f"max-batch is {batch}; it must be from 1 to {MAX_BATCH}")

@@ -1,0 +1,134 @@
+"""``cachec doctor``: what this machine has, and what each back end would need to run and to build here."""
+
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from cachec.engines.backends import BACKENDS, get_backend
+from cachec.engines.gpu import find_gpu
+from cachec.engines.tensorrt_library import cuda_text
+from cachec.runtime.device import CPU, CUDA, DeviceName
+from cachec.runtime.engine import DEFAULTS
+from cachec.runtime.errors import CachecError
+
+PACKAGES = (
+    "cachec",
+    "numpy",
+    "torch",
+    "diffusers",
+    "onnx",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "tensorrt-cu13",
+    "tensorrt_rtx_cu13_bindings",
+    "torch-tensorrt",
+    "cuda-bindings",
+)
+READY = "ready"
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """``machine``, ``packages`` with their versions (``None``: not installed), ``gpus``, and ``backends``.
+
+    Of each back end: what it says to running on each kind of device and to building there; ``ready``, or why not.
+    """
+
+    machine: dict[str, Any]
+    packages: dict[str, str | None]
+    gpus: list[dict[str, Any]]
+    no_gpu: str
+    providers: list[str]
+    backends: dict[str, dict[str, str]]
+
+    def to_json(self) -> dict[str, Any]:
+        return vars(self)
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Rows of a table."""
+        machine = self.machine
+        rows = [
+            ("machine", f"{machine['os']} {machine['architecture']}, {machine['cores']} cores, Python {machine['python']}"),
+            ("disk", f"{machine['free_disk'] / 1e9:.1f} GB free here"),
+        ]
+        for index, gpu in enumerate(self.gpus):
+            rows.append((f"cuda:{index}", f"{gpu['name']}, sm_{gpu['capability']}, driver for CUDA {cuda_text(gpu['driver'])}, "
+                         f"{gpu['free_bytes'] / 1e9:.1f} of {gpu['total_bytes'] / 1e9:.1f} GB free"))  # fmt: skip
+        if not self.gpus:
+            rows.append(("GPU", f"none: {self.no_gpu}"))
+        rows += [(name, version or "not installed") for name, version in self.packages.items()]
+        rows.append(("onnxruntime's providers", ", ".join(self.providers) or "none"))
+        for name, says in self.backends.items():
+            rows += [(f"{name}, {what}", text) for what, text in says.items()]
+        return rows
+
+
+def diagnose() -> Diagnosis:
+    """Look at this machine. Nothing is built or run."""
+    gpus, no_gpu = _find_gpus()
+    return Diagnosis(
+        machine={
+            "os": platform.system().lower(),
+            "architecture": platform.machine(),
+            "python": platform.python_version(),
+            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "free_disk": shutil.disk_usage(".").free,
+        },
+        packages={name: _version(name) for name in PACKAGES},
+        gpus=gpus,
+        no_gpu=no_gpu,
+        providers=_providers(),
+        backends={name: _ask(name) for name in BACKENDS},
+    )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _find_gpus() -> tuple[list[dict[str, Any]], str]:
+    found: list[dict[str, Any]] = []
+    while True:
+        try:
+            found.append(vars(find_gpu(DeviceName(CUDA, len(found)))))
+        except CachecError as error:
+            return found, "" if found else str(error)
+
+
+def _providers() -> list[str]:
+    if importlib.util.find_spec("onnxruntime") is None:
+        return []
+    return list(importlib.import_module("onnxruntime").get_available_providers())
+
+
+def _ask(name: str) -> dict[str, str]:
+    """What a back end says to running and building, on each kind of device that it knows."""
+    try:
+        backend = get_backend(name)
+    except CachecError as error:
+        return {"anywhere": str(error)}
+    kinds = [CPU, CUDA] if backend.only_device is None else [backend.only_device]
+    says = {}
+    for kind in kinds:
+        device = DeviceName(kind)
+        run = _answer(lambda device=device: backend.check_target(device, "float32"))
+        build = _answer(lambda device=device: backend.check_build(device, "float32", DEFAULTS))
+        says |= {f"on {kind}": run} if run == build else {f"runs on {kind}": run, f"builds for {kind}": build}
+    return says
+
+
+def _answer(question: Callable[[], None]) -> str:
+    try:
+        question()
+    except CachecError as error:
+        return str(error)
+    return READY
