@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cachec.engines.backends import BACKENDS, get_backend
-from cachec.engines.gpu import find_gpu
-from cachec.engines.tensorrt_library import cuda_text
+from cachec.engines.gpu import cuda_text, find_gpu
 from cachec.runtime.device import CPU, CUDA, DeviceName
 from cachec.runtime.engine import DEFAULTS
 from cachec.runtime.errors import CachecError

@@ -45,3 +45,8 @@ def find_gpu(device: DeviceName) -> Gpu:
     free, total = call(runtime.cudaMemGetInfo)
     capability = 10 * properties.major + properties.minor
     return Gpu(properties.name.decode().rstrip("\0"), capability, total, free, call(runtime.cudaDriverGetVersion))
+
+
+def cuda_text(version: int) -> str:
+    """NVIDIA's number of a CUDA version, as people write it."""
+    return f"{version // 1000}.{version % 1000 // 10}"

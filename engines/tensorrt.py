@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from cachec.engines.cuda_device import CudaBuffer, CudaDevice
-from cachec.engines.gpu import Gpu, find_gpu
+from cachec.engines.gpu import Gpu, cuda_text, find_gpu
 from cachec.engines.onnx_files import build_onnx
 from cachec.engines.tensorrt_build import EngineBuilder
 from cachec.engines.tensorrt_library import TENSORRT, TENSORRT_RTX, Library
@@ -224,11 +224,6 @@ def _check_precision(capability: int, precision: str) -> None:
 
 def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split(".") if part.isdigit())
-
-
-def cuda_text(version: int) -> str:
-    """NVIDIA's number of a CUDA version, as people write it."""
-    return f"{version // 1000}.{version % 1000 // 10}"
 
 
 def check_room(onnx: Mapping[str, Path], out: Path, options: BuildOptions) -> None:
