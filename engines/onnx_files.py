@@ -68,31 +68,38 @@ def _drop_metadata(model: Any) -> None:
 
 
 def _share_weights(models: Mapping[str, Any], out: Path) -> dict[str, dict[str, Any]]:
-    """Write every large initializer once; returns external tensors by model and initializer name."""
+    """Write every large initializer once; returns external tensors by model and initializer name.
+
+    They go to the file one by one, so that no second copy of the model is in memory.
+    """
     import onnx_ir
 
-    content = bytearray()
     places: dict[str, tuple[int, int]] = {}
     wanted: dict[str, dict[str, tuple[Any, str]]] = {}
-    for name, model in models.items():
-        wanted[name] = {}
-        for key, value in model.graph.initializers.items():
-            tensor = value.const_value
-            if tensor.nbytes < SHARED_FROM:
-                continue
-            data = np.ascontiguousarray(tensor.numpy()).tobytes()
-            digest = hashlib.sha256(data).hexdigest()
-            if digest not in places:
-                content.extend(b"\0" * (-len(content) % ALIGNMENT))
-                places[digest] = (len(content), len(data))
-                content.extend(data)
-            wanted[name][key] = (tensor, digest)
-    file = out / f"weights-{hashlib.sha256(content).hexdigest()[:16]}.bin"
-    file.write_bytes(content)
+    whole = hashlib.sha256()
+    unnamed = out / "weights.part"
+    with unnamed.open("wb") as file:
+        for name, model in models.items():
+            wanted[name] = {}
+            for key, value in model.graph.initializers.items():
+                tensor = value.const_value
+                if tensor.nbytes < SHARED_FROM:
+                    continue
+                data = np.ascontiguousarray(tensor.numpy()).tobytes()
+                digest = hashlib.sha256(data).hexdigest()
+                if digest not in places:
+                    padding = b"\0" * (-file.tell() % ALIGNMENT)
+                    places[digest] = (file.tell() + len(padding), len(data))
+                    for part in (padding, data):
+                        whole.update(part)
+                        file.write(part)
+                wanted[name][key] = (tensor, digest)
+    file_name = f"weights-{whole.hexdigest()[:16]}.bin"
+    unnamed.rename(out / file_name)
     return {
         name: {
             key: onnx_ir.ExternalTensor(
-                file.name, *places[digest], tensor.dtype, shape=tensor.shape, name=key, base_dir=str(out)
+                file_name, *places[digest], tensor.dtype, shape=tensor.shape, name=key, base_dir=str(out)
             )
             for key, (tensor, digest) in tensors.items()
         }

@@ -44,6 +44,20 @@ class EngineBuilder:
         Raises:
             EngineError: the parser rejects a node, or the builder fails; with the library's reasons.
         """
+        draft = self.prepare(name, onnx, signature)
+        with self._timings(draft.config):
+            plan = self._run(draft, name)
+        if plan is None:
+            raise reports_of(self.library).error(f"build the {name} engine")
+        replace_file(out, memoryview(plan))
+        log.info("%s: %d layers, %.1f MB", name, draft.network.num_layers, plan.nbytes / 1e6)
+
+    def prepare(self, name: str, onnx: Path, signature: Signature) -> "Draft":
+        """Parse an ONNX file and set all options: what is left is the build.
+
+        Raises:
+            EngineError: there is no builder here, or the parser rejects a node; with the reason.
+        """
         reports = reports_of(self.library)
         builder = self._builder(reports)
         network: trt.INetworkDefinition = builder.create_network(0)
@@ -51,16 +65,13 @@ class EngineBuilder:
         if not parser.parse_from_file(str(onnx)):
             raise EngineError(f"TensorRT's parser rejects {onnx.name}: {_parser_errors(parser)}")
         allow_decomposition(self.library, network)
+        check_borders(self.library, network, signature, onnx)
         config: trt.IBuilderConfig = builder.create_builder_config()
         self._configure(config, name)
-        self._set_sizes(builder, network, config, signature)
-        check_borders(self.library, network, signature, onnx)
-        with self._timings(config):
-            plan = self._run(builder, network, config, name)
-        if plan is None:
-            raise reports.error(f"build the {name} engine")
-        replace_file(out, memoryview(plan))
-        log.info("%s: %d layers, %.1f MB", name, network.num_layers, plan.nbytes / 1e6)
+        profile: trt.IOptimizationProfile = builder.create_optimization_profile()
+        if self._set_sizes(network, profile, signature):
+            config.add_optimization_profile(profile)
+        return Draft(builder, network, config, profile)
 
     def _builder(self, reports: Reports) -> "trt.Builder":
         try:
@@ -85,27 +96,17 @@ class EngineBuilder:
         if name != "compute":  # small: other streams would cost more than they bring
             config.max_aux_streams = 0
 
-    def _set_sizes(
-        self,
-        builder: "trt.Builder",
-        network: "trt.INetworkDefinition",
-        config: "trt.IBuilderConfig",
-        signature: Signature,
-    ) -> None:
-        """Fix sizes that can only be one number, and give ranges for the others."""
-        profile: trt.IOptimizationProfile = builder.create_optimization_profile()
+    def _set_sizes(self, network: "trt.INetworkDefinition", profile: "trt.IOptimizationProfile", signature: Signature) -> bool:
+        """Fix sizes that can only be one number, and give ranges for the others. Are there any?"""
         varies = False
         for index in range(network.num_inputs):
             tensor: trt.ITensor = network.get_input(index)
             least, usual, most = shape_range(signature.input(tensor.name), self.options.sizes)
-            if least == most:
-                tensor.shape = most
-            else:
-                tensor.shape = tuple(a if a == b else -1 for a, b in zip(least, most, strict=True))
+            tensor.shape = tuple(a if a == b else -1 for a, b in zip(least, most, strict=True))
+            if least != most:
                 profile.set_shape(tensor.name, least, usual, most)
                 varies = True
-        if varies:
-            config.add_optimization_profile(profile)
+        return varies
 
     @contextmanager
     def _timings(self, config: "trt.IBuilderConfig") -> Iterator[None]:
@@ -124,14 +125,12 @@ class EngineBuilder:
             self.timing.parent.mkdir(parents=True, exist_ok=True)
             replace_file(self.timing, memoryview(config.get_timing_cache().serialize()))
 
-    def _run(
-        self, builder: "trt.Builder", network: "trt.INetworkDefinition", config: "trt.IBuilderConfig", name: str
-    ) -> "trt.IHostMemory | None":
+    def _run(self, draft: "Draft", name: str) -> "trt.IHostMemory | None":
         """Build in a thread, so that this one hears Ctrl-C; the builder then stops at its next step."""
         cancelled = threading.Event()
-        config.progress_monitor = make_monitor(self.library, name, cancelled)
+        draft.config.progress_monitor = make_monitor(self.library, name, cancelled)
         with ThreadPoolExecutor(1) as pool:
-            future = pool.submit(builder.build_serialized_network, network, config)
+            future = pool.submit(lambda: draft.builder.build_serialized_network(draft.network, draft.config))
             try:
                 plan: trt.IHostMemory | None = future.result()
             except KeyboardInterrupt:
@@ -139,6 +138,16 @@ class EngineBuilder:
                 future.result()
                 raise
         return plan
+
+
+@dataclass(frozen=True, eq=False)
+class Draft:
+    """A network with all that its build needs; the builder lives as long as what it made."""
+
+    builder: "trt.Builder"
+    network: "trt.INetworkDefinition"
+    config: "trt.IBuilderConfig"
+    profile: "trt.IOptimizationProfile"
 
 
 def make_monitor(library: ModuleType, name: str, cancelled: threading.Event) -> "trt.IProgressMonitor":

@@ -66,11 +66,12 @@ class BuildOptions:
 
 
 def build_options(
-    strip_weights: bool,
-    hardware_compatibility: str,
-    version_compatible: bool,
-    optimization_level: int,
-    workspace: float | None,
+    *,
+    strip_weights: bool = False,
+    hardware_compatibility: str = "none",
+    version_compatible: bool = False,
+    optimization_level: int = 3,
+    workspace: float | None = None,
 ) -> BuildOptions:
     """Options by the names that users give them; ``workspace`` in GB.
 

@@ -22,6 +22,7 @@ from cachec.compiler.table import AdvanceTable, ForecastTable
 from cachec.compiler.training import training_facts
 from cachec.engines import get_backend
 from cachec.passes import FORECAST
+from cachec.runtime.device import DeviceName
 from cachec.runtime.engine import FEATURES, Engine
 from cachec.runtime.errors import InputError, unknown_name
 from cachec.runtime.program import UNCACHED, Compute, Program, ProgramKey, hash_sigmas
@@ -213,5 +214,6 @@ def _build_linear(loaded: LoadedBundle, model: LoadedModel, work: Path, stack: E
     plans = plan_engines(graphs, model.example_inputs(settings), model.io.latents, settings.steps)
     work.mkdir(parents=True, exist_ok=True)
     signatures = {plan.name: plan.signature for plan in plans}
-    paths = backend.build({plan.name: plan.program for plan in plans}, signatures, work)
-    return {name: stack.enter_context(engine) for name, engine in backend.load(paths, signatures).items()}
+    device = DeviceName.parse(loaded.engines["compute"].device.name)
+    paths = backend.build({plan.name: plan.program for plan in plans}, signatures, work, device=device)
+    return {name: stack.enter_context(engine) for name, engine in backend.load(paths, signatures, device=device).items()}
