@@ -13,12 +13,13 @@ from typing import Any, Self
 
 import numpy as np
 
-from cachec.runtime.binding import Binding, ModelIO, Operation
+from cachec.runtime.binding import Binding, Operation
 from cachec.runtime.bundle import Bundle, Manifest
 from cachec.runtime.device import Buffer, DeviceName
 from cachec.runtime.engine import HOST, MAX_BATCH, Call, Engine
 from cachec.runtime.errors import EngineError, InputError, unknown_name
 from cachec.runtime.noise import make_noise
+from cachec.runtime.plan import ModelIO
 from cachec.runtime.program import UNCACHED, Program
 from cachec.runtime.specs import Array, TensorSpec
 from cachec.runtime.trace import Trace
