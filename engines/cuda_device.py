@@ -177,6 +177,9 @@ class CudaDevice(Device):
             raise no_room(self.name, shape, itemsize(dtype), self._driver.free_bytes())
         return CudaBuffer(_Memory(self, pointer, self._driver.free), pointer, shape, dtype)
 
+    def part(self, memory: CudaBuffer, start: int, shape: tuple[int, ...], dtype: str) -> CudaBuffer:
+        return CudaBuffer(memory._owner, memory.pointer + start, shape, dtype)
+
     def owns(self, value: Any) -> bool:
         return isinstance(value, CudaBuffer) and value.device is self
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,12 @@ class TorchDevice(Device):
                 raise
             free = torch.cuda.mem_get_info(self._device)[0] if self._device.type == CUDA else None
             raise no_room(self.name, shape, itemsize(dtype), free) from error
+
+    def part(self, memory: torch.Tensor, start: int, shape: tuple[int, ...], dtype: str) -> torch.Tensor:
+        kind = getattr(torch, dtype)
+        piece = memory[start : start + prod(shape) * kind.itemsize].view(kind).reshape(shape)
+        fresh: torch.Tensor = torch.from_dlpack(piece)  # not a view: torch.compile would look at where it begins
+        return fresh
 
     def owns(self, value: Any) -> bool:
         return isinstance(value, torch.Tensor) and value.device == self._device

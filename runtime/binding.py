@@ -9,10 +9,11 @@ from cachec.runtime.plan import (
     NOISE_BUFFER,
     RING,
     ModelIO,
-    PlannedBuffer,
     PlannedCall,
     View,
     condition_name,
+    constant_data,
+    lay_out,
     plan_binding,
 )
 from cachec.runtime.program import Program
@@ -30,28 +31,32 @@ class Operation:
 
 
 class Binding:
-    """Buffers of one session, and the calls on them (see ``BindingPlan``)."""
+    """Buffers of one session, and the calls on them (see ``BindingPlan``).
+
+    All buffers, and the scratch memory that the engines share, lie in one piece of memory, which is filled with zeros.
+    """
 
     def __init__(
         self, engines: Mapping[str, Engine], program: Program, io: ModelIO, *, batch: int, with_velocities: bool = False
     ) -> None:
         signatures = {name: engine.signature for name, engine in engines.items()}
         plan = plan_binding(signatures, program, io, batch=batch, with_velocities=with_velocities)
-        self.device = engines["compute"].device
-        self._contexts = {name: engine.context() for name, engine in engines.items()}
-        self._buffers = {name: self._make(buffer) for name, buffer in plan.buffers.items()}
+        self.device = engines["compute"].device.for_session()
+        layout = lay_out(plan, max(engine.scratch_bytes for engine in engines.values()))
+        memory = self.device.empty((layout.size,), "uint8")
+        self.device.upload(constant_data(plan, layout), memory[: layout.constant_bytes])
+        self._buffers = {
+            name: self.device.part(memory, layout.offsets[name], buffer.shape, buffer.dtype)
+            for name, buffer in plan.buffers.items()
+        }
+        scratch = memory[layout.scratch_offset :] if layout.scratch_bytes else None
+        self._contexts = {name: engine.context(self.device, scratch) for name, engine in engines.items()}
         self.ring, self.noise = self._buffers[RING], self._buffers[NOISE_BUFFER]
         self.latent_spec, self.condition_specs = plan.latent_spec, plan.conditions
         self.conditions = {spec.name: self._buffers[condition_name(spec.name)] for spec in plan.conditions}
         self.prologue = None if plan.prologue is None else self._bind(plan.prologue)
         self.operations = [self._operation(call) for call in plan.operations]
         self.final = self._part(plan.final)
-
-    def _make(self, planned: PlannedBuffer) -> Buffer:
-        buffer = self.device.empty(planned.shape, planned.dtype)
-        if planned.value is not None:
-            self.device.upload(planned.value, buffer)
-        return buffer
 
     def _part(self, view: View) -> Buffer:
         buffer = self._buffers[view.buffer]

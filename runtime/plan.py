@@ -9,6 +9,7 @@ from math import prod
 
 import numpy as np
 
+from cachec.runtime.device import ALIGNMENT
 from cachec.runtime.engine import (
     BATCH,
     BIAS,
@@ -34,7 +35,6 @@ from cachec.runtime.errors import BundleError, InputError
 from cachec.runtime.program import Advance, Compute, Forecast, Instruction, Predict, Program
 from cachec.runtime.specs import Array, Signature, TensorSpec, itemsize
 
-ALIGNMENT = 256  # bytes; TensorRT wants what it reads and writes to begin at a multiple of it
 RING, NOISE_BUFFER, TURNS, VELOCITY_BUFFER = "ring", "noise", ("latents/0", "latents/1"), "velocity"
 
 
