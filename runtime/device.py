@@ -75,6 +75,16 @@ class Device(ABC):
     def owns(self, value: Any) -> bool:
         """Is ``value`` a buffer of this device?"""
 
+    def adopt(self, value: Any) -> Any:
+        """``value`` itself, or what lies on the device in an array of another library, as a buffer that ``upload`` takes.
+
+        Work of this device then comes after what that library still does to the array.
+
+        Raises:
+            InputError: the array is on another GPU, or not contiguous.
+        """
+        return value
+
     @abstractmethod
     def upload(self, value: Array, buffer: Buffer) -> None:
         """Copy a host array, or a buffer of this device, of the same shape and dtype into ``buffer``."""

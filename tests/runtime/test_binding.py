@@ -129,7 +129,7 @@ def test_tensors_in_one_piece_of_memory_are_tensors_of_their_own(dtype):
 
 
 def test_a_session_runs_on_torch_tensors_as_on_arrays(loaded):
-    pytest.importorskip("torch")
+    torch = pytest.importorskip("torch")
     from cachec.engines.torch_device import TorchDevice
     from cachec.runtime.device import DeviceName
 
@@ -137,4 +137,9 @@ def test_a_session_runs_on_torch_tensors_as_on_arrays(loaded):
     wanted = loaded.session().run(*request)
     for engine in loaded.engines.values():
         engine.device = TorchDevice(DeviceName("cpu"))
-    np.testing.assert_array_equal(loaded.session().run(*request), wanted)
+    session = loaded.session()
+    np.testing.assert_array_equal(session.run(*request), wanted)
+    kept = session.run(*request, on_device=True)
+    assert isinstance(kept, torch.Tensor)
+    session.run(request[0], -request[1])
+    np.testing.assert_array_equal(kept.numpy(), wanted)
