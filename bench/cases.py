@@ -30,10 +30,10 @@ from cachec.compiler.models import find_model, load_model
 from cachec.compiler.models.base import LoadedModel, ModelSpec, Settings, tensors_from
 from cachec.compiler.schedule import Schedule
 from cachec.compiler.table import ForecastTable
-from cachec.runtime.binding import ModelIO
 from cachec.runtime.bundle import hash_file
 from cachec.runtime.errors import InputError
 from cachec.runtime.noise import make_noise
+from cachec.runtime.plan import ModelIO
 from cachec.runtime.program import Program, ProgramKey, hash_sigmas
 from cachec.runtime.specs import Array
 

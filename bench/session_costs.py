@@ -24,7 +24,7 @@ from bench.timing import spread
 from cachec.compiler.pipeline import compile_bundle
 from cachec.compiler.request import make_request
 from cachec.compiler.schedule import uniform_schedule
-from cachec.runtime.device import Buffer
+from cachec.runtime.device import Buffer, Device
 from cachec.runtime.engine import Call, Engine, ExecutionContext
 from cachec.runtime.session import Session
 from cachec.runtime.specs import Array
@@ -51,7 +51,7 @@ class NullEngine(Engine):
 
     name = "null"
 
-    def _context(self, native: Any) -> ExecutionContext:
+    def _context(self, native: Any, device: Device, scratch: Buffer | None) -> ExecutionContext:
         return NullContext()
 
     @staticmethod

@@ -25,10 +25,10 @@ from cachec.compiler.split import split_model
 from cachec.engines.eager import EagerEngine
 from cachec.engines.inductor import InductorEngine
 from cachec.engines.torch_device import TorchDevice
-from cachec.runtime.binding import ModelIO
 from cachec.runtime.device import CPU, DeviceName
 from cachec.runtime.engine import Engine
 from cachec.runtime.errors import InputError
+from cachec.runtime.plan import ModelIO
 from cachec.runtime.program import UNCACHED, Program
 from cachec.runtime.session import Session
 

@@ -15,9 +15,9 @@ from cachec.compiler.lower import lower_table
 from cachec.compiler.models.base import LoadedModel, Settings
 from cachec.compiler.schedule import Schedule
 from cachec.compiler.table import ForecastTable
-from cachec.runtime.binding import ModelIO
 from cachec.runtime.engine import Engine
 from cachec.runtime.errors import QualityError
+from cachec.runtime.plan import ModelIO
 from cachec.runtime.program import UNCACHED, Compute, Program
 from cachec.runtime.session import Session
 from cachec.runtime.specs import Array, TensorSpec

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from cachec.compiler.calibration.prompts import default_prompts, read_prompts
 from cachec.compiler.goals import Goal, Wish, make_goals
@@ -105,11 +106,6 @@ def make_request(
     reference_steps: int | None = None,
     targets: str | Sequence[str] = "ort",
     device: str = "cpu",
-    strip_weights: bool = False,
-    hardware_compatibility: str = "none",
-    version_compatible: bool = False,
-    optimization_level: int = 3,
-    workspace: float | None = None,
     max_batch: int = 1,
     height: int | None = None,
     width: int | None = None,
@@ -126,6 +122,7 @@ def make_request(
     slots: str | None = None,
     verify_passes: bool = False,
     dump_graphs: str | Path | None = None,
+    **build: Any,
 ) -> Request:
     """Check all options against each other and fill in the model's defaults.
 
@@ -136,22 +133,14 @@ def make_request(
     run. ``prompts`` is a file of training and calibration prompts. ``fold`` is ``static`` or ``none``,
     ``hoist`` ``none``, ``tables`` (what depends on the prompt leaves the step) or ``all`` (on the step, too). ``device`` is
     where engines are measured, and for ``aoti`` what they are built for. ``targets``: one or more of ``cachec list backends``;
-    for TensorRT, ``strip_weights`` and what follows is as in ``runtime.build.build_options``, and ``max_batch`` the samples
-    that a call may take. ``velocities``: forecasts also hand out velocities,
-    for a sampler outside (``LoadedBundle.session(for_sampler=True)``). ``slots`` ``float16`` or ``bfloat16`` stores features
-    in half the memory.
+    for TensorRT, ``max_batch`` is what a call may take, and ``build`` options are those of ``runtime.build.build_options``.
+    ``velocities``: forecasts also hand out velocities, for a sampler outside (``LoadedBundle.session(for_sampler=True)``).
+    ``slots`` ``float16`` or ``bfloat16`` stores features in half the memory.
 
     Raises:
         InputError: an option is unknown, out of range, or contradicts another.
     """
-    check_seed(seed)
-    check_max_batch(max_batch)
-    if batch is not None and batch < 1:
-        raise InputError(f"batch is {batch}; it must be at least 1")
-    if batch is not None and max_batch != 1:
-        raise InputError(f"batch {batch} and max-batch {max_batch} contradict each other: give one")
-    if min_psnr is not None and not (math.isfinite(min_psnr) and min_psnr > 0):
-        raise InputError(f"min-psnr is {min_psnr}; it must be a number of dB above 0")
+    _check_numbers(seed, batch, max_batch, min_psnr)
     chosen = get_method(method).with_options(options or {})
     settings = make_settings(spec, height, width, text_tokens, guidance, steps, dtype)
     if predictor is not None and prompts is not None:
@@ -168,13 +157,7 @@ def make_request(
         settings=settings,
         targets=_read_targets(targets),
         device=DeviceName.parse(device),
-        build=build_options(
-            strip_weights=strip_weights,
-            hardware_compatibility=hardware_compatibility,
-            version_compatible=version_compatible,
-            optimization_level=optimization_level,
-            workspace=workspace,
-        ),
+        build=build_options(**build),
         max_batch=max_batch,
         interval=interval,
         predictor=Path(predictor) if predictor else None,
@@ -216,6 +199,17 @@ def make_settings(
         steps=steps,
         dtype=dtype,
     )
+
+
+def _check_numbers(seed: int, batch: int | None, max_batch: int, min_psnr: float | None) -> None:
+    check_seed(seed)
+    check_max_batch(max_batch)
+    if batch is not None and batch < 1:
+        raise InputError(f"batch is {batch}; it must be at least 1")
+    if batch is not None and max_batch != 1:
+        raise InputError(f"batch {batch} and max-batch {max_batch} contradict each other: give one")
+    if min_psnr is not None and not (math.isfinite(min_psnr) and min_psnr > 0):
+        raise InputError(f"min-psnr is {min_psnr}; it must be a number of dB above 0")
 
 
 def _read_targets(targets: str | Sequence[str]) -> tuple[TargetName, ...]:

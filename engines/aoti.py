@@ -71,8 +71,8 @@ class AotiEngine(Engine):
         there = device_of(device, signatures.values())
         return {name: cls(runners[name], signatures[name], there) for name in files}
 
-    def _context(self, native: Any) -> ExecutionContext:
-        return _AotiContext(native, self.signature, self.device)
+    def _context(self, native: Any, device: Device, scratch: Buffer | None) -> ExecutionContext:
+        return _AotiContext(native, self.signature, device)
 
     @classmethod
     def version(cls) -> str:

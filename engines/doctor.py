@@ -8,6 +8,7 @@ import platform
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from cachec.engines.backends import BACKENDS, get_backend
@@ -116,11 +117,11 @@ def _ask(name: str) -> dict[str, str]:
     except CachecError as error:
         return {"anywhere": str(error)}
     kinds = [CPU, CUDA] if backend.only_device is None else [backend.only_device]
-    says = {}
+    says: dict[str, str] = {}
     for kind in kinds:
         device = DeviceName(kind)
-        run = _answer(lambda device=device: backend.check_target(device, "float32"))
-        build = _answer(lambda device=device: backend.check_build(device, "float32", DEFAULTS))
+        run = _answer(partial(backend.check_target, device, "float32"))
+        build = _answer(partial(backend.check_build, device, "float32", DEFAULTS))
         says |= {f"on {kind}": run} if run == build else {f"runs on {kind}": run, f"builds for {kind}": build}
     return says
 

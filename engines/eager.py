@@ -59,8 +59,8 @@ class EagerEngine(Engine):
                 program = move_to_device_pass(program, device.name)
         return cls(program.module(check_guards=False), signature, device)
 
-    def _context(self, native: Any) -> ExecutionContext:
-        return _EagerContext(native, self.signature, self.device)
+    def _context(self, native: Any, device: Device, scratch: Buffer | None) -> ExecutionContext:
+        return _EagerContext(native, self.signature, device)
 
     @classmethod
     def version(cls) -> str:

@@ -68,8 +68,8 @@ class OrtEngine(Engine):
         gpu = cuda_device(device)
         return {name: cls(_open_on_gpu(path, gpu, device.index), signatures[name], gpu) for name, path in files.items()}
 
-    def _context(self, native: Any) -> ExecutionContext:
-        return OrtContext(native, self.signature, self.device)
+    def _context(self, native: Any, device: Device, scratch: Buffer | None) -> ExecutionContext:
+        return OrtContext(native, self.signature, device)
 
     @classmethod
     def check_target(cls, device: DeviceName, precision: str) -> None:

@@ -153,17 +153,13 @@ class TensorRTFamily(Engine):
                 names=cls.tensor_names(signatures[name]),
             )
             engines[name] = cls(native, signatures[name], there)
+            engines[name].scratch_bytes = native.scratch_bytes
         return engines
 
     @classmethod
     def tensor_names(cls, signature: Signature) -> dict[str, str]:
         """What engines call our tensors, where it is something else."""
         return {}
-
-    @property
-    def scratch_bytes(self) -> int:
-        """Device memory that a call needs beside its buffers; all engines of a session share it."""
-        return self._native.scratch_bytes
 
     def _context(self, native: Native, device: Device, scratch: Buffer | None) -> ExecutionContext:
         assert isinstance(device, CudaDevice)
@@ -211,7 +207,7 @@ def runs_on(capability: int, needs: Mapping[str, Any]) -> bool:
 def _check_gpu(library: Library, gpu: Gpu, precision: str) -> None:
     if gpu.driver < library.driver:
         raise InputError(
-            f"the driver of {gpu.name} offers CUDA {cuda_text(gpu.driver)}, but {library.name} {library.major} needs "
+            f"the driver of {gpu.name} is for CUDA {cuda_text(gpu.driver)}, but {library.name} {library.major} needs "
             f"{cuda_text(library.driver)}: install a newer driver"
         )
     _check_precision(gpu.capability, precision)

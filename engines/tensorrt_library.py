@@ -27,16 +27,16 @@ class Library:
     """One of the two.
 
     ``modules``: names that it is imported by, the first that is installed is taken. ``extra`` brings it. ``major``: the major
-    version that the code is written for. ``driver``: the CUDA version that the GPU driver must offer at least, in NVIDIA's
-    numbers (13,010 is 13.1). ``gpus``: compute capabilities that engines are built for without a GPU; else they are built for
-    the one that is there. ``keeps_timings``: does its builder measure kernels?
+    version that the code is written for. ``driver``: the CUDA version that the GPU's driver must be for at least. ``gpus``:
+    compute capabilities that engines are built for without a GPU; else they are built for the one that is there.
+    ``keeps_timings``: does its builder measure kernels?
     """
 
     name: str
     modules: tuple[str, ...]
     extra: str
     major: int
-    driver: int
+    driver: tuple[int, int]
     gpus: tuple[int, ...] = ()
     keeps_timings: bool = True
 
@@ -69,13 +69,13 @@ class Library:
         return str(self.load().__version__)
 
 
-TENSORRT = Library("tensorrt", ("tensorrt", "tensorrt_lean"), "tensorrt", major=11, driver=13010)
+TENSORRT = Library("tensorrt", ("tensorrt", "tensorrt_lean"), "tensorrt", major=11, driver=(13, 1))
 TENSORRT_RTX = Library(
     "tensorrt-rtx",
     ("tensorrt_rtx", "tensorrt_rtx_bindings"),
     "rtx",
     major=1,
-    driver=13000,
+    driver=(13, 0),
     gpus=(80, 86, 89, 120),
     keeps_timings=False,
 )

@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from math import prod
 from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.dlpack import from_dlpack
 
 from cachec.runtime.device import CPU, CUDA, Buffer, Device, DeviceName, Host, no_room
 from cachec.runtime.engine import Call
@@ -30,8 +32,27 @@ class TorchDevice(Device):
             free = torch.cuda.mem_get_info(self._device)[0] if self._device.type == CUDA else None
             raise no_room(self.name, shape, itemsize(dtype), free) from error
 
+    def part(self, memory: torch.Tensor, start: int, shape: tuple[int, ...], dtype: str) -> torch.Tensor:
+        kind = getattr(torch, dtype)
+        piece = memory[start : start + prod(shape) * kind.itemsize].view(kind).reshape(shape)
+        fresh: torch.Tensor = from_dlpack(piece)  # not a view: torch.compile would look at where it begins
+        return fresh
+
     def owns(self, value: Any) -> bool:
         return isinstance(value, torch.Tensor) and value.device == self._device
+
+    def adopt(self, value: Any) -> Any:
+        """As ``Device.adopt``; arrays of other libraries are copied, since these may change them at once."""
+        if self._device.type != CUDA or isinstance(value, np.ndarray | torch.Tensor):
+            return value
+        if hasattr(value, "__dlpack_device__"):
+            copied = from_dlpack(value).clone()
+        elif hasattr(value, "__cuda_array_interface__"):
+            copied = torch.as_tensor(value).clone()
+        else:
+            return value
+        torch.cuda.current_stream(copied.device).synchronize()
+        return copied
 
     def upload(self, value: Any, buffer: torch.Tensor) -> None:
         buffer.copy_(torch.from_numpy(value) if isinstance(value, np.ndarray) else value)

@@ -65,28 +65,21 @@ class BuildOptions:
         return {name for name in ALL_OPTIONS if getattr(self, name) != getattr(plain, name)}
 
 
-def build_options(
-    *,
-    strip_weights: bool = False,
-    hardware_compatibility: str = "none",
-    version_compatible: bool = False,
-    optimization_level: int = 3,
-    workspace: float | None = None,
-) -> BuildOptions:
-    """Options by the names that users give them; ``workspace`` in GB.
+def build_options(**given: Any) -> BuildOptions:
+    """Options by the names that users give them (``ALL_OPTIONS``); ``workspace`` in GB.
 
     Raises:
-        InputError: one is out of range.
+        InputError: there is no such option, or it is out of range.
     """
+    names = {flag.removeprefix("--").replace("-", "_"): name for name, flag in ALL_OPTIONS.items()}
+    for name in given:
+        if name not in names:
+            raise unknown_name("option", name, names)
+    workspace = given.pop("workspace", None)
     if workspace is not None and not 0 < workspace < math.inf:
         raise InputError(f"workspace is {workspace} GB; it must be above 0")
-    return BuildOptions(
-        strip=strip_weights,
-        compatibility=hardware_compatibility,
-        version_compatible=version_compatible,
-        level=optimization_level,
-        workspace=None if workspace is None else math.ceil(workspace * 1e9),
-    )
+    scratch = None if workspace is None else math.ceil(workspace * 1e9)
+    return BuildOptions(workspace=scratch, **{names[name]: value for name, value in given.items()})
 
 
 class Sources(ABC):

@@ -4,6 +4,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 Buffer = Any  # a numpy array on the host; on other devices what their library has for it
 CPU, CUDA = "cpu", "cuda"
+ALIGNMENT = 256  # bytes; buffers begin at a multiple of it, as TensorRT wants of all that it reads and writes
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,29 @@ class Device(ABC):
         """
 
     @abstractmethod
+    def part(self, memory: Buffer, start: int, shape: tuple[int, ...], dtype: str) -> Buffer:
+        """A buffer in ``memory`` [bytes] uint8, a buffer of this device, from byte ``start`` on. Nothing is copied.
+
+        ``memory`` lives at least as long as what lies in it.
+        """
+
+    def for_session(self) -> "Device":
+        """What one session works with: this device, unless sessions get streams of their own."""
+        return self
+
+    @abstractmethod
     def owns(self, value: Any) -> bool:
         """Is ``value`` a buffer of this device?"""
+
+    def adopt(self, value: Any) -> Any:
+        """``value`` itself, or what lies on the device in an array of another library, as a buffer that ``upload`` takes.
+
+        Work of this device then comes after what that library still does to the array.
+
+        Raises:
+            InputError: the array is on another GPU, or not contiguous.
+        """
+        return value
 
     @abstractmethod
     def upload(self, value: Array, buffer: Buffer) -> None:
@@ -95,10 +118,16 @@ class Host(Device):
     name = CPU
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Array:
+        size = prod(shape) * np.dtype(dtype).itemsize
         try:
-            return np.zeros(shape, dtype)
+            memory = np.zeros(size + ALIGNMENT, np.uint8)
         except MemoryError as error:
             raise no_room(self.name, shape, np.dtype(dtype).itemsize) from error
+        return self.part(memory, -memory.ctypes.data % ALIGNMENT, shape, dtype)
+
+    def part(self, memory: Array, start: int, shape: tuple[int, ...], dtype: str) -> Array:
+        size = prod(shape) * np.dtype(dtype).itemsize
+        return memory[start : start + size].view(dtype).reshape(shape)
 
     def owns(self, value: Any) -> bool:
         return isinstance(value, np.ndarray)
@@ -121,8 +150,6 @@ class Host(Device):
 
 def no_room(device: str, shape: tuple[int, ...], itemsize: int, free: int | None = None) -> InputError:
     """An error for a buffer that finds no room; ``itemsize`` and ``free`` in bytes."""
-    size = itemsize
-    for extent in shape:  # in Python's integers: numpy's would overflow
-        size *= extent
+    size = prod(shape) * itemsize
     known = "" if free is None else f" ({free / 1e6:.1f} MB are free)"
     return InputError(f"{device} has no room for {size / 1e6:.1f} MB more{known}: take a smaller batch or size")

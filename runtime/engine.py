@@ -80,6 +80,7 @@ class Engine(ABC):
     """An immutable compiled graph, shared by all sessions. A context manager."""
 
     name: ClassVar[str]
+    scratch_bytes: int = 0  # device memory that a call needs beside its buffers; engines of one session share it, in turn
     needs_same_version: ClassVar[bool]  # artifacts load only in the version of the library that built them
     device_bound: ClassVar[bool]  # artifacts run only on the kind of device that they were built for
     only_device: ClassVar[str | None] = None  # the one kind of device that it runs on
@@ -160,18 +161,25 @@ class Engine(ABC):
             InputError: there is no such device here, or no room on it.
         """
 
-    def context(self) -> ExecutionContext:
-        """A new context for one session.
+    def context(self, device: Device | None = None, scratch: Buffer | None = None) -> ExecutionContext:
+        """A new context for one session, whose buffers are of ``device``: the engine's own, or one made from it for a session.
+
+        ``scratch`` holds at least ``scratch_bytes`` bytes of that device; ``None`` if the engine needs none. Contexts that
+        share it must not run at the same time.
 
         Raises:
             BundleError: the engine was closed.
+            InputError: there is too little scratch memory.
         """
         if self._native is None:
             raise BundleError("the engine was closed: load the bundle again")
-        return self._context(self._native)
+        given = 0 if scratch is None else scratch.nbytes
+        if given < self.scratch_bytes:
+            raise InputError(f"this engine needs {self.scratch_bytes} bytes of scratch memory, got {given}")
+        return self._context(self._native, device or self.device, scratch)
 
     @abstractmethod
-    def _context(self, native: Any) -> ExecutionContext:
+    def _context(self, native: Any, device: Device, scratch: Buffer | None) -> ExecutionContext:
         """A new context on the library's own object."""
 
     def close(self) -> None:

@@ -70,11 +70,13 @@ class Predict:
         return (self.step,)
 
     def check(self) -> None:
-        """Raise ``BundleError`` unless every source has its step, in the past."""
+        """Raise ``BundleError`` unless every source has its step, in the past, and none is overwritten."""
         if not self.sources or len(self.sources) != len(self.source_steps):
             raise BundleError(f"program: step {self.step} has sources {self.sources} of steps {self.source_steps}")
         if max(self.source_steps) >= self.step:
             raise BundleError(f"program: step {self.step} reads steps {self.source_steps}, which are not before it")
+        if self.slot in self.sources:
+            raise BundleError(f"program: step {self.step} writes slot {self.slot}, which it reads")
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,13 @@ from typing import Any, Self
 
 import numpy as np
 
-from cachec.runtime.binding import Binding, ModelIO, Operation
+from cachec.runtime.binding import Binding, Operation
 from cachec.runtime.bundle import Bundle, Manifest, Target
 from cachec.runtime.device import Buffer, DeviceName
 from cachec.runtime.engine import HOST, MAX_BATCH, Call, Engine
 from cachec.runtime.errors import EngineError, InputError, unknown_name
 from cachec.runtime.noise import make_noise
+from cachec.runtime.plan import ModelIO
 from cachec.runtime.program import UNCACHED, Program
 from cachec.runtime.specs import Array, TensorSpec
 from cachec.runtime.trace import Trace
@@ -70,7 +71,9 @@ class LoadedBundle:
     def denoise(self, conditions: Mapping[str, Array], seeds: Sequence[int], *, level: str | None = None) -> Array:
         """Latents for ``len(seeds)`` samples, in one batch; conditions have that batch size."""
         session = self.session(batch=len(seeds), level=level)
-        return session.run(conditions, np.stack([make_noise(seed, session.latent_shape[1:]) for seed in seeds]))
+        noise = np.stack([make_noise(seed, session.latent_shape[1:]) for seed in seeds])
+        latents: Array = session.run(conditions, noise)
+        return latents
 
     def close(self) -> None:
         for engine in self.engines.values():
@@ -100,9 +103,9 @@ class Session:
 
     With a sampler of one's own: ``begin``, then ``velocity`` for each step; made ``for_sampler``.
 
-    Conditions, noise and latents are numpy arrays, or buffers of the engines' device (torch tensors, on a GPU); float32
-    whatever the model's precision. Where the device can record calls, ``run`` does so in its second request, and from then
-    on starts all of a request at once.
+    Conditions, noise and latents are numpy arrays or, on a GPU, arrays of any library there that speaks DLPack or CUDA's array
+    interface (torch tensors, CuPy arrays); float32 whatever the model's precision. Where the device can record calls, ``run``
+    does so in its second request, and from then on starts all of a request at once.
     """
 
     def __init__(
@@ -113,7 +116,10 @@ class Session:
         if program.key.batch not in (None, batch):
             raise InputError(f"batch is {batch}; this bundle was compiled for batches of {program.key.batch}")
         if for_sampler and not engines["compute"].device.calculates:
-            raise InputError("a sampler outside cannot calculate with GPU buffers of the ort backend: take inductor or aoti")
+            name = engines["compute"].name
+            raise InputError(
+                f"a sampler outside cannot calculate with GPU buffers of the {name} backend: take inductor or aoti"
+            )
         self.program = program
         self.io = io
         self.trace: Trace | None = None
@@ -164,10 +170,11 @@ class Session:
         specs = {spec.name: spec for spec in self._binding.condition_specs}
         if set(conditions) != set(specs):
             raise InputError(f"conditions are {sorted(specs)}, got {sorted(conditions)}")
+        given, noise = {name: self._device.adopt(value) for name, value in conditions.items()}, self._device.adopt(noise)
         for name, spec in specs.items():
-            self._check(spec, conditions[name])
+            self._check(spec, given[name])
         self._check(self._binding.latent_spec, noise)
-        for name, value in conditions.items():
+        for name, value in given.items():
             self._device.upload(value, self._binding.conditions[name])
         self._device.upload(noise, self._binding.noise)
 
@@ -204,8 +211,13 @@ class Session:
         self._call(operation.engine, operation.steps, operation.call)
         self._position += 1
 
-    def run(self, conditions: Mapping[str, Buffer], noise: Buffer) -> Array:
-        """From noise to latents. Returns a copy that later requests leave alone."""
+    def run(self, conditions: Mapping[str, Buffer], noise: Buffer, *, on_device: bool = False) -> Buffer:
+        """From noise to latents. Returns a copy that later requests leave alone.
+
+        ``on_device``: a buffer of the device instead of a numpy array, without waiting for it to be ready: a torch tensor, or
+        what ``torch.from_dlpack`` and its like take on a GPU without torch. It has memory of its own, which is freed with the
+        last reference to it or to what was made from it, also after the session.
+        """
         self._take(conditions, noise)
         self._velocities = {}
         if self._has_run and self.trace is None:
@@ -216,7 +228,7 @@ class Session:
             self._recording.run()
             self._position = len(self._operations)
         self._has_run = True
-        return self.latents
+        return self._device.copy(self._binding.final) if on_device else self.latents
 
     def _play(self) -> None:
         self._start()
@@ -253,6 +265,7 @@ class Session:
         if step != wanted or self._velocities:
             due = min(self._velocities, default=wanted)
             raise InputError(f"step {step} was asked for, but {'no step' if due is None else f'step {due}'} is next")
+        latents = self._device.adopt(latents)
         self._check(self._binding.latent_spec, latents)
         operation = self._operations[self._position]
         self._device.upload(latents, operation.latents)

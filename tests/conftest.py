@@ -8,6 +8,7 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may need a network
 sys.path.append(str(Path(__file__).parent))
+sys.path.append(str(Path(__file__).parent / "engines"))  # its fakes
 sys.path.append(str(Path(__file__).parent.parent))  # bench/, where the source tree is there
 
 

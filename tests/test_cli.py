@@ -31,7 +31,7 @@ def cachec(*arguments):
     [
         (["tiny-flx"], "unknown model 'tiny-flx'. Did you mean 'tiny-flux'?"),
         (["tiny-flux", "--method", "lessa"], "unknown method 'lessa'. Did you mean 'lesa'?"),
-        (["tiny-flux", "--backend", "orrt"], "unknown backend 'orrt'. Did you mean 'ort'?"),
+        (["tiny-flux", "--backend", "orrt"], "unknown target 'orrt'. Did you mean 'ort'?"),
         (["tiny-flux", "--interval", "0"], "interval is 0"),
         (["tiny-flux", "--budget", "51"], "budget is 51"),
         (["tiny-flux", "--schedule", "1,2"], "must start at step 0"),

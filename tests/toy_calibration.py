@@ -13,7 +13,7 @@ from cachec.compiler.calibration.calibration import Calibration
 from cachec.compiler.calibration.statistics import Statistics, gram
 from cachec.compiler.calibration.trajectories import Denoiser
 from cachec.passes import COMPUTE, FORECAST, Graphs
-from cachec.runtime.binding import ModelIO
+from cachec.runtime.plan import ModelIO
 
 TOKENS, CHANNELS = 4, 5
 IO = ModelIO("latents", "timestep", ("prompt",))

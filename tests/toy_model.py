@@ -8,8 +8,8 @@ import torch
 from toy import TOKENS, WIDTH, ToyDiT
 
 from cachec.compiler.models.base import LoadedModel, ModelSpec, Settings
-from cachec.runtime.binding import ModelIO
 from cachec.runtime.noise import make_noise
+from cachec.runtime.plan import ModelIO
 
 SETTINGS = Settings(height=TOKENS, width=WIDTH, text_tokens=1, guidance=1.0, steps=4, dtype="float32")
 POISON = "poison"  # a prompt whose condition is NaN

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from cachec.runtime.binding import ModelIO
 from cachec.runtime.bundle import Manifest
 from cachec.runtime.errors import InputError
+from cachec.runtime.plan import ModelIO
 from cachec.runtime.specs import Array
 
 DTYPES = ("float32", "float16", "bfloat16")

@@ -16,9 +16,9 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import nn
 
 from cachec.compiler.models.base import LoadedModel, ModelSpec, Settings
-from cachec.runtime.binding import ModelIO
 from cachec.runtime.bundle import hash_file
 from cachec.runtime.errors import InputError, ModelUnavailableError
+from cachec.runtime.plan import ModelIO
 from cachec.runtime.specs import Array
 
 

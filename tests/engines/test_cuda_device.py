@@ -1,43 +1,39 @@
-"""GPU buffers without torch, on a driver library that works on host memory; and what is said where there is no GPU."""
+"""GPU buffers without torch, on a CUDA runtime that works on host memory; and what is said where there is no GPU."""
 
+import ctypes
 import gc
-import shutil
-import subprocess
 import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
+from fake_cuda import FakeCuda
 from toy_bundle import split_toy, write_output_bundle
 
 import cachec
-from cachec.engines import BACKENDS, get_backend
-from cachec.engines.cuda_device import CudaDevice
+from cachec.engines import BACKENDS, cuda_runtime, get_backend
+from cachec.engines.cuda_device import CudaDevice, cuda_device
 from cachec.engines.ort import GraphedCall, OrtEngine
 from cachec.runtime.device import DeviceName, Host
-from cachec.runtime.engine import check_bindings
-from cachec.runtime.errors import EngineError, InputError
+from cachec.runtime.engine import Call, Engine, ExecutionContext, check_bindings
+from cachec.runtime.errors import EngineError, InputError, MissingExtraError
 from cachec.runtime.noise import make_noise
 from cachec.runtime.session import Session
 from cachec.runtime.specs import Signature, TensorSpec
 
-SOURCE = Path(__file__).parent / "host_as_gpu.c"
-COMPILER = shutil.which("cc") or shutil.which("gcc") or shutil.which("g++")
 NO_GPU = not any(Path("/dev").glob("nvidia[0-9]*"))
 
 
-@pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    if COMPILER is None:
-        pytest.skip("there is no C compiler")
-    out = tmp_path_factory.mktemp("driver") / "libhost_as_gpu.so"
-    subprocess.run([COMPILER, "-x", "c", "-shared", "-fPIC", "-o", str(out), str(SOURCE)], check=True)
-    return str(out)
+@pytest.fixture
+def fake(monkeypatch):
+    fake = FakeCuda()
+    monkeypatch.setattr(cuda_runtime, "runtime", lambda: fake)
+    return fake
 
 
 @pytest.fixture
-def device(library):
-    return CudaDevice(0, library)
+def device(fake):
+    return CudaDevice(0)
 
 
 def test_buffers_hold_what_is_put_into_them(device):
@@ -85,45 +81,131 @@ def test_scalars_and_loops_over_rows(device):
 def test_bfloat16_comes_back_as_float32(device):
     buffer = device.empty((3,), "bfloat16")
     assert buffer.nbytes == 6
-    bits = device.empty((3,), "uint16")
-    device.upload(np.array([0x3F80, 0xC000, 0x3E20], np.uint16), bits)
-    device._driver.copy("DtoD", buffer.pointer, bits.pointer, 6)
+    device.upload(np.array([0x3F80, 0xC000, 0x3E20], np.uint16), device.part(buffer, 0, (3,), "uint16"))
     np.testing.assert_array_equal(device.download(buffer), np.array([1, -2, 0.15625], np.float32))
 
 
-def test_memory_is_given_back_with_the_last_slice(device):
-    before = device._driver.free_bytes()
+def test_parts_of_one_piece_of_memory(device):
+    memory = device.empty((1024,), "uint8")
+    part = device.part(memory, 256, (2, 3), "float32")
+    assert (part.pointer, part.nbytes, part.shape, part.dtype) == (memory.pointer + 256, 24, (2, 3), "float32")
+    device.upload(np.arange(6, dtype=np.float32).reshape(2, 3), part)
+    del memory
+    gc.collect()
+    np.testing.assert_array_equal(device.download(part), [[0, 1, 2], [3, 4, 5]])
+
+
+def free_bytes(fake):
+    return fake.cudaMemGetInfo()[1]
+
+
+def test_memory_is_given_back_with_the_last_slice(fake, device):
+    before = free_bytes(fake)
     row = device.empty((4, 1000), "float32")[2]
-    assert device._driver.free_bytes() == before - 16000
+    assert free_bytes(fake) == before - 16000
     del row
     gc.collect()
-    assert device._driver.free_bytes() == before
+    assert free_bytes(fake) == before
 
 
-def test_too_large_a_buffer_says_what_is_free(device):
-    with pytest.raises(InputError, match=r"cuda:0 has no room for 40.0 MB more \(16.8 MB are free\)"):
+def use_everything():
+    device = CudaDevice(0, captures=True).for_session()
+    own = device.empty((4,), "float32")
+    device.record(lambda: device.upload(own[:2], own[2:])).run()
+    own.__dlpack__()
+
+
+def test_everything_is_given_back(fake):
+    use_everything()
+    gc.collect()
+    assert (fake.blocks, fake.graphs, fake.launchable, fake.events) == ({}, {}, {}, {})
+    assert set(fake.streams) == {1, 2}
+
+
+def test_too_large_a_buffer_says_what_is_free(fake, device):
+    with pytest.raises(InputError, match=r"cuda:0 has no room for 40.0 MB more \(16.8 MB are free\): take a smaller batch"):
         device.empty((10_000_000,), "float32")
+    fake.fail("cudaMalloc", "cudaErrorMemoryAllocation")
+    with pytest.raises(InputError, match="no room for 0.0 MB more"):
+        device.empty((1,), "float32")
+    assert not fake.blocks
 
 
-def test_errors_of_the_driver_have_their_text(device):
-    device._driver.stream += 1
-    with pytest.raises(EngineError, match="CUDA driver: cuStreamSynchronize fails with error 201: invalid device context"):
+def test_errors_of_cuda_have_their_name_and_text(fake, device):
+    fake.fail("cudaStreamSynchronize", "cudaErrorLaunchFailure")
+    with pytest.raises(
+        EngineError, match=r"CUDA: cudaStreamSynchronize fails with cudaErrorLaunchFailure \(719\): text of Launch"
+    ):
         device.synchronize()
+    fake.fail("cudaMalloc", "cudaErrorLaunchFailure")
+    with pytest.raises(EngineError, match="CUDA: cudaMalloc fails with cudaErrorLaunchFailure"):
+        device.empty((1,), "float32")
 
 
-def test_every_thread_gets_the_context(device):
-    buffer, found = device.empty((2,), "float32"), []
-    thread = threading.Thread(target=lambda: found.append(device.download(buffer)))
+def test_each_thread_works_on_the_devices_gpu_and_keeps_its_own(monkeypatch):
+    fake = FakeCuda(gpus=2)
+    monkeypatch.setattr(cuda_runtime, "runtime", lambda: fake)
+    device, found = CudaDevice(1), []
+
+    def work():
+        buffer = device.empty((2,), "float32")
+        found.extend((fake._block(buffer.pointer, 8).gpu, fake.cudaGetDevice()[1], device.download(buffer).tolist()))
+
+    thread = threading.Thread(target=work)
     thread.start()
     thread.join()
-    np.testing.assert_array_equal(found, [[0, 0]])
+    assert found == [1, 0, [0, 0]]
+    assert fake.streams[device.stream].gpu == 1
 
 
-def test_gpus_that_are_not_there(library):
+def test_gpus_that_are_not_there(monkeypatch, fake):
     with pytest.raises(InputError, match="device is cuda:1, but there are 1 GPUs, counted from 0"):
-        CudaDevice(1, library)
-    with pytest.raises(InputError, match="NVIDIA's driver library libnothing.so cannot be loaded"):
-        CudaDevice(0, "libnothing.so")
+        CudaDevice(1)
+    for known, message in [
+        (FakeCuda(gpus=0), r"device is cuda:0, but there is no GPU here: cudaErrorNoDevice \(100\).*Use --device cpu"),
+        (FakeCuda(driver=0), "there is no NVIDIA driver, and cuda-bindings is for CUDA 13.5: cudaErrorInsufficientDriver"),
+        (FakeCuda(driver=0), "Install a driver, or use --device cpu"),
+    ]:
+        monkeypatch.setattr(cuda_runtime, "runtime", lambda known=known: known)
+        with pytest.raises(InputError, match=message):
+            CudaDevice(0)
+    old = FakeCuda(driver=12040)
+    old.fail("cudaGetDeviceCount", "cudaErrorInsufficientDriver")
+    monkeypatch.setattr(cuda_runtime, "runtime", lambda: old)
+    with pytest.raises(InputError, match="NVIDIA's driver is for CUDA 12.4 only, and cuda-bindings is for CUDA 13.5"):
+        CudaDevice(0)
+
+
+def test_facts_about_a_gpu(fake, device):
+    memory = device.empty((1000,), "uint8")
+    assert cuda_runtime.gpu_name(0) == "Fake GPU"
+    assert cuda_runtime.compute_capability(0) == (9, 0)
+    assert cuda_runtime.memory_bytes(0) == ((1 << 24) - memory.nbytes, 1 << 24)
+    assert cuda_runtime.driver_version() == (13, 0)
+    assert cuda_runtime.runtime_version() == (13, 5)
+
+
+def test_a_package_that_is_missing_is_named(monkeypatch):
+    def missing(name):
+        raise ModuleNotFoundError(name)
+
+    monkeypatch.setattr(cuda_runtime.importlib, "import_module", missing)
+    with pytest.raises(MissingExtraError, match=r"'cuda-bindings', which is not installed: pip install 'cachec\[gpu\]'"):
+        cuda_runtime.runtime.__wrapped__()
+
+
+def test_engines_of_onnx_runtime_share_a_stream_and_others_do_not(fake):
+    cuda_device.cache_clear()
+    shared = cuda_device(DeviceName.parse("cuda"))
+    assert cuda_device(DeviceName.parse("cuda:0")) is shared
+    assert shared.for_session() is shared
+    assert shared.record(lambda: pytest.fail("it must not be carried out")) is None
+    cuda_device.cache_clear()
+    engines = CudaDevice(0, captures=True)
+    one, two = engines.for_session(), engines.for_session()
+    assert len({engines.stream, one.stream, two.stream}) == 3
+    assert not one.owns(two.empty((1,), "float32"))
+    assert fake.names().count("cudaStreamCreateWithFlags") == 4
 
 
 def test_bindings_take_such_buffers(device):
@@ -139,20 +221,185 @@ def bundle(tmp_path_factory):
     return write_output_bundle(split_toy(head_axis=True), out, OrtEngine)
 
 
-def test_sessions_run_on_such_buffers(bundle, device):
-    """ONNX Runtime computes on the CPU here, at the addresses of the device's buffers."""
-    device.name = "cpu"
-    conditions = {"prompt": make_noise(5, (8,))[None]}
+def array_at(buffer):
+    """What lies at a buffer's address."""
+    memory = (ctypes.c_byte * buffer.nbytes).from_address(buffer.pointer)
+    return np.frombuffer(memory, buffer.dtype).reshape(buffer.shape)
+
+
+class QueuedEngine(Engine):
+    """ONNX Runtime on the CPU, at the addresses of GPU buffers, its calls queued in their stream."""
+
+    name, version, check_target, build, load = "queued", OrtEngine.version, OrtEngine.check_target, None, None
+
+    def __init__(self, engine, fake, device):
+        super().__init__(engine, engine.signature, device)
+        self.fake, self.scratch_bytes, self.runs = fake, 1000, 0
+
+    def _context(self, native, device, scratch):
+        assert device is not self.device
+        assert device.owns(scratch)
+        assert scratch.pointer % 256 == 0
+        return QueuedContext(self, native.context(), device)
+
+
+class QueuedContext(ExecutionContext):
+    def __init__(self, engine, inner, device):
+        self.engine, self.inner, self.device = engine, inner, device
+
+    def bind(self, inputs, outputs):
+        check_bindings(self.engine.signature, self.device, inputs, outputs)
+        arrays = [{name: array_at(buffer) for name, buffer in side.items()} for side in (inputs, outputs)]
+        return QueuedCall(self.engine, self.inner.bind(*arrays), self.device)
+
+
+class QueuedCall(Call):
+    def __init__(self, engine, inner, device):
+        self.engine, self.inner, self.device = engine, inner, device
+
+    def run(self):
+        self.engine.runs += 1
+        self.capturing = self.device.capturing
+        if not self.engine.fake.enqueue(self.device.stream, self.inner.run, self.engine.name):
+            raise EngineError("the stream is gone")
+
+
+def request_of(seed):
+    return {"prompt": make_noise(5 + seed, (8,))[None]}, make_noise(seed, (6, 8))[None]
+
+
+@pytest.fixture
+def loaded(bundle):
     with cachec.load(bundle) as loaded:
-        engines = {name: OrtEngine(engine._native, engine.signature, device) for name, engine in loaded.engines.items()}
-        for level, program in loaded.programs.items():
-            session = Session(engines, program, loaded.io)
-            for seed in (1, 2, 1):
-                noise = make_noise(seed, (6, 8))[None]
-                expected = loaded.session(level=level).run(conditions, noise)
-                np.testing.assert_array_equal(session.run(conditions, noise), expected)
-        with pytest.raises(InputError, match="cannot calculate with GPU buffers of the ort backend"):
-            Session(engines, loaded.programs["default"], loaded.io, for_sampler=True)
+        yield loaded
+
+
+def queued(loaded, fake):
+    device = CudaDevice(0, captures=True)
+    return {name: QueuedEngine(engine, fake, device) for name, engine in loaded.engines.items()}
+
+
+def test_a_session_is_captured_and_replayed(loaded, fake):
+    """Nothing waits for the host between the calls, and from the second request on there is one launch."""
+    engines = queued(loaded, fake)
+    session = Session(engines, loaded.programs["default"], loaded.io)
+    for seed in (1, 2, 1, 3):
+        fake.log.clear()
+        np.testing.assert_array_equal(session.run(*request_of(seed)), loaded.session().run(*request_of(seed)))
+        assert session.recorded == (seed > 1 or fake.names().count("cudaGraphLaunch") == 1)
+    calls = len(session._operations) + 1
+    assert sum(engine.runs for engine in engines.values()) == 2 * calls  # one by one, and captured
+    assert fake.names() == [*["cudaMemcpyAsync", "cudaStreamSynchronize"] * 2, "cudaGraphLaunch",
+                            "cudaMemcpyAsync", "cudaStreamSynchronize"]  # fmt: skip
+
+
+def test_the_first_request_only_queues(loaded, fake):
+    session = Session(queued(loaded, fake), loaded.programs["default"], loaded.io)
+    session.begin(*request_of(1))
+    fake.log.clear()
+    while not session.finished:
+        session.advance()
+    assert set(fake.names()) == {"queued"}
+
+
+def test_a_session_has_one_allocation(loaded, fake):
+    engines = queued(loaded, fake)
+    fake.log.clear()
+    session = Session(engines, loaded.programs["default"], loaded.io)
+    assert fake.names().count("cudaMalloc") == fake.names().count("cudaMemcpyAsync") == 1
+    del session
+    gc.collect()
+    assert fake.blocks == {}
+
+
+def test_captured_sessions_do_not_meddle_with_each_other(loaded, fake):
+    engines = queued(loaded, fake)
+    one, two = (Session(engines, loaded.programs["default"], loaded.io) for _ in range(2))
+    for _ in range(3):
+        for session, seed in ((one, 1), (two, 2)):
+            np.testing.assert_array_equal(session.run(*request_of(seed)), loaded.session().run(*request_of(seed)))
+    assert one.recorded
+    assert two.recorded
+
+
+@pytest.mark.parametrize(
+    ("function", "error"),
+    [
+        ("cudaStreamBeginCapture", "cudaErrorStreamCaptureUnsupported"),
+        ("cudaStreamEndCapture", "cudaErrorStreamCaptureInvalidated"),
+        ("cudaGraphInstantiate", "cudaErrorMemoryAllocation"),
+    ],
+)
+def test_what_cannot_be_captured_is_said_and_goes_on_one_by_one(loaded, fake, caplog, function, error):
+    session = Session(queued(loaded, fake), loaded.programs["default"], loaded.io)
+    for seed in (1, 2, 3):
+        if seed == 2:
+            fake.fail(function, error)
+        np.testing.assert_array_equal(session.run(*request_of(seed)), loaded.session().run(*request_of(seed)))
+    assert not session.recorded
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert f"they cannot be captured as a CUDA graph: CUDA: {function} fails with {error}" in message
+    assert fake.graphs == fake.launchable == {}
+
+
+def test_a_call_that_fails_ends_the_capture(fake):
+    device = CudaDevice(0, captures=True)
+    buffer, seen = device.empty((2,), "float32"), []
+
+    def work():
+        seen.append(device.capturing)
+        device.empty((4,), "float32")
+
+    with pytest.raises(
+        EngineError, match="captured.*cudaMalloc fails with cudaErrorStreamCapture.*cudaStreamEndCapture: cudaErr"
+    ):
+        device.record(work)
+    assert seen == [True]
+    assert not device.capturing
+    assert not fake.is_capturing(device.stream)
+    np.testing.assert_array_equal(device.download(buffer), [0, 0])
+    with pytest.raises(ZeroDivisionError):
+        device.record(lambda: 1 / 0)
+    assert not fake.is_capturing(device.stream)
+    assert fake.graphs == {}
+
+
+def test_a_launch_that_fails_says_so(loaded, fake):
+    session = Session(queued(loaded, fake), loaded.programs["default"], loaded.io)
+    for seed in (1, 2):
+        session.run(*request_of(seed))
+    fake.fail("cudaGraphLaunch", "cudaErrorLaunchFailure")
+    with pytest.raises(EngineError, match="CUDA: cudaGraphLaunch fails with cudaErrorLaunchFailure"):
+        session.run(*request_of(1))
+
+
+def test_memory_that_is_dropped_during_a_capture_is_given_back_after_it(fake):
+    device = CudaDevice(0, captures=True)
+    others = [device.empty((4,), "float32")]
+    assert device.record(others.clear) is not None
+    assert fake.blocks == {}
+    names = fake.names()
+    assert names.index("cudaFree") > names.index("cudaStreamEndCapture")
+
+
+def test_a_session_that_finds_no_room_says_what_all_of_it_takes(loaded, fake):
+    engines = queued(loaded, fake)
+    engines["advance"].scratch_bytes = 10**9
+    with pytest.raises(InputError, match=r"cuda:0 has no room for 1000\.\d MB more \(16.8 MB are free\): take a smaller batch"):
+        Session(engines, loaded.programs["default"], loaded.io)
+
+
+def test_onnx_runtime_runs_on_such_buffers(loaded, device):
+    """It computes on the CPU here, at the addresses of the device's buffers."""
+    device.name = "cpu"
+    engines = {name: OrtEngine(engine._native, engine.signature, device) for name, engine in loaded.engines.items()}
+    for level, program in loaded.programs.items():
+        session = Session(engines, program, loaded.io)
+        for seed in (1, 2, 1):
+            expected = loaded.session(level=level).run(*request_of(seed))
+            np.testing.assert_array_equal(session.run(*request_of(seed)), expected)
+    with pytest.raises(InputError, match="cannot calculate with GPU buffers of the ort backend"):
+        Session(engines, loaded.programs["default"], loaded.io, for_sampler=True)
 
 
 def test_a_queued_call_gives_what_a_call_gives(bundle):
@@ -176,11 +423,14 @@ def test_a_queued_call_gives_what_a_call_gives(bundle):
             np.testing.assert_array_equal(out, expected)
 
 
-LOOKED_FOR = {"ort": "CUDAExecutionProvider is not among onnxruntime.get_available_providers"}
+LOOKED_FOR = {
+    "ort": "CUDAExecutionProvider is not among onnxruntime.get_available_providers",
+    "tensorrt-rtx": "there is no NVIDIA driver|TensorRT",
+}
 
 
 @pytest.mark.skipif(not NO_GPU, reason="there is a GPU")
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if not name.endswith("tensorrt")])  # those lack a library first
 def test_cuda_without_a_gpu_says_what_was_looked_for(backend):
     with pytest.raises(InputError, match=LOOKED_FOR.get(backend, r"torch.cuda.is_available\(\) is False") + ".*--device cpu"):
         get_backend(backend).check_target(DeviceName.parse("cuda"), "float32")

@@ -7,9 +7,10 @@ from toy_bundle import add_predictor, split_toy, toy_program, write_bundle, writ
 
 import cachec
 from cachec.compiler.methods.taylor import Taylor
-from cachec.engines import BACKENDS, get_backend
+from cachec.engines import BACKENDS, cuda_runtime, get_backend
+from cachec.engines.cuda_device import CudaDevice
 from cachec.runtime.device import DeviceName
-from cachec.runtime.errors import InputError
+from cachec.runtime.errors import EngineError, InputError
 from cachec.runtime.noise import make_noise
 from cachec.runtime.program import UNCACHED
 from cachec.runtime.session import Session
@@ -77,7 +78,79 @@ def test_steps_one_by_one(pair):
     np.testing.assert_allclose(session.latents, wanted.session().run(*request_of(1)), atol=1e-4, rtol=1e-4)
 
 
-def test_more_than_there_is(pair):
+def test_more_than_there_is(pair, monkeypatch):
     _, loaded = pair
+    monkeypatch.setattr("cachec.runtime.session.MAX_BATCH", 2**31)
     with pytest.raises(InputError, match=r"cuda:0 has no room for .* MB more \(.* MB are free\)"):
         Session(loaded.engines, loaded.programs["default"], loaded.io, batch=2**31)
+
+
+class OtherLibrary:
+    """An array of a library that only speaks DLPack."""
+
+    def __init__(self, array):
+        self.tensor = torch.from_numpy(array).cuda()
+        self.__dlpack__, self.__dlpack_device__ = self.tensor.__dlpack__, self.tensor.__dlpack_device__
+
+
+def test_arrays_of_other_libraries_and_results_that_stay_there(pair):
+    _, loaded = pair
+    session = loaded.session()
+    conditions, noise = request_of(1)
+    wanted = session.run(conditions, noise)
+    given = {name: OtherLibrary(value) for name, value in conditions.items()}
+    for _ in range(3):
+        kept = torch.from_dlpack(session.run(given, OtherLibrary(noise), on_device=True))
+        session.run(*request_of(2))
+        assert kept.is_cuda
+        np.testing.assert_allclose(kept.cpu().numpy(), wanted, atol=1e-6, rtol=1e-6)
+
+
+@pytest.fixture
+def device():
+    pytest.importorskip("cuda.bindings.runtime")
+    return CudaDevice(0, captures=True).for_session()
+
+
+def test_memory_without_torch(device):
+    values = np.arange(12, dtype=np.float32).reshape(3, 4)
+    memory = device.empty((1 << 20,), "uint8")
+    assert memory.pointer % 256 == 0
+    assert not device.download(memory).any()
+    part = device.part(memory, 256, (3, 4), "float32")
+    device.upload(values, part)
+    np.testing.assert_array_equal(device.download(device.copy(part[1:])), values[1:])
+    np.testing.assert_array_equal(torch.from_dlpack(part).cpu().numpy(), values)
+    np.testing.assert_array_equal(torch.as_tensor(part, device="cuda").cpu().numpy(), values)
+    twice = torch.full((3, 4), 2.0, device="cuda") * torch.from_numpy(values).cuda()
+    device.upload(device.adopt(twice), part)
+    np.testing.assert_array_equal(device.download(part), 2 * values)
+    with pytest.raises(InputError, match=r"cuda:0 has no room for .* MB more \(.* MB are free\)"):
+        device.empty((1 << 50,), "uint8")
+
+
+def test_copies_are_captured_and_replayed(device):
+    source, target = device.empty((4,), "float32"), device.empty((4,), "float32")
+    replay = device.record(lambda: device.upload(source, target))
+    for value in (1, 2):
+        device.upload(np.full(4, value, np.float32), source)
+        assert (device.download(target) == value - 1).all()  # nothing is carried out by capturing
+        replay.run()
+        assert (device.download(target) == value).all()
+
+
+def test_a_capture_that_fails_leaves_the_stream_as_it_was(device):
+    source, target = device.empty((4,), "float32"), device.empty((4,), "float32")
+    with pytest.raises(EngineError, match="they cannot be captured as a CUDA graph: CUDA: cudaStreamSynchronize fails with"):
+        device.record(device.synchronize)
+    device.upload(np.ones(4, np.float32), source)
+    device.record(lambda: device.upload(source, target)).run()
+    assert (device.download(target) == 1).all()
+
+
+def test_facts_are_those_that_torch_knows():
+    pytest.importorskip("cuda.bindings.runtime")
+    assert cuda_runtime.compute_capability(0) == torch.cuda.get_device_capability(0)
+    assert cuda_runtime.gpu_name(0) == torch.cuda.get_device_name(0)
+    assert cuda_runtime.memory_bytes(0)[1] == torch.cuda.mem_get_info(0)[1]
+    assert cuda_runtime.driver_version() >= (12, 0)

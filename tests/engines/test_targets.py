@@ -18,7 +18,7 @@ from cachec.runtime.errors import BundleError, InputError, MissingExtraError
 
 OS = platform.system().lower()
 CPU, GPU = DeviceName("cpu"), DeviceName("cuda")
-H200 = Gpu("NVIDIA H200", 90, 150 * 10**9, 140 * 10**9, 13010)
+H200 = Gpu("NVIDIA H200", 90, 140 * 10**9, 150 * 10**9, (13, 1))
 
 
 def target(backend, device, precision="float32", version="11.0.0.114", **needs):
@@ -87,10 +87,10 @@ def test_all_reasons_are_given_if_nothing_fits(with_gpu):
 
 
 def test_an_old_driver_is_refused(with_gpu):
-    with_gpu[0] = replace(H200, driver=12080)
+    with_gpu[0] = replace(H200, driver=(12, 8))
     fit = find_fit(SM90)
     assert not fit.fits
-    assert fit.reason == "the driver of NVIDIA H200 offers CUDA 12.8, but tensorrt 11 needs 13.1: install a newer driver"
+    assert fit.reason == "the driver of NVIDIA H200 is for CUDA 12.8, but tensorrt 11 needs 13.1: install a newer driver"
 
 
 def test_a_gpu_that_is_not_there_is_named(with_gpu):

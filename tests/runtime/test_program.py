@@ -36,7 +36,7 @@ def test_a_good_program_is_accepted():
         ((Compute(0, 0), Forecast((1,), 2), Compute(2, 1), Compute(3, None)), r"steps \(1,\) read slots \[1\] before"),
         ((Predict(0, (0,), (0,), 1), *INSTRUCTIONS[1:]), "which are not before it"),
         ((Compute(0, 0), Predict(1, (), (), 1), *INSTRUCTIONS[2:]), r"has sources \(\)"),
-        ((Compute(0, 0), Predict(1, (0, 1), (0, 0), 1), *INSTRUCTIONS[2:]), r"read slots \[1\] before any write"),
+        ((Compute(0, 0), Predict(1, (0, 1), (0, 0), None), *INSTRUCTIONS[2:]), r"read slots \[1\] before any write"),
         ((*INSTRUCTIONS[:2], Forecast((2,), 0), Compute(3, None)), "reads no slot"),
         (INSTRUCTIONS[:-1], "covers steps"),
         ((), "covers steps"),
