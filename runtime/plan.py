@@ -37,6 +37,8 @@ from cachec.runtime.specs import Array, Signature, TensorSpec, itemsize
 
 RING, NOISE_BUFFER, TURNS, VELOCITY_BUFFER = "ring", "noise", ("latents/0", "latents/1"), "velocity"
 
+DTYPE_NAMES = {np.dtype(name): name for name in ("float32", "int64")}  # of constants; numpy takes long to say them
+
 
 def condition_name(name: str) -> str:
     """Name of the buffer that holds the condition ``name``."""
@@ -191,6 +193,9 @@ class _Planner:
         self._deltas = np.diff(program.sigmas)
         self._timesteps = np.broadcast_to(program.timesteps[:, None], (program.num_steps, batch))
         self._hoisted = {spec.name: spec for spec in signatures["prologue"].outputs} if "prologue" in signatures else {}
+        forecasts = (i for i in program.instructions if isinstance(i, Forecast | Predict))
+        self._computed, self._forecast = program.compute_steps, tuple(s for i in forecasts for s in i.steps)
+        self._number = {step: number for some in (self._computed, self._forecast) for number, step in enumerate(some)}
         self._buffers: dict[str, PlannedBuffer] = {}
         self._moves = 0
 
@@ -225,14 +230,11 @@ class _Planner:
         self._moves += 1
         return self._latents()
 
-    def _forecast_steps(self) -> tuple[int, ...]:
-        return tuple(s for i in self._program.instructions if isinstance(i, Forecast | Predict) for s in i.steps)
-
     def _plan_prologue(self) -> PlannedCall | None:
         """Everything that does not depend on latents, for all steps of the program."""
         if "prologue" not in self._signatures:
             return None
-        steps = {STEPS_OF["compute"]: self._program.compute_steps, STEPS_OF["forecast"]: self._forecast_steps() or (0,)}
+        steps = {STEPS_OF["compute"]: self._computed, STEPS_OF["forecast"]: self._forecast or (0,)}
         times = {TIMESTEPS_OF[name]: self._program.timesteps[list(steps[STEPS_OF[name]])] for name in TIMESTEPS_OF}
         sizes = {name: len(some) for name, some in steps.items()}
         outputs = {name: self._add_like(f"hoisted/{name}", spec, **sizes) for name, spec in self._hoisted.items()}
@@ -255,8 +257,7 @@ class _Planner:
             results[FEATURE if hidden else VELOCITY] = View(RING, instruction.slot)
         if hidden:
             results[NEXT_LATENTS] = self._next_latents()
-        number = self._program.compute_steps.index(step)
-        inputs = {self._io.latents: latents, **self._conditions, **self._rows("compute", number, None)}
+        inputs = {self._io.latents: latents, **self._conditions, **self._rows("compute", self._number[step], None)}
         return self._call("compute", (step,), inputs, self._at_step(step), results, latents, results[VELOCITY])
 
     def _plan_advance(self, instruction: Advance) -> PlannedCall:
@@ -269,7 +270,7 @@ class _Planner:
     def _plan_forecast(self, instruction: Forecast) -> PlannedCall:
         steps, written = instruction.steps, instruction.num_slots  # slots behind it may hold anything: never bound
         rows = slice(steps[0], steps[-1] + 1)
-        first = self._forecast_steps().index(steps[0])
+        first = self._number[steps[0]]
         latents = self._latents()
         inputs = {
             FEATURES: View(RING, 0, written),
@@ -302,7 +303,7 @@ class _Planner:
             **{history_name(i): View(RING, slot) for i, slot in enumerate(instruction.sources)},
             self._io.latents: latents,
             **self._conditions,
-            **self._rows("forecast", self._forecast_steps().index(step), None),
+            **self._rows("forecast", self._number[step], None),
         }
         constants = {
             SIGMAS: self._program.sigmas,
@@ -345,5 +346,5 @@ class _Planner:
             if name in constants:
                 value = constants[name]
                 place = f"{engine}/{steps[0]}/{name}" if steps else f"{engine}/{name}"
-                known[name] = self._add(place, value.shape, str(value.dtype), value)
+                known[name] = self._add(place, value.shape, DTYPE_NAMES[value.dtype], value)
         return PlannedCall(engine, steps, {name: known[name] for name in wanted if name in known}, results, latents, velocities)
