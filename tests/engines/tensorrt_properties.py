@@ -1,4 +1,4 @@
-"""Writes ``tests/data/tensorrt-rtx-properties.json`` from the installed TensorRT-RTX: python tests/engines/tensorrt_properties.py.
+"""Writes ``tests/data/tensorrt-rtx-properties.json`` from the installed TensorRT-RTX, when it is run as a script.
 
 The API file of TensorRT 11.0 has the names of properties without their types, and TensorRT 11.0 itself does not load without its
 libraries. TensorRT-RTX loads anywhere and has the same classes; its types are taken for properties that both have.
@@ -37,5 +37,7 @@ def plain_name(text):
 if __name__ == "__main__":
     import tensorrt_rtx_bindings
 
-    source = f"tensorrt_rtx_cu13_bindings {importlib.metadata.version('tensorrt_rtx_cu13_bindings')} (public wheel), introspected"
+    source = (
+        f"tensorrt_rtx_cu13_bindings {importlib.metadata.version('tensorrt_rtx_cu13_bindings')} (public wheel), introspected"
+    )
     FILE.write_text(json.dumps({"source": source, "properties": introspect(tensorrt_rtx_bindings)}, indent=1) + "\n")
