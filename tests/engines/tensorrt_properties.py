@@ -1,7 +1,7 @@
 """Writes ``tests/data/tensorrt-rtx-properties.json`` from the installed TensorRT-RTX, when it is run as a script.
 
-The API file of TensorRT 11.0 has the names of properties without their types, and TensorRT 11.0 itself does not load without its
-libraries. TensorRT-RTX loads anywhere and has the same classes; its types are taken for properties that both have.
+The API file of TensorRT 11.0 has the names of properties without their types, and TensorRT 11.0 itself does not load
+without its libraries. TensorRT-RTX loads anywhere and has the same classes; its types are taken for properties that both have.
 """
 
 import importlib.metadata

@@ -35,7 +35,7 @@ def source_files():
     folders = [package / name for name in ("cli", "compiler", "engines", "passes", "runtime")]
     every = [*package.glob("*.py"), *(path for folder in folders for path in folder.rglob("*.py"))]
     found = {str(path.relative_to(package)): path.read_text() for path in sorted(every)}
-    ours = {name: text for name, text in found.items() if Path(name).stem.startswith("tensorrt") or imports_tensorrt(text)}
+    ours = {name: text for name, text in found.items() if "tensorrt" in Path(name).stem or imports_tensorrt(text)}
     return {**ours, SAMPLE.name: SAMPLE.read_text()}
 
 
@@ -97,7 +97,7 @@ WRONG = {
     "config.set_memory_pool_limit(library.MemoryPoolType.WORKSPACE, 1, 2)": "takes 2 arguments, not 3",
     "config.set_memory_pool_limit(*anything)": "called with * or **",
     "config.int8_calibrator": "no IBuilderConfig.int8_calibrator",
-    "builder.create_network(1 << int(library.NetworkDefinitionCreationFlag.EXPLICIT_BATCH))": "no NetworkDefinitionCreationFlag.EXPLIC",
+    "builder.create_network(1 << int(library.NetworkDefinitionCreationFlag.EXPLICIT_BATCH))": "no NetworkDefinitionC",
     "builder.platform_has_fast_fp16": "no Builder.platform_has_fast_fp16",
     "builder.build_engine(network, config)": "no Builder.build_engine; did you mean build_engine_with_config?",
     "builder.build_serialized_network(config, network)": "network must be INetworkDefinition, not IBuilderConfig",
@@ -114,7 +114,7 @@ WRONG = {
     "parser.get_error()": "lacks ['index']",
     "engine.device_memory_size": "no ICudaEngine.device_memory_size; did you mean device_memory_size_v2?",
     "engine.create_execution_context_without_device_memory()": "no ICudaEngine.create_execution_context_without_device_memory",
-    "engine.create_execution_context(library.ExecutionContextAllocationStrategy.USER)": "no ExecutionContextAllocationStrategy.USER;",
+    "engine.create_execution_context(library.ExecutionContextAllocationStrategy.USER)": "AllocationStrategy.USER;",
     "engine.create_execution_context().execute_async_v2(0, 0)": "no IExecutionContext.execute_async_v2",
     "engine.num_bindings": "no ICudaEngine.num_bindings",
     "engine.get_binding_name(0)": "no ICudaEngine.get_binding_name",
