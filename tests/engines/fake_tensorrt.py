@@ -74,7 +74,7 @@ class Fake:
         self.api = tensorrt_api.load()
         self.module = make_module(self)
 
-    def new(self, name: str, **facts: Any) -> Any:
+    def new(self, name: str, /, **facts: Any) -> Any:
         """An object that only TensorRT makes. ``facts`` are its properties, and what else is to be remembered."""
         cls = getattr(self.module, name)
         made = cls.__new__(cls)
@@ -252,7 +252,8 @@ def call(fake: Fake, name: str, key: str, overloads: tuple, self: Any, *position
     values = match(fake, f"{name}.{key}", overloads, positional, keywords)
     if self is not None:
         facts_of(self)
-    fake.calls.append(Call(name, key, tuple(values)))
+    if key == "__init__" or not key.startswith("__"):  # indexing a shape is no call that anybody asks for
+        fake.calls.append(Call(name, key, tuple(values)))
     handler = find(fake, METHODS, type(self), name, key)
     if handler is None and key == "__init__":
         return None

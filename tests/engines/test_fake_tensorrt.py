@@ -24,7 +24,7 @@ def models(tmp_path_factory):
     method = Taylor(order=1)
     graphs = add_predictor(split_toy(head_axis=True), method.predictor(None), method.window)
     out = write_bundle(graphs, toy_program(graphs), method, tmp_path_factory.mktemp("fake") / "toy.cachec", OrtEngine)
-    found = {path.stem: path for path in out.rglob("*.onnx")}
+    found = {path.stem.split("-")[0]: path for path in out.rglob("*.onnx")}
     assert {"compute", "forecast"} <= set(found)
     return found
 
@@ -143,7 +143,7 @@ def test_engines_tell_their_tensors(fake, models):
     assert not engine.refittable
     assert engine.num_layers == len(onnx.load(models["compute"], load_external_data=False).graph.node)
     context = engine.create_execution_context()
-    assert context.infer_shapes() == loaded.names(trt.TensorIOMode.INPUT)
+    assert set(context.infer_shapes()) == set(ranges(models["compute"]))
     shapes = sized(models["compute"], 4)
     for name, shape in shapes.items():
         assert context.set_input_shape(name, shape)
@@ -159,6 +159,14 @@ def test_calls_are_recorded_in_order(fake, models):
     assert fake.called("IBuilderConfig", "builder_optimization_level=") == [(3,)]
 
 
+def parsed(trt, logger, builder, path):
+    network = builder.create_network()
+    assert trt.OnnxParser(network, logger).parse_from_file(str(path))
+    for attention in tensorrt_sample.attentions(trt, network):
+        attention.decomposable = True
+    return network
+
+
 def test_plans_are_buffers_without_a_length(fake, models):
     trt = fake.module
     logger = logger_of(fake)
@@ -166,8 +174,7 @@ def test_plans_are_buffers_without_a_length(fake, models):
     network = builder.create_network()
     assert builder.build_serialized_network(network, builder.create_builder_config()) is None
     assert "at least one output" in logger.lines[-1]
-    parser = trt.OnnxParser(network, logger)
-    assert parser.parse_from_file(str(models["compute"]))
+    network = parsed(trt, logger, builder, models["compute"])
     config = builder.create_builder_config()
     assert builder.build_serialized_network(network, config) is None
     assert "no optimization profile has been defined" in logger.lines[-1]
@@ -238,7 +245,6 @@ BAD_CALLS = {
     "trt.ICudaEngine()": TypeError,
     "trt.Runtime()": TypeError,
     "trt.Runtime(None)": TypeError,
-    "trt.Dims((1,) * 9)": TypeError,
     "list(trt.BuilderFlag)": TypeError,
     "trt.BuilderFlag['REFIT']": TypeError,
     "trt.BuilderFlag(0)": TypeError,
@@ -278,7 +284,7 @@ def test_enums_compare_by_member(fake):
     trt = fake.module
     assert trt.BuilderFlag.REFIT == trt.BuilderFlag.__members__["REFIT"]
     assert trt.BuilderFlag.REFIT != int(trt.BuilderFlag.REFIT)
-    assert 1 << int(trt.BuilderFlag.REFIT) == 1 << trt.BuilderFlag.REFIT
+    assert range(99)[trt.BuilderFlag.REFIT] == int(trt.BuilderFlag.REFIT)
     assert trt.float32 == trt.DataType.FLOAT
     assert trt.Logger.ERROR == trt.ILogger.Severity.ERROR
     assert trt.Logger(trt.Logger.INFO).min_severity == trt.Logger.INFO
@@ -320,8 +326,7 @@ def test_a_monitor_that_says_no_or_fails_ends_the_build(fake, models, answer):
 
     trt, logger = fake.module, logger_of(fake)
     builder = trt.Builder(logger)
-    network, config = builder.create_network(0), builder.create_builder_config()
-    assert trt.OnnxParser(network, logger).parse_from_file(str(models["compute"]))
+    network, config = parsed(trt, logger, builder, models["compute"]), builder.create_builder_config()
     profile = builder.create_optimization_profile()
     for name, shapes in ranges(models["compute"]).items():
         profile.set_shape(name, *shapes)
@@ -331,17 +336,12 @@ def test_a_monitor_that_says_no_or_fails_ends_the_build(fake, models, answer):
     assert fake.escaped == ([answer] if isinstance(answer, Exception) else [])
 
 
-@pytest.mark.parametrize(
-    ("fake", "complaint"),
-    [
-        (Fake(no_memory_for=frozenset({"build"})), "OutOfMemory"),
-    ],
-)
-def test_a_build_without_memory_gives_nothing(fake, models, complaint):
+def test_a_build_without_memory_gives_nothing(models):
+    fake = Fake(no_memory_for=frozenset({"build"}))
     logger = logger_of(fake)
     with pytest.raises(ValueError, match="not built"):
         plan_of(fake, models["compute"], logger)
-    assert complaint in logger.lines[-1]
+    assert "OutOfMemory" in logger.lines[-1]
 
 
 def test_the_parser_says_what_is_wrong(models, tmp_path):
@@ -390,9 +390,6 @@ def test_timing_caches_are_bytes_of_one_version(fake):
     cache = config.create_timing_cache(b"")
     assert config.set_timing_cache(cache, ignore_mismatch=False)
     content = bytes(config.get_timing_cache().serialize())
-    other = Fake(version="11.0.1.0").module
-    newer = other.Builder(logger_of(Fake())) if False else None
-    assert newer is None
     assert config.set_timing_cache(config.create_timing_cache(content), ignore_mismatch=False)
     config.create_timing_cache(b"nonsense")
     assert "Failed to deserialize timing cache" in logger.lines[-1]
@@ -431,8 +428,7 @@ def test_without_a_driver_nothing_can_be_made():
 
 
 def test_what_is_not_set_or_does_not_fit_is_refused(bound):
-    name = next(iter(bound.inputs))
-    shape = bound.inputs[name].shape
+    name, shape = "latents", bound.inputs["latents"].shape
     misplaced = bound.place(bound.inputs[name], shift=64)
     overlapping = {"velocity": bound.inputs["latents"].ctypes.data}
     for arguments, complaint in (
