@@ -2,6 +2,7 @@
 
 import ast
 import difflib
+import functools
 import re
 from dataclasses import dataclass, field
 
@@ -69,9 +70,22 @@ class OwnFunction:
         return any(ast.unparse(d).split("(")[0].split(".")[-1] in names for d in self.node.decorator_list)
 
 
-def similar(name, names):
+@functools.cache
+def closest(name, names):
     near = difflib.get_close_matches(name, [n for n in names if not n.startswith("__")], n=1, cutoff=0.5)
     return f"; did you mean {near[0]}?" if near else ""
+
+
+def similar(name, names):
+    return closest(name, tuple(names))
+
+
+@functools.cache
+def nearest(name):
+    """Names that only TensorRT has and that ``name`` is, or is one slip away from: one or none."""
+    if name.startswith("_") or "_" not in name:
+        return []
+    return difflib.get_close_matches(name, tensorrt_api.load().distinctive, n=1, cutoff=NEAR)
 
 
 class Names:
@@ -250,8 +264,8 @@ class Names:
         return FOREIGN
 
     def attribute_of_unknown(self, _base, name, node):
-        near = difflib.get_close_matches(name, self.api.distinctive, n=1, cutoff=NEAR) if "_" in name.strip("_") else []
-        if near and not name.startswith("_"):
+        near = nearest(name)
+        if near:
             whose = sorted(k.name for k in self.api.classes.values() if not k.enum and k.has(near[0]))
             self.problem(
                 node,

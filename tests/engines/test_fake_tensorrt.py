@@ -138,7 +138,7 @@ def test_engines_tell_their_tensors(fake, models):
     assert set(loaded.names(trt.TensorIOMode.INPUT)) == set(inputs_of(models["compute"]))
     assert engine.get_tensor_dtype("latents") == trt.DataType.FLOAT
     assert engine.get_tensor_shape("latents")[0] == -1
-    assert [tuple(shape)[0] for shape in engine.get_tensor_profile_shape("latents", 0)] == [LOW, USUAL, HIGH]
+    assert [shape[0] for shape in engine.get_tensor_profile_shape("latents", 0)] == [LOW, USUAL, HIGH]
     assert engine.num_optimization_profiles == 1
     assert not engine.refittable
     assert engine.num_layers == len(onnx.load(models["compute"], load_external_data=False).graph.node)
@@ -282,8 +282,8 @@ def test_subclasses_that_forget_their_base_are_refused(fake):
 
 def test_enums_compare_by_member(fake):
     trt = fake.module
-    assert trt.BuilderFlag.REFIT == trt.BuilderFlag.__members__["REFIT"]
-    assert trt.BuilderFlag.REFIT != int(trt.BuilderFlag.REFIT)
+    assert trt.BuilderFlag.__members__["REFIT"] == trt.BuilderFlag.REFIT
+    assert int(trt.BuilderFlag.REFIT) != trt.BuilderFlag.REFIT
     assert range(99)[trt.BuilderFlag.REFIT] == int(trt.BuilderFlag.REFIT)
     assert trt.float32 == trt.DataType.FLOAT
     assert trt.Logger.ERROR == trt.ILogger.Severity.ERROR
