@@ -1,0 +1,551 @@
+"""What the fake TensorRT does to run: plans are loaded, refitted, executed, and all that TensorRT demands is checked.
+
+What fails does as TensorRT does: it tells the logger, and returns ``False`` or ``None``.
+"""
+
+import json
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+from fake_tensorrt import DTYPES, Fake, facts_of
+from fake_tensorrt_behaviour import (
+    MAGIC,
+    does,
+    fits,
+    hash_of,
+    host_memory,
+    parser_error,
+    read_model,
+    reads,
+    serialize_plan,
+    strip,
+    weights_of,
+)
+
+ALIGNMENT = 256  # bytes; of every address
+DIRT = 0xAB  # left in scratch memory, so that what lies there by mistake is lost
+
+
+def fail(fake: Fake, self: Any, text: str, result: Any = False) -> Any:
+    fake.log(facts_of(self)["logger"], text)
+    return result
+
+
+# --- loading
+
+
+@does("Runtime", "__init__")
+def make_runtime(fake, self, logger):
+    if fake.no_driver:
+        fake.log(logger, "CUDA initialization failure with error: 35")
+        raise TypeError("pybind11::init(): factory function returned nullptr")
+    facts_of(self).update(logger=logger, engine_host_code_allowed=False, max_threads=1, error_recorder=None)
+
+
+@does("Runtime", "deserialize_cuda_engine")
+def deserialize_cuda_engine(fake, self, content):
+    content = bytes(content)
+    if not content.startswith(MAGIC):
+        return fail(fake, self, "IRuntime::deserializeCudaEngine: Error Code 1: Serialization (magicTag does not match)", None)
+    head, _, body = content[len(MAGIC) :].partition(b"\n")
+    try:
+        plan = json.loads(head)
+    except ValueError:
+        return fail(fake, self, "IRuntime::deserializeCudaEngine: Error Code 1: Serialization (damaged header)", None)
+    if len(body) != plan["size"]:
+        return fail(fake, self, "IRuntime::deserializeCudaEngine: Error Code 1: Serialization (bufferSize is too small)", None)
+    reason = reason_not_here(fake, self, plan)
+    if reason:
+        return fail(fake, self, f"IRuntime::deserializeCudaEngine: Error Code 6: API Usage Error ({reason})", None)
+    if "load" in fake.no_memory_for:
+        return fail(fake, self, "IRuntime::deserializeCudaEngine: Error Code 2: OutOfMemory", None)
+    return make_engine(fake, facts_of(self)["logger"], plan, onnx.load_from_string(body))
+
+
+def reason_not_here(fake: Fake, self: Any, plan: dict[str, Any]) -> str | None:
+    """Why a plan does not run in this version or on this device."""
+    lean = "VERSION_COMPATIBLE" in plan["flags"] and plan["version"].split(".")[0] == fake.version.split(".")[0]
+    if plan["version"] != fake.version and not (lean and facts_of(self)["engine_host_code_allowed"]):
+        return (
+            "The engine plan file is not compatible with this version of TensorRT, expecting library version "
+            f"{fake.version} got {plan['version']}, please rebuild."
+        )
+    same_family = plan["compatible"] == "AMPERE_PLUS" and min(tuple(plan["sm"]), fake.sm) >= (8, 0)
+    if tuple(plan["sm"]) != fake.sm and not same_family:
+        here, there = (".".join(map(str, sm)) for sm in (fake.sm, plan["sm"]))
+        return f"The engine plan file is generated on an incompatible device, expecting compute {here} got {there}, rebuild."
+    return None
+
+
+def make_engine(fake: Fake, logger: Any, plan: dict[str, Any], model: onnx.ModelProto) -> Any:
+    return fake.new(
+        "ICudaEngine",
+        logger=logger,
+        plan=plan,
+        model=model,
+        io={entry["name"]: entry for entry in plan["io"]},
+        session=None,
+        name=model.graph.name,
+        num_io_tensors=len(plan["io"]),
+        num_layers=plan["layers"],
+        num_optimization_profiles=len(plan["profiles"]),
+        num_aux_streams=0,
+        refittable=bool(plan["refit"]),
+        device_memory_size_v2=plan["scratch"],
+        hardware_compatibility_level=getattr(fake.module.HardwareCompatibilityLevel, plan["compatible"]),
+        profiling_verbosity=getattr(fake.module.ProfilingVerbosity, plan["verbosity"]),
+        streamable_weights_size=0,
+        error_recorder=None,
+    )
+
+
+# --- what engines tell
+
+
+@does("ICudaEngine", "get_tensor_name")
+def get_tensor_name(fake, self, index):
+    entries = facts_of(self)["plan"]["io"]
+    return entries[index]["name"] if 0 <= index < len(entries) else fail(fake, self, f"there is no tensor {index}", None)
+
+
+def entry_of(fake: Fake, engine: Any, name: str) -> dict[str, Any] | None:
+    found = facts_of(engine)["io"].get(name)
+    return found or fail(fake, engine, f"ICudaEngine: Error Code 3: there is no input or output {name}", None)
+
+
+@does("ICudaEngine", "get_tensor_mode")
+def get_tensor_mode(fake, self, name):
+    entry = entry_of(fake, self, name)
+    return getattr(fake.module.TensorIOMode, entry["mode"] if entry else "NONE")
+
+
+@does("ICudaEngine", "get_tensor_dtype")
+def get_tensor_dtype(fake, self, name):
+    entry = entry_of(fake, self, name)
+    return getattr(fake.module.DataType, entry["dtype"] if entry else "FLOAT")
+
+
+@does("ICudaEngine", "get_tensor_shape")
+def get_tensor_shape(fake, self, name):
+    entry = entry_of(fake, self, name)
+    return fake.module.Dims(entry["shape"] if entry else [])
+
+
+@does("ICudaEngine", "get_tensor_location")
+def get_tensor_location(fake, self, name):
+    entry_of(fake, self, name)
+    return fake.module.TensorLocation.DEVICE
+
+
+@does("ICudaEngine", "get_tensor_format")
+def get_tensor_format(fake, self, name, _profile=0):
+    entry_of(fake, self, name)
+    return fake.module.TensorFormat.LINEAR
+
+
+@does("ICudaEngine", "is_shape_inference_io")
+def is_shape_inference_io(fake, self, name):
+    entry_of(fake, self, name)
+    return False
+
+
+@does("ICudaEngine", "get_aliased_input_tensor")
+def get_aliased_input_tensor(fake, self, name):
+    entry_of(fake, self, name)
+
+
+@does("ICudaEngine", "get_tensor_profile_shape")
+def get_tensor_profile_shape(fake, self, name, index):
+    entry = entry_of(fake, self, name)
+    if entry is None or entry["mode"] != "INPUT" or not 0 <= index < len(facts_of(self)["plan"]["profiles"]):
+        fail(fake, self, f"there is no profile {index} for {name}")
+        return []
+    return [fake.module.Dims(shape) for shape in profile_of(self, name, index)]
+
+
+def profile_of(engine: Any, name: str, index: int) -> list[Any]:
+    """The smallest, usual and largest shape of an input."""
+    plan, entry = facts_of(engine)["plan"], facts_of(engine)["io"][name]
+    return plan["profiles"][index].get(name) or [entry["shape"]] * 3
+
+
+@does("ICudaEngine", "get_device_memory_size_for_profile_v2")
+def get_device_memory_size_for_profile_v2(_fake, self, _index):
+    return facts_of(self)["plan"]["scratch"]
+
+
+@does("ICudaEngine", "get_engine_stat")
+def get_engine_stat(_fake, self, stat):
+    sizes = {name: int(np.prod(t.dims)) * 4 for name, t in weights_of(facts_of(self)["model"]).items()}
+    return sum(size for name, size in sizes.items() if stat.name == "TOTAL_WEIGHTS_SIZE" or name in missing(self))
+
+
+@does("ICudaEngine", "create_engine_inspector")
+def create_engine_inspector(fake, self):
+    return fake.new("EngineInspector", engine=self, execution_context=None)
+
+
+@does("EngineInspector", "get_engine_information")
+def get_engine_information(_fake, self, form):
+    names = [node.name or node.output[0] for node in facts_of(facts_of(self)["engine"])["model"].graph.node]
+    return json.dumps({"Layers": names, "Bindings": []}) if form.name == "JSON" else "\n".join(names)
+
+
+@does("ICudaEngine", "serialize")
+def serialize(fake, self):
+    return host_memory(fake, serialize_plan(facts_of(self)["plan"], facts_of(self)["model"]))
+
+
+@does("ICudaEngine", "create_serialization_config")
+def create_serialization_config(fake, _self):
+    return fake.new("ISerializationConfig", flags=0, chosen=set())
+
+
+@does("ISerializationConfig", "set_flag")
+def set_serialization_flag(_fake, self, flag):
+    facts_of(self)["chosen"].add(flag.name)
+    return True
+
+
+@does("ISerializationConfig", "clear_flag")
+def clear_serialization_flag(_fake, self, flag):
+    facts_of(self)["chosen"].discard(flag.name)
+    return True
+
+
+@does("ICudaEngine", "serialize_with_config")
+def serialize_with_config(fake, self, config):
+    chosen, plan = facts_of(config)["chosen"], facts_of(self)["plan"]
+    model = onnx.ModelProto()
+    model.CopyFrom(facts_of(self)["model"])
+    without = "EXCLUDE_WEIGHTS" in chosen
+    kept = {
+        **plan,
+        "stripped": without or bool(missing(self)),
+        "refit": plan["refit"] if without or "INCLUDE_REFIT" in chosen else [],
+    }
+    return host_memory(fake, serialize_plan(kept, strip(model) if without else model))
+
+
+# --- refitting
+
+
+@does("Weights", "__init__")
+def make_weights(fake, self, first, pointer=None, count=0):
+    if isinstance(first, np.ndarray):
+        known = {np.dtype(kind): name for name, kind in DTYPES.items()}
+        array, dtype = np.ascontiguousarray(first), getattr(fake.module.DataType, known[first.dtype])
+    else:
+        kind = np.dtype(DTYPES[first.name])
+        dtype, size = first, int(count) * kind.itemsize
+        array = np.empty(0, kind) if pointer is None else fake.memory.view(int(pointer), size).view(kind)
+    facts_of(self).update(dtype=dtype, size=array.size, nbytes=array.nbytes, array=array)
+
+
+@does("Weights", "__len__")
+def number_of_weights(_fake, self):
+    return facts_of(self)["size"]
+
+
+@does("Weights", "numpy")
+def weights_as_array(_fake, self):
+    return facts_of(self)["array"]
+
+
+@does("Refitter", "__init__")
+def make_refitter(fake, self, engine, logger):
+    facts_of(self).update(engine=engine, logger=logger, given={}, max_threads=1, weights_validation=True)
+    if not engine.refittable:
+        fail(fake, self, "createInferRefitter: Error Code 3: the engine was not built with the REFIT flag")
+        raise TypeError("pybind11::init(): factory function returned nullptr")
+
+
+@does("Refitter", "get_all_weights")
+def get_all_weights(_fake, self):
+    return [*facts_of(facts_of(self)["engine"])["plan"]["weights"]]
+
+
+@does("Refitter", "get_missing_weights")
+def get_missing_weights(_fake, self):
+    return [name for name in missing(facts_of(self)["engine"]) if name not in facts_of(self)["given"]]
+
+
+def missing(engine: Any) -> list[str]:
+    """Weights that a stripped plan has not been given yet."""
+    held = weights_of(facts_of(engine)["model"])
+    return [name for name, weights in held.items() if np.prod(weights.dims) and not has_data(weights)]
+
+
+def has_data(weights: onnx.TensorProto) -> bool:
+    return bool(weights.raw_data or weights.float_data or weights.int32_data)
+
+
+@does("Refitter", "set_named_weights")
+def set_named_weights(fake, self, name, weights, _location=None):
+    held = weights_of(facts_of(facts_of(self)["engine"])["model"]).get(name)
+    if held is None or int(np.prod(held.dims)) != facts_of(weights)["size"]:
+        return fail(fake, self, f"Error Code 3: {name} is no refittable weight, or has another size")
+    facts_of(self)["given"][name] = onnx.numpy_helper.from_array(facts_of(weights)["array"].reshape(held.dims).copy(), name)
+    return True
+
+
+@does("Refitter", "refit_cuda_engine")
+def refit_cuda_engine(fake, self):
+    facts = facts_of(self)
+    engine = facts_of(facts["engine"])
+    lacking = get_missing_weights(fake, self)
+    if lacking:
+        return fail(fake, self, f"Error Code 4: missing weights: {', '.join(lacking[:3])}")
+    if engine["plan"]["refit"] == ["REFIT_IDENTICAL"]:
+        other = [name for name, weights in facts["given"].items() if hash_of(weights) != engine["plan"]["weights"][name]]
+        if other:  # TensorRT does not look: its results would then be undefined
+            return fail(fake, self, f"REFIT_IDENTICAL with other weights than it was built with: {', '.join(other[:3])}")
+    for weights in engine["model"].graph.initializer:
+        if weights.name in facts["given"]:
+            weights.CopyFrom(facts["given"][weights.name])
+    engine["session"] = None
+    return True
+
+
+@does("Refitter", "refit_cuda_engine_async")
+def refit_cuda_engine_async(fake, self, _stream):
+    return refit_cuda_engine(fake, self)
+
+
+@does("OnnxParserRefitter", "__init__")
+def make_parser_refitter(_fake, self, refitter, logger):
+    facts_of(self).update(refitter=refitter, logger=logger, errors=[])
+
+
+@does("OnnxParserRefitter", "refit_from_file")
+def refit_from_file(fake, self, path):
+    """Sets what the plan can be refitted with; the refitter then does it."""
+    model = read_model(fake, self, path)
+    if model is None:
+        return False
+    refitter = facts_of(self)["refitter"]
+    given = weights_of(model)
+    for name in facts_of(facts_of(refitter)["engine"])["plan"]["weights"]:
+        if name not in given:
+            return parser_error(fake, self, "REFIT_FAILED", f"the model has no initializer {name}", name=name)
+        weights = fake.module.Weights(onnx.numpy_helper.to_array(given[name]))
+        if not set_named_weights(fake, refitter, name, weights):
+            return parser_error(fake, self, "REFIT_FAILED", f"the initializer {name} does not fit", name=name)
+    return True
+
+
+# --- contexts
+
+
+@does("IRuntimeConfig", "set_execution_context_allocation_strategy")
+def set_strategy(_fake, self, strategy):
+    facts_of(self)["strategy"] = strategy
+
+
+@does("IRuntimeConfig", "get_execution_context_allocation_strategy")
+def get_strategy(_fake, self):
+    return facts_of(self)["strategy"]
+
+
+@does("ICudaEngine", "create_runtime_config")
+def create_runtime_config(fake, _self):
+    return fake.new("IRuntimeConfig", strategy=fake.module.ExecutionContextAllocationStrategy.STATIC)
+
+
+@does("ICudaEngine", "create_execution_context")
+def create_execution_context(fake, self, strategy):
+    if "context" in fake.no_memory_for:
+        return fail(
+            fake, self, "IExecutionContext::IExecutionContext: Error Code 2: OutOfMemory (Requested size was 123 bytes.)", None
+        )
+    if type(strategy).__name__ == "IRuntimeConfig":
+        strategy = facts_of(strategy)["strategy"]
+    entries = facts_of(self)["plan"]["io"]
+    return fake.new(
+        "IExecutionContext",
+        engine=self,
+        logger=facts_of(self)["logger"],
+        name="",
+        strategy=strategy.name,
+        shapes={e["name"]: tuple(e["shape"]) for e in entries if e["mode"] == "INPUT" and -1 not in e["shape"]},
+        addresses={},
+        scratch=None,
+        active_optimization_profile=0,
+        warm=False,
+        enqueue_emits_profile=True,
+        persistent_cache_limit=0,
+    )
+
+
+@does("IExecutionContext", "set_optimization_profile_async")
+def set_optimization_profile_async(fake, self, index, _stream):
+    if not 0 <= index < facts_of(self)["engine"].num_optimization_profiles:
+        return fail(fake, self, f"there is no profile {index}")
+    facts_of(self)["active_optimization_profile"] = int(index)
+    return True
+
+
+@does("IExecutionContext", "set_input_shape")
+def set_input_shape(fake, self, name, shape):
+    facts, shape = facts_of(self), tuple(int(extent) for extent in shape)
+    entry = entry_of(fake, facts["engine"], name)
+    if entry is None or entry["mode"] != "INPUT":
+        return fail(fake, self, f"IExecutionContext::setInputShape: Error Code 3: {name} is no input")
+    if not fits(tuple(entry["shape"]), shape):
+        return fail(fake, self, f"IExecutionContext::setInputShape: Error Code 3: {name} is {entry['shape']}, not {shape}")
+    low, _, high = profile_of(facts["engine"], name, facts["active_optimization_profile"])
+    if any(not a <= extent <= b for a, extent, b in zip(low, shape, high, strict=True)):
+        return fail(fake, self, f"setInputShape: Error Code 3: {name} {shape} is not in the profile from {low} to {high}")
+    if facts["shapes"].get(name) != shape:
+        facts["warm"] = False
+    facts["shapes"][name] = shape
+    return True
+
+
+def inputs_of(context: Any) -> list[dict[str, Any]]:
+    return [entry for entry in facts_of(facts_of(context)["engine"])["plan"]["io"] if entry["mode"] == "INPUT"]
+
+
+@does("IExecutionContext", "infer_shapes")
+def infer_shapes(_fake, self):
+    return [entry["name"] for entry in inputs_of(self) if entry["name"] not in facts_of(self)["shapes"]]
+
+
+@reads("IExecutionContext", "all_binding_shapes_specified")
+def all_binding_shapes_specified(fake, self):
+    return not infer_shapes(fake, self)
+
+
+@does("IExecutionContext", "get_tensor_shape")
+def get_shape_in_context(fake, self, name):
+    """Of an input as set; of an output as far as the symbols of the inputs tell. -1 is not known."""
+    facts = facts_of(self)
+    entry = entry_of(fake, facts["engine"], name)
+    if entry is None:
+        return fake.module.Dims([])
+    if entry["mode"] == "INPUT":
+        return fake.module.Dims(facts["shapes"].get(name, entry["shape"]))
+    sizes = {}
+    for given in inputs_of(self):
+        sizes.update(zip(given["symbols"], facts["shapes"].get(given["name"], given["shape"]), strict=True))
+    extents = zip(entry["shape"], entry["symbols"], strict=True)
+    return fake.module.Dims([sizes.get(symbol, -1) if extent == -1 else extent for extent, symbol in extents])
+
+
+@does("IExecutionContext", "set_tensor_address")
+def set_tensor_address(fake, self, name, pointer):
+    if entry_of(fake, facts_of(self)["engine"], name) is None:
+        return False
+    if int(pointer) % ALIGNMENT:
+        return fail(fake, self, f"setTensorAddress: {name} at {int(pointer):#x} is not aligned to {ALIGNMENT} bytes")
+    facts_of(self)["addresses"][name] = int(pointer)
+    return True
+
+
+@does("IExecutionContext", "get_tensor_address")
+def get_tensor_address(_fake, self, name):
+    return facts_of(self)["addresses"].get(name, 0)
+
+
+@does("IExecutionContext", "set_device_memory")
+def set_device_memory(fake, self, pointer, size):
+    facts = facts_of(self)
+    wanted = facts["engine"].device_memory_size_v2
+    if facts["strategy"] != "USER_MANAGED":
+        fail(fake, self, "setDeviceMemoryV2: Error Code 3: the context was not created with USER_MANAGED memory")
+    elif int(pointer) % ALIGNMENT or int(size) < wanted:
+        fail(
+            fake,
+            self,
+            f"setDeviceMemoryV2: Error Code 3: {size} bytes at {int(pointer):#x}, but {wanted} aligned ones are needed",
+        )
+    else:
+        facts["scratch"] = int(pointer)
+
+
+@does("IExecutionContext", "update_device_memory_size_for_shapes")
+def update_device_memory_size_for_shapes(fake, self):
+    return (
+        fail(fake, self, "not all shapes are set", 0)
+        if infer_shapes(fake, self)
+        else facts_of(self)["engine"].device_memory_size_v2
+    )
+
+
+@does("IExecutionContext", "set_aux_streams")
+def set_aux_streams(_fake, _self, _streams):
+    """No engine of the fake has any."""
+
+
+@does("IExecutionContext", "execute_async_v3")
+def execute_async_v3(fake, self, stream):
+    facts = facts_of(self)
+    reason = reason_not_to_run(fake, self, int(stream))
+    if reason:
+        return fail(fake, self, f"IExecutionContext::enqueueV3: Error Code 3: API Usage Error ({reason})")
+    if not int(stream):
+        fake.log(facts["logger"], "Using default stream in enqueueV3() may lead to performance issues", "WARNING")
+    shapes, addresses, engine, scratch = dict(facts["shapes"]), dict(facts["addresses"]), facts["engine"], facts["scratch"]
+    fake.enqueue(int(stream), lambda: compute(fake, engine, shapes, addresses, scratch))
+    facts["warm"] = True
+    return True
+
+
+def reason_not_to_run(fake: Fake, self: Any, stream: int) -> str | None:
+    facts = facts_of(self)
+    engine = facts_of(facts["engine"])
+    unset = [name for name in engine["io"] if not facts["addresses"].get(name)]
+    inputs = {
+        e["name"]: (facts["addresses"].get(e["name"], 0), size_of(e, facts["shapes"].get(e["name"], ())))
+        for e in inputs_of(self)
+    }
+    if missing(facts["engine"]):
+        return "the engine was stripped and has not been refitted"
+    if infer_shapes(fake, self):
+        return f"no shape is set for {infer_shapes(fake, self)}"
+    if unset:
+        return f"no address is set for {unset}"
+    if facts["strategy"] == "USER_MANAGED" and facts["engine"].device_memory_size_v2 and not facts["scratch"]:
+        return "no device memory is set"
+    if fake.is_capturing(stream) and not facts["warm"]:
+        return "the first call after a change of shape cannot be captured: run once before"
+    for name, entry in engine["io"].items():
+        if entry["mode"] == "OUTPUT":
+            begin = facts["addresses"][name]
+            size = size_of(entry, tuple(get_shape_in_context(fake, self, name)))
+            over = [
+                given for given, (other, length) in inputs.items() if begin < other + length and other < begin + max(size, 1)
+            ]
+            if over:
+                return f"output {name} lies where inputs do: {over}"
+    return None
+
+
+def size_of(entry: dict[str, Any], shape: tuple[int, ...]) -> int:
+    """Bytes; 0 where an extent is not known."""
+    return max(0, int(np.prod(shape, dtype=np.int64))) * np.dtype(DTYPES[entry["dtype"]]).itemsize
+
+
+def compute(
+    fake: Fake, engine: Any, shapes: dict[str, tuple[int, ...]], addresses: dict[str, int], scratch: int | None
+) -> None:
+    """What the GPU would do when the stream comes to it: from the bytes behind the addresses of then."""
+    facts = facts_of(engine)
+    if facts["session"] is None:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1
+        facts["session"] = onnxruntime.InferenceSession(
+            facts["model"].SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
+    if scratch is not None:
+        fake.memory.view(scratch, engine.device_memory_size_v2)[:] = DIRT
+    given = {}
+    for name, shape in shapes.items():
+        entry = facts["io"][name]
+        data = fake.memory.view(addresses[name], size_of(entry, shape))
+        given[name] = data.view(DTYPES[entry["dtype"]]).reshape(shape).copy()
+    names = [entry["name"] for entry in facts["plan"]["io"] if entry["mode"] == "OUTPUT"]
+    for name, value in zip(names, facts["session"].run(names, given), strict=True):
+        fake.memory.view(addresses[name], value.nbytes)[:] = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
