@@ -37,7 +37,7 @@ HOST_MEMORY, DISK = 3.0, 1.1  # a build takes at most, over the bytes of the wei
 class TensorRTFamily(Engine):
     """An engine of one of the two libraries."""
 
-    library: ClassVar[Library]
+    vendor: ClassVar[Library]
     needs_same_version = True
     device_bound = True
     only_device = CUDA
@@ -47,7 +47,7 @@ class TensorRTFamily(Engine):
 
     @classmethod
     def version(cls) -> str:
-        return cls.library.version()
+        return cls.vendor.version()
 
     @classmethod
     @abstractmethod
@@ -61,10 +61,10 @@ class TensorRTFamily(Engine):
 
     @classmethod
     def check_target(cls, device: DeviceName, precision: str) -> None:
-        cls.library.load()
+        cls.vendor.load()
         if device.kind != CUDA:
             raise InputError(f"device is {device}, but {cls.name} runs on NVIDIA GPUs only: use --device cuda")
-        _check_gpu(cls.library, find_gpu(device), precision)
+        _check_gpu(cls.vendor, find_gpu(device), precision)
 
     @classmethod
     def check_needs(cls, needs: Mapping[str, Any], device: DeviceName) -> None:
@@ -77,7 +77,7 @@ class TensorRTFamily(Engine):
 
     @classmethod
     def check_build(cls, device: DeviceName, precision: str, options: BuildOptions) -> None:
-        cls.library.load()
+        cls.vendor.load()
         if device.kind != CUDA:
             raise InputError(f"device is {device}, but {cls.name} is for NVIDIA GPUs only: leave the device out, or take cuda")
         for capability in cls.gpus(device):
@@ -107,7 +107,7 @@ class TensorRTFamily(Engine):
 
     @classmethod
     def needs(cls, device: DeviceName, options: BuildOptions) -> dict[str, Any]:
-        needs: dict[str, Any] = {"sm": list(cls.gpus(device)), "cuda": cuda_text(cls.library.driver)}
+        needs: dict[str, Any] = {"sm": list(cls.gpus(device)), "cuda": cuda_text(cls.vendor.driver)}
         if options.compatibility != "none":
             needs["compatibility"] = options.compatibility
         if options.version_compatible:
@@ -124,8 +124,8 @@ class TensorRTFamily(Engine):
         options: BuildOptions,
         timing: str | None = None,
     ) -> dict[str, Path]:
-        folder = options.timing_cache if cls.library.keeps_timings else None
-        builder = EngineBuilder(cls.library.load(), options, folder / timing if folder and timing else None)
+        folder = options.timing_cache if cls.vendor.keeps_timings else None
+        builder = EngineBuilder(cls.vendor.load(), options, folder / timing if folder and timing else None)
         for name, path in onnx.items():
             builder.build(name, path, signatures[name], out / names[name])
         return {name: out / file for name, file in names.items()}
@@ -141,7 +141,7 @@ class TensorRTFamily(Engine):
         weights: Mapping[str, Path] = NOTHING,
         needs: Mapping[str, Any] = NOTHING,
     ) -> dict[str, Self]:
-        module, there = cls.library.load(), CudaDevice(device.index, captures=True)
+        module, there = cls.vendor.load(), CudaDevice(device.index, captures=True)
         engines = {}
         for name, path in files.items():
             native = load_native(
@@ -171,7 +171,7 @@ class TensorRTEngine(TensorRTFamily):
     """TensorRT 11: engines for the GPU that builds them."""
 
     name = "tensorrt"
-    library = TENSORRT
+    vendor = TENSORRT
 
     @classmethod
     def gpus(cls, device: DeviceName) -> tuple[int, ...]:
@@ -190,12 +190,12 @@ class TensorRTRtxEngine(TensorRTFamily):
     """TensorRT for RTX: built without a GPU, finished on the user's when it is loaded."""
 
     name = "tensorrt-rtx"
-    library = TENSORRT_RTX
+    vendor = TENSORRT_RTX
     options = frozenset(("level", "workspace"))
 
     @classmethod
     def gpus(cls, device: DeviceName) -> tuple[int, ...]:
-        return cls.library.gpus
+        return cls.vendor.gpus
 
 
 def runs_on(capability: int, needs: Mapping[str, Any]) -> bool:
@@ -204,11 +204,11 @@ def runs_on(capability: int, needs: Mapping[str, Any]) -> bool:
     return capability in built or (compatibility == "ampere-plus" and capability >= BFLOAT16_FROM)
 
 
-def _check_gpu(library: Library, gpu: Gpu, precision: str) -> None:
-    if gpu.driver < library.driver:
+def _check_gpu(vendor: Library, gpu: Gpu, precision: str) -> None:
+    if gpu.driver < vendor.driver:
         raise InputError(
-            f"the driver of {gpu.name} is for CUDA {cuda_text(gpu.driver)}, but {library.name} {library.major} needs "
-            f"{cuda_text(library.driver)}: install a newer driver"
+            f"the driver of {gpu.name} is for CUDA {cuda_text(gpu.driver)}, but {vendor.name} {vendor.major} needs "
+            f"{cuda_text(vendor.driver)}: install a newer driver"
         )
     _check_precision(gpu.capability, precision)
 

@@ -45,7 +45,7 @@ class TorchTensorRTEngine(TensorRTFamily):
     """TensorRT 11, built by Torch-TensorRT."""
 
     name = "torch-tensorrt"
-    library = TENSORRT
+    vendor = TENSORRT
     from_onnx = False
     options = frozenset(("level", "workspace", "compatibility", "version_compatible"))
 
