@@ -3,10 +3,10 @@
 It reads the file's syntax tree and works out which expressions are TensorRT objects. Conventions for the code that it reads
 (``engines/tensorrt*.py`` and every file that imports ``tensorrt``):
 
-1. **The module** is a name or attribute called ``trt``, ``_trt``, ``tensorrt``, ``library`` or ``_library`` (also after
-   ``import tensorrt as …``). In those files these names mean nothing else. ``import tensorrt as trt`` under ``TYPE_CHECKING``
-   is what mypy reads; a function that is given the module as a parameter best calls it ``library``, since a parameter called
-   ``trt`` would hide the alias from annotations in its body.
+1. **The module** is what is annotated ``ModuleType``; a name or attribute called ``trt``, ``_trt`` or ``tensorrt``, which mean
+   nothing else in those files; and one called ``library`` or ``_library`` unless it is annotated with something else.
+   ``import tensorrt as trt`` under ``TYPE_CHECKING`` is what mypy reads; a function that is given the module best calls it
+   ``library``, since a parameter called ``trt`` would hide the alias from annotations in its body.
 2. **Objects** are inferred from constructors, methods and properties: ``builder = library.Builder(logger)``,
    ``builder.create_network(0)``, ``parser.get_error(i).desc()``, ``network.get_layer(i).type``. Loops, comprehensions,
    ``with … as``, unpacking, ``a if c else b``, ``a or b``, ``:=``, closures, and returns and attributes of classes of the files
@@ -34,7 +34,20 @@ import builtins
 from dataclasses import dataclass, field
 
 import tensorrt_api
-from tensorrt_names import FOREIGN, MODULE, MODULE_NAMES, PLAIN, UNKNOWN, Names, OwnClass, OwnFunction, Type, instance, listed
+from tensorrt_names import (
+    FOREIGN,
+    MODULE,
+    MODULE_NAMES,
+    PLAIN,
+    UNKNOWN,
+    USUAL_NAMES,
+    Names,
+    OwnClass,
+    OwnFunction,
+    Type,
+    instance,
+    listed,
+)
 
 SAME_ELEMENTS = ("list", "tuple", "sorted", "reversed", "iter", "set", "frozenset")
 GIVEN_AS = {"str": ("str",), "bool": ("bool",), "SupportsInt": ("int", "bool"), "SupportsFloat": ("float", "int")}
@@ -82,6 +95,11 @@ def check(sources):
             checker.check_file(file)
     problems = tuple(Problem(*place, text) for place, text in sorted(checker.names.problems))
     return Report(problems, frozenset(checker.names.used), frozenset(checker.names.places))
+
+
+def known(found):
+    """Is it known what this is?"""
+    return found.kind not in ("unknown", "foreign") and found.name != "Any"
 
 
 def end_of_name(function):
@@ -174,7 +192,7 @@ class Checker:
     def do_Import(self, node):
         for alias in node.names:
             name = alias.asname or alias.name.split(".")[0]
-            if alias.name.split(".")[0] == "tensorrt" and name not in MODULE_NAMES:
+            if alias.name.split(".")[0] == "tensorrt" and name not in (*MODULE_NAMES, *USUAL_NAMES):
                 self.problem(node, f"the module tensorrt is called {name} here: call it trt")
             self.env[name] = FOREIGN
 
@@ -399,7 +417,7 @@ class Checker:
         return PLAIN
 
     def eval_Name(self, node):
-        if node.id in MODULE_NAMES:
+        if node.id in MODULE_NAMES or (node.id in USUAL_NAMES and not known(self.env.get(node.id, UNKNOWN))):
             return MODULE
         if node.id in self.env:
             return self.env[node.id]
@@ -415,10 +433,11 @@ class Checker:
         return found
 
     def member(self, node):
-        if node.attr in MODULE_NAMES:
-            self.eval(node.value)
-            return MODULE
-        return self.names.attribute(self.eval(node.value), node.attr, node)
+        base = self.eval(node.value)
+        usual = node.attr in USUAL_NAMES and not (
+            base.kind.startswith("own") and known(self.names.attribute(base, node.attr, node))
+        )
+        return MODULE if node.attr in MODULE_NAMES or usual else self.names.attribute(base, node.attr, node)
 
     def eval_Subscript(self, node):
         base = self.eval(node.value)
@@ -579,15 +598,13 @@ class Checker:
         if value.kind == "own" and vendor is None and wanted in self.api.classes:
             return text + value.name
         if vendor is None:
-            return text + "a sequence" if self.is_sequence(value) and wanted in self.api.classes else None
+            sequence = value.kind in ("list", "map") and wanted in self.api.classes and wanted not in FROM_SEQUENCE
+            return text + "a sequence" if sequence else None
         enum = bool(self.api.classes[vendor].enum)
         if wanted in self.api.classes or wanted in GIVEN_AS:
             fits = wanted in self.api.lineage(vendor) or (wanted == "SupportsInt" and enum)
             return None if fits else text + vendor
         return None
-
-    def is_sequence(self, value):
-        return value.kind in ("list", "map")
 
     def call_own_class(self, function, node, positional, keywords):
         own = function.of
@@ -608,7 +625,7 @@ class Checker:
         pairs = [*zip(parameters, positional, strict=False), *((by_name[k], v) for k, v in keywords.items() if k in by_name)]
         for parameter, value in pairs:
             told = self.names.annotation(parameter.annotation)
-            if value.kind == "module" and parameter.arg not in MODULE_NAMES:
+            if value.kind == "module" and parameter.arg not in (*MODULE_NAMES, *USUAL_NAMES) and told.kind != "module":
                 self.problem(node, f"{own.node.name} gets the module as {parameter.arg}: call it library")
             if value.holds() and not told.holds() and told.name != "object" and not self.is_vendor(told):
                 self.problem(node, f'{own.node.name} gets a TensorRT object: annotate {parameter.arg} with "trt.{value.name}"')

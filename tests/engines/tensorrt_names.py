@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 
 import tensorrt_api
 
-MODULE_NAMES = ("trt", "_trt", "tensorrt", "library", "_library")
+MODULE_NAMES = ("trt", "_trt", "tensorrt")  # always the module
+USUAL_NAMES = ("library", "_library")  # the module, unless annotated with something else
 ELEMENTS = ("list", "Sequence", "Iterable", "Iterator", "Generator", "set", "frozenset", "deque")  # the first parameter
 MAPS = ("dict", "Mapping", "MutableMapping", "OrderedDict")
 WRAPPERS = ("Optional", "Final", "ClassVar", "Annotated")
@@ -85,7 +86,10 @@ def nearest(name):
     """Names that only TensorRT has and that ``name`` is, or is one slip away from: one or none."""
     if name.startswith("_") or "_" not in name:
         return []
-    return difflib.get_close_matches(name, tensorrt_api.load().distinctive, n=1, cutoff=NEAR)
+    candidates = [
+        known for known in tensorrt_api.load().distinctive if abs(len(known) - len(name)) <= 1 or known == f"{name}_v2"
+    ]
+    return difflib.get_close_matches(name, candidates, n=1, cutoff=NEAR)
 
 
 class Names:
@@ -118,6 +122,8 @@ class Names:
             return self.named(node)
         if isinstance(node, ast.Name):
             own = self.classes.get(node.id)
+            if node.id == "ModuleType":
+                return MODULE
             return Type("own", node.id, of=own) if own else Type("plain", node.id)
         if isinstance(node, ast.Subscript):
             return self.subscripted(node)
