@@ -116,7 +116,7 @@ class TensorRTContext(ExecutionContext):
         self._native, self._signature, self._device, self._scratch = native, signature, device, scratch
         self._contexts: dict[Shapes, _Shaped] = {}
         self._graphs: dict[Addresses, Call] = {}
-        self._spare: dict[tuple[str, tuple[int, ...]], CudaBuffer] = {}
+        self._own: dict[tuple[str, tuple[int, ...]], CudaBuffer] = {}
 
     def bind(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> Call:
         check_bindings(self._signature, self._device, inputs, outputs)
@@ -125,8 +125,7 @@ class TensorRTContext(ExecutionContext):
         results = dict(outputs)
         for spec in self._signature.outputs:  # what nobody asked for needs a place, too
             if spec.name not in results:
-                shape = spec.resolve(sizes)
-                results[spec.name] = self._spare.setdefault((spec.name, shape), self._device.empty(shape, spec.dtype))
+                results[spec.name] = self._own_buffer(spec.name, spec.resolve(sizes), spec.dtype)
         copies_in, given = self._aligned(inputs)
         copies_out, taken = self._aligned(results)
         addresses = tuple((self._native.names.get(name, name), b.pointer) for name, b in {**given, **taken}.items())
@@ -147,10 +146,16 @@ class TensorRTContext(ExecutionContext):
         copies, result = [], dict(buffers)
         for name, buffer in buffers.items():
             if buffer.pointer % ALIGNMENT:
-                result[name] = self._device.empty(tuple(buffer.shape), buffer.dtype)
+                result[name] = self._own_buffer(name, tuple(buffer.shape), buffer.dtype)
                 copies.append((buffer, result[name]))
                 log.info("%s lies at an odd address and is copied with every call", name)
         return copies, result
+
+    def _own_buffer(self, name: str, shape: tuple[int, ...], dtype: str) -> CudaBuffer:
+        """A buffer that all calls may use in turn, since they come one after the other."""
+        if (name, shape) not in self._own:
+            self._own[name, shape] = self._device.empty(shape, dtype)
+        return self._own[name, shape]
 
 
 class _Shaped:

@@ -79,7 +79,10 @@ def write_output_bundle(split, out, backend=EagerEngine, hoist="all", device=HOS
     return write_bundle(graphs, program, Adams(2), out, backend, hoist, device, slots=slots)
 
 
-def write_bundle(graphs, program, method, out, backend=EagerEngine, hoist="all", device=HOST, *, velocities=False, slots=None):
+def write_bundle(
+    graphs, program, method, out, backend=EagerEngine, hoist="all", device=HOST, *, velocities=False, slots=None, uncached=None
+):
+    uncached = uncached or lower_uncached(KEY, SIGMAS, SIGMAS[:-1])
     linear = FORECAST in graphs.modules and "features" in placeholders(graphs.modules[FORECAST])
     passes = engine_passes("latents", "timestep", ("prompt",), linear=linear, hoist=hoist, velocities=velocities, slots=slots)
     graphs = run_passes(graphs, passes)
@@ -90,7 +93,7 @@ def write_bundle(graphs, program, method, out, backend=EagerEngine, hoist="all",
         targets = build_targets([TargetName(backend.name)], sources, writer, device, options)
         programs = {
             "default": writer.add_program("default", program),
-            UNCACHED: writer.add_program(UNCACHED, lower_uncached(KEY, SIGMAS, SIGMAS[:-1])),
+            UNCACHED: writer.add_program(UNCACHED, uncached),
         }
         writer.commit(
             Manifest(

@@ -24,6 +24,8 @@ from fake_tensorrt_behaviour import (
     weights_of,
 )
 
+from cachec.engines import ort
+
 ALIGNMENT = 256  # bytes; of every address
 DIRT = 0xAB  # left in scratch memory, so that what lies there by mistake is lost
 
@@ -534,8 +536,9 @@ def compute(
     """What the GPU would do when the stream comes to it: from the bytes behind the addresses of then."""
     facts = facts_of(engine)
     if facts["session"] is None:
+        ort._start_thread_pool(None)  # the one of the process, as cachec's own sessions have
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = 1
+        options.use_per_session_threads = False
         facts["session"] = onnxruntime.InferenceSession(
             facts["model"].SerializeToString(), options, providers=["CPUExecutionProvider"]
         )
