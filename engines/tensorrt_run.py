@@ -56,6 +56,8 @@ def load_native(
     Raises:
         BundleError: the file is no engine of this version and GPU, lacks weights, or takes and gives something else.
     """
+    if not path.stat().st_size:
+        raise BundleError(f"{path.name} is empty: build it again with cachec add-target --force")
     reports = reports_of(library)
     runtime: trt.Runtime = library.Runtime(reports.logger)
     if host_code:
