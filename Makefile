@@ -12,7 +12,7 @@ help:  ## Say what can be made
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[cpu,compile,dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[cpu,compile,rtx,dev]'
 	touch $(READY)
 
 demo: $(READY)  ## Compile tiny-flux with LESA and draw a comparison: demo/comparison.png
@@ -56,7 +56,7 @@ quality: $(READY)  ## Every method at every budget: bench/QUALITY.md (about two 
 	$(BIN)/python -m bench.quality_report --date $$(date +%F)
 
 bench: $(READY)  ## Speed beside the peers in one run: bench/RESULTS.md (under an hour on two idle cores)
-	$(BIN)/python -m pip install --quiet --editable '.[cpu,compile,dev,bench]'
+	$(BIN)/python -m pip install --quiet --editable '.[cpu,compile,rtx,dev,bench]'
 	$(BIN)/python -m bench.speed
 
 gpu:  ## On a machine with a GPU: build, compare with eager, measure; bench/gpu.json. Uses PYTHON, which has torch and diffusers

@@ -43,7 +43,17 @@ from bench.timing import spread
 from cachec.runtime.device import DeviceName
 from cachec.runtime.errors import InputError, MissingExtraError
 
-PACKAGES = ("torch", "triton", "diffusers", "transformers", "onnxruntime-gpu", "onnxruntime", "cache-dit", "numpy")
+PACKAGES = (
+    "torch",
+    "triton",
+    "diffusers",
+    "transformers",
+    "onnxruntime-gpu",
+    "onnxruntime",
+    "tensorrt-cu13",
+    "cache-dit",
+    "numpy",
+)
 BLOCKS = ((19, 38), (10, 20), (5, 10), (2, 4), (1, 2))  # double and single; the first is FLUX.1-dev
 FILES_UP_TO = 8e9  # bytes of weights; above, back ends that write them to files are left out
 PARITY = {"float32": 1e-3, "bfloat16": 5e-2}  # distance from eager, over all steps, that is always allowed
@@ -125,7 +135,7 @@ def check_case(case: Case, plan: Plan, report: Report) -> None:
     engines: dict[str, Engines] = {}
     for backend in plan.backends:
         name = f"{case.name}: build {backend}"
-        if backend in ("aoti", "ort") and case.facts["weight_bytes"] > FILES_UP_TO:
+        if backend not in ("eager", "inductor") and case.facts["weight_bytes"] > FILES_UP_TO:
             report.skip(name, f"it writes weights to files, and these are {case.facts['weight_bytes'] / 1e9:.0f} GB")
             continue
         built = report.attempt(name, lambda backend=backend: build_engines(case, backend))
@@ -268,7 +278,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 @click.option("--device", "device_name", default="cuda", show_default=True, help="cuda, cuda:1, or cpu.")
 @click.option("--minutes", default=30.0, show_default=True, help="Stop measuring after these; models shrink to fit.")
 @click.option("--repeats", default=5, show_default=True, help="Timed runs of each row.")
-@click.option("--backends", default="inductor,aoti,ort", show_default=True, help="Of cachec; also eager.")
+@click.option("--backends", "--backend", default="inductor,aoti,ort,tensorrt", show_default=True, help="Of cachec; also eager.")
 @click.option("--small", is_flag=True, help="A very small model, to see whether this program works.")
 def main(out: Path, device_name: str, minutes: float, repeats: int, backends: str, small: bool) -> None:
     warnings.filterwarnings("ignore")

@@ -10,6 +10,7 @@ BACKENDS = {
     "eager": "cachec.engines.eager:EagerEngine",
     "inductor": "cachec.engines.inductor:InductorEngine",
     "ort": "cachec.engines.ort:OrtEngine",
+    "ort-tensorrt": "cachec.engines.ort_tensorrt:OrtTensorRTEngine",
     "tensorrt": "cachec.engines.tensorrt:TensorRTEngine",
     "tensorrt-rtx": "cachec.engines.tensorrt:TensorRTRtxEngine",
     "torch-tensorrt": "cachec.engines.torch_tensorrt:TorchTensorRTEngine",

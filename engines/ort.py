@@ -10,6 +10,7 @@ import itertools
 import logging
 import os
 import weakref
+from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -42,10 +43,9 @@ ONNX_BFLOAT16 = 16  # of onnx.TensorProto.DataType; numpy has no name for it
 NO_MEMORY = ("Failed to allocate memory", "out of memory", "bad_alloc")  # in ONNX Runtime's messages
 
 
-class OrtEngine(Engine):
-    """An ``InferenceSession``."""
+class OrtFamily(Engine):
+    """An ``InferenceSession``, with one execution provider or another on a GPU."""
 
-    name = "ort"
     needs_same_version = False  # an ONNX file is a standard
     device_bound = False
 
@@ -63,26 +63,18 @@ class OrtEngine(Engine):
         _start_thread_pool(threads)
         if device.kind == CPU:
             host = Host()
-            return {name: cls(_open(path, [CPU_PROVIDER]), signatures[name], host) for name, path in files.items()}
+            return {name: cls(open_session(path, [CPU_PROVIDER]), signatures[name], host) for name, path in files.items()}
         onnxruntime.preload_dlls()  # finds CUDA where pip put it
         gpu = cuda_device(device)
-        return {name: cls(_open_on_gpu(path, gpu, device.index), signatures[name], gpu) for name, path in files.items()}
+        return {name: cls(cls.open_on_gpu(path, gpu), signatures[name], gpu) for name, path in files.items()}
+
+    @classmethod
+    @abstractmethod
+    def open_on_gpu(cls, path: Path, device: CudaDevice) -> onnxruntime.InferenceSession:
+        """A session that works in the device's stream."""
 
     def _context(self, native: Any, device: Device, scratch: Buffer | None) -> ExecutionContext:
         return OrtContext(native, self.signature, device)
-
-    @classmethod
-    def check_target(cls, device: DeviceName, precision: str) -> None:
-        available = onnxruntime.get_available_providers()
-        if device.kind == CUDA and CUDA_PROVIDER not in available:
-            raise InputError(
-                f"device is {device}, but {CUDA_PROVIDER} is not among onnxruntime.get_available_providers(), which are "
-                f"{', '.join(available)}: replace onnxruntime by onnxruntime-gpu (cachec[gpu]), or use --device cpu"
-            )
-        if device.kind == CUDA:
-            cuda_device(device)
-        elif precision == BFLOAT16:
-            raise InputError("bfloat16 is what ONNX Runtime has no kernels for on the CPU: use --device cuda or float16")
 
     @classmethod
     def version(cls) -> str:
@@ -108,6 +100,56 @@ class OrtEngine(Engine):
         return dict(sources.onnx())
 
 
+class OrtEngine(OrtFamily):
+    """ONNX Runtime's own kernels, on the CPU or on CUDA."""
+
+    name = "ort"
+
+    @classmethod
+    def check_target(cls, device: DeviceName, precision: str) -> None:
+        if device.kind == CUDA:
+            check_provider(CUDA_PROVIDER, device)
+            cuda_device(device)
+        elif precision == BFLOAT16:
+            raise InputError("bfloat16 is what ONNX Runtime has no kernels for on the CPU: use --device cuda or float16")
+
+    @classmethod
+    def open_on_gpu(cls, path: Path, device: CudaDevice) -> onnxruntime.InferenceSession:
+        """With CUDA graphs if its operators allow."""
+        options = cuda_options(device)
+        try:
+            session = open_session(path, [(CUDA_PROVIDER, {**options, "enable_cuda_graph": "1"})])
+        except BundleError as error:  # an operator that only the CPU has, say; or something worse, which comes again
+            session = open_session(path, [(CUDA_PROVIDER, options)])
+            log.warning("calls of %s are made without CUDA graphs: %s", path.name, error)
+        check_started(session, CUDA_PROVIDER, device)
+        return session
+
+
+def check_provider(provider: str, device: DeviceName) -> None:
+    """Raise ``InputError`` unless the installed ONNX Runtime was built with an execution provider."""
+    available = onnxruntime.get_available_providers()
+    if provider not in available:
+        raise InputError(
+            f"device is {device}, but {provider} is not among onnxruntime.get_available_providers(), which are "
+            f"{', '.join(available)}: replace onnxruntime by onnxruntime-gpu (cachec[gpu]), or use --device cpu"
+        )
+
+
+def cuda_options(device: CudaDevice) -> dict[str, str]:
+    """Options of the CUDA provider: this GPU, in the device's stream, float32 as it is."""
+    return {"device_id": str(device.index), "user_compute_stream": str(device.stream), "use_tf32": "0"}
+
+
+def check_started(session: onnxruntime.InferenceSession, provider: str, device: Device) -> None:
+    """Raise ``EngineError`` unless a session has its provider: ONNX Runtime only logs that a library is missing."""
+    if provider not in session.get_providers():
+        raise EngineError(
+            f"ONNX Runtime {onnxruntime.__version__} cannot start {provider} on {device.name}: a library is missing "
+            "or of another version (pip install 'onnxruntime-gpu[cuda,cudnn]')"
+        )
+
+
 _pool_threads: list[int] = []  # of the one pool that ONNX Runtime has in this process
 
 
@@ -130,7 +172,8 @@ def _start_thread_pool(threads: int | None) -> None:
         )
 
 
-def _open(path: Path, providers: list[Any]) -> onnxruntime.InferenceSession:
+def open_session(path: Path, providers: list[Any]) -> onnxruntime.InferenceSession:
+    """A session of an ONNX file; no other providers are tried than the given ones."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.use_per_session_threads = False
@@ -140,22 +183,6 @@ def _open(path: Path, providers: list[Any]) -> onnxruntime.InferenceSession:
         if any(words in str(error) for words in NO_MEMORY):
             raise EngineError(f"there is no memory for the engine {path.name} and its weights: {_one_line(error)}") from error
         raise BundleError(f"ONNX Runtime {onnxruntime.__version__} cannot load {path}: {error}") from error
-
-
-def _open_on_gpu(path: Path, device: CudaDevice, index: int) -> onnxruntime.InferenceSession:
-    """A session in the device's stream, with CUDA graphs if its operators allow."""
-    options = {"device_id": str(index), "user_compute_stream": str(device.stream), "use_tf32": "0"}
-    try:
-        session = _open(path, [(CUDA_PROVIDER, {**options, "enable_cuda_graph": "1"})])
-    except BundleError as error:  # an operator that only the CPU has, say; or something worse, which comes again
-        session = _open(path, [(CUDA_PROVIDER, options)])
-        log.warning("calls of %s are made without CUDA graphs: %s", path.name, error)
-    if CUDA_PROVIDER not in session.get_providers():  # it only logs that a library is missing
-        raise EngineError(
-            f"ONNX Runtime {onnxruntime.__version__} cannot start {CUDA_PROVIDER} on {device.name}: a CUDA library is missing "
-            "or of another version (pip install 'onnxruntime-gpu[cuda,cudnn]')"
-        )
-    return session
 
 
 class OrtContext(ExecutionContext):

@@ -10,7 +10,7 @@ from cachec.runtime.device import CPU, CUDA, DeviceName
 from cachec.runtime.engine import Engine
 from cachec.runtime.errors import BundleError, CachecError, unknown_name
 
-PREFERENCE = ("tensorrt", "torch-tensorrt", "tensorrt-rtx", "aoti", "ort", "inductor", "eager")  # on a GPU
+PREFERENCE = ("tensorrt", "torch-tensorrt", "tensorrt-rtx", "ort-tensorrt", "aoti", "ort", "inductor", "eager")  # on a GPU
 PREFERENCE_ON_CPU = ("ort", "aoti", "inductor", "eager")  # as measured: bench/RESULTS.md
 
 

@@ -95,7 +95,7 @@ def import_builder() -> ModuleType:
         MissingExtraError: it is not installed, or cannot be imported; with its reason.
     """
     if importlib.util.find_spec("torch_tensorrt") is None:
-        raise missing_extra("torch_tensorrt", "tensorrt", "building for torch-tensorrt")
+        raise missing_extra("torch_tensorrt", "torch-tensorrt", "building for torch-tensorrt")
     try:
         return importlib.import_module("torch_tensorrt")
     except (ImportError, OSError, RuntimeError, AssertionError) as error:

@@ -227,9 +227,14 @@ def _check_file(path: Path, entry: Mapping[str, Any], *, verify: bool) -> None:
         _remember_hash(path, entry["sha256"])
 
 
-def _memory_file() -> Path:
+def cache_folder() -> Path:
+    """Where this machine's own notes are kept: ``CACHEC_CACHE``, or ``cachec`` in the user's cache."""
     base = os.environ.get("CACHEC_CACHE") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "cachec")
-    return Path(base).expanduser() / "verified.json"
+    return Path(base).expanduser()
+
+
+def _memory_file() -> Path:
+    return cache_folder() / "verified.json"
 
 
 def _memory_key(path: Path) -> str:

@@ -89,7 +89,7 @@ def write_bundle(
     plans = plan_engines(graphs, example_inputs(), "latents", STEPS)
     with BundleWriter(out, force=False) as writer:
         sources = PlannedSources(plans, writer, "float32", "6x8")
-        options = BuildOptions(sizes=size_ranges(STEPS, 4))
+        options = BuildOptions(sizes=size_ranges(STEPS, 4, max_batch=3))
         targets = build_targets([TargetName(backend.name)], sources, writer, device, options)
         programs = {
             "default": writer.add_program("default", program),

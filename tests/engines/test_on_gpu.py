@@ -10,7 +10,7 @@ from cachec.compiler.methods.taylor import Taylor
 from cachec.engines import BACKENDS, cuda_runtime, get_backend
 from cachec.engines.cuda_device import CudaDevice
 from cachec.runtime.device import DeviceName
-from cachec.runtime.errors import EngineError, InputError
+from cachec.runtime.errors import EngineError, InputError, MissingExtraError
 from cachec.runtime.noise import make_noise
 from cachec.runtime.program import UNCACHED
 from cachec.runtime.session import Session
@@ -37,7 +37,7 @@ def pair(request, tmp_path_factory):
     work, backend = tmp_path_factory.mktemp("bundles"), get_backend(name)
     try:
         backend.check_target(GPU, "float32")
-    except InputError as error:
+    except (InputError, MissingExtraError) as error:
         pytest.skip(str(error))
     reference = write(work / "eager", get_backend("eager"), cut, DeviceName("cpu"))
     with cachec.load(reference) as wanted, cachec.load(write(work / name, backend, cut), device="cuda") as loaded:
@@ -57,7 +57,7 @@ def test_latents_equal_those_of_the_cpu(pair, level):
     for seeds in ((1, 2), (3, 4), (5, 6), (1, 2)):
         expected = wanted.session(batch=2, level=level).run(*request_of(*seeds))
         np.testing.assert_allclose(session.run(*request_of(*seeds)), expected, atol=1e-4, rtol=1e-4)
-    assert session.recorded == (loaded.manifest.targets[0].backend != "ort")
+    assert session.recorded == (not loaded.target.backend.startswith("ort"))
 
 
 def test_sessions_do_not_meddle_with_each_other(pair):
