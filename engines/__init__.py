@@ -48,7 +48,7 @@ def open_bundle(
     better = [other for other in others if other.rank < fit.rank]
     for other in others:
         log.log(logging.WARNING if other in better else logging.INFO, "target %s does not fit: %s", other.target, other.reason)
-    log.log(logging.WARNING if better else logging.INFO, "using target %s on %s", fit.target, fit.device)
+    log.log(logging.WARNING if better or not fit.exact else logging.INFO, "using target %s, which %s", fit.target, fit.in_words)
     assert fit.backend is not None, "chosen targets fit"
     return load_bundle(bundle, fit.target, fit.backend, device=fit.device, threads=threads)
 

@@ -54,6 +54,7 @@ class Fit:
     device: DeviceName
     backend: type[Engine] | None = None
     error: CachecError | None = None
+    exact: bool = True  # built for just this device
 
     @property
     def fits(self) -> bool:
@@ -67,14 +68,15 @@ class Fit:
     @property
     def in_words(self) -> str:
         """What a user wants to know."""
-        return f"fits here, on {self.device}" if self.fits else f"does not fit here: {self.reason}"
+        tuned = "" if self.exact else f", but was tuned for {self.target.needs['gpu']}: add-target makes one for this GPU"
+        return f"fits here, on {self.device}{tuned}" if self.fits else f"does not fit here: {self.reason}"
 
     @property
-    def rank(self) -> tuple[bool, int]:
+    def rank(self) -> tuple[bool, int, bool]:
         """Smaller is better."""
         order = PREFERENCE if self.device.kind == CUDA else PREFERENCE_ON_CPU
         name = self.target.backend
-        return self.device.kind == CPU, order.index(name) if name in order else len(order)
+        return self.device.kind == CPU, order.index(name) if name in order else len(order), not self.exact
 
 
 def find_fit(target: Target, device: DeviceName | None = None) -> Fit:
@@ -87,7 +89,8 @@ def find_fit(target: Target, device: DeviceName | None = None) -> Fit:
 
 def _fit_on(target: Target, device: DeviceName) -> Fit:
     try:
-        return Fit(target, device, _check(target, device))
+        backend = _check(target, device)
+        return Fit(target, device, backend, exact=backend.is_made_for(target.needs, device))
     except CachecError as error:
         return Fit(target, device, error=error)
 

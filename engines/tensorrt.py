@@ -38,6 +38,7 @@ class TensorRTFamily(Engine):
     """An engine of one of the two libraries."""
 
     vendor: ClassVar[Library]
+    tunes: ClassVar[bool] = True  # for the GPU that builds
     needs_same_version = True
     device_bound = True
     only_device = CUDA
@@ -76,6 +77,10 @@ class TensorRTFamily(Engine):
             raise BundleError(f"it was built for {built}, and {gpu.name} is sm_{gpu.capability}")
 
     @classmethod
+    def is_made_for(cls, needs: Mapping[str, Any], device: DeviceName) -> bool:
+        return needs.get("gpu") in (None, find_gpu(device).name)
+
+    @classmethod
     def check_build(cls, device: DeviceName, precision: str, options: BuildOptions) -> None:
         cls.vendor.load()
         if device.kind != CUDA:
@@ -108,6 +113,8 @@ class TensorRTFamily(Engine):
     @classmethod
     def needs(cls, device: DeviceName, options: BuildOptions) -> dict[str, Any]:
         needs: dict[str, Any] = {"sm": list(cls.gpus(device)), "cuda": cuda_text(cls.vendor.driver)}
+        if cls.tunes:
+            needs["gpu"] = find_gpu(device).name
         if options.compatibility != "none":
             needs["compatibility"] = options.compatibility
         if options.version_compatible:
@@ -190,6 +197,7 @@ class TensorRTRtxEngine(TensorRTFamily):
     """TensorRT for RTX: built without a GPU, finished on the user's when it is loaded."""
 
     name = "tensorrt-rtx"
+    tunes = False
     vendor = TENSORRT_RTX
     options = frozenset(("level", "workspace"))
 

@@ -118,6 +118,11 @@ class Engine(ABC):
         """Raise ``BundleError`` unless this machine has what engines were built to need."""
 
     @classmethod
+    def is_made_for(cls, needs: Mapping[str, Any], device: DeviceName) -> bool:
+        """Were engines that run here also built for just this device?"""
+        return True
+
+    @classmethod
     @abstractmethod
     def build(
         cls, programs: Mapping[str, Any], signatures: Mapping[str, Signature], out: Path, *, device: DeviceName = HOST

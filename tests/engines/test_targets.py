@@ -58,6 +58,15 @@ def test_the_order_of_targets_does_not_matter(with_gpu):
         assert choose_target(order)[0].target == SM90
 
 
+def test_of_two_that_fit_the_one_for_this_gpu_is_taken(with_gpu):
+    other, mine = (target("tensorrt", "cuda", sm=[90], gpu=name) for name in ("NVIDIA H100 PCIe", H200.name))
+    for order in ([other, mine], [mine, other]):
+        assert choose_target(order)[0].target == mine
+    assert choose_target([other])[0].in_words == (
+        "fits here, on cuda:0, but was tuned for NVIDIA H100 PCIe: add-target makes one for this GPU"
+    )
+
+
 def test_onnx_runtime_is_taken_where_no_engine_fits(with_gpu):
     fit, others = choose_target([SM89, ORT])
     assert (fit.target, fit.device) == (ORT, CPU)
