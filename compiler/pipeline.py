@@ -307,7 +307,8 @@ def _observers(model: LoadedModel, request: Request, before: Graphs | None = Non
         sigmas = torch.from_numpy(model.sampling(request.settings)[0])
         method, schedule = request.method, request.schedule
         histories = {} if schedule is None or not isinstance(method, PredictorMethod) else method.histories(schedule)
-        observers.append(Verifier(reference, inputs, sigmas, histories, model.io.timestep, model.io.latents))
+        dtypes = getattr(torch, request.settings.dtype), next(model.transformer.parameters()).dtype
+        observers.append(Verifier(reference, inputs, sigmas, histories, model.io.timestep, model.io.latents, *dtypes))
     return observers
 
 

@@ -94,7 +94,7 @@ class _Caster:
         given = fx.node.map_arg((node.args, node.kwargs), lambda value: casts.get(value, value))
         wanted = fx.node.map_aggregate(given, lambda value: self._named_type(value, name))
         self.changes += wanted != given
-        node.args, node.kwargs = wanted  # type: ignore[misc, assignment]
+        node.args, node.kwargs = wanted
         if self.changes and _floats(node):
             node.meta["val"] = _evaluated(node)
         if stream and len(inputs) > 1 and self.dtype == torch.float16:
