@@ -66,7 +66,7 @@ class CastPrecision(GraphPass):
 
     def ensures(self, graphs: Graphs) -> None:
         for node in graphs.modules[MODEL].graph.nodes:
-            narrow, wide = (_name(node) in names for names in (NARROW, WIDE))
+            narrow, wide = (operator_name(node) in names for names in (NARROW, WIDE))
             allowed = {self.dtype} if narrow else {WIDE_TYPE} if wide else {self.dtype, WIDE_TYPE}
             for value in _floats(node):
                 if value.dtype not in allowed and (node.users or node.op != "placeholder"):
@@ -83,7 +83,7 @@ class _Caster:
     _made: dict[tuple[Any, torch.dtype], fx.Node] = field(default_factory=dict)  # shared casts, converted attributes
 
     def visit(self, node: fx.Node) -> None:
-        name, inputs = _name(node), [value for value in node.all_input_nodes if _is_float(value)]
+        name, inputs = operator_name(node), [value for value in node.all_input_nodes if _is_float(value)]
         if name in CASTS and inputs and _is_float(node):
             node.replace_all_uses_with(inputs[0])
             self.module.graph.erase_node(node)
@@ -120,14 +120,14 @@ class _Caster:
 
     def _type_of(self, node: fx.Node, inputs: list[fx.Node], *, stream: bool) -> torch.dtype:
         """What ``node`` is to read."""
-        if _name(node) in NARROW or stream:
+        if operator_name(node) in NARROW or stream:
             return self.dtype
         telling = [value for value in inputs if value.meta["val"].ndim] or inputs  # numbers take the type of tensors
         narrow = all(value.meta["val"].dtype == self.dtype for value in telling)
-        return self.dtype if narrow and _name(node) not in WIDE else WIDE_TYPE
+        return self.dtype if narrow and operator_name(node) not in WIDE else WIDE_TYPE
 
     def _is_stream(self, node: fx.Node, inputs: list[fx.Node]) -> bool:
-        if _name(node) not in SUMS:
+        if operator_name(node) not in SUMS:
             return False
         values = [value.meta["val"] for value in inputs]
         return any(value.dtype == self.dtype and _sizes(value) == _sizes(node.meta["val"]) for value in values)
@@ -166,7 +166,7 @@ class _Caster:
         self.changes += 1
 
 
-def _name(node: fx.Node) -> str:
+def operator_name(node: fx.Node) -> str:
     """The operator's name without namespace and overload; empty for what is none."""
     return node.target._schema.name.partition("::")[2] if isinstance(node.target, torch._ops.OpOverload) else ""
 

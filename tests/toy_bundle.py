@@ -34,9 +34,9 @@ LAST_BLOCK = "blocks.2"
 KEY = ProgramKey(STEPS, hash_sigmas(SIGMAS), height=6, width=8, text_tokens=0)
 
 
-def split_toy(*, head_axis=False):
+def split_toy(*, head_axis=False, dtype=None):
     model = ToyDiT(head_axis=head_axis).eval()
-    return run_passes(capture_model(model, example_inputs()), split_passes(LAST_BLOCK))
+    return run_passes(capture_model(model, example_inputs()), split_passes(LAST_BLOCK, dtype))
 
 
 def captured(predictor, window):
