@@ -21,7 +21,7 @@ from cachec.compiler.table import AdvanceTable, compose
 from cachec.compiler.write import BundleWriter
 from cachec.engines.eager import EagerEngine
 from cachec.passes import COMPUTE, FORECAST, Graphs, engine_passes, forecast_passes, run_passes, split_passes
-from cachec.passes.base import placeholders
+from cachec.passes.base import outputs, placeholders
 from cachec.runtime.bundle import ANY_DEVICE, Manifest, Target
 from cachec.runtime.engine import HOST
 from cachec.runtime.noise import GENERATOR
@@ -39,9 +39,9 @@ def split_toy(*, head_axis=False, dtype=None):
     return run_passes(capture_model(model, example_inputs()), split_passes(LAST_BLOCK, dtype))
 
 
-def captured(predictor, window):
+def captured(predictor, window, dtype=torch.float32):
     with torch.no_grad():
-        return capture_predictor(predictor.eval(), window, example_inputs()["latents"], STEPS)
+        return capture_predictor(predictor.eval(), window, example_inputs()["latents"].to(dtype), STEPS)
 
 
 def histories(window, *, feeds_back=False):
@@ -49,8 +49,9 @@ def histories(window, *, feeds_back=False):
 
 
 def add_predictor(split, predictor, window, *, feeds_back=False, fold=True):
+    dtype = outputs(split.modules[COMPUTE])["feature"].meta["val"].dtype
     passes = forecast_passes(
-        captured(predictor, window), torch.from_numpy(SIGMAS), histories(window, feeds_back=feeds_back), fold=fold
+        captured(predictor, window, dtype), torch.from_numpy(SIGMAS), histories(window, feeds_back=feeds_back), fold=fold
     )
     return run_passes(split, passes)
 
