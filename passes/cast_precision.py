@@ -45,8 +45,8 @@ class CastPrecision(GraphPass):
     converted here, once; those that have their type are kept, as the same objects. Casts to ``dtype`` stand where the value
     is made, and are shared; casts to float32 where it is read, so that the value that leaves a block is the narrow one.
 
-    float16 ends at 65,504. Sums of the residual stream, which in the deep blocks of FLUX.1 go beyond, and converted tables
-    (masks) are kept within, as diffusers does it for models loaded in float16. Not handled in float16: products that go
+    float16 ends at 65,504. Sums of the residual stream are kept within: FLUX.1's go beyond in deep blocks, and diffusers clips
+    them, too, when loaded in float16. So are converted tables (masks). Not handled in float16: products that go
     beyond, which become infinite, and numbers below 6e-8, which vanish (what Sana's linear attention adds to a divisor); so
     prefer bfloat16 where there is a choice. Not handled at all: low precision inside operators that are not listed.
     """
