@@ -36,7 +36,7 @@ from cachec.runtime.session import Session
 def accelerate_pipeline(model: LoadedModel, request: Request, *, compiled: bool = True) -> Any:
     """Replace the transformer of ``model``'s pipeline; returns the pipeline.
 
-    Engines and buffers are where the transformer is, and in its precision.
+    Engines and buffers are where the transformer is, and in its precision (norms and the like in float32, its weights shared).
 
     ``compiled``: run the graphs under ``torch.compile``, else op by op.
 

@@ -34,12 +34,12 @@ from cachec.compiler.programs import Calibrations, Planner, level_facts, lower_p
 from cachec.compiler.quality import check_quality, forecast_cost, measure_levels
 from cachec.compiler.request import NUM_CALIBRATION, Request
 from cachec.compiler.schedule import Schedule
-from cachec.compiler.split import cast_transformer, split_model
+from cachec.compiler.split import model_passes, split_model
 from cachec.compiler.table import compose
 from cachec.compiler.training import train_predictor, training_facts
-from cachec.compiler.verify import Verifier, eager_output
+from cachec.compiler.verify import Verifier, eager_output, graph_output
 from cachec.engines.build import check_build, keep_timing
-from cachec.passes import COMPUTE, Graphs, dump_to, split_passes
+from cachec.passes import COMPUTE, Graphs, dump_to
 from cachec.passes.base import Observer
 from cachec.runtime.bundle import Bundle, Manifest, Target
 from cachec.runtime.engine import Engine
@@ -110,7 +110,7 @@ def _compile(model: LoadedModel, request: Request, out: Path, result: Compilatio
         calibrations = find_calibrations(model, split, request, given, result, out.with_name(out.name + ".calibration"))
         clock.lap()
         graphs = add_forecast(model, split, request, parameters)
-        observers = _observers(model, request, start=PASSES_BEFORE_ENGINES)
+        observers = _observers(model, request, graphs, start=PASSES_BEFORE_ENGINES)
         final = engine_graphs(model, graphs, request.hoist, observers, velocities=request.velocities, slots=request.slots)
         result.costs = {"hoisted": hoisting_facts(graphs, final), "memory": memory_facts(final)}
         plans = plan_engines(final, model.example_inputs(request.settings), model.io.latents, request.settings.steps)
@@ -296,22 +296,23 @@ def add_forecast(model: LoadedModel, split: Graphs, request: Request, parameters
     if schedule is None or not isinstance(method, PredictorMethod):
         return linear_graphs(model, split, request.settings)
     return inline(model, split, request.settings, method, schedule, parameters, fold=request.fold,
-                  observers=_observers(model, request, start=len(split_passes(model.block))))  # fmt: skip
+                  observers=_observers(model, request, split, start=len(model_passes(model, request.settings))))  # fmt: skip
 
 
-def _observers(model: LoadedModel, request: Request, start: int = 0) -> list[Observer]:
+def _observers(model: LoadedModel, request: Request, before: Graphs | None = None, start: int = 0) -> list[Observer]:
+    """What looks on. ``before``: the graphs to be compared with, when the model itself was compared with earlier."""
     observers: list[Observer] = [_log_pass]
     if request.dump_graphs is not None:
         observers.append(dump_to(request.dump_graphs, start=start))
     if request.verify_passes:
         inputs = model.example_inputs(request.settings)
-        reference = eager_output(
-            named_model(cast_transformer(model, request.settings), model.constants(request.settings)), inputs
-        )
+        eager = named_model(model.transformer, model.constants(request.settings))
+        reference = eager_output(eager, inputs) if before is None else graph_output(before.modules[COMPUTE], inputs)
         sigmas = torch.from_numpy(model.sampling(request.settings)[0])
         method, schedule = request.method, request.schedule
         histories = {} if schedule is None or not isinstance(method, PredictorMethod) else method.histories(schedule)
-        observers.append(Verifier(reference, inputs, sigmas, histories, model.io.timestep, model.io.latents))
+        dtypes = getattr(torch, request.settings.dtype), next(model.transformer.parameters()).dtype
+        observers.append(Verifier(reference, inputs, sigmas, histories, model.io.timestep, model.io.latents, *dtypes))
     return observers
 
 

@@ -1,30 +1,24 @@
 """The front half of every compilation: capture the transformer and cut it in two."""
 
-import copy
 from collections.abc import Sequence
 
 import torch
-from torch import nn
 
 from cachec.compiler.capture import capture_model
 from cachec.compiler.models.base import LoadedModel, Settings
-from cachec.passes import Graphs, run_passes, split_passes
+from cachec.passes import Graphs, Pass, run_passes, split_passes
 from cachec.passes.base import Observer
 
 
 def split_model(model: LoadedModel, settings: Settings, observers: Sequence[Observer] = ()) -> Graphs:
-    """The compute graph and the forecast graph, the latter with the true feature as its input."""
-    return run_passes(_capture(model, settings), split_passes(model.block), observers=observers)
+    """The compute graph and the forecast graph, the latter with the true feature as its input.
+
+    The transformer is captured as it was loaded, and stays as it is: a pass brings the graph to the settings' precision.
+    """
+    captured = capture_model(model.transformer, model.example_inputs(settings), model.constants(settings))
+    return run_passes(captured, model_passes(model, settings), observers=observers)
 
 
-def cast_transformer(model: LoadedModel, settings: Settings) -> nn.Module:
-    """The transformer in the settings' precision: itself, or a copy, so that the loaded model stays as it is."""
-    dtype = getattr(torch, settings.dtype)
-    transformer = model.transformer
-    if next(transformer.parameters()).dtype == dtype:
-        return transformer
-    return copy.deepcopy(transformer).to(dtype)
-
-
-def _capture(model: LoadedModel, settings: Settings) -> Graphs:
-    return capture_model(cast_transformer(model, settings), model.example_inputs(settings), model.constants(settings))
+def model_passes(model: LoadedModel, settings: Settings) -> list[Pass]:
+    """What :func:`split_model` runs."""
+    return split_passes(model.block, getattr(torch, settings.dtype))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx, nn
 
-from cachec.passes import COMPUTE, FORECAST, MODEL, PROLOGUE, Graphs, Pass, PassResult
+from cachec.passes import COMPUTE, FORECAST, MODEL, PROLOGUE, CastPrecision, Graphs, Pass, PassResult
 from cachec.passes.base import outputs, placeholders
 from cachec.runtime.engine import (
     BIAS,
@@ -28,15 +28,18 @@ from cachec.runtime.errors import PassError
 log = logging.getLogger(__name__)
 
 FOLD_TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-1}  # folding changes the order of a few sums
+PRECISION_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # of a graph cast to one of these
+OWN_ROUNDING = {torch.float32: 0.0, torch.float16: 1e-2, torch.bfloat16: 3e-1}  # of an eager model, which rounds timesteps, too
 
 
 @dataclass
 class Verifier:
     """An observer of passes. ``reference`` is what the eager model gives for ``inputs``.
 
-    Before and after the split the comparison is exact, and so is that of the inlined predictor with the tail behind it. A
-    folded predictor is compared with the unfolded one, which the verifier remembers, on random histories, within
-    ``FOLD_TOLERANCE``.
+    Before and after the split the comparison is exact, and so is that of the inlined predictor with the tail behind it. But
+    the pass that changes the precision to ``dtype`` is allowed ``PRECISION_TOLERANCE``, or the ``OWN_ROUNDING`` of an eager
+    model that was ``loaded`` in another; later ones are compared with what it made. A folded predictor is compared with the
+    unfolded one, which the verifier remembers, on random histories, within ``FOLD_TOLERANCE``.
     """
 
     reference: torch.Tensor
@@ -45,6 +48,8 @@ class Verifier:
     histories: Mapping[int, tuple[int, ...]]
     timestep: str = "timestep"
     latents: str = "latents"
+    dtype: torch.dtype = torch.float32
+    loaded: torch.dtype = torch.float32
     _unfolded: fx.GraphModule | None = None
     _tail: fx.GraphModule | None = None
 
@@ -52,7 +57,11 @@ class Verifier:
     def __call__(self, index: int, one: Pass, result: PassResult) -> None:
         modules = result.graphs.modules
         if MODEL in modules:
-            self._compare(one, "model", modules[MODEL](**self.inputs)[VELOCITY], 0.0)
+            got, allowed = modules[MODEL](**self.inputs)[VELOCITY], 0.0
+            if isinstance(one, CastPrecision) and result.changed:
+                allowed = max(PRECISION_TOLERANCE[self.dtype], OWN_ROUNDING[self.loaded])
+            self._compare(one, "model", got, allowed)
+            self.reference = got
             return
         if DELTA in placeholders(modules[COMPUTE]) or PROLOGUE in modules:
             self._compare_engines(one, result.graphs)
@@ -74,7 +83,7 @@ class Verifier:
         """Graphs with a prologue, or with the sampler inside. Each sample has its own timestep: it is a step of its own."""
         modules = graphs.modules
         kept = outputs(modules[COMPUTE])[FEATURE if FORECAST in modules else VELOCITY].meta["val"].dtype
-        tolerance = max(FOLD_TOLERANCE[self._dtype], FOLD_TOLERANCE[kept])
+        tolerance = max(FOLD_TOLERANCE[self.dtype], FOLD_TOLERANCE[kept])
         hoisted: dict[str, torch.Tensor] = {}
         if PROLOGUE in modules:
             prologue = modules[PROLOGUE]
@@ -111,13 +120,6 @@ class Verifier:
             return
         moved = [forecast(deltas=row)[NEXT_LATENTS] - self.inputs[self.latents] for row in torch.eye(steps)]
         self._compare(one, "forecast", _own_step(torch.stack(moved)), tolerance)
-
-    @property
-    def _dtype(self) -> torch.dtype:
-        if self._tail is None:
-            return torch.float32
-        dtype: torch.dtype = placeholders(self._tail)[FEATURE].meta["val"].dtype
-        return dtype
 
     def _compare(self, one: Pass, what: str, got: torch.Tensor, tolerance: float, wanted: torch.Tensor | None = None) -> None:
         wanted = self.reference if wanted is None else wanted
@@ -165,7 +167,14 @@ def _own_step(values: torch.Tensor) -> torch.Tensor:
 
 
 def eager_output(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """What the verifier compares with."""
+    """What the verifier compares the graphs of a model with."""
     with torch.no_grad():
         result: torch.Tensor = model(dict(inputs))[VELOCITY]
+    return result
+
+
+def graph_output(compute: fx.GraphModule, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """What it compares later graphs with: the compute graph that was compared with the model."""
+    with torch.no_grad():
+        result: torch.Tensor = compute(**inputs)[VELOCITY]
     return result

@@ -25,6 +25,7 @@ from cachec.passes.base import (
     run_passes,
 )
 from cachec.passes.batch_forecast import BatchForecast
+from cachec.passes.cast_precision import CastPrecision
 from cachec.passes.cast_slots import CastSlots
 from cachec.passes.decomplexify import Decomplexify
 from cachec.passes.drop_asserts import DropAsserts
@@ -51,6 +52,7 @@ __all__ = [
     "PROLOGUE",
     "AddAdvance",
     "BatchForecast",
+    "CastPrecision",
     "CastSlots",
     "Decomplexify",
     "DropAsserts",
@@ -83,8 +85,8 @@ __all__ = [
 ]
 
 
-def canonical_passes() -> list[Pass]:
-    """From the captured model to one that every back end takes, unsplit."""
+def canonical_passes(dtype: torch.dtype | None = None) -> list[Pass]:
+    """From the captured model to one that every back end takes, unsplit; in ``dtype`` or else in its own precision."""
     return [
         DropAsserts(),  # first: asserts hang on values that later passes want to move or fold
         Decomplexify(),  # before folding, which turns the complex tables it leaves into real ones
@@ -93,13 +95,14 @@ def canonical_passes() -> list[Pass]:
         RewriteBoolMaskedFill(),  # ONNX Runtime cannot run it
         ExpandAttentionMasks(),  # ONNX Runtime cannot run it either
         FoldConstants(),  # after all rewrites, so that what they made constant is folded too
+        *([CastPrecision(dtype)] if dtype is not None else []),  # on what is left; before the split, so that the cut is cast
     ]
 
 
-def split_passes(block: str) -> list[Pass]:
+def split_passes(block: str, dtype: torch.dtype | None = None) -> list[Pass]:
     """From the captured model to compute and forecast graphs; ``block`` is the last block of the body."""
     return [
-        *canonical_passes(),
+        *canonical_passes(dtype),
         FindCut(block),  # marks only; on the canonical graph, so that the cut is a node that stays
         SplitModel(),
         Prune(),

@@ -284,7 +284,15 @@ def _is_view(node: fx.Node) -> bool:
     if node.op != "call_function":
         return False
     scalar = node.target is aten.add.Tensor and len(node.all_input_nodes) == 1
-    return node.target in RESHAPES or node.target in CUTS or node.target is operator.getitem or scalar
+    return node.target in RESHAPES or node.target in CUTS or node.target is operator.getitem or scalar or _is_widened(node)
+
+
+def _is_widened(node: fx.Node) -> bool:
+    """A cast that adds bytes: the narrow value is what is handed over."""
+    if node.target is not aten.to.dtype:
+        return False
+    given, made = node.all_input_nodes[0].meta["val"], node.meta["val"]
+    return bool(given.element_size() < made.element_size())
 
 
 def _has_tokens(node: fx.Node) -> bool:

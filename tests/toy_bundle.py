@@ -19,7 +19,7 @@ from cachec.compiler.table import AdvanceTable, compose
 from cachec.engines.eager import EagerEngine
 from cachec.engines.targets import TargetName
 from cachec.passes import COMPUTE, FORECAST, Graphs, engine_passes, forecast_passes, run_passes, split_passes
-from cachec.passes.base import placeholders
+from cachec.passes.base import outputs, placeholders
 from cachec.runtime.build import BuildOptions
 from cachec.runtime.bundle import Manifest
 from cachec.runtime.engine import HOST
@@ -35,14 +35,14 @@ LAST_BLOCK = "blocks.2"
 KEY = ProgramKey(STEPS, hash_sigmas(SIGMAS), height=6, width=8, text_tokens=0)
 
 
-def split_toy(*, head_axis=False):
+def split_toy(*, head_axis=False, dtype=None):
     model = ToyDiT(head_axis=head_axis).eval()
-    return run_passes(capture_model(model, example_inputs()), split_passes(LAST_BLOCK))
+    return run_passes(capture_model(model, example_inputs()), split_passes(LAST_BLOCK, dtype))
 
 
-def captured(predictor, window):
+def captured(predictor, window, dtype=torch.float32):
     with torch.no_grad():
-        return capture_predictor(predictor.eval(), window, example_inputs()["latents"], STEPS)
+        return capture_predictor(predictor.eval(), window, example_inputs()["latents"].to(dtype), STEPS)
 
 
 def histories(window, *, feeds_back=False):
@@ -50,8 +50,9 @@ def histories(window, *, feeds_back=False):
 
 
 def add_predictor(split, predictor, window, *, feeds_back=False, fold=True):
+    dtype = outputs(split.modules[COMPUTE])["feature"].meta["val"].dtype
     passes = forecast_passes(
-        captured(predictor, window), torch.from_numpy(SIGMAS), histories(window, feeds_back=feeds_back), fold=fold
+        captured(predictor, window, dtype), torch.from_numpy(SIGMAS), histories(window, feeds_back=feeds_back), fold=fold
     )
     return run_passes(split, passes)
 
@@ -82,13 +83,14 @@ def write_output_bundle(split, out, backend=EagerEngine, hoist="all", device=HOS
 def write_bundle(
     graphs, program, method, out, backend=EagerEngine, hoist="all", device=HOST, *, velocities=False, slots=None, uncached=None
 ):
+    precision = str(outputs(graphs.modules[COMPUTE])["feature"].meta["val"].dtype).removeprefix("torch.")
     uncached = uncached or lower_uncached(KEY, SIGMAS, SIGMAS[:-1])
     linear = FORECAST in graphs.modules and "features" in placeholders(graphs.modules[FORECAST])
     passes = engine_passes("latents", "timestep", ("prompt",), linear=linear, hoist=hoist, velocities=velocities, slots=slots)
     graphs = run_passes(graphs, passes)
     plans = plan_engines(graphs, example_inputs(), "latents", STEPS)
     with BundleWriter(out, force=False) as writer:
-        sources = PlannedSources(plans, writer, "float32", "6x8")
+        sources = PlannedSources(plans, writer, precision, "6x8")
         options = BuildOptions(sizes=size_ranges(STEPS, 4, max_batch=3))
         targets = build_targets([TargetName(backend.name)], sources, writer, device, options)
         programs = {

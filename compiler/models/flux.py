@@ -94,7 +94,7 @@ class FluxModel(LoadedModel):
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(self.pipeline.scheduler.config)
         sigmas = np.linspace(1.0, 1 / settings.steps, settings.steps)
         scheduler.set_timesteps(sigmas=sigmas, mu=self.shift(settings))
-        timesteps = scheduler.timesteps.to(getattr(torch, settings.dtype)) / 1000  # rounded as the pipeline does it
+        timesteps = scheduler.timesteps.float() / 1000  # as the pipeline in float32 does it, whatever the precision
         return scheduler.sigmas.numpy().astype(np.float32), timesteps.float().numpy()
 
     def shift(self, settings: Settings) -> float:

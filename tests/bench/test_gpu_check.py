@@ -62,7 +62,7 @@ def test_rows_are_measured_and_near_eager(report):
         assert row["runs"] == 2
     uncached = rows["cachec eager, uncached"]
     assert uncached["parity"]
-    assert uncached["distance_from_eager"] < 0.02
+    assert uncached["distance_from_eager"] < 0.05  # eager rounds its timesteps, cachec does not
     assert uncached["replayed_from_one_recording"] is False  # there is nothing to record on the CPU
     assert len(rows["cachec eager, output cut, 4"]["computed"]) == 4
 

@@ -2,7 +2,8 @@ import os
 from pathlib import Path
 
 import pytest
-from toy_bundle import add_predictor
+import torch
+from toy_bundle import add_predictor, split_toy
 
 from cachec.compiler.methods.taylor import Taylor
 from cachec.passes import COMPUTE, FORECAST, PROLOGUE, engine_passes, graph_text, run_passes
@@ -25,6 +26,10 @@ def engine_text(split, name):
     return graph_text(graphs.modules[name])
 
 
+def cast_text():
+    return graph_text(split_toy(dtype=torch.bfloat16).modules[COMPUTE])
+
+
 TEXTS = {
     "compute": lambda split: split_text(split, COMPUTE),
     "forecast": lambda split: split_text(split, FORECAST),
@@ -32,6 +37,7 @@ TEXTS = {
     "engine-prologue": lambda split: engine_text(split, PROLOGUE),
     "engine-compute": lambda split: engine_text(split, COMPUTE),
     "engine-forecast": lambda split: engine_text(split, FORECAST),
+    "compute-bfloat16": lambda split: cast_text(),
 }
 
 
