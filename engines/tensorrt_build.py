@@ -6,6 +6,7 @@ number are fixed, the others get one optimisation profile.
 
 import logging
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -44,13 +45,15 @@ class EngineBuilder:
         Raises:
             EngineError: the parser rejects a node, or the builder fails; with the library's reasons.
         """
+        start = time.perf_counter()
         draft = self.prepare(name, onnx, signature)
         with self._timings(draft.config):
             plan = self._run(draft, name)
         if plan is None:
             raise reports_of(self.library).error(f"build the {name} engine")
         replace_file(out, memoryview(plan))
-        log.info("%s: %d layers, %.1f MB", name, draft.network.num_layers, plan.nbytes / 1e6)
+        seconds = time.perf_counter() - start
+        log.info("%s: %d layers, %.1f MB, %.1f s", name, draft.network.num_layers, plan.nbytes / 1e6, seconds)
 
     def prepare(self, name: str, onnx: Path, signature: Signature) -> "Draft":
         """Parse an ONNX file and set all options: what is left is the build.
