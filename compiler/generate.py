@@ -57,7 +57,8 @@ def generate_pictures(
         level = loaded.check_level(level)
         if compare:
             return _compare(loaded, level, model, settings, prompts, seed, out)
-        rows, session = [], loaded.session(batch=loaded.programs[level].key.batch or 1, level=level)
+        session = loaded.session(batch=loaded.programs[level].key.batch or 1, level=level)
+        rows = [_target_row(loaded)]
         for index, (prompt, file) in enumerate(zip(prompts, files, strict=True)):
             picture, seconds, total = _picture(session, model, settings, prompt, seed + index)
             write_png(to_image(picture), file)
@@ -65,6 +66,10 @@ def generate_pictures(
         if profile is not None:
             rows += _profile(session, model, settings, prompts[-1], seed + len(prompts) - 1, profile)
         return rows
+
+
+def _target_row(loaded: LoadedBundle) -> tuple[str, str]:
+    return "target", f"{loaded.target}; runs on {loaded.engines['compute'].device.name}"
 
 
 def _numbered(out: Path, num: int) -> list[Path]:
@@ -122,6 +127,7 @@ def _compare(
     slow, fast = np.median(np.array(seconds), axis=0)
     return [
         (str(out), f"{len(prompts)} prompts, uncached beside {name}"),
+        _target_row(loaded),
         ("denoise loop", f"{slow:.3f} s uncached, {fast:.3f} s {name}: {slow / fast:.2f} times as fast (medians)"),
         ("PSNR", f"{np.mean(psnrs):.2f} dB against the uncached pictures, mean"),
     ]

@@ -108,6 +108,10 @@ class TensorRTFamily(Engine):
         onnx, tag = sources.onnx(), cls.tag(device)
         names = {name: f"{name}-{tag}-{sources.precision}-{sources.size}.plan" for name in onnx}
         check_room(onnx, out, options)
+        if options.compatibility != "none":
+            log.warning(
+                "hardware compatibility %s costs some speed: some kernels and fusions are left out", options.compatibility
+            )
         return cls._build(onnx, sources.signatures, out, names, options, timing=f"{cls.name}-{tag}.timing")
 
     @classmethod
@@ -187,10 +191,6 @@ class TensorRTEngine(TensorRTFamily):
     @classmethod
     def check_build(cls, device: DeviceName, precision: str, options: BuildOptions) -> None:
         cls.check_target(device, precision)
-        if options.compatibility != "none":
-            log.warning(
-                "hardware compatibility %s costs some speed: some kernels and fusions are left out", options.compatibility
-            )
 
 
 class TensorRTRtxEngine(TensorRTFamily):

@@ -33,6 +33,7 @@ class Native:
     """A loaded engine. ``names``: what the engine calls our tensors, where it calls them otherwise."""
 
     library: ModuleType
+    runtime: "trt.Runtime"  # lives as long as its engines
     engine: "trt.ICudaEngine"
     names: Mapping[str, str] = field(default_factory=dict)
 
@@ -68,7 +69,7 @@ def load_native(
         raise BundleError(f"{path.name}: {reports.error('load this engine')}. Build it again with cachec add-target --force")
     if engine.refittable:
         _refit(library, engine, path, onnx, reports)
-    native = Native(library, engine, names or {})
+    native = Native(library, runtime, engine, names or {})
     _check_tensors(native, signature, path)
     return native
 
@@ -105,6 +106,7 @@ def _check_tensors(native: Native, signature: Signature, path: Path) -> None:
 
 Shapes = tuple[tuple[str, tuple[int, ...]], ...]
 Addresses = tuple[tuple[str, int], ...]
+GraphKey = tuple[Shapes, Addresses]  # what a recorded graph is good for
 
 
 class TensorRTContext(ExecutionContext):
@@ -117,12 +119,13 @@ class TensorRTContext(ExecutionContext):
     def __init__(self, native: Native, signature: Signature, device: CudaDevice, scratch: CudaBuffer | None) -> None:
         self._native, self._signature, self._device, self._scratch = native, signature, device, scratch
         self._contexts: dict[Shapes, _Shaped] = {}
-        self._graphs: dict[Addresses, Call] = {}
+        self._graphs: dict[GraphKey, Call] = {}
         self._own: dict[tuple[str, tuple[int, ...]], CudaBuffer] = {}
 
     def bind(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> Call:
         check_bindings(self._signature, self._device, inputs, outputs)
-        shaped = self._shaped(tuple((name, tuple(buffer.shape)) for name, buffer in inputs.items()))
+        shapes = tuple((name, tuple(buffer.shape)) for name, buffer in inputs.items())
+        shaped = self._shaped(shapes)
         sizes = sizes_of(self._signature, inputs)
         results = dict(outputs)
         for spec in self._signature.outputs:  # what nobody asked for needs a place, too
@@ -136,7 +139,7 @@ class TensorRTContext(ExecutionContext):
             enqueue=lambda: shaped.enqueue(addresses, self._device.stream),
             after=[(source, target) for target, source in copies_out],
         )
-        return TensorRTCall(steps, self._device, self._graphs, addresses)
+        return TensorRTCall(steps, self._device, self._graphs, (shapes, addresses))
 
     def _shaped(self, shapes: Shapes) -> "_Shaped":
         if shapes not in self._contexts:
@@ -211,10 +214,10 @@ class Steps:
 
 
 class TensorRTCall(Call):
-    """A call on fixed buffers: made once as it is, then recorded. Calls on the same addresses share a graph."""
+    """A call on fixed buffers: made once as it is, then recorded. Calls of one shape on the same addresses share a graph."""
 
-    def __init__(self, steps: Steps, device: CudaDevice, graphs: dict[Addresses, Call], addresses: Addresses) -> None:
-        self._steps, self._device, self._graphs, self._key = steps, device, graphs, addresses
+    def __init__(self, steps: Steps, device: CudaDevice, graphs: dict[GraphKey, Call], key: GraphKey) -> None:
+        self._steps, self._device, self._graphs, self._key = steps, device, graphs, key
         self._warm = self._refused = False
 
     def run(self) -> None:
