@@ -44,7 +44,7 @@ def open_bundle(
     try:
         fit, others = choose_target(bundle.manifest.targets, device=name, wanted=wanted)
     except CachecError as error:
-        raise type(error)(f"{root}: {error}. {_again(bundle)}") from error
+        raise type(error)(f"{root}: {error}\n{_again(bundle)}") from error
     better = [other for other in others if other.rank < fit.rank]
     for other in others:
         log.log(logging.WARNING if other in better else logging.INFO, "target %s does not fit: %s", other.target, other.reason)

@@ -129,7 +129,7 @@ def choose_target(
     if not good and len(bad) == 1:
         raise type(bad[0].error or BundleError())(f"{bad[0].target} does not fit: {bad[0].reason}")
     if not good:
-        raise BundleError("no target of the bundle fits here: " + "; ".join(f"{fit.target}: {fit.reason}" for fit in bad))
+        raise BundleError("no target of the bundle fits here:" + "".join(f"\n  {fit.target}: {fit.reason}" for fit in bad))
     return good[0], bad
 
 
