@@ -17,7 +17,7 @@ from cachec.runtime.build import BuildOptions, Sources
 from cachec.runtime.bundle import Target
 from cachec.runtime.device import DeviceName
 from cachec.runtime.engine import Engine
-from cachec.runtime.write import BundleWriter
+from cachec.runtime.write import Collector
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 class PlannedSources(Sources):
     """The graphs of a compilation. ONNX files are written when they are first asked for, into the bundle."""
 
-    def __init__(self, plans: Sequence[EnginePlan], writer: BundleWriter, precision: str, shape_bucket: str) -> None:
+    def __init__(self, plans: Sequence[EnginePlan], writer: Collector, precision: str, shape_bucket: str) -> None:
         self._plans, self._writer = plans, writer
         self._files: dict[str, Path] | None = None
         self.signatures = {plan.name: plan.signature for plan in plans}
@@ -49,7 +49,7 @@ class PlannedSources(Sources):
 
 
 def build_targets(
-    names: Sequence[TargetName], sources: PlannedSources, writer: BundleWriter, device: DeviceName, options: BuildOptions
+    names: Sequence[TargetName], sources: PlannedSources, writer: Collector, device: DeviceName, options: BuildOptions
 ) -> tuple[Target, ...]:
     """Build all targets into the bundle; with the ONNX target at the end if others were built from its files."""
     targets = [build_into(writer, sources, name, device=device, options=options) for name in names]
@@ -59,7 +59,7 @@ def build_targets(
 
 
 def load_engines(
-    targets: Sequence[Target], sources: Sources, writer: BundleWriter, stack: ExitStack, device: DeviceName
+    targets: Sequence[Target], sources: Sources, writer: Collector, stack: ExitStack, device: DeviceName
 ) -> dict[str, Engine]:
     """Engines to measure with, closed with ``stack``: those of the first target that runs on ``device`` here, else eager's."""
     for fit in (find_fit(target, device) for target in targets):

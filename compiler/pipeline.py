@@ -94,13 +94,15 @@ def compile_bundle(model: LoadedModel, request: Request, out: Path, *, force: bo
 
 def _remove(works: Sequence[Path]) -> None:
     for work in works:
-        shutil.rmtree(work)
+        if work.exists():
+            shutil.rmtree(work)
 
 
 def _compile(model: LoadedModel, request: Request, out: Path, result: Compilation, *, force: bool) -> Bundle:
     for dtype in (request.settings.dtype, request.slots or request.settings.dtype):
-        check_build(request.targets, dtype, request.device, request.build)
+        check_build(request.targets, dtype, request.device, request.build, max_batch=request.max_batch)
     timing = out.with_name(out.name + ".timing")
+    result.works.append(timing)
     with BundleWriter(out, force=force) as writer, _Clock(result.seconds, STAGES) as clock, ExitStack() as stack:
         given = read_calibration(model, request)
         split = split_model(model, request.settings, _observers(model, request))
@@ -129,8 +131,6 @@ def _compile(model: LoadedModel, request: Request, out: Path, result: Compilatio
             writer.add_bytes("predictor/predictor.safetensors", predictor_bytes(parameters))
         kept = keep_timing(writer, timing)
         writer.commit(replace(_manifest(model, request, targets, files, writer, parameters, result), timing=kept))
-    if timing.exists():
-        result.works.append(timing)
     return Bundle.open(out)
 
 

@@ -3,6 +3,7 @@
 Neither torch, nor diffusers, nor onnx is needed for it.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,12 +14,14 @@ from cachec.engines.backends import BACKENDS, get_backend
 from cachec.engines.build import build_into, check_build, keep_timing, plan_target
 from cachec.engines.targets import ONNX_TARGET, TargetName, parse_device
 from cachec.runtime.build import Sources, build_options
-from cachec.runtime.bundle import Bundle, Manifest, Target
-from cachec.runtime.device import CPU, CUDA, DeviceName
+from cachec.runtime.bundle import Bundle, Target
+from cachec.runtime.device import CUDA, DeviceName
 from cachec.runtime.errors import BundleError, InputError, OutputError
 from cachec.runtime.program import UNCACHED
 from cachec.runtime.sizes import check_max_batch, size_ranges
-from cachec.runtime.write import BundleWriter
+from cachec.runtime.write import BundleAdder
+
+log = logging.getLogger(__name__)
 
 
 class BundledSources(Sources):
@@ -36,7 +39,7 @@ class BundledSources(Sources):
         self.precision, self.shape_bucket = target.precision, target.shape_bucket
 
     def programs(self) -> Mapping[str, Any]:
-        raise BundleError("a bundle has no exported programs, only ONNX files")
+        raise InputError("a bundle has no exported programs, only ONNX files: give this target to cachec compile")
 
     def onnx(self) -> Mapping[str, Path]:
         return self._files
@@ -56,49 +59,70 @@ def add_targets(
     """
     check_max_batch(max_batch)
     wanted = [TargetName.parse(name, BACKENDS) for name in names]
-    bundle = Bundle.open(root)
-    sources, build = BundledSources(bundle), build_options(**options)
-    there = parse_device(device) or DeviceName(CUDA if all(name.device != CPU for name in wanted) else CPU)
+    build, there = build_options(**options), parse_device(device) or DeviceName(CUDA)
+    if there.kind != CUDA:
+        raise InputError(f"device is {there}, but what add-target builds runs on NVIDIA GPUs only: leave the device out")
     for name in wanted:
         if not get_backend(name.backend).from_onnx:
             raise InputError(f"target {name} is not built from the ONNX files in a bundle, as tensorrt and tensorrt-rtx are: "
                              f"give it to cachec compile --target {name}")  # fmt: skip
-    check_build(wanted, sources.precision, there, build)
-    with BundleWriter(root, force=True, onto=bundle.manifest) as writer, TemporaryDirectory() as folder:
-        manifest = Bundle.open(root).manifest  # another process may have added to it until now
+    with BundleAdder(root) as writer, TemporaryDirectory() as folder:
+        bundle, sources = writer.bundle, BundledSources(writer.bundle)
+        check_build(wanted, sources.precision, there, build)
         build = replace(build, sizes=_sizes(bundle, max_batch), timing_cache=Path(folder))
         planned = [plan_target(sources, name, device=there, options=build) for name in wanted]
-        replaced = [one for one in manifest.targets if any(one.is_like(target) for target in planned)]
-        if replaced and not force:
-            raise OutputError(f"{root} has {replaced[0]} already: pass --force to replace it")
-        _unpack_timing(bundle, manifest, Path(folder))
+        replaced = _check_planned(bundle, planned, force=force)
+        _unpack_timing(bundle, Path(folder))
         try:
             added = [build_into(writer, sources, name, device=there, options=build) for name in wanted]
         except BaseException:
-            _commit(writer, manifest, (), (), Path(folder))  # the timings only
+            _keep_timing_alone(writer, Path(folder))
             raise
-        _commit(writer, manifest, added, replaced, Path(folder))
+        _commit(writer, added, replaced, keep_timing(writer, Path(folder)))
     return Bundle.open(root), added
+
+
+def _check_planned(bundle: Bundle, planned: Sequence[Target], *, force: bool) -> list[Target]:
+    """The bundle's targets that will be replaced."""
+    for index, target in enumerate(planned):
+        if any(target.is_like(other) for other in planned[:index]):
+            raise InputError(f"{target} is asked for twice: name it once")
+    replaced = [one for one in bundle.manifest.targets if any(one.is_like(target) for target in planned)]
+    if replaced and not force:
+        raise OutputError(f"{bundle.root} has {replaced[0]} already: pass --force to replace it")
+    return replaced
 
 
 def _sizes(bundle: Bundle, max_batch: int) -> Mapping[str, Any]:
     level = next((level for level in bundle.manifest.programs if level != UNCACHED), UNCACHED)
     program = bundle.program(level)
+    if program.key.batch is not None and max_batch != 1:
+        raise InputError(
+            f"max-batch is {max_batch}, but the bundle was compiled for batches of {program.key.batch}: leave it out"
+        )
     return size_ranges(program.num_steps, len(program.compute_steps), batch=program.key.batch, max_batch=max_batch)
 
 
-def _unpack_timing(bundle: Bundle, manifest: Manifest, folder: Path) -> None:
+def _unpack_timing(bundle: Bundle, folder: Path) -> None:
     """Let builders find the kernel timings of the bundle."""
-    for key, name in manifest.timing.items():
+    for key, name in bundle.manifest.timing.items():
         (folder / f"{key}.timing").write_bytes(bundle.path(name).read_bytes())
 
 
-def _commit(writer: BundleWriter, old: Manifest, added: Sequence[Target], replaced: Sequence[Target], timing: Path) -> None:
+def _keep_timing_alone(writer: BundleAdder, folder: Path) -> None:
+    """After a build that failed, which is what is to be said, even if the disk is full now."""
+    try:
+        _commit(writer, (), (), keep_timing(writer, folder))
+    except (OSError, OutputError) as error:
+        log.warning("kernel timings are lost: %s", error)
+
+
+def _commit(writer: BundleAdder, added: Sequence[Target], replaced: Sequence[Target], timing: Mapping[str, str]) -> None:
     """Add ``added`` and the timings to the bundle; files that only ``replaced`` had go."""
+    old = writer.bundle.manifest
     targets = (*(one for one in old.targets if one not in replaced), *added)
-    known = keep_timing(writer, timing)
-    used = {artifact.path for target in targets for artifact in target.engines.values()} | set(known.values())
+    used = {artifact.path for target in targets for artifact in target.engines.values()} | set(timing.values())
     before = {artifact.path for target in replaced for artifact in target.engines.values()} | set(old.timing.values())
-    unfinished = set() if added else writer.files.keys() - old.files.keys() - set(known.values())
+    unfinished = set() if added else writer.files.keys() - old.files.keys() - set(timing.values())
     files = {name: entry for name, entry in writer.files.items() if name in used or name not in before | unfinished}
-    writer.commit(replace(old, targets=targets, timing=known, files=files))
+    writer.commit(replace(old, targets=targets, timing=timing, files=files))

@@ -1,5 +1,6 @@
 """Building the engines of one target into a bundle. Needs what its back end needs: for TensorRT neither torch nor onnx."""
 
+import logging
 import platform
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,17 +11,25 @@ from cachec.engines.targets import TargetName
 from cachec.runtime.build import ALL_OPTIONS, BuildOptions, Sources
 from cachec.runtime.bundle import ANY_DEVICE, Artifact, Target
 from cachec.runtime.device import DeviceName
-from cachec.runtime.engine import HOST
+from cachec.runtime.engine import HOST, Engine
 from cachec.runtime.errors import InputError
-from cachec.runtime.write import BundleWriter
+from cachec.runtime.write import Collector
+
+log = logging.getLogger(__name__)
 
 TIMING = "timing"  # folder of kernel timings in a bundle
+
+
+def own_options(backend: type[Engine], options: BuildOptions) -> BuildOptions:
+    """The options that a back end takes; what else is given is for other targets."""
+    plain = BuildOptions()
+    return replace(options, **{name: getattr(plain, name) for name in ALL_OPTIONS if name not in backend.options})
 
 
 def plan_target(sources: Sources, name: TargetName, *, device: DeviceName, options: BuildOptions) -> Target:
     """The target that will be built, without its engines."""
     backend = get_backend(name.backend)
-    there = device_for(name, device)
+    there, options = device_for(name, device), own_options(backend, options)
     return Target(
         backend=backend.name,
         version=backend.version(),
@@ -35,7 +44,7 @@ def plan_target(sources: Sources, name: TargetName, *, device: DeviceName, optio
 
 
 def build_into(
-    writer: BundleWriter, sources: Sources, name: TargetName, *, device: DeviceName = HOST, options: BuildOptions
+    writer: Collector, sources: Sources, name: TargetName, *, device: DeviceName = HOST, options: BuildOptions
 ) -> Target:
     """Build a target's engines into the bundle that ``writer`` collects, and name their files by their hashes.
 
@@ -44,19 +53,22 @@ def build_into(
         EngineError: its library fails.
     """
     target = plan_target(sources, name, device=device, options=options)
+    backend = get_backend(name.backend)
+    options = own_options(backend, options)
     directory = writer.directory(f"engines/{name}-{sources.precision}")
-    files = get_backend(name.backend).build_target(sources, directory, device=device_for(name, device), options=options)
+    files = backend.build_target(sources, directory, device=device_for(name, device), options=options)
     sealed = {path: writer.seal(path) for path in sorted(set(files.values()))}  # several engines may be in one file
     seal_all(writer, directory)
-    strips = options.strip and "strip" in get_backend(name.backend).options
     return replace(
         target,
         engines={key: Artifact(sealed[path], sources.signatures[key]) for key, path in files.items()},
-        weights={key: writer.name_of(path) for key, path in sources.onnx().items()} if strips else {},
+        weights={key: writer.name_of(path) for key, path in sources.onnx().items()} if options.strip else {},
     )
 
 
-def check_build(names: Sequence[TargetName], precision: str, device: DeviceName, options: BuildOptions) -> None:
+def check_build(
+    names: Sequence[TargetName], precision: str, device: DeviceName, options: BuildOptions, *, max_batch: int = 1
+) -> None:
     """Raise ``InputError`` unless all targets can be built here, and every option is for one of them."""
     backends = [get_backend(name.backend) for name in names]
     if unused := options.given() - frozenset().union(*(backend.options for backend in backends)):
@@ -64,7 +76,11 @@ def check_build(names: Sequence[TargetName], precision: str, device: DeviceName,
             f"{', '.join(ALL_OPTIONS[one] for one in sorted(unused))} is for none of the targets {', '.join(map(str, names))}: "
             "leave it out, or add --target tensorrt"
         )
+    if max_batch != 1 and not any(backend.bounded for backend in backends):
+        raise InputError(f"max-batch is {max_batch}, but {', '.join(map(str, names))} takes any batch: leave it out")
     for name, backend in zip(names, backends, strict=True):
+        if options.given() - backend.options:
+            log.warning("%s is not for %s", ", ".join(ALL_OPTIONS[one] for one in options.given() - backend.options), name)
         if backend.only_device not in (None, name.device or backend.only_device):
             raise InputError(f"target {name}: {backend.name} runs on {backend.only_device} only; call it {backend.name}")
         backend.check_build(device_for(name, device), precision, options)
@@ -72,11 +88,14 @@ def check_build(names: Sequence[TargetName], precision: str, device: DeviceName,
 
 def device_for(name: TargetName, device: DeviceName) -> DeviceName:
     """What a target is built for, if the engines are measured on ``device``."""
-    kind = name.device or get_backend(name.backend).only_device or device.kind
+    backend = get_backend(name.backend)
+    if backend.only_device is not None and device.kind != backend.only_device and device != HOST:
+        raise InputError(f"device is {device}, but {backend.name} runs on {backend.only_device} only")
+    kind = name.device or backend.only_device or device.kind
     return device if kind == device.kind else DeviceName(kind)
 
 
-def seal_all(writer: BundleWriter, directory: Path) -> None:
+def seal_all(writer: Collector, directory: Path) -> None:
     """List what else is in a directory: shared weights. An empty directory goes."""
     for extra in sorted(directory.iterdir()):
         if writer.name_of(extra) not in writer.files:
@@ -85,7 +104,7 @@ def seal_all(writer: BundleWriter, directory: Path) -> None:
         directory.rmdir()
 
 
-def keep_timing(writer: BundleWriter, folder: Path) -> dict[str, str]:
+def keep_timing(writer: Collector, folder: Path) -> dict[str, str]:
     """Collect kernel timings; returns their files in the bundle, by the machine that they are of."""
     if not folder.is_dir():
         return {}

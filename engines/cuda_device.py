@@ -6,6 +6,7 @@ The GPU's context is its primary one, which all CUDA libraries of the process sh
 import functools
 import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from math import prod
 from typing import Any
 
@@ -135,6 +136,10 @@ class CudaDevice(Device):
     def capturing(self) -> bool:
         """Are calls being recorded? They must then only queue their work, and neither wait nor allocate."""
         return self._capturing
+
+    def current(self) -> AbstractContextManager[None]:
+        """Makes this GPU the current one of the thread, for libraries that work on that one."""
+        return on_gpu(self._cuda, self.index)
 
     def call(self, name: str, *arguments: Any) -> Any:
         """Call a function of CUDA's runtime on this GPU, whichever is the current one of this thread."""

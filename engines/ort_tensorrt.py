@@ -8,6 +8,7 @@ them in the user's cache.
 import ctypes
 import importlib
 import importlib.metadata
+import importlib.util
 import logging
 from pathlib import Path
 

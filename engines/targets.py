@@ -1,5 +1,6 @@
 """Which target of a bundle runs here: the best that fits, and why the others do not."""
 
+import logging
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,9 @@ from cachec.runtime.bundle import ANY_DEVICE, Target
 from cachec.runtime.device import CPU, CUDA, DeviceName
 from cachec.runtime.engine import Engine
 from cachec.runtime.errors import BundleError, CachecError, unknown_name
+from cachec.runtime.specs import BFLOAT16
+
+log = logging.getLogger(__name__)
 
 PREFERENCE = ("tensorrt", "torch-tensorrt", "tensorrt-rtx", "ort-tensorrt", "aoti", "ort", "inductor", "eager")  # on a GPU
 PREFERENCE_ON_CPU = ("ort", "aoti", "inductor", "eager")  # as measured: bench/RESULTS.md
@@ -40,7 +44,7 @@ class TargetName:
 
     def matches(self, target: Target) -> bool:
         """Is this a name of ``target``?"""
-        return self.backend == target.backend and self.device in (None, target.device)
+        return self.backend == target.backend and (self.device in (None, target.device) or target.device == ANY_DEVICE)
 
 
 ONNX_TARGET = TargetName("ort")  # the ONNX files as they are, from which others are built
@@ -84,7 +88,11 @@ def find_fit(target: Target, device: DeviceName | None = None) -> Fit:
     kinds = (CUDA, CPU) if target.device == ANY_DEVICE else (target.device,)
     wanted = [DeviceName(kind) for kind in kinds] if device is None else [device]
     tried = [_fit_on(target, one) for one in wanted]
-    return next((fit for fit in tried if fit.fits), tried[-1])
+    for fit in tried:
+        if fit.fits:
+            return fit
+        log.info("%s does not run on %s: %s", target, fit.device, fit.reason)
+    return tried[-1]
 
 
 def _fit_on(target: Target, device: DeviceName) -> Fit:
@@ -105,9 +113,15 @@ def _check(target: Target, device: DeviceName) -> type[Engine]:
     backend = get_backend(target.backend)
     if backend.needs_same_version and "version_from" not in target.needs and target.version != (version := backend.version()):
         raise BundleError(f"it was built with {backend.name} {target.version}, here is {version}")
-    backend.check_target(device, target.precision)
+    backend.check_target(device, _precision(target))
     backend.check_needs(target.needs, device)
     return backend
+
+
+def _precision(target: Target) -> str:
+    """What kernels and buffers must be there for: bfloat16 if anything crosses a border in it, slots for example."""
+    specs = [spec for a in target.engines.values() for spec in (*a.signature.inputs, *a.signature.outputs)]
+    return BFLOAT16 if any(spec.dtype == BFLOAT16 for spec in specs) else target.precision
 
 
 def choose_target(
@@ -122,7 +136,9 @@ def choose_target(
     chosen = [target for target in targets if wanted is None or wanted.matches(target)]
     if not chosen:
         have = "; ".join(map(str, targets))
-        raise BundleError(f"it has no target {wanted}, but {have}: build one with cachec add-target --target {wanted}")
+        raise BundleError(f"it has no target {wanted}, but {have}")
+    if device is None and wanted is not None and wanted.device is not None:
+        device = DeviceName(wanted.device)
     fits = [find_fit(target, device) for target in chosen]
     good = sorted((fit for fit in fits if fit.fits), key=lambda fit: fit.rank)
     bad = [fit for fit in fits if not fit.fits]
@@ -134,5 +150,5 @@ def choose_target(
 
 
 def parse_device(text: str | None) -> DeviceName | None:
-    """A device by its name; ``None`` and ``auto`` are for the best that there is."""
+    """A device by its name; ``None`` and ``auto`` are for the first GPU, if a target fits it, or the CPU."""
     return None if text in (None, "auto") else DeviceName.parse(str(text))

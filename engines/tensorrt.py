@@ -7,9 +7,12 @@ import logging
 import shutil
 from abc import abstractmethod
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from cachec.engines import cuda_runtime
 from cachec.engines.cuda_device import CudaBuffer, CudaDevice
 from cachec.engines.gpu import Gpu, cuda_text, find_gpu
 from cachec.engines.onnx_files import build_onnx
@@ -30,30 +33,38 @@ log = logging.getLogger(__name__)
 
 LONG_BUILD = 500e6  # bytes of weights; builds of more take minutes, and say first what they need
 BFLOAT16_FROM = 80  # compute capability
-ANY_SIZES = BuildOptions(sizes=size_ranges(steps=100, computed=17))  # for engines outside a bundle
-HOST_MEMORY, DISK = 3.0, 1.1  # a build takes at most, over the bytes of the weights: docs/tensorrt.md
+ANY_STEPS, ANY_COMPUTED = 1000, 50  # of schedules that engines outside a bundle take, and of those that they are tuned for
+ANY_SIZES = BuildOptions(sizes=size_ranges(ANY_STEPS, ANY_COMPUTED))
+HOST_MEMORY, DISK = 4.0, 1.3  # a build takes at most, over the bytes of the weights: docs/tensorrt.md
 
 
 class TensorRTFamily(Engine):
-    """An engine of one of the two libraries."""
+    """An engine of one of the two libraries, however it was built: how it is described, checked, loaded and run."""
 
     vendor: ClassVar[Library]
-    tunes: ClassVar[bool] = True  # for the GPU that builds
+    tunes: ClassVar[bool]  # for the GPU that builds
     needs_same_version = True
     device_bound = True
     only_device = CUDA
-    from_onnx = True
     bounded = True
-    options = frozenset(ALL_OPTIONS)
 
-    @classmethod
-    def version(cls) -> str:
-        return cls.vendor.version()
+    def __init__(self, native: Native, signature: Signature, device: Device) -> None:
+        super().__init__(native, signature, device)
+        self.scratch_bytes = native.scratch_bytes
 
     @classmethod
     @abstractmethod
     def gpus(cls, device: DeviceName) -> tuple[int, ...]:
         """Compute capabilities of the GPUs that engines which are built here run on."""
+
+    @classmethod
+    @abstractmethod
+    def tensor_names(cls, signature: Signature) -> dict[str, str]:
+        """What engines call our tensors, where it is something else."""
+
+    @classmethod
+    def version(cls) -> str:
+        return cls.vendor.version()
 
     @classmethod
     def tag(cls, device: DeviceName) -> str:
@@ -71,6 +82,11 @@ class TensorRTFamily(Engine):
     def check_needs(cls, needs: Mapping[str, Any], device: DeviceName) -> None:
         if _numbers(cls.version()) < _numbers(needs.get("version_from", "0")):
             raise BundleError(f"it was built with {cls.name} {needs['version_from']}, here is {cls.version()}")
+        if not cls.vendor.can_build() and ("version_from" not in needs or needs.get("stripped")):
+            raise BundleError(
+                f"{cls.vendor.module_name()} runs only engines that are version-compatible and have their weights: "
+                f"install {cls.vendor.modules[0]}"
+            )
         gpu = find_gpu(device)
         if not runs_on(gpu.capability, needs):
             built = ", ".join(f"sm_{sm}" for sm in needs["sm"])
@@ -78,41 +94,8 @@ class TensorRTFamily(Engine):
 
     @classmethod
     def is_made_for(cls, needs: Mapping[str, Any], device: DeviceName) -> bool:
-        return needs.get("gpu") in (None, find_gpu(device).name)
-
-    @classmethod
-    def check_build(cls, device: DeviceName, precision: str, options: BuildOptions) -> None:
-        cls.vendor.load()
-        if device.kind != CUDA:
-            raise InputError(f"device is {device}, but {cls.name} is for NVIDIA GPUs only: leave the device out, or take cuda")
-        for capability in cls.gpus(device):
-            _check_precision(capability, precision)
-
-    @classmethod
-    def build(
-        cls,
-        programs: Mapping[str, "ExportedProgram"],
-        signatures: Mapping[str, Signature],
-        out: Path,
-        *,
-        device: DeviceName = HOST,
-    ) -> dict[str, Path]:
-        """Write ONNX files into ``out``, and engines beside them, for one sample a call and schedules of up to 100 steps."""
-        onnx = build_onnx(programs, signatures, out)
-        return cls._build(onnx, signatures, out, {name: f"{name}.plan" for name in onnx}, ANY_SIZES)
-
-    @classmethod
-    def build_target(
-        cls, sources: Sources, out: Path, *, device: DeviceName = HOST, options: BuildOptions = DEFAULTS
-    ) -> dict[str, Path]:
-        onnx, tag = sources.onnx(), cls.tag(device)
-        names = {name: f"{name}-{tag}-{sources.precision}-{sources.size}.plan" for name in onnx}
-        check_room(onnx, out, options)
-        if options.compatibility != "none":
-            log.warning(
-                "hardware compatibility %s costs some speed: some kernels and fusions are left out", options.compatibility
-            )
-        return cls._build(onnx, sources.signatures, out, names, options, timing=f"{cls.name}-{tag}.timing")
+        portable = "compatibility" in needs or "version_from" in needs
+        return not portable and needs.get("gpu") in (None, find_gpu(device).name)
 
     @classmethod
     def needs(cls, device: DeviceName, options: BuildOptions) -> dict[str, Any]:
@@ -123,23 +106,9 @@ class TensorRTFamily(Engine):
             needs["compatibility"] = options.compatibility
         if options.version_compatible:
             needs["version_from"] = cls.version()
+        if options.strip:
+            needs["stripped"] = True
         return needs
-
-    @classmethod
-    def _build(
-        cls,
-        onnx: Mapping[str, Path],
-        signatures: Mapping[str, Signature],
-        out: Path,
-        names: Mapping[str, str],
-        options: BuildOptions,
-        timing: str | None = None,
-    ) -> dict[str, Path]:
-        folder = options.timing_cache if cls.vendor.keeps_timings else None
-        builder = EngineBuilder(cls.vendor.load(), options, folder / timing if folder and timing else None)
-        for name, path in onnx.items():
-            builder.build(name, path, signatures[name], out / names[name])
-        return {name: out / file for name, file in names.items()}
 
     @classmethod
     def load(
@@ -154,23 +123,18 @@ class TensorRTFamily(Engine):
     ) -> dict[str, Self]:
         module, there = cls.vendor.load(), CudaDevice(device.index, captures=True)
         engines = {}
-        for name, path in files.items():
-            native = load_native(
-                module,
-                path,
-                signatures[name],
-                onnx=weights.get(name),
-                host_code="version_from" in needs,
-                names=cls.tensor_names(signatures[name]),
-            )
-            engines[name] = cls(native, signatures[name], there)
-            engines[name].scratch_bytes = native.scratch_bytes
+        with there.current():
+            for name, path in files.items():
+                native = load_native(
+                    module,
+                    path,
+                    signatures[name],
+                    onnx=weights.get(name),
+                    host_code="version_from" in needs,
+                    names=cls.tensor_names(signatures[name]),
+                )
+                engines[name] = cls(native, signatures[name], there)
         return engines
-
-    @classmethod
-    def tensor_names(cls, signature: Signature) -> dict[str, str]:
-        """What engines call our tensors, where it is something else."""
-        return {}
 
     def _context(self, native: Native, device: Device, scratch: Buffer | None) -> ExecutionContext:
         assert isinstance(device, CudaDevice)
@@ -178,32 +142,105 @@ class TensorRTFamily(Engine):
         return TensorRTContext(native, self.signature, device, scratch)
 
 
-class TensorRTEngine(TensorRTFamily):
+class BuiltFromOnnx(TensorRTFamily):
+    """Engines that are built from ONNX files."""
+
+    from_onnx = True
+
+    @classmethod
+    @abstractmethod
+    def place(cls, device: DeviceName) -> AbstractContextManager[Any]:
+        """Makes the GPU that is built for the current one of a thread."""
+
+    @classmethod
+    def tensor_names(cls, signature: Signature) -> dict[str, str]:
+        return {}
+
+    @classmethod
+    def build(
+        cls,
+        programs: Mapping[str, "ExportedProgram"],
+        signatures: Mapping[str, Signature],
+        out: Path,
+        *,
+        device: DeviceName = HOST,
+    ) -> dict[str, Path]:
+        """Write ONNX files into ``out``, and engines beside them, for one sample a call and any schedule."""
+        onnx = build_onnx(programs, signatures, out)
+        builder = EngineBuilder(cls.vendor.load(), ANY_SIZES, None, partial(cls.place, device))
+        return _build_all(builder, onnx, signatures, {name: out / f"{name}.plan" for name in onnx})
+
+    @classmethod
+    def build_target(
+        cls, sources: Sources, out: Path, *, device: DeviceName = HOST, options: BuildOptions = DEFAULTS
+    ) -> dict[str, Path]:
+        onnx, tag = sources.onnx(), cls.tag(device)
+        check_room(onnx, out, options)
+        if options.compatibility != "none":
+            log.warning(
+                "hardware compatibility %s costs some speed: some kernels and fusions are left out", options.compatibility
+            )
+        folder = options.timing_cache if cls.vendor.keeps_timings else None
+        timing = None if folder is None else folder / f"{cls.name}-{tag}.timing"
+        builder = EngineBuilder(cls.vendor.load(), options, timing, partial(cls.place, device))
+        files = {name: out / f"{name}-{tag}-{sources.precision}-{sources.size}.plan" for name in onnx}
+        return _build_all(builder, onnx, sources.signatures, files)
+
+
+def _build_all(
+    builder: EngineBuilder, onnx: Mapping[str, Path], signatures: Mapping[str, Signature], files: Mapping[str, Path]
+) -> dict[str, Path]:
+    for name, path in onnx.items():
+        builder.build(name, path, signatures[name], files[name])
+    return dict(files)
+
+
+class TensorRTEngine(BuiltFromOnnx):
     """TensorRT 11: engines for the GPU that builds them."""
 
     name = "tensorrt"
     vendor = TENSORRT
+    tunes = True
+    options = frozenset(ALL_OPTIONS)
 
     @classmethod
     def gpus(cls, device: DeviceName) -> tuple[int, ...]:
-        return (find_gpu(device).capability,)
+        return this_gpu(device)
+
+    @classmethod
+    def place(cls, device: DeviceName) -> AbstractContextManager[Any]:
+        return cuda_runtime.on_gpu(cuda_runtime.runtime(), device.index)
 
     @classmethod
     def check_build(cls, device: DeviceName, precision: str, options: BuildOptions) -> None:
         cls.check_target(device, precision)
+        cls.vendor.check_builder()
 
 
-class TensorRTRtxEngine(TensorRTFamily):
+class TensorRTRtxEngine(BuiltFromOnnx):
     """TensorRT for RTX: built without a GPU, finished on the user's when it is loaded."""
 
     name = "tensorrt-rtx"
-    tunes = False
     vendor = TENSORRT_RTX
+    tunes = False
     options = frozenset(("level", "workspace"))
 
     @classmethod
     def gpus(cls, device: DeviceName) -> tuple[int, ...]:
         return cls.vendor.gpus
+
+    @classmethod
+    def place(cls, device: DeviceName) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    @classmethod
+    def check_build(cls, device: DeviceName, precision: str, options: BuildOptions) -> None:
+        cls.vendor.check_builder()
+
+
+def this_gpu(device: DeviceName) -> tuple[int, ...]:
+    """The compute capability of the GPU that engines are built on, and run on."""
+    return (find_gpu(device).capability,)
 
 
 def runs_on(capability: int, needs: Mapping[str, Any]) -> bool:
@@ -242,7 +279,7 @@ def check_room(onnx: Mapping[str, Path], out: Path, options: BuildOptions) -> No
     free = shutil.disk_usage(out).free
     log.log(
         logging.WARNING if weights > LONG_BUILD else logging.INFO,
-        "building takes up to %.1f GB of memory, about as much on the GPU, and %.1f GB of disk (%.1f GB are free)",
+        "building takes up to %.1f GB of memory and %.1f GB of disk (%.1f GB are free)",
         HOST_MEMORY * weights / 1e9, disk / 1e9, free / 1e9,
     )  # fmt: skip
     if disk > free:

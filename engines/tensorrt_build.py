@@ -7,13 +7,13 @@ number are fixed, the others get one optimisation profile.
 import logging
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
@@ -33,11 +33,15 @@ COMPATIBILITY = {"none": "NONE", "same-capability": "SAME_COMPUTE_CAPABILITY", "
 
 @dataclass(frozen=True)
 class EngineBuilder:
-    """Builds engines with one library and one set of options. ``timing``: file with kernel timings, which is added to."""
+    """Builds engines with one library and one set of options. ``timing``: file with kernel timings, which is added to.
+
+    ``place`` makes the GPU that is built for the current one of a thread.
+    """
 
     library: ModuleType
     options: BuildOptions
     timing: Path | None = None
+    place: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     def build(self, name: str, onnx: Path, signature: Signature, out: Path) -> None:
         """Build the engine of one ONNX file and write it to ``out``. Interrupted, it keeps the timings and writes nothing.
@@ -46,7 +50,8 @@ class EngineBuilder:
             EngineError: the parser rejects a node, or the builder fails; with the library's reasons.
         """
         start = time.perf_counter()
-        draft = self.prepare(name, onnx, signature)
+        with self.place():
+            draft = self.prepare(name, onnx, signature)
         with self._timings(draft.config):
             plan = self._run(draft, name)
         if plan is None:
@@ -62,6 +67,7 @@ class EngineBuilder:
             EngineError: there is no builder here, or the parser rejects a node; with the reason.
         """
         reports = reports_of(self.library)
+        reports.clear()
         builder = self._builder(reports)
         network: trt.INetworkDefinition = builder.create_network(0)
         parser = self.library.OnnxParser(network, reports.logger)
@@ -118,8 +124,8 @@ class EngineBuilder:
             yield
             return
         known = self.timing.read_bytes() if self.timing.is_file() else b""
-        cache: trt.ITimingCache = config.create_timing_cache(known)
-        if not config.set_timing_cache(cache, False):
+        cache: trt.ITimingCache | None = config.create_timing_cache(known)
+        if cache is None or not config.set_timing_cache(cache, False):
             log.warning("kernel timings in %s are of another GPU or version: measured anew", self.timing.name)
             config.set_timing_cache(config.create_timing_cache(b""), False)
         try:
@@ -133,7 +139,7 @@ class EngineBuilder:
         cancelled = threading.Event()
         draft.config.progress_monitor = make_monitor(self.library, name, cancelled)
         with ThreadPoolExecutor(1) as pool:
-            future = pool.submit(lambda: draft.builder.build_serialized_network(draft.network, draft.config))
+            future = pool.submit(self._run_here, draft)
             try:
                 plan: trt.IHostMemory | None = future.result()
             except KeyboardInterrupt:
@@ -141,6 +147,10 @@ class EngineBuilder:
                 future.result()
                 raise
         return plan
+
+    def _run_here(self, draft: "Draft") -> "trt.IHostMemory | None":
+        with self.place():  # each thread begins with the first GPU
+            return draft.builder.build_serialized_network(draft.network, draft.config)
 
 
 @dataclass(frozen=True, eq=False)

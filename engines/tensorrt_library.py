@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+LEAN = "tensorrt_lean"
 NO_MEMORY = ("out of memory", "outofmemory", "insufficient memory", "failed_allocation", "bad_alloc", "cannot allocate")
 
 
@@ -40,6 +41,10 @@ class Library:
     gpus: tuple[int, ...] = ()
     keeps_timings: bool = True
 
+    def module_name(self) -> str | None:
+        """Name of the module that is installed, if one is."""
+        return next((name for name in self.modules if importlib.util.find_spec(name) is not None), None)
+
     def load(self) -> ModuleType:
         """The module.
 
@@ -47,7 +52,7 @@ class Library:
             MissingExtraError: it is not installed, or its shared libraries do not load; with the reason.
             InputError: it is of another major version.
         """
-        found = next((name for name in self.modules if importlib.util.find_spec(name) is not None), None)
+        found = self.module_name()
         if found is None:
             raise missing_extra(self.modules[0], self.extra, f"the {self.name} backend")
         try:
@@ -64,12 +69,22 @@ class Library:
             )
         return module
 
+    def can_build(self) -> bool:
+        """Has the module a builder and a parser? NVIDIA's lean one only runs engines."""
+        return self.module_name() != LEAN
+
+    def check_builder(self) -> None:
+        """Raise ``InputError`` unless engines can be built with the module."""
+        self.load()
+        if not self.can_build():
+            raise InputError(f"{LEAN} runs engines, but has no builder: pip install 'cachec[{self.extra}]'")
+
     def version(self) -> str:
         """The version of the installed module."""
         return str(self.load().__version__)
 
 
-TENSORRT = Library("tensorrt", ("tensorrt", "tensorrt_lean"), "tensorrt", major=11, driver=(13, 1))
+TENSORRT = Library("tensorrt", ("tensorrt", LEAN), "tensorrt", major=11, driver=(13, 1))
 TENSORRT_RTX = Library(
     "tensorrt-rtx",
     ("tensorrt_rtx", "tensorrt_rtx_bindings"),
@@ -98,6 +113,10 @@ class Reports:
 
         self._errors = errors
         self.logger: trt.ILogger = Messages()
+
+    def clear(self) -> None:
+        """Forget what it said until now: what comes next begins."""
+        self._errors.clear()
 
     def error(self, what: str) -> EngineError:
         """An error about ``what``, with all that the library said about it."""

@@ -60,6 +60,7 @@ def load_native(
     if not path.stat().st_size:
         raise BundleError(f"{path.name} is empty: build it again with cachec add-target --force")
     reports = reports_of(library)
+    reports.clear()
     runtime: trt.Runtime = library.Runtime(reports.logger)
     if host_code:
         runtime.engine_host_code_allowed = True
@@ -80,10 +81,13 @@ def _refit(library: ModuleType, engine: "trt.ICudaEngine", path: Path, onnx: Pat
         raise BundleError(f"{path.name} was built without weights, and the bundle names none for it: compile the bundle again")
     refitter: trt.Refitter = library.Refitter(engine, reports.logger)
     parser: trt.OnnxParserRefitter = library.OnnxParserRefitter(refitter, reports.logger)
-    if not parser.refit_from_file(str(onnx)) or not refitter.refit_cuda_engine():
-        raise BundleError(f"{path.name}: {reports.error(f'load the weights of {onnx.name}')}")
+    if not parser.refit_from_file(str(onnx)):
+        found = [parser.get_error(index).desc() for index in range(parser.num_errors)]
+        raise BundleError(f"{path.name} does not take the weights of {onnx.name}: {'; '.join(found)}: build it again")
     if missing := refitter.get_missing_weights():
-        raise BundleError(f"{path.name} lacks weights that {onnx.name} does not have: {', '.join(missing[:5])}: build it again")
+        raise BundleError(f"{path.name} needs weights that {onnx.name} does not have, {', '.join(missing[:5])}: build it again")
+    if not refitter.refit_cuda_engine():
+        raise BundleError(f"{path.name}: {reports.error(f'load the weights of {onnx.name}')}")
 
 
 def _check_tensors(native: Native, signature: Signature, path: Path) -> None:
@@ -143,7 +147,8 @@ class TensorRTContext(ExecutionContext):
 
     def _shaped(self, shapes: Shapes) -> "_Shaped":
         if shapes not in self._contexts:
-            self._contexts[shapes] = _Shaped(self._native, shapes, self._scratch)
+            with self._device.current():
+                self._contexts[shapes] = _Shaped(self._native, shapes, self._scratch)
         return self._contexts[shapes]
 
     def _aligned(self, buffers: Mapping[str, CudaBuffer]) -> tuple[list[tuple[CudaBuffer, CudaBuffer]], dict[str, CudaBuffer]]:
@@ -168,6 +173,7 @@ class _Shaped:
 
     def __init__(self, native: Native, shapes: Shapes, scratch: CudaBuffer | None) -> None:
         self._reports = reports_of(native.library)
+        self._reports.clear()
         strategy = native.library.ExecutionContextAllocationStrategy.USER_MANAGED
         context: trt.IExecutionContext | None = native.engine.create_execution_context(strategy)
         if context is None:
@@ -208,7 +214,8 @@ class Steps:
         """Queue all of it."""
         for source, target in self.before:
             device.upload(source, target)
-        self.enqueue()
+        with device.current():
+            self.enqueue()
         for source, target in self.after:
             device.upload(source, target)
 

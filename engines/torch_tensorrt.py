@@ -13,8 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from cachec.engines.gpu import find_gpu
-from cachec.engines.tensorrt import ANY_SIZES, TensorRTFamily
+from cachec.engines.tensorrt import ANY_SIZES, TensorRTFamily, this_gpu
 from cachec.engines.tensorrt_build import shape_range
 from cachec.engines.tensorrt_library import TENSORRT
 from cachec.runtime.build import BuildOptions, SizeRange, Sources
@@ -46,12 +45,12 @@ class TorchTensorRTEngine(TensorRTFamily):
 
     name = "torch-tensorrt"
     vendor = TENSORRT
-    from_onnx = False
+    tunes = True
     options = frozenset(("level", "workspace", "compatibility", "version_compatible"))
 
     @classmethod
     def gpus(cls, device: DeviceName) -> tuple[int, ...]:
-        return (find_gpu(device).capability,)
+        return this_gpu(device)
 
     @classmethod
     def check_build(cls, device: DeviceName, precision: str, options: BuildOptions) -> None:
@@ -69,7 +68,7 @@ class TorchTensorRTEngine(TensorRTFamily):
         *,
         device: DeviceName = HOST,
     ) -> dict[str, Path]:
-        """Write an engine for each program into ``out``, for one sample a call and schedules of up to 100 steps."""
+        """Write an engine for each program into ``out``, for one sample a call and any schedule."""
         names = {name: f"{name}.plan" for name in programs}
         return _convert(programs, signatures, {name: out / file for name, file in names.items()}, device, ANY_SIZES, None)
 

@@ -168,7 +168,7 @@ class Bundle:
         Raises:
             BundleError: it is not a bundle, damaged, incomplete, unsafe, or of another format version.
         """
-        bundle = cls(root, _read_manifest(root))
+        bundle = cls(root, cls.read_manifest(root))
         for name, entry in bundle.manifest.files.items():
             _check_file(bundle.path(name), entry, verify=verify)
         return bundle
@@ -197,6 +197,11 @@ class Bundle:
     def target(self) -> Target:
         """The first target. All have the same graphs, so that names and shapes can be read off any."""
         return self.manifest.targets[0]
+
+    @staticmethod
+    def read_manifest(root: Path) -> Manifest:
+        """The manifest alone; its files are not looked at."""
+        return _read_manifest(root)
 
 
 def _read_manifest(root: Path) -> Manifest:

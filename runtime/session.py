@@ -53,7 +53,8 @@ class LoadedBundle:
         """
         if batch > (most := self.target.sizes.get("batch", (batch,))[-1]):
             raise InputError(
-                f"batch is {batch}; the engines of {self.target} take up to {most}: compile with --max-batch {batch}"
+                f"batch is {batch}; the engines of {self.target} take up to {most}: build them with --max-batch {batch}, "
+                "or take another target"
             )
         return Session(self.engines, self.programs[self.check_level(level)], self.io, batch=batch, for_sampler=for_sampler)
 

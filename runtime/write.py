@@ -3,75 +3,28 @@
 import json
 import os
 import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from safetensors.numpy import save
 
-from cachec.runtime.bundle import FORMAT, MANIFEST, Manifest, hash_file, replace_file
+from cachec.runtime.bundle import FORMAT, MANIFEST, Bundle, Manifest, hash_file, replace_file
 from cachec.runtime.errors import OutputError
 from cachec.runtime.program import Program
 
-OWNER = "owner"  # file with the number of the process that adds to a bundle
+STAGING = ".adding"  # folder in a bundle that is being added to
+COLLECTED = ("engines", "timing")  # folders of a bundle in which nothing lies that the manifest does not list
 
 
-class BundleWriter:
-    """Collects files in a hidden directory beside ``out`` and moves them in at the end; a context manager.
+class Collector(ABC):
+    """Files for a bundle at ``out``, collected in a folder of their own, ``staging``, until they are moved in at once."""
 
-    The manifest goes last. Leaving the block without :meth:`commit` removes everything that was collected; a process that
-    is killed leaves the hidden directory, which the next build into the same place removes.
-
-    ``onto``: add to this bundle, which lies at ``out``, instead of making one. One process at a time can.
-    """
-
-    def __init__(self, out: Path, *, force: bool, onto: Manifest | None = None) -> None:
-        if onto is None:
-            check_output(out, force=force)
-        self.out = out
-        self._force, self._onto = force, onto
-        self._prefix = f".{out.name}.building-"
-        self.staging = out.parent / (f".{out.name}.adding" if onto else f"{self._prefix}{os.getpid()}")
-        self.files: dict[str, dict[str, Any]] = {} if onto is None else {name: dict(e) for name, e in onto.files.items()}
-
-    def __enter__(self) -> Self:
-        try:
-            self.out.parent.mkdir(parents=True, exist_ok=True)
-            if self._onto is None:
-                self._remove_leftovers()
-                self.staging.mkdir()
-            else:
-                self._lock()
-        except OSError as error:
-            raise OutputError(f"cannot write to {self.out.parent}: {error}. Choose another place with -o") from error
-        return self
-
-    def _remove_leftovers(self) -> None:
-        for path in list(self.out.parent.iterdir()):
-            owner = path.name.removeprefix(self._prefix)
-            if path.name.startswith(self._prefix) and owner.isdigit() and not _is_other_process(int(owner)):
-                shutil.rmtree(path)
-
-    def _lock(self) -> None:
-        """Make the staging directory, whose existence keeps others out; one of a dead process is moved away first."""
-        owner = self.staging / OWNER
-        try:
-            self.staging.mkdir()
-        except FileExistsError:
-            who = owner.read_text(encoding="utf-8") if owner.is_file() else ""
-            if not who.isdigit() or _is_other_process(int(who)):
-                raise OutputError(
-                    f"process {who or 'unknown'} is adding a target to {self.out}: wait until it is done, or, if it was on "
-                    f"another machine and is dead, remove {self.staging}"
-                ) from None
-            dead = self.staging.with_name(f"{self._prefix}{os.getpid()}")
-            self.staging.rename(dead)  # of two processes that both found it dead, one fails here
-            shutil.rmtree(dead)
-            self.staging.mkdir()
-        owner.write_text(str(os.getpid()), encoding="utf-8")
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        shutil.rmtree(self.staging, ignore_errors=True)
+    out: Path
+    staging: Path
+    files: dict[str, dict[str, Any]]
 
     def name_of(self, path: Path) -> str:
         """Name in the bundle of a file that lies in it, or was collected for it."""
@@ -108,25 +61,124 @@ class BundleWriter:
             "arrays": self.add_bytes(f"programs/{level}.safetensors", save(program.arrays())),
         }
 
+    @abstractmethod
     def commit(self, manifest: Manifest) -> None:
-        """Move the files to ``out``, then the manifest; then remove files that only the replaced manifest names."""
-        if self._onto is None:
-            check_output(self.out, force=self._force)
-        replaced = _listed_files(self.out)
+        """Move the files in, then the manifest; then remove what it no longer names."""
+
+    def _move_in(self, manifest: Manifest) -> None:
         try:
-            for name in [name for name in self.files if self._onto is None or (self.staging / name).exists()]:
+            for name in [name for name in self.files if (self.staging / name).exists()]:
                 target = self.out / name
                 target.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(self.staging / name, target)
             replace_file(self.out / MANIFEST, json.dumps(manifest.to_json(), indent=1).encode())
         except OSError as error:
             raise OutputError(f"cannot write the bundle to {self.out}: {error}") from error
-        for name in sorted(replaced - set(manifest.files)):
+
+    def _remove(self, names: Iterable[str]) -> None:
+        for name in sorted(names):
             (self.out / name).unlink(missing_ok=True)
             parent = (self.out / name).parent
             while parent != self.out and not any(parent.iterdir()):
                 parent.rmdir()
                 parent = parent.parent
+
+
+class BundleWriter(Collector):
+    """Makes a bundle; a context manager. Files are collected in a hidden directory beside ``out``.
+
+    Leaving the block without :meth:`commit` removes everything that was collected; a process that is killed leaves the hidden
+    directory, which the next build into the same place removes.
+    """
+
+    def __init__(self, out: Path, *, force: bool) -> None:
+        check_output(out, force=force)
+        self.out = out
+        self._force = force
+        self._prefix = f".{out.name}.building-"
+        self.staging = out.parent / f"{self._prefix}{os.getpid()}"
+        self.files = {}
+
+    def __enter__(self) -> Self:
+        try:
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            for path in list(self.out.parent.iterdir()):
+                owner = path.name.removeprefix(self._prefix)
+                if path.name.startswith(self._prefix) and owner.isdigit() and not _is_other_process(int(owner)):
+                    shutil.rmtree(path)
+            self.staging.mkdir()
+        except OSError as error:
+            raise OutputError(f"cannot write to {self.out.parent}: {error}. Choose another place with -o") from error
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        shutil.rmtree(self.staging, ignore_errors=True)
+
+    def commit(self, manifest: Manifest) -> None:
+        check_output(self.out, force=self._force)
+        replaced = _listed_files(self.out)
+        self._move_in(manifest)
+        self._remove(replaced - set(manifest.files))
+
+
+class BundleAdder(Collector):
+    """Adds to a bundle that exists; a context manager. ``bundle`` is as it was when the lock was had.
+
+    The lock is on the directory itself and goes with the process, however that ends; one process at a time has it, also on
+    machines that share the disk. Files are collected inside the bundle; what a killed process left there is removed.
+
+    Raises:
+        BundleError: there is no bundle, or it is damaged.
+        OutputError: another process adds to it, or it cannot be written.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.out = root.resolve()
+        self.staging = self.out / STAGING
+        self._lock: int | None = None
+
+    def __enter__(self) -> Self:
+        if not self.out.is_dir():
+            Bundle.open(self.out)  # which says what is wrong
+        try:
+            self._lock = _lock_directory(self.out)
+            self.bundle = Bundle.open(self.out)
+            shutil.rmtree(self.staging, ignore_errors=True)
+            self.staging.mkdir()
+        except BlockingIOError as error:
+            raise OutputError(f"another process is adding a target to {self.out}: wait until it is done") from error
+        except OSError as error:
+            raise OutputError(f"cannot write to the bundle {self.out}: {error}. Add to a copy of it") from error
+        self.files = {name: dict(entry) for name, entry in self.bundle.manifest.files.items()}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        shutil.rmtree(self.staging, ignore_errors=True)
+        if self._lock is not None:
+            os.close(self._lock)
+
+    def commit(self, manifest: Manifest) -> None:
+        if Bundle.read_manifest(self.out) != self.bundle.manifest:
+            raise OutputError(f"{self.out} was replaced meanwhile, by cachec compile --force: add the target again")
+        self._move_in(manifest)
+        found = {self.name_of(path) for folder in COLLECTED for path in (self.out / folder).rglob("*") if path.is_file()}
+        listed = {name for name in self.bundle.manifest.files if (self.out / name).is_file()}
+        self._remove((found | listed) - set(manifest.files))
+
+
+def _lock_directory(path: Path) -> int | None:
+    """A descriptor whose lock no other process has; ``BlockingIOError`` if one has it. Windows has no such locks."""
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 def check_output(out: Path, *, force: bool) -> None:

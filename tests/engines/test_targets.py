@@ -11,10 +11,11 @@ from cachec.engines.gpu import Gpu
 from cachec.engines.targets import ONNX_TARGET, TargetName, choose_target, find_fit
 from cachec.engines.tensorrt import TensorRTEngine, TensorRTRtxEngine, runs_on
 from cachec.engines.tensorrt_library import Library
-from cachec.runtime.bundle import ANY_DEVICE, Target
+from cachec.runtime.bundle import ANY_DEVICE, Artifact, Target
 from cachec.runtime.device import DeviceName
 from cachec.runtime.engine import DEFAULTS
 from cachec.runtime.errors import BundleError, InputError, MissingExtraError
+from cachec.runtime.specs import Signature, TensorSpec
 
 OS = platform.system().lower()
 CPU, GPU = DeviceName("cpu"), DeviceName("cuda")
@@ -42,6 +43,7 @@ def with_gpu(monkeypatch):
 
     monkeypatch.setattr("cachec.engines.tensorrt.find_gpu", find)
     monkeypatch.setattr(Library, "load", lambda self: None)
+    monkeypatch.setattr(Library, "module_name", lambda self: "tensorrt")
     monkeypatch.setattr(Library, "version", lambda self: "11.0.0.114")
     monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider"])
     return gpus
@@ -51,6 +53,23 @@ def test_the_engine_for_this_gpu_is_taken(with_gpu):
     fit, others = choose_target([ORT, SM89, SM90])
     assert (fit.target, fit.device, fit.backend) == (SM90, GPU, TensorRTEngine)
     assert [(other.target, other.reason) for other in others] == [(SM89, "it was built for sm_89, and NVIDIA H200 is sm_90")]
+
+
+def test_the_lean_runtime_runs_what_is_version_compatible_and_has_its_weights(with_gpu, monkeypatch):
+    monkeypatch.setattr(Library, "module_name", lambda self: "tensorrt_lean")
+    assert find_fit(target("tensorrt", "cuda", sm=[90], version_from="11.0.0.114")).fits
+    for needs in ({}, {"version_from": "11.0.0.114", "stripped": True}):
+        assert find_fit(target("tensorrt", "cuda", sm=[90], **needs)).reason.startswith(
+            "tensorrt_lean runs only engines that are"
+        )
+    with pytest.raises(InputError, match="tensorrt_lean runs engines, but has no builder"):
+        TensorRTEngine.check_build(GPU, "float32", DEFAULTS)
+
+
+def test_slots_in_bfloat16_do_not_run_on_onnx_runtime_on_the_cpu():
+    spec = TensorSpec("feature", ("batch", 4), "bfloat16")
+    engines = {"compute": Artifact("compute.onnx", Signature((), (spec,)))}
+    assert "bfloat16 is what ONNX Runtime has no kernels for" in find_fit(replace(ORT, engines=engines), CPU).reason
 
 
 def test_the_order_of_targets_does_not_matter(with_gpu):
@@ -170,7 +189,8 @@ def test_other_names_are_refused(text):
 def test_names_match_targets():
     assert ONNX_TARGET.matches(ORT)
     assert TargetName("ort", "cuda").matches(target("ort", "cuda"))
-    assert not TargetName("ort", "cuda").matches(ORT)
+    assert TargetName("ort", "cuda").matches(ORT)  # which then has to run there
+    assert not TargetName("ort", "cuda").matches(target("ort", "cpu"))
 
 
 def test_rtx_engines_name_the_gpus_that_they_are_for():

@@ -15,9 +15,12 @@ from toy_bundle import SCHEDULE, STEPS, add_predictor, split_toy, toy_program, w
 from cachec.cli import main
 from cachec.compiler.methods.taylor import Taylor
 from cachec.engines.add_target import add_targets
+from cachec.engines.build import own_options
 from cachec.engines.ort import OrtEngine
+from cachec.engines.tensorrt import TensorRTRtxEngine
 from cachec.engines.tensorrt_build import EngineBuilder, make_monitor
 from cachec.engines.tensorrt_library import TENSORRT_RTX, Reports
+from cachec.runtime import write
 from cachec.runtime.build import BuildOptions
 from cachec.runtime.bundle import Bundle
 from cachec.runtime.errors import BundleError, EngineError, InputError, OutputError
@@ -170,6 +173,8 @@ def test_bundles_without_onnx_files_cannot_be_added_to(split, tmp_path):
         (["tensorrt-rtx"], {"optimization_level": 9}, "optimization-level is 9"),
         (["tensorrt-rtx"], {"workspace": -1}, "workspace is -1 GB"),
         (["tensorrt-rtx"], {"max_batch": 0}, "max-batch is 0"),
+        (["tensorrt-rtx"], {"device": "cpu"}, "device is cpu, but what add-target builds runs on NVIDIA GPUs only"),
+        (["tensorrt-rtx", "tensorrt-rtx-cuda"], {}, "is asked for twice: name it once"),
         (["tensorrt-rtx"], {"hardware_compatibility": "ampere"}, "unknown hardware compatibility 'ampere'. Did you mean"),
     ],
 )
@@ -180,18 +185,72 @@ def test_impossible_wishes_leave_the_bundle_alone(bundle, names, options, messag
     assert Bundle.open(bundle, verify=True).manifest == before
 
 
-def test_only_one_process_adds_to_a_bundle(bundle):
-    lock = bundle.with_name(f".{bundle.name}.adding")
-    lock.mkdir()
-    (lock / "owner").write_text("1")  # always alive
-    with pytest.raises(OutputError, match="process 1 is adding a target to .*: wait until it is done"):
+HOLDER = (
+    "import fcntl, os, sys, time\n"
+    "fcntl.flock(os.open(sys.argv[1], os.O_RDONLY), fcntl.LOCK_EX)\n"
+    "print(flush=True)\n"
+    "time.sleep(60)\n"
+)
+
+
+def test_only_one_process_adds_to_a_bundle(bundle, monkeypatch):
+    """However its path is written; a process that is killed blocks nobody."""
+    (bundle / ".adding").mkdir()  # what it leaves
+    link = bundle.with_name("link.cachec")
+    link.symlink_to(bundle)
+    with subprocess.Popen([sys.executable, "-c", HOLDER, str(bundle)], stdout=subprocess.PIPE) as holder:
+        holder.stdout.readline()
+        monkeypatch.chdir(bundle)
+        for path in (bundle, link, Path()):
+            with pytest.raises(OutputError, match="another process is adding a target to .*: wait until it is done"):
+                add_targets(path, ["tensorrt-rtx"])
+        holder.kill()
+    add_targets(link, ["tensorrt-rtx"])
+    assert len(Bundle.open(bundle, verify=True).manifest.targets) == 2
+    assert not list(bundle.glob(".*"))
+
+
+def test_what_another_process_added_meanwhile_stays(bundle, monkeypatch):
+    """The bundle is read when the lock is had, not before."""
+    other = shutil.copytree(bundle, bundle.with_name("other.cachec"))
+    add_targets(other, ["tensorrt-rtx"])
+    added = Bundle.open(other).manifest
+
+    def late(path, real=write._lock_directory):
+        shutil.copytree(other, bundle, dirs_exist_ok=True)
+        return real(path)
+
+    monkeypatch.setattr(write, "_lock_directory", late)
+    with pytest.raises(OutputError, match="already: pass --force"):
         add_targets(bundle, ["tensorrt-rtx"])
-    assert lock.is_dir()
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    (lock / "owner").write_text(str(dead.pid))
+    assert Bundle.open(bundle, verify=True).manifest == added
+
+
+def test_a_bundle_that_is_replaced_meanwhile_is_left_alone(bundle, ort_bundles, monkeypatch):
+    def replaced(self, name, *rest, real=EngineBuilder.build):
+        shutil.rmtree(bundle / "programs")
+        shutil.copytree(ort_bundles["output"], bundle, dirs_exist_ok=True)
+        monkeypatch.undo()
+        real(self, name, *rest)
+
+    monkeypatch.setattr(EngineBuilder, "build", replaced)
+    with pytest.raises(OutputError, match="was replaced meanwhile"):
+        add_targets(bundle, ["tensorrt-rtx"])
+    assert Bundle.open(bundle, verify=True).manifest == Bundle.open(ort_bundles["output"]).manifest
+
+
+def test_files_of_a_killed_build_go_with_the_next(bundle):
+    lost = bundle / "engines" / "tensorrt-rtx-float32" / "compute-lost.plan"
+    lost.parent.mkdir()
+    lost.write_bytes(b"half of it")
     add_targets(bundle, ["tensorrt-rtx"])
-    assert not lock.exists()
+    assert not lost.exists()
+
+
+def test_options_of_other_targets_are_not_applied():
+    given = BuildOptions(strip=True, compatibility="ampere-plus", version_compatible=True, level=5)
+    assert own_options(TensorRTRtxEngine, given) == BuildOptions(level=5)
+    assert own_options(OrtEngine, given) == BuildOptions()
 
 
 def test_a_build_that_fails_leaves_the_bundle_alone(bundle, monkeypatch):
