@@ -6,13 +6,13 @@ from pathlib import Path
 import fake_tensorrt
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import tensorrt_sample
 from fake_tensorrt import Fake
 from toy_bundle import add_predictor, split_toy, toy_program, write_bundle
 
 from cachec.compiler.methods.taylor import Taylor
+from cachec.engines import ort
 from cachec.engines.ort import OrtEngine
 
 LOW, USUAL, HIGH = 1, 2, 10
@@ -113,7 +113,8 @@ class Bound:
 
 
 def run_ort(path, inputs):
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    ort._start_thread_pool(None)
+    session = ort.open_session(path, [ort.CPU_PROVIDER])
     names = [output.name for output in session.get_outputs()]
     return dict(zip(names, session.run(names, dict(inputs)), strict=True))
 
