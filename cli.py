@@ -137,7 +137,9 @@ _run_options = _options(
 @click.option("--calibration", type=click.Path(), help="File from cachec calibrate; default: made now.")
 @click.option("--reference-steps", type=int, help="Fit to a finer run with so many steps.")
 @_target_option
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:1: measure there; aoti builds for it.")
+@click.option(
+    "--device", help="cpu, cuda or cuda:1: measure there, aoti builds for it; default cpu, or cuda if all targets are."
+)
 @_build_options
 @click.option("--dtype", default="float32", show_default=True, help="float32, float16 or bfloat16.")
 @click.option("--batch", type=int, help="Accept batches of this size only; default any.")
@@ -308,17 +310,18 @@ def report_command(bundle: Path, out: Path, **rest: Any) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest and the programs as JSON.")
 def inspect_command(bundle: Path, as_json: bool) -> None:
     """Check BUNDLE and say what is in it."""
+    from cachec.engines.targets import find_fit
     from cachec.runtime.bundle import Bundle
     from cachec.runtime.inspect import describe_bundle
 
     opened = Bundle.open(bundle, verify=True)
+    fits = [find_fit(target).in_words for target in opened.manifest.targets]
     if as_json:
         programs = {level: opened.program(level).to_json() for level in opened.manifest.programs}
-        click.echo(json.dumps({"manifest": opened.manifest.to_json(), "programs": programs}, indent=1))
+        manifest = opened.manifest.to_json()
+        click.echo(json.dumps({"manifest": manifest, "programs": programs, "fits": fits}, indent=1))
         return
-    from cachec.engines.targets import find_fit
-
-    _table(describe_bundle(opened, [find_fit(target).in_words for target in opened.manifest.targets]))
+    _table(describe_bundle(opened, fits))
 
 
 @main.command("doctor")

@@ -248,7 +248,8 @@ def measure(
     """Measure every level on held-out prompts, and fail if one is below the gate."""
     _, held_out = calibrations.coarse.split()
     facts = measure_levels(model, request.settings, engines, programs, held_out)
-    seen = {"trained_on_prompts": True} if request.method.needs_training else {}
+    seen: dict[str, Any] = {"trained_on_prompts": True} if request.method.needs_training else {}
+    seen |= {"measured_by": f"{engines[COMPUTE].name} on {engines[COMPUTE].device.name}"}
     result.levels = {level: {**result.levels.get(level, {}), **known, **seen} for level, known in facts.items()}
     check_quality(result.levels, request.min_psnr)
     for goal in request.goals:

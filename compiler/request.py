@@ -1,5 +1,6 @@
 """From what a user says to a checked request."""
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,15 +13,18 @@ from cachec.compiler.methods import get_method
 from cachec.compiler.methods.base import Method, PredictorMethod
 from cachec.compiler.models.base import ModelSpec, Settings
 from cachec.compiler.schedule import Schedule
-from cachec.engines import BACKENDS
+from cachec.engines import BACKENDS, get_backend
+from cachec.engines.gpu import find_gpu
 from cachec.engines.targets import TargetName
 from cachec.passes import HOISTS
 from cachec.runtime.build import BuildOptions, build_options
-from cachec.runtime.device import DeviceName
+from cachec.runtime.device import CUDA, DeviceName
 from cachec.runtime.engine import DEFAULTS, HOST
-from cachec.runtime.errors import InputError, unknown_name
+from cachec.runtime.errors import CachecError, InputError, unknown_name
 from cachec.runtime.noise import check_seed
 from cachec.runtime.sizes import USUAL_STRIDE, check_max_batch, size_ranges
+
+log = logging.getLogger(__name__)
 
 NUM_CALIBRATION = 32  # prompts of a calibration that compile makes itself
 SLOTS = ("bfloat16", "float16", "float32")  # what features may be stored in
@@ -105,7 +109,7 @@ def make_request(
     calibration: str | Path | None = None,
     reference_steps: int | None = None,
     targets: str | Sequence[str] = "ort",
-    device: str = "cpu",
+    device: str | None = None,
     max_batch: int = 1,
     height: int | None = None,
     width: int | None = None,
@@ -132,7 +136,8 @@ def make_request(
     fitted to a schedule search one. ``calibration`` is a file from ``cachec calibrate``; ``reference_steps`` fits to a finer
     run. ``prompts`` is a file of training and calibration prompts. ``fold`` is ``static`` or ``none``,
     ``hoist`` ``none``, ``tables`` (what depends on the prompt leaves the step) or ``all`` (on the step, too). ``device`` is
-    where engines are measured, and for ``aoti`` what they are built for. ``targets``: one or more of ``cachec list backends``;
+    where engines are measured (by default the CPU, or the GPU if all targets are for it), and for ``aoti`` what they are built
+    for. ``targets``: one or more of ``cachec list backends``;
     for TensorRT, ``max_batch`` is what a call may take, and ``build`` options are those of ``runtime.build.build_options``.
     ``velocities``: forecasts also hand out velocities, for a sampler outside (``LoadedBundle.session(for_sampler=True)``).
     ``slots`` ``float16`` or ``bfloat16`` stores features in half the memory.
@@ -141,6 +146,7 @@ def make_request(
         InputError: an option is unknown, out of range, or contradicts another.
     """
     _check_numbers(seed, batch, max_batch, min_psnr)
+    names = _read_targets(targets)
     chosen = get_method(method).with_options(options or {})
     settings = make_settings(spec, height, width, text_tokens, guidance, steps, dtype)
     if predictor is not None and prompts is not None:
@@ -155,8 +161,8 @@ def make_request(
         method=chosen,
         goals=goals,
         settings=settings,
-        targets=_read_targets(targets),
-        device=DeviceName.parse(device),
+        targets=names,
+        device=_choose_device(device, names),
         build=build_options(**build),
         max_batch=max_batch,
         interval=interval,
@@ -219,6 +225,20 @@ def _read_targets(targets: str | Sequence[str]) -> tuple[TargetName, ...]:
     if twice := {name for name in names if names.count(name) > 1}:
         raise InputError(f"target {', '.join(sorted(twice))} is given twice")
     return tuple(TargetName.parse(name, BACKENDS) for name in names)
+
+
+def _choose_device(device: str | None, targets: Sequence[TargetName]) -> DeviceName:
+    """The device to measure on: as asked for; else the first GPU, if all targets are for it and it is there, or the CPU."""
+    if device is not None:
+        return DeviceName.parse(device)
+    if any(name.device != CUDA and get_backend(name.backend).only_device != CUDA for name in targets):
+        return HOST
+    try:
+        find_gpu(DeviceName(CUDA))
+    except CachecError as error:
+        log.info("levels cannot be measured on a GPU: %s", error)
+        return HOST
+    return DeviceName(CUDA)
 
 
 def _choose_reference(method: Method, goals: Sequence[Goal], steps: int, given: int | None, *, given_file: bool) -> int | None:

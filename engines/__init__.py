@@ -57,6 +57,7 @@ def _again(bundle: Bundle) -> str:
     """What to do if no target fits."""
     manifest = bundle.manifest
     again = f"ake one that fits with cachec compile {manifest.model['source']} --method {manifest.method['name']}"
-    if any(target.backend == ONNX_TARGET.backend for target in manifest.targets):
+    onnx = any(target.backend == ONNX_TARGET.backend for target in manifest.targets)
+    if onnx and any(Path("/dev").glob("nvidia[0-9]*")):
         return f"Build one here with cachec add-target {bundle.root} --target tensorrt, or m{again}"
     return f"M{again}"

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from cachec.engines.backends import BACKENDS, get_backend
@@ -25,12 +26,15 @@ PACKAGES = (
     "onnx",
     "onnxruntime",
     "onnxruntime-gpu",
+    "tensorrt",
     "tensorrt-cu13",
+    "tensorrt-lean-cu13",
     "tensorrt_rtx_cu13_bindings",
     "torch-tensorrt",
     "cuda-bindings",
 )
 READY = "ready"
+DRIVER = Path("/proc/driver/nvidia/version")  # on Linux
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,8 @@ class Diagnosis:
             ("machine", f"{machine['os']} {machine['architecture']}, {machine['cores']} cores, Python {machine['python']}"),
             ("disk", f"{machine['free_disk'] / 1e9:.1f} GB free here"),
         ]
+        if machine["driver"]:
+            rows.append(("driver", machine["driver"]))
         for index, gpu in enumerate(self.gpus):
             rows.append((f"cuda:{index}", f"{gpu['name']}, sm_{gpu['capability']}, driver for CUDA {cuda_text(gpu['driver'])}, "
                          f"{gpu['free_bytes'] / 1e9:.1f} of {gpu['total_bytes'] / 1e9:.1f} GB free"))  # fmt: skip
@@ -79,6 +85,7 @@ def diagnose() -> Diagnosis:
             "python": platform.python_version(),
             "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
             "free_disk": shutil.disk_usage(".").free,
+            "driver": DRIVER.read_text(encoding="utf-8").splitlines()[0] if DRIVER.is_file() else None,
         },
         packages={name: _version(name) for name in PACKAGES},
         gpus=gpus,
@@ -107,14 +114,17 @@ def _find_gpus() -> tuple[list[dict[str, Any]], str]:
 def _providers() -> list[str]:
     if importlib.util.find_spec("onnxruntime") is None:
         return []
-    return list(importlib.import_module("onnxruntime").get_available_providers())
+    try:
+        return list(importlib.import_module("onnxruntime").get_available_providers())
+    except (ImportError, OSError) as error:
+        return [f"cannot be imported: {error}"]
 
 
 def _ask(name: str) -> dict[str, str]:
     """What a back end says to running and building, on each kind of device that it knows."""
     try:
         backend = get_backend(name)
-    except CachecError as error:
+    except (CachecError, ImportError, OSError) as error:  # a broken installation is what people come for
         return {"anywhere": str(error)}
     kinds = [CPU, CUDA] if backend.only_device is None else [backend.only_device]
     says: dict[str, str] = {}
@@ -129,6 +139,6 @@ def _ask(name: str) -> dict[str, str]:
 def _answer(question: Callable[[], None]) -> str:
     try:
         question()
-    except CachecError as error:
+    except (CachecError, ImportError, OSError) as error:
         return str(error)
     return READY

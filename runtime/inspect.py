@@ -111,7 +111,7 @@ def _measured(facts: Mapping[str, Any]) -> str:
     if "psnr_db_fine" in facts:
         text += f", {decibels('psnr_db_fine')} against the fine reference"
     kind = "prompts (of its training, other noise)" if facts.get("trained_on_prompts") else "held-out prompts"
-    return f"{text}; {facts['num_prompts']} {kind} when compiled"
+    return f"{text}; {facts['num_prompts']} {kind} when compiled, by {facts['measured_by']}"
 
 
 def schedule_strip(program: Program) -> str:

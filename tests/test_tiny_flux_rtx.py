@@ -5,10 +5,43 @@ from click.testing import CliRunner
 
 import cachec
 from cachec.cli import main
+from cachec.engines.tensorrt_build import EngineBuilder
+from cachec.engines.tensorrt_library import TENSORRT_RTX
+from cachec.runtime.build import BuildOptions
 from cachec.runtime.bundle import Bundle
+from cachec.runtime.sizes import size_ranges
 
 rtx = pytest.importorskip("tensorrt_rtx_bindings", reason="the extra rtx is not installed")
 ENGINES = {"prologue": 5e6, "compute": 10e6, "forecast": 3e5, "advance": 1e5}  # bytes, at least
+
+
+TYPES = {"float32": rtx.DataType.FLOAT, "float16": rtx.DataType.HALF, "bfloat16": rtx.DataType.BF16}
+
+
+def check_networks(out, target, dtype):
+    """Names, types, shapes and profiles of all that goes in and out, as the builder has them."""
+    sizes = size_ranges(50, 10)
+    builder, slots = EngineBuilder(TENSORRT_RTX.load(), BuildOptions(sizes=sizes)), set()
+    for name, artifact in target.engines.items():
+        draft = builder.prepare(name, out / artifact.path, artifact.signature)
+        network = draft.network
+        tensors = {t.name: t for t in map(network.get_input, range(network.num_inputs))}
+        tensors |= {t.name: t for t in map(network.get_output, range(network.num_outputs))}
+        specs = {spec.name: spec for spec in (*artifact.signature.inputs, *artifact.signature.outputs)}
+        assert tensors.keys() == specs.keys()
+        for key, spec in specs.items():
+            assert tensors[key].dtype == TYPES[spec.dtype], key
+            fixed = [size if isinstance(size, int) else 1 if size == "batch" else -1 for size in spec.shape]
+            assert list(tensors[key].shape) == fixed, key
+            if key in ("feature", "features"):
+                slots.add(spec.dtype)
+        for spec in artifact.signature.inputs:
+            if -1 in list(tensors[spec.name].shape):
+                ranges = draft.profile.get_shape(spec.name)
+                for which, shape in zip(("least", "usual", "most"), ranges, strict=True):
+                    wanted = [getattr(sizes[size], which) if isinstance(size, str) else size for size in spec.shape]
+                    assert list(shape) == wanted, (spec.name, which)
+    assert slots == {dtype}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -21,6 +54,7 @@ def test_compile_builds_engines_and_inspect_shows_them(tmp_path, dtype):
     engines, onnx = bundle.manifest.targets
     assert (engines.backend, engines.version, engines.precision) == ("tensorrt-rtx", rtx.__version__, dtype)
     assert (onnx.backend, onnx.precision) == ("ort", dtype)
+    check_networks(out, onnx, dtype)
     for name, least in ENGINES.items():
         plan = bundle.path(engines.engines[name].path)
         assert plan.stat().st_size > least
