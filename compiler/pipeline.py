@@ -119,7 +119,8 @@ def _compile(model: LoadedModel, request: Request, out: Path, result: Compilatio
         clock.lap()
         sources = PlannedSources(plans, writer, request.settings.dtype, request.settings.shape_bucket)
         targets = build_targets(request.targets, sources, writer, request.device, request.options_for(timing))
-        engines = load_engines(targets, sources, writer, stack, request.device)
+        measured = request.wants_speed or calibrations is not None
+        engines = load_engines(targets, sources, writer, stack, request.device) if measured else {}
         clock.lap()
         programs = make_programs(model, request, graphs, engines, calibrations, parameters, result)
         clock.lap()

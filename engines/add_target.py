@@ -7,10 +7,9 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-from cachec.engines.backends import BACKENDS, get_backend
+from cachec.engines.backends import BACKENDS, FROM_ONNX
 from cachec.engines.build import build_into, check_build, keep_timing, plan_target
 from cachec.engines.targets import ONNX_TARGET, TargetName, parse_device
 from cachec.runtime.build import Sources, build_options
@@ -63,22 +62,23 @@ def add_targets(
     if there.kind != CUDA:
         raise InputError(f"device is {there}, but what add-target builds runs on NVIDIA GPUs only: leave the device out")
     for name in wanted:
-        if not get_backend(name.backend).from_onnx:
+        if name.backend not in FROM_ONNX:
             raise InputError(f"target {name} is not built from the ONNX files in a bundle, as tensorrt and tensorrt-rtx are: "
                              f"give it to cachec compile --target {name}")  # fmt: skip
-    with BundleAdder(root) as writer, TemporaryDirectory() as folder:
+    with BundleAdder(root) as writer:
+        folder = writer.directory("timings")
         bundle, sources = writer.bundle, BundledSources(writer.bundle)
         check_build(wanted, sources.precision, there, build)
-        build = replace(build, sizes=_sizes(bundle, max_batch), timing_cache=Path(folder))
+        build = replace(build, sizes=_sizes(bundle, max_batch), timing_cache=folder)
         planned = [plan_target(sources, name, device=there, options=build) for name in wanted]
         replaced = _check_planned(bundle, planned, force=force)
-        _unpack_timing(bundle, Path(folder))
+        _unpack_timing(bundle, folder)
         try:
             added = [build_into(writer, sources, name, device=there, options=build) for name in wanted]
         except BaseException:
-            _keep_timing_alone(writer, Path(folder))
+            _keep_timing_alone(writer, folder)
             raise
-        _commit(writer, added, replaced, keep_timing(writer, Path(folder)))
+        _commit(writer, added, replaced, keep_timing(writer, folder))
     return Bundle.open(root), added
 
 

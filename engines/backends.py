@@ -15,6 +15,7 @@ BACKENDS = {
     "tensorrt-rtx": "cachec.engines.tensorrt:TensorRTRtxEngine",
     "torch-tensorrt": "cachec.engines.torch_tensorrt:TorchTensorRTEngine",
 }
+FROM_ONNX = ("ort-tensorrt", "tensorrt", "tensorrt-rtx")  # what can be built from the ONNX files in a bundle
 
 
 def get_backend(name: str) -> type[Engine]:

@@ -12,13 +12,15 @@ import importlib.util
 import logging
 from pathlib import Path
 
-import onnxruntime
-
 from cachec.engines.cuda_device import CudaDevice, cuda_device
 from cachec.engines.ort import CUDA_PROVIDER, OrtFamily, check_provider, check_started, cuda_options, open_session
 from cachec.runtime.bundle import cache_folder
 from cachec.runtime.device import CUDA, DeviceName
-from cachec.runtime.errors import InputError
+from cachec.runtime.errors import InputError, missing_extra
+
+if importlib.util.find_spec("onnxruntime") is None:
+    raise missing_extra("onnxruntime", "gpu", "the ort-tensorrt backend")
+import onnxruntime
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +36,6 @@ class OrtTensorRTEngine(OrtFamily):
     name = "ort-tensorrt"
     device_bound = True
     only_device = CUDA
-    from_onnx = True
 
     @classmethod
     def check_target(cls, device: DeviceName, precision: str) -> None:

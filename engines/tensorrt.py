@@ -145,8 +145,6 @@ class TensorRTFamily(Engine):
 class BuiltFromOnnx(TensorRTFamily):
     """Engines that are built from ONNX files."""
 
-    from_onnx = True
-
     @classmethod
     @abstractmethod
     def place(cls, device: DeviceName) -> AbstractContextManager[Any]:
@@ -279,7 +277,7 @@ def check_room(onnx: Mapping[str, Path], out: Path, options: BuildOptions) -> No
     free = shutil.disk_usage(out).free
     log.log(
         logging.WARNING if weights > LONG_BUILD else logging.INFO,
-        "building takes up to %.1f GB of memory and %.1f GB of disk (%.1f GB are free)",
+        "building takes up to %.2f GB of memory and %.2f GB of disk (%.1f GB are free)",
         HOST_MEMORY * weights / 1e9, disk / 1e9, free / 1e9,
     )  # fmt: skip
     if disk > free:

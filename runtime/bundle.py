@@ -206,6 +206,8 @@ class Bundle:
 
 def _read_manifest(root: Path) -> Manifest:
     path = root / MANIFEST
+    if not root.is_dir():
+        raise BundleError(f"there is no bundle at {root}" + (": it is a file" if root.exists() else ""))
     if not path.is_file():
         raise BundleError(f"{root} is not a bundle: it has no {MANIFEST} (an interrupted build leaves none)")
     try:

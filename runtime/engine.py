@@ -84,7 +84,6 @@ class Engine(ABC):
     needs_same_version: ClassVar[bool]  # artifacts load only in the version of the library that built them
     device_bound: ClassVar[bool]  # artifacts run only on the kind of device that they were built for
     only_device: ClassVar[str | None] = None  # the one kind of device that it runs on
-    from_onnx: ClassVar[bool] = False  # engines are built from ONNX files
     bounded: ClassVar[bool] = False  # artifacts take symbolic sizes only in the ranges that they were built for
     options: ClassVar[frozenset[str]] = frozenset()  # of ``BuildOptions``, those that it takes; others it ignores
 

@@ -27,7 +27,7 @@ from cachec.runtime.trace import Trace
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LoadedBundle:
     """A bundle with its engines loaded; a context manager. Open one with ``cachec.load``."""
 
@@ -35,6 +35,10 @@ class LoadedBundle:
     programs: Mapping[str, Program]
     engines: Mapping[str, Engine]
     target: Target
+
+    def __repr__(self) -> str:
+        model, levels = self.manifest.model["name"], ", ".join(self.programs)
+        return f"<LoadedBundle: {model}, {self.manifest.method['name']}; levels {levels}; {self.target}>"
 
     @property
     def io(self) -> ModelIO:

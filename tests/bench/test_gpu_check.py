@@ -25,7 +25,17 @@ def check(*arguments, cwd=ROOT):
 def report(tmp_path_factory):
     out = tmp_path_factory.mktemp("gpu") / "check.json"
     done = check(
-        "-m", "bench.gpu_check", "--device", "cpu", "--small", "--repeats", "2", "--backends", "eager,ort,no", "--out", out
+        "-m",
+        "bench.gpu_check",
+        "--device",
+        "cpu",
+        "--small",
+        "--repeats",
+        "2",
+        "--backend",
+        "eager,ort,tensorrt,no",
+        "--out",
+        out,
     )
     assert done.returncode == 0, done.stderr
     return json.loads(out.read_text())
@@ -45,6 +55,7 @@ def test_what_was_left_out_has_its_reason(report):
     case = report["cases"][0]["case"]
     assert skipped["tiny-flux"] == "--small"
     assert "bfloat16" in skipped[f"{case}: build ort"]
+    assert "pip install 'cachec[tensorrt]'" in skipped[f"{case}: build tensorrt"]
     assert "unknown backend 'no'" in skipped[f"{case}: build no"]
     assert not any(entry["status"] == "failed" for entry in sections.values())
 
