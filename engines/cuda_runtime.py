@@ -100,10 +100,10 @@ def check_gpu(index: int) -> None:
         found = "there is no NVIDIA driver" if driver_version() == (0, 0) else f"NVIDIA's driver is for CUDA {here} only"
         raise InputError(
             f"device is cuda:{index}, but {found}, and cuda-bindings is for CUDA {needed}: {error_text(cuda, code)}. "
-            "Install a driver, or use --device cpu"
+            "Install a driver for it"
         )
     if int(code):
-        raise InputError(f"device is cuda:{index}, but there is no GPU here: {error_text(cuda, code)}. Use --device cpu")
+        raise InputError(f"device is cuda:{index}, but there is no GPU here: {error_text(cuda, code)}")
     if index >= count:
         raise InputError(f"device is cuda:{index}, but there are {count} GPUs, counted from 0")
 

@@ -162,9 +162,9 @@ def test_gpus_that_are_not_there(monkeypatch, fake):
     with pytest.raises(InputError, match="device is cuda:1, but there are 1 GPUs, counted from 0"):
         CudaDevice(1)
     for known, message in [
-        (FakeCuda(gpus=0), r"device is cuda:0, but there is no GPU here: cudaErrorNoDevice \(100\).*Use --device cpu"),
+        (FakeCuda(gpus=0), r"device is cuda:0, but there is no GPU here: cudaErrorNoDevice \(100\)"),
         (FakeCuda(driver=0), "there is no NVIDIA driver, and cuda-bindings is for CUDA 13.5: cudaErrorInsufficientDriver"),
-        (FakeCuda(driver=0), "Install a driver, or use --device cpu"),
+        (FakeCuda(driver=0), "Install a driver for it"),
     ]:
         monkeypatch.setattr(cuda_runtime, "runtime", lambda known=known: known)
         with pytest.raises(InputError, match=message):
@@ -425,14 +425,14 @@ def test_a_queued_call_gives_what_a_call_gives(bundle):
 
 LOOKED_FOR = {
     "ort": "CUDAExecutionProvider is not among onnxruntime.get_available_providers",
-    "tensorrt-rtx": "there is no NVIDIA driver|TensorRT",
+    "tensorrt-rtx": "there is no NVIDIA driver",
 }
 
 
 @pytest.mark.skipif(not NO_GPU, reason="there is a GPU")
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if not name.endswith("tensorrt")])  # those lack a library first
 def test_cuda_without_a_gpu_says_what_was_looked_for(backend):
-    with pytest.raises(InputError, match=LOOKED_FOR.get(backend, r"torch.cuda.is_available\(\) is False") + ".*--device cpu"):
+    with pytest.raises(InputError, match=LOOKED_FOR.get(backend, r"torch.cuda.is_available\(\) is False.*--device cpu")):
         get_backend(backend).check_target(DeviceName.parse("cuda"), "float32")
 
 

@@ -115,7 +115,7 @@ def test_a_directory_without_a_manifest_is_no_bundle(bundle):
 
 
 def test_a_path_that_does_not_exist_is_no_bundle(tmp_path):
-    with pytest.raises(BundleError, match="is not a bundle"):
+    with pytest.raises(BundleError, match="there is no bundle at"):
         Bundle.open(tmp_path / "nowhere")
 
 
