@@ -94,7 +94,9 @@ class OrtFamily(Engine):
 
     @classmethod
     def check_build(cls, device: DeviceName, precision: str, options: BuildOptions) -> None:
-        """Writing files needs no kernels for them."""
+        """Writing files needs no kernels for them: those in bfloat16 can be made on a CPU that cannot run them."""
+        if device.kind == CUDA:
+            cls.check_target(device, precision)
 
     @classmethod
     def build_target(
