@@ -55,6 +55,9 @@ def build_targets(
     targets = [build_into(writer, sources, name, device=device, options=options) for name in names]
     if sources.wrote_onnx and not any(target.backend == ONNX_TARGET.backend for target in targets):
         targets.append(build_into(writer, sources, ONNX_TARGET, device=device, options=options))
+    fits = [find_fit(target) for target in targets]
+    if not any(fit.fits for fit in fits):
+        log.warning("nothing of this bundle runs on this machine: %s", "; ".join(f"{fit.target}: {fit.reason}" for fit in fits))
     return tuple(targets)
 
 

@@ -45,11 +45,12 @@ def check_networks(out, target, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_compile_builds_engines_and_inspect_shows_them(tmp_path, dtype):
+def test_compile_builds_engines_and_inspect_shows_them(tmp_path, caplog, dtype):
     out = tmp_path / "tiny-flux.cachec"
     wanted = ["compile", "tiny-flux", "--method", "lesa", "--target", "tensorrt-rtx", "--dtype", dtype, "-o", str(out)]
     result = CliRunner().invoke(main, wanted)
     assert result.exit_code == 0, result.output
+    assert ("nothing of this bundle runs on this machine" in caplog.text) == (dtype == "bfloat16")
     bundle = Bundle.open(out, verify=True)
     engines, onnx = bundle.manifest.targets
     assert (engines.backend, engines.version, engines.precision) == ("tensorrt-rtx", rtx.__version__, dtype)
