@@ -35,7 +35,8 @@ def test_closed_engines_give_their_weights_back(tmp_path):
         gc.collect()
 
     open_and_close()
-    before = resident_bytes()
-    for _ in range(5):
+    before, grown = resident_bytes(), []
+    for _ in range(6):
         open_and_close()
-    assert resident_bytes() - before < 2 * 4 * SIDE**2
+        grown.append(resident_bytes() - before)
+    assert min(grown[-3:]) < 4 * SIDE**2  # the allocator keeps a copy now and then; one lost a time would be four at least
