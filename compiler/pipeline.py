@@ -99,7 +99,7 @@ def _remove(works: Sequence[Path]) -> None:
 
 
 def _compile(model: LoadedModel, request: Request, out: Path, result: Compilation, *, force: bool) -> Bundle:
-    for dtype in (request.settings.dtype, request.slots or request.settings.dtype):
+    for dtype in {request.settings.dtype, request.slots or request.settings.dtype}:
         check_build(request.targets, dtype, request.device, request.build, max_batch=request.max_batch)
     timing = out.with_name(out.name + ".timing")
     result.works.append(timing)

@@ -72,7 +72,7 @@ class Fit:
     @property
     def in_words(self) -> str:
         """What a user wants to know."""
-        tuned = "" if self.exact else f", but was tuned for {self.target.needs['gpu']}: add-target makes one for this GPU"
+        tuned = "" if self.exact else ", but was not tuned for just this GPU: add-target makes one that is"
         return f"fits here, on {self.device}{tuned}" if self.fits else f"does not fit here: {self.reason}"
 
     @property

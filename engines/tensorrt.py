@@ -6,7 +6,7 @@ Importing this file loads neither library, so that it can be asked what is missi
 import logging
 import shutil
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -181,8 +181,7 @@ class BuiltFromOnnx(TensorRTFamily):
         folder = options.timing_cache if cls.vendor.keeps_timings else None
         timing = None if folder is None else folder / f"{cls.name}-{tag}.timing"
         builder = EngineBuilder(cls.vendor.load(), options, timing, partial(cls.place, device))
-        files = {name: out / f"{name}-{tag}-{sources.precision}-{sources.size}.plan" for name in onnx}
-        return _build_all(builder, onnx, sources.signatures, files)
+        return _build_all(builder, onnx, sources.signatures, plan_files(onnx, tag, sources, out))
 
 
 def _build_all(
@@ -234,6 +233,11 @@ class TensorRTRtxEngine(BuiltFromOnnx):
     @classmethod
     def check_build(cls, device: DeviceName, precision: str, options: BuildOptions) -> None:
         cls.vendor.check_builder()
+
+
+def plan_files(names: Iterable[str], tag: str, sources: Sources, out: Path) -> dict[str, Path]:
+    """Where the engines of a target go; the names say where they run."""
+    return {name: out / f"{name}-{tag}-{sources.precision}-{sources.size}.plan" for name in names}
 
 
 def this_gpu(device: DeviceName) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from cachec.engines.cuda_device import CudaBuffer, CudaDevice
 from cachec.engines.tensorrt_library import Reports, dtypes_of, reports_of
-from cachec.runtime.device import Buffer
+from cachec.runtime.device import ALIGNMENT, Buffer
 from cachec.runtime.engine import Call, ExecutionContext, check_bindings
 from cachec.runtime.errors import BundleError, EngineError
 from cachec.runtime.specs import Signature
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     import tensorrt as trt
 
 log = logging.getLogger(__name__)
-
-ALIGNMENT = 256  # bytes; of every address that is bound
 
 
 @dataclass(frozen=True)
@@ -139,7 +137,7 @@ class TensorRTContext(ExecutionContext):
         copies_out, taken = self._aligned(results)
         addresses = tuple((self._native.names.get(name, name), b.pointer) for name, b in {**given, **taken}.items())
         steps = Steps(
-            before=[(source, target) for source, target in copies_in],
+            before=copies_in,
             enqueue=lambda: shaped.enqueue(addresses, self._device.stream),
             after=[(source, target) for target, source in copies_out],
         )

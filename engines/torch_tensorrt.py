@@ -7,13 +7,12 @@ imported, so that happens when engines are built; running them takes TensorRT al
 import dataclasses
 import importlib
 import importlib.util
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from cachec.engines.tensorrt import ANY_SIZES, TensorRTFamily, this_gpu
+from cachec.engines.tensorrt import ANY_SIZES, TensorRTFamily, plan_files, this_gpu
 from cachec.engines.tensorrt_build import shape_range
 from cachec.engines.tensorrt_library import TENSORRT
 from cachec.runtime.build import BuildOptions, SizeRange, Sources
@@ -24,8 +23,6 @@ from cachec.runtime.specs import Signature, TensorSpec
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
-
-log = logging.getLogger(__name__)
 
 # what differs from Torch-TensorRT's own choice
 SETTINGS: Mapping[str, Any] = {
@@ -77,7 +74,7 @@ class TorchTensorRTEngine(TensorRTFamily):
         cls, sources: Sources, out: Path, *, device: DeviceName = HOST, options: BuildOptions = DEFAULTS
     ) -> dict[str, Path]:
         programs, tag = sources.programs(), cls.tag(device)
-        files = {name: out / f"{name}-{tag}-{sources.precision}-{sources.size}.plan" for name in programs}
+        files = plan_files(programs, tag, sources, out)
         timing = None if options.timing_cache is None else options.timing_cache / f"{TENSORRT.name}-{tag}.timing"
         return _convert(programs, sources.signatures, files, device, options, timing)
 

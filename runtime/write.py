@@ -148,14 +148,22 @@ class BundleAdder(Collector):
         except BlockingIOError as error:
             raise OutputError(f"another process is adding a target to {self.out}: wait until it is done") from error
         except OSError as error:
+            self._unlock()
             raise OutputError(f"cannot write to the bundle {self.out}: {error}. Add to a copy of it") from error
+        except BaseException:  # a damaged bundle: whoever mends it must not find it locked by this process
+            self._unlock()
+            raise
         self.files = {name: dict(entry) for name, entry in self.bundle.manifest.files.items()}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         shutil.rmtree(self.staging, ignore_errors=True)
+        self._unlock()
+
+    def _unlock(self) -> None:
         if self._lock is not None:
             os.close(self._lock)
+            self._lock = None
 
     def commit(self, manifest: Manifest) -> None:
         if Bundle.read_manifest(self.out) != self.bundle.manifest:

@@ -9,7 +9,7 @@ import torch
 from cachec.engines.aoti import AotiEngine
 from cachec.runtime.specs import Signature, TensorSpec
 
-SIDE = 2000  # weights of 16 MB
+SIDE = 3000  # weights of 36 MB: above 32 MB, glibc keeps nothing that is freed (mallopt(3), M_MMAP_THRESHOLD)
 
 
 def resident_bytes():
@@ -35,8 +35,7 @@ def test_closed_engines_give_their_weights_back(tmp_path):
         gc.collect()
 
     open_and_close()
-    before, grown = resident_bytes(), []
-    for _ in range(6):
+    before = resident_bytes()
+    for _ in range(4):
         open_and_close()
-        grown.append(resident_bytes() - before)
-    assert min(grown[-3:]) < 4 * SIDE**2  # the allocator keeps a copy now and then; one lost a time would be four at least
+    assert resident_bytes() - before < 4 * SIDE**2  # of the four copies that were loaded, not one is left

@@ -82,7 +82,7 @@ def test_of_two_that_fit_the_one_for_this_gpu_is_taken(with_gpu):
     for order in ([other, mine], [mine, other]):
         assert choose_target(order)[0].target == mine
     assert choose_target([other])[0].in_words == (
-        "fits here, on cuda:0, but was tuned for NVIDIA H100 PCIe: add-target makes one for this GPU"
+        "fits here, on cuda:0, but was not tuned for just this GPU: add-target makes one that is"
     )
 
 

@@ -210,6 +210,17 @@ def test_only_one_process_adds_to_a_bundle(bundle, monkeypatch):
     assert not list(bundle.glob(".*"))
 
 
+def test_a_damaged_bundle_is_not_left_locked(bundle):
+    manifest = bundle / "manifest.json"
+    content = manifest.read_bytes()
+    manifest.write_bytes(b"{}")
+    with pytest.raises(BundleError, match="is not the manifest of a cachec bundle"):
+        add_targets(bundle, ["tensorrt-rtx"])
+    manifest.write_bytes(content)
+    add_targets(bundle, ["tensorrt-rtx"])
+    assert len(Bundle.open(bundle).manifest.targets) == 2
+
+
 def test_what_another_process_added_meanwhile_stays(bundle, monkeypatch):
     """The bundle is read when the lock is had, not before."""
     other = shutil.copytree(bundle, bundle.with_name("other.cachec"))

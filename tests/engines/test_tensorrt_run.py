@@ -398,33 +398,35 @@ class TestRefusedBeforeLoading:
     def path(self, make_bundle):
         return make_bundle()
 
-    def refused(self, path, trt, message):
+    @pytest.mark.parametrize(
+        ("version", "message"),
+        [
+            ("11.0.1.5", r"it was built with tensorrt 11\.0\.0\.114, here is 11\.0\.1\.5"),
+            ("10.16.1.2", r"tensorrt is version 10\.16\.1\.2, but the tensorrt backend is written for 11"),
+        ],
+    )
+    def test_another_version(self, path, monkeypatch, cuda, version, message):
+        other = Fake(version=version, enqueue=cuda.enqueue)
+        install(monkeypatch, other)
+        with pytest.raises((BundleError, InputError), match=message):
+            cachec.load(path, target="tensorrt")
+        assert not other.calls
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"capability": (8, 9)}, "it was built for sm_90, and Fake GPU is sm_89"),
+            ({"driver": 13000}, r"the driver of Fake GPU is for CUDA 13\.0, but tensorrt 11 needs 13\.1"),
+            ({"gpus": 0}, "there is no GPU here"),
+        ],
+        ids=["another GPU", "an old driver", "no GPU"],
+    )
+    def test_another_machine(self, path, trt, cuda, change, message):
+        vars(cuda).update(change)
         trt.calls.clear()
         with pytest.raises((BundleError, InputError), match=message):
             cachec.load(path, target="tensorrt")
         assert not trt.calls
-
-    def test_another_version(self, path, monkeypatch, cuda):
-        newer = Fake(version="11.0.1.5", enqueue=cuda.enqueue)
-        install(monkeypatch, newer)
-        self.refused(path, newer, r"it was built with tensorrt 11\.0\.0\.114, here is 11\.0\.1\.5")
-
-    def test_another_major_version(self, path, monkeypatch, cuda):
-        older = Fake(version="10.16.1.2", enqueue=cuda.enqueue)
-        install(monkeypatch, older)
-        self.refused(path, older, r"tensorrt is version 10\.16\.1\.2, but the tensorrt backend is written for 11")
-
-    def test_another_gpu(self, path, trt, cuda):
-        cuda.capability = (8, 9)
-        self.refused(path, trt, "it was built for sm_90, and Fake GPU is sm_89")
-
-    def test_an_old_driver(self, path, trt, cuda):
-        cuda.driver = 13000
-        self.refused(path, trt, r"the driver of Fake GPU is for CUDA 13\.0, but tensorrt 11 needs 13\.1")
-
-    def test_no_gpu(self, path, trt, cuda):
-        cuda.gpus = 0
-        self.refused(path, trt, "there is no GPU here")
 
     def test_onnx_runtime_is_used_instead_and_that_is_said(self, path, trt, cuda, caplog):
         cuda.capability = (8, 9)
