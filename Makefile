@@ -5,7 +5,7 @@ READY := $(VENV)/.ready
 BUILD := reference/build
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo test check types wheel eval quality bench gpu reference clean
+.PHONY: help demo test check types wheel eval quality bench engines gpu reference clean
 
 help:  ## Say what can be made
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -58,6 +58,9 @@ quality: $(READY)  ## Every method at every budget: bench/QUALITY.md (about two 
 bench: $(READY)  ## Speed beside the peers in one run: bench/RESULTS.md (under an hour on two idle cores)
 	$(BIN)/python -m pip install --quiet --editable '.[cpu,compile,rtx,dev,bench]'
 	$(BIN)/python -m bench.speed
+
+engines: $(READY)  ## Engines of TensorRT for RTX and errors of low precision: bench/ENGINES.md (ten minutes)
+	$(BIN)/python -m bench.engines
 
 gpu:  ## On a machine with a GPU: build, compare with eager, measure; bench/gpu.json. Uses PYTHON, which has torch and diffusers
 	$(PYTHON) -m bench.gpu_check --out bench/gpu.json
