@@ -71,7 +71,7 @@ class AotiEngine(Engine):
         there = device_of(device, signatures.values())
         return {name: cls(runners[name], signatures[name], there) for name in files}
 
-    def _context(self, native: Any, device: Device, scratch: Buffer | None) -> ExecutionContext:
+    def _context(self, native: Any, device: Device) -> ExecutionContext:
         return _AotiContext(native, self.signature, device)
 
     @classmethod

@@ -27,8 +27,8 @@ KINDS = {"HtoD": "cudaMemcpyHostToDevice", "DtoH": "cudaMemcpyDeviceToHost", "Dt
 class CudaBuffer:
     """Part of an allocation, C-contiguous, sliced along its first axis. ``pointer`` is its address on the GPU.
 
-    Other libraries take it without a copy, by DLPack or CUDA's array interface: ``torch.from_dlpack(buffer)``. What they queue
-    then comes after what was queued in the buffer's own stream before.
+    Other libraries take it without a copy, by DLPack: ``torch.from_dlpack(buffer)``. What they queue then comes after what was
+    queued in the buffer's own stream before. CUDA's array interface waits for that instead.
     """
 
     def __init__(self, owner: "_Memory | _Loan", pointer: int, shape: tuple[int, ...], dtype: str) -> None:
@@ -88,9 +88,9 @@ class CudaBuffer:
     def __cuda_array_interface__(self) -> dict[str, Any]:
         if self.dtype == BFLOAT16:
             raise AttributeError("CUDA's array interface has no bfloat16: take the buffer by DLPack")
+        self.device.synchronize()  # torch does not heed "stream"
         data, kind = (self.pointer, False), np.dtype(self.dtype).str
-        stream = self.device.stream
-        return {"shape": self.shape, "typestr": kind, "data": data, "strides": None, "stream": stream, "version": 3}
+        return {"shape": self.shape, "typestr": kind, "data": data, "strides": None, "stream": None, "version": 3}
 
 
 class _Memory:
@@ -141,6 +141,12 @@ class CudaDevice(Device):
         """Makes this GPU the current one of the thread, for libraries that work on that one."""
         return on_gpu(self._cuda, self.index)
 
+    def keep(self, thing: object, *, owner: object) -> None:
+        """Let ``thing`` go with ``owner``, but when all that is queued is done, and not while calls are captured."""
+        weakref.finalize(
+            owner, release, self._cuda, self.index, "cudaStreamSynchronize", self.stream, self, thing
+        ).atexit = False
+
     def call(self, name: str, *arguments: Any) -> Any:
         """Call a function of CUDA's runtime on this GPU, whichever is the current one of this thread."""
         with on_gpu(self._cuda, self.index):
@@ -172,7 +178,8 @@ class CudaDevice(Device):
             kind, index = value.__dlpack_device__()
             if kind in (dlpack.CUDA, dlpack.CUDA_MANAGED):
                 self._check_place(value, index)
-                loan = dlpack.borrow(value, self.stream)
+                with self.current():  # torch lends only what lies on its current GPU
+                    loan = dlpack.borrow(value, self.stream)
                 return self._borrowed(value, loan.pointer, loan.shape, loan.dtype, loan.is_contiguous, loan)
         elif hasattr(value, "__cuda_array_interface__"):
             return self._from_array_interface(value)

@@ -64,16 +64,19 @@ def on_gpu(cuda: Any, index: int) -> Iterator[None]:
 class _Thread(threading.local):
     """What this thread gave back while it captured, which CUDA forbids until then."""
 
-    waiting: "list[tuple[Any, int, str, Any]] | None" = None
+    waiting: "list[tuple[Any, ...]] | None" = None
 
 
 _thread = _Thread()
 
 
-def release(cuda: Any, index: int, name: str, handle: Any) -> None:
-    """Give something of a GPU back, with the function ``name``; when a capture in this thread is over, if there is one."""
+def release(cuda: Any, index: int, name: str, handle: Any, *kept: object) -> None:
+    """Give something of a GPU back, with the function ``name``; when a capture in this thread is over, if there is one.
+
+    ``kept`` lives until then.
+    """
     if _thread.waiting is not None:
-        _thread.waiting.append((cuda, index, name, handle))
+        _thread.waiting.append((cuda, index, name, handle, *kept))
         return
     with on_gpu(cuda, index):
         call(cuda, name, handle)

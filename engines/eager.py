@@ -59,7 +59,7 @@ class EagerEngine(Engine):
                 program = move_to_device_pass(program, device.name)
         return cls(program.module(check_guards=False), signature, device)
 
-    def _context(self, native: Any, device: Device, scratch: Buffer | None) -> ExecutionContext:
+    def _context(self, native: Any, device: Device) -> ExecutionContext:
         return _EagerContext(native, self.signature, device)
 
     @classmethod

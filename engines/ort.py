@@ -73,7 +73,7 @@ class OrtFamily(Engine):
     def open_on_gpu(cls, path: Path, device: CudaDevice) -> onnxruntime.InferenceSession:
         """A session that works in the device's stream."""
 
-    def _context(self, native: Any, device: Device, scratch: Buffer | None) -> ExecutionContext:
+    def _context(self, native: Any, device: Device) -> ExecutionContext:
         return OrtContext(native, self.signature, device)
 
     @classmethod

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from cachec.engines import cuda_runtime
-from cachec.engines.cuda_device import CudaBuffer, CudaDevice
+from cachec.engines.cuda_device import CudaDevice
 from cachec.engines.gpu import Gpu, cuda_text, find_gpu
 from cachec.engines.onnx_files import build_onnx
 from cachec.engines.tensorrt_build import EngineBuilder
 from cachec.engines.tensorrt_library import TENSORRT, TENSORRT_RTX, Library
 from cachec.engines.tensorrt_run import Native, TensorRTContext, load_native
 from cachec.runtime.build import ALL_OPTIONS, BuildOptions, Sources
-from cachec.runtime.device import CUDA, Buffer, Device, DeviceName
+from cachec.runtime.device import CUDA, Device, DeviceName
 from cachec.runtime.engine import DEFAULTS, HOST, NOTHING, Engine, ExecutionContext
 from cachec.runtime.errors import BundleError, EngineError, InputError
 from cachec.runtime.sizes import size_ranges
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 LONG_BUILD = 500e6  # bytes of weights; builds of more take minutes, and say first what they need
 BFLOAT16_FROM = 80  # compute capability
-ANY_STEPS, ANY_COMPUTED = 1000, 50  # of schedules that engines outside a bundle take, and of those that they are tuned for
+ANY_STEPS, ANY_COMPUTED = 50, 10  # at most, of schedules that engines outside a bundle take, and of those they are tuned for
 ANY_SIZES = BuildOptions(sizes=size_ranges(ANY_STEPS, ANY_COMPUTED))
 HOST_MEMORY, DISK = 4.0, 1.3  # a build takes at most, over the bytes of the weights: docs/tensorrt.md
 
@@ -47,10 +47,6 @@ class TensorRTFamily(Engine):
     device_bound = True
     only_device = CUDA
     bounded = True
-
-    def __init__(self, native: Native, signature: Signature, device: Device) -> None:
-        super().__init__(native, signature, device)
-        self.scratch_bytes = native.scratch_bytes
 
     @classmethod
     @abstractmethod
@@ -136,10 +132,9 @@ class TensorRTFamily(Engine):
                 engines[name] = cls(native, signatures[name], there)
         return engines
 
-    def _context(self, native: Native, device: Device, scratch: Buffer | None) -> ExecutionContext:
+    def _context(self, native: Native, device: Device) -> ExecutionContext:
         assert isinstance(device, CudaDevice)
-        assert scratch is None or isinstance(scratch, CudaBuffer)
-        return TensorRTContext(native, self.signature, device, scratch)
+        return TensorRTContext(native, self.signature, device)
 
 
 class BuiltFromOnnx(TensorRTFamily):
@@ -165,7 +160,7 @@ class BuiltFromOnnx(TensorRTFamily):
     ) -> dict[str, Path]:
         """Write ONNX files into ``out``, and engines beside them, for one sample a call and any schedule."""
         onnx = build_onnx(programs, signatures, out)
-        builder = EngineBuilder(cls.vendor.load(), ANY_SIZES, None, partial(cls.place, device))
+        builder = EngineBuilder(cls.vendor.load(), ANY_SIZES, None, partial(cls.place, device), cls.vendor.flags)
         return _build_all(builder, onnx, signatures, {name: out / f"{name}.plan" for name in onnx})
 
     @classmethod
@@ -180,7 +175,7 @@ class BuiltFromOnnx(TensorRTFamily):
             )
         folder = options.timing_cache if cls.vendor.keeps_timings else None
         timing = None if folder is None else folder / f"{cls.name}-{tag}.timing"
-        builder = EngineBuilder(cls.vendor.load(), options, timing, partial(cls.place, device))
+        builder = EngineBuilder(cls.vendor.load(), options, timing, partial(cls.place, device), cls.vendor.flags)
         return _build_all(builder, onnx, sources.signatures, plan_files(onnx, tag, sources, out))
 
 

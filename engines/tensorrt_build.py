@@ -35,13 +35,14 @@ COMPATIBILITY = {"same-capability": "SAME_COMPUTE_CAPABILITY", "ampere-plus": "A
 class EngineBuilder:
     """Builds engines with one library and one set of options. ``timing``: file with kernel timings, which is added to.
 
-    ``place`` makes the GPU that is built for the current one of a thread.
+    ``place`` makes the GPU that is built for the current one of a thread. ``flags``: more of the library's builder.
     """
 
     library: ModuleType
     options: BuildOptions
     timing: Path | None = None
     place: Callable[[], AbstractContextManager[Any]] = nullcontext
+    flags: tuple[str, ...] = ()
 
     def build(self, name: str, onnx: Path, signature: Signature, out: Path) -> None:
         """Build the engine of one ONNX file and write it to ``out``. Interrupted, it keeps the timings and writes nothing.
@@ -78,20 +79,24 @@ class EngineBuilder:
         config: trt.IBuilderConfig = builder.create_builder_config()
         self._configure(config, name)
         profile: trt.IOptimizationProfile = builder.create_optimization_profile()
-        if self._set_sizes(network, profile, signature):
+        with reports.explaining(f"set the sizes that the {name} engine takes"):
+            varies = self._set_sizes(network, profile, signature)
+        if varies:
             config.add_optimization_profile(profile)
         return Draft(builder, network, config, profile)
 
     def _builder(self, reports: Reports) -> "trt.Builder":
-        try:
+        with reports.explaining("start TensorRT's builder, which needs a GPU and its driver"):
             return self.library.Builder(reports.logger)
-        except TypeError as error:  # what pybind makes of a null pointer: without a driver there is no builder
-            raise reports.error("start TensorRT's builder, which needs a GPU and its driver") from error
 
     def _configure(self, config: "trt.IBuilderConfig", name: str) -> None:
         flags, options = self.library.BuilderFlag, self.options
         config.builder_optimization_level = options.level
         config.clear_flag(flags.TF32)  # float32 in the graph means float32
+        for flag in self.flags:
+            config.set_flag(flags.__members__[flag])
+        # a call then takes scratch memory for the sizes that it has, not for the largest
+        config.set_preview_feature(self.library.PreviewFeature.RUNTIME_ACTIVATION_RESIZE_10_10, True)
         if options.workspace is not None:
             config.set_memory_pool_limit(self.library.MemoryPoolType.WORKSPACE, options.workspace)
         if options.strip:
@@ -124,10 +129,11 @@ class EngineBuilder:
             yield
             return
         known = self.timing.read_bytes() if self.timing.is_file() else b""
-        cache: trt.ITimingCache | None = config.create_timing_cache(known)
-        if cache is None or not config.set_timing_cache(cache, False):
-            log.warning("kernel timings in %s are of another GPU or version: measured anew", self.timing.name)
-            config.set_timing_cache(config.create_timing_cache(b""), False)
+        with self.place():  # the cache is of the current GPU
+            cache: trt.ITimingCache | None = config.create_timing_cache(known)
+            if cache is None or not config.set_timing_cache(cache, False):
+                log.warning("kernel timings in %s are of another GPU or version: measured anew", self.timing.name)
+                config.set_timing_cache(config.create_timing_cache(b""), False)
         try:
             yield
         finally:

@@ -8,6 +8,8 @@ import functools
 import importlib
 import importlib.util
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -30,7 +32,7 @@ class Library:
     ``modules``: names that it is imported by, the first that is installed is taken. ``extra`` brings it. ``major``: the major
     version that the code is written for. ``driver``: the CUDA version that the GPU's driver must be for at least. ``gpus``:
     compute capabilities that engines are built for without a GPU; else they are built for the one that is there.
-    ``keeps_timings``: does its builder measure kernels?
+    ``keeps_timings``: does its builder measure kernels? ``flags``: of its builder, which the other does not have.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Library:
     driver: tuple[int, int]
     gpus: tuple[int, ...] = ()
     keeps_timings: bool = True
+    flags: tuple[str, ...] = ()
 
     def module_name(self) -> str | None:
         """Name of the module that is installed, if one is."""
@@ -93,6 +96,7 @@ TENSORRT_RTX = Library(
     driver=(13, 0),
     gpus=(80, 86, 89, 120),
     keeps_timings=False,
+    flags=("REQUIRE_USER_ALLOCATION",),  # else calls may allocate, which a CUDA graph cannot hold
 )
 
 
@@ -117,6 +121,14 @@ class Reports:
     def clear(self) -> None:
         """Forget what it said until now: what comes next begins."""
         self._errors.clear()
+
+    @contextmanager
+    def explaining(self, what: str) -> Iterator[None]:
+        """Turn what pybind makes of a null pointer, and of errors of C++, into an ``EngineError`` about ``what``."""
+        try:
+            yield
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise self.error(what) from error
 
     def error(self, what: str) -> EngineError:
         """An error about ``what``, with all that the library said about it."""

@@ -17,7 +17,7 @@ from cachec.engines.cuda_device import CudaBuffer, CudaDevice
 from cachec.engines.tensorrt_library import Reports, dtypes_of, reports_of
 from cachec.runtime.device import ALIGNMENT, Buffer
 from cachec.runtime.engine import Call, ExecutionContext, check_bindings
-from cachec.runtime.errors import BundleError, EngineError
+from cachec.runtime.errors import BundleError, EngineError, InputError
 from cachec.runtime.specs import Signature
 
 if TYPE_CHECKING:
@@ -34,11 +34,6 @@ class Native:
     runtime: "trt.Runtime"  # lives as long as its engines
     engine: "trt.ICudaEngine"
     names: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def scratch_bytes(self) -> int:
-        """Device memory that a call needs beside its buffers, at most."""
-        return int(self.engine.device_memory_size_v2)
 
 
 def load_native(
@@ -59,7 +54,8 @@ def load_native(
         raise BundleError(f"{path.name} is empty: build it again with cachec add-target --force")
     reports = reports_of(library)
     reports.clear()
-    runtime: trt.Runtime = library.Runtime(reports.logger)
+    with reports.explaining(f"start {library.__name__}"):
+        runtime: trt.Runtime = library.Runtime(reports.logger)
     if host_code:
         runtime.engine_host_code_allowed = True
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
@@ -77,8 +73,9 @@ def _refit(library: ModuleType, engine: "trt.ICudaEngine", path: Path, onnx: Pat
     """Give an engine the weights that it was built without."""
     if onnx is None:
         raise BundleError(f"{path.name} was built without weights, and the bundle names none for it: compile the bundle again")
-    refitter: trt.Refitter = library.Refitter(engine, reports.logger)
-    parser: trt.OnnxParserRefitter = library.OnnxParserRefitter(refitter, reports.logger)
+    with reports.explaining(f"load the weights of {onnx.name}"):
+        refitter: trt.Refitter = library.Refitter(engine, reports.logger)
+        parser: trt.OnnxParserRefitter = library.OnnxParserRefitter(refitter, reports.logger)
     if not parser.refit_from_file(str(onnx)):
         found = [parser.get_error(index).desc() for index in range(parser.num_errors)]
         raise BundleError(f"{path.name} does not take the weights of {onnx.name}: {'; '.join(found)}: build it again")
@@ -115,19 +112,25 @@ class TensorRTContext(ExecutionContext):
     """Runs one engine for one session.
 
     For each set of shapes it has an execution context of TensorRT's, since a recorded graph is only good as long as its
-    context keeps the shapes. ``scratch``: memory on the device that no other call uses at the same time.
+    context keeps the shapes.
     """
 
-    def __init__(self, native: Native, signature: Signature, device: CudaDevice, scratch: CudaBuffer | None) -> None:
-        self._native, self._signature, self._device, self._scratch = native, signature, device, scratch
+    scratch: CudaBuffer | None = None
+
+    def __init__(self, native: Native, signature: Signature, device: CudaDevice) -> None:
+        self._native, self._signature, self._device = native, signature, device
         self._contexts: dict[Shapes, _Shaped] = {}
         self._graphs: dict[GraphKey, Call] = {}
         self._own: dict[tuple[str, tuple[int, ...]], CudaBuffer] = {}
 
+    def scratch_bytes(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        return self._shaped(tuple(sorted(shapes.items()))).scratch_bytes
+
     def bind(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> Call:
         check_bindings(self._signature, self._device, inputs, outputs)
-        shapes = tuple((name, tuple(buffer.shape)) for name, buffer in inputs.items())
+        shapes = tuple(sorted((name, tuple(buffer.shape)) for name, buffer in inputs.items()))
         shaped = self._shaped(shapes)
+        shaped.take(self.scratch)
         sizes = sizes_of(self._signature, inputs)
         results = dict(outputs)
         for spec in self._signature.outputs:  # what nobody asked for needs a place, too
@@ -146,7 +149,7 @@ class TensorRTContext(ExecutionContext):
     def _shaped(self, shapes: Shapes) -> "_Shaped":
         if shapes not in self._contexts:
             with self._device.current():
-                self._contexts[shapes] = _Shaped(self._native, shapes, self._scratch)
+                self._contexts[shapes] = _Shaped(self._native, shapes, self._device)
         return self._contexts[shapes]
 
     def _aligned(self, buffers: Mapping[str, CudaBuffer]) -> tuple[list[tuple[CudaBuffer, CudaBuffer]], dict[str, CudaBuffer]]:
@@ -167,9 +170,9 @@ class TensorRTContext(ExecutionContext):
 
 
 class _Shaped:
-    """An execution context whose input shapes are set once."""
+    """An execution context whose input shapes are set once. ``scratch_bytes``: what its calls need beside their buffers."""
 
-    def __init__(self, native: Native, shapes: Shapes, scratch: CudaBuffer | None) -> None:
+    def __init__(self, native: Native, shapes: Shapes, device: CudaDevice) -> None:
         self._reports = reports_of(native.library)
         self._reports.clear()
         strategy = native.library.ExecutionContextAllocationStrategy.USER_MANAGED
@@ -177,15 +180,34 @@ class _Shaped:
         if context is None:
             raise self._reports.error("make an execution context")
         self._context: trt.IExecutionContext = context
-        self._scratch = scratch  # kept alive: the context knows its address only
-        if scratch is not None:
-            context.set_device_memory(scratch.pointer, scratch.nbytes)
+        device.keep(context, owner=self)  # calls may still be queued when the session is gone
+        self._scratch: CudaBuffer | None = None
         for name, shape in shapes:
             if not context.set_input_shape(native.names.get(name, name), shape):
                 raise self._reports.error(f"take {name} of shape {list(shape)}, which this engine was not built for")
-        if missing := context.infer_shapes():
+        with self._reports.explaining("infer shapes"):
+            missing = context.infer_shapes()
+        if missing:
             raise EngineError(f"shapes of {', '.join(missing)} are not known once the inputs are: compile the bundle again")
+        self.scratch_bytes = 0
+        if native.engine.device_memory_size_v2:  # of the largest shapes that it takes
+            self.scratch_bytes = int(context.update_device_memory_size_for_shapes())
+            if not self.scratch_bytes:
+                raise self._reports.error("tell how much scratch memory a call takes")
         self._bound: Addresses = ()
+
+    def take(self, scratch: CudaBuffer | None) -> None:
+        """Use this scratch memory.
+
+        Raises:
+            InputError: it is too little.
+        """
+        given = 0 if scratch is None else scratch.nbytes
+        if given < self.scratch_bytes:
+            raise InputError(f"a call needs {self.scratch_bytes} bytes of scratch memory, got {given}")
+        if scratch is not None and self.scratch_bytes and scratch is not self._scratch:
+            self._context.set_device_memory(scratch.pointer, scratch.nbytes)
+            self._scratch = scratch  # kept alive: the context knows its address only
 
     def enqueue(self, addresses: Addresses, stream: int) -> None:
         """Queue a call on these addresses."""

@@ -43,7 +43,7 @@ class TorchTensorRTEngine(TensorRTFamily):
     name = "torch-tensorrt"
     vendor = TENSORRT
     tunes = True
-    options = frozenset(("level", "workspace", "compatibility", "version_compatible"))
+    options = frozenset(("level", "workspace", "compatibility"))  # version-compatible engines would lack their runtime
 
     @classmethod
     def gpus(cls, device: DeviceName) -> tuple[int, ...]:
@@ -142,7 +142,6 @@ def make_settings(builder: Any, options: BuildOptions, timing: Path | None, devi
         "optimization_level": options.level,
         "workspace_size": options.workspace or 0,
         "hardware_compatible": options.compatibility == "ampere-plus",
-        "version_compatible": options.version_compatible,
         **({} if timing is None else {"timing_cache_path": str(timing)}),
     }
     known = {field.name for field in dataclasses.fields(builder.dynamo.CompilationSettings)}

@@ -8,6 +8,7 @@ from cachec.runtime.engine import Call, Engine
 from cachec.runtime.plan import (
     NOISE_BUFFER,
     RING,
+    BindingPlan,
     ModelIO,
     PlannedCall,
     View,
@@ -42,21 +43,27 @@ class Binding:
         signatures = {name: engine.signature for name, engine in engines.items()}
         plan = plan_binding(signatures, program, io, batch=batch, with_velocities=with_velocities)
         self.device = engines["compute"].device.for_session()
-        layout = lay_out(plan, max(engine.scratch_bytes for engine in engines.values()))
+        self._contexts = {name: engine.context(self.device) for name, engine in engines.items()}
+        layout = lay_out(plan, max(self._scratch_bytes(plan, call) for call in plan.calls))
         memory = self.device.empty((layout.size,), "uint8")
         self.device.upload(constant_data(plan, layout), memory[: layout.constant_bytes])
         self._buffers = {
             name: self.device.part(memory, layout.offsets[name], buffer.shape, buffer.dtype)
             for name, buffer in plan.buffers.items()
         }
-        scratch = memory[layout.scratch_offset :] if layout.scratch_bytes else None
-        self._contexts = {name: engine.context(self.device, scratch) for name, engine in engines.items()}
+        if layout.scratch_bytes:
+            for context in self._contexts.values():
+                context.scratch = memory[layout.scratch_offset :]
         self.ring, self.noise = self._buffers[RING], self._buffers[NOISE_BUFFER]
         self.latent_spec, self.condition_specs = plan.latent_spec, plan.conditions
         self.conditions = {spec.name: self._buffers[condition_name(spec.name)] for spec in plan.conditions}
         self.prologue = None if plan.prologue is None else self._bind(plan.prologue)
         self.operations = [self._operation(call) for call in plan.operations]
         self.final = self._part(plan.final)
+
+    def _scratch_bytes(self, plan: BindingPlan, planned: PlannedCall) -> int:
+        shapes = {name: plan.shape(view) for name, view in planned.inputs.items()}
+        return self._contexts[planned.engine].scratch_bytes(shapes)
 
     def _part(self, view: View) -> Buffer:
         buffer = self._buffers[view.buffer]

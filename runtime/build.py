@@ -56,6 +56,11 @@ class BuildOptions:
     def __post_init__(self) -> None:
         if self.compatibility not in COMPATIBILITIES:
             raise unknown_name("hardware compatibility", self.compatibility, COMPATIBILITIES)
+        if self.strip and self.version_compatible:
+            raise InputError(
+                "strip-weights and version-compatible exclude each other: later versions cannot load weights into an engine; "
+                "leave one out"
+            )
         if not 0 <= self.level <= MAX_LEVEL:
             raise InputError(f"optimization-level is {self.level}; it must be from 0 to {MAX_LEVEL}")
 

@@ -61,14 +61,25 @@ class Call(ABC):
 
 
 class ExecutionContext(ABC):
-    """Runs one engine for one session. Keeps nothing between calls and writes only into the given buffers."""
+    """Runs one engine for one session. Keeps nothing between calls and writes only into the given buffers.
+
+    ``scratch``: memory of its device that calls may use beside their buffers. Contexts that share it must not run at the same
+    time. It is given before calls are bound that need it.
+    """
+
+    scratch: Buffer | None = None
+
+    def scratch_bytes(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        """How much scratch memory a call takes whose inputs have these shapes."""
+        return 0
 
     @abstractmethod
     def bind(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> Call:
         """A call on these buffers. ``outputs`` may name a subset; no output may lie where an input does.
 
         Raises:
-            InputError: a name is unknown or missing, or a shape, dtype or layout does not fit.
+            InputError: a name is unknown or missing, a shape, dtype or layout does not fit, or there is too little scratch
+                memory.
         """
 
     def run(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> None:
@@ -80,7 +91,6 @@ class Engine(ABC):
     """An immutable compiled graph, shared by all sessions. A context manager."""
 
     name: ClassVar[str]
-    scratch_bytes: int = 0  # device memory that a call needs beside its buffers; engines of one session share it, in turn
     needs_same_version: ClassVar[bool]  # artifacts load only in the version of the library that built them
     device_bound: ClassVar[bool]  # artifacts run only on the kind of device that they were built for
     only_device: ClassVar[str | None] = None  # the one kind of device that it runs on
@@ -165,25 +175,18 @@ class Engine(ABC):
             InputError: there is no such device here, or no room on it.
         """
 
-    def context(self, device: Device | None = None, scratch: Buffer | None = None) -> ExecutionContext:
+    def context(self, device: Device | None = None) -> ExecutionContext:
         """A new context for one session, whose buffers are of ``device``: the engine's own, or one made from it for a session.
-
-        ``scratch`` holds at least ``scratch_bytes`` bytes of that device; ``None`` if the engine needs none. Contexts that
-        share it must not run at the same time.
 
         Raises:
             BundleError: the engine was closed.
-            InputError: there is too little scratch memory.
         """
         if self._native is None:
             raise BundleError("the engine was closed: load the bundle again")
-        given = 0 if scratch is None else scratch.nbytes
-        if given < self.scratch_bytes:
-            raise InputError(f"this engine needs {self.scratch_bytes} bytes of scratch memory, got {given}")
-        return self._context(self._native, device or self.device, scratch)
+        return self._context(self._native, device or self.device)
 
     @abstractmethod
-    def _context(self, native: Any, device: Device, scratch: Buffer | None) -> ExecutionContext:
+    def _context(self, native: Any, device: Device) -> ExecutionContext:
         """A new context on the library's own object."""
 
     def close(self) -> None:

@@ -116,6 +116,11 @@ class BindingPlan:
     latent_spec: TensorSpec
     conditions: tuple[TensorSpec, ...]
 
+    @property
+    def calls(self) -> tuple[PlannedCall, ...]:
+        """The prologue, if there is one, and all operations."""
+        return self.operations if self.prologue is None else (self.prologue, *self.operations)
+
     def shape(self, view: View) -> tuple[int, ...]:
         whole = self.buffers[view.buffer].shape
         if view.start is None:

@@ -329,7 +329,7 @@ def get_memory_pool_limit(_fake, self, pool):
 
 @does("IBuilderConfig", "set_preview_feature")
 def set_preview_feature(_fake, self, feature, enable):
-    facts_of(self).setdefault("previews", {})[feature] = enable
+    facts_of(self).setdefault("previews", {})[feature.name] = enable
 
 
 @does("IBuilderConfig", "create_timing_cache")
@@ -502,6 +502,7 @@ def make_plan(fake: Fake, network: Any, config: Any) -> bytes:
         "verbosity": settings["profiling_verbosity"].name,
         "layers": len(net["layers"]),
         "scratch": SCRATCH_PER_LAYER * len(net["layers"]),
+        "resizes": settings.get("previews", {}).get("RUNTIME_ACTIVATION_RESIZE_10_10", False),
         "weights": {name: hash_of(weights) for name, weights in weights_of(model).items()},
         "stripped": "STRIP_PLAN" in flags,
     }

@@ -374,6 +374,7 @@ def create_execution_context(fake, self, strategy):
         shapes={e["name"]: tuple(e["shape"]) for e in entries if e["mode"] == "INPUT" and -1 not in e["shape"]},
         addresses={},
         scratch=None,
+        needed=facts_of(self)["plan"]["scratch"],
         active_optimization_profile=0,
         warm=False,
         enqueue_emits_profile=True,
@@ -402,6 +403,7 @@ def set_input_shape(fake, self, name, shape):
         return fail(fake, self, f"setInputShape: Error Code 3: {name} {shape} is not in the profile from {low} to {high}")
     if facts["shapes"].get(name) != shape:
         facts["warm"] = False
+        facts["needed"] = facts["engine"].device_memory_size_v2
     facts["shapes"][name] = shape
     return True
 
@@ -454,7 +456,7 @@ def get_tensor_address(_fake, self, name):
 @does("IExecutionContext", "set_device_memory")
 def set_device_memory(fake, self, pointer, size):
     facts = facts_of(self)
-    wanted = facts["engine"].device_memory_size_v2
+    wanted = facts["needed"]
     if facts["strategy"] != "USER_MANAGED":
         fail(fake, self, "setDeviceMemoryV2: Error Code 3: the context was not created with USER_MANAGED memory")
     elif int(pointer) % ALIGNMENT or int(size) < wanted:
@@ -464,16 +466,21 @@ def set_device_memory(fake, self, pointer, size):
             f"setDeviceMemoryV2: Error Code 3: {size} bytes at {int(pointer):#x}, but {wanted} aligned ones are needed",
         )
     else:
-        facts["scratch"] = int(pointer)
+        facts["scratch"] = (int(pointer), wanted)
 
 
 @does("IExecutionContext", "update_device_memory_size_for_shapes")
 def update_device_memory_size_for_shapes(fake, self):
-    return (
-        fail(fake, self, "not all shapes are set", 0)
-        if infer_shapes(fake, self)
-        else facts_of(self)["engine"].device_memory_size_v2
-    )
+    """Shrinks with the shapes, if the engine was built to; memory that was given before has to be given again."""
+    if infer_shapes(fake, self):
+        return fail(fake, self, "not all shapes are set", 0)
+    facts, plan = facts_of(self), facts_of(facts_of(self)["engine"])["plan"]
+    if plan["resizes"]:
+        most = [profile_of(facts["engine"], name, facts["active_optimization_profile"])[2] for name in facts["shapes"]]
+        here, there = (sum(int(np.prod(shape)) for shape in shapes) for shapes in (facts["shapes"].values(), most))
+        facts["needed"] = -(-plan["scratch"] * here // there)
+        facts["scratch"] = None
+    return facts["needed"]
 
 
 @does("IExecutionContext", "set_aux_streams")
@@ -509,8 +516,10 @@ def reason_not_to_run(fake: Fake, self: Any, stream: int) -> str | None:
         return f"no shape is set for {infer_shapes(fake, self)}"
     if unset:
         return f"no address is set for {unset}"
-    if facts["strategy"] == "USER_MANAGED" and facts["engine"].device_memory_size_v2 and not facts["scratch"]:
+    if facts["strategy"] == "USER_MANAGED" and facts["needed"] and not facts["scratch"]:
         return "no device memory is set"
+    if facts["scratch"] is not None and facts["scratch"][1] < facts["needed"]:
+        return f"{facts['scratch'][1]} bytes of device memory are set, {facts['needed']} are needed for these shapes"
     if fake.is_capturing(stream) and not facts["warm"]:
         return "the first call after a change of shape cannot be captured: run once before"
     for name, entry in engine["io"].items():
@@ -531,7 +540,7 @@ def size_of(entry: dict[str, Any], shape: tuple[int, ...]) -> int:
 
 
 def compute(
-    fake: Fake, engine: Any, shapes: dict[str, tuple[int, ...]], addresses: dict[str, int], scratch: int | None
+    fake: Fake, engine: Any, shapes: dict[str, tuple[int, ...]], addresses: dict[str, int], scratch: tuple[int, int] | None
 ) -> None:
     """What the GPU would do when the stream comes to it: from the bytes behind the addresses of then."""
     facts = facts_of(engine)
@@ -543,7 +552,7 @@ def compute(
             facts["model"].SerializeToString(), options, providers=["CPUExecutionProvider"]
         )
     if scratch is not None:
-        fake.memory.view(scratch, engine.device_memory_size_v2)[:] = DIRT
+        fake.memory.view(*scratch)[:] = DIRT
     given = {}
     for name, shape in shapes.items():
         entry = facts["io"][name]

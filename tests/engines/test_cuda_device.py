@@ -1,8 +1,10 @@
 """GPU buffers without torch, on a CUDA runtime that works on host memory; and what is said where there is no GPU."""
 
+import contextlib
 import ctypes
 import gc
 import threading
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -234,12 +236,10 @@ class QueuedEngine(Engine):
 
     def __init__(self, engine, fake, device):
         super().__init__(engine, engine.signature, device)
-        self.fake, self.scratch_bytes, self.runs = fake, 1000, 0
+        self.fake, self.takes, self.runs = fake, 1000, 0
 
-    def _context(self, native, device, scratch):
+    def _context(self, native, device):
         assert device is not self.device
-        assert device.owns(scratch)
-        assert scratch.pointer % 256 == 0
         return QueuedContext(self, native.context(), device)
 
 
@@ -247,7 +247,13 @@ class QueuedContext(ExecutionContext):
     def __init__(self, engine, inner, device):
         self.engine, self.inner, self.device = engine, inner, device
 
+    def scratch_bytes(self, shapes):
+        return self.engine.takes
+
     def bind(self, inputs, outputs):
+        assert self.device.owns(self.scratch)
+        assert self.scratch.nbytes >= self.engine.takes
+        assert self.scratch.pointer % 256 == 0
         check_bindings(self.engine.signature, self.device, inputs, outputs)
         arrays = [{name: array_at(buffer) for name, buffer in side.items()} for side in (inputs, outputs)]
         return QueuedCall(self.engine, self.inner.bind(*arrays), self.device)
@@ -373,6 +379,24 @@ def test_a_launch_that_fails_says_so(loaded, fake):
         session.run(*request_of(1))
 
 
+@pytest.mark.parametrize("capturing", [False, True])
+def test_what_is_kept_for_an_owner_outlives_what_is_queued_and_captures(fake, monkeypatch, capturing):
+    class Thing:
+        pass
+
+    device, owner, thing, order = CudaDevice(0, captures=True), Thing(), Thing(), []
+    real = fake.cudaStreamSynchronize
+    monkeypatch.setattr(fake, "cudaStreamSynchronize", lambda stream: order.append("waited") or real(stream))
+    device.keep(thing, owner=owner)
+    alive = weakref.ref(thing, lambda _: order.append("gone"))
+    del thing
+    with cuda_runtime.keeping() if capturing else contextlib.nullcontext():
+        del owner
+        assert (alive() is not None) == capturing
+    gc.collect()
+    assert order == ["waited", "gone"]
+
+
 def test_memory_that_is_dropped_during_a_capture_is_given_back_after_it(fake):
     device = CudaDevice(0, captures=True)
     others = [device.empty((4,), "float32")]
@@ -384,7 +408,7 @@ def test_memory_that_is_dropped_during_a_capture_is_given_back_after_it(fake):
 
 def test_a_session_that_finds_no_room_says_what_all_of_it_takes(loaded, fake):
     engines = queued(loaded, fake)
-    engines["advance"].scratch_bytes = 10**9
+    engines["advance"].takes = 10**9
     with pytest.raises(InputError, match=r"cuda:0 has no room for 1000\.\d MB more \(16.8 MB are free\): take a smaller batch"):
         Session(engines, loaded.programs["default"], loaded.io)
 

@@ -291,10 +291,34 @@ def test_a_buffer_can_be_lent_as_a_copy_but_not_elsewhere(fake, device):
 def test_the_array_interface_has_what_numpy_has(device):
     buffer = device.empty((2, 3), "float16")
     assert buffer[1].__cuda_array_interface__ == {
-        "shape": (3,), "typestr": "<f2", "data": (buffer.pointer + 6, False), "strides": None, "stream": device.stream,
+        "shape": (3,), "typestr": "<f2", "data": (buffer.pointer + 6, False), "strides": None, "stream": None,
         "version": 3,
     }  # fmt: skip
     assert not hasattr(device.empty((2,), "bfloat16"), "__cuda_array_interface__")
+
+
+def test_the_array_interface_waits_for_what_is_queued(fake, device):
+    """Its consumers may not: torch does not."""
+    source, buffer = device.empty((2, 3), "float32"), device.empty((2, 3), "float32")
+    device.upload(np.ones((2, 3), np.float32), source)
+    device.upload(source, buffer)
+    address = buffer.__cuda_array_interface__["data"][0]
+    seen = np.frombuffer((ctypes.c_byte * buffer.nbytes).from_address(address), np.float32)
+    assert (seen == 1).all()
+
+
+def test_arrays_are_borrowed_while_their_gpu_is_the_current_one(fake):
+    """torch lends nothing of another."""
+    fake.gpus, found = 2, []
+
+    class Watching(ByDlpack):
+        def __dlpack__(self, **wanted):
+            found.append(fake.cudaGetDevice()[1])
+            return super().__dlpack__(**wanted)
+
+    second = CudaDevice(1)
+    second.adopt(Watching(fake, some("float32"), index=1))
+    assert (found, fake.cudaGetDevice()[1]) == ([1], 0)
 
 
 @PRODUCERS

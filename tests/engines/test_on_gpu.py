@@ -78,6 +78,20 @@ def test_steps_one_by_one(pair):
     np.testing.assert_allclose(session.latents, wanted.session().run(*request_of(1)), atol=1e-4, rtol=1e-4)
 
 
+def test_steps_one_by_one_do_not_disturb_recorded_requests(pair):
+    """Both record graphs of the same execution contexts."""
+    _, loaded = pair
+    session, other = loaded.session(), loaded.session()
+    wanted = [session.run(*request_of(1)) for _ in range(3)][-1]
+    for _ in range(3):
+        for one in (session, other):
+            one.begin(*request_of(2))
+            while not one.finished:
+                one.advance()
+        np.testing.assert_array_equal(session.latents, other.latents)
+        np.testing.assert_array_equal(session.run(*request_of(1)), wanted)
+
+
 def test_more_than_there_is(pair, monkeypatch):
     _, loaded = pair
     monkeypatch.setattr("cachec.runtime.session.MAX_BATCH", 2**31)

@@ -17,7 +17,7 @@ from cachec.compiler.methods.taylor import Taylor
 from cachec.engines.add_target import add_targets
 from cachec.engines.build import own_options
 from cachec.engines.ort import OrtEngine
-from cachec.engines.tensorrt import TensorRTRtxEngine
+from cachec.engines.tensorrt import TensorRTEngine, TensorRTRtxEngine
 from cachec.engines.tensorrt_build import EngineBuilder, make_monitor
 from cachec.engines.tensorrt_library import TENSORRT_RTX, Reports
 from cachec.runtime import write
@@ -95,6 +95,14 @@ def test_a_range_of_batches_stays_symbolic(ort_bundles, tmp_path):
     builder = EngineBuilder(TENSORRT_RTX.load(), BuildOptions(sizes=size_ranges(STEPS, 4, max_batch=3)))
     draft = builder.prepare("compute", ort_bundles["output"] / bundle.path, bundle.signature)
     assert [s[0] for s in draft.profile.get_shape("latents")] == [1, 3, 3]
+
+
+def test_calls_may_be_captured_and_take_memory_for_their_own_shapes(ort_bundles):
+    builder = EngineBuilder(TENSORRT_RTX.load(), BuildOptions(sizes=SIZES), flags=TENSORRT_RTX.flags)
+    artifact = Bundle.open(ort_bundles["hidden"]).manifest.targets[0].engines["forecast"]
+    config = builder.prepare("forecast", ort_bundles["hidden"] / artifact.path, artifact.signature).config
+    assert config.get_flag(rtx.BuilderFlag.REQUIRE_USER_ALLOCATION)
+    assert config.get_preview_feature(rtx.PreviewFeature.RUNTIME_ACTIVATION_RESIZE_10_10)
 
 
 def test_float32_means_float32(ort_bundles):
@@ -258,10 +266,17 @@ def test_files_of_a_killed_build_go_with_the_next(bundle):
     assert not lost.exists()
 
 
-def test_options_of_other_targets_are_not_applied():
-    given = BuildOptions(strip=True, compatibility="ampere-plus", version_compatible=True, level=5)
-    assert own_options(TensorRTRtxEngine, given) == BuildOptions(level=5)
-    assert own_options(OrtEngine, given) == BuildOptions()
+@pytest.mark.parametrize("given", [{"strip": True}, {"version_compatible": True, "compatibility": "ampere-plus"}])
+def test_options_of_other_targets_are_not_applied(given):
+    options = BuildOptions(level=5, **given)
+    assert own_options(TensorRTRtxEngine, options) == BuildOptions(level=5)
+    assert own_options(OrtEngine, options) == BuildOptions()
+    assert own_options(TensorRTEngine, options) == options
+
+
+def test_engines_without_weights_are_of_one_version():
+    with pytest.raises(InputError, match="strip-weights and version-compatible exclude each other"):
+        BuildOptions(strip=True, version_compatible=True)
 
 
 def test_a_build_that_fails_leaves_the_bundle_alone(bundle, monkeypatch):

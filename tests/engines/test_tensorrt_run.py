@@ -220,8 +220,10 @@ class TestLongProgram:
             slots = [i.num_slots for i in loaded.programs["default"].instructions if not isinstance(i, Compute)]
             assert made == [(strategy,)] * (1 + 1 + len(set(zip(runs, slots, strict=True))))
             scratch = trt.called("IExecutionContext", "set_device_memory")
+            assert len(scratch) == len(made)
             assert len(set(scratch)) == 1
-            assert scratch[0][1] >= max(engine.scratch_bytes for engine in loaded.engines.values()) > 0
+            largest = max(engine._native.engine.device_memory_size_v2 for engine in loaded.engines.values())
+            assert 0 < scratch[0][1] <= largest
             trt.calls.clear()
             session.run(*request_of(1))
             assert not trt.called("IExecutionContext", "set_input_shape")
@@ -301,12 +303,18 @@ def arrays(signature, sizes):
     return {spec.name: rng.standard_normal(spec.resolve(sizes), np.float32) for spec in signature.inputs}
 
 
+def context_of(native, signature, device):
+    context = TensorRTContext(native, signature, device)
+    context.scratch = device.empty((native.engine.device_memory_size_v2,), "uint8")
+    return context
+
+
 @pytest.mark.parametrize("shift", [0, 4, 128])
 def test_odd_addresses_are_copied(make_bundle, trt, shift):
     """Buffers of other libraries may lie anywhere."""
     native, signature = open_engine(make_bundle("output"), trt)
     device = CudaDevice(0, captures=True)
-    context = TensorRTContext(native, signature, device, device.empty((native.scratch_bytes,), "uint8"))
+    context = context_of(native, signature, device)
     given = arrays(signature, {"batch": 1, "slots": 3})
     buffers = {}
     for name, value in given.items():
@@ -322,10 +330,29 @@ def test_odd_addresses_are_copied(make_bundle, trt, shift):
         np.testing.assert_allclose(device.download(out), wanted, rtol=1e-5, atol=1e-6)
 
 
+def test_calls_take_the_scratch_memory_of_their_own_shapes(make_bundle, trt):
+    """Not that of the largest which the engine takes; and no call is bound without."""
+    native, signature = open_engine(make_bundle("output"), trt)
+    device = CudaDevice(0, captures=True)
+    context = TensorRTContext(native, signature, device)
+    few, many = ({spec.name: spec.resolve({"batch": 1, "slots": slots}) for spec in signature.inputs} for slots in (1, 3))
+    assert 0 < context.scratch_bytes(few) < context.scratch_bytes(many) < native.engine.device_memory_size_v2
+    buffers = {name: device.empty(shape, "float32") for name, shape in many.items()}
+    out = {"next_latents": device.empty((1, 6, 8), "float32")}
+    wanted = context.scratch_bytes(many)
+    with pytest.raises(InputError, match=f"a call needs {wanted} bytes of scratch memory, got 0"):
+        context.bind(buffers, out)
+    context.scratch = device.empty((wanted - 1,), "uint8")
+    with pytest.raises(InputError, match=f"a call needs {wanted} bytes of scratch memory, got {wanted - 1}"):
+        context.bind(buffers, out)
+    context.scratch = device.empty((wanted,), "uint8")
+    context.bind(buffers, out).run()
+
+
 def test_calls_on_the_same_addresses_share_a_graph(make_bundle, trt, cuda):
     native, signature = open_engine(make_bundle("output"), trt)
     device = CudaDevice(0, captures=True)
-    context = TensorRTContext(native, signature, device, device.empty((native.scratch_bytes,), "uint8"))
+    context = context_of(native, signature, device)
     buffers = {name: device.empty(v.shape, "float32") for name, v in arrays(signature, {"batch": 1, "slots": 3}).items()}
     out = [device.empty((1, 6, 8), "float32") for _ in range(2)]
     calls = [context.bind(buffers, {"next_latents": out[index]}) for index in (0, 0, 1)]
@@ -339,7 +366,7 @@ def test_calls_on_the_same_addresses_share_a_graph(make_bundle, trt, cuda):
 def test_outputs_that_nobody_wants_have_a_place(make_bundle, trt):
     native, signature = open_engine(make_bundle("output"), trt, "compute")
     device = CudaDevice(0, captures=True)
-    context = TensorRTContext(native, signature, device, device.empty((native.scratch_bytes,), "uint8"))
+    context = context_of(native, signature, device)
     buffers = {name: device.empty(v.shape, "float32") for name, v in arrays(signature, {"batch": 1}).items()}
     first, again = (context.bind(buffers, {"velocity": device.empty((1, 6, 8), "float32")}) for _ in range(2))
     first.run()
@@ -492,6 +519,29 @@ def test_a_call_that_fails_says_what_tensorrt_said(make_bundle, trt, monkeypatch
             session.run(*request_of(1))
 
 
+def refuse(*_):
+    raise RuntimeError("an error of C++")
+
+
+def null(*_):
+    raise TypeError("factory function returned nullptr")
+
+
+@pytest.mark.parametrize(
+    ("kind", "method", "instead", "message"),
+    [
+        ("IExecutionContext", "infer_shapes", refuse, "cannot infer shapes"),
+        ("IExecutionContext", "update_device_memory_size_for_shapes", lambda _: 0, "cannot tell how much scratch memory"),
+        ("Runtime", "__init__", null, "cannot start tensorrt"),
+    ],
+)
+def test_errors_of_the_library_are_ours(make_bundle, trt, monkeypatch, kind, method, instead, message):
+    path = make_bundle()
+    monkeypatch.setattr(getattr(trt.module, kind), method, instead)
+    with pytest.raises(EngineError, match=message):
+        cachec.load(path, target="tensorrt").session()
+
+
 def test_the_second_gpu_is_the_current_one_in_every_call(onnx_bundles, tmp_path, trt, cuda):
     """TensorRT works on the thread's current GPU, which is the first unless somebody says otherwise."""
     cuda.gpus = 2
@@ -507,6 +557,7 @@ def test_the_second_gpu_is_the_current_one_in_every_call(onnx_bundles, tmp_path,
 
     checked = {
         "Builder": ("create_network", "build_serialized_network"),
+        "IBuilderConfig": ("create_timing_cache", "set_timing_cache"),
         "Runtime": ("deserialize_cuda_engine",),
         "ICudaEngine": ("create_execution_context",),
         "IExecutionContext": ("set_input_shape", "execute_async_v3"),
@@ -578,6 +629,11 @@ class TestBuildOptions:
         with pytest.raises(EngineError, match="there is no memory to build the .* engine: .*--workspace"):
             add_targets(path, ["tensorrt"])
         assert Bundle.open(path, verify=True).manifest.targets == before.targets
+
+    def test_sizes_that_the_library_refuses(self, make_bundle, trt, monkeypatch):
+        monkeypatch.setattr(trt.module.IOptimizationProfile, "set_shape", refuse)
+        with pytest.raises(EngineError, match="cannot set the sizes that the .* engine takes"):
+            make_bundle()
 
     def test_without_a_driver_the_builder_says_so(self, trt):
         trt.no_driver = True

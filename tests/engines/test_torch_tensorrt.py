@@ -62,7 +62,7 @@ def plans():
 
 
 def test_settings_are_those_of_the_version(builder, tmp_path):
-    options = BuildOptions(level=4, workspace=10**9, compatibility="ampere-plus", version_compatible=True)
+    options = BuildOptions(level=4, workspace=10**9, compatibility="ampere-plus")
     settings = make_settings(builder, options, tmp_path / "t.timing", GPU)
     assert settings.keys() <= set(TRUTH["parameters"])
     assert settings == {
@@ -71,7 +71,6 @@ def test_settings_are_those_of_the_version(builder, tmp_path):
         "optimization_level": 4,
         "workspace_size": 10**9,
         "hardware_compatible": True,
-        "version_compatible": True,
         "timing_cache_path": str(tmp_path / "t.timing"),
     }
     assert SETTINGS["attn_bias_is_causal"] is False

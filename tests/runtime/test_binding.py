@@ -60,51 +60,39 @@ def test_buffers_are_aligned_and_filled_with_zeros(loaded):
         np.testing.assert_array_equal(buffer, np.zeros(wanted.shape) if wanted.value is None else wanted.value)
 
 
-def test_engines_share_the_scratch_memory_of_the_largest(loaded, monkeypatch):
-    given = {}
+def rows(shapes):
+    return sum(shape[0] for shape in shapes.values() if shape)
 
-    def note(engine, native, device, scratch):
-        given[engine.signature] = (device, scratch)
-        return original(engine, native, device, scratch)
 
-    original = type(loaded.engines["compute"])._context
-    monkeypatch.setattr(type(loaded.engines["compute"]), "_context", note)
-    loaded.engines["compute"].scratch_bytes, loaded.engines["forecast"].scratch_bytes = 1000, 3000
-    binding = bind(loaded)
-    addresses = {scratch.ctypes.data for _, scratch in given.values()}
+@pytest.fixture
+def asked(loaded, monkeypatch):
+    """What contexts are asked, if calls take 1,000 bytes of scratch memory for every row of their inputs."""
+    found = []
+    kind = type(loaded.engines["compute"].context())
+    monkeypatch.setattr(kind, "scratch_bytes", lambda context, shapes: found.append(shapes) or 1000 * rows(shapes))
+    return found
+
+
+def test_engines_share_the_scratch_memory_that_the_largest_call_takes(loaded, asked):
+    binding, plan = bind(loaded), plan_of(loaded)
+    assert asked == [{name: plan.shape(view) for name, view in call.inputs.items()} for call in plan.calls]
+    assert len(asked) == (plan.prologue is not None) + len(plan.operations)
+    size = 1000 * max(map(rows, asked))
+    given = [context.scratch for context in binding._contexts.values()]
     assert len(given) == len(loaded.engines)
-    assert len(addresses) == 1
-    assert {(scratch.nbytes, scratch.dtype) for _, scratch in given.values()} == {(3000, np.dtype(np.uint8))}
-    assert {device for device, _ in given.values()} == {binding.device}
-    begin = addresses.pop()
+    assert {(scratch.nbytes, scratch.dtype) for scratch in given} == {(size, np.dtype(np.uint8))}
+    (begin,) = {scratch.ctypes.data for scratch in given}
     assert begin % ALIGNMENT == 0
     for name, buffer in binding._buffers.items():
-        assert not begin < buffer.ctypes.data + buffer.nbytes or buffer.ctypes.data >= begin + 3000, name
+        assert not begin < buffer.ctypes.data + buffer.nbytes or buffer.ctypes.data >= begin + size, name
 
 
-def test_without_need_there_is_no_scratch_memory(loaded, monkeypatch):
-    found = []
-    monkeypatch.setattr(type(loaded.engines["compute"]), "_context", lambda *given: found.append(given[-1]) or NoContext())
-    bind(loaded)
-    assert found == [None] * len(loaded.engines)
+def test_without_need_there_is_no_scratch_memory(loaded):
+    assert [context.scratch for context in bind(loaded)._contexts.values()] == [None] * len(loaded.engines)
 
 
-class NoContext:
-    def bind(self, inputs, outputs):
-        return None
-
-
-def test_too_little_scratch_memory_is_refused(loaded):
-    engine = loaded.engines["compute"]
-    engine.scratch_bytes = 100
-    with pytest.raises(InputError, match="needs 100 bytes of scratch memory, got 0"):
-        engine.context()
-    with pytest.raises(InputError, match="needs 100 bytes of scratch memory, got 99"):
-        engine.context(Host(), np.zeros(99, np.uint8))
-
-
-def test_a_session_that_finds_no_room_says_what_all_of_it_takes(loaded):
-    loaded.engines["compute"].scratch_bytes = 10**18
+def test_a_session_that_finds_no_room_says_what_all_of_it_takes(loaded, monkeypatch):
+    monkeypatch.setattr(type(loaded.engines["compute"].context()), "scratch_bytes", lambda *_: 10**18)
     with pytest.raises(InputError, match=r"cpu has no room for 1000000000000\.\d MB more: take a smaller batch or size"):
         loaded.session()
 
