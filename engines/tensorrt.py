@@ -35,7 +35,7 @@ LONG_BUILD = 500e6  # bytes of weights; builds of more take minutes, and say fir
 BFLOAT16_FROM = 80  # compute capability
 ANY_STEPS, ANY_COMPUTED = 50, 10  # at most, of schedules that engines outside a bundle take, and of those they are tuned for
 ANY_SIZES = BuildOptions(sizes=size_ranges(ANY_STEPS, ANY_COMPUTED))
-HOST_MEMORY, DISK = 4.0, 1.3  # a build takes at most, over the bytes of the weights: docs/tensorrt.md
+HOST_MEMORY, DISK = (0.4e9, 3.0), (1e7, 1.1)  # a build takes at most: bytes, and bytes per byte of weights; bench/ENGINES.md
 
 
 class TensorRTFamily(Engine):
@@ -272,12 +272,13 @@ def check_room(onnx: Mapping[str, Path], out: Path, options: BuildOptions) -> No
     """
     folders = {path.parent for path in onnx.values()}
     weights = sum(path.stat().st_size for folder in folders for path in folder.iterdir() if path.suffix in (".onnx", ".bin"))
-    disk = 0 if options.strip else round(DISK * weights)
+    memory, disk = (base + share * weights for base, share in (HOST_MEMORY, DISK))
+    disk = 0 if options.strip else disk
     free = shutil.disk_usage(out).free
     log.log(
         logging.WARNING if weights > LONG_BUILD else logging.INFO,
         "building takes up to %.2f GB of memory and %.2f GB of disk (%.1f GB are free)",
-        HOST_MEMORY * weights / 1e9, disk / 1e9, free / 1e9,
+        memory / 1e9, disk / 1e9, free / 1e9,
     )  # fmt: skip
     if disk > free:
         raise EngineError(f"the engines take about {disk / 1e9:.1f} GB, and the disk has {free / 1e9:.1f} GB left: make room")
