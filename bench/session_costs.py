@@ -51,7 +51,7 @@ class NullEngine(Engine):
 
     name = "null"
 
-    def _context(self, native: Any, device: Device, scratch: Buffer | None) -> ExecutionContext:
+    def _context(self, native: Any, device: Device) -> ExecutionContext:
         return NullContext()
 
     @staticmethod

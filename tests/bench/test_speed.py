@@ -5,16 +5,19 @@ import json
 import numpy as np
 import pytest
 
+import cachec
 from cachec.compiler.export import plan_engines
 from cachec.compiler.forecast import engine_graphs, linear_graphs
 from cachec.compiler.schedule import Schedule
 from cachec.compiler.split import split_model
 from cachec.engines.eager import EagerEngine
 from cachec.runtime.device import Host
+from cachec.runtime.noise import make_noise
 from cachec.runtime.session import Session
 
 cases = pytest.importorskip("bench.cases", reason="the source tree is not beside the tests")
 bench_rows = pytest.importorskip("bench.rows")
+session_costs = pytest.importorskip("bench.session_costs")
 speed = pytest.importorskip("bench.speed", reason="matplotlib is not installed")
 speed_report = pytest.importorskip("bench.speed_report")
 
@@ -42,6 +45,14 @@ def test_the_flux_shaped_model_splits_and_a_session_equals_the_transformer(work)
     given = {name: value.numpy() for name, value in conditions.items()}
     latents = Session(engines, program, case.model.io).run(given, noise.numpy())
     np.testing.assert_allclose(latents, case.model.generate(given, noise.numpy(), case.settings), atol=2e-4, rtol=1e-4)
+
+
+def test_a_session_on_engines_that_do_nothing_gives_what_its_memory_was_filled_with(toy_bundle):
+    with cachec.load(toy_bundle) as loaded:
+        idle = {name: session_costs.NullEngine(object(), e.signature, e.device) for name, e in loaded.engines.items()}
+        session = Session(idle, loaded.programs["default"], loaded.io)
+        latents = session.run({"prompt": make_noise(1, (8,))[None]}, make_noise(0, (6, 8))[None])
+    np.testing.assert_array_equal(latents, np.zeros((1, 6, 8)))
 
 
 def test_conditions_come_from_the_text_alone(work):
