@@ -59,7 +59,7 @@ bench: $(READY)  ## Speed beside the peers in one run: bench/RESULTS.md (under a
 	$(BIN)/python -m pip install --quiet --editable '.[cpu,compile,rtx,dev,bench]'
 	$(BIN)/python -m bench.speed
 
-engines: $(READY)  ## Engines of TensorRT for RTX and errors of low precision: bench/ENGINES.md (ten minutes)
+engines: $(READY)  ## Engines of TensorRT for RTX and errors of low precision: bench/ENGINES.md (a quarter of an hour)
 	$(BIN)/python -m bench.engines
 
 gpu:  ## On a machine with a GPU: build, compare with eager, measure; bench/gpu.json. Uses PYTHON, which has torch and diffusers

@@ -10,7 +10,8 @@ import numpy as np
 
 import cachec
 from bench.cases import METHODS, Case, open_case
-from bench.timing import part_arguments, peak_rss, write_part
+from bench.memory import peak_rss
+from bench.timing import part_arguments, write_part
 from cachec.compiler.pipeline import compile_bundle
 from cachec.compiler.request import make_request
 from cachec.runtime.engine import Engine

@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from bench.memory import peak_rss
+
 NPZ_NOISE = "noise"
 
 
@@ -159,17 +161,12 @@ PEERS: dict[str, Callable[[Any, dict[str, Any]], None]] = {
 TASKS = {"bundle": run_bundle, "bundle pictures": run_bundle_pictures, "diffusers": run_diffusers}
 
 
-def _peak_rss() -> int:
-    with open("/proc/self/status", encoding="ascii") as file:  # ru_maxrss would be the parent's where that was larger
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
-
-
 def main() -> None:
     task = json.load(sys.stdin)
     mark = Marks(task["started"])
     mark("interpreter")
     TASKS[task["kind"]](task, mark)
-    print(json.dumps({"seconds": mark.seconds, "peak_rss": _peak_rss()}))
+    print(json.dumps({"seconds": mark.seconds, "peak_rss": peak_rss()}))
 
 
 if __name__ == "__main__":

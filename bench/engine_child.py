@@ -8,24 +8,20 @@ import sys
 import time
 from pathlib import Path
 
+from bench.memory import peak_rss
 from cachec.engines.add_target import add_targets
 
 BACKEND = "tensorrt-rtx"
 
 
 def main() -> None:
-    before, start = _peak_rss(), time.perf_counter()
+    before, start = peak_rss(), time.perf_counter()
     bundle, (target,) = add_targets(Path(sys.argv[1]), [BACKEND], force=True)
-    seconds, peak = time.perf_counter() - start, _peak_rss()
+    seconds, peak = time.perf_counter() - start, peak_rss()
     if strange := {"torch", "onnx"} & sys.modules.keys():
         raise RuntimeError(f"{', '.join(strange)} was loaded: add-target must not need it")
     sizes = {name: bundle.path(artifact.path).stat().st_size for name, artifact in target.engines.items()}
     print(json.dumps({"seconds": seconds, "before": before, "peak_rss": peak, "bytes": sizes, "version": target.version}))
-
-
-def _peak_rss() -> int:
-    with open("/proc/self/status", encoding="ascii") as file:  # ru_maxrss would be the parent's where that was larger
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Engines of TensorRT for RTX, and what low precision costs: ``python -m bench.engines`` writes ``bench/ENGINES.md``.
 
 Neither needs a GPU. Engines are built from bundles of both models of the speed bench, each time in a fresh process; errors are
-measured with PyTorch on tiny-flux's held-out captions. About ten minutes on two idle cores; ``--quick`` runs the same code
+measured with PyTorch on tiny-flux's held-out captions. A quarter of an hour on two idle cores; ``--quick`` runs the same code
 with few repeats on a smaller model.
 """
 
@@ -40,7 +40,6 @@ REPEATS = 5
 EVERY = 7  # steps of the exact run at which velocities are compared
 OUT = Path("bench/ENGINES.md")
 ENGINES = ("prologue", "compute", "forecast", "advance")
-Velocity = Callable[[dict[str, torch.Tensor]], torch.Tensor]
 
 
 def compile_case(name: str, dtype: str, work: Path, *, quick: bool) -> Path:

@@ -48,12 +48,6 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": float(median), "low": float(low), "high": float(high)}
 
 
-def peak_rss() -> int:
-    """Bytes. Not ``ru_maxrss``, which a child inherits from its parent."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-
-
 def facts() -> dict[str, Any]:
     """Where and when a part was measured."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
