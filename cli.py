@@ -208,7 +208,7 @@ def add_target_command(bundle: Path, names: tuple[str, ...], **rest: Any) -> Non
 @_model_options
 def calibrate_command(model: str, out: Path, num: int, reference_steps: int, force: bool, **rest: Any) -> None:
     """Run MODEL uncached on some prompts and keep what fits and searches need. Interrupted, the same command goes on."""
-    from cachec.compiler.calibration.run import calibrate_to_file
+    from cachec.compiler.commands.calibrate import calibrate_to_file
 
     _table(calibrate_to_file(model, out, num=num, reference_steps=reference_steps, force=force, **rest))
 
@@ -221,9 +221,9 @@ def calibrate_command(model: str, out: Path, num: int, reference_steps: int, for
 @_model_options
 def train_command(model: str, out: Path, options: tuple[str, ...], force: bool, **rest: Any) -> None:
     """Train a method's predictor for MODEL. Interrupted, the same command goes on where it was."""
+    from cachec.compiler.methods.training import train_to_file
     from cachec.compiler.models import find_model, load_model
     from cachec.compiler.request import make_request
-    from cachec.compiler.training import train_to_file
 
     spec = find_model(model)
     request = make_request(spec, options=_parse_options(options), **rest)
@@ -247,7 +247,7 @@ def train_command(model: str, out: Path, options: tuple[str, ...], force: bool, 
 @click.option("--force", is_flag=True, help="Replace the output if it exists.")
 def run_command(bundle: Path, prompts: tuple[str, ...], out: Path, source: str | None, **rest: Any) -> None:
     """Make pictures with BUNDLE. Several prompts make several files, numbered."""
-    from cachec.compiler.generate import generate_pictures
+    from cachec.compiler.commands.run import generate_pictures
 
     rows = generate_pictures(bundle, prompts, out, source=source, **rest)
     _table(rows)
@@ -275,9 +275,9 @@ def eval_command(bundle: Path, json_file: Path | None, force: bool, **rest: Any)
 
     --against is a list such as taylor:1,lesa,plain,ab2,unipc. The number behind a method is its order.
     """
-    from cachec.compiler.calibration.report import evaluate_bundle
-    from cachec.compiler.calibration.tables import format_table
-    from cachec.runtime.write import check_file, write_file
+    from cachec.compiler.commands.report import evaluate_bundle
+    from cachec.compiler.evaluation.words import format_table
+    from cachec.runtime.files import check_file, write_file
 
     if json_file is not None:
         check_file(json_file, force=force)
@@ -297,8 +297,8 @@ def eval_command(bundle: Path, json_file: Path | None, force: bool, **rest: Any)
 @click.option("--force", is_flag=True, help="Replace the file if it exists.")
 def report_command(bundle: Path, out: Path, **rest: Any) -> None:
     """Measure BUNDLE as eval does, and write a page with pictures, plots and settings."""
-    from cachec.compiler.calibration.report import report_bundle
-    from cachec.compiler.calibration.tables import headline
+    from cachec.compiler.commands.report import report_bundle
+    from cachec.compiler.evaluation.words import headline
 
     report = report_bundle(bundle, out, **rest)
     _table([("report", str(out)), ("result", headline(report))])

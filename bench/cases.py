@@ -24,14 +24,14 @@ from bench.peers import Request, Subject, bare_subject, make_peer, make_requests
 from bench.timing import part_arguments, write_part
 from cachec.compiler.calibration.metrics import psnr_db
 from cachec.compiler.calibration.prompts import default_prompts
-from cachec.compiler.lower import lower_advance, lower_table, lower_uncached
 from cachec.compiler.methods import get_method
 from cachec.compiler.models import find_model, load_model
 from cachec.compiler.models.base import LoadedModel, ModelSpec, Settings, tensors_from
-from cachec.compiler.schedule import Schedule
-from cachec.compiler.table import ForecastTable
-from cachec.runtime.bundle import hash_file
+from cachec.compiler.tables.coefficients import ForecastTable
+from cachec.compiler.tables.lower import lower_advance, lower_table, lower_uncached
+from cachec.compiler.tables.schedule import Schedule
 from cachec.runtime.errors import InputError
+from cachec.runtime.files import hash_file
 from cachec.runtime.noise import make_noise
 from cachec.runtime.plan import ModelIO
 from cachec.runtime.program import Program, ProgramKey, hash_sigmas

@@ -21,7 +21,7 @@ from bench.bundles import BACKENDS, bundle_path, conditions_path
 from bench.cases import Case, open_case, shaped_weights
 from bench.cold_child import PEERS
 from bench.timing import PAUSE, part_arguments, write_part
-from cachec.compiler.schedule import uniform_schedule
+from cachec.compiler.tables.schedule import uniform_schedule
 
 
 def make_tasks(case: Case, work: Path) -> dict[str, dict[str, Any]]:

@@ -25,12 +25,14 @@ from bench.speed_report import table
 from bench.timing import facts
 from cachec.compiler.calibration.metrics import latent_rel_l2
 from cachec.compiler.calibration.prompts import default_prompts
-from cachec.compiler.capture import capture_model, named_model
+from cachec.compiler.graphs.capture import capture_model, named_model
 from cachec.compiler.models.base import tensors_from
 from cachec.compiler.pipeline import compile_bundle
 from cachec.compiler.request import make_request
-from cachec.passes import MODEL, canonical_passes, run_passes
-from cachec.runtime.bundle import Bundle, replace_file
+from cachec.passes import canonical_passes, run_passes
+from cachec.runtime.abi import MODEL
+from cachec.runtime.bundle import Bundle
+from cachec.runtime.files import replace_file
 from cachec.runtime.noise import make_noise
 
 DTYPES = ("float32", "float16", "bfloat16")

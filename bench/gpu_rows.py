@@ -23,15 +23,15 @@ from bench.peers import (
     taylorseer,
     why_no_compiler,
 )
-from cachec.compiler.export import plan_engines
-from cachec.compiler.forecast import engine_graphs, linear_graphs
-from cachec.compiler.lower import lower_advance, lower_table, lower_uncached
+from cachec.compiler.graphs.export import plan_engines
+from cachec.compiler.graphs.forecast import engine_graphs, linear_graphs
+from cachec.compiler.graphs.prepare import split_model
 from cachec.compiler.methods import get_method
 from cachec.compiler.models import find_model, load_model, wrap_pipeline
 from cachec.compiler.models.base import LoadedModel, Settings
-from cachec.compiler.schedule import Schedule, uniform_schedule
-from cachec.compiler.split import split_model
-from cachec.compiler.table import ForecastTable
+from cachec.compiler.tables.coefficients import ForecastTable
+from cachec.compiler.tables.lower import lower_advance, lower_table, lower_uncached
+from cachec.compiler.tables.schedule import Schedule, uniform_schedule
 from cachec.engines import get_backend
 from cachec.engines.torch_device import TorchDevice
 from cachec.runtime.device import DeviceName

@@ -17,11 +17,11 @@ import torch
 
 from bench.quality import NUM_FIT, open_setting
 from cachec.compiler.calibration.calibration import Calibration, open_calibration, relative_errors
-from cachec.compiler.calibration.closed_loop import fit_rows, node_timesteps, polish
 from cachec.compiler.calibration.statistics import record_statistics
-from cachec.compiler.schedule import Schedule
-from cachec.compiler.split import split_model
-from cachec.compiler.table import AdvanceTable
+from cachec.compiler.graphs.prepare import split_model
+from cachec.compiler.methods.gram_fit import fit_rows, node_timesteps, polish
+from cachec.compiler.tables.coefficients import AdvanceTable
+from cachec.compiler.tables.schedule import Schedule
 from reference.dataset import Scene, scenes
 
 RIDGE = 1e-9

@@ -20,7 +20,7 @@ from bench.cases import METHODS, Case, open_case
 from bench.peers import Request
 from bench.rows import session_run, warm_up
 from bench.timing import part_arguments, settle, spread, timed, write_part
-from cachec.compiler.schedule import Schedule, uniform_schedule
+from cachec.compiler.tables.schedule import Schedule, uniform_schedule
 from cachec.runtime.session import Session
 from cachec.runtime.trace import Trace
 

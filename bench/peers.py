@@ -50,7 +50,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from cachec.compiler.calibration.prompts import default_prompts
 from cachec.compiler.models import find_model, load_model
 from cachec.compiler.models.base import LoadedModel, Settings, tensors_from
-from cachec.compiler.schedule import Schedule, interval_for_budget
+from cachec.compiler.tables.schedule import Schedule, interval_for_budget
 from cachec.runtime.errors import InputError, MissingExtraError
 from cachec.runtime.noise import make_noise
 from cachec.runtime.specs import Array

@@ -19,12 +19,21 @@ import click
 import numpy as np
 import torch
 
+from bench.published_schedules import cem_schedule, lemica_schedule
 from cachec.compiler.calibration.calibration import Calibration, decibels, open_calibration, relative_errors
-from cachec.compiler.calibration.closed_loop import fit_rows, polish
 from cachec.compiler.calibration.metrics import psnr_db
 from cachec.compiler.calibration.prompts import default_prompts
-from cachec.compiler.calibration.published_schedules import cem_schedule, lemica_schedule
-from cachec.compiler.calibration.search import (
+from cachec.compiler.calibration.runs import Denoiser
+from cachec.compiler.calibration.statistics import load_statistics, record_statistics, save_statistics
+from cachec.compiler.graphs.prepare import split_model
+from cachec.compiler.methods import get_method
+from cachec.compiler.methods.base import Method, Parameters
+from cachec.compiler.methods.gram_fit import fit_rows, polish
+from cachec.compiler.methods.parameters import find_pretrained
+from cachec.compiler.methods.training import training_facts
+from cachec.compiler.models import find_model, load_model
+from cachec.compiler.models.base import LoadedModel, Settings, tensors_from
+from cachec.compiler.planning.search import (
     CLOSED_MOVES,
     FEW_SCHEDULES,
     few_prompts,
@@ -33,18 +42,9 @@ from cachec.compiler.calibration.search import (
     search_schedules,
     solver_score,
 )
-from cachec.compiler.calibration.solvers import SOLVERS, solver_rows
-from cachec.compiler.calibration.statistics import load_statistics, record_statistics, save_statistics
-from cachec.compiler.calibration.trajectories import Denoiser
-from cachec.compiler.methods import get_method
-from cachec.compiler.methods.base import Method, Parameters
-from cachec.compiler.models import find_model, load_model
-from cachec.compiler.models.base import LoadedModel, Settings, tensors_from
-from cachec.compiler.predictors import find_pretrained
-from cachec.compiler.schedule import Schedule, interval_for_budget
-from cachec.compiler.split import split_model
-from cachec.compiler.table import AdvanceTable, Table
-from cachec.compiler.training import training_facts
+from cachec.compiler.tables.coefficients import AdvanceTable, Table
+from cachec.compiler.tables.samplers import SOLVERS, solver_rows
+from cachec.compiler.tables.schedule import Schedule, interval_for_budget
 from cachec.runtime.errors import InputError
 from cachec.runtime.noise import make_noise
 
@@ -286,7 +286,7 @@ def _searched_solver(fit: Calibration, name: str, budget: int, *, closed: bool) 
 
 def bench_lesa(bench: Bench, folder: Path | None) -> None:
     """LESA wherever a trained predictor is at hand: the one that ships, and those in ``folder``."""
-    from cachec.compiler.predictors import load_predictor
+    from cachec.compiler.methods.parameters import load_predictor
 
     setting = bench.setting
     method = get_method("lesa").with_options({})

@@ -22,7 +22,7 @@ from bench.cases import METHODS, Case, open_case
 from bench.peers import Peer, Peers, Request, make_peers
 from bench.timing import part_arguments, settle, spread, timed, write_part
 from cachec.compiler.models.base import tensors_from
-from cachec.compiler.schedule import Schedule, uniform_schedule
+from cachec.compiler.tables.schedule import Schedule, uniform_schedule
 from cachec.runtime.engine import Engine
 from cachec.runtime.session import Session
 from cachec.runtime.specs import Array

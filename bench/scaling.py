@@ -17,10 +17,10 @@ from bench.pairs import Traced, summarise_calls
 from bench.peers import Request, make_peer, plain
 from bench.rows import session_run
 from bench.timing import repeat_for, settle, spread
-from cachec.compiler.export import plan_engines
-from cachec.compiler.forecast import engine_graphs, linear_graphs
-from cachec.compiler.schedule import Schedule, uniform_schedule
-from cachec.compiler.split import split_model
+from cachec.compiler.graphs.export import plan_engines
+from cachec.compiler.graphs.forecast import engine_graphs, linear_graphs
+from cachec.compiler.graphs.prepare import split_model
+from cachec.compiler.tables.schedule import Schedule, uniform_schedule
 from cachec.engines import get_backend
 from cachec.runtime.engine import Engine
 from cachec.runtime.session import Session

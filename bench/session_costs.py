@@ -23,7 +23,7 @@ from bench.scaling import bound, in_turns
 from bench.timing import spread
 from cachec.compiler.pipeline import compile_bundle
 from cachec.compiler.request import make_request
-from cachec.compiler.schedule import uniform_schedule
+from cachec.compiler.tables.schedule import uniform_schedule
 from cachec.runtime.device import Buffer, Device
 from cachec.runtime.engine import Call, Engine, ExecutionContext
 from cachec.runtime.session import Session

@@ -17,7 +17,7 @@ import click
 
 from bench.plots import draw_plots
 from bench.speed_report import report
-from cachec.runtime.bundle import replace_file
+from cachec.runtime.files import replace_file
 
 CASES = ("tiny-flux", "flux-shaped")
 BACKENDS = ("ort", "aoti", "inductor")

@@ -16,12 +16,12 @@ import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import nn
 
-from cachec.compiler.export import plan_engines
-from cachec.compiler.forecast import engine_graphs
+from cachec.compiler.graphs.export import plan_engines
+from cachec.compiler.graphs.forecast import engine_graphs
+from cachec.compiler.graphs.prepare import split_model
 from cachec.compiler.models.base import LoadedModel
 from cachec.compiler.pipeline import Compilation, add_forecast, find_calibrations, find_parameters, make_programs
 from cachec.compiler.request import Request
-from cachec.compiler.split import split_model
 from cachec.engines.eager import EagerEngine
 from cachec.engines.inductor import InductorEngine
 from cachec.engines.torch_device import TorchDevice

@@ -13,7 +13,6 @@ from typing import Any, Self
 import torch
 from tqdm import tqdm
 
-from cachec.compiler.build import PlannedSources, build_targets, load_engines
 from cachec.compiler.calibration.statistics import (
     Statistics,
     calibration_facts,
@@ -22,25 +21,27 @@ from cachec.compiler.calibration.statistics import (
     load_statistics,
     record_statistics,
 )
-from cachec.compiler.capture import named_model
-from cachec.compiler.costs import hoisting_facts, memory_facts
-from cachec.compiler.export import plan_engines
-from cachec.compiler.forecast import engine_graphs, inline, linear_graphs
-from cachec.compiler.lower import lower_predictor, lower_table, lower_uncached
+from cachec.compiler.graphs.build_engines import PlannedSources, build_targets, load_engines
+from cachec.compiler.graphs.capture import named_model
+from cachec.compiler.graphs.costs import hoisting_facts, memory_facts
+from cachec.compiler.graphs.export import plan_engines
+from cachec.compiler.graphs.forecast import engine_graphs, inline, linear_graphs
+from cachec.compiler.graphs.prepare import model_passes, split_model
+from cachec.compiler.graphs.verify import Verifier, eager_output, graph_output
 from cachec.compiler.methods.base import Parameters, PredictorMethod
+from cachec.compiler.methods.parameters import check_fit, find_pretrained, load_predictor, predictor_bytes
+from cachec.compiler.methods.training import train_predictor, training_facts
 from cachec.compiler.models.base import LoadedModel
-from cachec.compiler.predictors import check_fit, find_pretrained, load_predictor, predictor_bytes
-from cachec.compiler.programs import Calibrations, Planner, level_facts, lower_plan
-from cachec.compiler.quality import check_quality, forecast_cost, measure_levels
+from cachec.compiler.planning.levels import check_quality, forecast_cost, measure_levels
+from cachec.compiler.planning.planner import Calibrations, Planner, level_facts, lower_plan
 from cachec.compiler.request import NUM_CALIBRATION, Request
-from cachec.compiler.schedule import Schedule
-from cachec.compiler.split import model_passes, split_model
-from cachec.compiler.table import compose
-from cachec.compiler.training import train_predictor, training_facts
-from cachec.compiler.verify import Verifier, eager_output, graph_output
+from cachec.compiler.tables.coefficients import compose
+from cachec.compiler.tables.lower import lower_predictor, lower_table, lower_uncached
+from cachec.compiler.tables.schedule import Schedule
 from cachec.engines.build import check_build, keep_timing
-from cachec.passes import COMPUTE, Graphs, dump_to
+from cachec.passes import Graphs, dump_to
 from cachec.passes.base import Observer
+from cachec.runtime.abi import COMPUTE
 from cachec.runtime.bundle import Bundle, Manifest, Target
 from cachec.runtime.engine import Engine
 from cachec.runtime.errors import InputError, QualityError

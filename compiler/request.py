@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from cachec.compiler.calibration.prompts import default_prompts, read_prompts
-from cachec.compiler.goals import Goal, Wish, make_goals
 from cachec.compiler.methods import get_method
 from cachec.compiler.methods.base import Method, PredictorMethod
 from cachec.compiler.models.base import ModelSpec, Settings
-from cachec.compiler.schedule import Schedule
+from cachec.compiler.planning.goals import Goal, Wish, make_goals
+from cachec.compiler.tables.schedule import Schedule
 from cachec.engines import BACKENDS, get_backend
 from cachec.engines.gpu import find_gpu
 from cachec.engines.targets import TargetName
 from cachec.passes import HOISTS
-from cachec.runtime.build import BuildOptions, build_options
+from cachec.runtime.build_options import BuildOptions, build_options
 from cachec.runtime.device import CUDA, DeviceName
 from cachec.runtime.engine import DEFAULTS, HOST
 from cachec.runtime.errors import CachecError, InputError, unknown_name

@@ -12,7 +12,7 @@ from typing import Any
 from cachec.engines.backends import BACKENDS, FROM_ONNX
 from cachec.engines.build import build_into, check_build, keep_timing, plan_target
 from cachec.engines.targets import ONNX_TARGET, TargetName, parse_device
-from cachec.runtime.build import Sources, build_options
+from cachec.runtime.build_options import Sources, build_options
 from cachec.runtime.bundle import Bundle, Target
 from cachec.runtime.device import CUDA, DeviceName
 from cachec.runtime.errors import BundleError, InputError, OutputError

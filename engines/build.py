@@ -8,7 +8,7 @@ from pathlib import Path
 
 from cachec.engines.backends import get_backend
 from cachec.engines.targets import TargetName
-from cachec.runtime.build import ALL_OPTIONS, BuildOptions, Sources
+from cachec.runtime.build_options import ALL_OPTIONS, BuildOptions, Sources
 from cachec.runtime.bundle import ANY_DEVICE, Artifact, Target
 from cachec.runtime.device import DeviceName
 from cachec.runtime.engine import HOST, Engine

@@ -19,7 +19,7 @@ import numpy as np
 
 from cachec.engines.cuda_device import CudaBuffer, CudaDevice, cuda_device
 from cachec.engines.onnx_files import build_onnx
-from cachec.runtime.build import BuildOptions, Sources
+from cachec.runtime.build_options import BuildOptions, Sources
 from cachec.runtime.device import CPU, CUDA, Buffer, Device, DeviceName, Host
 from cachec.runtime.engine import DEFAULTS, HOST, NOTHING, Call, Engine, ExecutionContext, check_bindings
 from cachec.runtime.errors import BundleError, EngineError, InputError, missing_extra

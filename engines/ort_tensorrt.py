@@ -14,9 +14,9 @@ from pathlib import Path
 
 from cachec.engines.cuda_device import CudaDevice, cuda_device
 from cachec.engines.ort import CUDA_PROVIDER, OrtFamily, check_provider, check_started, cuda_options, open_session
-from cachec.runtime.bundle import cache_folder
 from cachec.runtime.device import CUDA, DeviceName
 from cachec.runtime.errors import InputError, missing_extra
+from cachec.runtime.files import cache_folder
 
 if importlib.util.find_spec("onnxruntime") is None:
     raise missing_extra("onnxruntime", "gpu", "the ort-tensorrt backend")

@@ -19,7 +19,7 @@ from cachec.engines.onnx_files import build_onnx
 from cachec.engines.tensorrt_build import EngineBuilder
 from cachec.engines.tensorrt_library import TENSORRT, TENSORRT_RTX, Library
 from cachec.engines.tensorrt_run import Native, TensorRTContext, load_native
-from cachec.runtime.build import ALL_OPTIONS, BuildOptions, Sources
+from cachec.runtime.build_options import ALL_OPTIONS, BuildOptions, Sources
 from cachec.runtime.device import CUDA, Device, DeviceName
 from cachec.runtime.engine import DEFAULTS, HOST, NOTHING, Engine, ExecutionContext
 from cachec.runtime.errors import BundleError, EngineError, InputError

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from cachec.engines.tensorrt_library import Reports, dtypes_of, reports_of
-from cachec.runtime.build import BuildOptions, SizeRange
-from cachec.runtime.bundle import replace_file
+from cachec.runtime.build_options import BuildOptions, SizeRange
 from cachec.runtime.errors import EngineError, InputError
+from cachec.runtime.files import replace_file
 from cachec.runtime.specs import Signature, TensorSpec
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from cachec.engines.tensorrt import ANY_SIZES, TensorRTFamily, plan_files, this_gpu
 from cachec.engines.tensorrt_build import shape_range
 from cachec.engines.tensorrt_library import TENSORRT
-from cachec.runtime.build import BuildOptions, SizeRange, Sources
+from cachec.runtime.build_options import BuildOptions, SizeRange, Sources
 from cachec.runtime.device import DeviceName
 from cachec.runtime.engine import DEFAULTS, HOST
 from cachec.runtime.errors import EngineError, InputError, MissingExtraError, missing_extra

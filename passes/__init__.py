@@ -9,21 +9,7 @@ import torch
 from torch import fx
 
 from cachec.passes.add_advance import AddAdvance
-from cachec.passes.base import (
-    ADVANCE,
-    COMPUTE,
-    FORECAST,
-    MODEL,
-    PROLOGUE,
-    GraphPass,
-    Graphs,
-    Pass,
-    PassResult,
-    PredictorRows,
-    dump_to,
-    graph_text,
-    run_passes,
-)
+from cachec.passes.base import GraphPass, Graphs, Pass, PassResult, PredictorRows, dump_to, graph_text, run_passes
 from cachec.passes.batch_forecast import BatchForecast
 from cachec.passes.cast_precision import CastPrecision
 from cachec.passes.cast_slots import CastSlots
@@ -43,6 +29,7 @@ from cachec.passes.replace_type_as import ReplaceTypeAs
 from cachec.passes.rewrite_bool_masked_fill import RewriteBoolMaskedFill
 from cachec.passes.share_subexpressions import ShareSubexpressions
 from cachec.passes.split_model import SplitModel
+from cachec.runtime.abi import ADVANCE, COMPUTE, FORECAST, MODEL, PROLOGUE
 
 __all__ = [
     "ADVANCE",

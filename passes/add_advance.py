@@ -6,8 +6,8 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from cachec.passes.base import ADVANCE, COMPUTE, Graphs, Pass, PassResult, finish, outputs
-from cachec.runtime.engine import BATCH, COEFFICIENTS, NEXT_LATENTS, NOISE, SLOTS, VELOCITIES, VELOCITY
+from cachec.passes.base import Graphs, Pass, PassResult, finish, outputs
+from cachec.runtime.abi import ADVANCE, BATCH, COEFFICIENTS, COMPUTE, NEXT_LATENTS, NOISE, SLOTS, VELOCITIES, VELOCITY
 
 aten = torch.ops.aten
 

@@ -11,8 +11,6 @@ from torch import fx
 
 from cachec.runtime.errors import PassError, PredictorError
 
-MODEL, COMPUTE, FORECAST, PROLOGUE, ADVANCE = "model", "compute", "forecast", "prologue", "advance"
-
 
 @dataclass(frozen=True)
 class Graphs:

@@ -6,26 +6,17 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from cachec.passes.base import (
-    FORECAST,
-    PROLOGUE,
-    Graphs,
-    Pass,
-    PassResult,
-    backward_slice,
-    fetch,
-    finish,
-    outputs,
-    placeholders,
-)
-from cachec.runtime.engine import (
+from cachec.passes.base import Graphs, Pass, PassResult, backward_slice, fetch, finish, outputs, placeholders
+from cachec.runtime.abi import (
     BATCH,
     BIAS,
     COEFFICIENTS,
     DELTAS,
     FEATURES,
+    FORECAST,
     FORECASTS,
     NEXT_LATENTS,
+    PROLOGUE,
     SLOTS,
     VELOCITIES,
     VELOCITY,

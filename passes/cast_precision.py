@@ -6,7 +6,8 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from cachec.passes.base import MODEL, GraphPass, Graphs, emit, fetch, outputs
+from cachec.passes.base import GraphPass, Graphs, emit, fetch, outputs
+from cachec.runtime.abi import MODEL
 from cachec.runtime.errors import PassError
 
 aten = torch.ops.aten

@@ -6,20 +6,8 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from cachec.passes.base import (
-    ADVANCE,
-    COMPUTE,
-    FORECAST,
-    Graphs,
-    Pass,
-    PassResult,
-    copy_module,
-    emit,
-    finish,
-    outputs,
-    placeholders,
-)
-from cachec.runtime.engine import FEATURE, FEATURES, VELOCITIES, VELOCITY
+from cachec.passes.base import Graphs, Pass, PassResult, copy_module, emit, finish, outputs, placeholders
+from cachec.runtime.abi import ADVANCE, COMPUTE, FEATURE, FEATURES, FORECAST, VELOCITIES, VELOCITY
 
 aten = torch.ops.aten
 HALF_MAX = torch.finfo(torch.float16).max

@@ -7,7 +7,8 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from cachec.passes.base import MODEL, Graphs, Pass, PassResult, depends_on_inputs
+from cachec.passes.base import Graphs, Pass, PassResult, depends_on_inputs
+from cachec.runtime.abi import MODEL
 from cachec.runtime.errors import PassError
 
 

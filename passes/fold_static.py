@@ -8,7 +8,6 @@ import torch
 from torch import fx
 
 from cachec.passes.base import (
-    FORECAST,
     Graphs,
     Pass,
     PassResult,
@@ -20,12 +19,13 @@ from cachec.passes.base import (
     outputs,
     placeholders,
 )
-from cachec.runtime.engine import (
+from cachec.runtime.abi import (
     BATCH,
     BIAS,
     COEFFICIENTS,
     FEATURE,
     FEATURES,
+    FORECAST,
     HISTORY_STEPS,
     SIGMAS,
     SLOTS,

@@ -6,8 +6,8 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from cachec.passes.base import COMPUTE, FORECAST, Graphs, Pass, PassResult, copy_module, finish, outputs, placeholders
-from cachec.runtime.engine import DELTA, NEXT_LATENTS, VELOCITY
+from cachec.passes.base import Graphs, Pass, PassResult, copy_module, finish, outputs, placeholders
+from cachec.runtime.abi import COMPUTE, DELTA, FORECAST, NEXT_LATENTS, VELOCITY
 
 
 @dataclass(frozen=True)

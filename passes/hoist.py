@@ -9,21 +9,9 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from cachec.passes.base import (
-    COMPUTE,
-    FORECAST,
-    PROLOGUE,
-    Graphs,
-    Pass,
-    PassResult,
-    copy_module,
-    fetch,
-    finish,
-    outputs,
-    placeholders,
-)
+from cachec.passes.base import Graphs, Pass, PassResult, copy_module, fetch, finish, outputs, placeholders
 from cachec.passes.split_model import extract
-from cachec.runtime.engine import BATCH, STEP_VALUES, STEPS_OF, TIMESTEPS_OF, hoisted_name
+from cachec.runtime.abi import BATCH, COMPUTE, FORECAST, PROLOGUE, STEP_VALUES, STEPS_OF, TIMESTEPS_OF, hoisted_name
 from cachec.runtime.errors import PassError
 
 CONSTANT, REQUEST, STEP, LIVE = range(4)  # what a value depends on, at most

@@ -6,8 +6,8 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from cachec.passes.base import FORECAST, Graphs, Pass, PassResult, fetch, finish, outputs, placeholders
-from cachec.runtime.engine import FEATURE, HISTORY_STEPS, SIGMAS, STEP, VELOCITY
+from cachec.passes.base import Graphs, Pass, PassResult, fetch, finish, outputs, placeholders
+from cachec.runtime.abi import FEATURE, FORECAST, HISTORY_STEPS, SIGMAS, STEP, VELOCITY
 from cachec.runtime.errors import PassError
 
 PREFIX = "predictor_"

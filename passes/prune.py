@@ -5,7 +5,8 @@ from typing import ClassVar
 
 from torch import fx
 
-from cachec.passes.base import COMPUTE, Graphs, Pass, PassResult, copy_module, finish, placeholders
+from cachec.passes.base import Graphs, Pass, PassResult, copy_module, finish, placeholders
+from cachec.runtime.abi import COMPUTE
 
 
 @dataclass(frozen=True)

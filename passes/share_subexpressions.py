@@ -6,7 +6,8 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from cachec.passes.base import PROLOGUE, GraphPass, fetch
+from cachec.passes.base import GraphPass, fetch
+from cachec.runtime.abi import PROLOGUE
 
 
 @dataclass(frozen=True)

@@ -7,20 +7,8 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from cachec.passes.base import (
-    COMPUTE,
-    FORECAST,
-    MODEL,
-    Graphs,
-    Pass,
-    PassResult,
-    backward_slice,
-    fetch,
-    finish,
-    outputs,
-    placeholders,
-)
-from cachec.runtime.engine import FEATURE, VELOCITY
+from cachec.passes.base import Graphs, Pass, PassResult, backward_slice, fetch, finish, outputs, placeholders
+from cachec.runtime.abi import COMPUTE, FEATURE, FORECAST, MODEL, VELOCITY
 from cachec.runtime.errors import PassError
 
 

@@ -1,7 +1,7 @@
 """Score tiny-flux: a small classifier, trained on dataset pictures only, reads generated pictures of held-out captions.
 
 ``python -m reference.probe --out reference/build`` writes ``probe.json`` and ``samples.png``, and the probe itself into the
-pipeline's directory. The network and the scoring are the package's (``cachec.compiler.models.probe``): ``cachec eval`` uses
+pipeline's directory. The network and the scoring are the package's (``cachec.compiler.evaluation.probe``): ``cachec eval`` uses
 them, too.
 """
 
@@ -16,7 +16,7 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from cachec.compiler.models.probe import HEADS, Probe, load_probe, parse_caption, probe_bytes, score_pictures
+from cachec.compiler.evaluation.probe import HEADS, Probe, load_probe, parse_caption, probe_bytes, score_pictures
 from reference.dataset import Scene, draw, scenes
 from reference.networks import PIPELINE_DIR, to_tensor
 from reference.text import T5_TOKENS

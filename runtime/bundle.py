@@ -7,8 +7,6 @@ replaced last, so a directory is a bundle from that moment on and never half of 
 import hashlib
 import json
 import logging
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -17,6 +15,7 @@ from typing import Any
 from safetensors.numpy import load_file
 
 from cachec.runtime.errors import BundleError, unknown_name
+from cachec.runtime.files import cache_folder, hash_file, replace_file
 from cachec.runtime.program import Program
 from cachec.runtime.specs import Signature
 
@@ -27,12 +26,6 @@ FORMAT_VERSION = 5  # 3: engines take the sampler in, forecasts come in runs; 4:
 MANIFEST = "manifest.json"
 ANY_DEVICE = "any"  # of a target whose artifacts are bound to no device
 LARGE_FILE_BYTES = 64 * 2**20  # files above are hashed once per machine, then known by size and time
-
-
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @dataclass(frozen=True)
@@ -234,12 +227,6 @@ def _check_file(path: Path, entry: Mapping[str, Any], *, verify: bool) -> None:
         _remember_hash(path, entry["sha256"])
 
 
-def cache_folder() -> Path:
-    """Where this machine's own notes are kept: ``CACHEC_CACHE``, or ``cachec`` in the user's cache."""
-    base = os.environ.get("CACHEC_CACHE") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "cachec")
-    return Path(base).expanduser()
-
-
 def _memory_file() -> Path:
     return cache_folder() / "verified.json"
 
@@ -266,18 +253,3 @@ def _remember_hash(path: Path, digest: str) -> None:
         replace_file(memory, json.dumps(known).encode())
     except OSError as error:  # a read-only home: the file is hashed again next time
         log.info("cannot remember the hash of %s: %s", path, error)
-
-
-def replace_file(path: Path, content: bytes | memoryview) -> None:
-    """Write ``content`` to ``path`` so that a reader sees the old file or the new one, never a part."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise

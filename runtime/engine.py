@@ -1,7 +1,6 @@
 """What every back end offers: an engine to share, contexts to run it in, and calls that are bound to their buffers.
 
-The names below are the ones that graphs use for what is not the model's own input. ``B`` batch, ``T`` steps, ``S`` slots,
-``H`` of them written, ``n`` forecasts of one call.
+The names of graphs and tensors are in ``runtime/abi.py``.
 """
 
 from abc import ABC, abstractmethod
@@ -10,46 +9,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, Self
 
-from cachec.runtime.build import BuildOptions, Sources
+from cachec.runtime.build_options import BuildOptions, Sources
 from cachec.runtime.device import CPU, Buffer, Device, DeviceName
 from cachec.runtime.errors import BundleError, InputError
 from cachec.runtime.specs import Signature
 
-VELOCITY = "velocity"  # the model's output [B, …]
-VELOCITIES = "velocities"  # several of them [n, B, …], or [H, B, …] from the slots
-FEATURE = "feature"  # the hidden state at the cut [B, …]
-FEATURES = "features"  # the written slots [H, B, …]
-COEFFICIENTS = "coefficients"  # rows [n, H] of forecasts, or one row [H] that moves the latents
-BIAS = "bias"  # [n]
-NOISE = "noise"  # the latents that a request began with [B, …]
-DELTA = "delta"  # a step in sigma [1]
-DELTAS = "deltas"  # [n]
-NEXT_LATENTS = "next_latents"  # [B, …]
-SIGMAS = "sigmas"  # the whole schedule [T + 1]
-STEP = "step"  # scalar int64
-HISTORY_STEPS = "history_steps"  # which steps the history is of, newest first [W] int64
-
-STEP_VALUES = "step_values"  # all that depends on the step but not on the latents, side by side [B, …]
-
-MAX_BATCH = 1024  # that graphs are captured for
-BATCH, SLOTS, FORECASTS = "batch", "slots", "forecasts"  # symbolic sizes: B, H, n
-STEPS_OF = {"compute": "compute_steps", "forecast": "forecast_steps"}  # symbolic sizes of the prologue
-TIMESTEPS_OF = {"compute": "compute_timesteps", "forecast": "forecast_timesteps"}  # its inputs [T]
-
-
 HOST = DeviceName(CPU)
 DEFAULTS = BuildOptions()
 NOTHING: Mapping[str, Any] = {}
-
-
-def history_name(index: int) -> str:
-    """Input name of the ``index``-th newest feature of an unfolded forecast engine."""
-    return f"feature_{index}"
-
-
-def hoisted_name(engine: str, name: str) -> str:
-    """What the prologue calls its result for the input ``name`` of a step engine."""
-    return f"{engine}_{name}"
 
 
 class Call(ABC):

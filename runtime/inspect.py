@@ -4,8 +4,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from cachec.runtime.abi import STEPS_OF
 from cachec.runtime.bundle import Bundle, Target
-from cachec.runtime.engine import STEPS_OF
 from cachec.runtime.program import UNCACHED, Program
 from cachec.runtime.specs import TensorSpec, itemsize
 

@@ -9,8 +9,7 @@ from math import prod
 
 import numpy as np
 
-from cachec.runtime.device import ALIGNMENT
-from cachec.runtime.engine import (
+from cachec.runtime.abi import (
     BATCH,
     BIAS,
     COEFFICIENTS,
@@ -31,6 +30,7 @@ from cachec.runtime.engine import (
     history_name,
     hoisted_name,
 )
+from cachec.runtime.device import ALIGNMENT
 from cachec.runtime.errors import BundleError, InputError
 from cachec.runtime.program import Advance, Compute, Forecast, Instruction, Predict, Program
 from cachec.runtime.specs import Array, Signature, TensorSpec, itemsize

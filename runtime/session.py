@@ -13,10 +13,11 @@ from typing import Any, Self
 
 import numpy as np
 
+from cachec.runtime.abi import MAX_BATCH
 from cachec.runtime.binding import Binding, Operation
 from cachec.runtime.bundle import Bundle, Manifest, Target
 from cachec.runtime.device import Buffer, DeviceName
-from cachec.runtime.engine import HOST, MAX_BATCH, Call, Engine
+from cachec.runtime.engine import HOST, Call, Engine
 from cachec.runtime.errors import EngineError, InputError, unknown_name
 from cachec.runtime.noise import make_noise
 from cachec.runtime.plan import ModelIO

@@ -2,8 +2,8 @@
 
 import math
 
-from cachec.runtime.build import SizeRange
-from cachec.runtime.engine import BATCH, FORECASTS, MAX_BATCH, SLOTS, STEPS_OF
+from cachec.runtime.abi import BATCH, FORECASTS, MAX_BATCH, SLOTS, STEPS_OF
+from cachec.runtime.build_options import SizeRange
 from cachec.runtime.errors import InputError
 
 USUAL_STRIDE = 6  # a step in so many is computed, where the schedule is not known when engines are built

@@ -11,8 +11,9 @@ from typing import Any, Self
 
 from safetensors.numpy import save
 
-from cachec.runtime.bundle import FORMAT, MANIFEST, Bundle, Manifest, hash_file, replace_file
+from cachec.runtime.bundle import FORMAT, MANIFEST, Bundle, Manifest
 from cachec.runtime.errors import OutputError
+from cachec.runtime.files import hash_file, replace_file
 from cachec.runtime.program import Program
 
 STAGING = ".adding"  # folder in a bundle that is being added to
@@ -217,27 +218,6 @@ def _listed_files(out: Path) -> set[str]:
         return set()
     files = json.loads((out / MANIFEST).read_text(encoding="utf-8")).get("files", {})
     return {name for name in files if (out / name).resolve().is_relative_to(out.resolve())}
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Write ``content`` to ``path``, atomically, making its directory.
-
-    Raises:
-        OutputError: the place cannot be written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, content)
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error}. Choose another place") from error
-
-
-def check_file(path: Path, *, force: bool) -> None:
-    """Raise ``OutputError`` if ``path`` is a directory, or exists and may not be replaced."""
-    if path.is_dir():
-        raise OutputError(f"{path} is a directory: name a file in it")
-    if path.exists() and not force:
-        raise OutputError(f"{path} exists already: pass --force to replace it, or choose another place with -o")
 
 
 def _is_other_process(pid: int) -> bool:

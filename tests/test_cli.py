@@ -166,7 +166,7 @@ def test_file_that_is_no_predictor_is_refused(tmp_path):
 
 @pytest.mark.parametrize("changed", [["--steps", "28"], ["--interval", "5"]])
 def test_predictor_for_other_settings_is_refused(tmp_path, changed):
-    from cachec.compiler.predictors import PRETRAINED
+    from cachec.compiler.methods.parameters import PRETRAINED
 
     shipped = next(PRETRAINED.glob("lesa-tiny-flux-*.safetensors"))
     code, output = cachec("compile", "tiny-flux", "--predictor", shipped, *changed, "-o", tmp_path / "out")
@@ -178,7 +178,7 @@ def test_predictor_for_other_settings_is_refused(tmp_path, changed):
 
 def test_predictor_of_another_model_is_refused(tmp_path):
     from cachec.compiler.methods.base import Parameters
-    from cachec.compiler.predictors import PRETRAINED, load_predictor, predictor_bytes
+    from cachec.compiler.methods.parameters import PRETRAINED, load_predictor, predictor_bytes
 
     shipped = load_predictor(next(PRETRAINED.glob("lesa-tiny-flux-*.safetensors")))
     other = Parameters(shipped.tensors, {**shipped.facts, "weights_sha256": "0" * 64}, "other")

@@ -17,12 +17,12 @@ from PIL import Image
 import cachec
 from cachec.cli import main
 from cachec.compiler.calibration.prompts import default_prompts
-from cachec.compiler.calibration.trajectories import TRAINING_SEED_BASE
+from cachec.compiler.calibration.runs import TRAINING_SEED_BASE
+from cachec.compiler.methods.parameters import PRETRAINED, load_predictor
 from cachec.compiler.methods.taylor import Taylor
 from cachec.compiler.models import MODELS, TINY_FLUX_DIR, load_model
 from cachec.compiler.models.base import settings_of
 from cachec.compiler.pipeline import compile_bundle
-from cachec.compiler.predictors import PRETRAINED, load_predictor
 from cachec.compiler.request import make_request
 from cachec.runtime.bundle import Bundle
 from cachec.runtime.errors import BundleError, InputError

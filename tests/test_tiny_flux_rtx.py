@@ -7,7 +7,7 @@ import cachec
 from cachec.cli import main
 from cachec.engines.tensorrt_build import EngineBuilder
 from cachec.engines.tensorrt_library import TENSORRT_RTX
-from cachec.runtime.build import BuildOptions
+from cachec.runtime.build_options import BuildOptions
 from cachec.runtime.bundle import Bundle
 from cachec.runtime.sizes import size_ranges
 

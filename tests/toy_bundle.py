@@ -7,20 +7,21 @@ import numpy as np
 import torch
 from toy import ToyDiT, example_inputs
 
-from cachec.compiler.build import PlannedSources, build_targets
-from cachec.compiler.capture import capture_model, capture_predictor
-from cachec.compiler.costs import memory_facts
-from cachec.compiler.export import plan_engines
-from cachec.compiler.lower import lower_advance, lower_table, lower_uncached
+from cachec.compiler.graphs.build_engines import PlannedSources, build_targets
+from cachec.compiler.graphs.capture import capture_model, capture_predictor
+from cachec.compiler.graphs.costs import memory_facts
+from cachec.compiler.graphs.export import plan_engines
 from cachec.compiler.methods.adams import Adams
 from cachec.compiler.methods.taylor import Taylor
-from cachec.compiler.schedule import Schedule
-from cachec.compiler.table import AdvanceTable, compose
+from cachec.compiler.tables.coefficients import AdvanceTable, compose
+from cachec.compiler.tables.lower import lower_advance, lower_table, lower_uncached
+from cachec.compiler.tables.schedule import Schedule
 from cachec.engines.eager import EagerEngine
 from cachec.engines.targets import TargetName
-from cachec.passes import COMPUTE, FORECAST, Graphs, engine_passes, forecast_passes, run_passes, split_passes
+from cachec.passes import Graphs, engine_passes, forecast_passes, run_passes, split_passes
 from cachec.passes.base import outputs, placeholders
-from cachec.runtime.build import BuildOptions
+from cachec.runtime.abi import COMPUTE, FORECAST
+from cachec.runtime.build_options import BuildOptions
 from cachec.runtime.bundle import Manifest
 from cachec.runtime.engine import HOST
 from cachec.runtime.noise import GENERATOR

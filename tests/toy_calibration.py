@@ -10,9 +10,10 @@ import torch
 from torch import fx, nn
 
 from cachec.compiler.calibration.calibration import Calibration
+from cachec.compiler.calibration.runs import Denoiser
 from cachec.compiler.calibration.statistics import Statistics, gram
-from cachec.compiler.calibration.trajectories import Denoiser
-from cachec.passes import COMPUTE, FORECAST, Graphs
+from cachec.passes import Graphs
+from cachec.runtime.abi import COMPUTE, FORECAST
 from cachec.runtime.plan import ModelIO
 
 TOKENS, CHANNELS = 4, 5

@@ -1,1 +1,1 @@
-"""Running the uncached model, and measuring how close a cached run comes."""
+"""Running the uncached model, recording what fits need, and measuring how close a run comes. Knows no method."""

@@ -10,10 +10,10 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from cachec.compiler.calibration.runs import Denoiser
 from cachec.compiler.calibration.statistics import Statistics, check_finite
-from cachec.compiler.calibration.trajectories import Denoiser
 from cachec.compiler.models.base import LoadedModel, Settings, tensors_from
-from cachec.compiler.table import Table
+from cachec.compiler.tables.coefficients import Table
 from cachec.passes import Graphs
 from cachec.runtime.errors import InputError
 from cachec.runtime.specs import Array

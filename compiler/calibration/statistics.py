@@ -19,14 +19,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from tqdm import tqdm
 
-from cachec.compiler.calibration.trajectories import TRAINING_SEED_BASE, Denoiser
+from cachec.compiler.calibration.runs import TRAINING_SEED_BASE, Denoiser
 from cachec.compiler.models.base import LoadedModel, Settings, check_prompts, tensors_from
 from cachec.passes import Graphs
-from cachec.runtime.bundle import replace_file
 from cachec.runtime.errors import InputError, OutputError
+from cachec.runtime.files import replace_file, write_file
 from cachec.runtime.noise import NUM_SEEDS, make_noise
 from cachec.runtime.program import hash_sigmas
-from cachec.runtime.write import write_file
 
 log = logging.getLogger(__name__)
 

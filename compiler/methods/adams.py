@@ -10,10 +10,10 @@ from typing import ClassVar
 
 import numpy as np
 
-from cachec.compiler.calibration.solvers import adams_bashforth
 from cachec.compiler.methods.base import Parameters, TableMethod
-from cachec.compiler.schedule import Schedule
-from cachec.compiler.table import AdvanceTable
+from cachec.compiler.tables.coefficients import AdvanceTable
+from cachec.compiler.tables.samplers import adams_bashforth
+from cachec.compiler.tables.schedule import Schedule
 from cachec.runtime.errors import InputError
 from cachec.runtime.program import Cut
 from cachec.runtime.specs import Array

@@ -19,15 +19,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from cachec.compiler.schedule import Schedule, interval_for_budget, interval_schedule
-from cachec.compiler.table import ForecastTable, Table, compose
+from cachec.compiler.tables.coefficients import ForecastTable, Table, compose
+from cachec.compiler.tables.schedule import Schedule, interval_for_budget, interval_schedule
 from cachec.runtime.errors import InputError, PredictorError, unknown_name
 from cachec.runtime.program import Cut
 from cachec.runtime.specs import Array
 
 if TYPE_CHECKING:
     from cachec.compiler.calibration.calibration import Calibration
-    from cachec.compiler.calibration.trajectories import Denoiser, Trajectories
+    from cachec.compiler.calibration.runs import Denoiser, Trajectories
 
 
 @dataclass(frozen=True)

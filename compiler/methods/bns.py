@@ -12,8 +12,8 @@ import torch
 
 from cachec.compiler.methods.base import Method, Parameters, TableMethod
 from cachec.compiler.methods.gram import Gram, fitted_table, schedule_facts
-from cachec.compiler.schedule import Schedule
-from cachec.compiler.table import AdvanceTable
+from cachec.compiler.tables.coefficients import AdvanceTable
+from cachec.compiler.tables.schedule import Schedule
 from cachec.runtime.errors import InputError
 from cachec.runtime.program import Cut
 from cachec.runtime.specs import Array
@@ -52,7 +52,7 @@ class Bns(TableMethod):
         return Gram(polish=0)  # what BNS converges to, nearly, at a thousandth of the price
 
     def calibrate(self, calibration: "Calibration", schedule: Schedule) -> Parameters:
-        from cachec.compiler.calibration.gradient import train_rows
+        from cachec.compiler.methods.bns_training import train_rows
 
         rows = train_rows(calibration, schedule, updates=self.updates, batch=self.batch, rate=self.rate)
         return Parameters(

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from cachec.compiler.methods.base import Parameters, TableMethod
-from cachec.compiler.schedule import Schedule
-from cachec.compiler.table import AdvanceTable
+from cachec.compiler.tables.coefficients import AdvanceTable
+from cachec.compiler.tables.schedule import Schedule
 from cachec.runtime.errors import InputError, PredictorError
 from cachec.runtime.program import Cut
 from cachec.runtime.specs import Array
@@ -56,7 +56,7 @@ class Gram(TableMethod):
         return replace(self, polish=0)
 
     def calibrate(self, calibration: "Calibration", schedule: Schedule) -> Parameters:
-        from cachec.compiler.calibration.closed_loop import fit_rows, polish
+        from cachec.compiler.methods.gram_fit import fit_rows, polish
 
         table = fit_rows(calibration, schedule)
         if self.polish and len(schedule.compute) > MAX_POLISHED:

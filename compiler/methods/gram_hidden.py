@@ -13,8 +13,8 @@ import torch
 
 from cachec.compiler.methods.base import Parameters, TableMethod
 from cachec.compiler.methods.gram import schedule_facts
-from cachec.compiler.schedule import Schedule
-from cachec.compiler.table import ForecastTable
+from cachec.compiler.tables.coefficients import ForecastTable
+from cachec.compiler.tables.schedule import Schedule
 from cachec.runtime.errors import PredictorError
 from cachec.runtime.specs import Array
 
@@ -37,7 +37,7 @@ class GramHidden(TableMethod):
     default_interval: ClassVar[int] = 7
 
     def calibrate(self, calibration: "Calibration", schedule: Schedule) -> Parameters:
-        from cachec.compiler.calibration.closed_loop import solve_row
+        from cachec.compiler.methods.gram_fit import solve_row
 
         gram = calibration.feature_gram()
         rows = np.zeros((schedule.num_steps, len(schedule.compute)))

@@ -15,8 +15,8 @@ from numpy.polynomial import hermite
 
 from cachec.compiler.methods.base import Parameters, TableMethod
 from cachec.compiler.methods.taylor import WARMUP
-from cachec.compiler.schedule import Schedule
-from cachec.compiler.table import ForecastTable
+from cachec.compiler.tables.coefficients import ForecastTable
+from cachec.compiler.tables.schedule import Schedule
 from cachec.runtime.errors import InputError
 from cachec.runtime.specs import Array
 

@@ -11,9 +11,8 @@ import numpy as np
 import torch
 
 from cachec.compiler.methods.base import Parameters, TableMethod
-from cachec.compiler.published import L2P_LISTS, L2P_STEPS
-from cachec.compiler.schedule import Schedule, interval_schedule, l2p_schedule
-from cachec.compiler.table import AdvanceTable, collapse, compose
+from cachec.compiler.tables.coefficients import AdvanceTable, collapse, compose
+from cachec.compiler.tables.schedule import Schedule, interval_schedule
 from cachec.runtime.errors import InputError, PredictorError
 from cachec.runtime.program import Cut
 from cachec.runtime.specs import Array
@@ -21,6 +20,15 @@ from cachec.runtime.specs import Array
 if TYPE_CHECKING:
     from cachec.compiler.calibration.calibration import Calibration
 
+L2P_STEPS = 50
+L2P_LISTS = {  # tuned by hand, by the interval that the paper calls each after
+    5: (0, 1, 2, 4, 6, 9, 14, 23, 30, 37, 44),
+    6: (0, 1, 2, 4, 7, 14, 23, 31, 38, 45),
+    7: (0, 1, 2, 4, 9, 17, 26, 35, 43),
+    8: (0, 1, 2, 4, 10, 20, 31, 41),
+    10: (0, 1, 2, 4, 12, 24, 38),
+    16: (0, 1, 2, 4, 16, 32),
+}
 FITS = ("closed", "adam")
 LEARNING_RATE = 0.01
 EPOCHS = 201
@@ -81,6 +89,21 @@ class L2p(TableMethod):
         for step in range(1, num):
             rows[step, :step] = weights[step, :step][::-1]
         return collapse(compose(rows, np.zeros(num), schedule, feeds_back=True), sigmas)
+
+
+def l2p_schedule(num_steps: int, budget: int) -> Schedule:
+    """The hand-tuned list of L2P (arXiv 2604.26365) with ``budget`` computed steps, for 50 steps.
+
+    Raises:
+        InputError: there is none.
+    """
+    lists = {len(steps): steps for steps in L2P_LISTS.values()}
+    if num_steps != L2P_STEPS or budget not in lists:
+        known = ", ".join(str(count) for count in sorted(lists))
+        raise InputError(
+            f"L2P has no list of {budget} steps of {num_steps}; its lists are for {L2P_STEPS} steps, with {known} of them"
+        )
+    return Schedule(num_steps, lists[budget])
 
 
 def _weights(parameters: Parameters) -> Array:

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from cachec.compiler.calibration.trajectories import Trajectories
+from cachec.compiler.calibration.runs import Trajectories
 from cachec.compiler.methods.base import TrainingData
 from cachec.compiler.methods.lesa import WINDOWS, LesaPredictor
-from cachec.runtime.bundle import replace_file
+from cachec.runtime.files import replace_file
 
 log = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ from typing import ClassVar
 import numpy as np
 
 from cachec.compiler.methods.base import Parameters, TableMethod
-from cachec.compiler.schedule import Schedule
-from cachec.compiler.table import ForecastTable
+from cachec.compiler.tables.coefficients import ForecastTable
+from cachec.compiler.tables.schedule import Schedule
 from cachec.runtime.errors import InputError
 from cachec.runtime.specs import Array
 

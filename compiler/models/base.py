@@ -26,7 +26,7 @@ class ModelSpec:
     """Defaults of a named model: sizes in pixels, text length in tokens, guidance scale, and its prompt lists.
 
     ``source`` is a Hub id or a directory; ``name`` is what the command line calls it; ``probe`` a file of weights that read
-    what its pictures show (``cachec.compiler.models.probe``).
+    what its pictures show (``cachec.compiler.evaluation.probe``).
     """
 
     name: str

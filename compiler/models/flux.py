@@ -16,8 +16,8 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import nn
 
 from cachec.compiler.models.base import LoadedModel, ModelSpec, Settings
-from cachec.runtime.bundle import hash_file
 from cachec.runtime.errors import InputError, ModelUnavailableError
+from cachec.runtime.files import hash_file
 from cachec.runtime.plan import ModelIO
 from cachec.runtime.specs import Array
 

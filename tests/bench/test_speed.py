@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 import cachec
-from cachec.compiler.export import plan_engines
-from cachec.compiler.forecast import engine_graphs, linear_graphs
-from cachec.compiler.schedule import Schedule
-from cachec.compiler.split import split_model
+from cachec.compiler.graphs.export import plan_engines
+from cachec.compiler.graphs.forecast import engine_graphs, linear_graphs
+from cachec.compiler.graphs.prepare import split_model
+from cachec.compiler.tables.schedule import Schedule
 from cachec.engines.eager import EagerEngine
 from cachec.runtime.device import Host
 from cachec.runtime.noise import make_noise

@@ -13,13 +13,14 @@ from torch._decomp import get_decompositions
 from toy import example_inputs
 from toy_bundle import add_predictor, split_toy
 
-from cachec.compiler.export import plan_engines
-from cachec.compiler.forecast import engine_graphs, linear_graphs
+from cachec.compiler.graphs.export import plan_engines
+from cachec.compiler.graphs.forecast import engine_graphs, linear_graphs
+from cachec.compiler.graphs.prepare import split_model
 from cachec.compiler.methods.taylor import Taylor
 from cachec.compiler.models import MODELS, load_model
 from cachec.compiler.request import make_request
-from cachec.compiler.split import split_model
-from cachec.passes import COMPUTE, HOISTS, Graphs, engine_passes, run_passes
+from cachec.passes import HOISTS, Graphs, engine_passes, run_passes
+from cachec.runtime.abi import COMPUTE
 
 LISTS = json.loads((Path(__file__).parent.parent / "data" / "torch-tensorrt-2.13-ops.json").read_text())
 CONVERTERS, ENABLED, DISABLED = (LISTS[key] for key in ("converters", "decompositions_enabled", "decompositions_disabled"))

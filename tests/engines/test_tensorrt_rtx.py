@@ -21,7 +21,7 @@ from cachec.engines.tensorrt import TensorRTEngine, TensorRTRtxEngine
 from cachec.engines.tensorrt_build import EngineBuilder, make_monitor
 from cachec.engines.tensorrt_library import TENSORRT_RTX, Reports
 from cachec.runtime import write
-from cachec.runtime.build import BuildOptions
+from cachec.runtime.build_options import BuildOptions
 from cachec.runtime.bundle import Bundle
 from cachec.runtime.errors import BundleError, EngineError, InputError, OutputError
 from cachec.runtime.sizes import size_ranges

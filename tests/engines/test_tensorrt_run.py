@@ -21,11 +21,11 @@ from toy import example_inputs
 from toy_bundle import add_predictor, split_toy, toy_program, write_bundle, write_output_bundle
 
 import cachec
-from cachec.compiler.capture import capture_predictor
-from cachec.compiler.lower import lower_table, lower_uncached
+from cachec.compiler.graphs.capture import capture_predictor
 from cachec.compiler.methods.taylor import Taylor
-from cachec.compiler.schedule import Schedule
-from cachec.compiler.table import compose
+from cachec.compiler.tables.coefficients import compose
+from cachec.compiler.tables.lower import lower_table, lower_uncached
+from cachec.compiler.tables.schedule import Schedule
 from cachec.engines import cuda_runtime
 from cachec.engines.add_target import add_targets
 from cachec.engines.cuda_device import CudaDevice
@@ -34,7 +34,7 @@ from cachec.engines.tensorrt_build import EngineBuilder
 from cachec.engines.tensorrt_library import reports_of
 from cachec.engines.tensorrt_run import TensorRTContext, load_native
 from cachec.passes import forecast_passes, run_passes
-from cachec.runtime.build import BuildOptions
+from cachec.runtime.build_options import BuildOptions
 from cachec.runtime.bundle import MANIFEST, Bundle
 from cachec.runtime.errors import BundleError, EngineError, InputError
 from cachec.runtime.noise import make_noise

@@ -13,12 +13,12 @@ import pytest
 import torch
 from toy_bundle import STEPS, add_predictor, split_toy
 
-from cachec.compiler.export import plan_engines
+from cachec.compiler.graphs.export import plan_engines
 from cachec.compiler.methods.taylor import Taylor
 from cachec.engines import torch_tensorrt
 from cachec.engines.torch_tensorrt import SETTINGS, TorchTensorRTEngine, check_outputs, import_builder, make_settings
 from cachec.passes import engine_passes, run_passes
-from cachec.runtime.build import BuildOptions
+from cachec.runtime.build_options import BuildOptions
 from cachec.runtime.device import DeviceName
 from cachec.runtime.errors import EngineError, InputError, MissingExtraError
 from cachec.runtime.sizes import size_ranges

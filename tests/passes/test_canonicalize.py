@@ -3,9 +3,8 @@ import torch
 from torch import nn
 from toy import TOKENS, WIDTH
 
-from cachec.compiler.capture import capture_model
+from cachec.compiler.graphs.capture import capture_model
 from cachec.passes import (
-    MODEL,
     Decomplexify,
     DropAsserts,
     DropNoopSqueezes,
@@ -17,6 +16,7 @@ from cachec.passes import (
     run_passes,
 )
 from cachec.passes.base import depends_on_inputs
+from cachec.runtime.abi import MODEL
 from cachec.runtime.errors import PassError
 
 aten = torch.ops.aten

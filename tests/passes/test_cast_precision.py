@@ -12,18 +12,19 @@ from toy import TOKENS, WIDTH, ToyDiT, example_inputs
 from toy_bundle import LAST_BLOCK, add_predictor, split_toy, toy_program, write_bundle
 
 import cachec
-from cachec.compiler.capture import capture_model, named_model
-from cachec.compiler.export import plan_engines
-from cachec.compiler.forecast import engine_graphs, linear_graphs
+from cachec.compiler.graphs.capture import capture_model, named_model
+from cachec.compiler.graphs.export import plan_engines
+from cachec.compiler.graphs.forecast import engine_graphs, linear_graphs
+from cachec.compiler.graphs.prepare import split_model
 from cachec.compiler.methods.taylor import Taylor
 from cachec.compiler.models import MODELS, load_model
 from cachec.compiler.models.base import Settings
-from cachec.compiler.split import split_model
 from cachec.engines import get_backend
 from cachec.engines.eager import EagerEngine
-from cachec.passes import COMPUTE, FORECAST, MODEL, PROLOGUE, CastPrecision, canonical_passes, run_passes, split_passes
+from cachec.passes import CastPrecision, canonical_passes, run_passes, split_passes
 from cachec.passes.base import depends_on_inputs, fetch, outputs, placeholders
 from cachec.passes.cast_precision import NARROW, WIDE, operator_name
+from cachec.runtime.abi import COMPUTE, FORECAST, MODEL, PROLOGUE
 from cachec.runtime.noise import make_noise
 
 aten = torch.ops.aten

@@ -7,13 +7,9 @@ import torch
 from toy import TOKENS, WIDTH, ToyDiT, example_inputs
 from toy_bundle import add_predictor
 
-from cachec.compiler.capture import capture_model
+from cachec.compiler.graphs.capture import capture_model
 from cachec.compiler.methods.taylor import Taylor
 from cachec.passes import (
-    ADVANCE,
-    COMPUTE,
-    FORECAST,
-    PROLOGUE,
     AddAdvance,
     BatchForecast,
     FuseSampler,
@@ -26,6 +22,7 @@ from cachec.passes import (
     split_passes,
 )
 from cachec.passes.base import Graphs, outputs, placeholders
+from cachec.runtime.abi import ADVANCE, COMPUTE, FORECAST, PROLOGUE
 from cachec.runtime.errors import PassError
 
 HOIST = Hoist("timestep", ("prompt",))

@@ -6,7 +6,8 @@ import torch
 from toy_bundle import add_predictor, split_toy
 
 from cachec.compiler.methods.taylor import Taylor
-from cachec.passes import COMPUTE, FORECAST, PROLOGUE, engine_passes, graph_text, run_passes
+from cachec.passes import engine_passes, graph_text, run_passes
+from cachec.runtime.abi import COMPUTE, FORECAST, PROLOGUE
 
 GOLDEN = Path(__file__).parent / "golden"
 UPDATE = "CACHEC_UPDATE_GOLDEN"

@@ -7,8 +7,9 @@ from cachec.compiler.methods.base import Predictor
 from cachec.compiler.methods.lesa import LesaPredictor
 from cachec.compiler.methods.reuse import Reuse
 from cachec.compiler.methods.taylor import Taylor
-from cachec.passes import FORECAST, FoldStatic, InlinePredictor, run_passes
+from cachec.passes import FoldStatic, InlinePredictor, run_passes
 from cachec.passes.base import placeholders
+from cachec.runtime.abi import FORECAST
 from cachec.runtime.errors import PassError, PredictorError
 
 

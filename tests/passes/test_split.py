@@ -4,9 +4,10 @@ from torch import nn
 from toy import WIDTH, ToyDiT, example_inputs
 from toy_bundle import LAST_BLOCK, eager_velocity
 
-from cachec.compiler.capture import capture_model
-from cachec.passes import COMPUTE, FORECAST, MODEL, FindCut, SplitModel, canonical_passes, graph_text, run_passes, split_passes
+from cachec.compiler.graphs.capture import capture_model
+from cachec.passes import FindCut, SplitModel, canonical_passes, graph_text, run_passes, split_passes
 from cachec.passes.base import placeholders
+from cachec.runtime.abi import COMPUTE, FORECAST, MODEL
 from cachec.runtime.errors import PassError
 
 BEFORE_CUT = ", ".join(one.name for one in canonical_passes())

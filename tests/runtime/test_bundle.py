@@ -9,8 +9,9 @@ import pytest
 from toy_bundle import SCHEDULE, STEPS
 
 import cachec
-from cachec.runtime.bundle import ANY_DEVICE, MANIFEST, Bundle, Manifest, Target, hash_file, replace_file
+from cachec.runtime.bundle import ANY_DEVICE, MANIFEST, Bundle, Manifest, Target
 from cachec.runtime.errors import BundleError, InputError
+from cachec.runtime.files import hash_file, replace_file
 
 KINDS = [
     "manifest.json",

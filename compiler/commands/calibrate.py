@@ -1,0 +1,64 @@
+"""``cachec calibrate``: statistics of uncached runs, into a file."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from cachec.compiler.calibration.prompts import default_prompts, read_prompts
+from cachec.compiler.calibration.statistics import (
+    MIN_PROMPTS,
+    check_calibration_prompts,
+    record_statistics,
+    save_statistics,
+)
+from cachec.compiler.graphs.prepare import split_model
+from cachec.compiler.models import find_model, load_model
+from cachec.compiler.request import make_settings
+from cachec.runtime.errors import InputError
+from cachec.runtime.files import check_file
+from cachec.runtime.noise import check_seed
+
+
+def calibrate_to_file(
+    source: str,
+    out: Path,
+    *,
+    prompts: str | Path | None = None,
+    num: int = 32,
+    reference_steps: int = 0,
+    seed: int = 0,
+    force: bool = False,
+    **sizes: Any,
+) -> list[tuple[str, str]]:
+    """Calibrate the model ``source`` into ``out``; finished batches lie beside it until it is done.
+
+    ``sizes`` are those of ``make_settings``. Returns the rows of a short table.
+
+    Raises:
+        InputError: there are too few prompts, or an option is out of range.
+        OutputError: ``out`` exists and ``force`` is not given, or cannot be written.
+    """
+    check_seed(seed)
+    spec = find_model(source)
+    settings = make_settings(spec, **sizes)
+    listed = read_prompts(Path(prompts)) if prompts else default_prompts(spec.prompts, "train")
+    if num < MIN_PROMPTS:
+        raise InputError(f"num is {num}; calibration needs at least {MIN_PROMPTS} prompts, to fit and to measure")
+    if num > len(listed):
+        raise InputError(f"num is {num}, but there are only {len(listed)} prompts: give more with --prompts")
+    chosen = listed[:num]
+    check_calibration_prompts(chosen)
+    check_file(out, force=force)
+    model = load_model(spec)
+    work = out.with_name(out.name + ".parts")
+    statistics = record_statistics(
+        model, split_model(model, settings), settings, chosen, reference_steps=reference_steps, seed=seed, work=work
+    )
+    save_statistics(statistics, out)
+    shutil.rmtree(work)
+    return [
+        ("calibration", str(out)),
+        ("prompts", str(len(chosen))),
+        ("steps", f"{settings.steps}" + (f", fine reference {reference_steps}" if reference_steps else "")),
+        ("size", f"{out.stat().st_size / 1e6:.1f} MB"),
+    ]

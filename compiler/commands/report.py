@@ -1,0 +1,145 @@
+"""``cachec eval`` and ``cachec report``: an evaluation from the command line, and the report that is made of it."""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cachec.compiler.calibration.prompts import default_prompts, read_prompts
+from cachec.compiler.evaluation.comparisons import compared_level, parse_against
+from cachec.compiler.evaluation.evaluate import Evaluation, evaluate
+from cachec.compiler.evaluation.page import render_page
+from cachec.compiler.evaluation.plots import coefficients_of
+from cachec.compiler.evaluation.words import Report, render_markdown
+from cachec.compiler.models import find_model, load_model
+from cachec.compiler.models.base import check_prompts
+from cachec.engines import open_bundle
+from cachec.runtime.bundle import Bundle
+from cachec.runtime.errors import InputError
+from cachec.runtime.files import check_file, write_file
+from cachec.runtime.inspect import describe_bundle
+from cachec.runtime.noise import check_seed
+from cachec.runtime.program import Program
+
+FORMATS = (".html", ".md", ".json")
+
+
+def evaluate_bundle(
+    bundle: Path,
+    *,
+    file: Path | None,
+    num: int,
+    seed: int,
+    source: str | None,
+    against: str,
+    level: str | None = None,
+    device: str | None = None,
+    target: str | None = None,
+    keep_pictures: int = 0,
+) -> Evaluation:
+    """Evaluate a bundle on the first ``num`` prompts of ``file``, or of the list that ships for its model.
+
+    Raises:
+        InputError: there are fewer prompts than asked for, or an option cannot be used.
+    """
+    if num < 1:
+        raise InputError(f"num is {num}; it must be at least 1")
+    check_seed(seed)
+    parse_against(against)
+    with open_bundle(bundle, device=device, target=target) as loaded:
+        level = compared_level(loaded, level)
+        spec = find_model(source or loaded.manifest.model["source"])
+        prompts = read_prompts(file) if file else default_prompts(loaded.manifest.settings["prompts"], "eval")
+        check_prompts(prompts)
+        if num > len(prompts):
+            raise InputError(f"num is {num}, but there are only {len(prompts)} prompts: give more with --prompts")
+        model = load_model(spec)
+        return evaluate(loaded, model, prompts[:num], seed=seed, against=against, level=level, keep_pictures=keep_pictures)
+
+
+def report_bundle(bundle: Path, out: Path, *, pictures: int, force: bool, **options: Any) -> Report:
+    """Evaluate a bundle (``options`` as for :func:`evaluate_bundle`) and write the report, in the format of ``out``'s name.
+
+    Raises:
+        InputError: ``out`` is no ``.html``, ``.md`` or ``.json`` file, or ``pictures`` is negative.
+        OutputError: ``out`` exists and ``force`` is not given, or cannot be written.
+    """
+    if out.suffix.lower() not in FORMATS:
+        raise InputError(f"{out} has no ending that a report can have: name it .html, .md or .json")
+    if pictures < 0:
+        raise InputError(f"pictures is {pictures}; it must be at least 0")
+    check_file(out, force=force)
+    evaluation = evaluate_bundle(bundle, keep_pictures=pictures, **options)
+    name = bundle.resolve().name
+    report = Report(name, evaluation, describe_bundle(Bundle.open(bundle)), environment(evaluation.setting["backend"]))
+    write_file(out, render_report(report, out.suffix.lower()).encode())
+    return report
+
+
+def render_report(report: Report, suffix: str) -> str:
+    """The report as ``.html``, ``.md`` or ``.json``."""
+    if suffix == ".html":
+        return render_page(report)
+    if suffix == ".md":
+        return render_markdown(report)
+    return json.dumps(report_json(report), indent=1)
+
+
+def report_json(report: Report) -> dict[str, Any]:
+    """The evaluation, and by row: the schedule, the coefficients, the error by step."""
+    errors = {name: vars(curve) for name, curve in report.evaluation.errors.items()}
+    return {
+        "bundle": report.name,
+        **report.evaluation.to_json(),
+        "programs": {name: _program_json(program) for name, program in report.evaluation.programs.items()},
+        "errors_by_step": errors,
+        "facts": [list(fact) for fact in report.facts],
+        "environment": dict(report.environment),
+    }
+
+
+def _program_json(program: Program) -> dict[str, Any]:
+    found = coefficients_of(program)
+    rows = [[None if np.isnan(v) else float(f"{v:.7g}") for v in row] for row in found.values]
+    return {
+        "cut": program.cut,
+        "steps": program.num_steps,
+        "computed": list(program.compute_steps),
+        "sigmas": [float(f"{sigma:.7g}") for sigma in program.sigmas],
+        "coefficients": {"steps": list(found.steps), "of_steps": list(found.sources), "rows": rows},
+    }
+
+
+def environment(backend: str) -> list[tuple[str, str]]:
+    """The machine and the versions that the seconds were measured with."""
+    packages = ["cachec", "torch", "numpy", "diffusers", *(["onnxruntime"] if backend == "ort" else [])]
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in packages if _is_installed(name)]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return [
+        ("measured", datetime.datetime.now(tz=datetime.UTC).date().isoformat()),
+        ("processor", f"{_processor()}, {cores} cores usable"),
+        ("system", f"{platform.system()} {platform.machine()}, Python {platform.python_version()}"),
+        ("versions", ", ".join(versions)),
+    ]
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

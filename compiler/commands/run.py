@@ -1,0 +1,133 @@
+"""``cachec run``: text in, pictures out. The denoise loop is the light runtime's; text encoders and VAE are the model's."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from cachec.compiler.calibration.metrics import psnr_db
+from cachec.compiler.evaluation.pictures import Cell, draw_sheet, to_image, write_png
+from cachec.compiler.models import find_model, load_model
+from cachec.compiler.models.base import LoadedModel, Settings, check_prompts, settings_of
+from cachec.engines import open_bundle
+from cachec.runtime.errors import InputError
+from cachec.runtime.files import check_file, write_file
+from cachec.runtime.noise import check_seed, make_noise
+from cachec.runtime.program import UNCACHED
+from cachec.runtime.session import LoadedBundle, Session
+from cachec.runtime.specs import Array
+from cachec.runtime.trace import Trace
+
+
+def generate_pictures(
+    bundle: Path,
+    prompts: Sequence[str],
+    out: Path,
+    *,
+    source: str | None = None,
+    level: str | None = None,
+    seed: int = 0,
+    compare: bool = False,
+    device: str | None = None,
+    target: str | None = None,
+    threads: int | None = None,
+    verify: bool = False,
+    force: bool = False,
+    profile: Path | None = None,
+) -> list[tuple[str, str]]:
+    """Make a picture per prompt, or with ``compare`` one sheet of all. Returns the rows of a short table.
+
+    ``profile``: where to write a trace of the last request's engine calls, after one request to warm up.
+
+    Raises:
+        InputError: a prompt is empty, the seed is negative, or there is no such device.
+        OutputError: a file exists already, or cannot be written.
+    """
+    check_prompts(prompts)
+    check_seed(seed)
+    if profile is not None and compare:
+        raise InputError("--profile is of one run, --compare makes two: leave one out")
+    files = [out] if compare or len(prompts) == 1 else _numbered(out, len(prompts))
+    for file in [*files, *([] if profile is None else [profile])]:
+        check_file(file, force=force)
+    with open_bundle(bundle, device=device, target=target, verify=verify, threads=threads) as loaded:
+        model = load_model(find_model(source or loaded.manifest.model["source"]), with_transformer=False)
+        settings = settings_of(loaded.manifest)
+        level = loaded.check_level(level)
+        if compare:
+            return _compare(loaded, level, model, settings, prompts, seed, out)
+        session = loaded.session(batch=loaded.programs[level].key.batch or 1, level=level)
+        rows = [_target_row(loaded)]
+        for index, (prompt, file) in enumerate(zip(prompts, files, strict=True)):
+            picture, seconds, total = _picture(session, model, settings, prompt, seed + index)
+            write_png(to_image(picture), file)
+            rows.append((str(file), f"denoise loop {seconds:.3f} s, request {total:.3f} s: {prompt}"))
+        if profile is not None:
+            rows += _profile(session, model, settings, prompts[-1], seed + len(prompts) - 1, profile)
+        return rows
+
+
+def _target_row(loaded: LoadedBundle) -> tuple[str, str]:
+    return "target", f"{loaded.target}; runs on {loaded.engines['compute'].device.name}"
+
+
+def _numbered(out: Path, num: int) -> list[Path]:
+    return [out.with_name(f"{out.stem}-{i + 1}{out.suffix or '.png'}") for i in range(num)]
+
+
+def _picture(session: Session, model: LoadedModel, settings: Settings, prompt: str, seed: int) -> tuple[Array, float, float]:
+    """One picture [H, W, 3], the seconds of its denoise loop, and those of the whole request."""
+    start = time.perf_counter()
+    batch = session.latent_shape[0]  # more than one only if the bundle takes no other; the copies are then dropped
+    conditions = model.encode([prompt] * batch, settings, session.io.conditions)
+    noise = np.repeat(make_noise(seed, session.latent_shape[1:])[None], batch, axis=0)
+    before = time.perf_counter()
+    latents = session.run(conditions, noise)
+    after = time.perf_counter()
+    picture = model.decode(latents[:1], settings)[0]
+    return picture, after - before, time.perf_counter() - start
+
+
+def _profile(
+    session: Session, model: LoadedModel, settings: Settings, prompt: str, seed: int, out: Path
+) -> list[tuple[str, str]]:
+    """One more request, traced."""
+    session.trace = Trace()
+    _, seconds, _ = _picture(session, model, settings, prompt, seed)
+    trace, session.trace = session.trace, None
+    write_file(out, trace.to_json().encode())
+    spent = trace.seconds()
+    calls = {name: sum(event["name"] == name for event in trace.events) for name in spent}
+    rows = [(f"  {name}", f"{calls[name]} calls, {1e3 * time:.2f} ms") for name, time in spent.items()]
+    rest = ("  outside engines", f"{1e3 * (seconds - sum(spent.values())):.2f} ms")
+    return [(str(out), "open it in ui.perfetto.dev or chrome://tracing"), *rows, rest]
+
+
+def _compare(
+    loaded: LoadedBundle, level: str, model: LoadedModel, settings: Settings, prompts: Sequence[str], seed: int, out: Path
+) -> list[tuple[str, str]]:
+    program = loaded.programs[level]
+    batch = program.key.batch or 1
+    sessions = [Session(loaded.engines, one, loaded.io, batch=batch) for one in (loaded.programs[UNCACHED], program)]
+    for session in sessions:  # the first call of an engine is slow, and would be charged to the uncached run
+        _picture(session, model, settings, prompts[0], seed)
+    name, computed = loaded.manifest.method["name"], len(program.compute_steps)
+    rows, psnrs, seconds = [], [], []
+    for index, prompt in enumerate(prompts):
+        (full, slow, _), (picture, fast, _) = (_picture(s, model, settings, prompt, seed + index) for s in sessions)
+        psnrs.append(psnr_db(picture, full))
+        seconds.append((slow, fast))
+        cells = [
+            Cell(full, ("uncached", f"{settings.steps} steps, {slow:.3f} s")),
+            Cell(picture, (name, f"{computed} of {settings.steps}, {fast:.3f} s", f"PSNR {psnrs[-1]:.1f} dB")),
+        ]
+        rows.append((prompt, cells))
+    write_png(draw_sheet(rows), out)
+    slow, fast = np.median(np.array(seconds), axis=0)
+    return [
+        (str(out), f"{len(prompts)} prompts, uncached beside {name}"),
+        _target_row(loaded),
+        ("denoise loop", f"{slow:.3f} s uncached, {fast:.3f} s {name}: {slow / fast:.2f} times as fast (medians)"),
+        ("PSNR", f"{np.mean(psnrs):.2f} dB against the uncached pictures, mean"),
+    ]

@@ -1,0 +1,219 @@
+"""What a bundle is compared with: the entries of ``--against``, each turned into a program and the engines to play it on."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from cachec.compiler.graphs.export import plan_engines
+from cachec.compiler.graphs.forecast import engine_graphs, linear_graphs
+from cachec.compiler.graphs.prepare import split_model
+from cachec.compiler.methods import METHODS, get_method
+from cachec.compiler.methods.base import Method, Parameters
+from cachec.compiler.methods.parameters import find_pretrained
+from cachec.compiler.methods.training import training_facts
+from cachec.compiler.models.base import LoadedModel, Settings, settings_of
+from cachec.compiler.tables.coefficients import AdvanceTable, ForecastTable
+from cachec.compiler.tables.lower import lower_advance, lower_table
+from cachec.compiler.tables.samplers import SOLVERS, solver_rows
+from cachec.compiler.tables.schedule import Schedule
+from cachec.engines import get_backend
+from cachec.runtime.abi import FEATURES, FORECAST
+from cachec.runtime.device import DeviceName
+from cachec.runtime.engine import Engine
+from cachec.runtime.errors import InputError, unknown_name
+from cachec.runtime.program import UNCACHED, Compute, Program, ProgramKey, hash_sigmas
+from cachec.runtime.session import LoadedBundle, Session
+
+PLAIN = "plain"  # the model's own sampler with fewer steps, which solvers call euler
+Kind = Literal["uncached", "level", "method", "solver"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the comparison: a program, and the engines to play it on."""
+
+    name: str
+    kind: Kind
+    program: Program
+    engines: Mapping[str, Engine]
+
+    def session(self, loaded: LoadedBundle) -> Session:
+        return Session(self.engines, self.program, loaded.io)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One entry of ``--against``: a solver, or a method with its options (``interval`` if it has a schedule of its own)."""
+
+    name: str
+    method: Method | None = None
+    interval: int | None = None
+
+
+def parse_against(text: str) -> tuple[Entry, ...]:
+    """Read ``taylor:1,lesa,plain,ab2``: names of methods and solvers.
+
+    A number behind a method is its order, or its interval if it is trained for one; ``name=value`` sets another option.
+
+    Raises:
+        InputError: a name or an option is unknown, an entry is there twice, or a method is fitted to the model.
+    """
+    entries = tuple(_parse_entry(part.strip()) for part in text.split(",") if part.strip())
+    names = [entry.name for entry in entries]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise InputError(f"--against names {', '.join(twice)} twice")
+    return entries
+
+
+def _parse_entry(text: str) -> Entry:
+    name, *parts = text.split(":")
+    solvers = {PLAIN, *SOLVERS} - {"euler"}
+    if name not in METHODS and name not in solvers:
+        raise unknown_name("entry of --against", name, {*METHODS, *solvers})
+    if name not in METHODS:
+        if parts:
+            raise InputError(f"--against {text}: a solver takes no options, so write {name}")
+        return Entry(text)
+    kind = get_method(name)
+    if kind.needs_calibration:
+        raise InputError(f"--against {text}: {name} needs calibration; compile a bundle with it instead")
+    options = dict(_parse_option(text, part, "interval" if kind.needs_training else "order") for part in parts)
+    interval = options.pop("interval", None)
+    if interval is not None and not interval.isdigit():
+        raise InputError(f"--against {text}: the interval must be a whole number")
+    return Entry(text, kind.with_options(options), None if interval is None else int(interval))
+
+
+def _parse_option(entry: str, part: str, default: str) -> tuple[str, str]:
+    name, _, value = part.rpartition("=")
+    if not value:
+        raise InputError(f"--against {entry}: write {entry.split(':')[0]}:2, or name=value behind the colon")
+    return name or default, value
+
+
+def compared_level(loaded: LoadedBundle, level: str | None) -> str:
+    """The level whose schedule other methods are run on: the given one, or the first that forecasts.
+
+    Raises:
+        InputError: the bundle has no such level.
+    """
+    levels = [name for name in loaded.programs if name != UNCACHED]
+    if level is None:
+        return loaded.default_level
+    if level not in levels:
+        raise unknown_name("level", level, levels)
+    return level
+
+
+def level_rows(loaded: LoadedBundle) -> list[Row]:
+    """The uncached run, then every level of the bundle."""
+    levels = {name: program for name, program in loaded.programs.items() if name != UNCACHED}
+    return [
+        Row(UNCACHED, "uncached", loaded.programs[UNCACHED], loaded.engines),
+        *(Row(name, "level", program, loaded.engines) for name, program in levels.items()),
+    ]
+
+
+def sampler_program(model: LoadedModel, settings: Settings, key: ProgramKey, num_steps: int) -> Program:
+    """The model's own sampler, Euler on the flow, with ``num_steps`` steps, all computed."""
+    sigmas, timesteps = model.sampling(replace(settings, steps=num_steps))
+    return Program(
+        key=replace(key, steps=num_steps, sigmas_hash=hash_sigmas(sigmas)),
+        instructions=tuple(Compute(step, None) for step in range(num_steps)),
+        capacity=1,
+        sigmas=sigmas.astype(np.float32),
+        timesteps=timesteps.astype(np.float32),
+        coefficients=np.zeros((num_steps, 1), np.float32),
+        bias=np.zeros(num_steps, np.float32),
+    )
+
+
+def compared_rows(
+    entries: Sequence[Entry], loaded: LoadedBundle, model: LoadedModel, *, level: str, work: Path, stack: ExitStack
+) -> list[Row]:
+    """A row for each entry, with as many computed steps as ``level`` has, or a trained method's own.
+
+    Engines that the bundle lacks are built in ``work`` and closed with ``stack``.
+
+    Raises:
+        InputError: a trained method has no predictor that fits, or a method does not fit the schedule.
+    """
+    programs = {entry.name: _compared_program(entry, loaded.programs[level], loaded, model) for entry in entries}
+    engines = loaded.engines
+    if any(_forecasts(program) for program in programs.values()) and not _is_linear(engines):
+        engines = _build_linear(loaded, model, work, stack)
+    return [
+        Row(
+            entry.name,
+            "solver" if entry.method is None else "method",
+            programs[entry.name],
+            engines if _forecasts(programs[entry.name]) else loaded.engines,
+        )
+        for entry in entries
+    ]
+
+
+def _forecasts(program: Program) -> bool:
+    return program.cut == "hidden" and len(program.compute_steps) < program.num_steps
+
+
+def _compared_program(entry: Entry, base: Program, loaded: LoadedBundle, model: LoadedModel) -> Program:
+    settings, key = settings_of(loaded.manifest), replace(base.key, level="default")
+    if entry.method is None:
+        return _solver_program(entry.name, model, settings, key, len(base.compute_steps))
+    if entry.method.needs_training:
+        schedule, parameters = _trained(entry, entry.method, model, settings)
+        sigmas, timesteps = model.sampling(settings)
+        key = replace(key, steps=settings.steps, sigmas_hash=hash_sigmas(sigmas))
+    else:
+        schedule, parameters = Schedule(base.num_steps, base.compute_steps), None
+        sigmas, timesteps = base.sigmas, reference_timesteps(loaded, model, base)
+    table = entry.method.table(schedule, sigmas, parameters)
+    if isinstance(table, ForecastTable):
+        return lower_table(table, key, sigmas, timesteps)
+    return lower_advance(table, key, sigmas, timesteps)
+
+
+def reference_timesteps(loaded: LoadedBundle, model: LoadedModel, base: Program) -> np.ndarray:
+    """The sampler's own time steps [T] on the grid of ``base``, whose own may have been polished."""
+    return model.sampling(replace(settings_of(loaded.manifest), steps=base.num_steps))[1]
+
+
+def _solver_program(name: str, model: LoadedModel, settings: Settings, key: ProgramKey, num_steps: int) -> Program:
+    plain = sampler_program(model, settings, key, num_steps)
+    if name == PLAIN:
+        return plain
+    table = AdvanceTable(Schedule(num_steps, tuple(range(num_steps))), solver_rows(name, plain.sigmas.astype(np.float64)))
+    return lower_advance(table, plain.key, plain.sigmas, plain.timesteps)
+
+
+def _trained(entry: Entry, method: Method, model: LoadedModel, settings: Settings) -> tuple[Schedule, Parameters]:
+    interval = method.default_interval if entry.interval is None else entry.interval
+    schedule = method.interval(settings.steps, interval)
+    parameters = find_pretrained(type(method), training_facts(model, method, schedule, settings))
+    if parameters is None:
+        raise InputError(
+            f"--against {entry.name}: no {method.name} predictor ships for {model.spec.name} with {settings.steps} steps, "
+            f"interval {interval} and these settings; compile a bundle with it and evaluate that"
+        )
+    return schedule, parameters
+
+
+def _is_linear(engines: Mapping[str, Engine]) -> bool:
+    return FORECAST in engines and any(spec.name == FEATURES for spec in engines[FORECAST].signature.inputs)
+
+
+def _build_linear(loaded: LoadedBundle, model: LoadedModel, work: Path, stack: ExitStack) -> Mapping[str, Engine]:
+    """Engines that forecast linearly, for a bundle that has the predictor inside its own or does not forecast at all."""
+    settings, backend = settings_of(loaded.manifest), get_backend(loaded.target.backend)
+    graphs = engine_graphs(model, linear_graphs(model, split_model(model, settings), settings), hoist="all")
+    plans = plan_engines(graphs, model.example_inputs(settings), model.io.latents, settings.steps)
+    work.mkdir(parents=True, exist_ok=True)
+    signatures = {plan.name: plan.signature for plan in plans}
+    device = DeviceName.parse(loaded.engines["compute"].device.name)
+    paths = backend.build({plan.name: plan.program for plan in plans}, signatures, work, device=device)
+    return {name: stack.enter_context(engine) for name, engine in backend.load(paths, signatures, device=device).items()}

@@ -1,0 +1,94 @@
+"""The report as one self-contained HTML page: pictures and plots inside, no script, nothing loaded from elsewhere."""
+
+import base64
+import importlib.util
+import io
+import math
+from importlib.resources import files
+from typing import Any
+
+from PIL import Image
+
+from cachec.compiler.evaluation.evaluate import DIFFUSERS, FINE, Evaluation, KeptPrompt
+from cachec.compiler.evaluation.pictures import to_image
+from cachec.compiler.evaluation.plots import plot_coefficients, plot_errors, plot_quality, plot_schedules
+from cachec.compiler.evaluation.words import HEADER, MEANINGS, NO_VALUE, Report, headline, table_cells, table_notes
+from cachec.runtime.errors import missing_extra
+from cachec.runtime.program import UNCACHED
+from cachec.runtime.specs import Array
+
+if importlib.util.find_spec("jinja2") is None:
+    raise missing_extra("jinja2", "compile", "writing reports")
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+MAX_SIDE = 512  # pixels; larger pictures are reduced
+
+
+def render_page(report: Report) -> str:
+    """The page; everything that people wrote (prompts, names) is escaped."""
+    template = files("cachec.compiler.evaluation").joinpath("templates/report.html").read_text(encoding="utf-8")
+    page = Environment(autoescape=True, undefined=StrictUndefined).from_string(template)
+    evaluation = report.evaluation
+    rows, programs = evaluation.rows, evaluation.programs
+    grid = programs[UNCACHED].sigmas
+    levels = [row["name"] for row in rows if row["kind"] == "level"]
+    maps = [(name, plot_coefficients(programs[name])) for name in levels]
+    return page.render(
+        title=f"{report.name}: {headline(report)}",
+        subtitle=f"{report.name}, method {evaluation.setting['method']}",
+        headline=headline(report),
+        figures=_figures(report),
+        prompts=[_prompt(kept, evaluation) for kept in evaluation.kept],
+        header=[name.replace(" ", "\u00a0") if len(name) < 12 else name for name in HEADER],
+        table=[{"cells": table_cells(row), "own": row["kind"] == "level"} for row in rows],
+        notes=table_notes(evaluation),
+        quality=Markup(plot_quality(rows)),
+        errors=Markup(plot_errors(evaluation.errors, rows, len(grid) - 1)) if evaluation.errors else "",
+        schedules=Markup(plot_schedules({n: p for n, p in programs.items() if n != UNCACHED}, grid)),
+        heat_maps=[(name, Markup(drawn)) for name, drawn in maps if drawn],
+        facts=[*report.facts, *report.environment],
+        meanings=MEANINGS,
+    )
+
+
+def _figures(report: Report) -> list[tuple[str, str]]:
+    row = report.headline_row
+    uncached = next(row for row in report.evaluation.rows if row["kind"] == "uncached")
+    accuracy = row["attribute_accuracy"]
+    figures = [
+        ("denoise loop", f"{row['seconds_loop']:.3g} s"),
+        ("uncached loop", f"{uncached['seconds_loop']:.3g} s"),
+        ("PSNR", "equal" if row["psnr_db"] is None else f"{row['psnr_db']:.1f} dB"),
+        (
+            f"PSNR vs {report.evaluation.setting['fine_steps']} steps",
+            "equal" if row["psnr_db_fine"] is None else f"{row['psnr_db_fine']:.1f} dB",
+        ),
+    ]
+    return figures if accuracy is None else [*figures, ("attributes right", f"{accuracy:.1%}")]
+
+
+def _prompt(kept: KeptPrompt, evaluation: Evaluation) -> dict[str, Any]:
+    own = {row["name"] for row in evaluation.rows if row["kind"] == "level"}
+    names = [UNCACHED, *(name for name in kept.pictures if name not in (UNCACHED, FINE, DIFFUSERS)), DIFFUSERS, FINE]
+    return {"text": kept.prompt, "cells": [_cell(kept, name, evaluation, own=name in own) for name in names]}
+
+
+def _cell(kept: KeptPrompt, name: str, evaluation: Evaluation, *, own: bool) -> dict[str, Any]:
+    psnr = kept.psnr[name]
+    return {
+        "name": f"{evaluation.setting['fine_steps']} steps" if name == FINE else name,
+        "psnr": f"{psnr:.1f} dB" if math.isfinite(psnr) else ("reference" if name == UNCACHED else "equal"),
+        "seconds": f"{kept.seconds[name]:.3g} s" if name in kept.seconds else NO_VALUE,
+        "png": encode_png(kept.pictures[name]),
+        "own": own,
+    }
+
+
+def encode_png(picture: Array, side: int = MAX_SIDE) -> str:
+    """Base64 of a picture [H, W, 3] as PNG, reduced to ``side`` pixels if it is larger."""
+    image = to_image(picture)
+    image.thumbnail((side, side), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", optimize=True)
+    return base64.b64encode(buffer.getvalue()).decode()

@@ -1,0 +1,79 @@
+"""Pictures on disk, and the sheet that ``cachec run --compare`` writes."""
+
+import importlib.util
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from cachec.runtime.errors import missing_extra
+from cachec.runtime.files import write_file
+from cachec.runtime.specs import Array
+
+if importlib.util.find_spec("PIL") is None:
+    raise missing_extra("pillow", "compile", "drawing pictures")
+from PIL import Image, ImageDraw, ImageFont
+
+MIN_CELL = 256  # pixels; smaller pictures are enlarged by a whole factor
+MARGIN = 16
+FONT_SIZE = 15
+INK, FAINT, PAPER = (28, 28, 30), (110, 110, 116), (255, 255, 255)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A picture [H, W, 3] in [0, 1] with the lines under it."""
+
+    picture: Array
+    lines: tuple[str, ...]
+
+
+def to_image(picture: Array) -> Image.Image:
+    """An 8-bit image from floats in [0, 1]."""
+    return Image.fromarray((np.clip(picture, 0, 1) * 255).round().astype(np.uint8))
+
+
+def write_png(image: Image.Image, path: Path) -> None:
+    """Write atomically.
+
+    Raises:
+        OutputError: the place cannot be written.
+    """
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    write_file(path, buffer.getvalue())
+
+
+def draw_sheet(rows: Sequence[tuple[str, Sequence[Cell]]]) -> Image.Image:
+    """Rows of cells, each row under its prompt."""
+    font, small = ImageFont.load_default(FONT_SIZE), ImageFont.load_default(FONT_SIZE - 2)
+    first = rows[0][1][0].picture
+    factor = max(1, -(-MIN_CELL // first.shape[0]))
+    width, height = first.shape[1] * factor, first.shape[0] * factor
+    line = FONT_SIZE + 6
+    num_lines = max(len(cell.lines) for _, cells in rows for cell in cells)
+    columns = max(len(cells) for _, cells in rows)
+    row_height = line + height + num_lines * line + MARGIN
+    sheet = Image.new("RGB", (MARGIN + columns * (width + MARGIN), MARGIN + len(rows) * row_height), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for r, (prompt, cells) in enumerate(rows):
+        top = MARGIN + r * row_height
+        draw.text((MARGIN, top), _fit(prompt, draw, font, sheet.width - 2 * MARGIN), fill=INK, font=font)
+        for c, cell in enumerate(cells):
+            left = MARGIN + c * (width + MARGIN)
+            image = to_image(cell.picture).resize((width, height), Image.Resampling.BICUBIC)
+            sheet.paste(image, (left, top + line))
+            for i, text in enumerate(cell.lines):
+                place = (left, top + line + height + 4 + i * line)
+                draw.text(place, _fit(text, draw, small, width), fill=INK if i == 0 else FAINT, font=small)
+    return sheet
+
+
+def _fit(text: str, draw: ImageDraw.ImageDraw, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: int) -> str:
+    if draw.textlength(text, font) <= width:
+        return text
+    while text and draw.textlength(text + "…", font) > width:
+        text = text[:-1]
+    return text + "…"

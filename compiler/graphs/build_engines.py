@@ -1,0 +1,82 @@
+"""From engine plans to engine files in a bundle, and loaded engines."""
+
+import logging
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from torch.export import ExportedProgram
+
+from cachec.compiler.graphs.export import EnginePlan
+from cachec.engines.build import build_into, seal_all
+from cachec.engines.eager import EagerEngine
+from cachec.engines.onnx_files import build_onnx
+from cachec.engines.targets import ONNX_TARGET, TargetName, find_fit
+from cachec.runtime.build_options import BuildOptions, Sources
+from cachec.runtime.bundle import Target
+from cachec.runtime.device import DeviceName
+from cachec.runtime.engine import Engine
+from cachec.runtime.write import Collector
+
+log = logging.getLogger(__name__)
+
+
+class PlannedSources(Sources):
+    """The graphs of a compilation. ONNX files are written when they are first asked for, into the bundle."""
+
+    def __init__(self, plans: Sequence[EnginePlan], writer: Collector, precision: str, shape_bucket: str) -> None:
+        self._plans, self._writer = plans, writer
+        self._files: dict[str, Path] | None = None
+        self.signatures = {plan.name: plan.signature for plan in plans}
+        self.precision, self.shape_bucket = precision, shape_bucket
+
+    @property
+    def wrote_onnx(self) -> bool:
+        """Was anything built from the ONNX files?"""
+        return self._files is not None
+
+    def programs(self) -> Mapping[str, ExportedProgram]:
+        return {plan.name: plan.program for plan in self._plans}
+
+    def onnx(self) -> Mapping[str, Path]:
+        if self._files is None:
+            directory = self._writer.directory(f"engines/onnx-{self.precision}")
+            files = build_onnx(self.programs(), self.signatures, directory)
+            self._files = {name: self._writer.staging / self._writer.seal(path) for name, path in files.items()}
+            seal_all(self._writer, directory)
+        return self._files
+
+
+def build_targets(
+    names: Sequence[TargetName], sources: PlannedSources, writer: Collector, device: DeviceName, options: BuildOptions
+) -> tuple[Target, ...]:
+    """Build all targets into the bundle; with the ONNX target at the end if others were built from its files."""
+    targets = [build_into(writer, sources, name, device=device, options=options) for name in names]
+    if sources.wrote_onnx and not any(target.backend == ONNX_TARGET.backend for target in targets):
+        targets.append(build_into(writer, sources, ONNX_TARGET, device=device, options=options))
+    fits = [find_fit(target) for target in targets]
+    if not any(fit.fits for fit in fits):
+        log.warning("nothing of this bundle runs on this machine: %s", "; ".join(f"{fit.target}: {fit.reason}" for fit in fits))
+    return tuple(targets)
+
+
+def load_engines(
+    targets: Sequence[Target], sources: Sources, writer: Collector, stack: ExitStack, device: DeviceName
+) -> dict[str, Engine]:
+    """Engines to measure with, closed with ``stack``: those of the first target that runs on ``device`` here, else eager's."""
+    for fit in (find_fit(target, device) for target in targets):
+        if fit.backend is not None:
+            files = {name: writer.staging / artifact.path for name, artifact in fit.target.engines.items()}
+            weights = {name: writer.staging / path for name, path in fit.target.weights.items()}
+            engines: Mapping[str, Engine] = fit.backend.load(
+                files, sources.signatures, device=device, weights=weights, needs=fit.target.needs
+            )
+            break
+        log.info("%s does not run on %s here: %s", fit.target, device, fit.reason)
+    else:
+        log.warning("no target runs on %s here, so levels are measured with PyTorch, op by op", device)
+        with tempfile.TemporaryDirectory() as folder:
+            files = EagerEngine.build(sources.programs(), sources.signatures, Path(folder), device=device)
+            engines = EagerEngine.load(files, sources.signatures, device=device)
+    return {name: stack.enter_context(engine) for name, engine in engines.items()}

@@ -1,0 +1,159 @@
+"""Capture: from a PyTorch module to a graph module that the passes can read.
+
+``B`` batch (symbolic), everything else static: one resolution and one text length per bundle.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._dynamo.exc import UserError
+from torch.export import Dim, ExportedProgram
+
+from cachec.passes import Graphs
+from cachec.passes.base import copy_module
+from cachec.runtime.abi import BATCH, FEATURE, HISTORY_STEPS, MAX_BATCH, MODEL, SIGMAS, STEP, VELOCITY, history_name
+from cachec.runtime.errors import PassError
+
+ROUNDING = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-2}  # through a whole model, relative
+MAX_SIZE = 1024  # of the other symbolic axes: slots, steps
+
+
+class _Captured(nn.Module):
+    """Calls ``model`` by keyword, with ``constants`` filled in, and names its output.
+
+    Inputs and output are float32 whatever the model's own precision.
+    """
+
+    def __init__(self, model: nn.Module, constants: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.model = model
+        self._flags = {name: value for name, value in constants.items() if not isinstance(value, torch.Tensor)}
+        self._tables = [name for name in constants if name not in self._flags]
+        for name in self._tables:
+            self.register_buffer(f"table_{name}", constants[name])
+
+    def forward(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        tables = {name: getattr(self, f"table_{name}") for name in self._tables}
+        dtype = next(self.model.parameters()).dtype
+        given = {name: value.to(dtype) for name, value in inputs.items()}
+        output = self.model(**given, **tables, **self._flags)
+        return {VELOCITY: (output[0] if isinstance(output, tuple) else output).float()}
+
+
+def capture_model(model: nn.Module, inputs: Mapping[str, torch.Tensor], constants: Mapping[str, Any] | None = None) -> Graphs:
+    """Capture ``model(**inputs, **constants)`` with a symbolic batch; the graph returns ``{"velocity": …}``.
+
+    ``inputs`` are examples, batch first with at least two samples, pairwise distinct objects (``torch.export`` merges
+    equal ones). ``constants`` are baked in: flags, and tensors that depend on the resolution only. The graph shares the
+    model's parameters.
+
+    Raises:
+        PassError: the model cannot be captured, or the graph does not compute exactly what the model does; on a GPU, up to
+            rounding.
+    """
+    if len({id(t) for t in inputs.values()}) != len(inputs) or any(t.shape[0] < 2 for t in inputs.values()):
+        raise PassError("example inputs must be distinct tensors with a batch of at least two")
+    wrapped = named_model(model, constants or {})
+    module = _trace(wrapped, inputs, batched=inputs, outputs=(VELOCITY,))
+    _strip_module_prefix(module, "model")
+    with torch.no_grad():
+        wanted, got = wrapped(dict(inputs))[VELOCITY], module(**inputs)[VELOCITY]
+    if not torch.equal(wanted, got):
+        error = ((wanted - got).norm() / wanted.norm()).item()
+        allowed = ROUNDING[next(model.parameters()).dtype]
+        if wanted.is_cpu or not error <= allowed:  # GPUs may sum in another order from call to call
+            raise PassError(f"the captured graph differs from the model, relatively by {error:.1e}")
+    return Graphs({MODEL: module})
+
+
+def named_model(model: nn.Module, constants: Mapping[str, Any]) -> nn.Module:
+    """The eager module that :func:`capture_model` captures: from a dictionary of inputs to a dictionary."""
+    return _Captured(model, constants).eval()
+
+
+def capture_predictor(predictor: nn.Module, window: int, example: torch.Tensor, num_steps: int) -> fx.GraphModule:
+    """Capture ``predictor(features, history_steps, sigmas, step)``.
+
+    ``features`` is a list of ``window`` tensors like ``example`` [B, L, D], newest first; ``history_steps`` [window] and
+    ``step`` are int64, ``sigmas`` [num_steps + 1] float32.
+    """
+    names = [history_name(i) for i in range(window)]
+    inputs = {
+        **{name: example + i for i, name in enumerate(names)},
+        HISTORY_STEPS: torch.arange(window, 0, -1) + 2,
+        SIGMAS: torch.linspace(1, 0, num_steps + 1),
+        STEP: torch.tensor(window + 5),
+    }
+    inputs = {name: value.to(example.device) for name, value in inputs.items()}
+    return _trace(_NamedPredictor(predictor, names).eval(), inputs, batched=names, outputs=(FEATURE,))
+
+
+class _NamedPredictor(nn.Module):
+    def __init__(self, predictor: nn.Module, names: list[str]) -> None:
+        super().__init__()
+        self.predictor = predictor
+        self._names = names
+
+    def forward(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        features = [inputs[name] for name in self._names]
+        feature = self.predictor(features, inputs[HISTORY_STEPS], inputs[SIGMAS], inputs[STEP])
+        return {FEATURE: feature}
+
+
+def _trace(
+    module: nn.Module, inputs: Mapping[str, torch.Tensor], *, batched: Iterable[str], outputs: tuple[str, ...]
+) -> fx.GraphModule:
+    """Capture a module from a dictionary to a dictionary; the graph takes the same names as keywords."""
+    batched = set(batched)
+    batch = Dim(BATCH, min=1, max=MAX_BATCH)
+    shapes = {name: {0: batch} if name in batched else {} for name in inputs}
+    program = _export(module, (dict(inputs),), {}, (shapes,))
+    graph_module = program.module(check_guards=False)
+    graph = graph_module.graph
+    nodes = [node for node in graph.nodes if node.op == "placeholder"]
+    for node, name in zip(nodes, inputs, strict=True):
+        node.target = name
+        node._rename(name)
+    result = next(iter(reversed(graph.nodes)))
+    result.args = (dict(zip(outputs, result.args[0], strict=True)),)
+    graph.set_codegen(fx.graph.CodeGen())
+    return copy_module(graph_module)  # a fresh module: the exported one has hooks that check the dictionary
+
+
+def export_program(
+    module: fx.GraphModule, inputs: Mapping[str, torch.Tensor], dynamic: Mapping[str, tuple[str, ...]]
+) -> ExportedProgram:
+    """Export a rewritten graph again, for an engine builder; ``dynamic`` names the leading, symbolic axes of each input.
+
+    Raises:
+        PassError: ``torch.export`` refuses; with its reason.
+    """
+    names = {name for axes in dynamic.values() for name in axes}
+    dims = {name: Dim(name, min=1, max=MAX_BATCH if name == BATCH else MAX_SIZE) for name in names}
+    shapes = {name: {axis: dims[d] for axis, d in enumerate(dynamic[name])} for name in inputs}
+    program = _export(module, (), dict(inputs), shapes)
+    for node in program.graph.nodes:
+        for note in ("stack_trace", "from_node"):  # they hold source paths of the machine that compiles
+            node.meta.pop(note, None)
+    return program
+
+
+def _export(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any) -> ExportedProgram:
+    try:
+        with torch.no_grad():
+            program = torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
+            lowered: ExportedProgram = program.run_decompositions({})
+            return lowered
+    except (RuntimeError, ValueError, UserError) as error:
+        raise PassError(f"torch.export cannot capture {type(module).__name__}: {error}") from error
+
+
+def _strip_module_prefix(module: fx.GraphModule, prefix: str) -> None:
+    """Make module paths in the nodes' metadata those of the model itself, without the wrapper's ``prefix``."""
+    for node in module.graph.nodes:
+        stack = node.meta.get("nn_module_stack")
+        if stack:
+            paths = {key: path.removeprefix(prefix).removeprefix(".") for key, (path, _) in stack.items()}
+            node.meta["nn_module_stack"] = {key: (paths[key], kind) for key, (_, kind) in stack.items()}

@@ -1,0 +1,135 @@
+"""From rewritten graphs to what an engine builder takes: exported programs with their signatures."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+from torch.export import ExportedProgram
+
+from cachec.compiler.graphs.capture import export_program
+from cachec.passes import Graphs
+from cachec.passes.base import outputs, placeholders
+from cachec.runtime.abi import (
+    ADVANCE,
+    BATCH,
+    BIAS,
+    COEFFICIENTS,
+    COMPUTE,
+    DELTA,
+    DELTAS,
+    FEATURE,
+    FEATURES,
+    FORECAST,
+    HISTORY_STEPS,
+    NOISE,
+    PROLOGUE,
+    SIGMAS,
+    STEP,
+    TIMESTEPS_OF,
+    VELOCITIES,
+    VELOCITY,
+    history_name,
+    hoisted_name,
+)
+from cachec.runtime.specs import Dim, Signature, TensorSpec
+
+NUM_SLOTS, NUM_STEPS = 3, 4  # sizes of the example's symbolic axes; at least two, or the axis would not stay symbolic
+
+
+@dataclass(frozen=True, eq=False)
+class EnginePlan:
+    """One engine to build: its program and its signature."""
+
+    name: str
+    program: ExportedProgram
+    signature: Signature
+
+
+def plan_engines(graphs: Graphs, inputs: Mapping[str, torch.Tensor], latents: str, num_steps: int) -> list[EnginePlan]:
+    """Plans for all engines; ``inputs`` are example inputs of the model, ``latents`` the name of one."""
+    device = inputs[latents].device
+    known = {**inputs, DELTA: torch.tensor([-0.1], device=device)}
+    plans = []
+    if PROLOGUE in graphs.modules:
+        prologue = graphs.modules[PROLOGUE]
+        times = {name: torch.linspace(1, 0.1, NUM_STEPS, device=device) for name in TIMESTEPS_OF.values()}
+        given = {name: {**inputs, **times}[name] for name in placeholders(prologue)}
+        plans.append(plan_engine(PROLOGUE, prologue, given, graphs.axes))
+        with torch.no_grad():
+            hoisted = prologue(**given)
+    else:
+        hoisted = {}
+    compute = graphs.modules[COMPUTE]
+    for name in placeholders(compute):
+        if (label := hoisted_name(COMPUTE, name)) in hoisted:
+            known[name] = hoisted[label][0] if len(graphs.axes[PROLOGUE][label]) > 1 else hoisted[label]
+    given = {name: known[name] for name in placeholders(compute)}
+    plans.append(plan_engine(COMPUTE, compute, given, graphs.axes))
+    if FORECAST in graphs.modules:
+        feature = outputs(compute)[FEATURE].meta["val"]
+        shape = [len(inputs[latents]), *map(int, feature.shape[1:])]
+        example = torch.randn(shape).to(device, feature.dtype)
+        some = _forecast_inputs(graphs, inputs, example, hoisted, num_steps)
+        plans.append(plan_engine(FORECAST, graphs.modules[FORECAST], some, graphs.axes))
+    if ADVANCE in graphs.modules:
+        velocity = torch.zeros_like(inputs[latents]).to(outputs(compute)[VELOCITY].meta["val"].dtype)
+        velocities = torch.stack([velocity + i for i in range(NUM_SLOTS)])
+        some = {NOISE: inputs[latents], VELOCITIES: velocities, COEFFICIENTS: torch.linspace(1, 0.5, NUM_SLOTS, device=device)}
+        plans.append(plan_engine(ADVANCE, graphs.modules[ADVANCE], some, graphs.axes))
+    return plans
+
+
+def plan_engine(
+    name: str, module: fx.GraphModule, inputs: Mapping[str, torch.Tensor], axes: Mapping[str, Mapping[str, tuple[str, ...]]]
+) -> EnginePlan:
+    """Export one graph; ``inputs`` are example values of exactly its inputs, in any order."""
+    known = axes.get(name, {})
+    ordered = {key: inputs[key] for key in placeholders(module)}
+    program = export_program(module, ordered, {key: known.get(key, (BATCH,)) for key in ordered})
+    nodes = {node.name: node for node in program.graph.nodes}
+    results = zip(outputs(module), program.graph_signature.user_outputs, strict=True)
+    given = tuple(_spec(key, value, known.get(key, (BATCH,))) for key, value in ordered.items())
+    made = tuple(_spec(key, nodes[str(node)].meta["val"], known.get(key, (BATCH,))) for key, node in results)
+    return EnginePlan(name, program, Signature(given, made))
+
+
+def _forecast_inputs(
+    graphs: Graphs,
+    inputs: Mapping[str, torch.Tensor],
+    feature: torch.Tensor,
+    hoisted: Mapping[str, torch.Tensor],
+    num_steps: int,
+) -> dict[str, torch.Tensor]:
+    module, axes = graphs.modules[FORECAST], graphs.axes[FORECAST]
+    names = placeholders(module)
+    window = sum(history_name(i) in names for i in range(len(names)))
+    examples = {
+        **inputs,
+        FEATURES: torch.stack([feature + i for i in range(NUM_SLOTS)]),
+        COEFFICIENTS: torch.linspace(1, 0.5, NUM_SLOTS).repeat(NUM_STEPS, 1),
+        BIAS: torch.linspace(0, 0.5, NUM_STEPS),
+        DELTA: torch.tensor([-0.1]),
+        DELTAS: torch.linspace(-0.1, -0.2, NUM_STEPS),
+        SIGMAS: torch.linspace(1, 0, num_steps + 1),
+        STEP: torch.tensor(min(3, num_steps - 1)),
+        HISTORY_STEPS: torch.arange(window, 0, -1),
+        **{history_name(i): feature + i for i in range(window)},
+    }
+    result = {}
+    for name in names:
+        label = hoisted_name(FORECAST, name)
+        by_step = len(axes.get(name, (BATCH,))) > 1
+        if label in hoisted:
+            stepwise = len(graphs.axes[PROLOGUE][label]) > 1
+            result[name] = hoisted[label][0] if stepwise and not by_step else hoisted[label]
+        elif name in inputs and by_step:  # timesteps, of all steps
+            result[name] = torch.stack([inputs[name]] * NUM_STEPS)
+        else:
+            result[name] = examples[name].to(feature.device)
+    return result
+
+
+def _spec(name: str, value: torch.Tensor, axes: tuple[str, ...]) -> TensorSpec:
+    dims: tuple[Dim, ...] = (*axes, *map(int, value.shape[len(axes) :]))
+    return TensorSpec(name, dims, str(value.dtype).removeprefix("torch."))

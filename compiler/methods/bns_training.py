@@ -1,0 +1,53 @@
+"""Training of output-cut rows by backpropagation through the closed loop: BNS (arXiv 2403.01329).
+
+Shapes: ``P`` prompts, ``K`` computed steps.
+"""
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from cachec.compiler.calibration.calibration import Calibration
+from cachec.compiler.methods.gram_fit import node_timesteps
+from cachec.compiler.tables.samplers import adams_bashforth
+from cachec.compiler.tables.schedule import Schedule
+from cachec.runtime.errors import InputError
+from cachec.runtime.specs import Array
+
+
+def train_rows(calibration: Calibration, schedule: Schedule, *, updates: int, batch: int, rate: float, seed: int = 0) -> Array:
+    """Rows [K, K] by Adam from Adams-Bashforth 2; the loss is the mean log squared error of the final latents.
+
+    Raises:
+        InputError: the loss is not finite.
+    """
+    nodes = calibration.sigmas[[*schedule.compute, schedule.num_steps]]
+    rows = torch.from_numpy(adams_bashforth(nodes, 2)).float().requires_grad_()
+    timesteps = torch.from_numpy(node_timesteps(calibration, schedule)).float()
+    optimizer = torch.optim.Adam([rows], lr=rate)
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, updates)
+    generator = torch.Generator().manual_seed(seed)
+    batch = min(batch, calibration.num_prompts)
+    with tqdm(range(updates), desc="training bns", unit="update", disable=None, leave=False) as bar:
+        for update in bar:
+            index = torch.randperm(calibration.num_prompts, generator=generator)[:batch]
+            loss = _loss(calibration.select(index), rows, timesteps)
+            if not torch.isfinite(loss):
+                raise InputError(f"bns: the loss is not finite at update {update}: lower --set rate ({rate})")
+            (rows.grad,) = torch.autograd.grad(loss, [rows])  # the model's parameters gather none
+            optimizer.step()
+            decay.step()
+            bar.set_postfix_str(f"{-10 * loss.item() / np.log(10):.2f} dB")
+    result: Array = rows.detach().double().tril().numpy()
+    return result
+
+
+def _loss(calibration: Calibration, rows: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+    noise, reference = calibration.noise(), calibration.latents(calibration.num_steps)
+    conditions = calibration.all_conditions()
+    x, velocities = noise, []
+    for i, timestep in enumerate(timesteps):
+        velocities.append(calibration.denoiser.differentiable_velocity(x, timestep, conditions))
+        x = noise + torch.stack([weight * v for weight, v in zip(rows[i], velocities, strict=False)]).sum(0)
+    error = (x - reference).flatten(1).square().mean(dim=1)
+    return torch.log(error / reference.flatten(1).square().mean(dim=1)).mean()

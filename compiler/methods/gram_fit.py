@@ -1,0 +1,247 @@
+"""Fits of output-cut rows on latents that the rows themselves led to (closed loop), and their Gauss-Newton polish.
+
+Shapes: ``P`` prompts, ``K`` computed steps, ``E`` elements of the latents, ``M`` free numbers.
+"""
+
+import logging
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from cachec.compiler.calibration.calibration import Calibration, decibels, relative_errors
+from cachec.compiler.tables.coefficients import AdvanceTable
+from cachec.compiler.tables.schedule import Schedule
+from cachec.runtime.errors import InputError
+from cachec.runtime.specs import Array
+
+log = logging.getLogger(__name__)
+
+RIDGES = tuple(10.0**power for power in range(-12, -1))  # relative to the mean squared norm of a velocity
+FOLDS = 8
+NUDGE = 1e-3  # finite difference, in units of the preconditioned coefficients and of timesteps
+STEPS_PER_JACOBIAN = 3  # later ones with its weights and residuals anew
+SOFTNESS = 0.5
+DAMPINGS = (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0)  # Levenberg-Marquardt, relative to each direction's own curvature
+
+
+def node_timesteps(calibration: Calibration, schedule: Schedule) -> Array:
+    """What the model is told at the computed steps [K], float64."""
+    timesteps: Array = calibration.denoiser.timesteps[list(schedule.compute)].double().numpy()
+    return timesteps
+
+
+def fit_rows(calibration: Calibration, schedule: Schedule) -> AdvanceTable:
+    """Least squares, node by node: the reference's displacement from noise on all velocities computed so far.
+
+    Node i + 1 is reached with row i, so every row also repairs what the rows before it missed. The ridge of each row is
+    chosen by cross-validation over prompts.
+
+    Raises:
+        InputError: a run gives NaN or infinity.
+    """
+    noise, timesteps = calibration.noise(), node_timesteps(calibration, schedule)
+    num = len(schedule.compute)
+    x, velocities, rows = noise, noise.new_empty((num, *noise.shape)), np.zeros((num, num))
+    products = np.zeros((len(noise), num, num))
+    for i, end in enumerate([*schedule.compute[1:], schedule.num_steps]):
+        velocities[i] = calibration.velocities(x, float(timesteps[i]), schedule.compute[i])
+        products[:, i, : i + 1] = _inner(velocities[: i + 1], velocities[i])
+        products[:, : i + 1, i] = products[:, i, : i + 1]
+        target = calibration.latents(end) - noise
+        wanted = _inner(velocities[: i + 1], target)
+        rows[i, : i + 1] = solve_row(products[:, : i + 1, : i + 1], wanted, _inner(target[None], target)[:, 0])
+        x = noise + torch.tensordot(torch.from_numpy(rows[i, : i + 1]).to(noise.dtype), velocities[: i + 1], 1)
+    return AdvanceTable(schedule, rows)
+
+
+def solve_row(products: Array, wanted: Array, squares: Array) -> Array:
+    """Ridge least squares [n] from inner products by prompt; the ridge with the least cross-validated error.
+
+    ``products`` [P, n, n] of the regressors, ``wanted`` [P, n] with the target, ``squares`` [P] of the target.
+    """
+    if len(products) < 2:
+        return _ridge(products.sum(0), wanted.sum(0), RIDGES[0])
+    folds = np.arange(len(products)) % min(FOLDS, len(products))
+    costs = np.zeros(len(RIDGES))
+    for fold in np.unique(folds):
+        out, left = folds == fold, folds != fold
+        g, b = products[left].sum(0), wanted[left].sum(0)
+        for index, ridge in enumerate(RIDGES):
+            row = _ridge(g, b, ridge)
+            costs[index] += squares[out].sum() - 2 * row @ wanted[out].sum(0) + row @ products[out].sum(0) @ row
+    return _ridge(products.sum(0), wanted.sum(0), RIDGES[int(np.argmin(costs))])
+
+
+def _ridge(products: Array, wanted: Array, ridge: float) -> Array:
+    size = len(wanted)
+    solution: Array = np.linalg.solve(products + ridge * np.trace(products) / size * np.eye(size), wanted)
+    return solution
+
+
+def _inner(many: torch.Tensor, one: torch.Tensor) -> Array:
+    """Inner products [P, n] in float64 of ``many`` [n, P, …] with ``one`` [P, …]."""
+    result: Array = torch.einsum("npe,pe->pn", many.flatten(2).double(), one.flatten(1).double()).numpy()
+    return result
+
+
+@dataclass(frozen=True, eq=False)
+class _Point:
+    """Where a polish stands: rows [K, K], timesteps [K], and the velocities [K, P, …] and latents that they lead to."""
+
+    rows: Array
+    timesteps: Array
+    velocities: torch.Tensor
+    latents: list[torch.Tensor]  # before each computed step, then the final ones
+
+
+def polish(calibration: Calibration, table: AdvanceTable, *, rounds: int, move_timesteps: bool = True) -> AdvanceTable:
+    """Gauss-Newton on all rows and, with ``move_timesteps``, time steps at once; ``rounds`` Jacobians at most.
+
+    The objective is the mean over prompts of log(e^2 + SOFTNESS * median e^2), e the error of the final latents: nearly the
+    mean in decibels, but prompts that are well reached by luck do not rule the fit (without it held-out prompts gain less).
+    The Jacobian is taken by finite differences: a number of node i only asks for the computed steps after it again.
+    """
+    point = _play(calibration, table.schedule, table.coefficients, _timesteps_of(calibration, table))
+    soft = SOFTNESS * float(np.median(_squares(calibration, point)))
+    for number in tqdm(range(rounds), desc="polishing", unit="round", disable=None, leave=False):
+        moved = _gauss_newton(calibration, table.schedule, point, soft, _moves(point, timesteps=move_timesteps))
+        if moved is None:
+            break
+        point = moved
+        log.info("polish round %d: %.2f dB", number + 1, decibels(_errors(calibration, point)))
+    return AdvanceTable(table.schedule, point.rows, point.timesteps)
+
+
+def _timesteps_of(calibration: Calibration, table: AdvanceTable) -> Array:
+    return node_timesteps(calibration, table.schedule) if table.timesteps is None else table.timesteps
+
+
+def _play(
+    calibration: Calibration, schedule: Schedule, rows: Array, timesteps: Array, known: "_Point | None" = None, start: int = 0
+) -> _Point:
+    """Closed loop; what comes before computed step ``start`` is taken from ``known``, latents there are formed anew."""
+    noise = calibration.noise()
+    num = len(rows)
+    velocities = noise.new_empty((num, *noise.shape)) if known is None else known.velocities.clone()
+    weights = torch.from_numpy(rows).to(noise.dtype)
+    latents = [noise]
+    if known is not None and start:
+        latents = [*known.latents[:start], noise + torch.tensordot(weights[start - 1, :start], velocities[:start], 1)]
+    for i in range(start, num):
+        velocities[i] = calibration.velocities(latents[i], float(timesteps[i]), schedule.compute[i])
+        latents.append(noise + torch.tensordot(weights[i, : i + 1], velocities[: i + 1], 1))
+    return _Point(rows, timesteps, velocities, latents)
+
+
+def _errors(calibration: Calibration, point: _Point) -> Array:
+    return relative_errors(point.latents[-1], calibration.latents(calibration.num_steps))
+
+
+def _squares(calibration: Calibration, point: _Point) -> Array:
+    """Squared errors [P] of the final latents, over the norm of the reference."""
+    result: Array = _errors(calibration, point) ** 2
+    return result
+
+
+def _gauss_newton(
+    calibration: Calibration, schedule: Schedule, point: _Point, soft: float, moves: list[tuple[Array, Array, int]]
+) -> _Point | None:
+    """Damped steps with one Jacobian; ``None`` if no damping gives a better score."""
+    columns = torch.stack([_slope(calibration, schedule, point, move) for move in moves])  # [M, P, E]
+    products = torch.stack([one @ one.T for one in (columns[:, p].double() for p in range(columns.shape[1]))])  # [P, M, M]
+    improved = None
+    for _ in range(STEPS_PER_JACOBIAN):
+        moved = _best_step(calibration, schedule, improved or point, soft, _Jacobian(moves, columns, products))
+        if moved is None:
+            break
+        improved = moved
+    return improved
+
+
+@dataclass(frozen=True, eq=False)
+class _Jacobian:
+    """Directions, what each does to the final latents [M, P, E], and the inner products of that [P, M, M]."""
+
+    moves: list[tuple[Array, Array, int]]
+    columns: torch.Tensor
+    products: torch.Tensor
+
+
+def _best_step(calibration: Calibration, schedule: Schedule, point: _Point, soft: float, jacobian: _Jacobian) -> _Point | None:
+    """The point after the best damped step; ``None`` if none gives a better score."""
+    reference = calibration.latents(calibration.num_steps)
+    residual = (point.latents[-1] - reference).flatten(1).double()
+    norms = reference.flatten(1).double().square().sum(dim=1)
+    weights = 1 / (residual.square().sum(dim=1) + soft * norms)
+    curvature = torch.einsum("p,pmn->mn", weights, jacobian.products).numpy()
+    pull = (residual * weights[:, None]).flatten()
+    gradient = np.array([float(column.double().flatten() @ pull) for column in jacobian.columns])
+    score = _score(calibration, point, soft)
+    best: _Point | None = None
+    for damping in DAMPINGS:
+        moved = _stepped(calibration, schedule, point, jacobian, _solve_damped(curvature, gradient, damping))
+        reached = math.inf if moved is None else _score(calibration, moved, soft)
+        if reached < score:
+            best, score = moved, reached
+        elif best is not None:  # more damping only shortens the step from here on
+            break
+    return best
+
+
+def _solve_damped(curvature: Array, gradient: Array, damping: float) -> Array:
+    scale = np.diag(curvature)
+    step: Array = -np.linalg.solve(curvature + damping * np.diag(scale + 1e-9 * scale.max()), gradient)
+    return step
+
+
+def _stepped(calibration: Calibration, schedule: Schedule, point: _Point, jacobian: _Jacobian, step: Array) -> _Point | None:
+    """The point after a step; ``None`` if it leaves the order of the time steps, or the region where the model is finite."""
+    rows = point.rows + sum(size * d_rows for size, (d_rows, _, _) in zip(step, jacobian.moves, strict=True))
+    timesteps = point.timesteps + sum(size * d_time for size, (_, d_time, _) in zip(step, jacobian.moves, strict=True))
+    if not (np.diff(timesteps) < 0).all() or timesteps[0] > 1 or timesteps[-1] <= 0:
+        return None
+    try:
+        return _play(calibration, schedule, rows, timesteps)
+    except InputError:
+        return None
+
+
+def _score(calibration: Calibration, point: _Point, soft: float) -> float:
+    return float(np.mean(np.log(_squares(calibration, point) + soft)))
+
+
+def _moves(point: _Point, *, timesteps: bool) -> list[tuple[Array, Array, int]]:
+    """Directions of the search: change of rows [K, K] and of timesteps [K], and the first computed step that notices.
+
+    Rows move along the whitened velocities, so that a unit of any direction moves the latents by as much.
+    """
+    num = len(point.rows)
+    moves: list[tuple[Array, Array, int]] = []
+    for i in range(num):
+        flat = point.velocities[: i + 1].flatten(1).double()
+        values, vectors = np.linalg.eigh((flat @ flat.T).numpy() / flat.shape[1])
+        for value, vector in zip(values, vectors.T, strict=True):
+            if value > 1e-10 * values[-1]:
+                rows = np.zeros((num, num))
+                rows[i, : i + 1] = vector / np.sqrt(value)
+                moves.append((rows, np.zeros(num), i + 1))
+        if i and timesteps:
+            told = np.zeros(num)
+            told[i] = 1.0
+            moves.append((np.zeros((num, num)), told, i))
+    return moves
+
+
+def _slope(calibration: Calibration, schedule: Schedule, point: _Point, move: tuple[Array, Array, int]) -> torch.Tensor:
+    """Derivative [P, E] of the final latents along a move."""
+    d_rows, d_timesteps, start = move
+    if start == len(point.rows):  # the last row acts on the final latents directly
+        weights = torch.from_numpy(d_rows[-1]).to(point.velocities.dtype)
+        exact: torch.Tensor = torch.tensordot(weights, point.velocities, 1).flatten(1)
+        return exact
+    nudged = _play(calibration, schedule, point.rows + NUDGE * d_rows, point.timesteps + NUDGE * d_timesteps, point, start)
+    slope: torch.Tensor = (nudged.latents[-1] - point.latents[-1]).flatten(1) / NUDGE
+    return slope

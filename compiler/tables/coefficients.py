@@ -1,0 +1,74 @@
+"""Tables: a whole schedule as numbers, for either cut, and the algebra that makes them. Pure data.
+
+Shapes: ``T`` steps, ``K`` computed steps, ``W`` window.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from cachec.compiler.tables.schedule import Schedule
+from cachec.runtime.errors import PredictorError
+from cachec.runtime.specs import Array
+
+
+@dataclass(frozen=True, eq=False)
+class ForecastTable:
+    """Hidden cut, a whole schedule as numbers: the forecast of step s is ``sum_a coefficients[s, a] F_a + bias[s]``.
+
+    ``coefficients`` [T, K] over the K computed features in order, ``bias`` [T]; float64. Rows of computed steps are zero.
+    """
+
+    schedule: Schedule
+    coefficients: Array
+    bias: Array
+
+
+@dataclass(frozen=True, eq=False)
+class AdvanceTable:
+    """Output cut, a whole schedule as numbers: computed step i moves the latents to the next computed step (or the end).
+
+    They become ``x_T + sum_{j <= i} coefficients[i, j] v_j``, with ``v_j`` the computed velocities in order.
+    ``coefficients`` [K, K] lower-triangular, float64. ``timesteps`` [K]: what the model is told at the computed steps, where
+    that is not the sampler's own (polished time steps); else ``None``.
+    """
+
+    schedule: Schedule
+    coefficients: Array
+    timesteps: Array | None = None
+
+
+Table = ForecastTable | AdvanceTable
+
+
+def compose(rows: Array, bias: Array, schedule: Schedule, *, feeds_back: bool) -> ForecastTable:
+    """Write every forecast in terms of computed features only (affine maps compose).
+
+    ``rows`` [T, W] and ``bias`` [T] are over each step's history, newest first. Float64 throughout.
+    """
+    num_steps, window = rows.shape
+    index = {step: column for column, step in enumerate(schedule.compute)}
+    full = np.zeros((num_steps, len(index)))  # every step's feature in terms of the computed ones
+    offset = np.zeros(num_steps)
+    for step in range(num_steps):
+        if step in index:
+            full[step, index[step]] = 1.0
+            continue
+        history = list(schedule.history(step, window, feeds_back=feeds_back))
+        full[step] = rows[step] @ full[history]
+        offset[step] = rows[step] @ offset[history] + bias[step]
+    computed = list(schedule.compute)
+    full[computed], offset[computed] = 0.0, 0.0
+    return ForecastTable(schedule, full, offset)
+
+
+def collapse(table: ForecastTable, sigmas: Array) -> AdvanceTable:
+    """Forecasts of velocities under the Euler flow sampler, one row for each whole gap between computed steps."""
+    schedule, steps = table.schedule, np.diff(np.asarray(sigmas, np.float64))
+    velocities = table.coefficients.copy()  # every step's velocity in terms of the computed ones
+    velocities[list(schedule.compute), range(len(schedule.compute))] = 1.0
+    if table.bias.any():
+        raise PredictorError("a forecast of velocities with a bias cannot be collapsed to rows")
+    displacement = np.cumsum(steps[:, None] * velocities, axis=0)
+    ends = [*(step - 1 for step in schedule.compute[1:]), schedule.num_steps - 1]
+    return AdvanceTable(schedule, displacement[ends])

@@ -1,0 +1,391 @@
+"""Recording on the toy DiT: what is in a calibration, how it is resumed, saved, read, and refused."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from toy import TOKENS, WIDTH
+from toy_model import POISON, SETTINGS, ToyModel
+
+import cachec.compiler.calibration.statistics as module
+from cachec.compiler.calibration.runs import TRAINING_SEED_BASE
+from cachec.compiler.calibration.statistics import (
+    FORMAT,
+    calibration_facts,
+    check_calibration_prompts,
+    check_statistics,
+    gram,
+    load_statistics,
+    plan_calibration,
+    record_statistics,
+    save_statistics,
+)
+from cachec.runtime.errors import InputError, OutputError
+from cachec.runtime.noise import make_noise
+from cachec.runtime.program import hash_sigmas
+
+PROMPTS = ("a circle", "a ring", "a cross", "a star", "a square")
+STEPS, FINE = SETTINGS.steps, 8
+
+
+@pytest.fixture(scope="module")
+def model():
+    return ToyModel()
+
+
+@pytest.fixture(autouse=True)
+def small_batches(monkeypatch):
+    monkeypatch.setattr(module, "MAX_CHUNK", 2)  # five prompts are three batches, the last one smaller
+
+
+@pytest.fixture
+def record(model, toy_split):
+    def recorded(prompts=PROMPTS, settings=SETTINGS, *, model=model, fine=FINE, seed=0, work=None):
+        return record_statistics(model, toy_split, settings, prompts, reference_steps=fine, seed=seed, work=work)
+
+    return recorded
+
+
+def tensors_of(statistics):
+    return {name: value for name, value in vars(statistics).items() if isinstance(value, torch.Tensor)}
+
+
+def assert_same_bits(left, right):
+    assert left.facts == right.facts
+    assert {name: value.numpy().tobytes() for name, value in tensors_of(left).items()} == {
+        name: value.numpy().tobytes() for name, value in tensors_of(right).items()
+    }
+
+
+@torch.no_grad()
+def straight_run(model, split, prompt, noise, num_steps):
+    """Velocities, features and latents [T, …] of one uncached run of one prompt, by hand."""
+    sigmas = model.sampling(replace(SETTINGS, steps=num_steps))[0]
+    conditions = torch.from_numpy(model.encode([prompt], SETTINGS, ["prompt"])["prompt"])
+    x, velocities, features, latents = noise[None], [], [], []
+    for step in range(num_steps):
+        told = torch.full((1,), float(sigmas[step]))
+        velocities.append(model.transformer(x, told, conditions)[0])
+        features.append(split.modules["compute"](latents=x, timestep=told, prompt=conditions)["feature"][0])
+        x = x + (sigmas[step + 1] - sigmas[step]) * velocities[-1]
+        latents.append(x[0])
+    return torch.stack(velocities), torch.stack(features), torch.stack(latents)
+
+
+def brute_gram(values):
+    flat = values.flatten(1).double().numpy()
+    return np.array([[(a * b).sum() for b in flat] for a in flat])
+
+
+def test_statistics_are_those_of_runs_by_hand(record, model, toy_split):
+    statistics = record()
+    for index, prompt in enumerate(PROMPTS):
+        noise = torch.from_numpy(make_noise(TRAINING_SEED_BASE + index, (TOKENS, WIDTH)))
+        assert torch.equal(statistics.noise[index], noise)
+        velocities, features, latents = straight_run(model, toy_split, prompt, noise, STEPS)
+        torch.testing.assert_close(statistics.latents[index], latents, atol=1e-5, rtol=1e-5)
+        np.testing.assert_allclose(statistics.velocity_gram[index], brute_gram(velocities), rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(statistics.feature_gram[index], brute_gram(features), rtol=1e-4, atol=1e-4)
+        velocities, _, latents = straight_run(model, toy_split, prompt, noise, FINE)
+        torch.testing.assert_close(statistics.fine_latents[index], latents, atol=1e-5, rtol=1e-5)
+        np.testing.assert_allclose(statistics.fine_velocity_gram[index], brute_gram(velocities), rtol=1e-4, atol=1e-4)
+
+
+def test_gram_equals_all_inner_products():
+    values = torch.randn(3, 4, 2, 5, dtype=torch.float64)
+    got = gram(list(values))
+    assert got.shape == (4, 3, 3)
+    assert got.dtype == torch.float64
+    for prompt in range(4):
+        np.testing.assert_allclose(got[prompt], brute_gram(values[:, prompt]), rtol=1e-12)
+
+
+def test_another_seed_is_other_noise_and_the_same_prompts(record):
+    one, other = record(fine=0), record(fine=0, seed=1)
+    assert not torch.isin(one.noise, other.noise).any()
+    assert one.prompts == other.prompts == PROMPTS
+    assert torch.equal(other.noise[0], torch.from_numpy(make_noise(TRAINING_SEED_BASE + 4096, (TOKENS, WIDTH))))
+
+
+def test_a_file_holds_all_of_it(record, tmp_path):
+    statistics = record()
+    path = tmp_path / "deep" / "toy.calibration"
+    save_statistics(statistics, path)
+    read = load_statistics(path)
+    assert {name: value.dtype for name, value in tensors_of(read).items()} == {
+        name: value.dtype for name, value in tensors_of(statistics).items()
+    }
+    for name, value in tensors_of(statistics).items():
+        assert torch.equal(getattr(read, name), value), name
+    assert read.facts == statistics.facts
+    assert read.prompts == PROMPTS
+    assert read.origin == str(path)
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_without_a_fine_reference_there_is_none_in_the_file(record, tmp_path):
+    save_statistics(record(fine=0), tmp_path / "c")
+    read = load_statistics(tmp_path / "c")
+    assert read.fine_latents is None
+    assert read.fine_velocity_gram is None
+    assert read.facts["reference_steps"] == "0"
+
+
+def test_prompts_with_odd_characters_come_back(record, tmp_path):
+    odd = ('quotes " and \\', "line\nbreak", "Ölbild 🖼")
+    save_statistics(record(odd, fine=0), tmp_path / "c")
+    assert load_statistics(tmp_path / "c").prompts == odd
+
+
+@pytest.mark.parametrize("lost", ["runs-0000.safetensors", "runs-0002.safetensors", "runs-0004.safetensors"])
+def test_a_lost_batch_is_made_again_bit_for_bit(record, tmp_path, lost):
+    work = tmp_path / "work"
+    whole = record(work=work)
+    assert sorted(p.name for p in work.iterdir()) == [
+        "calibration.json",
+        "runs-0000.safetensors",
+        "runs-0002.safetensors",
+        "runs-0004.safetensors",
+    ]
+    (work / lost).unlink()
+    assert_same_bits(record(work=work), whole)
+    assert_same_bits(record(), whole)
+
+
+def test_after_an_interruption_finished_batches_are_not_run_again(record, tmp_path, monkeypatch):
+    work, whole = tmp_path / "work", record()
+    real, calls = module._Recorder.record, []
+
+    def interrupted(self, prompts, start, bar):
+        calls.append(start)
+        if start == 4 and calls.count(4) == 1:
+            raise KeyboardInterrupt
+        return real(self, prompts, start, bar)
+
+    monkeypatch.setattr(module._Recorder, "record", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        record(work=work)
+    assert_same_bits(record(work=work), whole)
+    assert calls == [0, 2, 4, 4]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": 1},
+        {"fine": 0},
+        {"prompts": PROMPTS[:3]},
+        {"prompts": (*PROMPTS[:4], "a house")},
+        {"settings": replace(SETTINGS, guidance=2.0)},
+        {"settings": replace(SETTINGS, steps=2)},
+        {"model": ToyModel(weights="b" * 64)},
+    ],
+    ids=lambda change: ",".join(change),
+)
+def test_a_work_directory_of_other_settings_is_refused_and_left_alone(record, tmp_path, change):
+    work = tmp_path / "work"
+    record(work=work)
+    before = {p.name: p.read_bytes() for p in work.iterdir()}
+    with pytest.raises(InputError, match="work holds an unfinished calibration with other settings: finish it, or remove"):
+        record(work=work, **change)
+    assert {p.name: p.read_bytes() for p in work.iterdir()} == before
+
+
+def test_a_work_directory_with_batches_of_another_size_is_refused(record, tmp_path, monkeypatch):
+    work = tmp_path / "work"
+    record(work=work)
+    monkeypatch.setattr(module, "MAX_CHUNK", 3)
+    with pytest.raises(InputError, match="with other settings"):
+        record(work=work)
+
+
+def test_a_work_directory_that_cannot_be_made_is_an_error_of_the_output(record, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(OutputError, match="cannot write to"):
+        record(work=tmp_path / "file" / "work")
+
+
+@pytest.mark.parametrize("place", [0, 1, 4])
+def test_nan_names_the_prompt_and_the_step(record, tmp_path, place):
+    prompts = (*PROMPTS[:place], POISON, *PROMPTS[place + 1 :])
+    with pytest.raises(InputError, match=rf"NaN or infinity at step 0 for prompt {place + 1} \('poison'\)"):
+        record(prompts, work=tmp_path)
+    assert not (tmp_path / f"runs-{place - place % 2:04d}.safetensors").exists()
+
+
+def test_nan_in_the_middle_of_a_run_names_that_step(record, toy_split, monkeypatch):
+    real, steps = module.Denoiser.compute, []
+
+    def compute(self, x, step, conditions):
+        velocity, feature = real(self, x, step, conditions)
+        steps.append(step)
+        return torch.where(
+            torch.tensor([[[step == 2]]]) & (torch.arange(len(x)) == 1)[:, None, None], torch.inf, velocity
+        ), feature
+
+    monkeypatch.setattr(module.Denoiser, "compute", compute)
+    with pytest.raises(InputError, match=r"at step 2 for prompt 2 \('a ring'\)"):
+        record()
+    assert steps == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("other", "settings", "reason"),
+    [
+        (ToyModel(weights="b" * 64), SETTINGS, "weights_sha256 is aaaa.*, wanted bbbb"),
+        (ToyModel(), replace(SETTINGS, steps=8), "steps is 4, wanted 8"),
+        (ToyModel(scheduler=torch.nn.Identity()), SETTINGS, "sampler is FlowEuler, wanted Identity"),
+        (ToyModel(shift=0.5), SETTINGS, "sigmas is [0-9a-f]{16}, wanted [0-9a-f]{16}"),
+        (ToyModel(), replace(SETTINGS, height=12), "height is 6, wanted 12"),
+        (ToyModel(), replace(SETTINGS, width=16), "width is 8, wanted 16"),
+        (ToyModel(), replace(SETTINGS, text_tokens=2), "text_tokens is 1, wanted 2"),
+        (ToyModel(), replace(SETTINGS, guidance=3.5), "guidance is 1.0, wanted 3.5"),
+    ],
+    ids=["weights", "steps", "sampler", "noise levels", "height", "width", "text", "guidance"],
+)
+def test_statistics_of_something_else_are_refused_with_the_reason(record, other, settings, reason):
+    statistics = record(PROMPTS[:1])
+    with pytest.raises(InputError, match=f"calibration made now is of something else: .*{reason}.*cachec calibrate"):
+        check_statistics(statistics, calibration_facts(other, settings, None))
+
+
+def test_all_reasons_are_given_and_only_those(record):
+    wanted = calibration_facts(ToyModel(shift=0.5), replace(SETTINGS, height=12), FINE)
+    with pytest.raises(InputError) as error:
+        check_statistics(record(PROMPTS[:1]), wanted)
+    assert [part.split(" is ")[0] for part in str(error.value).split("else: ")[1].split("; ")] == ["sigmas", "height"]
+
+
+def test_statistics_of_the_same_are_accepted_with_any_or_the_right_reference(record, model):
+    statistics = record(PROMPTS[:1])
+    check_statistics(statistics, calibration_facts(model, SETTINGS, None))
+    check_statistics(statistics, calibration_facts(model, SETTINGS, FINE))
+    with pytest.raises(InputError, match="reference_steps is 8, wanted 16"):
+        check_statistics(statistics, calibration_facts(model, SETTINGS, 16))
+    with pytest.raises(InputError, match="weights_sha256 is unknown"):
+        check_statistics(replace(statistics, facts={}), calibration_facts(model, SETTINGS, None))
+
+
+def test_facts_name_the_noise_levels(model):
+    assert calibration_facts(model, SETTINGS, None)["sigmas"] == hash_sigmas(model.sampling(SETTINGS)[0])
+
+
+@pytest.fixture
+def written(record, tmp_path):
+    path = tmp_path / "toy.calibration"
+    save_statistics(record(PROMPTS[:2], fine=0), path)
+    return path
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, 0.5, -1])
+def test_a_truncated_file_is_refused(written, keep):
+    content = written.read_bytes()
+    written.write_bytes(content[: int(len(content) * keep) if isinstance(keep, float) else keep])
+    with pytest.raises(InputError, match="is not a calibration file, or is damaged .*: run cachec calibrate again"):
+        load_statistics(written)
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"{}", bytes(4096)], ids=["empty", "text", "json", "zeros"])
+def test_a_file_of_something_else_is_refused(tmp_path, content):
+    (tmp_path / "c").write_bytes(content)
+    with pytest.raises(InputError, match="is not a calibration file, or is damaged"):
+        load_statistics(tmp_path / "c")
+
+
+@pytest.mark.parametrize("facts", [None, {"format": "cachec-calibration-0"}, {"format": "cachec-predictor-1"}])
+def test_another_format_is_refused(written, facts):
+    save_file(load_file(written), written, facts)
+    with pytest.raises(InputError, match=rf"is not a calibration file of this cachec \({FORMAT}\)"):
+        load_statistics(written)
+
+
+@pytest.mark.parametrize("lost", ["noise", "latents", "velocity_gram", "feature_gram", "prompts"])
+def test_a_file_with_something_missing_is_refused(written, lost):
+    statistics = load_statistics(written)
+    tensors = {name: value for name, value in tensors_of(statistics).items() if name != lost}
+    save_file(tensors, written, {name: value for name, value in statistics.facts.items() if name != lost})
+    with pytest.raises(InputError, match=f"is not a calibration file, or is damaged .*{lost}"):
+        load_statistics(written)
+
+
+@pytest.mark.parametrize("place", ["nowhere", "."])
+def test_a_missing_file_says_how_to_make_one(tmp_path, place):
+    with pytest.raises(InputError, match="does not exist: make one with cachec calibrate MODEL -o"):
+        load_statistics(tmp_path / place)
+
+
+def feature_bytes(plan):
+    return plan.chunk * plan.feature_tokens * STEPS * WIDTH * 4
+
+
+@pytest.mark.parametrize("budget", [1, 200, 300, 700, 1600, 3000, 2**30])
+@pytest.mark.parametrize("num", [1, 5])
+def test_recorded_features_fit_the_memory_they_may_take(model, monkeypatch, budget, num):
+    monkeypatch.setattr(module, "MAX_FEATURE_BYTES", budget)
+    plan = plan_calibration(model, SETTINGS, torch.zeros(2, TOKENS, WIDTH), num, 0)
+    assert 1 <= plan.chunk <= min(num, module.MAX_CHUNK)
+    assert 1 <= plan.feature_tokens <= TOKENS
+    assert feature_bytes(plan) <= max(budget, STEPS * WIDTH * 4)  # one token of one prompt is the least there is
+    if plan.feature_tokens < TOKENS:  # tokens are left out only where one prompt does not fit
+        assert plan.chunk == 1
+        assert (plan.feature_tokens + 1) * STEPS * WIDTH * 4 > budget
+        assert f"features of {plan.feature_tokens} of {TOKENS} tokens" in str(plan)
+    else:
+        assert "features of all tokens" in str(plan)
+
+
+def test_few_tokens_give_the_gram_of_those_tokens(record, model, toy_split, monkeypatch):
+    whole = record(fine=0)
+    monkeypatch.setattr(module, "MAX_FEATURE_BYTES", 3 * STEPS * WIDTH * 4)
+    few = record(fine=0)
+    assert few.facts["feature_tokens"] == "3"
+    torch.testing.assert_close(few.velocity_gram, whole.velocity_gram, rtol=1e-5, atol=1e-5)
+    tokens = torch.randperm(TOKENS, generator=torch.Generator().manual_seed(0))[:3]
+    for index, prompt in enumerate(PROMPTS):
+        _, features, _ = straight_run(model, toy_split, prompt, few.noise[index], STEPS)
+        np.testing.assert_allclose(few.feature_gram[index], brute_gram(features[:, tokens]), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("fine", [1, 2, 4, 6, 9])
+def test_a_reference_that_is_no_multiple_is_refused(record, tmp_path, fine):
+    with pytest.raises(InputError, match=f"reference-steps is {fine}; it must be a multiple of the 4 steps, such as 16"):
+        record(fine=fine, work=tmp_path / "work")
+    assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize(("prompts", "message"), [((), "no prompt given"), (("a ring", " "), "prompt 2 is empty")])
+def test_prompts_must_say_something(record, prompts, message):
+    with pytest.raises(InputError, match=message):
+        record(prompts)
+
+
+def test_calibrations_for_fits_want_some_prompts_to_measure_on():
+    check_calibration_prompts(["a ring"] * module.MIN_PROMPTS)
+    with pytest.raises(InputError, match="7 prompts are too few to fit on some and to measure on others: give at least 8"):
+        check_calibration_prompts(["a ring"] * 7)
+    with pytest.raises(InputError, match="prompt 9 is empty"):
+        check_calibration_prompts(["a ring"] * 8 + [""])
+
+
+def test_a_plan_says_how_large_the_file_gets(record, model):
+    statistics = record()
+    plan = plan_calibration(model, SETTINGS, torch.zeros(2, TOKENS, WIDTH), len(PROMPTS), FINE)
+    tensors = sum(value.nbytes for value in tensors_of(statistics).values())
+    assert plan.file_bytes == tensors
+    assert plan.evaluations == len(PROMPTS) * (STEPS + FINE)
+
+
+def test_a_place_that_cannot_be_written_is_an_error_of_the_output(record, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(OutputError, match="cannot write"):
+        save_statistics(record(PROMPTS[:1], fine=0), tmp_path / "file" / "c")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_facts_are_readable_in_the_work_directory(record, tmp_path):
+    record(work=tmp_path / "work")
+    facts = json.loads((tmp_path / "work" / "calibration.json").read_text())
+    assert (facts["model"], facts["num_prompts"], facts["format"]) == ("toy", "5", FORMAT)

@@ -1,0 +1,101 @@
+"""``cachec calibrate`` on the toy DiT: one file, or nothing but what an interrupted one goes on from."""
+
+import pytest
+import torch
+from toy_model import SETTINGS, ToyModel
+
+import cachec.compiler.calibration.statistics as statistics
+import cachec.compiler.commands.calibrate as run
+from cachec.compiler.calibration.statistics import load_statistics, record_statistics
+from cachec.compiler.commands.calibrate import calibrate_to_file
+from cachec.runtime.errors import InputError, OutputError
+
+PROMPTS = [f"a circle of size {size}" for size in range(10)]
+SIZES = {"height": 6, "width": 8, "text_tokens": 1, "guidance": 1.0, "steps": 4}
+
+
+@pytest.fixture(autouse=True)
+def toy(monkeypatch, toy_split):
+    """The model ``toy`` is found, and loads."""
+    monkeypatch.setattr(run, "find_model", lambda source: {"toy": ToyModel.spec}[source])
+    monkeypatch.setattr(run, "load_model", lambda spec: ToyModel())
+    monkeypatch.setattr(run, "split_model", lambda model, settings: toy_split)
+    monkeypatch.setattr(statistics, "MAX_CHUNK", 3)
+
+
+@pytest.fixture
+def calibrate(tmp_path):
+    listed = tmp_path / "prompts.txt"
+    listed.write_text("\n".join(PROMPTS))
+    (tmp_path / "out").mkdir()
+
+    def calibrated(*, num=8, **options):
+        return calibrate_to_file("toy", tmp_path / "out" / "c", prompts=listed, num=num, **{**SIZES, **options})
+
+    return calibrated
+
+
+def files(tmp_path):
+    return sorted(str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*"))
+
+
+def test_the_file_is_all_that_is_left(calibrate, tmp_path, toy_split):
+    rows = dict(calibrate(reference_steps=8))
+    assert files(tmp_path) == ["c"]
+    read = load_statistics(tmp_path / "out" / "c")
+    made = record_statistics(ToyModel(), toy_split, SETTINGS, PROMPTS[:8], reference_steps=8, seed=0, work=None)
+    assert (read.prompts, read.facts) == (tuple(PROMPTS[:8]), made.facts)
+    assert torch.equal(read.latents, made.latents)
+    assert torch.equal(read.fine_velocity_gram, made.fine_velocity_gram)
+    assert rows["prompts"] == "8"
+    assert rows["steps"] == "4, fine reference 8"
+
+
+def test_what_is_interrupted_goes_on_where_it_was(calibrate, tmp_path, monkeypatch):
+    real, starts = statistics._Recorder.record, []
+
+    def interrupted(self, prompts, start, bar):
+        starts.append(start)
+        if starts == [0, 3]:
+            raise KeyboardInterrupt
+        return real(self, prompts, start, bar)
+
+    monkeypatch.setattr(statistics._Recorder, "record", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate()
+    assert files(tmp_path) == ["c.parts", "c.parts/calibration.json", "c.parts/runs-0000.safetensors"]
+    with pytest.raises(InputError, match=r"c\.parts holds an unfinished calibration with other settings"):
+        calibrate(seed=1)
+    calibrate()
+    assert files(tmp_path) == ["c"]
+    assert starts == [0, 3, 3, 6]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num": 11}, "num is 11, but there are only 10 prompts: give more with --prompts"),
+        ({"num": 7}, "num is 7; calibration needs at least 8 prompts"),
+        ({"num": 0}, "num is 0; calibration needs"),
+        ({"num": -3}, "num is -3; calibration needs"),
+        ({"seed": -1}, "seed is -1"),
+        ({"steps": 0}, "steps is 0"),
+        ({"reference_steps": 6}, "reference-steps is 6; it must be a multiple of the 4 steps"),
+        ({"reference_steps": -8}, "reference-steps is -8; it must be a multiple of the 4 steps"),
+    ],
+    ids=lambda value: ",".join(map(str, value.items())) if isinstance(value, dict) else "",
+)
+def test_wrong_input_is_refused_and_leaves_nothing(calibrate, tmp_path, options, message):
+    with pytest.raises(InputError, match=message):
+        calibrate(**options)
+    assert files(tmp_path) == []
+
+
+def test_a_calibration_is_replaced_only_by_force(calibrate, tmp_path):
+    calibrate()
+    before = (tmp_path / "out" / "c").read_bytes()
+    with pytest.raises(OutputError, match="exists already: pass --force"):
+        calibrate(seed=1)
+    assert (tmp_path / "out" / "c").read_bytes() == before
+    calibrate(seed=1, force=True)
+    assert load_statistics(tmp_path / "out" / "c").facts["seed"] == "1"

@@ -1,0 +1,152 @@
+"""Lowering to programs, played back by a few lines of numpy that know nothing but the instructions."""
+
+import numpy as np
+import pytest
+from toy_calibration import sigmas_of
+
+from cachec.compiler.tables.coefficients import AdvanceTable, collapse, compose
+from cachec.compiler.tables.lower import lower_advance, lower_table, lower_uncached
+from cachec.compiler.tables.schedule import Schedule, interval_schedule
+from cachec.runtime.program import Advance, Compute, Forecast, ProgramKey, hash_sigmas
+
+SIZE = 6
+SCHEDULES = {
+    "interval 4 of 12": interval_schedule(12, 4),
+    "irregular": Schedule(15, (0, 1, 5, 6, 8, 14)),
+    "no warm-up": Schedule(10, (0, 4, 5)),
+    "one step": Schedule(6, (0,)),
+    "all steps": Schedule(5, (0, 1, 2, 3, 4)),
+}
+each_schedule = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+
+
+def key_of(sigmas):
+    return ProgramKey(len(sigmas) - 1, hash_sigmas(sigmas), 64, 64, 16)
+
+
+def velocity(x, timestep):
+    """A model that bends with latents and time."""
+    return np.sin(2 * x + 3 * timestep) + 0.3 * np.roll(x, 1)
+
+
+def noise(seed=0):
+    return np.random.default_rng(seed).standard_normal(SIZE)
+
+
+def played(program, start):
+    """Latents after each instruction that moves them, and what the model was told."""
+    x, slots, told, latents = start, {}, [], []
+    for instruction in program.instructions:
+        if isinstance(instruction, Compute):
+            told.append(float(program.timesteps[instruction.step]))
+            slots[instruction.slot] = velocity(x, told[-1])
+        else:
+            assert isinstance(instruction, Advance)
+            row = program.coefficients[instruction.steps[0]]
+            x = start + sum(float(row[slot]) * slots[slot] for slot in range(instruction.num_slots))
+            latents.append(x)
+    return latents, told
+
+
+def forecast_table(schedule, window=3, seed=1):
+    rows = np.random.default_rng(seed).standard_normal((schedule.num_steps, window)) / window
+    return compose(rows, np.zeros(schedule.num_steps), schedule, feeds_back=True)
+
+
+@each_schedule
+def test_a_lowered_advance_is_euler_on_forecast_velocities(schedule):
+    """Step by step in closed loop, as a hidden-cut program would go if the cut were at the velocity."""
+    sigmas, table = sigmas_of(schedule.num_steps), forecast_table(schedule)
+    x, computed, expected = noise(), [], []
+    for step in range(schedule.num_steps):
+        if step in schedule.compute:
+            if step:
+                expected.append(x)
+            computed.append(velocity(x, sigmas[step]))
+            v = computed[-1]
+        else:
+            v = table.coefficients[step, : len(computed)] @ np.array(computed)
+        x = x + (sigmas[step + 1] - sigmas[step]) * v
+    program = lower_advance(collapse(table, sigmas), key_of(sigmas), sigmas, sigmas[:-1])
+    latents, _ = played(program, noise())
+    np.testing.assert_allclose(latents, [*expected, x], atol=1e-5)
+
+
+@each_schedule
+def test_every_velocity_keeps_its_own_slot(schedule):
+    sigmas = sigmas_of(schedule.num_steps)
+    program = lower_advance(collapse(forecast_table(schedule), sigmas), key_of(sigmas), sigmas, sigmas[:-1])
+    num = len(schedule.compute)
+    assert (program.cut, program.capacity, program.compute_steps) == ("output", num, schedule.compute)
+    assert [i.slot for i in program.instructions if isinstance(i, Compute)] == list(range(num))
+    assert [i.num_slots for i in program.instructions if isinstance(i, Advance)] == list(range(1, num + 1))
+    assert sum((i.steps for i in program.instructions if isinstance(i, Advance)), ()) == tuple(range(schedule.num_steps))
+    assert not program.bias.any()
+    assert {a.dtype for a in program.arrays().values()} == {np.dtype(np.float32)}
+
+
+@each_schedule
+def test_polished_timesteps_go_to_computed_steps_only(schedule):
+    sigmas = sigmas_of(schedule.num_steps)
+    own, rows = 0.5 * sigmas[:-1], collapse(forecast_table(schedule), sigmas).coefficients
+    before, polished = own.copy(), np.linspace(0.9, 0.1, len(schedule.compute))
+    program = lower_advance(AdvanceTable(schedule, rows, polished), key_of(sigmas), sigmas, own)
+    computed = list(schedule.compute)
+    np.testing.assert_allclose(program.timesteps[computed], polished, rtol=1e-6)
+    np.testing.assert_allclose(program.timesteps[list(schedule.forecast)], own[list(schedule.forecast)], rtol=1e-6)
+    np.testing.assert_array_equal(own, before)
+    _, told = played(program, noise())
+    np.testing.assert_allclose(told, polished, rtol=1e-6)
+
+
+def test_without_polish_the_model_is_told_the_samplers_own_timesteps():
+    schedule, sigmas = SCHEDULES["irregular"], sigmas_of(15)
+    own = 0.5 * sigmas[:-1]
+    program = lower_advance(collapse(forecast_table(schedule), sigmas), key_of(sigmas), sigmas, own)
+    np.testing.assert_allclose(program.timesteps, own, rtol=1e-6)
+
+
+def test_weights_of_velocities_that_are_not_there_yet_are_dropped():
+    schedule, sigmas = SCHEDULES["no warm-up"], sigmas_of(10)
+    rows = np.random.default_rng(0).standard_normal((3, 3))
+    full, lower = (lower_advance(AdvanceTable(schedule, r), key_of(sigmas), sigmas, sigmas[:-1]) for r in (rows, np.tril(rows)))
+    assert full.digest() == lower.digest()
+    np.testing.assert_allclose(full.coefficients[[0, 4, 5]], np.tril(rows), rtol=1e-6)
+
+
+def test_the_uncached_program_computes_every_step_and_keeps_nothing():
+    sigmas = sigmas_of(7)
+    own = 0.5 * sigmas[:-1]
+    program = lower_uncached(key_of(sigmas), sigmas, own)
+    assert program.instructions == tuple(Compute(step, None) for step in range(7))
+    np.testing.assert_allclose(program.timesteps, own, rtol=1e-6)
+
+
+@each_schedule
+def test_a_lowered_table_with_a_bias_and_long_memory_is_the_table(schedule):
+    """Every forecast looks at everything; slots are as many as there are readers."""
+    num, rng = schedule.num_steps, np.random.default_rng(0)
+    sigmas = sigmas_of(num)
+    table = compose(rng.standard_normal((num, num)), rng.standard_normal(num), schedule, feeds_back=False)
+    program, slots = lower_table(table, key_of(sigmas), sigmas, sigmas[:-1]), {}
+    features = {step: rng.standard_normal(SIZE) for step in schedule.compute}
+    stacked = np.stack([features[step] for step in schedule.compute])
+    for instruction in program.instructions:
+        if isinstance(instruction, Compute):
+            slots[instruction.slot] = features[instruction.step]
+            continue
+        for step in instruction.steps:
+            got = sum(program.coefficients[step, s] * slots[s] for s in range(instruction.num_slots)) + program.bias[step]
+            np.testing.assert_allclose(got, table.coefficients[step] @ stacked + table.bias[step], rtol=1e-4, atol=1e-4)
+
+
+@each_schedule
+def test_forecasts_between_two_computed_steps_are_one_instruction(schedule):
+    num = schedule.num_steps
+    sigmas = sigmas_of(num)
+    table = compose(np.ones((num, 1)), np.zeros(num), schedule, feeds_back=False)
+    program = lower_table(table, key_of(sigmas), sigmas, sigmas[:-1])
+    runs = [instruction.steps for instruction in program.instructions if isinstance(instruction, Forecast)]
+    assert all(run == tuple(range(run[0], run[-1] + 1)) for run in runs)
+    ends = [*schedule.compute[1:], num]
+    assert runs == [tuple(range(a + 1, b)) for a, b in zip(schedule.compute, ends, strict=True) if b > a + 1]
