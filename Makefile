@@ -22,8 +22,8 @@ demo: $(READY)  ## Compile tiny-flux with LESA and draw a comparison: demo/compa
 		-p "a yellow ring left of a purple striped cross on a grey background" \
 		-p "a green triangle above an orange square on a brown background"
 
-test: $(READY)  ## Run all tests, on the CPU
-	$(BIN)/python -m pytest
+test: $(READY)  ## Run all tests, on the CPU, in two processes of one thread each
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --durations 10
 
 check: $(READY) types  ## Format, lint and types
 	$(BIN)/ruff format --check .

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may need a network
+if "PYTEST_XDIST_WORKER" in os.environ:  # processes side by side must not fight over cores; what they start inherits it
+    os.environ["OMP_NUM_THREADS"] = "1"
 sys.path.append(str(Path(__file__).parent))
 sys.path.append(str(Path(__file__).parent / "engines"))  # its fakes
 sys.path.append(str(Path(__file__).parent.parent))  # bench/, where the source tree is there
