@@ -2,21 +2,16 @@
 
 import importlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from cachec.runtime.errors import InputError, missing_extra
 from cachec.runtime.specs import Array
-
-if find_spec("skimage") is None:
-    raise missing_extra("scikit-image", "compile", "measuring pictures")
-from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 LPIPS_BACKBONE = "alexnet-owt-7be5be79.pth"  # torchvision's, as torchmetrics asks for it
 
@@ -25,11 +20,19 @@ def psnr_db(picture: Array, reference: Array) -> float:
     """Peak signal-to-noise ratio of one picture [H, W, 3] in dB; infinity for equal pictures."""
     if np.array_equal(picture, reference):
         return math.inf
-    return float(peak_signal_noise_ratio(reference, picture, data_range=1.0))
+    return float(-10 * np.log10(np.mean(np.square(picture - reference), dtype=np.float64)))
 
 
 def ssim(picture: Array, reference: Array) -> float:
-    """Structural similarity of one picture [H, W, 3]; 1 for equal pictures."""
+    """Structural similarity of one picture [H, W, 3]; 1 for equal pictures.
+
+    Raises:
+        MissingExtraError: scikit-image is not installed.
+    """
+    if find_spec("skimage") is None:
+        raise missing_extra("scikit-image", "compile", "the structural similarity of pictures")
+    from skimage.metrics import structural_similarity
+
     return float(structural_similarity(reference, picture, data_range=1.0, channel_axis=2))
 
 
@@ -45,19 +48,23 @@ class Lpips:
     network: Any | None
     reason: str | None = None
 
-    @torch.no_grad()
     def distance(self, picture: Array, reference: Array) -> float | None:
         """Distance of two pictures [H, W, 3], 0 for equal ones; ``None`` if it is not available."""
         if self.network is None:
             return None
+        import torch
+
         pair = (torch.from_numpy(np.ascontiguousarray(p, np.float32)).permute(2, 0, 1)[None] for p in (picture, reference))
-        return float(self.network(*pair))
+        with torch.no_grad():
+            return float(self.network(*pair))
 
 
 def find_lpips() -> Lpips:
     """LPIPS if its code and its weights are on this machine; nothing is ever downloaded."""
     if missing := [name for name in ("torchmetrics", "torchvision") if find_spec(name) is None]:
         return Lpips(None, f"{' and '.join(missing)} not installed: pip install torchmetrics torchvision")
+    import torch
+
     if not (Path(torch.hub.get_dir()) / "checkpoints" / LPIPS_BACKBONE).is_file():
         return Lpips(
             None, f"no AlexNet weights in torch's cache: fetch them with python -c 'import torchvision; "
@@ -88,3 +95,30 @@ def mean(values: Sequence[float]) -> Mean:
         return Mean(None, None)
     error = float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
     return Mean(float(np.mean(values)), error)
+
+
+LESS_IS_BETTER = ("latent_error",)
+DIGITS: Mapping[str, int] = {"ssim": 5, "latent_error": 6}  # after the point; 3 for others
+
+
+def summarize_metric(name: str, values: Sequence[float]) -> dict[str, float | None]:
+    """What rows and levels carry of a metric, from its values by picture: the mean, and how bad it gets.
+
+    ``psnr_db`` and ``ssim``: ``NAME``, ``NAME_stderr``, ``NAME_p5`` (5th percentile, a value that occurred) and ``NAME_min``.
+    ``latent_error``: ``NAME``, ``NAME_p95`` and ``NAME_max``. ``None`` where all pictures are equal (see :func:`mean`).
+
+    Raises:
+        InputError: a value is NaN.
+    """
+    average = mean(values)
+    if name in LESS_IS_BETTER:
+        worst = {f"{name}_p95": np.percentile(values, 95, method="higher"), f"{name}_max": np.max(values)}
+        found: dict[str, float | None] = {name: average.value, **worst}
+    else:
+        worst = {f"{name}_p5": np.percentile(values, 5, method="lower"), f"{name}_min": np.min(values)}
+        found = {name: average.value, f"{name}_stderr": average.error, **worst}
+    return {key: _finite(value, DIGITS.get(name, 3)) for key, value in found.items()}
+
+
+def _finite(value: float | None, digits: int) -> float | None:
+    return None if value is None or math.isinf(value) else round(float(value), digits)

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from cachec.compiler.calibration import metrics
-from cachec.compiler.calibration.metrics import Lpips, find_lpips, latent_rel_l2, mean, psnr_db, ssim
+from cachec.compiler.calibration.metrics import Lpips, find_lpips, latent_rel_l2, mean, psnr_db, ssim, summarize_metric
+from cachec.runtime.errors import InputError
 
 
 def test_psnr_is_that_of_floats_and_does_not_wrap():
@@ -47,3 +48,30 @@ def test_lpips_without_its_code_or_weights_says_what_to_do_and_downloads_nothing
 def test_lpips_gets_pictures_channels_first():
     network = Lpips(lambda picture, reference: (picture - reference).abs().max() if picture.shape == (1, 3, 8, 9) else None)
     assert network.distance(np.full((8, 9, 3), 0.75), np.full((8, 9, 3), 0.5)) == pytest.approx(0.25)
+
+
+def test_a_summary_has_the_mean_and_how_bad_it_gets():
+    values = [float(v) for v in range(30, 70)]
+    assert summarize_metric("psnr_db", values) == {
+        "psnr_db": 49.5,
+        "psnr_db_stderr": pytest.approx(np.std(values, ddof=1) / 40**0.5, abs=1e-3),
+        "psnr_db_p5": 31.0,
+        "psnr_db_min": 30.0,
+    }
+    assert summarize_metric("latent_error", [0.1, 0.3, 0.2]) == {
+        "latent_error": 0.2,
+        "latent_error_p95": 0.3,
+        "latent_error_max": 0.3,
+    }
+
+
+def test_equal_pictures_are_left_out_of_the_mean_and_are_never_the_worst():
+    assert summarize_metric("psnr_db", [math.inf, 40.0, 20.0]) == {
+        "psnr_db": 30.0,
+        "psnr_db_stderr": 10.0,
+        "psnr_db_p5": 20.0,
+        "psnr_db_min": 20.0,
+    }
+    assert set(summarize_metric("psnr_db", [math.inf, math.inf]).values()) == {None}
+    with pytest.raises(InputError, match="picture 2 is not a number"):
+        summarize_metric("ssim", [1.0, math.nan])
