@@ -7,7 +7,10 @@ from cachec.runtime.errors import CachecError, InputError
 from cachec.runtime.session import LoadedBundle, Session
 
 __version__ = "0.1.0"
-__all__ = ["CachecError", "LoadedBundle", "Session", "__version__", "accelerate", "compile_model", "load"]
+__all__ = [
+    "CachecError", "LoadedBundle", "Session", "__version__", "accelerate", "compile_model", "load", "register_family",
+    "register_method",
+]  # fmt: skip
 
 
 def load(
@@ -69,3 +72,30 @@ def accelerate(pipeline: Any, *, method: str = "taylor", compiled: bool = True, 
         raise InputError(f"{' and '.join(given)} cannot be given: the pipeline's own are taken; move it first with pipe.to(…)")
     model = wrap_pipeline(pipeline)
     return accelerate_pipeline(model, make_request(model.spec, method=method, **options), compiled=compiled)
+
+
+def register_family(name: str, cls: type | str) -> None:
+    """Let pipelines of the class ``name`` (as ``model_index.json`` has it) be loaded by ``cls``.
+
+    ``cls`` is a :class:`cachec.compiler.models.base.Family`, or where one is: ``module:Class``. An installed package does the
+    same with an entry point of the group ``cachec.families``.
+
+    Raises:
+        InputError: there is another family of this name.
+    """
+    from cachec.compiler.models import FAMILIES
+
+    FAMILIES.register(name, cls)
+
+
+def register_method(name: str, cls: type | str) -> None:
+    """Let ``--method name`` mean ``cls``, a :class:`cachec.compiler.methods.base.Method`, or where one is: ``module:Class``.
+
+    An installed package does the same with an entry point of the group ``cachec.methods``.
+
+    Raises:
+        InputError: there is another method of this name.
+    """
+    from cachec.compiler.methods import METHODS
+
+    METHODS.register(name, cls)

@@ -125,7 +125,7 @@ class FluxShaped(LoadedModel):
     """A FLUX transformer with random weights, on FLUX.1-dev's sampling grid. Its weights lie in ``directory``."""
 
     def __init__(self, directory: Path, *, name: str = SHAPED, pixels: int = 128, text_tokens: int = 512) -> None:
-        self.spec = ModelSpec(name, f"random weights, seed {WEIGHTS_SEED}", pixels, pixels, text_tokens)
+        self.spec = ModelSpec(name, f"random weights, seed {WEIGHTS_SEED}", pixels, pixels, text_tokens, guidance=3.5)
         self._directory = directory
         self._transformer = FluxTransformer2DModel.from_pretrained(directory, local_files_only=True).eval()
 

@@ -4,6 +4,7 @@ A message says what is wrong, with which value, and what to do.
 """
 
 import difflib
+import importlib.util
 from collections.abc import Iterable
 from typing import ClassVar
 
@@ -79,3 +80,10 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> InputError:
 def missing_extra(package: str, extra: str, purpose: str) -> MissingExtraError:
     """An error that names the extra which brings ``package``."""
     return MissingExtraError(f"{purpose} needs {package!r}, which is not installed: pip install 'cachec[{extra}]'")
+
+
+def need(*packages: str, extra: str, purpose: str) -> None:
+    """Raise ``MissingExtraError`` unless all ``packages`` are installed; they are not imported."""
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise missing_extra(package, extra, purpose)

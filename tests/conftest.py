@@ -26,3 +26,19 @@ def toy_bundle(tmp_path_factory, toy_split):
     from toy_bundle import write_toy_bundle
 
     return write_toy_bundle(toy_split, tmp_path_factory.mktemp("bundles") / "toy.cachec")
+
+
+@pytest.fixture(scope="session")
+def toy_family():
+    """Lets the command line in this process load toys."""
+    import cachec
+
+    cachec.register_family("ToyPipeline", "toy_model:ToyModel")
+
+
+@pytest.fixture(scope="session")
+def toy_directory(tmp_path_factory, toy_family):
+    """A pipeline directory of the toy, as ``cachec compile`` takes it."""
+    from toy_model import save_toy
+
+    return save_toy(tmp_path_factory.mktemp("models") / "toy")

@@ -1,11 +1,9 @@
 """Forecasting methods by name. One file each; imported only when asked for."""
 
-import importlib
-
 from cachec.compiler.methods.base import Method
-from cachec.runtime.errors import unknown_name
+from cachec.runtime.registry import Registry
 
-METHODS = {
+METHODS = Registry("method", "cachec.methods", {
     "adams": "cachec.compiler.methods.adams:Adams",
     "bns": "cachec.compiler.methods.bns:Bns",
     "foca": "cachec.compiler.methods.foca:FoCa",
@@ -18,7 +16,7 @@ METHODS = {
     "reuse": "cachec.compiler.methods.reuse:Reuse",
     "spectrum": "cachec.compiler.methods.spectrum:Spectrum",
     "taylor": "cachec.compiler.methods.taylor:Taylor",
-}
+})  # fmt: skip
 
 
 def get_method(name: str) -> type[Method]:
@@ -27,8 +25,5 @@ def get_method(name: str) -> type[Method]:
     Raises:
         InputError: there is no such method; with the nearest name.
     """
-    if name not in METHODS:
-        raise unknown_name("method", name, METHODS)
-    module, _, attribute = METHODS[name].partition(":")
-    method: type[Method] = getattr(importlib.import_module(module), attribute)
+    method: type[Method] = METHODS[name]
     return method

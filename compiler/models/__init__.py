@@ -1,48 +1,38 @@
-"""Models by name, Hub id or directory."""
+"""Models by name, Hub id or directory, and the families that know how to load them."""
 
-import importlib
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
-from cachec.compiler.models.base import LoadedModel, ModelSpec
+from cachec.compiler.models.base import Family, LoadedModel, ModelSpec
+from cachec.compiler.models.named import MODELS, TINY_FLUX_DIR
 from cachec.runtime.errors import InputError, ModelUnavailableError, unknown_name
+from cachec.runtime.registry import Registry
 
-TINY_FLUX_DIR = Path(__file__).parent / "tiny-flux"
+__all__ = ["FAMILIES", "MODELS", "TINY_FLUX_DIR", "find_model", "load_model", "wrap_pipeline"]
 
-MODELS = {
-    "flux": ModelSpec("flux", "black-forest-labs/FLUX.1-dev"),
-    "tiny-flux": ModelSpec(
-        "tiny-flux",
-        str(TINY_FLUX_DIR),
-        height=64,
-        width=64,
-        text_tokens=16,
-        prompts="shapes",
-        packaged=True,
-        probe=TINY_FLUX_DIR / "probe.safetensors",
-    ),
-}
+INDEX = "model_index.json"
 
-# pipeline class in model_index.json -> the family that knows it
-FAMILIES = {"FluxPipeline": "cachec.compiler.models.flux:FluxModel"}
+# by the class of the pipeline, which model_index.json names; cachec.register_family adds to them
+FAMILIES = Registry("kind of pipeline", "cachec.families", {"FluxPipeline": "cachec.compiler.models.flux:FluxModel"})
 
 
 def find_model(model: str) -> ModelSpec:
-    """The spec of a short name, a Hub id (``owner/name``) or a local directory.
+    """The spec of a short name, a local directory, or a Hub id (``owner/name``), with the defaults of its family.
 
     Raises:
-        InputError: it is none of these; with the nearest short name.
+        InputError: it is none of these, with the nearest short name; or no family knows this kind of pipeline.
+        ModelUnavailableError: the directory is missing or no pipeline, or the Hub cannot be reached.
     """
     if model in MODELS:
         return MODELS[model]
     if Path(model).is_dir():
-        return replace(MODELS["flux"], name=Path(model).resolve().name, source=str(Path(model).resolve()))
+        directory = Path(model).resolve()
+        return _find_family(directory, model).make_spec(directory.name, str(directory))
     if model.count("/") == 1 and not model.startswith(("/", ".")):
-        return replace(MODELS["flux"], name=model, source=model)
+        return _find_family(_download(model, allow_patterns=[INDEX]), model).make_spec(model, model)
     if Path(model).is_absolute():
         raise ModelUnavailableError(f"there is no directory {model}: pass the right one (cachec run and eval take --model)")
     raise unknown_name("model", model, MODELS)
@@ -52,22 +42,19 @@ def load_model(spec: ModelSpec, *, with_transformer: bool = True) -> LoadedModel
     """Load a model with the class of its family; without its transformer if only text and pictures are wanted.
 
     Raises:
-        ModelUnavailableError: the weights cannot be reached.
+        ModelUnavailableError: the weights cannot be reached, or are damaged.
         InputError: no family knows this kind of pipeline.
     """
-    _quiet_loading()
     directory = _directory(spec, with_transformer=with_transformer)
-    kind = _pipeline_class(directory, spec)
-    family = _family(kind, spec.source)
+    family = _find_family(directory, spec.source)
     try:
-        loaded: LoadedModel = family.load(spec, directory, with_transformer=with_transformer)
+        return family.load(spec, directory, with_transformer=with_transformer)
     except (OSError, ValueError, SafetensorError) as error:
         raise ModelUnavailableError(f"{spec.source} cannot be loaded: {error}") from error
-    return loaded
 
 
 def wrap_pipeline(pipeline: Any) -> LoadedModel:
-    """A diffusers pipeline that is in memory already.
+    """A pipeline that is in memory already.
 
     Raises:
         InputError: no family knows this kind of pipeline.
@@ -75,59 +62,52 @@ def wrap_pipeline(pipeline: Any) -> LoadedModel:
     family = _family(type(pipeline).__name__, "the pipeline")
     origin = Path(str(getattr(pipeline.config, "_name_or_path", "")) or "-")
     packaged = next((spec for spec in MODELS.values() if spec.packaged and Path(spec.source) == origin), None)
-    spec = packaged or replace(MODELS["flux"], name=origin.name, source=str(origin))
-    loaded: LoadedModel = family(spec, pipeline, origin if (origin / "transformer").is_dir() else None)
-    return loaded
+    spec = packaged or family.make_spec(origin.name, str(origin))
+    return family.wrap(spec, pipeline, origin if (origin / "transformer").is_dir() else None)
 
 
-def _family(kind: str, source: str) -> Any:
-    if kind not in FAMILIES:
-        raise InputError(f"{source} is a {kind}; cachec knows {', '.join(FAMILIES)}")
-    module, _, attribute = FAMILIES[kind].partition(":")
-    return getattr(importlib.import_module(module), attribute)
-
-
-def _quiet_loading() -> None:
-    """No progress bars for files that load in a second."""
-    import diffusers
-    import transformers
-
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
-
-
-def _pipeline_class(directory: Path, spec: ModelSpec) -> str:
-    path = directory / "model_index.json"
+def _find_family(directory: Path, source: str) -> type[Family]:
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
+        index = json.loads((directory / INDEX).read_text(encoding="utf-8"))
         kind: str = index["_class_name"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelUnavailableError(
-            f"{spec.source} is not a diffusers pipeline: its model_index.json is missing or unreadable ({error})"
+            f"{source} is not a diffusers pipeline: its {INDEX} is missing or unreadable ({error})"
         ) from error
-    return kind
+    return _family(kind, source)
+
+
+def _family(kind: str, source: str) -> type[Family]:
+    if kind not in FAMILIES:
+        raise InputError(f"{source} is a {kind}; cachec knows {', '.join(FAMILIES)}")
+    family: type[Family] = FAMILIES[kind]
+    return family
 
 
 def _directory(spec: ModelSpec, *, with_transformer: bool) -> Path:
     local = Path(spec.source)
     if local.is_dir():
         return local
-    from huggingface_hub import snapshot_download
-
     ignored = ["*.bin", "*.ckpt", "*.gguf", "*.onnx*", "flux1-*"]
     if not with_transformer:
         ignored.append("transformer/*.safetensors")  # most of the bytes
+    return _download(spec.source, ignore_patterns=ignored)
+
+
+def _download(source: str, **patterns: list[str]) -> Path:
+    from huggingface_hub import snapshot_download
+
     try:
-        return Path(snapshot_download(spec.source, ignore_patterns=ignored))
+        return Path(snapshot_download(source, **patterns))
     except Exception as error:  # of the Hub's client, or of whatever HTTP library this version of it uses
-        raise ModelUnavailableError(_how_to_provide(spec, error)) from error
+        raise ModelUnavailableError(_how_to_provide(source, error)) from error
 
 
-def _how_to_provide(spec: ModelSpec, error: Exception) -> str:
+def _how_to_provide(source: str, error: Exception) -> str:
     reason = str(error).strip().splitlines()[0]
     return (
-        f"the weights of {spec.source} cannot be reached ({reason}). Three ways to provide them: "
-        f"(a) download once, with a Hub account that accepted the licence: hf auth login && hf download {spec.source}; "
+        f"the weights of {source} cannot be reached ({reason}). Three ways to provide them: "
+        f"(a) download once, with a Hub account that accepted the licence: hf auth login && hf download {source}; "
         "(b) pass a directory that holds the pipeline (model_index.json and its folders): cachec compile /path/to/model; "
         "(c) point HF_HOME at a Hugging Face cache that has it, copied from another machine"
     )

@@ -8,22 +8,23 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Any, Self
 
 from cachec.runtime.bundle import Manifest
 from cachec.runtime.errors import InputError
 from cachec.runtime.plan import ModelIO
 from cachec.runtime.specs import Array
 
+if TYPE_CHECKING:  # text and pictures are made without torch where a family can
+    import torch
+    from torch import nn
+
 DTYPES = ("float32", "float16", "bfloat16")
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Defaults of a named model: sizes in pixels, text length in tokens, guidance scale, and its prompt lists.
+    """A model, and its defaults: sizes in pixels, text length in tokens, guidance scale, and its prompt lists.
 
     ``source`` is a Hub id or a directory; ``name`` is what the command line calls it; ``probe`` a file of weights that read
     what its pictures show (``cachec.compiler.evaluation.probe``).
@@ -31,10 +32,10 @@ class ModelSpec:
 
     name: str
     source: str
-    height: int = 1024
-    width: int = 1024
-    text_tokens: int = 512
-    guidance: float = 3.5
+    height: int
+    width: int
+    text_tokens: int
+    guidance: float
     prompts: str = "general"
     packaged: bool = False
     probe: Path | None = None
@@ -73,10 +74,9 @@ class Settings:
 
 
 class LoadedModel(ABC):
-    """A diffusers pipeline of one family, with its weights.
+    """A pipeline with its weights, and what the compiler must know of it.
 
-    ``transformer`` is the module that is captured (``None`` if loaded for text and pictures only); ``block`` the module
-    path of its last block.
+    ``transformer`` is the module that is captured; ``block`` the module path of its last block.
     """
 
     spec: ModelSpec
@@ -84,10 +84,11 @@ class LoadedModel(ABC):
 
     @property
     @abstractmethod
-    def transformer(self) -> nn.Module: ...
+    def transformer(self) -> "nn.Module":
+        """Raises ``ModelUnavailableError`` if it was loaded without."""
 
     @property
-    def device(self) -> torch.device:
+    def device(self) -> "torch.device":
         """Where the transformer is: example inputs and constants are there, too."""
         return next(self.transformer.parameters()).device
 
@@ -107,7 +108,7 @@ class LoadedModel(ABC):
         """SHA-256 over the transformer's weight files."""
 
     @abstractmethod
-    def example_inputs(self, settings: Settings, *, batch: int = 2) -> dict[str, torch.Tensor]:
+    def example_inputs(self, settings: Settings, *, batch: int = 2) -> "dict[str, torch.Tensor]":
         """Random inputs of the right shapes, pairwise distinct, batch first."""
 
     @abstractmethod
@@ -131,6 +132,25 @@ class LoadedModel(ABC):
         """Latents from the untouched pipeline's own denoise loop: the eager baseline."""
 
 
+class Family(LoadedModel):
+    """A kind of pipeline, as ``register_family`` takes it: how a model of it is found, beside what every model says."""
+
+    @classmethod
+    @abstractmethod
+    def make_spec(cls, name: str, source: str) -> ModelSpec:
+        """The family's defaults, for a model that has no short name."""
+
+    @classmethod
+    @abstractmethod
+    def load(cls, spec: ModelSpec, directory: Path, *, with_transformer: bool) -> Self:
+        """Load the pipeline in ``directory``, on the CPU in float32; without its transformer for text and pictures alone."""
+
+    @classmethod
+    @abstractmethod
+    def wrap(cls, spec: ModelSpec, pipeline: Any, directory: Path | None) -> Self:
+        """A pipeline that is in memory already; ``directory`` has its files, if that is known."""
+
+
 def settings_of(manifest: Manifest) -> Settings:
     """The settings that a bundle was compiled for."""
     names = ("height", "width", "text_tokens", "guidance", "steps", "dtype")
@@ -146,6 +166,8 @@ def check_prompts(prompts: Sequence[str]) -> None:
             raise InputError(f"prompt {index + 1} is empty: pass -p 'some text'")
 
 
-def tensors_from(arrays: Mapping[str, Array]) -> dict[str, torch.Tensor]:
+def tensors_from(arrays: Mapping[str, Array]) -> "dict[str, torch.Tensor]":
     """Torch views of numpy arrays."""
+    import torch
+
     return {name: torch.from_numpy(array) for name, array in arrays.items()}

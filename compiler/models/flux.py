@@ -5,24 +5,28 @@ Cut: the image tokens after the last single block, before ``norm_out`` and ``pro
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+import diffusers
 import numpy as np
 import torch
+import transformers
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import nn
 
-from cachec.compiler.models.base import LoadedModel, ModelSpec, Settings
+from cachec.compiler.models.base import Family, ModelSpec, Settings
+from cachec.compiler.models.named import MODELS
 from cachec.runtime.errors import InputError, ModelUnavailableError
 from cachec.runtime.files import hash_file
 from cachec.runtime.plan import ModelIO
 from cachec.runtime.specs import Array
 
 
-class FluxModel(LoadedModel):
+class FluxModel(Family):
     """A FLUX pipeline; as loaded here it is on the CPU in float32."""
 
     def __init__(self, spec: ModelSpec, pipeline: FluxPipeline, directory: Path | None = None) -> None:
@@ -32,7 +36,16 @@ class FluxModel(LoadedModel):
         self._directory = directory
 
     @classmethod
-    def load(cls, spec: ModelSpec, directory: Path, *, with_transformer: bool) -> "FluxModel":
+    def make_spec(cls, name: str, source: str) -> ModelSpec:
+        return replace(MODELS["flux"], name=name, source=source)
+
+    @classmethod
+    def wrap(cls, spec: ModelSpec, pipeline: Any, directory: Path | None) -> Self:
+        return cls(spec, pipeline, directory)
+
+    @classmethod
+    def load(cls, spec: ModelSpec, directory: Path, *, with_transformer: bool) -> Self:
+        _quiet_loading()
         absent: dict[str, Any] = {} if with_transformer else {"transformer": None}
         pipeline = FluxPipeline.from_pretrained(directory, local_files_only=True, **absent)
         pipeline.set_progress_bar_config(disable=True)
@@ -150,6 +163,12 @@ class FluxModel(LoadedModel):
                 raise InputError(f"{axis} is {size}; {self.spec.name} takes multiples of {side} pixels")
         tokens: int = (settings.height // side) * (settings.width // side)
         return tokens
+
+
+def _quiet_loading() -> None:
+    """No progress bars for files that load in a second."""
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
 
 
 def _raw(tensor: torch.Tensor) -> bytes:

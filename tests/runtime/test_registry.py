@@ -1,0 +1,42 @@
+"""Names and the classes they mean."""
+
+from collections import OrderedDict
+from importlib.metadata import EntryPoint
+
+import pytest
+
+from cachec.runtime import registry
+from cachec.runtime.errors import InputError
+from cachec.runtime.registry import Registry
+
+
+@pytest.fixture
+def names(monkeypatch):
+    points = [
+        EntryPoint("theirs", "collections:OrderedDict", "cachec.tests"),
+        EntryPoint("ours", "no_such:Thing", "cachec.tests"),
+    ]
+    monkeypatch.setattr(registry, "entry_points", lambda group: points if group == "cachec.tests" else [])
+    return Registry("thing", "cachec.tests", {"ours": "collections:Counter"})
+
+
+def test_classes_are_found_by_name_and_the_packages_own_come_first(names):
+    assert names["ours"].__name__ == "Counter"
+    assert names["theirs"] is OrderedDict
+    names.register("given", dict)
+    assert names["given"] is dict
+    assert list(names) == ["given", "ours", "theirs"]
+    assert "theirs" in names
+    assert len(names) == 3
+
+
+def test_a_name_keeps_its_meaning(names):
+    names.register("given", dict)
+    names.register("given", dict)
+    with pytest.raises(InputError, match=r"thing 'given' means <class 'dict'> already: register .*list.* under another name"):
+        names.register("given", list)
+
+
+def test_an_unknown_name_is_refused_with_the_nearest(names):
+    with pytest.raises(InputError, match=r"unknown thing 'their'. Did you mean 'theirs'\? Known: ours, theirs"):
+        names["their"]
