@@ -251,13 +251,13 @@ def test_eval_writes_the_table_and_the_json(lesa_bundle, tmp_path):
     output = run_cli("eval", lesa_bundle, "--num", "2", "--json", tmp_path / "eval.json")
     rows = {row["name"]: row for row in json.loads((tmp_path / "eval.json").read_text())["rows"]}
     assert list(rows) == ["uncached", "default", "taylor:1", "taylor:2", "reuse", "plain", "unipc", "diffusers"]
-    fields = {"name", "compute_steps", "psnr_db", "psnr_db_fine", "ssim", "latent_rel_l2", "seconds_loop",
+    fields = {"name", "compute_steps", "psnr_db", "psnr_db_min", "psnr_db_fine", "ssim", "latent_error", "seconds_loop",
               "seconds_total", "speedup_vs_uncached", "speedup_vs_eager"}  # fmt: skip
     assert all(fields <= set(row) for row in rows.values())
     assert rows["uncached"]["psnr_db"] is None
     assert rows["default"]["compute_steps"] == rows["plain"]["compute_steps"] == rows["unipc"]["compute_steps"] == 10
-    assert rows["diffusers"]["latent_rel_l2"] < 1e-3
-    assert rows["default"]["latent_rel_l2"] < rows["reuse"]["latent_rel_l2"]
+    assert rows["diffusers"]["latent_error"] < 1e-3
+    assert rows["default"]["latent_error"] < rows["reuse"]["latent_error"]
     assert rows["diffusers"]["attribute_accuracy"] > 0.7
     assert rows["default"]["lpips"] is None or rows["default"]["lpips"] > 0
     assert len(rows["default"]["psnr_db_by_prompt"]) == 2

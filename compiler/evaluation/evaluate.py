@@ -6,6 +6,7 @@ Rows take turns on every prompt, so that a noisy machine is unfair to none of th
 Shapes: ``T`` steps, ``H``, ``W`` pixels.
 """
 
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +29,7 @@ from cachec.compiler.evaluation.comparisons import (
 )
 from cachec.compiler.evaluation.error_by_step import ErrorCurve, measure_errors
 from cachec.compiler.evaluation.probe import SIDE, Probe, load_probe, parse_caption, score_pictures
-from cachec.compiler.evaluation.summary import Measurements, summarize
+from cachec.compiler.evaluation.summary import Measured, summarize
 from cachec.compiler.models.base import LoadedModel, Settings, settings_of
 from cachec.runtime.errors import InputError
 from cachec.runtime.noise import make_noise
@@ -37,19 +38,27 @@ from cachec.runtime.session import LoadedBundle, Session
 from cachec.runtime.specs import Array
 
 FINE_STEPS = 200
-FINE, DIFFUSERS = "fine", "diffusers"
+DIFFUSERS = "diffusers"  # the row of the pipeline's own loop
 Denoise = Callable[[Mapping[str, Array], Array], Array]
 
 
 @dataclass(frozen=True, eq=False)
+class Shown:
+    """What a report shows of a row for one prompt: its picture [H, W, 3], dB against the uncached one, loop seconds."""
+
+    picture: Array
+    psnr_db: float
+    seconds: float
+
+
+@dataclass(frozen=True, eq=False)
 class KeptPrompt:
-    """What a report shows of one prompt: pictures [H, W, 3], dB against the uncached one and loop seconds, by row."""
+    """A prompt whose pictures were kept, by row; ``fine`` is of many steps."""
 
     prompt: str
     seed: int
-    pictures: Mapping[str, Array]
-    psnr: Mapping[str, float]
-    seconds: Mapping[str, float]
+    rows: Mapping[str, Shown]
+    fine: Shown
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,19 +124,22 @@ def evaluate(
         work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="cachec-eval-")))
         rows = [*level_rows(loaded), *compared_rows(entries, loaded, model, level=level, work=work, stack=stack)]
         bench = _make_bench(loaded, model, rows)
-        results = {name: Measurements() for name in bench.denoisers}
+        measured: dict[str, list[Measured]] = {name: [] for name in bench.denoisers}
         _warm_up(bench, prompts[0], seed)
         kept = []
         for index, prompt in enumerate(tqdm(prompts, desc="evaluating", unit="prompt")):
-            one = _measure_prompt(bench, prompt, seed + index, results, turn=index)
+            found, shown = _measure_prompt(bench, prompt, seed + index, turn=index)
+            for name, one in found.items():
+                measured[name].append(one)
             if index < keep_pictures:
-                kept.append(one)
+                kept.append(shown)
         runs = [(bench.encode(one.prompt), make_noise(one.seed, bench.shape())[None]) for one in kept]
         sessions = {row.name: row.session(loaded) for row in rows if runs}
         errors = measure_errors(sessions.pop(UNCACHED), sessions, runs) if runs else {}
     kinds = {**{row.name: row.kind for row in rows}, DIFFUSERS: DIFFUSERS}
     computed = {**{row.name: len(row.program.compute_steps) for row in rows}, DIFFUSERS: bench.settings.steps}
-    table = tuple(summarize(name, kinds[name], computed[name], results) for name in results)
+    loops = {name: statistics.median(one.loop_seconds for one in measured[name]) for name in measured}
+    table = tuple(summarize(name, kinds[name], computed[name], measured[name], loops) for name in measured)
     programs = {row.name: row.program for row in rows}
     setting = _setting(loaded, bench, prompts, seed=seed, level=level)
     return Evaluation(table, setting, programs, tuple(kept), errors)
@@ -168,46 +180,56 @@ def _warm_up(bench: _Bench, prompt: str, seed: int) -> None:
         bench.decode(denoise(bench.encode(prompt), noise))
 
 
-def _measure_prompt(bench: _Bench, prompt: str, seed: int, results: Mapping[str, Measurements], *, turn: int) -> KeptPrompt:
+def _measure_prompt(bench: _Bench, prompt: str, seed: int, *, turn: int) -> tuple[dict[str, Measured], KeptPrompt]:
     """Run every row on one prompt, beginning with another row each time, then compare."""
     noise = make_noise(seed, bench.shape())[None]
-    latents: dict[str, Array] = {}
-    pictures: dict[str, Array] = {}
     names = list(bench.denoisers)
-    for name in (names[(turn + i) % len(names)] for i in range(len(names))):
-        start = time.perf_counter()
-        conditions = bench.encode(prompt)
-        before = time.perf_counter()
-        latents[name] = bench.denoisers[name](conditions, noise)
-        after = time.perf_counter()
-        if not np.isfinite(latents[name]).all():
+    runs = {name: _run(bench, name, prompt, noise) for name in (names[(turn + i) % len(names)] for i in range(len(names)))}
+    for name, run in runs.items():
+        if not np.isfinite(run.latents).all():
             raise InputError(f"row {name} gives NaN or infinity for prompt {prompt!r}, seed {seed}: leave that row out")
-        pictures[name] = bench.decode(latents[name])
-        results[name].loop_seconds.append(after - before)
-        results[name].total_seconds.append(time.perf_counter() - start)
+    fine = _run(bench, None, prompt, noise)
+    measured = {name: _compare(bench, prompt, runs[name], runs[UNCACHED], fine.picture) for name in names}
+    shown = {name: Shown(runs[name].picture, one.psnr_db, one.loop_seconds) for name, one in measured.items()}
+    fine_shown = Shown(fine.picture, psnr_db(fine.picture, runs[UNCACHED].picture), fine.loop_seconds)
+    return measured, KeptPrompt(prompt, seed, shown, fine_shown)
+
+
+@dataclass(frozen=True, eq=False)
+class _Run:
+    """A request: latents [1, …], picture [H, W, 3], seconds of the loop and of everything."""
+
+    latents: Array
+    picture: Array
+    loop_seconds: float
+    total_seconds: float
+
+
+def _run(bench: _Bench, name: str | None, prompt: str, noise: Array) -> _Run:
+    """A request of a row, or of the fine run (``None``)."""
+    denoise = bench.fine if name is None else bench.denoisers[name]
+    start = time.perf_counter()
     conditions = bench.encode(prompt)
     before = time.perf_counter()
-    fine_latents = bench.fine(conditions, noise)
-    fine_seconds, fine = time.perf_counter() - before, bench.decode(fine_latents)
-    for name, result in results.items():
-        result.latent_error.append(latent_rel_l2(latents[name], latents[UNCACHED]))
-        _compare_pictures(bench, prompt, pictures[name], pictures[UNCACHED], fine, result)
-    psnr = {**{name: results[name].psnr[-1] for name in names}, FINE: psnr_db(fine, pictures[UNCACHED])}
-    seconds = {**{name: results[name].loop_seconds[-1] for name in names}, FINE: fine_seconds}
-    return KeptPrompt(prompt, seed, {name: pictures[name] for name in names} | {FINE: fine}, psnr, seconds)
+    latents = denoise(conditions, noise)
+    after = time.perf_counter()
+    picture = bench.decode(latents)
+    return _Run(latents, picture, after - before, time.perf_counter() - start)
 
 
-def _compare_pictures(bench: _Bench, prompt: str, picture: Array, reference: Array, fine: Array, result: Measurements) -> None:
-    result.psnr.append(psnr_db(picture, reference))
-    result.psnr_fine.append(psnr_db(picture, fine))
-    result.ssim.append(ssim(picture, reference))
-    distance = bench.lpips.distance(picture, reference)
-    if distance is not None:
-        result.lpips.append(distance)
-    if bench.probe is not None:
-        score = score_pictures(bench.probe, picture[None], [prompt])
-        for name, accuracy in score.accuracy.items():
-            result.attributes.setdefault(name, []).extend([accuracy] * score.num_items)
+def _compare(bench: _Bench, prompt: str, run: _Run, uncached: _Run, fine: Array) -> Measured:
+    score = None if bench.probe is None else score_pictures(bench.probe, run.picture[None], [prompt])
+    return Measured(
+        psnr_db=psnr_db(run.picture, uncached.picture),
+        psnr_db_fine=psnr_db(run.picture, fine),
+        ssim=ssim(run.picture, uncached.picture),
+        latent_error=latent_rel_l2(run.latents, uncached.latents),
+        loop_seconds=run.loop_seconds,
+        total_seconds=run.total_seconds,
+        lpips=bench.lpips.distance(run.picture, uncached.picture),
+        attributes={} if score is None else score.accuracy,
+        num_items=0 if score is None else score.num_items,
+    )
 
 
 def _setting(loaded: LoadedBundle, bench: _Bench, prompts: Sequence[str], *, seed: int, level: str) -> dict[str, Any]:

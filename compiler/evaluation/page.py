@@ -9,10 +9,10 @@ from typing import Any
 
 from PIL import Image
 
-from cachec.compiler.evaluation.evaluate import DIFFUSERS, FINE, Evaluation, KeptPrompt
+from cachec.compiler.evaluation.evaluate import DIFFUSERS, Evaluation, KeptPrompt, Shown
 from cachec.compiler.evaluation.pictures import to_image
 from cachec.compiler.evaluation.plots import plot_coefficients, plot_errors, plot_quality, plot_schedules
-from cachec.compiler.evaluation.words import HEADER, MEANINGS, NO_VALUE, Report, headline, table_cells, table_notes
+from cachec.compiler.evaluation.words import HEADER, MEANINGS, Report, decibels, headline, table_cells, table_notes
 from cachec.runtime.errors import missing_extra
 from cachec.runtime.program import UNCACHED
 from cachec.runtime.specs import Array
@@ -33,7 +33,7 @@ def render_page(report: Report) -> str:
     rows, programs = evaluation.rows, evaluation.programs
     grid = programs[UNCACHED].sigmas
     levels = [row["name"] for row in rows if row["kind"] == "level"]
-    maps = [(name, plot_coefficients(programs[name])) for name in levels]
+    maps = [(name, plot_coefficients(name, programs[name])) for name in levels]
     return page.render(
         title=f"{report.name}: {headline(report)}",
         subtitle=f"{report.name}, method {evaluation.setting['method']}",
@@ -59,28 +59,27 @@ def _figures(report: Report) -> list[tuple[str, str]]:
     figures = [
         ("denoise loop", f"{row['seconds_loop']:.3g} s"),
         ("uncached loop", f"{uncached['seconds_loop']:.3g} s"),
-        ("PSNR", "equal" if row["psnr_db"] is None else f"{row['psnr_db']:.1f} dB"),
-        (
-            f"PSNR vs {report.evaluation.setting['fine_steps']} steps",
-            "equal" if row["psnr_db_fine"] is None else f"{row['psnr_db_fine']:.1f} dB",
-        ),
+        ("PSNR, mean", decibels(row["psnr_db"])),
+        ("5th percentile", decibels(row["psnr_db_p5"])),
+        ("worst prompt", decibels(row["psnr_db_min"])),
+        (f"PSNR vs {report.evaluation.setting['fine_steps']} steps", decibels(row["psnr_db_fine"])),
     ]
     return figures if accuracy is None else [*figures, ("attributes right", f"{accuracy:.1%}")]
 
 
 def _prompt(kept: KeptPrompt, evaluation: Evaluation) -> dict[str, Any]:
     own = {row["name"] for row in evaluation.rows if row["kind"] == "level"}
-    names = [UNCACHED, *(name for name in kept.pictures if name not in (UNCACHED, FINE, DIFFUSERS)), DIFFUSERS, FINE]
-    return {"text": kept.prompt, "cells": [_cell(kept, name, evaluation, own=name in own) for name in names]}
+    names = [UNCACHED, *(name for name in kept.rows if name not in (UNCACHED, DIFFUSERS)), DIFFUSERS]
+    cells = [_cell(name, kept.rows[name], own=name in own) for name in names]
+    return {"text": kept.prompt, "cells": [*cells, _cell(f"{evaluation.setting['fine_steps']} steps", kept.fine, own=False)]}
 
 
-def _cell(kept: KeptPrompt, name: str, evaluation: Evaluation, *, own: bool) -> dict[str, Any]:
-    psnr = kept.psnr[name]
+def _cell(name: str, shown: Shown, *, own: bool) -> dict[str, Any]:
     return {
-        "name": f"{evaluation.setting['fine_steps']} steps" if name == FINE else name,
-        "psnr": f"{psnr:.1f} dB" if math.isfinite(psnr) else ("reference" if name == UNCACHED else "equal"),
-        "seconds": f"{kept.seconds[name]:.3g} s" if name in kept.seconds else NO_VALUE,
-        "png": encode_png(kept.pictures[name]),
+        "name": name,
+        "psnr": f"{shown.psnr_db:.1f} dB" if math.isfinite(shown.psnr_db) else ("reference" if name == UNCACHED else "equal"),
+        "seconds": f"{shown.seconds:.3g} s",
+        "png": encode_png(shown.picture),
         "own": own,
     }
 

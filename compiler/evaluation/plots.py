@@ -6,24 +6,34 @@ Shapes: ``T`` steps, ``S`` slots, ``R`` forecast or moved steps, ``K`` computed 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import cycle
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import LogLocator
 
+from cachec.compiler.evaluation.drawing import DPI, FAINT, FONT_SIZE, INK, Words, add_axes, draw, text_width
 from cachec.compiler.evaluation.error_by_step import ErrorCurve, position
-from cachec.compiler.evaluation.svg import FAINT, FONT, GRID, INK, Axis, Svg, diverging, spread, text_width, tick_text
 from cachec.runtime.program import Advance, Compute, Forecast, Program
 from cachec.runtime.specs import Array
 
-WIDTH = 800  # pixels of every plot; the page scales them
+WIDTH = 960  # pixels of every plot; the page scales them
+STRIP = 48  # pixels a schedule takes
 COMPUTED, IDLE = "#1b4f8f", "#dfe5ee"
 PALETTES = {
     "level": ("#0b3d91", "#2f7ed8", "#56b4e9", "#004d66"),
     "method": ("#c8324a", "#e07a1f", "#9a4fb0", "#b8860b", "#7a4a2b", "#d6659f"),
     "solver": ("#1f7a5c", "#6a9a23", "#0f8b8d", "#6b7280"),
 }
-DASHES = {"level": "", "method": "", "solver": "6 3"}
+DASHES = {"level": "-", "method": "-", "solver": (0, (4, 2))}
+WEIGHTS = LinearSegmentedColormap.from_list("weights", ["#2166ac", "#92c5de", "#f7f7f7", "#f4a582", "#b2182b"])
+Rows = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -31,11 +41,15 @@ class Style:
     """How a row looks in every plot."""
 
     colour: str
-    dash: str
+    dash: Any
     width: float
 
+    @property
+    def weight(self) -> str:
+        return "bold" if self.width > 2 else "normal"
 
-def row_styles(rows: Sequence[Mapping[str, Any]]) -> dict[str, Style]:
+
+def row_styles(rows: Rows) -> dict[str, Style]:
     """A colour for each level, method and solver: blues, warm ones, and dashed greens."""
     colours = {kind: cycle(palette) for kind, palette in PALETTES.items()}
     return {
@@ -45,52 +59,84 @@ def row_styles(rows: Sequence[Mapping[str, Any]]) -> dict[str, Style]:
     }
 
 
-def plot_quality(rows: Sequence[Mapping[str, Any]]) -> str:
-    """PSNR in dB against seconds of the loop, with the standard error; the uncached run is a line, as its PSNR is infinite."""
-    styles = row_styles(rows)
-    points = [row for row in rows if row["name"] in styles and row["psnr_db"] is not None]
+def plot_quality(rows: Rows) -> str:
+    """PSNR in dB against seconds of the loop: mean, standard error and 5th percentile.
+
+    The uncached run is a line, as its PSNR is infinite.
+    """
+    points = [row for row in rows if row["kind"] in PALETTES and row["psnr_db"] is not None]
     points.sort(key=lambda row: (row["kind"] != "level", -row["psnr_db"]))  # levels get the best places for their names
+    said = [f"{row['name']} {row['psnr_db']:.1f} dB in {row['seconds_loop']:.3g} s" for row in points]
+    words = Words(
+        "quality", "PSNR against seconds of the denoise loop", "; ".join(said) or "no row differs from the uncached run"
+    )
+    return draw(words, WIDTH, 440, partial(_paint_quality, points, rows))
+
+
+def _paint_quality(points: Rows, rows: Rows, figure: Figure) -> dict[str, str]:
+    styles, axes = row_styles(rows), add_axes(figure, left=66, top=12, right=16, bottom=50)
     uncached = next(row["seconds_loop"] for row in rows if row["kind"] == "uncached")
-    picture = Svg(WIDTH, 420, "PSNR against seconds of the denoise loop")
-    seconds = [uncached, *(row["seconds_loop"] for row in points)]
-    errors = [row["psnr_db_stderr"] or 0.0 for row in points]
-    decibels = [row["psnr_db"] + side * e for row, e in zip(points, errors, strict=True) for side in (-1, 1)] or [0.0]
-    margin = max(1.0, 0.06 * (max(decibels) - min(decibels)))
-    x = Axis(0, 1.08 * max(seconds), 66, WIDTH - 16)
-    y = Axis(min(decibels) - margin, max(decibels) + margin, 370, 16)
-    picture.frame(x, y, x_label="seconds of the denoise loop (median)", y_label="PSNR dB against the uncached run")
-    picture.line([(x(uncached), y.start), (x(uncached), y.end)], colour=INK, dash="2 4")
-    picture.text(x(uncached) - 6, y.end + 10, f"uncached, {uncached:.3g} s", anchor="end", colour=FAINT)
-    spots = [(x(row["seconds_loop"]), y(row["psnr_db"])) for row in points]
-    for row, (px, _), error in zip(points, spots, errors, strict=True):
-        picture.line([(px, y(row["psnr_db"] - error)), (px, y(row["psnr_db"] + error))], colour=styles[row["name"]].colour)
-    for row, (px, py), place in zip(
-        points, spots, place_labels([r["name"] for r in points], spots, y.end, y.start), strict=True
-    ):
-        colour = styles[row["name"]].colour
-        picture.line([(px, py), (place[0] - 3, place[1])], colour=colour, width=0.7)
-        picture.circle(px, py, 5 if row["kind"] == "level" else 4, fill=colour)
-        picture.text(*place, row["name"], colour=colour, bold=row["kind"] == "level")
-    return picture.render()
+    axes.set(xlabel="seconds of the denoise loop (median)", ylabel="PSNR dB against the uncached run")
+    axes.axvline(uncached, color=INK, linewidth=1, linestyle=(0, (2, 4)))
+    for row in points:
+        error, colour = row["psnr_db_stderr"] or 0.0, styles[row["name"]].colour
+        x, y, size = row["seconds_loop"], row["psnr_db"], 10 if row["kind"] == "level" else 8
+        low = y if row["psnr_db_p5"] is None else row["psnr_db_p5"]  # none where most pictures are equal
+        axes.plot([x, x], [low, y], color=colour, linewidth=0.8, marker="_", markevery=[0])
+        axes.plot([x, x], [y - error, y + error], color=colour, linewidth=4, alpha=0.4, solid_capstyle="butt")
+        axes.plot([x], [y], "o", color=colour, markersize=size, markeredgecolor="white", gid=f"spot {row['name']}")
+    _set_seconds(axes, [uncached, *(row["seconds_loop"] for row in points)])
+    low, high = axes.get_ylim() if points else (0.0, 1.0)
+    axes.set_ylim(low, max(high, low + 2.0))  # tenths of a decibel do not fill the plot
+    _name_spots(axes, points, styles)
+    axes.annotate(f"uncached, {uncached:.3g} s", (uncached, axes.get_ylim()[1]), (-6, -2), textcoords="offset pixels",
+                  color=FAINT, ha="right", va="top")  # fmt: skip
+    return {f"spot {row['name']}": _quality_hint(row) for row in points}
+
+
+def _set_seconds(axes: Axes, seconds: Sequence[float]) -> None:
+    """A logarithmic axis, as ratios are what counts; it has a tick at least, however near the values are."""
+    axes.set(xscale="log", xlim=(min(seconds) / 1.25, max(seconds) * 1.25))
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 6, 8)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.minorticks_off()
+
+
+def _quality_hint(row: Mapping[str, Any]) -> str:
+    tail = "" if row["psnr_db_p5"] is None else f" (5th percentile {row['psnr_db_p5']:.1f}, worst {row['psnr_db_min']:.1f})"
+    return f"{row['name']}: {row['psnr_db']:.2f} dB{tail} in {row['seconds_loop']:.3g} s"
+
+
+def _name_spots(axes: Axes, points: Rows, styles: Mapping[str, Style]) -> None:
+    spots = [tuple(axes.transData.transform((row["seconds_loop"], row["psnr_db"]))) for row in points]
+    names = [row["name"] for row in points]
+    inside = axes.get_window_extent()
+    places = place_labels([text_width(name) for name in names], spots, (inside.y0, inside.y1), right=WIDTH)
+    for name, (x, y), (to_x, to_y) in zip(names, spots, places, strict=True):
+        look = styles[name]
+        arrow = {"arrowstyle": "-", "color": look.colour, "linewidth": 0.7, "shrinkA": 0, "shrinkB": 0, "relpos": (0, 0.5)}
+        axes.annotate(name, (x, y), (to_x, to_y), "figure pixels", "figure pixels", arrow,
+                      color=look.colour, weight=look.weight, va="center_baseline")  # fmt: skip
 
 
 def place_labels(
-    names: Sequence[str], spots: Sequence[tuple[float, float]], top: float, bottom: float
+    widths: Sequence[float], spots: Sequence[tuple[float, float]], inside: tuple[float, float], right: float
 ) -> list[tuple[float, float]]:
-    """A place for each name, right of its spot and as near as possible, so that names cover neither each other nor spots.
+    """Where each text begins, in pixels: right of its spot and as near as possible, covering neither another nor a spot.
 
-    The first names get the nearest places. A name that fits nowhere covers others.
+    Texts stay between the heights ``inside`` and left of ``right``. The first get the nearest places; one that fits nowhere
+    covers others.
     """
-    boxes = [(px - 7, py - 7, px + 7, py + 7) for px, py in spots]
+    boxes = [(x - 7, y - 7, x + 7, y + 7) for x, y in spots]
     places: list[tuple[float, float]] = []
     moves = [(dx, sign * dy) for dx in (12, 30, 60, 100, 150) for dy in range(0, 90, 4) for sign in (1, -1)]
-    for name, (px, py) in zip(names, spots, strict=True):
+    for width, (x, y) in zip(widths, spots, strict=True):
         for dx, dy in sorted(moves, key=lambda move: math.hypot(*move)):
-            box = (px + dx - 3, py + dy - 8, px + dx + text_width(name), py + dy + 8)
-            inside = box[2] < WIDTH and box[1] > top and box[3] < bottom
-            if inside and not any(_overlap(box, other) for other in boxes):
+            box = (x + dx - 3, y + dy - 8, x + dx + width, y + dy + 8)
+            fits = box[2] < right and inside[0] < box[1] and box[3] < inside[1]
+            if fits and not any(_overlap(box, other) for other in boxes):
                 break
-        places.append((px + dx, py + dy))
+        places.append((x + dx, y + dy))
         boxes.append(box)
     return places
 
@@ -99,56 +145,88 @@ def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
-def plot_errors(errors: Mapping[str, ErrorCurve], rows: Sequence[Mapping[str, Any]], num_steps: int) -> str:
+def plot_errors(errors: Mapping[str, ErrorCurve], rows: Rows, num_steps: int) -> str:
     """Relative L2 distance from the uncached latents by step, logarithmic; four decades at most."""
-    styles = {name: style for name, style in row_styles(rows).items() if name in errors}
+    styles = {name: look for name, look in row_styles(rows).items() if name in errors}
+    said = [f"{name} ends at {errors[name].rel_l2[-1]:.2g}" for name in styles]
+    words = Words("errors", "Distance from the uncached latents by step", "; ".join(said))
+    return draw(words, WIDTH, 440, partial(_paint_errors, errors, styles, num_steps))
+
+
+def _paint_errors(
+    errors: Mapping[str, ErrorCurve], styles: Mapping[str, Style], num_steps: int, figure: Figure
+) -> dict[str, str]:
     values = [value for name in styles for value in errors[name].rel_l2 if value > 0]
-    picture = Svg(WIDTH, 420, "Distance from the uncached latents by step")
     high = 10.0 ** math.ceil(math.log10(max(values, default=1.0)))
     low = max(high / 1e4, 10.0 ** math.floor(math.log10(min(values, default=0.1))))
-    x = Axis(0, num_steps, 66, WIDTH - 26 - max((text_width(name) for name in styles), default=0))
-    y = Axis(low, high, 370, 16, log=True)
-    picture.frame(x, y, x_label="step of the uncached run", y_label="relative L2 distance of the latents")
-    ends = []
-    for name, style in styles.items():
-        curve = errors[name]
-        points = [(x(s), y(max(v, low))) for s, v in zip(curve.steps, curve.rel_l2, strict=True) if v >= low]
-        picture.line(points, colour=style.colour, width=style.width, dash=style.dash)
-        for px, py in points if len(points) <= 12 else ():
-            picture.circle(px, py, 3, fill=style.colour)
-        ends.append((points[-1][1] if points else y.start, name))
-    ends.sort()
-    for (end, name), place in zip(ends, spread([end for end, _ in ends], FONT + 3, 16, 370), strict=True):
-        style = styles[name]
-        picture.line([(x.end + 2, end), (x.end + 12, place)], colour=style.colour, width=0.8)
-        picture.text(x.end + 15, place, name, colour=style.colour, bold=style.width > 2)
-    return picture.render()
+    names_width = max((text_width(name) for name in styles), default=0)
+    axes = add_axes(figure, left=66, top=12, right=26 + names_width, bottom=50)
+    axes.set(xlabel="step of the uncached run", ylabel="relative L2 distance of the latents", yscale="log")
+    axes.set(xlim=(0, num_steps), ylim=(low, high))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0e}".replace("e-0", "e-") if value < 1e-3 else f"{value:g}")
+    axes.minorticks_off()
+    ends: list[tuple[float, str]] = []
+    for name, look in styles.items():
+        points = np.array([point for point in zip(errors[name].steps, errors[name].rel_l2, strict=True) if point[1] >= low])
+        steps, heights = points.reshape(-1, 2).T
+        axes.plot(steps, heights, color=look.colour, linewidth=look.width, linestyle=look.dash, clip_on=False,
+                  marker="o" if len(points) <= 12 else "", markersize=5, gid=f"curve {name}")  # fmt: skip
+        ends.append((float(axes.transData.transform((num_steps, heights[-1] if len(points) else low))[1]), name))
+    _name_ends(axes, sorted(ends), styles)
+    return {f"curve {name}": name for name in styles}
+
+
+def _name_ends(axes: Axes, ends: Sequence[tuple[float, str]], styles: Mapping[str, Style]) -> None:
+    inside = axes.get_window_extent()
+    places = spread([height for height, _ in ends], FONT_SIZE + 3, inside.y0, inside.y1)
+    for (height, name), place in zip(ends, places, strict=True):
+        look = styles[name]
+        arrow = {"arrowstyle": "-", "color": look.colour, "linewidth": 0.8, "shrinkA": 2, "shrinkB": 0, "relpos": (0, 0.5)}
+        axes.annotate(name, (inside.x1 + 3, height), (inside.x1 + 15, place), "figure pixels", "figure pixels", arrow,
+                      annotation_clip=False, color=look.colour, weight=look.weight, va="center_baseline")  # fmt: skip
+
+
+def spread(places: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+    """Move sorted places apart until they are ``gap`` from each other, between ``low`` and ``high`` where they fit."""
+    result: list[float] = []
+    for place in places:
+        result.append(max(place, result[-1] + gap if result else low))
+    limit = high
+    for index in reversed(range(len(result))):
+        result[index] = min(result[index], limit)
+        limit = result[index] - gap
+    return result
 
 
 def plot_schedules(programs: Mapping[str, Program], grid: Array) -> str:
     """A strip per schedule over the steps of the uncached run, whose noise levels are ``grid`` [T + 1]."""
-    groups: dict[tuple[float, ...], list[str]] = {}
+    strips: dict[tuple[float, ...], list[str]] = {}
     for name, program in programs.items():
-        groups.setdefault(tuple(position(grid, program.sigmas[step]) for step in program.compute_steps), []).append(name)
-    height, num_steps = 34, len(grid) - 1
-    picture = Svg(WIDTH, len(groups) * (height + 12) + 30, "Which steps are computed")
-    x = Axis(0, num_steps, 16, WIDTH - 16)
-    for index, (places, names) in enumerate(groups.items()):
-        top = index * (height + 12)
-        program = programs[names[0]]
-        picture.text(16, top + 8, ", ".join(names), bold=True)
-        count = (
-            f"{len(places)} computed" if program.num_steps == num_steps else f"{len(places)} computed, on its own time steps"
-        )
-        picture.text(WIDTH - 16, top + 8, count, anchor="end", colour=FAINT)
-        picture.rect(x.start, top + 19, x.end - x.start, height - 17, fill=IDLE)
+        strips.setdefault(tuple(position(grid, program.sigmas[step]) for step in program.compute_steps), []).append(name)
+    said = [f"{', '.join(names)}: {', '.join(f'{place:g}' for place in places)}" for places, names in strips.items()]
+    words = Words("schedules", "Which steps are computed", "; ".join(said))
+    return draw(words, WIDTH, len(strips) * STRIP + 50, partial(_paint_schedules, strips, programs, grid))
+
+
+def _paint_schedules(
+    strips: Mapping[tuple[float, ...], Sequence[str]], programs: Mapping[str, Program], grid: Array, figure: Figure
+) -> dict[str, str]:
+    num_steps, hints = len(grid) - 1, dict[str, str]()
+    axes = add_axes(figure, left=16, top=0, right=16, bottom=50)
+    axes.set(xlim=(0, num_steps), ylim=(len(strips) * STRIP, 0), yticks=[], xlabel="step of the uncached run")  # pixels down
+    axes.spines[:].set_visible(False)
+    axes.grid(visible=False)
+    for index, (places, names) in enumerate(strips.items()):
+        program, top = programs[names[0]], index * STRIP
+        own = "" if program.num_steps == num_steps else ", on its own time steps"
+        axes.text(0, top + 14, ", ".join(names), weight="bold")
+        axes.text(num_steps, top + 14, f"{len(places)} computed{own}", ha="right", color=FAINT)
+        axes.add_patch(Rectangle((0, top + 20), num_steps, STRIP - 26, color=IDLE, linewidth=0))
         for place, step in zip(places, program.compute_steps, strict=True):
-            width = min(1.0, position(grid, program.sigmas[step + 1]) - place)
-            picture.rect(x(place), top + 19, x(width) - x(0) - 1, height - 17, fill=COMPUTED, hint=f"step {place:g}")
-    for value in x.ticks():
-        picture.text(x(value), len(groups) * (height + 12) + 2, tick_text(value), anchor="middle", colour=FAINT)
-    picture.text(WIDTH / 2, len(groups) * (height + 12) + 20, "step of the uncached run", anchor="middle", colour=FAINT)
-    return picture.render()
+            width, gid = min(1.0, position(grid, program.sigmas[step + 1]) - place), f"step {index} {step}"
+            axes.add_patch(Rectangle((place, top + 20), 0.94 * width, STRIP - 26, color=COMPUTED, linewidth=0, gid=gid))
+            hints[gid] = f"step {place:.3g}"
+    return hints
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,42 +256,56 @@ def coefficients_of(program: Program) -> Coefficients:
     return Coefficients(tuple(steps), sources, np.array(rows).reshape(len(steps), len(sources)))
 
 
-def plot_coefficients(program: Program) -> str:
+def plot_coefficients(name: str, program: Program) -> str:
     """A heat map: a column per forecast (or, on the output cut, per move), a row per computed step that it weighs."""
     found = coefficients_of(program)
     if not found.steps:
         return ""
-    limit = max(float(np.nanmax(np.abs(found.values))), 1e-9)
-    cell = min(22.0, 320 / len(found.sources))
-    bottom = 8 + cell * len(found.sources)
-    picture = Svg(WIDTH, bottom + 84, "Coefficients")
-    x = Axis(0, len(found.steps), 66, WIDTH - 16)
-    width = (x.end - x.start) / len(found.steps)
-    for row, source in enumerate(found.sources):
-        if cell >= 10 or row % math.ceil(10 / cell) == 0:
-            picture.text(60, 8 + cell * (row + 0.5), str(source), anchor="end", colour=FAINT)
-        for column, step in enumerate(found.steps):
-            value = found.values[column, row]
-            if math.isnan(value):
-                continue
-            hint = f"step {step}: {value:+.4f} of step {source}"
-            picture.rect(x(column), 8 + cell * row, width - 0.6, cell - 0.6, fill=diverging(value / limit), hint=hint)
-    every = math.ceil(26 / width)
-    for column in range(0, len(found.steps), every):
-        picture.text(x(column + 0.5), bottom + 12, str(found.steps[column]), anchor="middle", colour=FAINT)
     what = "forecast step" if program.cut == "hidden" else "computed step, from which the latents move on"
-    picture.text((x.start + x.end) / 2, bottom + 31, what, anchor="middle")
-    picture.text(18, 8 + cell * len(found.sources) / 2, "weight of step", anchor="middle", turn=True)
-    _draw_legend(picture, limit, bottom + 56)
-    return picture.render()
+    cell = min(22.0, 320 / len(found.sources))
+    said = f"{len(found.steps)} rows over computed steps {list(found.sources)}, the largest weight {_limit(found):.3g}"
+    words = Words(f"coefficients-{name}", f"Coefficients of {name}", said)
+    return draw(words, WIDTH, cell * len(found.sources) + 100, partial(_paint_coefficients, found, what))
 
 
-def _draw_legend(picture: Svg, limit: float, top: float) -> None:
-    left, cells = WIDTH - 16 - 62 - 240, 48
-    for index in range(cells):
-        value = 2 * index / (cells - 1) - 1
-        picture.rect(left + 5 * index, top, 5.3, 12, fill=diverging(value))
-    picture.text(left - 6, top + 6, f"{-limit:.2g}", anchor="end", colour=FAINT)
-    picture.text(left + 246, top + 6, f"{limit:.2g}", colour=FAINT)
-    picture.text(left + 120, top + 21, "0", anchor="middle", colour=FAINT)
-    picture.line([(left + 120, top + 11), (left + 120, top + 15)], colour=GRID)
+def _limit(found: Coefficients) -> float:
+    return max(float(np.nanmax(np.abs(found.values))), 1e-9)
+
+
+def _paint_coefficients(found: Coefficients, what: str, figure: Figure) -> dict[str, str]:
+    limit, hints = _limit(found), dict[str, str]()
+    axes = add_axes(figure, left=66, top=8, right=16, bottom=92)
+    axes.set(xlim=(0, len(found.steps)), ylim=(len(found.sources), 0), xlabel=what, ylabel="weight of step")
+    axes.spines[:].set_visible(False)
+    axes.grid(visible=False)
+    axes.tick_params(length=0)
+    area = axes.get_window_extent()
+    _name_cells(axes.xaxis, found.steps, math.ceil(26 * len(found.steps) / area.width))
+    _name_cells(axes.yaxis, found.sources, math.ceil(14 * len(found.sources) / area.height))
+    for (column, row), value in np.ndenumerate(found.values):
+        if not math.isnan(value):
+            gid = f"weight {column} {row}"
+            axes.add_patch(Rectangle((column, row), 0.97, 0.97, color=_colour(value / limit), linewidth=0, gid=gid))
+            hints[gid] = f"step {found.steps[column]}: {value:+.4f} of step {found.sources[row]}"
+    _add_legend(figure, limit)
+    return hints
+
+
+def _colour(share: float) -> Any:
+    """Of a weight from -1 to 1; by a power below one, so that small weights stay visible."""
+    return WEIGHTS(0.5 + 0.5 * math.copysign(abs(share) ** 0.7, share))
+
+
+def _add_legend(figure: Figure, limit: float) -> None:
+    axes = add_axes(figure, left=WIDTH - 272, top=figure.get_figheight() * DPI - 34, right=32, bottom=22)
+    axes.set(xlim=(-1, 1), yticks=[])
+    axes.set_xticks([-1, 0, 1], [f"{-limit:.2g}", "0", f"{limit:.2g}"])
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    for left in np.arange(-1, 1, 1 / 24):
+        axes.add_patch(Rectangle((left, 0), 1 / 20, 1, color=_colour(left + 1 / 48), linewidth=0))
+
+
+def _name_cells(axis: Axis, names: Sequence[int], every: int) -> None:
+    """Ticks in the middle of cells, as many as there is room for."""
+    axis.set_ticks([index + 0.5 for index in range(0, len(names), every)], [str(name) for name in names[::every]])

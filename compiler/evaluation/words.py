@@ -7,15 +7,17 @@ from typing import Any
 from cachec.compiler.evaluation.evaluate import Evaluation
 from cachec.runtime.program import Program
 
-NO_VALUE = "–"
-HEADER = ("row", "computed", "PSNR dB", "PSNR dB vs fine", "SSIM", "latent rel. L2", "LPIPS", "attributes", "loop s",
-          "request s", "× uncached", "× diffusers")  # fmt: skip
+NO_VALUE, EQUAL = "–", "equal"
+HEADER = ("row", "computed", "PSNR dB", "p5", "worst", "PSNR dB vs fine", "SSIM", "p5", "latent error", "p95", "LPIPS",
+          "attributes", "loop s", "request s", "× uncached", "× diffusers")  # fmt: skip
 MEANINGS = (
     "PSNR dB: closeness to the uncached picture, in decibels over floats in [0, 1]; higher is better, a tenth "
     "of the squared error for every 10 dB. It says how faithful a fast run is, not how good its picture is.",
     "PSNR dB vs fine: the same against a run of many steps. The uncached run's own figure there is the error of its number of "
     "steps: rows of about that figure are as good as it.",
-    "Latent rel. L2: distance from the uncached latents over their norm; 0 is equal.",
+    "p5, worst: the 5th percentile over prompts, a value that occurred, and the worst prompt; p95 is the same for errors. A "
+    "mean hides the pictures that caching spoils.",
+    "Latent error: L2 distance from the uncached latents over their norm; 0 is equal.",
     "LPIPS: learned perceptual distance from the uncached picture (AlexNet); lower is better.",
     "Attributes: share of the items whose colour, shape, texture and place a classifier reads as the prompt says; it "
     "judges the picture alone.",
@@ -45,7 +47,9 @@ class Report:
 def headline(report: Report) -> str:
     """One sentence: how fast, and how close."""
     row, setting = report.headline_row, report.evaluation.setting
-    close = "with equal pictures" if row["psnr_db"] is None else f"at {row['psnr_db']:.1f} dB PSNR from its pictures"
+    close = "with equal pictures"
+    if row["psnr_db"] is not None:
+        close = f"at {row['psnr_db']:.1f} dB PSNR from its pictures (worst {row['psnr_db_min']:.1f})"
     return (
         f"{row['speedup_vs_uncached']:.1f} times as fast as the uncached loop, {close}: "
         f"{row['compute_steps']} model evaluations instead of {setting['steps']}"
@@ -75,9 +79,13 @@ def table_cells(row: Mapping[str, Any]) -> list[str]:
         row["name"],
         str(row["compute_steps"]),
         _with_error(row["psnr_db"], row["psnr_db_stderr"]),
+        _number(row["psnr_db_p5"], ".1f", EQUAL),
+        _number(row["psnr_db_min"], ".1f", EQUAL),
         _with_error(row["psnr_db_fine"], row["psnr_db_fine_stderr"]),
         f"{row['ssim']:.4f}",
-        f"{row['latent_rel_l2']:.4f}",
+        f"{row['ssim_p5']:.4f}",
+        f"{row['latent_error']:.4f}",
+        f"{row['latent_error_p95']:.4f}",
         _number(row["lpips"], ".4f"),
         _number(row["attribute_accuracy"], ".1%"),
         f"{row['seconds_loop']:.4f}",
@@ -123,13 +131,18 @@ def _count(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 's'}"
 
 
-def _number(value: float | None, form: str) -> str:
-    return NO_VALUE if value is None else format(value, form)
+def decibels(value: float | None) -> str:
+    """A PSNR; there is none of equal pictures."""
+    return EQUAL if value is None else f"{value:.1f} dB"
+
+
+def _number(value: float | None, form: str, none: str = NO_VALUE) -> str:
+    return none if value is None else format(value, form)
 
 
 def _with_error(value: float | None, error: float | None) -> str:
     if value is None:
-        return "equal"
+        return EQUAL
     return f"{value:.2f}" if error is None else f"{value:.2f} ± {error:.2f}"
 
 
