@@ -42,7 +42,7 @@ wheel: $(READY)  ## Build the wheel, install it in clean venvs, run the smoke te
 	cd build/wheel && venv/bin/python -m pytest -m smoke
 	$(PYTHON) -m venv build/wheel/bare
 	build/wheel/bare/bin/python -m pip install --quiet dist/*.whl
-	build/wheel/bare/bin/cachec list methods > build/wheel/bare.log 2>&1; test $$? -eq 4
+	build/wheel/bare/bin/cachec compile tiny-flux > build/wheel/bare.log 2>&1; test $$? -eq 4
 	grep -q "pip install 'cachec\[compile\]'" build/wheel/bare.log
 
 eval: $(READY)  ## The honest table: gram with 8 of 50 steps beside everything, demo/eval.json

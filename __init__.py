@@ -38,20 +38,15 @@ def load(
 def compile_model(model: str, out: str | Path, *, method: str = "lesa", force: bool = False, **options: Any) -> Path:
     """Compile ``model`` (short name, Hub id or directory) into a bundle at ``out``; returns ``out``.
 
-    ``options`` are those of ``cachec.compiler.request.make_request``: ``steps``, ``interval``, ``budget``, ``schedule``,
+    ``options`` are those that ``cachec.compiler.options`` declares: ``steps``, ``interval``, ``budget``, ``schedule``,
     ``targets``, ``height``, ``width``, ``guidance``, ``dtype``, ``predictor``, ``prompts``, ``seed``, ….
 
     Raises:
         CachecError: of the kind that fits; nothing is left at ``out``.
     """
-    from cachec.compiler.models import find_model, load_model
-    from cachec.compiler.pipeline import compile_bundle
-    from cachec.compiler.request import make_request
+    from cachec.compiler.commands.compile import compile_to_bundle
 
-    spec = find_model(model)
-    request = make_request(spec, method=method, **options)
-    compile_bundle(load_model(spec), request, Path(out), force=force)
-    return Path(out)
+    return compile_to_bundle(model, Path(out), force=force, method=method, **options)[0]
 
 
 def accelerate(pipeline: Any, *, method: str = "taylor", compiled: bool = True, **options: Any) -> Any:
@@ -64,6 +59,9 @@ def accelerate(pipeline: Any, *, method: str = "taylor", compiled: bool = True, 
     Raises:
         CachecError: of the kind that fits; the pipeline is then as it was.
     """
+    from cachec.runtime.errors import need
+
+    need("torch", "diffusers", extra="compile", purpose="accelerate")
     from cachec.compiler.accelerate import accelerate_pipeline
     from cachec.compiler.models import wrap_pipeline
     from cachec.compiler.request import make_request

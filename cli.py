@@ -4,12 +4,14 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import Field
 from pathlib import Path
 from typing import Any
 
 import click
 
+from cachec.compiler.options import Command, declared, plain_type
 from cachec.runtime.errors import CachecError, InputError
 
 log = logging.getLogger("cachec")
@@ -79,45 +81,34 @@ def _options(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return apply
 
 
-_model_options = _options(
-    click.option("--steps", default=50, show_default=True, help="Sampling steps."),
-    click.option("--height", type=int, help="Pixels; default from the model."),
-    click.option("--width", type=int, help="Pixels; default from the model."),
-    click.option("--text-tokens", type=int, help="Length of the text sequence; default from the model."),
-    click.option("--guidance", type=float, help="Guidance scale; default from the model."),
-    click.option("--prompts", type=click.Path(), help="Training and calibration prompts, one a line; a default list ships."),
-    click.option("--seed", default=0, show_default=True),
-    click.option("--force", is_flag=True, help="Replace the output if it exists."),
-)
-_schedule_options = _options(
-    click.option("--method", default="lesa", show_default=True, help="Forecasting method: cachec list methods."),
-    click.option("--set", "options", multiple=True, metavar="K=V", help="Option of the method, as order=2."),
-    click.option("--interval", type=int, help="Compute every N-th step, by the method's published rule."),
-    click.option("--budget", type=int, help="Compute K steps: searched for fitted methods, else evenly spread."),
-    click.option("--schedule", help="uniform, interval, search, or the steps to compute, as 0,1,2,9,16."),
-)
+def _declared(command: Command) -> Callable[[Any], Any]:
+    """The flags of all options that are declared for ``command``."""
+    return _options(*(_flag(one, kind) for _, one, kind in declared(command)))
 
 
-_target_option = click.option(
-    "--target",
-    "--backend",
-    "targets",
-    multiple=True,
-    default=["ort"],
-    show_default=True,
-    help="What to build: cachec list backends; bound to a device as ort-cuda. May be given several times.",
-)
+def _flag(one: Field[Any], kind: Any) -> Callable[[Any], Any]:
+    plain, meta = plain_type(kind), one.metadata
+    names = (*(meta["flags"] or (f"--{one.name.replace('_', '-')}",)), one.name)
+    about = {"help": meta["help"], "default": one.default}
+    if plain is bool:
+        return click.option(*names, is_flag=True, flag_value=not one.default, **about)
+    about |= {"metavar": meta["metavar"], "show_default": True}
+    if plain is tuple:
+        return click.option(*names, multiple=True, **about)
+    if plain is Mapping:
+        return click.option(*names, multiple=True, callback=_parse_pairs, **{**about, "default": ()})
+    return click.option(*names, type=click.Path(path_type=Path) if plain is Path else plain, **about)
 
 
-_build_options = _options(
-    click.option("--strip-weights", is_flag=True, help="TensorRT: engines without weights, which the bundle then has once."),
-    click.option("--hardware-compatibility", default="none", show_default=True,
-                 help="TensorRT: none, same-capability or ampere-plus: also run on other GPUs, slower."),
-    click.option("--version-compatible", is_flag=True, help="TensorRT: also run on later minor versions, slower."),
-    click.option("--optimization-level", default=3, show_default=True, help="TensorRT: 0 builds fast, 5 searches longest."),
-    click.option("--workspace", type=float, help="TensorRT: scratch memory of kernels, in GB; default all that there is."),
-    click.option("--max-batch", default=1, show_default=True, help="TensorRT: samples that a call may take."),
-)  # fmt: skip
+def _parse_pairs(context: click.Context, parameter: click.Parameter, given: tuple[str, ...]) -> dict[str, str] | None:
+    pairs = [text.partition("=") for text in given]
+    for key, equals, value in pairs:
+        if not (key and equals and value):
+            raise InputError(f"{parameter.opts[0]} {key}{equals}{value} is not of the form name=value")
+    return {key: value for key, _, value in pairs} or None
+
+
+_force = click.option("--force", is_flag=True, help="Replace the output if it exists.")
 _run_options = _options(
     click.option("--device", help="cpu, cuda, or cuda:1 for the second GPU; default the best that a target fits."),
     click.option("--target", help="Use this target of the bundle only, as tensorrt or ort-cpu; default the best that fits."),
@@ -128,46 +119,19 @@ _run_options = _options(
 @_talking
 @click.argument("model")
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Bundle directory [default: MODEL-METHOD.cachec].")
-@_schedule_options
-@_model_options
-@click.option("--levels", help="Several levels in one bundle: lossless,high,balanced,fast, or a PSNR in dB each: fast=30.")
-@click.option("--target-psnr", type=float, help="As few computed steps as reach this PSNR in dB against the uncached run.")
-@click.option("--target-speedup", type=float, help="As many computed steps as leave the loop this many times as fast.")
-@click.option("--min-psnr", type=float, help="Fail if a level is below this PSNR in dB on held-out prompts.")
-@click.option("--calibration", type=click.Path(), help="File from cachec calibrate; default: made now.")
-@click.option("--reference-steps", type=int, help="Fit to a finer run with so many steps.")
-@_target_option
-@click.option(
-    "--device", help="cpu, cuda or cuda:1: measure there, aoti builds for it; default cpu, or cuda if all targets are."
-)
-@_build_options
-@click.option("--dtype", default="float32", show_default=True, help="float32, float16 or bfloat16.")
-@click.option("--batch", type=int, help="Accept batches of this size only; default any.")
-@click.option("--predictor", type=click.Path(), help="Trained predictor file, from cachec train.")
-@click.option("--fold", default="static", show_default=True, help="static, or none: keep the predictor in the engine.")
-@click.option("--hoist", default="all", show_default=True, help="What leaves the steps: none, tables, all.")
-@click.option("--slots", help="Store features as float16 or bfloat16: half the memory, some rounding.")
-@click.option("--velocities", is_flag=True, help="Forecasts also hand out velocities, for a sampler outside.")
-@click.option("--verify-passes", is_flag=True, help="Compare the graphs with eager after each pass.")
-@click.option("--dump-graphs", type=click.Path(), metavar="DIR", help="Write the readable graph after each pass.")
-def compile_command(model: str, out: Path | None, options: tuple[str, ...], force: bool, **rest: Any) -> None:
+@_declared("compile")
+@_force
+def compile_command(model: str, out: Path | None, force: bool, **given: Any) -> None:
     """Compile MODEL: a short name (tiny-flux, flux), a Hub id, or a directory."""
-    from cachec.compiler.models import find_model, load_model
-    from cachec.compiler.pipeline import compile_bundle
-    from cachec.compiler.request import make_request
+    from cachec.compiler.commands.compile import compile_to_bundle
     from cachec.runtime.inspect import describe_levels
-    from cachec.runtime.write import check_output
 
-    spec = find_model(model)
-    request = make_request(spec, options=_parse_options(options), **rest)
-    out = out or Path(f"{spec.name.replace('/', '--')}-{request.method.name}.cachec")
-    check_output(out, force=force)
-    bundle, done = compile_bundle(load_model(spec), request, out, force=force)
+    out, bundle, done = compile_to_bundle(model, out, force=force, **given)
     size = sum(entry["bytes"] for entry in bundle.manifest.files.values())
     _table(
         [
             ("bundle", str(out)),
-            ("method", f"{request.method.name}, trained predictor: {done.predictor_origin}"),
+            ("method", f"{bundle.manifest.method['name']}, trained predictor: {done.predictor_origin}"),
             *describe_levels(bundle),
             *[("target", str(target)) for target in bundle.manifest.targets],
             ("size", f"{size / 1e6:.1f} MB"),
@@ -181,7 +145,7 @@ def compile_command(model: str, out: Path | None, options: tuple[str, ...], forc
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--target", "names", multiple=True, required=True, help="tensorrt or tensorrt-rtx; may be given several times.")
 @click.option("--device", help="cuda, or cuda:1 for the second GPU; default the first.")
-@_build_options
+@_declared("add-target")
 @click.option("--force", is_flag=True, help="Replace a target that the bundle has already.")
 def add_target_command(bundle: Path, names: tuple[str, ...], **rest: Any) -> None:
     """Build engines into BUNDLE on this machine, from the ONNX files in it. Needs no torch."""
@@ -204,31 +168,26 @@ def add_target_command(bundle: Path, names: tuple[str, ...], **rest: Any) -> Non
 @click.argument("model")
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Calibration file (safetensors).")
 @click.option("--num", type=int, default=32, show_default=True, help="How many of the prompts.")
-@click.option("--reference-steps", type=int, default=0, show_default=True, help="Also run with so many steps; 0 for not.")
-@_model_options
-def calibrate_command(model: str, out: Path, num: int, reference_steps: int, force: bool, **rest: Any) -> None:
+@_declared("calibrate")
+@_force
+def calibrate_command(model: str, out: Path, num: int, force: bool, **given: Any) -> None:
     """Run MODEL uncached on some prompts and keep what fits and searches need. Interrupted, the same command goes on."""
     from cachec.compiler.commands.calibrate import calibrate_to_file
 
-    _table(calibrate_to_file(model, out, num=num, reference_steps=reference_steps, force=force, **rest))
+    _table(calibrate_to_file(model, out, num=num, force=force, **given))
 
 
 @main.command("train")
 @_talking
 @click.argument("model")
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Predictor file (safetensors).")
-@_schedule_options
-@_model_options
-def train_command(model: str, out: Path, options: tuple[str, ...], force: bool, **rest: Any) -> None:
+@_declared("train")
+@_force
+def train_command(model: str, out: Path, force: bool, **given: Any) -> None:
     """Train a method's predictor for MODEL. Interrupted, the same command goes on where it was."""
-    from cachec.compiler.methods.training import train_to_file
-    from cachec.compiler.models import find_model, load_model
-    from cachec.compiler.request import make_request
+    from cachec.compiler.commands.train import train_to_file
 
-    spec = find_model(model)
-    request = make_request(spec, options=_parse_options(options), **rest)
-    facts = train_to_file(lambda: load_model(spec), request, out, force=force)
-    _table([("predictor", str(out)), *((k, v) for k, v in facts.items() if k != "curve" and len(v) < 80)])
+    _table(train_to_file(model, out, force=force, **given))
 
 
 @main.command("run")
@@ -361,14 +320,6 @@ def list_command(what: str) -> None:
             except CachecError as error:
                 rows.append((name, f"not available: {error}"))
         _table(rows)
-
-
-def _parse_options(options: tuple[str, ...]) -> dict[str, str]:
-    pairs = [option.partition("=") for option in options]
-    for key, equals, value in pairs:
-        if not (key and equals and value):
-            raise InputError(f"--set {key}{equals}{value} is not of the form name=value")
-    return {key: value for key, _, value in pairs}
 
 
 def _table(rows: list[tuple[str, str]]) -> None:

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,14 @@ from cachec.compiler.calibration.prompts import default_prompts, read_prompts
 from cachec.compiler.methods import get_method
 from cachec.compiler.methods.base import Method, PredictorMethod
 from cachec.compiler.models.base import ModelSpec, Settings
+from cachec.compiler.options import BuildWish, FitWish, GraphWish, ModelSettings, Options, read_options
 from cachec.compiler.planning.goals import Goal, Wish, make_goals
 from cachec.compiler.tables.schedule import Schedule
 from cachec.engines import BACKENDS, get_backend
 from cachec.engines.gpu import find_gpu
 from cachec.engines.targets import TargetName
 from cachec.passes import HOISTS
-from cachec.runtime.build_options import BuildOptions, build_options
+from cachec.runtime.build_options import BuildOptions
 from cachec.runtime.device import CUDA, DeviceName
 from cachec.runtime.engine import DEFAULTS, HOST
 from cachec.runtime.errors import CachecError, InputError, unknown_name
@@ -27,6 +28,7 @@ from cachec.runtime.sizes import USUAL_STRIDE, check_max_batch, size_ranges
 log = logging.getLogger(__name__)
 
 NUM_CALIBRATION = 32  # prompts of a calibration that compile makes itself
+FOLDS = ("static", "none")
 SLOTS = ("bfloat16", "float16", "float32")  # what features may be stored in
 REFERENCE_FACTOR = 4  # steps of the fine reference, over those of the run
 
@@ -93,122 +95,97 @@ class Request:
         return self.method.needs_calibration or searched or wished
 
 
-def make_request(
-    spec: ModelSpec,
-    *,
-    method: str = "lesa",
-    options: Mapping[str, str] | None = None,
-    steps: int = 50,
-    interval: int | None = None,
-    budget: int | None = None,
-    schedule: str | None = None,
-    levels: str | None = None,
-    target_psnr: float | None = None,
-    target_speedup: float | None = None,
-    min_psnr: float | None = None,
-    calibration: str | Path | None = None,
-    reference_steps: int | None = None,
-    targets: str | Sequence[str] = "ort",
-    device: str | None = None,
-    max_batch: int = 1,
-    height: int | None = None,
-    width: int | None = None,
-    text_tokens: int | None = None,
-    guidance: float | None = None,
-    dtype: str = "float32",
-    batch: int | None = None,
-    predictor: str | Path | None = None,
-    prompts: str | Path | None = None,
-    seed: int = 0,
-    fold: str = "static",
-    hoist: str = "all",
-    velocities: bool = False,
-    slots: str | None = None,
-    verify_passes: bool = False,
-    dump_graphs: str | Path | None = None,
-    **build: Any,
-) -> Request:
-    """Check all options against each other and fill in the model's defaults.
-
-    Which steps to compute: ``interval`` (the method's published rule), ``budget`` (how many), ``levels``
-    (``lossless,high,fast=30``), ``target_psnr`` in dB or ``target_speedup``; at most one. ``schedule`` is ``uniform``,
-    ``interval``, ``search``, or a list of steps, ``0,1,2,9``. The default is the method's own interval; methods that are
-    fitted to a schedule search one. ``calibration`` is a file from ``cachec calibrate``; ``reference_steps`` fits to a finer
-    run. ``prompts`` is a file of training and calibration prompts. ``fold`` is ``static`` or ``none``,
-    ``hoist`` ``none``, ``tables`` (what depends on the prompt leaves the step) or ``all`` (on the step, too). ``device`` is
-    where engines are measured (by default the CPU, or the GPU if all targets are for it), and for ``aoti`` what they are built
-    for. ``targets``: one or more of ``cachec list backends``;
-    for TensorRT, ``max_batch`` is what a call may take, and ``build`` options are those of ``runtime.build.build_options``.
-    ``velocities``: forecasts also hand out velocities, for a sampler outside (``LoadedBundle.session(for_sampler=True)``).
-    ``slots`` ``float16`` or ``bfloat16`` stores features in half the memory.
+def make_request(spec: ModelSpec, **given: Any) -> Request:
+    """A request from options by their names, as ``cachec.compiler.options`` declares them.
 
     Raises:
         InputError: an option is unknown, out of range, or contradicts another.
     """
-    _check_numbers(seed, batch, max_batch, min_psnr)
-    names = _read_targets(targets)
-    chosen = get_method(method).with_options(options or {})
-    settings = make_settings(spec, height, width, text_tokens, guidance, steps, dtype)
-    if predictor is not None and prompts is not None:
-        raise InputError("--predictor and --prompts contradict each other: a given predictor is not trained")
-    if predictor is not None and not chosen.needs_training:
-        raise InputError(f"method {method!r} has no trained predictor, so --predictor {predictor} cannot be used")
-    if calibration is not None and prompts is not None and not chosen.needs_training:
-        raise InputError("--calibration and --prompts contradict each other: a given calibration has its prompts")
-    wish = Wish(interval, budget, schedule, levels, target_psnr, target_speedup)
-    goals, interval = make_goals(chosen, steps, wish)
+    return check_wish(spec, read_options(given))
+
+
+def check_wish(spec: ModelSpec, wish: Options) -> Request:
+    """Check all options against each other and fill in the defaults of the model, of the method, and of this machine.
+
+    Raises:
+        InputError: an option is out of range, or contradicts another.
+    """
+    _check_numbers(wish)
+    targets = _read_targets(wish.build.targets)
+    method = get_method(wish.schedule.method).with_options(wish.schedule.options or {})
+    settings = make_settings(spec, wish.model)
+    _check_files(method, wish.fit)
+    steps = wish.schedule
+    aims = Wish(steps.interval, steps.budget, steps.schedule, steps.levels, steps.target_psnr, steps.target_speedup)
+    goals, interval = make_goals(method, settings.steps, aims)
+    _check_graph(method, goals, wish.graph)
     return Request(
-        method=chosen,
+        method=method,
         goals=goals,
         settings=settings,
-        targets=names,
-        device=_choose_device(device, names),
-        build=build_options(**build),
-        max_batch=max_batch,
+        targets=targets,
+        device=_choose_device(wish.build.device, targets),
+        build=make_build_options(wish.build),
+        max_batch=wish.build.max_batch,
         interval=interval,
-        predictor=Path(predictor) if predictor else None,
-        calibration=Path(calibration) if calibration else None,
-        reference_steps=_choose_reference(chosen, goals, steps, reference_steps, given_file=calibration is not None),
-        min_psnr=min_psnr,
-        prompts=read_prompts(Path(prompts)) if prompts else default_prompts(spec.prompts, "train"),
-        retrain=prompts is not None,
-        seed=seed,
-        batch=batch,
-        fold=_check_fold(chosen, goals, fold),
-        hoist=_check_hoist(hoist),
-        velocities=velocities,
-        slots=_check_slots(slots),
-        verify_passes=verify_passes,
-        dump_graphs=Path(dump_graphs) if dump_graphs else None,
+        predictor=wish.fit.predictor,
+        calibration=wish.fit.calibration,
+        reference_steps=_choose_reference(method, goals, settings.steps, wish.fit),
+        min_psnr=wish.fit.min_psnr,
+        prompts=find_prompts(spec, wish.fit),
+        retrain=wish.fit.prompts is not None,
+        seed=wish.fit.seed,
+        batch=wish.model.batch,
+        fold=wish.graph.fold == "static",
+        hoist=wish.graph.hoist,
+        velocities=wish.graph.velocities,
+        slots=wish.graph.slots,
+        verify_passes=wish.graph.verify_passes,
+        dump_graphs=wish.graph.dump_graphs,
     )
 
 
-def make_settings(
-    spec: ModelSpec,
-    height: int | None = None,
-    width: int | None = None,
-    text_tokens: int | None = None,
-    guidance: float | None = None,
-    steps: int = 50,
-    dtype: str = "float32",
-) -> Settings:
+def make_settings(spec: ModelSpec, wish: ModelSettings) -> Settings:
     """Settings with the model's defaults filled in.
 
     Raises:
         InputError: one is out of range.
     """
-    return Settings(
-        height=spec.height if height is None else height,
-        width=spec.width if width is None else width,
-        text_tokens=spec.text_tokens if text_tokens is None else text_tokens,
-        guidance=spec.guidance if guidance is None else guidance,
-        steps=steps,
-        dtype=dtype,
+    given = {name: getattr(wish, name) for name in ("height", "width", "text_tokens", "guidance")}
+    known = {name: getattr(spec, name) if value is None else value for name, value in given.items()}
+    return Settings(**known, steps=wish.steps, dtype=wish.dtype)
+
+
+def find_prompts(spec: ModelSpec, wish: FitWish) -> Sequence[str]:
+    """The given prompts, or those that ship for the model.
+
+    Raises:
+        InputError: the file is missing, or holds no prompt.
+    """
+    return default_prompts(spec.prompts, "train") if wish.prompts is None else read_prompts(wish.prompts)
+
+
+def make_build_options(wish: BuildWish) -> BuildOptions:
+    """What builders are asked for, but for the sizes.
+
+    Raises:
+        InputError: one is out of range, or contradicts another.
+    """
+    space = wish.workspace
+    if space is not None and not 0 < space < math.inf:
+        raise InputError(f"workspace is {space} GB; it must be above 0")
+    return BuildOptions(
+        strip=wish.strip_weights,
+        compatibility=wish.hardware_compatibility,
+        version_compatible=wish.version_compatible,
+        level=wish.optimization_level,
+        workspace=None if space is None else math.ceil(space * 1e9),
     )
 
 
-def _check_numbers(seed: int, batch: int | None, max_batch: int, min_psnr: float | None) -> None:
-    check_seed(seed)
+def _check_numbers(wish: Options) -> None:
+    batch, max_batch, min_psnr = wish.model.batch, wish.build.max_batch, wish.fit.min_psnr
+    check_seed(wish.fit.seed)
     check_max_batch(max_batch)
     if batch is not None and batch < 1:
         raise InputError(f"batch is {batch}; it must be at least 1")
@@ -218,8 +195,16 @@ def _check_numbers(seed: int, batch: int | None, max_batch: int, min_psnr: float
         raise InputError(f"min-psnr is {min_psnr}; it must be a number of dB above 0")
 
 
-def _read_targets(targets: str | Sequence[str]) -> tuple[TargetName, ...]:
-    names = (targets,) if isinstance(targets, str) else tuple(targets)
+def _check_files(method: Method, wish: FitWish) -> None:
+    if wish.predictor is not None and wish.prompts is not None:
+        raise InputError("--predictor and --prompts contradict each other: a given predictor is not trained")
+    if wish.predictor is not None and not method.needs_training:
+        raise InputError(f"method {method.name!r} has no trained predictor, so --predictor {wish.predictor} cannot be used")
+    if wish.calibration is not None and wish.prompts is not None and not method.needs_training:
+        raise InputError("--calibration and --prompts contradict each other: a given calibration has its prompts")
+
+
+def _read_targets(names: tuple[str, ...]) -> tuple[TargetName, ...]:
     if not names:
         raise InputError("no target given: take ort, or others that cachec list backends names")
     if twice := {name for name in names if names.count(name) > 1}:
@@ -241,8 +226,9 @@ def _choose_device(device: str | None, targets: Sequence[TargetName]) -> DeviceN
     return DeviceName(CUDA)
 
 
-def _choose_reference(method: Method, goals: Sequence[Goal], steps: int, given: int | None, *, given_file: bool) -> int | None:
+def _choose_reference(method: Method, goals: Sequence[Goal], steps: int, wish: FitWish) -> int | None:
     """Steps of the fine reference; 0 if nothing is fitted to one, ``None`` for those of the calibration file."""
+    given = wish.reference_steps
     if any(goal.lossless for goal in goals):
         if method.cut != "output" or not method.schedule_bound:
             raise InputError(f"level lossless is fitted to a fine reference, which {method.name} cannot be: take method gram")
@@ -251,7 +237,7 @@ def _choose_reference(method: Method, goals: Sequence[Goal], steps: int, given: 
                 "reference-steps is 0, but level lossless is fitted to a fine reference: leave it out, or name one"
             )
         if given is None:
-            return None if given_file else REFERENCE_FACTOR * steps
+            return REFERENCE_FACTOR * steps if wish.calibration is None else None
         return given
     if given and not (method.cut == "output" and method.schedule_bound):
         raise InputError(f"reference-steps is {given}, but {method.name} is not fitted to a reference: take method gram")
@@ -262,23 +248,14 @@ def _choose_reference(method: Method, goals: Sequence[Goal], steps: int, given: 
     return given or 0
 
 
-def _check_hoist(hoist: str) -> str:
-    if hoist not in HOISTS:
-        raise unknown_name("hoist", hoist, HOISTS)
-    return hoist
-
-
-def _check_slots(slots: str | None) -> str | None:
-    if slots not in (None, *SLOTS):
-        raise unknown_name("slot type", str(slots), SLOTS)
-    return slots
-
-
-def _check_fold(method: Method, goals: Sequence[Goal], fold: str) -> bool:
-    if fold not in ("static", "none"):
-        raise InputError(f"fold is {fold!r}; use static or none")
-    if fold == "none" and not isinstance(method, PredictorMethod):
+def _check_graph(method: Method, goals: Sequence[Goal], wish: GraphWish) -> None:
+    if wish.hoist not in HOISTS:
+        raise unknown_name("hoist", wish.hoist, HOISTS)
+    if wish.slots not in (None, *SLOTS):
+        raise unknown_name("slot type", str(wish.slots), SLOTS)
+    if wish.fold not in FOLDS:
+        raise InputError(f"fold is {wish.fold!r}; use {' or '.join(FOLDS)}")
+    if wish.fold == "none" and not isinstance(method, PredictorMethod):
         raise InputError(f"fold is none, but {method.name} has no predictor graph to keep in the engine: use static")
-    if fold == "none" and any(goal.searched for goal in goals):
+    if wish.fold == "none" and any(goal.searched for goal in goals):
         raise InputError("fold is none, but a searched schedule needs its forecasts as numbers: use static")
-    return fold == "static"

@@ -13,6 +13,7 @@ from cachec.compiler.calibration.statistics import (
 )
 from cachec.compiler.graphs.prepare import split_model
 from cachec.compiler.models import find_model, load_model
+from cachec.compiler.options import ModelSettings
 from cachec.compiler.request import make_settings
 from cachec.runtime.errors import InputError
 from cachec.runtime.files import check_file
@@ -25,14 +26,14 @@ def calibrate_to_file(
     *,
     prompts: str | Path | None = None,
     num: int = 32,
-    reference_steps: int = 0,
+    reference_steps: int | None = None,
     seed: int = 0,
     force: bool = False,
     **sizes: Any,
 ) -> list[tuple[str, str]]:
     """Calibrate the model ``source`` into ``out``; finished batches lie beside it until it is done.
 
-    ``sizes`` are those of ``make_settings``. Returns the rows of a short table.
+    ``sizes`` are those of ``ModelSettings``. Returns the rows of a short table.
 
     Raises:
         InputError: there are too few prompts, or an option is out of range.
@@ -40,7 +41,7 @@ def calibrate_to_file(
     """
     check_seed(seed)
     spec = find_model(source)
-    settings = make_settings(spec, **sizes)
+    settings = make_settings(spec, ModelSettings(**sizes))
     listed = read_prompts(Path(prompts)) if prompts else default_prompts(spec.prompts, "train")
     if num < MIN_PROMPTS:
         raise InputError(f"num is {num}; calibration needs at least {MIN_PROMPTS} prompts, to fit and to measure")
@@ -52,7 +53,7 @@ def calibrate_to_file(
     model = load_model(spec)
     work = out.with_name(out.name + ".parts")
     statistics = record_statistics(
-        model, split_model(model, settings), settings, chosen, reference_steps=reference_steps, seed=seed, work=work
+        model, split_model(model, settings), settings, chosen, reference_steps=reference_steps or 0, seed=seed, work=work
     )
     save_statistics(statistics, out)
     shutil.rmtree(work)

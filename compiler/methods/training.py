@@ -3,8 +3,7 @@
 import hashlib
 import importlib.metadata
 import json
-import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,12 +12,11 @@ import torch
 from cachec.compiler.calibration.runs import Denoiser, record_trajectories
 from cachec.compiler.graphs.prepare import split_model
 from cachec.compiler.methods.base import Method, Parameters, PredictorMethod, TrainingData
-from cachec.compiler.methods.parameters import predictor_bytes
 from cachec.compiler.models.base import LoadedModel, Settings, check_prompts
 from cachec.compiler.request import Request
 from cachec.compiler.tables.schedule import Schedule
 from cachec.runtime.errors import InputError, OutputError, PredictorError
-from cachec.runtime.files import check_file, replace_file, write_file
+from cachec.runtime.files import replace_file
 from cachec.runtime.program import hash_sigmas
 
 HELD_OUT_EVERY = 4  # every fourth prompt is kept from training and tells when to stop
@@ -106,21 +104,3 @@ def _hash(prompts: Sequence[str]) -> str:
 
 def _text(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value)
-
-
-def train_to_file(load: Callable[[], LoadedModel], request: Request, out: Path, *, force: bool) -> Mapping[str, str]:
-    """``cachec train``: train into ``out``, with work files beside it until it is done. Returns the facts.
-
-    Raises:
-        PredictorError: the method has nothing to train.
-        OutputError: ``out`` exists and ``force`` is not given, or cannot be written.
-    """
-    if not request.method.needs_training:
-        raise PredictorError(f"method {request.method.name!r} has nothing to train: compile it as it is")
-    check_training_prompts(request.prompts)
-    check_file(out, force=force)
-    work = out.with_name(out.name + ".training")
-    parameters = train_predictor(load(), request, work=work)
-    write_file(out, predictor_bytes(parameters))
-    shutil.rmtree(work)
-    return parameters.facts

@@ -6,7 +6,7 @@ from importlib.metadata import EntryPoint
 import pytest
 
 from cachec.runtime import registry
-from cachec.runtime.errors import InputError
+from cachec.runtime.errors import InputError, MissingExtraError
 from cachec.runtime.registry import Registry
 
 
@@ -40,3 +40,8 @@ def test_a_name_keeps_its_meaning(names):
 def test_an_unknown_name_is_refused_with_the_nearest(names):
     with pytest.raises(InputError, match=r"unknown thing 'their'. Did you mean 'theirs'\? Known: ours, theirs"):
         names["their"]
+
+
+def test_a_class_whose_package_is_missing_names_the_extra():
+    with pytest.raises(MissingExtraError, match=r"thing 'far' needs 'no_such_package'.*pip install 'cachec\[compile\]'"):
+        Registry("thing", "cachec.tests", {"far": "no_such_package.part:Thing"})["far"]

@@ -1,0 +1,38 @@
+"""``cachec train``: a predictor, into a file."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from cachec.compiler.models import find_model, load_model
+from cachec.runtime.errors import PredictorError, need
+from cachec.runtime.files import check_file, write_file
+
+
+def train_to_file(source: str, out: Path, *, force: bool, **options: Any) -> list[tuple[str, str]]:
+    """Train a method's predictor for the model ``source`` into ``out``, with work files beside it until it is done.
+
+    ``options`` are those that ``cachec.compiler.options`` declares for it. Returns the rows of a short table.
+
+    Raises:
+        PredictorError: the method has nothing to train.
+        InputError: an option cannot be used, or there are too few prompts.
+        OutputError: ``out`` exists and ``force`` is not given, or cannot be written.
+    """
+    need("torch", "diffusers", "transformers", extra="compile", purpose="training")
+    from cachec.compiler.methods.parameters import predictor_bytes
+    from cachec.compiler.methods.training import check_training_prompts, train_predictor
+    from cachec.compiler.request import make_request
+
+    spec = find_model(source)
+    request = make_request(spec, **options)
+    if not request.method.needs_training:
+        raise PredictorError(f"method {request.method.name!r} has nothing to train: compile it as it is")
+    check_training_prompts(request.prompts)
+    check_file(out, force=force)
+    work = out.with_name(out.name + ".training")
+    parameters = train_predictor(load_model(spec), request, work=work)
+    write_file(out, predictor_bytes(parameters))
+    shutil.rmtree(work)
+    facts = [(name, text) for name, text in parameters.facts.items() if name != "curve" and len(text) < 80]
+    return [("predictor", str(out)), *facts]

@@ -1,0 +1,166 @@
+"""Everything that can be asked of a compilation, each option once: its name, type, default, help, and who takes it.
+
+The command line makes its flags of these declarations; in Python the same names are keywords (``cachec.compile_model``).
+"""
+
+import operator
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import Field, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from cachec.runtime.errors import InputError, unknown_name
+
+Command = Literal["compile", "train", "calibrate", "add-target"]
+
+
+def option(default: Any, help: str, *flags: str, also: tuple[Command, ...] = (), metavar: str | None = None) -> Any:  # noqa: A002
+    """A field of a group. ``flags``: others than ``--its-name``; ``also``: commands that take it besides ``compile``."""
+    return field(default=default, metadata={"help": help, "flags": flags, "commands": ("compile", *also), "metavar": metavar})
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """Sizes and precision; ``None`` is what the model's family says."""
+
+    steps: int = option(50, "Sampling steps.", also=("train", "calibrate"))
+    height: int | None = option(None, "Pixels; default from the model.", also=("train", "calibrate"))
+    width: int | None = option(None, "Pixels; default from the model.", also=("train", "calibrate"))
+    text_tokens: int | None = option(None, "Length of the text sequence; default from the model.", also=("train", "calibrate"))
+    guidance: float | None = option(None, "Guidance scale; default from the model.", also=("train", "calibrate"))
+    dtype: str = option("float32", "float32, float16 or bfloat16.")
+    batch: int | None = option(None, "Accept batches of this size only; default any.")
+
+
+@dataclass(frozen=True)
+class ScheduleWish:
+    """The method, and which steps to compute: at most one of interval, budget, a list of steps, levels and targets."""
+
+    method: str = option("lesa", "Forecasting method: cachec list methods.", also=("train",))
+    options: Mapping[str, str] | None = option(
+        None, "Option of the method, as order=2.", "--set", also=("train",), metavar="K=V"
+    )
+    interval: int | None = option(None, "Compute every N-th step, by the method's published rule.", also=("train",))
+    budget: int | None = option(None, "Compute K steps: searched for fitted methods, else evenly spread.", also=("train",))
+    schedule: str | None = option(None, "uniform, interval, search, or the steps to compute, as 0,1,2,9,16.", also=("train",))
+    levels: str | None = option(None, "Several levels in one bundle: fine,high,balanced,fast, or a PSNR in dB each: fast=30.")
+    target_psnr: float | None = option(None, "As few computed steps as reach this PSNR in dB against the uncached run.")
+    target_speedup: float | None = option(None, "As many computed steps as leave the loop this many times as fast.")
+
+
+@dataclass(frozen=True)
+class FitWish:
+    """What methods are fitted to, and how good they must be."""
+
+    prompts: Path | None = option(
+        None, "Training and calibration prompts, one a line; a default list ships.", also=("train", "calibrate")
+    )
+    seed: int = option(0, "Of the noise that fits and searches see.", also=("train", "calibrate"))
+    predictor: Path | None = option(None, "Trained predictor file, from cachec train.")
+    calibration: Path | None = option(None, "File from cachec calibrate; default: made now.")
+    reference_steps: int | None = option(None, "Fit to a finer run with so many steps.", also=("calibrate",))
+    min_psnr: float | None = option(None, "Fail if a level is below this PSNR in dB on held-out prompts.")
+
+
+@dataclass(frozen=True)
+class BuildWish:
+    """What is built, and for which machine."""
+
+    targets: tuple[str, ...] = option(
+        ("ort",), "What to build: cachec list backends; bound to a device as ort-cuda. May be given several times.",
+        "--target", "--backend",
+    )  # fmt: skip
+    device: str | None = option(
+        None, "cpu, cuda or cuda:1: measure there, aoti builds for it; default cpu, or cuda if all targets are."
+    )
+    strip_weights: bool = option(
+        False, "TensorRT: engines without weights, which the bundle then has once.", also=("add-target",)
+    )
+    hardware_compatibility: str = option(
+        "none", "TensorRT: none, same-capability or ampere-plus: also run on other GPUs, slower.", also=("add-target",)
+    )
+    version_compatible: bool = option(False, "TensorRT: also run on later minor versions, slower.", also=("add-target",))
+    optimization_level: int = option(3, "TensorRT: 0 builds fast, 5 searches longest.", also=("add-target",))
+    workspace: float | None = option(
+        None, "TensorRT: scratch memory of kernels, in GB; default all that there is.", also=("add-target",)
+    )
+    max_batch: int = option(1, "TensorRT: samples that a call may take.", also=("add-target",))
+
+
+@dataclass(frozen=True)
+class GraphWish:
+    """What the graphs are like."""
+
+    fold: str = option("static", "static, or none: keep the predictor in the engine.")
+    hoist: str = option("all", "What leaves the steps: none, tables, all.")
+    slots: str | None = option(None, "Store features as float16 or bfloat16: half the memory, some rounding.")
+    velocities: bool = option(True, "Do not hand out velocities, which a sampler outside needs.", "--no-velocities")
+    verify_passes: bool = option(False, "Compare the graphs with eager after each pass.")
+    dump_graphs: Path | None = option(None, "Write the readable graph after each pass.", metavar="DIR")
+
+
+@dataclass(frozen=True)
+class Options:
+    """All groups."""
+
+    model: ModelSettings = ModelSettings()
+    schedule: ScheduleWish = ScheduleWish()
+    fit: FitWish = FitWish()
+    build: BuildWish = BuildWish()
+    graph: GraphWish = GraphWish()
+
+
+def declared(command: Command) -> Iterator[tuple[str, Field[Any], Any]]:
+    """The group's name, the field and the type of every option that a command takes, in the order of declaration."""
+    for group in fields(Options):
+        types = typing.get_type_hints(group.type)
+        for one in fields(group.type):  # type: ignore[arg-type]
+            if command in one.metadata["commands"]:
+                yield group.name, one, types[one.name]
+
+
+def read_options(given: Mapping[str, Any], command: Command = "compile") -> Options:
+    """Options by their names, put into their groups; files may be strings, and a single target, too.
+
+    Raises:
+        InputError: the command has no such option, with the nearest name; or a value is not of its type.
+    """
+    known = {one.name: (group, kind) for group, one, kind in declared(command)}
+    values: dict[str, dict[str, Any]] = {group.name: {} for group in fields(Options)}
+    for name, value in given.items():
+        if name not in known:
+            raise unknown_name("option", name, known)
+        group, kind = known[name]
+        values[group][name] = _read(name, value, kind)
+    return Options(**{one.name: one.type(**values[one.name]) for one in fields(Options)})  # type: ignore[operator]
+
+
+def plain_type(kind: Any) -> Any:
+    """The type of a value that is given: ``int`` of ``int | None``, ``tuple`` of ``tuple[str, …]``."""
+    kinds = [one for one in typing.get_args(kind) if one is not type(None)] if type(None) in typing.get_args(kind) else [kind]
+    return typing.get_origin(kinds[0]) or kinds[0]
+
+
+def _read(name: str, value: Any, kind: Any) -> Any:
+    plain = plain_type(kind)
+    if value is None and type(None) in typing.get_args(kind):
+        return None
+    try:
+        if plain is tuple:
+            return (value,) if isinstance(value, str) else tuple(value)
+        if plain is int and not isinstance(value, bool):
+            return operator.index(value)
+        if plain is Path or (plain is float and not isinstance(value, str | bool)):
+            return plain(value)
+    except TypeError as error:
+        raise _wrong_type(name, value, plain) from error
+    if not isinstance(value, plain) or isinstance(value, bool) != (plain is bool):
+        raise _wrong_type(name, value, plain)
+    return value
+
+
+def _wrong_type(name: str, value: Any, kind: Any) -> InputError:
+    words = {int: "a whole number", float: "a number", bool: "True or False", str: "text", Path: "a path",
+             tuple: "one name or several"}  # fmt: skip
+    return InputError(f"{name.replace('_', '-')} is {value!r}; it must be {words.get(kind, 'names with their values')}")
