@@ -43,6 +43,7 @@ def all_parts() -> list[Part]:
     parts = [Part("bundles", "bench.bundles", (case, backend), case) for case in CASES for backend in BACKENDS]
     parts += [Part("rows", "bench.rows", (case,), case) for case in CASES]
     parts += [Part("pairs", "bench.pairs", (case, backend), case) for case in CASES for backend in BACKENDS]
+    parts += [Part("products", "bench.products", (case,), case) for case in CASES]
     parts += [Part("cold", "bench.cold", (case,), case) for case in CASES]
     parts += [Part(name, "bench.scaling", (name,), "tiny-flux") for name in ("tokens", "steps", "batch")]
     parts += [Part(name, "bench.session_costs", (name,), "tiny-flux") for name in ("overhead", "requests", "slots")]

@@ -161,7 +161,8 @@ def _case(parts: Data, case: str, pictures: Mapping[str, str]) -> list[str]:
         sections += ["### On the peers' own steps\n", _peers(rows)]
     pairs = {backend: part for backend in BACKENDS if (part := parts.get(f"pairs-{case}-{backend}"))}
     if pairs:
-        sections += ["### Measured over ideal\n", _pairs(pairs), "### What one engine call takes\n", _calls(pairs)]
+        sections += ["### Measured over ideal\n", _pairs(pairs)]
+        sections += ["### What one engine call takes\n", _calls(pairs, parts.get(f"products-{case}"))]
     if cold := parts.get(f"cold-{case}"):
         sections += ["### In a fresh process\n", _cold(cold)]
     return sections
@@ -249,19 +250,40 @@ def _pairs(pairs: Mapping[str, Data]) -> str:
     )  # fmt: skip
 
 
-def _calls(pairs: Mapping[str, Data]) -> str:
+def _calls(pairs: Mapping[str, Data], products: Data | None) -> str:
     lines = []
     for backend, part in pairs.items():
+        own = _share(part, products) if backend == "ort" else "–"
         for name, facts in part["calls"].items():
             calls = facts["calls"]
             runs = ", ".join(f"{num}: {micro:.0f}" for num, micro in facts["forecasts"].items()) or "–"
             share = f"{100 * facts['share']:.2f} %" if "share" in facts else "–"
             advance = f"{calls['advance']:.0f}" if "advance" in calls else "–"
             step, once = f"{calls['compute']:.0f}", f"{calls.get('prologue', 0):.0f}"
-            lines.append([f"{backend}, {name}", step, once, runs, share, advance, f"{facts['outside']:.0f}"])  # fmt: skip
-    header = ["row", "computed step", "prologue (once)", "one call of n forecasts, n: µs", "a forecast over a step",
-              "advance", "Python per call"]  # fmt: skip
-    return "Microseconds, medians, no other engine in the process.\n\n" + table(header, lines)
+            lines.append([f"{backend}, {name}", step, own, once, runs, share, advance, f"{facts['outside']:.0f}"])
+    header = ["row", "computed step", "share of its own products", "prologue (once)", "one call of n forecasts, n: µs",
+              "a forecast over a step", "advance", "Python per call"]  # fmt: skip
+    return "Microseconds, medians, no other engine in the process.\n\n" + table(header, lines) + _products(products)
+
+
+def _share(part: Data, products: Data | None) -> str:
+    """Of the products in a step, with as many threads as ``part`` was measured with."""
+    found = None if products is None else products["threads"].get(str(part["facts"]["threads"]))
+    return "–" if found is None else f"{found['share']['median']:.2f}"
+
+
+def _products(part: Data | None) -> str:
+    if part is None:
+        return ""
+    lines = [
+        [threads, found["pairs"], _spread(found["step_ms"], 2), _spread(found["products_ms"], 2), _spread(found["share"], 3)]
+        for threads, found in part["threads"].items()
+    ]
+    return (
+        "\n*Share of its own products*: the step's own matrix products, as one ONNX file of nothing else, over the step, on "
+        "ONNX Runtime; processes of their own that take turns, medians of pairs.\n\n"
+        + table(["threads", "pairs", "step, ms", "its products, ms", "share"], lines)
+    )
 
 
 def _cold(part: Data) -> str:

@@ -101,9 +101,20 @@ def test_the_report_says_what_is_met_and_what_has_not_run(tmp_path, of_ideal, me
     text = speed_report.report(speed.collect(tmp_path, speed.all_parts(), quick=False), {})
     assert f"| measured/ideal, tiny-flux, hidden cut, 7 | ≥ 0.97 | ort {of_ideal:.3f} | {met} |" in text
     assert ("Not met by any back end" in text) == (met == "no")
-    assert "| ort, hidden cut, 7 | 1000 | 0 | 5: 8 | 0.20 % | – | 1 |" in text
+    assert "| ort, hidden cut, 7 | 1000 | – | 0 | 5: 8 | 0.20 % | – | 1 |" in text
     assert "Parts that have not run: bundles-tiny-flux-ort" in text
     assert "Nothing has run on a GPU" in text
+
+
+def test_the_share_of_the_products_stands_beside_the_step_that_has_as_many_threads(tmp_path):
+    found = {"pairs": 30, "step_ms": spread(6.0), "products_ms": spread(3.9), "share": spread(0.65)}
+    products = {"case": "tiny-flux", "facts": FACTS, "wall_seconds": 1.0,
+                "threads": {"1": {**found, "share": spread(0.83)}, "2": found}}  # fmt: skip
+    (tmp_path / "products-tiny-flux.json").write_text(json.dumps(products))
+    (tmp_path / "pairs-tiny-flux-ort.json").write_text(json.dumps(pair_part(0.98)))
+    text = speed_report.report(speed.collect(tmp_path, speed.all_parts(), quick=False), {})
+    assert "| ort, hidden cut, 7 | 1000 | 0.65 | 0 | 5: 8 |" in text
+    assert "| 1 | 30 | 6.00 | 3.90 | 0.830 |" in text
 
 
 def row(name, family, seconds, computed, *, beside=(), error=0.0):
