@@ -32,7 +32,7 @@ from cachec.compiler.request import make_request
 from cachec.passes import canonical_passes, run_passes
 from cachec.runtime.abi import MODEL
 from cachec.runtime.bundle import Bundle
-from cachec.runtime.files import replace_file
+from cachec.runtime.files import write_file
 from cachec.runtime.noise import make_noise
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -182,7 +182,7 @@ def main(work: Path, out: Path | None, quick: bool) -> None:
     prompts = default_prompts("shapes", "eval")[: 2 if quick else NUM_PROMPTS]
     errors = {dtype: measure_errors(case, getattr(torch, dtype), prompts) for dtype in LOW}
     command = "python -m bench.engines" + " --quick" * quick
-    replace_file(out, report(builds, errors, len(prompts), command).encode())
+    write_file(out, report(builds, errors, len(prompts), command).encode())
     print(f"wrote {out}")
 
 

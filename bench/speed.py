@@ -17,7 +17,7 @@ import click
 
 from bench.plots import draw_plots
 from bench.speed_report import report
-from cachec.runtime.files import replace_file
+from cachec.runtime.files import write_file
 
 CASES = ("tiny-flux", "flux-shaped")
 BACKENDS = ("ort", "aoti", "inductor")
@@ -79,7 +79,7 @@ def run_part(part: Part, work: Path, *, quick: bool) -> float:
         tail = "\n".join(log.read_text().splitlines()[-15:])
         raise click.ClickException(f"{part.name} failed ({code}); go on with --keep once it is mended:\n{tail}")
     seconds = time.perf_counter() - start
-    replace_file(out, (json.dumps({**json.loads(raw.read_text()), "wall_seconds": seconds}, indent=1) + "\n").encode())
+    write_file(out, (json.dumps({**json.loads(raw.read_text()), "wall_seconds": seconds}, indent=1) + "\n").encode())
     raw.unlink()
     return seconds
 

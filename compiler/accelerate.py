@@ -4,11 +4,9 @@ The pipeline keeps its own loop and its own sampler; its transformer is replaced
 forecasts at the others.
 """
 
-import tempfile
 from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,6 +26,7 @@ from cachec.engines.torch_device import TorchDevice
 from cachec.runtime.device import CPU, DeviceName
 from cachec.runtime.engine import Engine
 from cachec.runtime.errors import InputError
+from cachec.runtime.files import temporary_folder
 from cachec.runtime.plan import ModelIO
 from cachec.runtime.program import UNCACHED, Program
 from cachec.runtime.session import Session
@@ -47,10 +46,10 @@ def accelerate_pipeline(model: LoadedModel, request: Request, *, compiled: bool 
         raise InputError("this pipeline is accelerated already: set pipe.transformer = pipe.transformer.original first")
     request = _fit_request(model, request)
     result = Compilation()
-    with tempfile.TemporaryDirectory(prefix="cachec-") as work:
+    with temporary_folder() as work:
         split = split_model(model, request.settings)
-        parameters = find_parameters(model, request, result, Path(work) / "training")
-        calibrations = find_calibrations(model, split, request, None, result, Path(work) / "calibration")
+        parameters = find_parameters(model, request, result, work / "training")
+        calibrations = find_calibrations(model, split, request, None, result, work / "calibration")
         forecast = add_forecast(model, split, request, parameters)
         graphs = engine_graphs(model, forecast, request.hoist, velocities=True, slots=request.slots)
         plans = plan_engines(graphs, model.example_inputs(request.settings), model.io.latents, request.settings.steps)

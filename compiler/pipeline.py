@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import logging
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -48,6 +47,7 @@ from cachec.runtime.errors import InputError, QualityError
 from cachec.runtime.noise import GENERATOR
 from cachec.runtime.program import UNCACHED, Program, ProgramKey, hash_sigmas
 from cachec.runtime.specs import Array
+from cachec.runtime.work import claim_work, remove_work
 from cachec.runtime.write import BundleWriter
 
 log = logging.getLogger(__name__)
@@ -95,8 +95,7 @@ def compile_bundle(model: LoadedModel, request: Request, out: Path, *, force: bo
 
 def _remove(works: Sequence[Path]) -> None:
     for work in works:
-        if work.exists():
-            shutil.rmtree(work)
+        remove_work(work)
 
 
 def _compile(model: LoadedModel, request: Request, out: Path, result: Compilation, *, force: bool) -> Bundle:
@@ -105,6 +104,7 @@ def _compile(model: LoadedModel, request: Request, out: Path, result: Compilatio
     timing = out.with_name(out.name + ".timing")
     result.works.append(timing)
     with BundleWriter(out, force=force) as writer, _Clock(result.seconds, STAGES) as clock, ExitStack() as stack:
+        stack.enter_context(claim_work(timing, "compilation"))
         given = read_calibration(model, request)
         split = split_model(model, request.settings, _observers(model, request))
         clock.lap()

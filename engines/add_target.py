@@ -16,6 +16,7 @@ from cachec.runtime.build_options import Sources, build_options
 from cachec.runtime.bundle import Bundle, Target
 from cachec.runtime.device import CUDA, DeviceName
 from cachec.runtime.errors import BundleError, InputError, OutputError
+from cachec.runtime.files import write_file
 from cachec.runtime.program import UNCACHED
 from cachec.runtime.sizes import check_max_batch, size_ranges
 from cachec.runtime.write import BundleAdder
@@ -106,14 +107,14 @@ def _sizes(bundle: Bundle, max_batch: int) -> Mapping[str, Any]:
 def _unpack_timing(bundle: Bundle, folder: Path) -> None:
     """Let builders find the kernel timings of the bundle."""
     for key, name in bundle.manifest.timing.items():
-        (folder / f"{key}.timing").write_bytes(bundle.path(name).read_bytes())
+        write_file(folder / f"{key}.timing", bundle.path(name).read_bytes())
 
 
 def _keep_timing_alone(writer: BundleAdder, folder: Path) -> None:
     """After a build that failed, which is what is to be said, even if the disk is full now."""
     try:
         _commit(writer, (), (), keep_timing(writer, folder))
-    except (OSError, OutputError) as error:
+    except OutputError as error:
         log.warning("kernel timings are lost: %s", error)
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Self
 from cachec.runtime.device import CUDA, Buffer, Device, DeviceName
 from cachec.runtime.engine import HOST, NOTHING, Call, Engine, ExecutionContext, check_bindings
 from cachec.runtime.errors import BundleError, EngineError, InputError, missing_extra
+from cachec.runtime.files import writing
 from cachec.runtime.specs import Signature
 
 if importlib.util.find_spec("torch") is None:
@@ -113,7 +114,8 @@ class AotiEngine(Engine):
             except (RuntimeError, OSError) as error:  # OSError: there is no CUDA toolkit (CUDA_HOME)
                 raise EngineError(f"AOTInductor cannot compile the {name} graph for {device}: {error}") from error
         path = out / FILE
-        package_pt2(str(path), aoti_files=compiled)
+        with writing(path, RuntimeError):  # which torch's writer raises on a full disk
+            package_pt2(str(path), aoti_files=compiled)
         return dict.fromkeys(programs, path)
 
 

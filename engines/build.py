@@ -13,6 +13,7 @@ from cachec.runtime.bundle import ANY_DEVICE, Artifact, Target
 from cachec.runtime.device import DeviceName
 from cachec.runtime.engine import HOST, Engine
 from cachec.runtime.errors import InputError
+from cachec.runtime.work import LOCK
 from cachec.runtime.write import Collector
 
 log = logging.getLogger(__name__)
@@ -106,6 +107,5 @@ def seal_all(writer: Collector, directory: Path) -> None:
 
 def keep_timing(writer: Collector, folder: Path) -> dict[str, str]:
     """Collect kernel timings; returns their files in the bundle, by the machine that they are of."""
-    if not folder.is_dir():
-        return {}
-    return {path.stem: writer.add_bytes(f"{TIMING}/{path.name}", path.read_bytes()) for path in sorted(folder.iterdir())}
+    found = sorted(path for path in folder.glob("*") if path.name != LOCK)
+    return {path.stem: writer.add_bytes(f"{TIMING}/{path.name}", path.read_bytes()) for path in found}

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 from cachec.runtime.device import CPU, Buffer, Device, DeviceName
 from cachec.runtime.engine import HOST, NOTHING, Call, Engine, ExecutionContext, check_bindings
 from cachec.runtime.errors import BundleError, missing_extra
+from cachec.runtime.files import writing
 from cachec.runtime.specs import Signature
 
 if importlib.util.find_spec("torch") is None:
@@ -84,7 +85,8 @@ class EagerEngine(Engine):
         for name, program in programs.items():
             paths[name] = out / f"{name}.pt2"
             program.example_inputs = None  # they would be stored as a pickle
-            torch.export.save(program, paths[name])
+            with writing(paths[name], RuntimeError):  # which torch's writer raises on a full disk
+                torch.export.save(program, paths[name])
         return paths
 
 

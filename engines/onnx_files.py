@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cachec.runtime.errors import missing_extra
+from cachec.runtime.files import writing
 from cachec.runtime.specs import Signature
 
 if TYPE_CHECKING:
@@ -50,7 +51,8 @@ def build_onnx(programs: Mapping[str, "ExportedProgram"], signatures: Mapping[st
         for value, tensor in weights[name].items():
             model.graph.initializers[value].const_value = tensor
         paths[name] = out / f"{name}.onnx"
-        onnx_ir.save(model, paths[name])
+        with writing(paths[name]):
+            onnx_ir.save(model, paths[name])
     return paths
 
 
@@ -78,7 +80,7 @@ def _share_weights(models: Mapping[str, Any], out: Path) -> dict[str, dict[str, 
     wanted: dict[str, dict[str, tuple[Any, str]]] = {}
     whole = hashlib.sha256()
     unnamed = out / "weights.part"
-    with unnamed.open("wb") as file:
+    with writing(unnamed), unnamed.open("wb") as file:
         for name, model in models.items():
             wanted[name] = {}
             for key, value in model.graph.initializers.items():
@@ -95,7 +97,8 @@ def _share_weights(models: Mapping[str, Any], out: Path) -> dict[str, dict[str, 
                         file.write(part)
                 wanted[name][key] = (tensor, digest)
     file_name = f"weights-{whole.hexdigest()[:16]}.bin"
-    unnamed.rename(out / file_name)
+    with writing(out / file_name):
+        unnamed.rename(out / file_name)
     return {
         name: {
             key: onnx_ir.ExternalTensor(

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from cachec.engines.tensorrt_library import Reports, dtypes_of, reports_of
 from cachec.runtime.build_options import BuildOptions, SizeRange
 from cachec.runtime.errors import EngineError, InputError
-from cachec.runtime.files import replace_file
+from cachec.runtime.files import write_file
 from cachec.runtime.specs import Signature, TensorSpec
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class EngineBuilder:
             plan = self._run(draft, name)
         if plan is None:
             raise reports_of(self.library).error(f"build the {name} engine")
-        replace_file(out, memoryview(plan))
+        write_file(out, memoryview(plan))
         seconds = time.perf_counter() - start
         log.info("%s: %d layers, %.1f MB, %.1f s", name, draft.network.num_layers, plan.nbytes / 1e6, seconds)
 
@@ -137,8 +137,7 @@ class EngineBuilder:
         try:
             yield
         finally:
-            self.timing.parent.mkdir(parents=True, exist_ok=True)
-            replace_file(self.timing, memoryview(config.get_timing_cache().serialize()))
+            write_file(self.timing, memoryview(config.get_timing_cache().serialize()))
 
     def _run(self, draft: "Draft", name: str) -> "trt.IHostMemory | None":
         """Build in a thread, so that this one hears Ctrl-C; the builder then stops at its next step."""

@@ -19,6 +19,7 @@ from cachec.runtime.build_options import BuildOptions, SizeRange, Sources
 from cachec.runtime.device import DeviceName
 from cachec.runtime.engine import DEFAULTS, HOST
 from cachec.runtime.errors import EngineError, InputError, MissingExtraError, missing_extra
+from cachec.runtime.files import write_file, writing
 from cachec.runtime.specs import Signature, TensorSpec
 
 if TYPE_CHECKING:
@@ -117,14 +118,15 @@ def _convert(
         check_outputs(name, program)
         inputs = {spec.name: _input(builder, spec, options.sizes) for spec in signatures[name].inputs}
         if timing is not None:
-            timing.parent.mkdir(parents=True, exist_ok=True)
+            with writing(timing):
+                timing.parent.mkdir(parents=True, exist_ok=True)
         try:
             plan = builder.dynamo.convert_exported_program_to_serialized_trt_engine(
                 move_to_device_pass(program, str(device)), arg_inputs=[], kwarg_inputs=inputs, **settings
             )
         except Exception as error:  # its exceptions share no base class but Exception
             raise EngineError(f"Torch-TensorRT cannot build the {name} engine: {' '.join(str(error).split())}") from error
-        files[name].write_bytes(plan)
+        write_file(files[name], plan)
     return dict(files)
 
 

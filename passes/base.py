@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from cachec.runtime.errors import PassError, PredictorError
+from cachec.runtime.files import write_file
 
 
 @dataclass(frozen=True)
@@ -118,10 +119,8 @@ def dump_to(directory: Path, *, start: int = 0) -> Observer:
     """An observer that writes the readable graphs after each pass, in files numbered from ``start``."""
 
     def observe(index: int, one: Pass, result: PassResult) -> None:
-        directory.mkdir(parents=True, exist_ok=True)
         for name, module in result.graphs.modules.items():
-            path = directory / f"{start + index:02d}-{one.name}.{name}.txt"
-            path.write_text(graph_text(module))
+            write_file(directory / f"{start + index:02d}-{one.name}.{name}.txt", graph_text(module).encode())
 
     return observe
 

@@ -14,8 +14,8 @@ from typing import Any
 
 from safetensors.numpy import load_file
 
-from cachec.runtime.errors import BundleError, unknown_name
-from cachec.runtime.files import cache_folder, hash_file, replace_file
+from cachec.runtime.errors import BundleError, OutputError, in_one_line, shortened, unknown_name
+from cachec.runtime.files import cache_folder, hash_file, write_file
 from cachec.runtime.program import Program
 from cachec.runtime.specs import Signature
 
@@ -167,16 +167,16 @@ class Bundle:
         return bundle
 
     def path(self, name: str) -> Path:
-        """The file ``name`` of the manifest, if it lies inside the bundle."""
-        pure = PurePosixPath(name)
-        if pure.is_absolute() or ".." in pure.parts or "\\" in name or ":" in name:
-            raise BundleError(f"manifest names {name!r}, which leaves the bundle: do not trust this bundle")
-        path = self.root.joinpath(*pure.parts)
-        if not path.resolve().is_relative_to(self.root.resolve()):
-            raise BundleError(f"manifest names {name!r}, a link that leaves the bundle: do not trust this bundle")
+        """The file ``name`` of the manifest.
+
+        The name lies inside the bundle; the file may be a link to elsewhere, as in the Hugging Face Hub's cache, for its
+        content is checked by its hash.
+        """
+        if not is_inside(name):
+            raise BundleError(f"manifest names {shortened(name)}, which leaves the bundle: do not trust this bundle")
         if name not in self.manifest.files:
-            raise BundleError(f"{name!r} is used by the bundle but not listed with a hash: compile it again")
-        return path
+            raise BundleError(f"{shortened(name)} is used by the bundle but not listed with a hash: compile it again")
+        return self.root.joinpath(*PurePosixPath(name).parts)
 
     def program(self, level: str = "default") -> Program:
         """The program of a quality level."""
@@ -197,6 +197,12 @@ class Bundle:
         return _read_manifest(root)
 
 
+def is_inside(name: str) -> bool:
+    """Is ``name`` the name of a file in a bundle, on every system: relative, without ``..``, drives and backslashes?"""
+    pure = PurePosixPath(name)
+    return bool(pure.parts) and not (pure.is_absolute() or ".." in pure.parts or any(c in name for c in "\\:\0"))
+
+
 def _read_manifest(root: Path) -> Manifest:
     path = root / MANIFEST
     if not root.is_dir():
@@ -208,23 +214,23 @@ def _read_manifest(root: Path) -> Manifest:
         if not isinstance(data, dict):
             raise BundleError(f"{path} is not a JSON object")
         return Manifest.from_json(data)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BundleError(f"{path} does not read as a manifest ({error}): compile the bundle again") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise BundleError(f"{path} does not read as a manifest ({in_one_line(error)}): compile the bundle again") from error
 
 
 def _check_file(path: Path, entry: Mapping[str, Any], *, verify: bool) -> None:
     if not path.is_file():
         raise BundleError(f"{path} is missing from the bundle: copy the whole directory, or compile it again")
-    stat = path.stat()
+    stat, known_as = path.stat(), _memory_key(path)
     if stat.st_size != entry["bytes"]:
         raise BundleError(f"{path} has {stat.st_size} bytes, the manifest says {entry['bytes']}: the copy is incomplete")
     remembered = stat.st_size > LARGE_FILE_BYTES and not verify
-    if remembered and _known_hashes().get(_memory_key(path)) == entry["sha256"]:
+    if remembered and _known_hashes().get(known_as) == entry["sha256"]:
         return
     if hash_file(path) != entry["sha256"]:
         raise BundleError(f"{path} does not match its SHA-256: it was altered or damaged. Compile the bundle again")
     if stat.st_size > LARGE_FILE_BYTES:
-        _remember_hash(path, entry["sha256"])
+        _remember_hash(known_as, entry["sha256"])
 
 
 def _memory_file() -> Path:
@@ -232,8 +238,9 @@ def _memory_file() -> Path:
 
 
 def _memory_key(path: Path) -> str:
+    """What a file is known by: where it lies, behind all links, and which file that is, of which size and time."""
     stat = path.stat()
-    return f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
+    return f"{path.resolve()}:{stat.st_ino}:{stat.st_size}:{stat.st_mtime_ns}"
 
 
 def _known_hashes() -> dict[str, str]:
@@ -245,11 +252,8 @@ def _known_hashes() -> dict[str, str]:
     return known if isinstance(known, dict) else {}
 
 
-def _remember_hash(path: Path, digest: str) -> None:
-    memory = _memory_file()
-    known = {**_known_hashes(), _memory_key(path): digest}
+def _remember_hash(key: str, digest: str) -> None:
     try:
-        memory.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(memory, json.dumps(known).encode())
-    except OSError as error:  # a read-only home: the file is hashed again next time
-        log.info("cannot remember the hash of %s: %s", path, error)
+        write_file(_memory_file(), json.dumps({**_known_hashes(), key: digest}).encode())
+    except OutputError as error:  # a read-only home: the file is hashed again next time
+        log.info("the hash of %s is not remembered: %s", key, error)

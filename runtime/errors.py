@@ -69,12 +69,30 @@ class QualityError(CachecError):
     exit_code: ClassVar[int] = 10
 
 
+def shortened(value: object, limit: int = 80) -> str:
+    """``value`` as ``repr`` writes it, for a message: at most ``limit`` characters, and then how many there are."""
+    text = repr(value)
+    return text if len(text) <= limit else f"{text[:limit]}… ({len(text)} characters)"
+
+
+def in_one_line(error: BaseException, limit: int = 200) -> str:
+    """What an error says, for a message: in one line of at most ``limit`` characters; its name if it says nothing."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else f"{text[:limit]}…"
+
+
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> InputError:
     """An error for a name that is not among ``known``, with the nearest one suggested."""
     known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
-    return InputError(f"unknown {kind} {name!r}.{hint} Known: {', '.join(known)}.")
+    close = difflib.get_close_matches(name[:200], known, n=1)
+    hint = f" Did you mean {shortened(close[0])}?" if close else ""
+    listed = ", ".join(one if len(one) < 80 else shortened(one) for one in known[:40])
+    return InputError(f"unknown {kind} {shortened(name)}.{hint} Known: {listed}{', …' if len(known) > 40 else ''}.")
+
+
+def cannot_be_pickled(what: str, instead: str) -> InputError:
+    """An error for what lives in this process only: memory of a device, objects of a library."""
+    return InputError(f"{what} cannot be pickled or copied, it belongs to this process: {instead}")
 
 
 def missing_extra(package: str, extra: str, purpose: str) -> MissingExtraError:

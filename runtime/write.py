@@ -5,16 +5,18 @@ import os
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from safetensors.numpy import save
 
-from cachec.runtime.bundle import FORMAT, MANIFEST, Bundle, Manifest
+from cachec.runtime.bundle import FORMAT, MANIFEST, Bundle, Manifest, is_inside
 from cachec.runtime.errors import OutputError
-from cachec.runtime.files import hash_file, replace_file
+from cachec.runtime.files import hash_file, write_file, writing
 from cachec.runtime.program import Program
+from cachec.runtime.work import LOCK, fresh_folder, holding
 
 STAGING = ".adding"  # folder in a bundle that is being added to
 COLLECTED = ("engines", "timing")  # folders of a bundle in which nothing lies that the manifest does not list
@@ -35,23 +37,26 @@ class Collector(ABC):
     def directory(self, name: str) -> Path:
         """A directory of the bundle, to put files into."""
         path = self.staging / name
-        path.mkdir(parents=True, exist_ok=True)
+        with writing(path):
+            path.mkdir(parents=True, exist_ok=True)
         return path
 
     def seal(self, path: Path) -> str:
         """Name a collected file by its hash and list it; returns its name in the bundle."""
-        digest = hash_file(path)
-        named = path if digest[:16] in path.name else path.with_name(f"{path.stem}-{digest[:16]}{path.suffix}")
-        path.rename(named)
-        name = self.name_of(named)
-        self.files[name] = {"bytes": named.stat().st_size, "sha256": digest}
+        with writing(path):
+            digest = hash_file(path)
+            named = path if digest[:16] in path.name else path.with_name(f"{path.stem}-{digest[:16]}{path.suffix}")
+            path.rename(named)
+            name = self.name_of(named)
+            self.files[name] = {"bytes": named.stat().st_size, "sha256": digest}
         return name
 
     def add_bytes(self, name: str, content: bytes) -> str:
         """Collect a file with ``content``; returns its name in the bundle."""
         path = self.staging / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
         return self.seal(path)
 
     def add_program(self, level: str, program: Program) -> dict[str, str]:
@@ -67,66 +72,68 @@ class Collector(ABC):
         """Move the files in, then the manifest; then remove what it no longer names."""
 
     def _move_in(self, manifest: Manifest) -> None:
-        try:
+        with writing(self.out):
             for name in [name for name in self.files if (self.staging / name).exists()]:
                 target = self.out / name
-                target.parent.mkdir(parents=True, exist_ok=True)
+                self._make_folder(target.parent)
                 os.replace(self.staging / name, target)
-            replace_file(self.out / MANIFEST, json.dumps(manifest.to_json(), indent=1).encode())
-        except OSError as error:
-            raise OutputError(f"cannot write the bundle to {self.out}: {error}") from error
+            for left in self.out.glob(f".{MANIFEST}.*"):  # by who was killed here
+                left.unlink()
+            write_file(self.out / MANIFEST, json.dumps(manifest.to_json(), indent=1).encode())
+
+    def _make_folder(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        if folder.resolve() != folder:
+            raise OutputError(
+                f"{folder} is a link to {folder.resolve()}, which is left alone: copy the bundle with its links resolved "
+                "(cp -rL), or choose another place with -o"
+            )
 
     def _remove(self, names: Iterable[str]) -> None:
-        for name in sorted(names):
-            (self.out / name).unlink(missing_ok=True)
-            parent = (self.out / name).parent
-            while parent != self.out and not any(parent.iterdir()):
-                parent.rmdir()
-                parent = parent.parent
+        with writing(self.out):
+            for name in sorted(names):
+                path = self.out / name
+                if path.parent.resolve() != path.parent:  # behind a link to another place
+                    continue
+                path.unlink(missing_ok=True)
+                while path.parent != self.out and path.parent.is_dir() and not any(path.parent.iterdir()):
+                    path = path.parent
+                    path.rmdir()
 
 
 class BundleWriter(Collector):
-    """Makes a bundle; a context manager. Files are collected in a hidden directory beside ``out``.
+    """Makes a bundle; a context manager. Files are collected in a hidden directory beside ``out``, of a random name.
 
-    Leaving the block without :meth:`commit` removes everything that was collected; a process that is killed leaves the hidden
-    directory, which the next build into the same place removes.
+    Several may make the same bundle at once: each is whole, and the last one stays. Leaving the block without :meth:`commit`
+    removes everything that was collected; what a killed process leaves goes with the next build into the same place.
     """
 
     def __init__(self, out: Path, *, force: bool) -> None:
         check_output(out, force=force)
-        self.out = out
+        self.out = out.resolve()
         self._force = force
-        self._prefix = f".{out.name}.building-"
-        self.staging = out.parent / f"{self._prefix}{os.getpid()}"
+        self._stack = ExitStack()
         self.files = {}
 
     def __enter__(self) -> Self:
-        try:
-            self.out.parent.mkdir(parents=True, exist_ok=True)
-            for path in list(self.out.parent.iterdir()):
-                owner = path.name.removeprefix(self._prefix)
-                if path.name.startswith(self._prefix) and owner.isdigit() and not _is_other_process(int(owner)):
-                    shutil.rmtree(path)
-            self.staging.mkdir()
-        except OSError as error:
-            raise OutputError(f"cannot write to {self.out.parent}: {error}. Choose another place with -o") from error
+        self.staging = self._stack.enter_context(fresh_folder(self.out.parent, f".{self.out.name}.building-"))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        shutil.rmtree(self.staging, ignore_errors=True)
+        self._stack.close()
 
     def commit(self, manifest: Manifest) -> None:
-        check_output(self.out, force=self._force)
-        replaced = _listed_files(self.out)
-        self._move_in(manifest)
-        self._remove(replaced - set(manifest.files))
+        with _committing(self.out):
+            check_output(self.out, force=self._force)
+            replaced = _listed_files(self.out)
+            self._move_in(manifest)
+            self._remove(replaced - set(manifest.files))
 
 
 class BundleAdder(Collector):
     """Adds to a bundle that exists; a context manager. ``bundle`` is as it was when the lock was had.
 
-    The lock is on the directory itself and goes with the process, however that ends; one process at a time has it, also on
-    machines that share the disk. Files are collected inside the bundle; what a killed process left there is removed.
+    One process at a time adds to a bundle. Files are collected inside it; what a killed process left there is removed.
 
     Raises:
         BundleError: there is no bundle, or it is damaged.
@@ -136,72 +143,66 @@ class BundleAdder(Collector):
     def __init__(self, root: Path) -> None:
         self.out = root.resolve()
         self.staging = self.out / STAGING
-        self._lock: int | None = None
+        self._stack = ExitStack()
 
     def __enter__(self) -> Self:
-        if not self.out.is_dir():
-            Bundle.open(self.out)  # which says what is wrong
-        try:
-            self._lock = _lock_directory(self.out)
+        Bundle.read_manifest(self.out)  # so that nothing is made in what is no bundle
+        with ExitStack() as stack:
+            stack.enter_context(holding(self.staging / LOCK, f"another process is adding a target to {self.out}"))
+            stack.callback(shutil.rmtree, self.staging, ignore_errors=True)
+            self._clear()
             self.bundle = Bundle.open(self.out)
-            shutil.rmtree(self.staging, ignore_errors=True)
-            self.staging.mkdir()
-        except BlockingIOError as error:
-            raise OutputError(f"another process is adding a target to {self.out}: wait until it is done") from error
-        except OSError as error:
-            self._unlock()
-            raise OutputError(f"cannot write to the bundle {self.out}: {error}. Add to a copy of it") from error
-        except BaseException:  # a damaged bundle: whoever mends it must not find it locked by this process
-            self._unlock()
-            raise
+            self._stack = stack.pop_all()
         self.files = {name: dict(entry) for name, entry in self.bundle.manifest.files.items()}
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        shutil.rmtree(self.staging, ignore_errors=True)
-        self._unlock()
+    def _clear(self) -> None:
+        with writing(self.staging):
+            for path in self.staging.iterdir():
+                if path.is_dir():
+                    shutil.rmtree(path)
+                elif path.name != LOCK:
+                    path.unlink()
 
-    def _unlock(self) -> None:
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._stack.close()
 
     def commit(self, manifest: Manifest) -> None:
-        if Bundle.read_manifest(self.out) != self.bundle.manifest:
-            raise OutputError(f"{self.out} was replaced meanwhile, by cachec compile --force: add the target again")
-        self._move_in(manifest)
-        found = {self.name_of(path) for folder in COLLECTED for path in (self.out / folder).rglob("*") if path.is_file()}
-        listed = {name for name in self.bundle.manifest.files if (self.out / name).is_file()}
-        self._remove((found | listed) - set(manifest.files))
+        with _committing(self.out):
+            if Bundle.read_manifest(self.out) != self.bundle.manifest:
+                raise OutputError(f"{self.out} was replaced meanwhile, by cachec compile --force: add the target again")
+            self._move_in(manifest)
+            found = {self.name_of(path) for folder in COLLECTED for path in (self.out / folder).rglob("*") if path.is_file()}
+            listed = {name for name in self.bundle.manifest.files if (self.out / name).is_file()}
+            self._remove((found | listed) - set(manifest.files))
 
 
-def _lock_directory(path: Path) -> int | None:
-    """A descriptor whose lock no other process has; ``BlockingIOError`` if one has it. Windows has no such locks."""
-    try:
-        import fcntl
-    except ImportError:
-        return None
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BaseException:
-        os.close(descriptor)
-        raise
-    return descriptor
+def _committing(out: Path) -> AbstractContextManager[None]:
+    """While files are moved into a bundle, nobody else moves any."""
+    return holding(out / LOCK, f"another process is writing the bundle {out}", wait=True)
 
 
 def check_output(out: Path, *, force: bool) -> None:
     """Raise ``OutputError`` if ``out`` exists and may not be replaced."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+    if not out.exists():
         return
     if not out.is_dir():
         raise OutputError(f"{out} is a file: choose another place with -o")
+    with writing(out):
+        names = {path.name for path in out.iterdir() if not _is_ours_for_a_while(path.name)}
+    if not names:
+        return
     is_bundle = _is_bundle(out)
-    if not is_bundle and not all(p.name in ("engines", "programs", "predictor", "timing") for p in out.iterdir()):
+    if not is_bundle and not names <= {"engines", "programs", "predictor", "timing"}:
         raise OutputError(f"{out} is a directory with other things in it; cachec will not replace it. Choose another with -o")
     if not force:
         kind = "is a bundle already" if is_bundle else "holds an interrupted build"
         raise OutputError(f"{out} {kind}: pass --force to replace it, or choose another place with -o")
+
+
+def _is_ours_for_a_while(name: str) -> bool:
+    """Is it a name that is in a bundle only while it is written, or left by who was killed then?"""
+    return name in (LOCK, STAGING) or name.startswith(f".{MANIFEST}.")
 
 
 def _is_bundle(out: Path) -> bool:
@@ -217,17 +218,4 @@ def _listed_files(out: Path) -> set[str]:
     if not _is_bundle(out):
         return set()
     files = json.loads((out / MANIFEST).read_text(encoding="utf-8")).get("files", {})
-    return {name for name in files if (out / name).resolve().is_relative_to(out.resolve())}
-
-
-def _is_other_process(pid: int) -> bool:
-    """True for the number of a live process that is not this one (in a container, a killed build often had ours)."""
-    if pid == os.getpid():
-        return False
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+    return {name for name in files if is_inside(name)} if isinstance(files, dict) else set()

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Literal
 
 from cachec.runtime.errors import InputError
+from cachec.runtime.files import read_text_file
 
 DIRECTORY = Path(__file__).parent / "prompts"
 
@@ -17,13 +18,9 @@ def read_prompts(path: Path) -> list[str]:
     """One prompt a line; empty lines are skipped.
 
     Raises:
-        InputError: the file is missing, or holds no prompt.
+        InputError: the file is missing, is not UTF-8, or holds no prompt.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"prompts file {path} cannot be read: {error}") from error
-    prompts = [line.strip() for line in lines if line.strip()]
+    prompts = [line.strip() for line in read_text_file(path, "prompts file").split("\n") if line.strip()]
     if not prompts:
         raise InputError(f"prompts file {path} holds no prompt: write one prompt a line")
     return prompts

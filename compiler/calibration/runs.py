@@ -17,7 +17,7 @@ from cachec.compiler.tables.coefficients import AdvanceTable, ForecastTable, Tab
 from cachec.passes import Graphs
 from cachec.passes.base import placeholders
 from cachec.runtime.abi import COMPUTE, FEATURE, FORECAST, VELOCITY
-from cachec.runtime.files import replace_file
+from cachec.runtime.files import write_file
 from cachec.runtime.noise import NUM_SEEDS, make_noise
 
 CHUNK = 16  # prompts a batch
@@ -119,7 +119,7 @@ def record_trajectories(
     for start in tqdm(starts, desc=f"uncached runs of {len(prompts)} prompts", unit="batch"):
         path = work / f"trajectories-{start:04d}.safetensors"
         if not path.exists():
-            replace_file(path, save(_record(model, denoiser, settings, prompts[start : start + CHUNK], seed, start)))
+            write_file(path, save(_record(model, denoiser, settings, prompts[start : start + CHUNK], seed, start)))
         chunks.append(load_file(path))
     joined = {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
     conditions = {name: joined[name] for name in model.io.conditions}

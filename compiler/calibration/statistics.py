@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,11 @@ from tqdm import tqdm
 from cachec.compiler.calibration.runs import TRAINING_SEED_BASE, Denoiser
 from cachec.compiler.models.base import LoadedModel, Settings, check_prompts, tensors_from
 from cachec.passes import Graphs
-from cachec.runtime.errors import InputError, OutputError
-from cachec.runtime.files import replace_file, write_file
+from cachec.runtime.errors import InputError
+from cachec.runtime.files import write_file
 from cachec.runtime.noise import NUM_SEEDS, make_noise
 from cachec.runtime.program import hash_sigmas
+from cachec.runtime.work import claim_work
 
 log = logging.getLogger(__name__)
 
@@ -125,6 +127,7 @@ def record_statistics(
 
     Raises:
         InputError: a run gives NaN or infinity, or ``work`` holds another calibration.
+        OutputError: another process calibrates in ``work``, or it cannot be written.
     """
     check_prompts(prompts)
     settings = replace(settings, dtype="float32")
@@ -142,11 +145,13 @@ def record_statistics(
         "feature_tokens": str(plan.feature_tokens),
         "format": FORMAT,
     }
-    if work is not None:
-        _claim(work, {**facts, "chunk": str(plan.chunk)})  # batches of another size would not line up
     recorder = _Recorder(model, split, settings, plan, reference_steps, seed)
     chunks = []
-    with tqdm(total=plan.evaluations, desc="calibrating", unit="evaluation", disable=None) as bar:
+    claimed = {**facts, "chunk": str(plan.chunk)}  # batches of another size would not line up
+    with (
+        nullcontext() if work is None else claim_work(work, "calibration", claimed),
+        tqdm(total=plan.evaluations, desc="calibrating", unit="evaluation", disable=None) as bar,
+    ):
         for start in range(0, len(prompts), plan.chunk):
             path = None if work is None else work / f"runs-{start:04d}.safetensors"
             if path is not None and path.exists():
@@ -155,7 +160,7 @@ def record_statistics(
                 continue
             chunks.append(recorder.record(prompts[start : start + plan.chunk], start, bar))
             if path is not None:
-                replace_file(path, save(chunks[-1]))
+                write_file(path, save(chunks[-1]))
     tensors = {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
     return _from_tensors(tensors, facts, "made now")
 
@@ -292,15 +297,3 @@ def _from_tensors(tensors: Mapping[str, torch.Tensor], facts: Mapping[str, str],
         facts=facts,
         origin=origin,
     )
-
-
-def _claim(work: Path, facts: Mapping[str, str]) -> None:
-    """Make ``work`` the place of this very calibration, or go on with it."""
-    path = work / "calibration.json"
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot write to {work.parent}: {error}. Choose another place with -o") from error
-    if path.exists() and json.loads(path.read_text(encoding="utf-8")) != dict(facts):
-        raise InputError(f"{work} holds an unfinished calibration with other settings: finish it, or remove that directory")
-    replace_file(path, json.dumps(dict(facts), indent=1).encode())

@@ -1,6 +1,5 @@
 """``cachec calibrate``: statistics of uncached runs, into a file."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from cachec.compiler.request import make_settings
 from cachec.runtime.errors import InputError
 from cachec.runtime.files import check_file
 from cachec.runtime.noise import check_seed
+from cachec.runtime.work import remove_work
 
 
 def calibrate_to_file(
@@ -56,7 +56,7 @@ def calibrate_to_file(
         model, split_model(model, settings), settings, chosen, reference_steps=reference_steps or 0, seed=seed, work=work
     )
     save_statistics(statistics, out)
-    shutil.rmtree(work)
+    remove_work(work)
     return [
         ("calibration", str(out)),
         ("prompts", str(len(chosen))),

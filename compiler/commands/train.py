@@ -1,12 +1,12 @@
 """``cachec train``: a predictor, into a file."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 from cachec.compiler.models import find_model, load_model
 from cachec.runtime.errors import PredictorError, need
 from cachec.runtime.files import check_file, write_file
+from cachec.runtime.work import remove_work
 
 
 def train_to_file(source: str, out: Path, *, force: bool, **options: Any) -> list[tuple[str, str]]:
@@ -33,6 +33,6 @@ def train_to_file(source: str, out: Path, *, force: bool, **options: Any) -> lis
     work = out.with_name(out.name + ".training")
     parameters = train_predictor(load_model(spec), request, work=work)
     write_file(out, predictor_bytes(parameters))
-    shutil.rmtree(work)
+    remove_work(work)
     facts = [(name, text) for name, text in parameters.facts.items() if name != "curve" and len(text) < 80]
     return [("predictor", str(out)), *facts]

@@ -25,6 +25,7 @@ from cachec.runtime.abi import FEATURES, FORECAST
 from cachec.runtime.device import DeviceName
 from cachec.runtime.engine import Engine
 from cachec.runtime.errors import InputError, unknown_name
+from cachec.runtime.files import writing
 from cachec.runtime.program import UNCACHED, Compute, Program, ProgramKey, hash_sigmas
 from cachec.runtime.session import LoadedBundle, Session
 
@@ -212,7 +213,8 @@ def _build_linear(loaded: LoadedBundle, model: LoadedModel, work: Path, stack: E
     settings, backend = settings_of(loaded.manifest), get_backend(loaded.target.backend)
     graphs = engine_graphs(model, linear_graphs(model, split_model(model, settings), settings), hoist="all")
     plans = plan_engines(graphs, model.example_inputs(settings), model.io.latents, settings.steps)
-    work.mkdir(parents=True, exist_ok=True)
+    with writing(work):
+        work.mkdir(parents=True, exist_ok=True)
     signatures = {plan.name: plan.signature for plan in plans}
     device = DeviceName.parse(loaded.engines["compute"].device.name)
     paths = backend.build({plan.name: plan.program for plan in plans}, signatures, work, device=device)

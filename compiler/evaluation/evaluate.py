@@ -7,12 +7,10 @@ Shapes: ``T`` steps, ``H``, ``W`` pixels.
 """
 
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,6 +30,7 @@ from cachec.compiler.evaluation.probe import SIDE, Probe, load_probe, parse_capt
 from cachec.compiler.evaluation.summary import Measured, summarize
 from cachec.compiler.models.base import LoadedModel, Settings, settings_of
 from cachec.runtime.errors import InputError
+from cachec.runtime.files import temporary_folder
 from cachec.runtime.noise import make_noise
 from cachec.runtime.program import UNCACHED, Program
 from cachec.runtime.session import LoadedBundle, Session
@@ -121,7 +120,7 @@ def evaluate(
     _check_fit(loaded, model)
     level, entries = compared_level(loaded, level), parse_against(against)
     with ExitStack() as stack:
-        work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="cachec-eval-")))
+        work = stack.enter_context(temporary_folder())
         rows = [*level_rows(loaded), *compared_rows(entries, loaded, model, level=level, work=work, stack=stack)]
         bench = _make_bench(loaded, model, rows)
         measured: dict[str, list[Measured]] = {name: [] for name in bench.denoisers}

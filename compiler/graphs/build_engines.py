@@ -1,7 +1,6 @@
 """From engine plans to engine files in a bundle, and loaded engines."""
 
 import logging
-import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,6 +16,7 @@ from cachec.runtime.build_options import BuildOptions, Sources
 from cachec.runtime.bundle import Target
 from cachec.runtime.device import DeviceName
 from cachec.runtime.engine import Engine
+from cachec.runtime.files import temporary_folder
 from cachec.runtime.write import Collector
 
 log = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ def load_engines(
         log.info("%s does not run on %s here: %s", fit.target, device, fit.reason)
     else:
         log.warning("no target runs on %s here, so levels are measured with PyTorch, op by op", device)
-        with tempfile.TemporaryDirectory() as folder:
-            files = EagerEngine.build(sources.programs(), sources.signatures, Path(folder), device=device)
+        with temporary_folder() as folder:
+            files = EagerEngine.build(sources.programs(), sources.signatures, folder, device=device)
             engines = EagerEngine.load(files, sources.signatures, device=device)
     return {name: stack.enter_context(engine) for name, engine in engines.items()}

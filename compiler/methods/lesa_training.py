@@ -22,7 +22,7 @@ from tqdm import tqdm
 from cachec.compiler.calibration.runs import Trajectories
 from cachec.compiler.methods.base import TrainingData
 from cachec.compiler.methods.lesa import WINDOWS, LesaPredictor
-from cachec.runtime.files import replace_file
+from cachec.runtime.files import write_file
 
 log = logging.getLogger(__name__)
 
@@ -210,7 +210,7 @@ class LesaTrainer:
         }
         buffer = io.BytesIO()
         torch.save(content, buffer)
-        replace_file(self._path, buffer.getvalue())
+        write_file(self._path, buffer.getvalue())
 
     def _load(self) -> None:
         content = torch.load(self._path, weights_only=True)

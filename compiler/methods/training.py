@@ -15,9 +15,9 @@ from cachec.compiler.methods.base import Method, Parameters, PredictorMethod, Tr
 from cachec.compiler.models.base import LoadedModel, Settings, check_prompts
 from cachec.compiler.request import Request
 from cachec.compiler.tables.schedule import Schedule
-from cachec.runtime.errors import InputError, OutputError, PredictorError
-from cachec.runtime.files import replace_file
+from cachec.runtime.errors import InputError, PredictorError
 from cachec.runtime.program import hash_sigmas
+from cachec.runtime.work import claim_work
 
 HELD_OUT_EVERY = 4  # every fourth prompt is kept from training and tells when to stop
 MIN_PROMPTS = 8
@@ -42,6 +42,7 @@ def train_predictor(model: LoadedModel, request: Request, *, work: Path) -> Para
 
     Raises:
         InputError: there are too few prompts, nothing to forecast, or ``work`` holds another training.
+        OutputError: another process trains in ``work``, or it cannot be written.
     """
     method, prompts, seed = request.method, request.prompts, request.seed
     schedule = request.schedule
@@ -52,14 +53,14 @@ def train_predictor(model: LoadedModel, request: Request, *, work: Path) -> Para
     if not schedule.forecast:
         raise InputError(f"all {settings.steps} steps are computed: there is nothing to forecast, so nothing to train")
     facts_of_run = {**training_facts(model, method, schedule, settings), "options": json.dumps(method.options())}
-    _claim(work, {**facts_of_run, "prompts": _hash(prompts), "seed": str(seed)})
-    denoiser = Denoiser(model, split_model(model, settings), settings)
-    runs = record_trajectories(model, denoiser, settings, prompts, seed=seed, work=work)
-    held_out = torch.arange(len(prompts)) % HELD_OUT_EVERY == 0
-    data = TrainingData(
-        denoiser, runs.select(torch.where(~held_out)[0]), runs.select(torch.where(held_out)[0]), schedule, seed, work
-    )
-    tensors, facts = method.fit(data)
+    with claim_work(work, "training", {**facts_of_run, "prompts": _hash(prompts), "seed": str(seed)}):
+        denoiser = Denoiser(model, split_model(model, settings), settings)
+        runs = record_trajectories(model, denoiser, settings, prompts, seed=seed, work=work)
+        held_out = torch.arange(len(prompts)) % HELD_OUT_EVERY == 0
+        data = TrainingData(
+            denoiser, runs.select(torch.where(~held_out)[0]), runs.select(torch.where(held_out)[0]), schedule, seed, work
+        )
+        tensors, facts = method.fit(data)
     facts = {
         **training_facts(model, method, schedule, settings),
         **facts,
@@ -80,22 +81,6 @@ def check_training_prompts(prompts: Sequence[str]) -> None:
     check_prompts(prompts)
     if len(prompts) < MIN_PROMPTS:
         raise InputError(f"{len(prompts)} prompts are too few to train and to hold some out: give at least {MIN_PROMPTS}")
-
-
-def _claim(work: Path, facts: dict[str, str]) -> None:
-    """Make ``work`` the place of this very training, or go on with it.
-
-    Raises:
-        InputError: it holds another training.
-    """
-    path = work / "training.json"
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot write to {work.parent}: {error}. Choose another place with -o") from error
-    if path.exists() and json.loads(path.read_text()) != facts:
-        raise InputError(f"{work} holds an unfinished training with other settings: finish it, or remove that directory")
-    replace_file(path, json.dumps(facts, indent=1).encode())
 
 
 def _hash(prompts: Sequence[str]) -> str:

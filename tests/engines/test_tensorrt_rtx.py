@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from contextlib import contextmanager
 from pathlib import Path
 
 import onnx
@@ -25,6 +26,7 @@ from cachec.runtime.build_options import BuildOptions
 from cachec.runtime.bundle import Bundle
 from cachec.runtime.errors import BundleError, EngineError, InputError, OutputError
 from cachec.runtime.sizes import size_ranges
+from cachec.runtime.work import holding
 
 rtx = pytest.importorskip("tensorrt_rtx_bindings", reason="the extra rtx is not installed")
 SIZES = size_ranges(STEPS, 4)
@@ -194,16 +196,17 @@ def test_impossible_wishes_leave_the_bundle_alone(bundle, names, options, messag
 
 
 HOLDER = (
-    "import fcntl, os, sys, time\n"
-    "fcntl.flock(os.open(sys.argv[1], os.O_RDONLY), fcntl.LOCK_EX)\n"
-    "print(flush=True)\n"
-    "time.sleep(60)\n"
+    "import sys, time\n"
+    "from pathlib import Path\n"
+    "from cachec.runtime.write import BundleAdder\n"
+    "with BundleAdder(Path(sys.argv[1])):\n"
+    "    print(flush=True)\n"
+    "    time.sleep(60)\n"
 )
 
 
 def test_only_one_process_adds_to_a_bundle(bundle, monkeypatch):
     """However its path is written; a process that is killed blocks nobody."""
-    (bundle / ".adding").mkdir()  # what it leaves
     link = bundle.with_name("link.cachec")
     link.symlink_to(bundle)
     with subprocess.Popen([sys.executable, "-c", HOLDER, str(bundle)], stdout=subprocess.PIPE) as holder:
@@ -235,11 +238,13 @@ def test_what_another_process_added_meanwhile_stays(bundle, monkeypatch):
     add_targets(other, ["tensorrt-rtx"])
     added = Bundle.open(other).manifest
 
-    def late(path, real=write._lock_directory):
+    @contextmanager
+    def late(path, busy, *, wait=False):
         shutil.copytree(other, bundle, dirs_exist_ok=True)
-        return real(path)
+        with holding(path, busy, wait=wait):
+            yield
 
-    monkeypatch.setattr(write, "_lock_directory", late)
+    monkeypatch.setattr(write, "holding", late)
     with pytest.raises(OutputError, match="already: pass --force"):
         add_targets(bundle, ["tensorrt-rtx"])
     assert Bundle.open(bundle, verify=True).manifest == added

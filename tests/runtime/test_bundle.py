@@ -2,7 +2,6 @@ import json
 import os
 import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +10,7 @@ from toy_bundle import SCHEDULE, STEPS
 import cachec
 from cachec.runtime.bundle import ANY_DEVICE, MANIFEST, Bundle, Manifest, Target
 from cachec.runtime.errors import BundleError, InputError
-from cachec.runtime.files import hash_file, replace_file
+from cachec.runtime.files import hash_file
 
 KINDS = [
     "manifest.json",
@@ -152,15 +151,49 @@ def test_a_path_that_leaves_the_bundle_is_refused(bundle, name):
         Bundle.open(bundle)
 
 
-@pytest.mark.parametrize("levels", [0, 1], ids=["file", "directory"])
-def test_a_link_that_leaves_the_bundle_is_refused(bundle, levels):
-    path = only(bundle, "default*.safetensors")
-    linked = (path, *path.parents)[levels]
-    outside = bundle.parent / "outside"
-    linked.rename(outside)
-    linked.symlink_to(outside, target_is_directory=outside.is_dir())
-    with pytest.raises(BundleError, match="a link that leaves the bundle"):
-        Bundle.open(bundle)
+def as_in_the_hubs_cache(bundle):
+    """The same bundle as the Hub's client lays it out: every file a link into a store of blobs."""
+    root = bundle.parent / "models--me--toy"
+    snapshot, blobs = root / "snapshots" / "abc", root / "blobs"
+    blobs.mkdir(parents=True)
+    for file in [path for path in bundle.rglob("*") if path.is_file()]:
+        link, blob = snapshot / file.relative_to(bundle), blobs / hash_file(file)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, blob)
+        link.symlink_to(os.path.relpath(blob, link.parent))
+    return snapshot, blobs
+
+
+def test_a_bundle_in_the_hubs_cache_opens_and_runs(bundle):
+    snapshot, _ = as_in_the_hubs_cache(bundle)
+    conditions = {"prompt": np.ones((1, 8), np.float32)}
+    with cachec.load(snapshot) as linked, cachec.load(bundle) as plain:
+        np.testing.assert_array_equal(linked.denoise(conditions, seeds=[0]), plain.denoise(conditions, seeds=[0]))
+
+
+def test_a_damaged_blob_behind_a_link_is_refused(bundle):
+    snapshot, _ = as_in_the_hubs_cache(bundle)
+    only(snapshot, "default*.safetensors").resolve().write_bytes(b"something else")
+    with pytest.raises(BundleError, match="the copy is incomplete"):
+        Bundle.open(snapshot)
+
+
+def test_the_hash_of_another_blob_is_not_taken_for_that_of_a_link(bundle, tmp_path, monkeypatch):
+    """A link that is set to another file of the same size and time is looked at anew."""
+    monkeypatch.setenv("CACHEC_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("cachec.runtime.bundle.LARGE_FILE_BYTES", 0)
+    snapshot, blobs = as_in_the_hubs_cache(bundle)
+    Bundle.open(snapshot)
+    link = only(snapshot, "compute*.pt2")
+    content, times = bytearray(link.read_bytes()), link.stat()
+    content[100] ^= 1
+    other = blobs / "other"
+    other.write_bytes(content)
+    os.utime(other, ns=(times.st_atime_ns, times.st_mtime_ns))
+    link.unlink()
+    link.symlink_to(other)
+    with pytest.raises(BundleError, match="does not match its SHA-256"):
+        Bundle.open(snapshot)
 
 
 def test_a_file_that_is_used_but_not_listed_is_refused(bundle):
@@ -216,37 +249,6 @@ def test_large_files_are_hashed_once_and_again_on_request(bundle, tmp_path, monk
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
     with pytest.raises(BundleError, match="does not match its SHA-256"):
         Bundle.open(bundle)
-
-
-def test_replace_file_writes_the_new_content(tmp_path):
-    path = tmp_path / "file"
-    path.write_bytes(b"old")
-    replace_file(path, b"new")
-    assert path.read_bytes() == b"new"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_replace_file_leaves_the_old_content_when_writing_fails(tmp_path):
-    path = tmp_path / "file"
-    path.write_bytes(b"old")
-    with pytest.raises(TypeError):
-        replace_file(path, "text is not bytes")
-    assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_replace_file_leaves_nothing_when_the_target_cannot_be_replaced(tmp_path):
-    path = tmp_path / "directory"
-    path.mkdir()
-    with pytest.raises(OSError):
-        replace_file(path, b"new")
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_hash_file_is_sha256(tmp_path):
-    path = tmp_path / "file"
-    path.write_bytes(b"abc")
-    assert hash_file(Path(path)).startswith("ba7816bf8f01cfea")
 
 
 def test_loading_runs_what_the_bundle_holds(bundle):

@@ -1,0 +1,208 @@
+"""Bundles are made by several at once, replaced where they are links, and left alone by what fails."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from cachec.runtime.bundle import ANY_DEVICE, MANIFEST, Bundle, Manifest, Target
+from cachec.runtime.errors import OutputError
+from cachec.runtime.files import hash_file
+from cachec.runtime.work import LOCK
+from cachec.runtime.write import BundleAdder, BundleWriter
+
+TARGET = Target("eager", "1", "linux", ANY_DEVICE, "float32", "6x8", {})
+
+
+def manifest(writer, maker="a"):
+    names = sorted(writer.files)
+    return Manifest(
+        model={"name": maker, "source": "tests", "weights_sha256": "0" * 64},
+        io={"latents": "latents", "timestep": "timestep", "conditions": []},
+        method={"name": "reuse"},
+        settings={},
+        noise="none",
+        targets=(TARGET,),
+        programs={"default": {"json": names[0], "arrays": names[-1]}},
+        files=writer.files,
+    )
+
+
+def build(out, maker, *, force=True):
+    """A bundle of a few files that are this maker's own, and one that all makers have."""
+    with BundleWriter(out, force=force) as writer:
+        writer.add_bytes("engines/shared.onnx", b"the same of all")
+        for number in range(4):
+            writer.add_bytes(f"programs/{number}.json", f"{maker} {number}".encode())
+        writer.commit(manifest(writer, maker))
+
+
+def names_of(out):
+    return {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
+
+
+def assert_whole(out):
+    """It opens, and holds what its manifest lists and nothing else."""
+    assert names_of(out) == {*Bundle.open(out).manifest.files, MANIFEST}
+    assert [path.name for path in out.parent.iterdir()] == [out.name]
+
+
+def test_two_builders_of_one_bundle_work_apart(tmp_path):
+    out = tmp_path / "x.cachec"
+    with BundleWriter(out, force=False) as first:
+        first.add_bytes("engines/compute.onnx", b"of the first")
+        with BundleWriter(out, force=False) as second:
+            second.add_bytes("engines/other.onnx", b"of the second")
+            assert first.staging != second.staging
+            assert all((first.staging / name).exists() for name in first.files)
+            second.commit(manifest(second, "second"))
+        with pytest.raises(OutputError, match="is a bundle already: pass --force"):
+            first.commit(manifest(first, "first"))
+    assert Bundle.open(out).manifest.model["name"] == "second"
+    assert_whole(out)
+
+
+def test_builds_that_replace_each_other_leave_one_whole_bundle(tmp_path):
+    out = tmp_path / "x.cachec"
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda maker: build(out, maker), map(str, range(24))))
+    assert_whole(out)
+
+
+COMMIT = """
+import sys
+from pathlib import Path
+from test_write import build
+for number in range(8):
+    build(Path(sys.argv[1]), f"{sys.argv[2]} {number}")
+"""
+
+
+def test_so_do_builds_of_other_processes(tmp_path):
+    out, paths = tmp_path / "x.cachec", os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
+    command = [sys.executable, "-c", COMMIT, out]
+    others = [subprocess.Popen([*command, str(n)], env={**os.environ, "PYTHONPATH": paths}) for n in range(2)]
+    assert [other.wait(60) for other in others] == [0, 0]
+    assert_whole(out)
+
+
+INTERRUPTED = """
+import os, signal, sys
+from pathlib import Path
+from cachec.runtime import write
+from test_write import build
+def interrupt(*arguments):
+    os.kill(os.getpid(), int(sys.argv[2]))
+    raise AssertionError("the signal came late")
+real = write.write_file
+write.write_file = interrupt  # the manifest, which is written last
+build(Path(sys.argv[1]), "interrupted")
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_commit_leaves_the_old_bundle(tmp_path, number):
+    out, paths = tmp_path / "x.cachec", os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
+    build(out, "old")
+    command = [sys.executable, "-c", INTERRUPTED, out, str(int(number))]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, check=False)
+    assert done.returncode == -number, done.stderr
+    assert Bundle.open(out).manifest.model["name"] == "old"
+    build(out, "new")
+    assert Bundle.open(out).manifest.model["name"] == "new"
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def as_links(out, blobs):
+    """The bundle ``out`` becomes one of links into ``blobs``."""
+    blobs.mkdir()
+    for file in [path for path in out.rglob("*") if path.is_file()]:
+        blob = blobs / hash_file(file)
+        shutil.move(file, blob)
+        file.symlink_to(blob)
+    return {blob.name: blob.read_bytes() for blob in blobs.iterdir()}
+
+
+def test_a_bundle_of_links_is_replaced_without_touching_what_they_point_to(tmp_path):
+    out, blobs = tmp_path / "there" / "x.cachec", tmp_path / "blobs"
+    build(out, "old")
+    before = as_links(out, blobs)
+    build(out, "new")
+    assert {blob.name: blob.read_bytes() for blob in blobs.iterdir()} == before
+    assert_whole(out)
+    assert not any(path.is_symlink() for path in out.rglob("*"))
+
+
+def test_adding_to_a_bundle_of_links_touches_no_blob(tmp_path):
+    out, blobs = tmp_path / "there" / "x.cachec", tmp_path / "blobs"
+    build(out, "old")
+    before = as_links(out, blobs)
+    with BundleAdder(out) as adder:
+        adder.add_bytes("engines/added.plan", b"new")
+        adder.commit(manifest(adder, "old"))
+    assert {blob.name: blob.read_bytes() for blob in blobs.iterdir()} == before
+    assert_whole(out)
+
+
+def test_a_folder_of_a_bundle_that_is_a_link_is_left_alone(tmp_path):
+    out, elsewhere = tmp_path / "x.cachec", tmp_path / "elsewhere"
+    build(out, "old")
+    shutil.move(out / "engines", elsewhere)
+    (out / "engines").symlink_to(elsewhere)
+    before = names_of(elsewhere)
+    Bundle.open(out)
+    with pytest.raises(OutputError, match="engines is a link to .*elsewhere, which is left alone"):
+        build(out, "new")
+    assert names_of(elsewhere) == before
+    assert Bundle.open(out).manifest.model["name"] == "old"
+
+
+def test_a_bundle_under_another_name_is_the_same_place(tmp_path):
+    build(tmp_path / "x.cachec", "old")
+    (tmp_path / "link").symlink_to("x.cachec")
+    build(tmp_path / "link", "new")
+    assert (tmp_path / "link").is_symlink()
+    assert Bundle.open(tmp_path / "x.cachec").manifest.model["name"] == "new"
+
+
+def test_files_of_others_in_a_bundle_stay(tmp_path):
+    """A manifest that names files elsewhere removes none of them."""
+    out = tmp_path / "x.cachec"
+    build(out, "old")
+    (tmp_path / "mine").write_text("years of work")
+    data = json.loads((out / MANIFEST).read_text())
+    data["files"] |= {"../mine": {}, str(tmp_path / "mine"): {}}
+    (out / MANIFEST).write_text(json.dumps(data))
+    build(out, "new")
+    assert (tmp_path / "mine").read_text() == "years of work"
+
+
+def test_only_one_adds_to_a_bundle_and_a_build_may_replace_it(tmp_path):
+    out = tmp_path / "x.cachec"
+    build(out, "old")
+    with BundleAdder(out) as adder:
+        with (
+            pytest.raises(OutputError, match="another process is adding a target to .*: wait until it is done"),
+            BundleAdder(out),
+        ):
+            pass
+        build(out, "new")
+        adder.add_bytes("engines/added.plan", b"new")
+        with pytest.raises(OutputError, match="was replaced meanwhile"):
+            adder.commit(manifest(adder, "old"))
+    assert Bundle.open(out).manifest.model["name"] == "new"
+    assert_whole(out)
+
+
+def test_a_lock_that_a_killed_process_left_is_in_nobodys_way(tmp_path):
+    out = tmp_path / "x.cachec"
+    out.mkdir()
+    (out / LOCK).write_bytes(b"")
+    build(out, "new", force=False)
+    assert_whole(out)
