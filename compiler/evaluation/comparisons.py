@@ -17,7 +17,7 @@ from cachec.compiler.methods.parameters import find_pretrained
 from cachec.compiler.methods.training import training_facts
 from cachec.compiler.models.base import LoadedModel, Settings, settings_of
 from cachec.compiler.tables.coefficients import AdvanceTable, ForecastTable
-from cachec.compiler.tables.lower import lower_advance, lower_table
+from cachec.compiler.tables.lower import lower_advance, lower_table, lower_uncached
 from cachec.compiler.tables.samplers import SOLVERS, solver_rows
 from cachec.compiler.tables.schedule import Schedule
 from cachec.engines import get_backend
@@ -26,7 +26,7 @@ from cachec.runtime.device import DeviceName
 from cachec.runtime.engine import Engine
 from cachec.runtime.errors import InputError, unknown_name
 from cachec.runtime.files import writing
-from cachec.runtime.program import UNCACHED, Compute, Program, ProgramKey, hash_sigmas
+from cachec.runtime.program import UNCACHED, Program, ProgramKey, hash_sigmas
 from cachec.runtime.session import LoadedBundle, Session
 
 PLAIN = "plain"  # the model's own sampler with fewer steps, which solvers call euler
@@ -122,15 +122,7 @@ def level_rows(loaded: LoadedBundle) -> list[Row]:
 def sampler_program(model: LoadedModel, settings: Settings, key: ProgramKey, num_steps: int) -> Program:
     """The model's own sampler, Euler on the flow, with ``num_steps`` steps, all computed."""
     sigmas, timesteps = model.sampling(replace(settings, steps=num_steps))
-    return Program(
-        key=replace(key, steps=num_steps, sigmas_hash=hash_sigmas(sigmas)),
-        instructions=tuple(Compute(step, None) for step in range(num_steps)),
-        capacity=1,
-        sigmas=sigmas.astype(np.float32),
-        timesteps=timesteps.astype(np.float32),
-        coefficients=np.zeros((num_steps, 1), np.float32),
-        bias=np.zeros(num_steps, np.float32),
-    )
+    return lower_uncached(replace(key, steps=num_steps, sigmas_hash=hash_sigmas(sigmas)), sigmas, timesteps)
 
 
 def compared_rows(

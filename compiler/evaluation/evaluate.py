@@ -38,7 +38,9 @@ from cachec.runtime.specs import Array
 
 FINE_STEPS = 200
 DIFFUSERS = "diffusers"  # the row of the pipeline's own loop
-Denoise = Callable[[Mapping[str, Array], Array], Array]
+PAUSE = 0.02  # seconds; text encoder, back end and VAE have threads of their own, which spin for some milliseconds after a call
+Conditions = Mapping[str, Array]
+Denoise = Callable[[Conditions, Array], Array]
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,7 +159,7 @@ def _check_fit(loaded: LoadedBundle, model: LoadedModel) -> None:
 def _make_bench(loaded: LoadedBundle, model: LoadedModel, rows: Sequence[Row]) -> _Bench:
     settings = settings_of(loaded.manifest)
 
-    def diffusers(conditions: Mapping[str, Array], noise: Array) -> Array:
+    def diffusers(conditions: Conditions, noise: Array) -> Array:
         return model.generate(conditions, noise, settings)
 
     denoisers: dict[str, Denoise] = {row.name: row.session(loaded).run for row in rows}
@@ -206,14 +208,18 @@ class _Run:
 
 def _run(bench: _Bench, name: str | None, prompt: str, noise: Array) -> _Run:
     """A request of a row, or of the fine run (``None``)."""
-    denoise = bench.fine if name is None else bench.denoisers[name]
+    conditions, encoding = _timed(bench.encode, prompt)
+    latents, loop = _timed(bench.fine if name is None else bench.denoisers[name], conditions, noise)
+    picture, decoding = _timed(bench.decode, latents)
+    return _Run(latents, picture, loop, encoding + loop + decoding)
+
+
+def _timed(run: Callable[..., Array | Conditions], *given: Any) -> tuple[Any, float]:
+    """What a call gives, and its seconds."""
+    time.sleep(PAUSE)
     start = time.perf_counter()
-    conditions = bench.encode(prompt)
-    before = time.perf_counter()
-    latents = denoise(conditions, noise)
-    after = time.perf_counter()
-    picture = bench.decode(latents)
-    return _Run(latents, picture, after - before, time.perf_counter() - start)
+    result = run(*given)
+    return result, time.perf_counter() - start
 
 
 def _compare(bench: _Bench, prompt: str, run: _Run, uncached: _Run, fine: Array) -> Measured:

@@ -1,10 +1,13 @@
+import numpy as np
 import pytest
+from toy_model import SETTINGS, ToyModel
 
-from cachec.compiler.evaluation.comparisons import parse_against
+from cachec.compiler.evaluation.comparisons import parse_against, sampler_program
 from cachec.compiler.methods import METHODS, get_method
 from cachec.compiler.methods.lesa import Lesa
 from cachec.compiler.methods.taylor import Taylor
 from cachec.runtime.errors import InputError
+from cachec.runtime.program import ProgramKey, hash_sigmas
 
 
 def test_entries_are_methods_with_an_order_and_solvers():
@@ -48,3 +51,11 @@ def test_wrong_entries_are_refused(text, message):
 def test_methods_that_are_fitted_to_the_model_are_not_made_on_the_side(name):
     with pytest.raises(InputError, match="needs calibration; compile a bundle with it instead"):
         parse_against(name)
+
+
+def test_the_models_sampler_on_fewer_steps_computes_them_all():
+    model = ToyModel()
+    program = sampler_program(model, SETTINGS, ProgramKey(50, "other", height=16, width=24, text_tokens=1), 3)
+    assert program.compute_steps == (0, 1, 2)
+    np.testing.assert_allclose(program.sigmas, [1, 2 / 3, 1 / 3, 0], atol=1e-6)
+    assert program.key.sigmas_hash == hash_sigmas(program.sigmas)
