@@ -32,8 +32,8 @@ from cachec.compiler.tables.lower import lower_advance, lower_table, lower_uncac
 from cachec.compiler.tables.schedule import Schedule
 from cachec.runtime.errors import InputError
 from cachec.runtime.files import hash_file
+from cachec.runtime.model_io import ModelIO
 from cachec.runtime.noise import make_noise
-from cachec.runtime.plan import ModelIO
 from cachec.runtime.program import Program, ProgramKey, hash_sigmas
 from cachec.runtime.specs import Array
 
@@ -104,8 +104,7 @@ class Case:
     def program(self, cut: str, schedule: Schedule) -> Program:
         """A program of the cut's linear method; the uncached one if ``schedule`` computes every step."""
         sigmas, timesteps = self.model.sampling(self.settings)
-        sizes = (self.settings.height, self.settings.width, self.settings.text_tokens)
-        key = ProgramKey(self.steps, hash_sigmas(sigmas), *sizes)
+        key = ProgramKey(self.steps, hash_sigmas(sigmas), self.settings.sizes)
         if not schedule.forecast:
             return lower_uncached(key, sigmas, timesteps)
         name, options = METHODS[cut]

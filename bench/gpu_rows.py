@@ -254,7 +254,7 @@ def cachec_rows(case: Case, built: Engines, steps: int, budgets: Sequence[int]) 
     """The uncached run, and both cuts for each number of computed steps."""
     settings = replace(case.settings, steps=steps)
     sigmas, timesteps = case.model.sampling(settings)
-    key = ProgramKey(steps, hash_sigmas(sigmas), settings.height, settings.width, settings.text_tokens)
+    key = ProgramKey(steps, hash_sigmas(sigmas), settings.sizes)
     programs = {"uncached": lower_uncached(key, sigmas, timesteps)}
     for budget in budgets:
         for cut, (method, options) in METHODS.items():

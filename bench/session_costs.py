@@ -136,8 +136,8 @@ def measure_slots(case: Case, work: Path, *, quick: bool) -> dict[str, Any]:
                                 3 if quick else 15)  # fmt: skip
             rows += [
                 {
-                    "cut": cut, "slots": dtype, "bytes": session.ring.nbytes, "seconds": spread(seconds[dtype]),
-                    "psnr_db": _mean_psnr(case, latents[dtype], wanted),
+                    "cut": cut, "slots": dtype, "bytes": sum(slots.nbytes for slots in session.slots.values()),
+                    "seconds": spread(seconds[dtype]), "psnr_db": _mean_psnr(case, latents[dtype], wanted),
                 }
                 for dtype, session in sessions.items()
             ]  # fmt: skip

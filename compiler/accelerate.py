@@ -27,9 +27,9 @@ from cachec.runtime.device import CPU, DeviceName
 from cachec.runtime.engine import Engine
 from cachec.runtime.errors import InputError
 from cachec.runtime.files import temporary_folder
-from cachec.runtime.plan import ModelIO
+from cachec.runtime.model_io import ModelIO
 from cachec.runtime.program import UNCACHED, Program
-from cachec.runtime.session import Session
+from cachec.runtime.stepper import Stepper
 
 
 def accelerate_pipeline(model: LoadedModel, request: Request, *, compiled: bool = True) -> Any:
@@ -51,7 +51,7 @@ def accelerate_pipeline(model: LoadedModel, request: Request, *, compiled: bool 
         parameters = find_parameters(model, request, result, work / "training")
         calibrations = find_calibrations(model, split, request, None, result, work / "calibration")
         forecast = add_forecast(model, split, request, parameters)
-        graphs = engine_graphs(model, forecast, request.hoist, velocities=True, slots=request.slots)
+        graphs = engine_graphs(model, forecast, request.hoist, slots=request.slots)
         plans = plan_engines(graphs, model.example_inputs(request.settings), model.io.latents, request.settings.steps)
         kind, device = InductorEngine if compiled else EagerEngine, TorchDevice(DeviceName.parse(str(model.device)))
         engines = {plan.name: kind(graphs.modules[plan.name], plan.signature, device) for plan in plans}
@@ -89,7 +89,7 @@ class AcceleratedTransformer(nn.Module):
         self.original = original
         self.program = program
         self._scheduler, self._engines, self._io = scheduler, engines, io
-        self._sessions: dict[int, Session] = {}
+        self._sessions: dict[int, Stepper] = {}
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -120,12 +120,12 @@ class AcceleratedTransformer(nn.Module):
         self._refuse_extras({name: value for name, value in inputs.items() if name not in known})
         batch = len(known[self._io.latents])
         if batch not in self._sessions:
-            self._sessions[batch] = Session(self._engines, self.program, self._io, batch=batch, for_sampler=True)
+            self._sessions[batch] = Stepper(self._engines, self.program, self._io, batch=batch)
         session = self._sessions[batch]
         latents = known.pop(self._io.latents)
         if step == 0:
             self._check_schedule()
-            session.begin(known, latents)
+            session.begin(known)
         velocity = session.velocity(step, latents).to(inputs[self._io.latents].dtype)
         return Transformer2DModelOutput(sample=velocity) if return_dict else (velocity,)
 

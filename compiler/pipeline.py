@@ -201,9 +201,7 @@ def make_programs(
     """A program for every goal, and the uncached one."""
     settings = request.settings
     sigmas, timesteps = model.sampling(settings)
-    key = ProgramKey(
-        settings.steps, hash_sigmas(sigmas), settings.height, settings.width, settings.text_tokens, batch=request.batch
-    )
+    key = ProgramKey(settings.steps, hash_sigmas(sigmas), settings.sizes, batch=request.batch)
     programs = {UNCACHED: lower_uncached(replace(key, level=UNCACHED), sigmas, timesteps)}
     method, schedule = request.method, request.schedule
     if schedule is not None and isinstance(method, PredictorMethod):
@@ -334,10 +332,9 @@ def _manifest(
     result: Compilation,
 ) -> Manifest:
     settings, method = request.settings, request.method
-    io = model.io
     return Manifest(
         model={"name": model.spec.name, "source": model.spec.portable_source, "weights_sha256": model.weights_hash},
-        io={"latents": io.latents, "timestep": io.timestep, "conditions": list(io.conditions)},
+        io=model.io.to_json(),
         method={
             "name": method.name,
             "options": method.options(),

@@ -60,7 +60,7 @@ class Request:
     batch: int | None = None
     fold: bool = True
     hoist: str = "all"
-    velocities: bool = False
+    velocities: bool = True
     slots: str | None = None
     verify_passes: bool = False
     dump_graphs: Path | None = None

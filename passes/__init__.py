@@ -118,7 +118,7 @@ def engine_passes(
     *,
     linear: bool,
     hoist: str = "all",
-    velocities: bool = False,
+    velocities: bool = True,
     slots: torch.dtype | None = None,
 ) -> list[Pass]:
     """From graphs of single steps to what engines are built from. ``latents``, ``timestep``, ``conditions``: input names.

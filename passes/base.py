@@ -20,7 +20,8 @@ class Graphs:
     ``modules`` holds ``model`` before the split and ``compute`` and ``forecast`` after it, later ``prologue`` and
     ``advance``. ``cut`` names the node whose value crosses from body to tail, in the forecast graph once the predictor is
     there. ``rows`` is what folding the predictor left: coefficients [T, W] and bias [T]. ``axes`` names, by module and
-    tensor, the leading axes with symbolic sizes; tensors that it does not list have a batch in front.
+    tensor, the leading axes with symbolic sizes, and that of ``groups``, which is fixed; tensors that it does not list have a
+    batch in front.
     """
 
     modules: Mapping[str, fx.GraphModule]

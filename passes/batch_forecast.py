@@ -15,6 +15,7 @@ from cachec.runtime.abi import (
     FEATURES,
     FORECAST,
     FORECASTS,
+    GROUPS,
     NEXT_LATENTS,
     PROLOGUE,
     SLOTS,
@@ -32,8 +33,9 @@ class BatchForecast(Pass):
     """From one step's forecast to ``n`` of them, with the sampler's Euler steps behind.
 
     No forecast depends on the latents, so all are one product ``coefficients @ features``, and one tail on ``n * B``
-    samples. ``coefficients`` becomes [n, H], ``bias`` [n]; what differs from step to step (``timestep``, hoisted values)
-    gets an axis of steps in front; latents [B, …] and ``deltas`` [n] come in, and ``next_latents`` [B, …] goes out.
+    samples. ``coefficients`` becomes [n, G, H], with one group, ``bias`` [n]; what differs from step to step (``timestep``,
+    hoisted values) gets an axis of steps in front; latents [B, …] and ``deltas`` [n] come in, and ``next_latents`` [B, …] goes
+    out.
 
     With ``velocities``, those [n, B, …] go out as well, for a sampler outside. Without, nobody reads the single ones: the
     weighted sum over the steps is taken in front of the last linear layer, which then runs once. (Not in half precision, where
@@ -59,7 +61,7 @@ class BatchForecast(Pass):
         new = _batched(module, graphs.cut, self.latents, per_step, velocities=self.velocities)
         axes = {
             FEATURES: (SLOTS, BATCH),
-            COEFFICIENTS: (FORECASTS, SLOTS),
+            COEFFICIENTS: (FORECASTS, GROUPS, SLOTS),
             BIAS: (FORECASTS,),
             DELTAS: (FORECASTS,),
             **({VELOCITIES: (FORECASTS, BATCH)} if self.velocities else {}),
@@ -84,7 +86,8 @@ def _batched(module: fx.GraphModule, cut: str, latents: str, per_step: list[str]
     shape = [int(size) for size in feature.meta["val"].shape[1:]]
     flat = call(aten.view.default, (inputs[FEATURES], [slots, -1]))
     flat = flat if dtype == torch.float32 else call(aten.to.dtype, (flat, torch.float32))
-    summed = call(aten.mm.default, (inputs[COEFFICIENTS], flat))
+    rows = call(aten.squeeze.dim, (inputs[COEFFICIENTS], 1))
+    summed = call(aten.mm.default, (rows, flat))
     forecast = call(aten.add.Tensor, (summed, call(aten.unsqueeze.default, (inputs[BIAS], 1))))
     forecast = call(aten.view.default, (forecast, [-1, *shape]))  # [n * B, …]
     forecast = forecast if dtype == torch.float32 else call(aten.to.dtype, (forecast, dtype))

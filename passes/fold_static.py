@@ -26,6 +26,7 @@ from cachec.runtime.abi import (
     FEATURE,
     FEATURES,
     FORECAST,
+    GROUPS,
     HISTORY_STEPS,
     SIGMAS,
     SLOTS,
@@ -73,7 +74,7 @@ class FoldStatic(Pass):
             coefficients[step], bias[step] = probe(module, analysis, known, step)
         new, feature = _linear_forecast(module, analysis)
         rows, modules = PredictorRows(coefficients, bias), {**graphs.modules, FORECAST: new}
-        axes = {**graphs.axes, FORECAST: {FEATURES: (SLOTS, BATCH), COEFFICIENTS: (SLOTS,), BIAS: ()}}
+        axes = {**graphs.axes, FORECAST: {FEATURES: (SLOTS, BATCH), COEFFICIENTS: (GROUPS, SLOTS), BIAS: ()}}
         return PassResult(replace(graphs, modules=modules, cut=feature, rows=rows, axes=axes), changed=True)
 
     def ensures(self, graphs: Graphs) -> None:
@@ -184,11 +185,12 @@ def _linear_forecast(module: fx.GraphModule, analysis: Analysis) -> tuple[fx.Gra
     example = analysis.result.meta["val"]
     size = len(analysis.history)
     features = _placeholder(graph, FEATURES, example.new_empty((size, *example.shape)))
-    coefficients = _placeholder(graph, COEFFICIENTS, example.new_empty((size,), dtype=torch.float32))
+    coefficients = _placeholder(graph, COEFFICIENTS, example.new_empty((1, size), dtype=torch.float32))
     bias = _placeholder(graph, BIAS, example.new_empty((), dtype=torch.float32))
     aten = torch.ops.aten
     wide = features if example.dtype == torch.float32 else emit(features, aten.to.dtype, features, torch.float32)
-    summed = emit(features, aten.tensordot.default, coefficients, wide, [0], [0])
+    row = emit(features, aten.squeeze.dim, coefficients, 0)
+    summed = emit(features, aten.tensordot.default, row, wide, [0], [0])
     feature = emit(features, aten.add.Tensor, summed, bias)
     if example.dtype != torch.float32:
         feature = emit(features, aten.to.dtype, feature, example.dtype)

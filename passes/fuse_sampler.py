@@ -6,27 +6,28 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from cachec.passes.base import Graphs, Pass, PassResult, copy_module, finish, outputs, placeholders
+from cachec.passes.base import Graphs, Pass, PassResult, copy_module, emit, finish, outputs, placeholders
 from cachec.runtime.abi import COMPUTE, DELTA, FORECAST, NEXT_LATENTS, VELOCITY
+
+aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
 class FuseSampler(Pass):
     """Add ``next_latents = latents + delta * velocity`` to each graph that gives one velocity.
 
-    ``delta`` [1] is the step in sigma. The velocity stays a result: another sampler may want it.
+    ``delta`` [B] is each sample's step in sigma. The velocity stays a result: another sampler may want it.
     """
 
     name: ClassVar[str] = "fuse_sampler"
     latents: str
 
     def run(self, graphs: Graphs) -> PassResult:
-        modules, axes = dict(graphs.modules), dict(graphs.axes)
+        modules = dict(graphs.modules)
         for name in (COMPUTE, FORECAST):
             if name in modules and VELOCITY in outputs(modules[name]):
                 modules[name] = _fused(modules[name], self.latents)
-                axes[name] = {**axes.get(name, {}), DELTA: ()}
-        return PassResult(replace(graphs, modules=modules, axes=axes), changed=modules != graphs.modules)
+        return PassResult(replace(graphs, modules=modules), changed=modules != graphs.modules)
 
 
 def _fused(module: fx.GraphModule, name: str) -> fx.GraphModule:
@@ -36,12 +37,14 @@ def _fused(module: fx.GraphModule, name: str) -> fx.GraphModule:
     with graph.inserting_before(next(iter(graph.nodes))):
         delta = graph.placeholder(DELTA)
         latents = names.get(name) or graph.placeholder(name)
-    delta.meta = {"val": velocity.meta["val"].new_empty(1)}
+    example = velocity.meta["val"]
+    delta.meta = {"val": example.new_empty(example.shape[:1])}
     latents.meta.setdefault("val", velocity.meta["val"])
     end = next(iter(reversed(graph.nodes)))
     with graph.inserting_before(end):
-        moved = graph.call_function(torch.ops.aten.mul.Tensor, (velocity, delta))
-        after = graph.call_function(torch.ops.aten.add.Tensor, (latents, moved))
+        each = emit(delta, aten.view.default, delta, [-1, *[1] * (example.ndim - 1)])
+        moved = graph.call_function(aten.mul.Tensor, (velocity, each))
+        after = graph.call_function(aten.add.Tensor, (latents, moved))
     for node in (moved, after):
         node.meta = dict(velocity.meta)
     end.args = ({**results, NEXT_LATENTS: after},)

@@ -11,9 +11,10 @@ from torch import fx
 
 from cachec.passes.base import Graphs, Pass, PassResult, copy_module, fetch, finish, outputs, placeholders
 from cachec.passes.split_model import extract
-from cachec.runtime.abi import BATCH, COMPUTE, FORECAST, PROLOGUE, STEP_VALUES, STEPS_OF, TIMESTEPS_OF, hoisted_name
+from cachec.runtime.abi import BATCH, COMPUTE, FORECAST, PROLOGUE, STEP_VALUES, hoisted_name, steps_of, timesteps_of
 from cachec.runtime.errors import PassError
 
+STEP_GRAPHS = (COMPUTE, FORECAST)  # what the prologue works for
 CONSTANT, REQUEST, STEP, LIVE = range(4)  # what a value depends on, at most
 aten = torch.ops.aten
 CUTS = {aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default}
@@ -44,7 +45,7 @@ class Hoist(Pass):
     def run(self, graphs: Graphs) -> PassResult:
         prologue = _Prologue(self.timestep, self.conditions)
         modules = dict(graphs.modules)
-        for name in (COMPUTE, FORECAST):
+        for name in STEP_GRAPHS:
             if name in modules:
                 modules[name] = self._split(name, modules[name], prologue, graphs.axes.get(name, {}))
         if not prologue.results:
@@ -55,7 +56,7 @@ class Hoist(Pass):
 
     def ensures(self, graphs: Graphs) -> None:
         if PROLOGUE in graphs.modules:
-            strange = set(placeholders(graphs.modules[PROLOGUE])) - {*self.conditions, *TIMESTEPS_OF.values()}
+            strange = set(placeholders(graphs.modules[PROLOGUE])) - {*self.conditions, *map(timesteps_of, STEP_GRAPHS)}
             if strange:
                 raise PassError(f"the prologue reads {sorted(strange)}, which change from step to step")
 
@@ -152,10 +153,10 @@ class _Prologue:
         shape: list[fx.Node | int] = [self._num_steps(owner), -1, sum(map(_size, nodes))]
         name = hoisted_name(owner, label)
         self.results[name] = self._graph.call_function(aten.view.default, (packed, shape))
-        self.axes[name] = (STEPS_OF[owner], BATCH)
+        self.axes[name] = (steps_of(owner), BATCH)
 
     def finish(self) -> fx.GraphModule:
-        self.axes |= {name: (STEPS_OF[owner],) for owner, name in TIMESTEPS_OF.items()}
+        self.axes |= {timesteps_of(owner): (steps_of(owner),) for owner in STEP_GRAPHS}
         self._graph.output(dict(self.results))
         module = fx.GraphModule(self._attributes, _inputs_first(self._graph))
         finish(module)
@@ -204,12 +205,12 @@ class _Prologue:
 
     def _num_steps(self, owner: str) -> fx.Node:
         """T of a step graph."""
-        times = self._input(TIMESTEPS_OF[owner])
+        times = self._input(timesteps_of(owner))
         return self._node(f"steps {owner}", lambda: self._graph.call_function(aten.sym_size.int, (times, 0)))
 
     def _times(self, owner: str) -> fx.Node:
         """Timesteps [T * B]: those of a step lie together."""
-        times, steps, batch = self._input(TIMESTEPS_OF[owner]), self._num_steps(owner), self._request_size()
+        times, steps, batch = self._input(timesteps_of(owner)), self._num_steps(owner), self._request_size()
 
         def make() -> fx.Node:
             column = self._graph.call_function(aten.unsqueeze.default, (times, 1))

@@ -1,22 +1,25 @@
 """Every name that graphs, engines and the runtime agree on: graphs, tensors, symbolic sizes.
 
-``B`` batch, ``T`` steps, ``S`` slots, ``H`` of them written, ``n`` forecasts of one call, ``W`` window.
+``B`` batch, ``T`` steps, ``S`` slots, ``H`` of them written, ``G`` groups, ``n`` forecasts of one call, ``W`` window.
 """
 
 MODEL = "model"  # the captured transformer, before it is split
-COMPUTE = "compute"  # one step of the whole model
+COMPUTE = "compute"  # one step of the whole model; a program may use several such graphs
 FORECAST = "forecast"  # all forecasts between two computed steps, or one call of a predictor
 PROLOGUE = "prologue"  # what depends on the request only, for all steps at once
-ADVANCE = "advance"  # the output cut: noise plus weighted velocities
+ADVANCE = "advance"  # the output cut: a share of the base plus weighted velocities
 
 VELOCITY = "velocity"  # the model's output [B, …]
 VELOCITIES = "velocities"  # several of them [n, B, …], or [H, B, …] from the slots
 FEATURE = "feature"  # the hidden state at the cut [B, …]
 FEATURES = "features"  # the written slots [H, B, …]
-COEFFICIENTS = "coefficients"  # rows [n, H] of forecasts, or one row [H] that moves the latents
+COEFFICIENTS = "coefficients"  # rows [n, G, H] of forecasts, or one row [G, H] that moves the latents
 BIAS = "bias"  # [n]
-NOISE = "noise"  # the latents that a request began with [B, …]
-DELTA = "delta"  # a step in sigma [1]
+BASE = "base"  # what weighted velocities are added to [B, …]: the noise, or the latents of a sampler outside
+BASE_SHARE = "base_share"  # how much of it [1]
+TARGET_TIMESTEP = "target_timestep"  # the second time that flow maps are told [B]
+GUIDANCE = "guidance_scale"  # [B]; reserved
+DELTA = "delta"  # a step in sigma, of each sample [B]
 DELTAS = "deltas"  # [n]
 NEXT_LATENTS = "next_latents"  # [B, …]
 SIGMAS = "sigmas"  # the whole schedule [T + 1]
@@ -27,15 +30,24 @@ STEP_VALUES = "step_values"  # all that depends on the step but not on the laten
 
 MAX_BATCH = 1024  # that graphs are captured for
 BATCH, SLOTS, FORECASTS = "batch", "slots", "forecasts"  # symbolic sizes: B, H, n
-STEPS_OF = {"compute": "compute_steps", "forecast": "forecast_steps"}  # symbolic sizes of the prologue
-TIMESTEPS_OF = {"compute": "compute_timesteps", "forecast": "forecast_timesteps"}  # its inputs [T]
+GROUPS = "groups"  # G, an axis of a fixed size
+
+
+def steps_of(graph: str) -> str:
+    """The symbolic size of the prologue that is the number of steps of the graph ``graph``."""
+    return f"{graph}_steps"
+
+
+def timesteps_of(graph: str) -> str:
+    """The prologue's input [T] with what the graph ``graph`` is told at its steps."""
+    return f"{graph}_timesteps"
 
 
 def history_name(index: int) -> str:
     """Input name of the ``index``-th newest feature of an unfolded forecast engine."""
-    return f"feature_{index}"
+    return f"{FEATURE}_{index}"
 
 
-def hoisted_name(engine: str, name: str) -> str:
-    """What the prologue calls its result for the input ``name`` of a step engine."""
-    return f"{engine}_{name}"
+def hoisted_name(graph: str, name: str) -> str:
+    """What the prologue calls its result for the input ``name`` of a step graph."""
+    return f"{graph}_{name}"

@@ -3,46 +3,58 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
+
+from cachec.runtime.abi import BATCH, MAX_BATCH
 from cachec.runtime.device import Buffer
 from cachec.runtime.engine import Call, Engine
+from cachec.runtime.errors import InputError
+from cachec.runtime.model_io import ModelIO
 from cachec.runtime.plan import (
     NOISE_BUFFER,
-    RING,
     BindingPlan,
-    ModelIO,
     PlannedCall,
     View,
     condition_name,
     constant_data,
     lay_out,
     plan_binding,
+    slots_name,
 )
 from cachec.runtime.program import Program
+from cachec.runtime.specs import TensorSpec
 
 
 @dataclass(frozen=True, eq=False)
 class Operation:
-    """One engine call. ``latents`` is the buffer that it starts from, ``velocities`` what it leaves, by step, if asked for."""
+    """One engine call. ``latents`` is the buffer that it starts from, ``velocities`` what a sampler outside gets, by step."""
 
     engine: str
     steps: tuple[int, ...]
     call: Call
     latents: Buffer
-    velocities: Buffer | None = None
+    velocities: tuple[Buffer, ...] = ()
 
 
 class Binding:
-    """Buffers of one session, and the calls on them (see ``BindingPlan``).
+    """Buffers of one session, the calls on them (see ``BindingPlan``), and the way in for what a request brings.
 
     All buffers, and the scratch memory that the engines share, lie in one piece of memory, which is filled with zeros.
+
+    Raises:
+        InputError: the program or the engines do not take such a batch, or hand out no velocities ``for_sampler``.
     """
 
     def __init__(
-        self, engines: Mapping[str, Engine], program: Program, io: ModelIO, *, batch: int, with_velocities: bool = False
+        self, engines: Mapping[str, Engine], program: Program, io: ModelIO, *, batch: int, for_sampler: bool = False
     ) -> None:
+        if not 1 <= batch <= MAX_BATCH:
+            raise InputError(f"batch is {batch}; it must be from 1 to {MAX_BATCH}")
+        if program.key.batch not in (None, batch):
+            raise InputError(f"batch is {batch}; this bundle was compiled for batches of {program.key.batch}")
         signatures = {name: engine.signature for name, engine in engines.items()}
-        plan = plan_binding(signatures, program, io, batch=batch, with_velocities=with_velocities)
-        self.device = engines["compute"].device.for_session()
+        plan = plan_binding(signatures, program, io, batch=batch, for_sampler=for_sampler)
+        self.device = next(iter(engines.values())).device.for_session()
         self._contexts = {name: engine.context(self.device) for name, engine in engines.items()}
         layout = lay_out(plan, max(self._scratch_bytes(plan, call) for call in plan.calls))
         memory = self.device.empty((layout.size,), "uint8")
@@ -54,12 +66,59 @@ class Binding:
         if layout.scratch_bytes:
             for context in self._contexts.values():
                 context.scratch = memory[layout.scratch_offset :]
-        self.ring, self.noise = self._buffers[RING], self._buffers[NOISE_BUFFER]
+        self.noise = self._buffers[NOISE_BUFFER]
+        self.slots = {kind: self._buffers[slots_name(kind)] for kind in program.slots}
         self.latent_spec, self.condition_specs = plan.latent_spec, plan.conditions
-        self.conditions = {spec.name: self._buffers[condition_name(spec.name)] for spec in plan.conditions}
         self.prologue = None if plan.prologue is None else self._bind(plan.prologue)
         self.operations = [self._operation(call) for call in plan.operations]
         self.final = self._part(plan.final)
+        self._sizes, self._key = {BATCH: batch}, program.key
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """Shape of the latents, batch first."""
+        return self.latent_spec.resolve(self._sizes)
+
+    def take(self, conditions: Mapping[str, Buffer], latents: Buffer | None = None) -> None:
+        """Copy a request's conditions, and latents if given, to where the calls read them; nothing unless all of them fit.
+
+        Raises:
+            InputError: a condition is missing, unknown, of the wrong shape or dtype, or not finite (looked at on the host).
+        """
+        specs = {spec.name: spec for spec in self.condition_specs}
+        if set(conditions) != set(specs):
+            raise InputError(f"conditions are {sorted(specs)}, got {sorted(conditions)}")
+        given = [(specs[name], value, self._buffers[condition_name(name)]) for name, value in conditions.items()]
+        if latents is not None:
+            given.append((self.latent_spec, latents, self.noise))
+        adopted = [(self._adopt(spec, value), buffer) for spec, value, buffer in given]
+        for value, buffer in adopted:
+            self.device.upload(value, buffer)
+
+    def take_latents(self, latents: Buffer) -> None:
+        """Copy latents to where the first call reads them; with a sampler outside, all calls do.
+
+        Raises:
+            InputError: they do not fit.
+        """
+        self.device.upload(self._adopt(self.latent_spec, latents), self.noise)
+
+    def _adopt(self, spec: TensorSpec, value: Buffer) -> Buffer:
+        """What can be copied to the device, if it fits ``spec``."""
+        value = self.device.adopt(value)
+        try:
+            if isinstance(value, np.ndarray) or not self.device.owns(value):
+                spec.check(value, self._sizes)
+            else:
+                spec.check_form(value, self._sizes)
+        except InputError as error:
+            if tuple(getattr(value, "shape", ())) == spec.resolve(self._sizes):
+                raise
+            raise InputError(
+                f"{error}; this session takes batches of {self._sizes[BATCH]}, and its bundle was compiled for "
+                f"{self._key.sizes_text}"
+            ) from error
+        return value
 
     def _scratch_bytes(self, plan: BindingPlan, planned: PlannedCall) -> int:
         shapes = {name: plan.shape(view) for name, view in planned.inputs.items()}
@@ -80,5 +139,5 @@ class Binding:
     def _operation(self, planned: PlannedCall) -> Operation:
         if planned.latents is None:
             raise ValueError(f"the call of {planned.engine} at {planned.steps} starts from no latents")
-        velocities = None if planned.velocities is None else self._part(planned.velocities)
+        velocities = tuple(self._part(view) for view in planned.velocities)
         return Operation(planned.engine, planned.steps, self._bind(planned), self._part(planned.latents), velocities)

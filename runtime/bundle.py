@@ -22,7 +22,7 @@ from cachec.runtime.specs import Signature
 log = logging.getLogger(__name__)
 
 FORMAT = "cachec-bundle"
-FORMAT_VERSION = 5  # 3: engines take the sampler in, forecasts come in runs; 4: targets name devices; 5: and what they need
+FORMAT_VERSION = 6  # 6: delta by sample, coefficients by group, typed slots, rows for a sampler outside
 MANIFEST = "manifest.json"
 ANY_DEVICE = "any"  # of a target whose artifacts are bound to no device
 LARGE_FILE_BYTES = 64 * 2**20  # files above are hashed once per machine, then known by size and time

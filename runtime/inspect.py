@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cachec.runtime.abi import STEPS_OF
+from cachec.runtime.abi import BATCH, PROLOGUE, steps_of
 from cachec.runtime.bundle import Bundle, Target
 from cachec.runtime.program import UNCACHED, Program
 from cachec.runtime.specs import TensorSpec, itemsize
@@ -72,11 +72,13 @@ def describe_memory(bundle: Bundle) -> list[tuple[str, str]]:
 
 def _hoisted_bytes(bundle: Bundle, program: Program) -> int:
     """What the prologue leaves for all steps."""
-    prologue = bundle.target.engines.get("prologue")
+    prologue = bundle.target.engines.get(PROLOGUE)
     if prologue is None:
         return 0
-    computed = len(program.compute_steps)
-    sizes = {"batch": 1, STEPS_OF["compute"]: computed, STEPS_OF["forecast"]: max(1, program.num_steps - computed)}
+    sizes = {BATCH: 1}
+    for graph in bundle.target.engines:
+        count = sum(len(instruction.steps) for instruction in program.instructions if instruction.graph == graph)
+        sizes[steps_of(graph)] = max(1, count)
     return sum(_tensor_bytes(spec, sizes) for spec in prologue.signature.outputs)
 
 
@@ -95,7 +97,10 @@ def describe_levels(bundle: Bundle) -> list[tuple[str, str]]:
         rows.append(("", schedule_strip(program)))
         rows.append(("", ", ".join(map(str, program.compute_steps))))
         size = _slot_bytes(bundle, program) / 1e6
-        rows.append(("", f"{program.capacity} slots of {_slot_spec(bundle, program).dtype}, {size:.2f} MB a sample"))
+        kinds = ", ".join(
+            f"{count} slots of {_slot_spec(bundle, program, kind).dtype}" for kind, count in program.slots.items()
+        )
+        rows.append(("", f"{kinds or 'no slots'}, {size:.2f} MB a sample"))
         facts = measured.get(level, {})
         if "psnr_db" in facts:
             rows.append(("", _measured(facts)))
@@ -121,8 +126,9 @@ def schedule_strip(program: Program) -> str:
 
 
 def _slot_bytes(bundle: Bundle, program: Program) -> int:
-    return _tensor_bytes(_slot_spec(bundle, program), {"batch": 1}) * program.capacity
+    return sum(_tensor_bytes(_slot_spec(bundle, program, kind), {BATCH: 1}) * count for kind, count in program.slots.items())
 
 
-def _slot_spec(bundle: Bundle, program: Program) -> TensorSpec:
-    return bundle.target.engines["compute"].signature.output("feature" if program.cut == "hidden" else "velocity")
+def _slot_spec(bundle: Bundle, program: Program, kind: str) -> TensorSpec:
+    writer = next(instruction.graph for instruction in program.instructions if kind in instruction.writes)
+    return bundle.target.engines[writer].signature.output(kind)

@@ -1,5 +1,6 @@
 """From a program to a plan: which buffers a session needs, and which part of which one every engine call reads and writes.
 
+What an instruction offers is put to what its engine takes, by name: no instruction and no engine is treated on its own.
 Nothing here touches a device. ``B`` batch, ``S`` slots, ``T`` steps, ``H`` written slots, ``n`` forecasts of one instruction.
 """
 
@@ -10,6 +11,8 @@ from math import prod
 import numpy as np
 
 from cachec.runtime.abi import (
+    BASE,
+    BASE_SHARE,
     BATCH,
     BIAS,
     COEFFICIENTS,
@@ -20,23 +23,26 @@ from cachec.runtime.abi import (
     FORECASTS,
     HISTORY_STEPS,
     NEXT_LATENTS,
-    NOISE,
+    PROLOGUE,
     SIGMAS,
     STEP,
-    STEPS_OF,
-    TIMESTEPS_OF,
+    TARGET_TIMESTEP,
     VELOCITIES,
     VELOCITY,
     history_name,
     hoisted_name,
+    steps_of,
+    timesteps_of,
 )
 from cachec.runtime.device import ALIGNMENT
 from cachec.runtime.errors import BundleError, InputError
-from cachec.runtime.program import Advance, Compute, Forecast, Instruction, Predict, Program
+from cachec.runtime.model_io import ModelIO
+from cachec.runtime.program import Instruction, Program
 from cachec.runtime.specs import Array, Signature, TensorSpec, itemsize
 
-RING, NOISE_BUFFER, TURNS, VELOCITY_BUFFER = "ring", "noise", ("latents/0", "latents/1"), "velocity"
+NOISE_BUFFER, TURNS, VELOCITY_BUFFER = "noise", ("latents/0", "latents/1"), "velocity"
 
+SIDE_BY_SIDE = {FEATURE: FEATURES, VELOCITY: VELOCITIES}  # the input that takes several slots of a kind at once
 DTYPE_NAMES = {np.dtype(name): name for name in ("float32", "int64")}  # of constants; numpy takes long to say them
 
 
@@ -45,16 +51,9 @@ def condition_name(name: str) -> str:
     return f"condition/{name}"
 
 
-@dataclass(frozen=True)
-class ModelIO:
-    """Which engine input plays which part.
-
-    ``latents`` and ``timestep`` change with every step; ``conditions`` (prompt, guidance) are given once per request.
-    """
-
-    latents: str
-    timestep: str
-    conditions: tuple[str, ...]
+def slots_name(kind: str) -> str:
+    """Name of the buffer that holds all slots of a kind."""
+    return f"slots/{kind}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +89,7 @@ class View:
 class PlannedCall:
     """One engine call, its tensors by name.
 
-    ``latents`` is what it starts from, ``velocities`` what it leaves, by step, if asked for; the prologue has neither.
+    ``latents`` is what it starts from, ``velocities`` what it leaves for a sampler outside, by step; the prologue has neither.
     """
 
     engine: str
@@ -98,15 +97,16 @@ class PlannedCall:
     inputs: Mapping[str, View]
     outputs: Mapping[str, View]
     latents: View | None = None
-    velocities: View | None = None
+    velocities: tuple[View, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
 class BindingPlan:
     """All buffers of a session, by name, and all calls of a request, in order; ``final``: where the latents end up.
 
-    ``ring`` [S, B, …] keeps features or velocities; ``noise`` and two more buffers [B, …] hold latents in turn, since an
-    engine must not write what it reads. ``conditions`` are those that a request brings; their buffers have ``condition_name``.
+    The slots of a kind are one buffer [S, B, …], called ``slots_name``. ``noise`` and two more buffers [B, …] hold latents in
+    turn, since an engine must not write what it reads; with a sampler outside, ``noise`` holds what it brings.
+    ``conditions`` are those that a request brings; their buffers have ``condition_name``.
     """
 
     buffers: Mapping[str, PlannedBuffer]
@@ -176,47 +176,61 @@ def _aligned(size: int) -> int:
 
 
 def plan_binding(
-    signatures: Mapping[str, Signature], program: Program, io: ModelIO, *, batch: int, with_velocities: bool = False
+    signatures: Mapping[str, Signature], program: Program, io: ModelIO, *, batch: int, for_sampler: bool = False
 ) -> BindingPlan:
-    """The plan of a session. ``with_velocities``: forecasts also leave their velocities.
+    """The plan of a session. ``for_sampler``: every step leaves a velocity, and the latents come from outside.
 
     Raises:
-        BundleError: the program forecasts, and there is no engine for it.
+        BundleError: the program needs an engine, or an engine an input, that there is not.
         InputError: velocities are wanted, and the engines hand out none.
     """
-    return _Planner(signatures, program, io, batch, with_velocities).plan()
+    return _Planner(signatures, program, io, batch, for_sampler).plan()
 
 
 class _Planner:
     """Buffers and calls found so far."""
 
     def __init__(
-        self, signatures: Mapping[str, Signature], program: Program, io: ModelIO, batch: int, with_velocities: bool
+        self, signatures: Mapping[str, Signature], program: Program, io: ModelIO, batch: int, for_sampler: bool
     ) -> None:
-        self._signatures, self._program, self._io = signatures, program, io
-        self._sizes, self._with_velocities = {BATCH: batch}, with_velocities
-        self._deltas = np.diff(program.sigmas)
-        self._timesteps = np.broadcast_to(program.timesteps[:, None], (program.num_steps, batch))
-        self._hoisted = {spec.name: spec for spec in signatures["prologue"].outputs} if "prologue" in signatures else {}
-        forecasts = (i for i in program.instructions if isinstance(i, Forecast | Predict))
-        self._computed, self._forecast = program.compute_steps, tuple(s for i in forecasts for s in i.steps)
-        self._number = {step: number for some in (self._computed, self._forecast) for number, step in enumerate(some)}
+        self._signatures, self._program, self._io, self._for_sampler = signatures, program, io, for_sampler
+        self._sizes = {BATCH: batch}
+        if missing := {one.graph for one in program.instructions} - set(signatures):
+            raise BundleError(f"the program needs the engine {', '.join(missing)}, which the bundle lacks: compile it again")
+        self._steps = {
+            graph: tuple(step for one in program.instructions if one.graph == graph for step in one.steps)
+            for graph in signatures
+        }
+        self._hoisted = {spec.name: spec for spec in signatures[PROLOGUE].outputs} if PROLOGUE in signatures else {}
+        deltas = np.diff(program.sigmas)
+        self._by_step = {
+            COEFFICIENTS: program.coefficients,
+            BIAS: program.bias,
+            DELTA: deltas,
+            DELTAS: deltas,
+            io.timestep: program.timesteps,
+            **({} if program.target_timesteps is None else {TARGET_TIMESTEP: program.target_timesteps}),
+        }
+        self._holds: dict[tuple[str, int], int] = {}  # the step that a slot, by kind and number, is of
         self._buffers: dict[str, PlannedBuffer] = {}
         self._moves = 0
 
     def plan(self) -> BindingPlan:
-        compute = self._signatures["compute"]
-        latents, feature, velocity = compute.input(self._io.latents), compute.output(FEATURE), compute.output(VELOCITY)
-        kept = feature if self._program.cut == "hidden" else velocity
-        self._add(RING, (self._program.capacity, *kept.resolve(self._sizes)), kept.dtype)
+        instructions = self._program.instructions
+        model = self._signatures[next(one.graph for one in instructions if one.computes)]
+        latents = model.input(self._io.latents)
+        for kind, count in self._program.slots.items():
+            writer = next(one.graph for one in instructions if kind in one.writes)
+            kept = self._signatures[writer].output(kind)
+            self._add(slots_name(kind), (count, *kept.resolve(self._sizes)), kept.dtype)
         for name in (NOISE_BUFFER, *TURNS):
             self._add_like(name, latents)
-        self._add_like(VELOCITY_BUFFER, velocity)
+        self._add_like(VELOCITY_BUFFER, model.output(VELOCITY))
         specs = {spec.name: spec for signature in self._signatures.values() for spec in signature.inputs}
         given = tuple(specs[name] for name in self._io.conditions if name in specs)  # the conditions that any engine reads
         self._conditions = {spec.name: self._add_like(condition_name(spec.name), spec) for spec in given}
         prologue = self._plan_prologue()
-        operations = tuple(self._plan_call(instruction) for instruction in self._program.instructions)
+        operations = tuple(call for instruction in instructions for call in self._plan_calls(instruction))
         return BindingPlan(self._buffers, prologue, operations, self._latents(), latents, given)
 
     def _add(self, name: str, shape: tuple[int, ...], dtype: str, value: Array | None = None) -> View:
@@ -230,109 +244,96 @@ class _Planner:
         """Where the latents are after the moves so far."""
         return View(TURNS[(self._moves - 1) % 2] if self._moves else NOISE_BUFFER)
 
-    def _next_latents(self) -> View:
-        """Where the next move puts them."""
-        self._moves += 1
-        return self._latents()
-
     def _plan_prologue(self) -> PlannedCall | None:
         """Everything that does not depend on latents, for all steps of the program."""
-        if "prologue" not in self._signatures:
+        if PROLOGUE not in self._signatures:
             return None
-        steps = {STEPS_OF["compute"]: self._computed, STEPS_OF["forecast"]: self._forecast or (0,)}
-        times = {TIMESTEPS_OF[name]: self._program.timesteps[list(steps[STEPS_OF[name]])] for name in TIMESTEPS_OF}
-        sizes = {name: len(some) for name, some in steps.items()}
+        steps = {graph: some or (0,) for graph, some in self._steps.items()}  # no size may be zero
+        times = {timesteps_of(graph): self._program.timesteps[list(some)] for graph, some in steps.items()}
+        sizes = {steps_of(graph): len(some) for graph, some in steps.items()}
         outputs = {name: self._add_like(f"hoisted/{name}", spec, **sizes) for name, spec in self._hoisted.items()}
-        return self._call("prologue", (), self._conditions, times, outputs)
+        return self._call(PROLOGUE, (), self._conditions, times, outputs)
 
-    def _plan_call(self, instruction: Instruction) -> PlannedCall:
-        if isinstance(instruction, Compute):
-            return self._plan_compute(instruction)
-        if isinstance(instruction, Advance):
-            return self._plan_advance(instruction)
-        if "forecast" not in self._signatures:
-            raise BundleError("the program forecasts, but the bundle has no forecast engine: compile it again")
-        return self._plan_forecast(instruction) if isinstance(instruction, Forecast) else self._plan_predict(instruction)
-
-    def _plan_compute(self, instruction: Compute) -> PlannedCall:
-        step, hidden = instruction.step, self._program.cut == "hidden"
+    def _plan_calls(self, instruction: Instruction) -> list[PlannedCall]:
+        """The call of an instruction; with a sampler outside, a call for each step that weighted velocities move over."""
+        if self._for_sampler and instruction.rows and self._program.rows_out is not None:
+            return [self._plan_step_out(instruction, step) for step in instruction.steps]
         latents = self._latents()
-        results = {VELOCITY: View(VELOCITY_BUFFER)}
-        if instruction.slot is not None:
-            results[FEATURE if hidden else VELOCITY] = View(RING, instruction.slot)
-        if hidden:
-            results[NEXT_LATENTS] = self._next_latents()
-        inputs = {self._io.latents: latents, **self._conditions, **self._rows("compute", self._number[step], None)}
-        return self._call("compute", (step,), inputs, self._at_step(step), results, latents, results[VELOCITY])
+        results = self._results(instruction)
+        velocities = self._velocities(instruction, results) if self._for_sampler else ()
+        inputs, values = self._inputs(instruction, latents), self._values(instruction)
+        for kind, slot in instruction.writes.items():
+            self._holds[kind, slot] = instruction.steps[-1]
+        return [self._call(instruction.graph, instruction.steps, inputs, values, results, latents, velocities)]
 
-    def _plan_advance(self, instruction: Advance) -> PlannedCall:
-        row = self._program.coefficients[instruction.steps[0], : instruction.num_slots]
-        inputs = {NOISE: View(NOISE_BUFFER), VELOCITIES: View(RING, 0, instruction.num_slots)}
-        latents = self._latents()
-        results = {NEXT_LATENTS: self._next_latents()}
-        return self._call("advance", instruction.steps, inputs, {COEFFICIENTS: row}, results, latents)
+    def _inputs(self, instruction: Instruction, latents: View) -> dict[str, View]:
+        """What its engine may read."""
+        inputs = {self._io.latents: latents, BASE: View(NOISE_BUFFER), **self._conditions}
+        for kind, slots in instruction.reads.items():
+            inputs |= {history_name(i): View(slots_name(kind), slot) for i, slot in enumerate(slots)}
+            inputs[SIDE_BY_SIDE[kind]] = View(slots_name(kind), 0, len(slots))  # slots behind it may hold anything
+        first, count = self._steps[instruction.graph].index(instruction.steps[0]), len(instruction.steps)
+        for spec in self._signatures[instruction.graph].inputs:
+            name = hoisted_name(instruction.graph, spec.name)
+            if name in self._hoisted:
+                rows = (first, first + count) if _is_run(spec) else (first, None)
+                by_step = self._hoisted[name].shape[0] == steps_of(instruction.graph)
+                inputs[spec.name] = View(f"hoisted/{name}", *rows) if by_step else View(f"hoisted/{name}")
+        return inputs
 
-    def _plan_forecast(self, instruction: Forecast) -> PlannedCall:
-        steps, written = instruction.steps, instruction.num_slots  # slots behind it may hold anything: never bound
-        rows = slice(steps[0], steps[-1] + 1)
-        first = self._number[steps[0]]
-        latents = self._latents()
-        inputs = {
-            FEATURES: View(RING, 0, written),
-            self._io.latents: latents,
-            **self._conditions,
-            **self._rows("forecast", first, first + len(steps)),
+    def _values(self, instruction: Instruction) -> dict[str, Array]:
+        """The numbers that its engine may read: rows of all its steps for a run of them, else the row of its first."""
+        history = [self._holds[kind, slot] for kind, slots in instruction.reads.items() for slot in slots]
+        values = {
+            SIGMAS: self._program.sigmas,
+            STEP: np.array(instruction.steps[0], np.int64),
+            HISTORY_STEPS: np.array(history, np.int64),
+            BASE_SHARE: np.ones(1, np.float32),
         }
-        constants = {
-            COEFFICIENTS: self._program.coefficients[rows, :written],
-            BIAS: self._program.bias[rows],
-            DELTAS: self._deltas[rows],
-            self._io.timestep: self._timesteps[rows],
-        }
-        results = {NEXT_LATENTS: self._next_latents()}
-        if self._with_velocities:
-            spec = self._velocities_spec()
-            results[VELOCITIES] = self._add_like(f"velocities/{steps[0]}", spec, **{FORECASTS: len(steps)})
-        return self._call("forecast", steps, inputs, constants, results, latents, results.get(VELOCITIES))
+        for spec in self._signatures[instruction.graph].inputs:
+            if spec.name in self._by_step:
+                series = self._by_step[spec.name]
+                rows = series[list(instruction.steps)] if _is_run(spec) else series[instruction.steps[0]]
+                if spec.name == COEFFICIENTS:
+                    rows = rows[..., : len(history)]
+                elif spec.shape[-1:] == (BATCH,):  # the same for each sample
+                    rows = np.broadcast_to(rows[..., None], (*rows.shape, self._sizes[BATCH]))
+                values[spec.name] = rows
+        return values
 
-    def _velocities_spec(self) -> TensorSpec:
-        signature = self._signatures["forecast"]
+    def _results(self, instruction: Instruction) -> dict[str, View]:
+        """What its engine leaves: what is kept, a velocity that nobody may want, and the latents that it moves."""
+        results = {kind: View(slots_name(kind), slot) for kind, slot in instruction.writes.items()}
+        if VELOCITY in {spec.name for spec in self._signatures[instruction.graph].outputs}:
+            results.setdefault(VELOCITY, View(VELOCITY_BUFFER))
+        if instruction.moves and not self._for_sampler:
+            self._moves += 1
+            results[NEXT_LATENTS] = self._latents()
+        return results
+
+    def _velocities(self, instruction: Instruction, results: dict[str, View]) -> tuple[View, ...]:
+        """What a sampler outside gets of each step; ``results`` take in what has to be asked for."""
+        if not instruction.moves:
+            return ()  # it gets what the move behind it makes of the slots
+        if VELOCITY in results:
+            return (results[VELOCITY],)
+        signature, steps = self._signatures[instruction.graph], instruction.steps
         if VELOCITIES not in {spec.name for spec in signature.outputs}:
             raise InputError("a sampler outside needs velocities, which these engines keep to themselves: "
-                             "compile the bundle with --velocities")  # fmt: skip
-        return signature.output(VELOCITIES)
+                             "compile the bundle without --no-velocities")  # fmt: skip
+        name = f"velocities/{steps[0]}"
+        results[VELOCITIES] = self._add_like(name, signature.output(VELOCITIES), **{FORECASTS: len(steps)})
+        return tuple(View(name, row) for row in range(len(steps)))
 
-    def _plan_predict(self, instruction: Predict) -> PlannedCall:
-        step, latents = instruction.step, self._latents()
-        inputs = {
-            **{history_name(i): View(RING, slot) for i, slot in enumerate(instruction.sources)},
-            self._io.latents: latents,
-            **self._conditions,
-            **self._rows("forecast", self._number[step], None),
-        }
-        constants = {
-            SIGMAS: self._program.sigmas,
-            STEP: np.array(step, np.int64),
-            HISTORY_STEPS: np.array(instruction.source_steps, np.int64),
-            **self._at_step(step),
-        }
-        results = {VELOCITY: View(VELOCITY_BUFFER), NEXT_LATENTS: self._next_latents()}
-        if instruction.slot is not None:
-            results[FEATURE] = View(RING, instruction.slot)
-        return self._call("forecast", (step,), inputs, constants, results, latents, results[VELOCITY])
-
-    def _at_step(self, step: int) -> dict[str, Array]:
-        return {self._io.timestep: self._timesteps[step], DELTA: self._deltas[step : step + 1]}
-
-    def _rows(self, engine: str, first: int, end: int | None) -> dict[str, View]:
-        """What the prologue made for an engine: its rows from ``first`` to ``end``, or the one row without an ``end``."""
-        result = {}
-        for spec in self._signatures[engine].inputs:
-            name = hoisted_name(engine, spec.name)
-            if name in self._hoisted:
-                by_step = self._hoisted[name].shape[0] == STEPS_OF[engine]
-                result[spec.name] = View(f"hoisted/{name}", first, end) if by_step else View(f"hoisted/{name}")
-        return result
+    def _plan_step_out(self, instruction: Instruction, step: int) -> PlannedCall:
+        """One step of a move, for a sampler outside: its row over the slots, and its share of the latents that came in."""
+        assert self._program.rows_out is not None  # as the caller has looked
+        assert self._program.share_out is not None  # as the program has checked
+        bound = sum(map(len, instruction.reads.values()))
+        values = {COEFFICIENTS: self._program.rows_out[step, :, :bound], BASE_SHARE: self._program.share_out[step : step + 1]}
+        latents, result = View(NOISE_BUFFER), View(TURNS[0])
+        inputs = self._inputs(instruction, latents)
+        return self._call(instruction.graph, (step,), inputs, values, {NEXT_LATENTS: result}, latents, (result,))
 
     def _call(
         self,
@@ -342,7 +343,7 @@ class _Planner:
         constants: Mapping[str, Array],
         results: Mapping[str, View],
         latents: View | None = None,
-        velocities: View | None = None,
+        velocities: tuple[View, ...] = (),
     ) -> PlannedCall:
         """A call with those of the inputs that the engine has; each constant gets a buffer of its own."""
         known = dict(inputs)
@@ -352,4 +353,11 @@ class _Planner:
                 value = constants[name]
                 place = f"{engine}/{steps[0]}/{name}" if steps else f"{engine}/{name}"
                 known[name] = self._add(place, value.shape, DTYPE_NAMES[value.dtype], value)
-        return PlannedCall(engine, steps, {name: known[name] for name in wanted if name in known}, results, latents, velocities)
+        if missing := [name for name in wanted if name not in known]:
+            raise BundleError(f"the engine {engine} takes {', '.join(missing)}, which its program does not have: compile again")
+        return PlannedCall(engine, steps, {name: known[name] for name in wanted}, results, latents, velocities)
+
+
+def _is_run(spec: TensorSpec) -> bool:
+    """Does it have a row for each of several steps?"""
+    return spec.shape[:1] == (FORECASTS,)

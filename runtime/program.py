@@ -4,111 +4,197 @@ A program is a list of instructions over numbered slots. On the *hidden* cut slo
 the sampler's Euler step. On the *output* cut slots hold velocities, and the latents move over a whole gap between computed
 steps at once. The instructions name no method and test nothing: the same request always makes the same calls.
 
-Shapes: ``T`` sampling steps, ``S = capacity`` slots.
+Shapes: ``T`` sampling steps, ``G`` groups (one today), ``S`` slots of the kind that the cut keeps.
 """
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from itertools import zip_longest
 from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 
-from cachec.runtime.errors import BundleError
+from cachec.runtime.abi import ADVANCE, COMPUTE, FEATURE, FORECAST, VELOCITY
+from cachec.runtime.errors import BundleError, shortened
 from cachec.runtime.specs import Array
 
-Branch = Literal["conditional", "unconditional"]
 Cut = Literal["hidden", "output"]
+KEPT: Mapping[Cut, str] = {"hidden": FEATURE, "output": VELOCITY}  # what the slots of a cut hold
 UNCACHED = "uncached"  # the level of every bundle that computes every step
 
 
+class Instruction(ABC):
+    """One engine call. It says what it does, so that nobody has to ask which instruction it is."""
+
+    op: ClassVar[str]
+    computes: ClassVar[bool] = False  # does it run the whole model?
+
+    @property
+    @abstractmethod
+    def graph(self) -> str:
+        """The engine that runs it."""
+
+    @property
+    @abstractmethod
+    def steps(self) -> tuple[int, ...]:
+        """The steps that it is about, in order."""
+
+    @property
+    def reads(self) -> Mapping[str, tuple[int, ...]]:
+        """Slots by kind, in the order in which the engine takes them. A kind is the name of the tensor that is kept."""
+        return {}
+
+    @property
+    def writes(self) -> Mapping[str, int]:
+        """The slot by kind."""
+        return {}
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """The rows of the program's coefficients that weigh what it reads; none where it weighs nothing."""
+        return ()
+
+    @property
+    def moves(self) -> tuple[int, ...]:
+        """The steps that the latents take; they stand at the end of the last one afterwards."""
+        return self.steps
+
+    def check(self) -> None:
+        """Raise ``BundleError`` unless its numbers are numbers, and each slot that it reads outlives it."""
+        read, written = [n for some in self.reads.values() for n in some], list(self.writes.values())
+        if not all(type(number) is int for number in (*self.steps, *read, *written)) or not isinstance(self.graph, str):
+            raise BundleError(f"program: {shortened(self)} does not read as an instruction")
+        for kind, slot in self.writes.items():
+            if slot in self.reads.get(kind, ()):
+                raise BundleError(f"program: steps {shortened(self.steps)} write {kind} slot {slot}, which they read")
+
+
 @dataclass(frozen=True)
-class Compute:
-    """Run the whole model at ``step``; keep its feature (or velocity) in ``slot`` unless nothing reads it (``None``)."""
+class Compute(Instruction):
+    """Run the whole model at ``step``; keep what it ``keeps`` in ``slot`` unless nothing reads it (``None``).
+
+    One that keeps the velocity is of the output cut, where the ``Advance`` behind it moves the latents.
+    """
 
     op: ClassVar[str] = "compute"
+    computes: ClassVar[bool] = True
     step: int
-    slot: int | None
-    branch: Branch = "conditional"
+    slot: int | None = None
+    keeps: str = FEATURE
+    graph: str = COMPUTE
 
     @property
     def steps(self) -> tuple[int, ...]:
         return (self.step,)
 
+    @property
+    def writes(self) -> Mapping[str, int]:
+        return {} if self.slot is None else {self.keeps: self.slot}
+
+    @property
+    def moves(self) -> tuple[int, ...]:
+        return () if self.keeps == VELOCITY else self.steps
+
 
 @dataclass(frozen=True)
-class Forecast:
-    """Forecast ``steps`` linearly from the slots ``0 … num_slots - 1``.
+class Forecast(Instruction):
+    """Forecast the steps of ``span`` linearly from the feature slots ``0 … num_slots - 1``.
 
-    Step ``s`` takes ``program.coefficients[s, :num_slots]`` and ``program.bias[s]``.
+    Step ``s`` takes ``program.coefficients[s, :, :num_slots]`` and ``program.bias[s]``.
     """
 
     op: ClassVar[str] = "forecast"
-    steps: tuple[int, ...]
+    span: tuple[int, ...]
     num_slots: int
-    branch: Branch = "conditional"
+    graph: str = FORECAST
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        return self.span
+
+    @property
+    def reads(self) -> Mapping[str, tuple[int, ...]]:
+        return {FEATURE: tuple(range(self.num_slots))}
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        return self.span
 
 
 @dataclass(frozen=True)
-class Predict:
-    """Run the predictor inside the forecast engine at ``step`` on ``sources``, slots from newest to oldest.
+class Predict(Instruction):
+    """Run the predictor inside the forecast engine at ``step`` on ``sources``, feature slots from newest to oldest.
 
-    The predicted feature goes to ``slot`` (``None``: nothing reads it). ``source_steps`` says which step each source is of.
+    The predicted feature goes to ``slot`` (``None``: nothing reads it).
     """
 
     op: ClassVar[str] = "predict"
     step: int
     sources: tuple[int, ...]
-    source_steps: tuple[int, ...]
-    slot: int | None
-    branch: Branch = "conditional"
+    slot: int | None = None
+    graph: str = FORECAST
 
     @property
     def steps(self) -> tuple[int, ...]:
         return (self.step,)
 
-    def check(self) -> None:
-        """Raise ``BundleError`` unless every source has its step, in the past, and none is overwritten."""
-        if not self.sources or len(self.sources) != len(self.source_steps):
-            raise BundleError(f"program: step {self.step} has sources {self.sources} of steps {self.source_steps}")
-        if max(self.source_steps) >= self.step:
-            raise BundleError(f"program: step {self.step} reads steps {self.source_steps}, which are not before it")
-        if self.slot in self.sources:
-            raise BundleError(f"program: step {self.step} writes slot {self.slot}, which it reads")
+    @property
+    def reads(self) -> Mapping[str, tuple[int, ...]]:
+        return {FEATURE: self.sources}
+
+    @property
+    def writes(self) -> Mapping[str, int]:
+        return {} if self.slot is None else {FEATURE: self.slot}
 
 
 @dataclass(frozen=True)
-class Advance:
-    """Move the latents over ``steps``, the first of which was just computed: noise plus weighted velocities.
+class Advance(Instruction):
+    """Move the latents over ``span``, the first step of which was just computed: noise plus weighted velocities.
 
-    The weights are ``program.coefficients[steps[0], :num_slots]`` over the slots ``0 … num_slots - 1``.
+    The weights are ``program.coefficients[span[0], :, :num_slots]`` over the velocity slots ``0 … num_slots - 1``.
     """
 
     op: ClassVar[str] = "advance"
-    steps: tuple[int, ...]
+    span: tuple[int, ...]
     num_slots: int
-    branch: Branch = "conditional"
+    graph: str = ADVANCE
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        return self.span
+
+    @property
+    def reads(self) -> Mapping[str, tuple[int, ...]]:
+        return {VELOCITY: tuple(range(self.num_slots))}
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        return self.span[:1]
 
 
-Instruction = Compute | Forecast | Predict | Advance
-_INSTRUCTIONS: dict[str, type[Instruction]] = {c.op: c for c in (Compute, Forecast, Predict, Advance)}
-_ON_CUT: dict[Cut, tuple[type[Instruction], ...]] = {"hidden": (Compute, Forecast, Predict), "output": (Compute, Advance)}
+_INSTRUCTIONS: dict[str, type[Compute | Forecast | Predict | Advance]] = {
+    kind.op: kind for kind in (Compute, Forecast, Predict, Advance)
+}
 
 
 @dataclass(frozen=True)
 class ProgramKey:
-    """What a program is valid for. ``batch`` is ``None`` where the engines take any batch."""
+    """What a program is valid for. ``sizes`` are those of the request, by name; ``batch`` is ``None`` for any."""
 
     steps: int
     sigmas_hash: str
-    height: int
-    width: int
-    text_tokens: int
+    sizes: Mapping[str, int]
     start_step: int = 0
     batch: int | None = None
     level: str = "default"
+
+    @property
+    def sizes_text(self) -> str:
+        """The sizes in words, for messages."""
+        return ", ".join(f"{name.replace('_', ' ')} {size}" for name, size in self.sizes.items())
 
 
 def hash_sigmas(sigmas: Array) -> str:
@@ -120,21 +206,31 @@ def hash_sigmas(sigmas: Array) -> str:
 class Program:
     """Instructions plus their numbers.
 
-    ``sigmas`` [T + 1] noise levels, the last one the end of sampling; ``timesteps`` [T] what the model is told at each
-    step; ``coefficients`` [T, S] and ``bias`` [T] of the linear forecasts (rows of other steps are not read; on the output
-    cut a row moves the latents and the bias is zero). All float32.
+    ``slots`` says how many there are of each kind. ``sigmas`` [T + 1] noise levels, the last one the end of sampling;
+    ``timesteps`` [T] what the model is told at each step, ``target_timesteps`` [T] what flow maps are told besides;
+    ``coefficients`` [T, G, S] and ``bias`` [T] of the linear forecasts (rows of other steps are not read; on the output cut a
+    row moves the latents and the bias is zero). Where a sampler outside works on the output cut, it gets
+    ``rows_out[s] @ slots + share_out[s] * latents`` at step ``s``: ``rows_out`` [T, G, S], ``share_out`` [T]. All float32.
     """
 
     key: ProgramKey
     instructions: tuple[Instruction, ...]
-    capacity: int
+    slots: Mapping[str, int]
     sigmas: Array
     timesteps: Array
     coefficients: Array
     bias: Array
     cut: Cut = "hidden"
+    target_timesteps: Array | None = None
+    rows_out: Array | None = None
+    share_out: Array | None = None
 
     def __post_init__(self) -> None:
+        if self.cut not in get_args(Cut):
+            raise BundleError(f"program: cut {shortened(self.cut)} is not one of {get_args(Cut)}")
+        for kind, count in self.slots.items():
+            if kind not in KEPT.values() or type(count) is not int or count < 1:
+                raise BundleError(f"program: {shortened(count)} slots of {shortened(kind)} are not what a session can have")
         self._check_arrays()
         self._check_steps()
         self._check_slots()
@@ -145,18 +241,26 @@ class Program:
 
     @property
     def compute_steps(self) -> tuple[int, ...]:
-        return tuple(i.step for i in self.instructions if isinstance(i, Compute))
+        return tuple(step for one in self.instructions if one.computes for step in one.steps)
+
+    @property
+    def capacity(self) -> int:
+        """How many slots there are of the kind that the cut keeps."""
+        return self.slots.get(KEPT[self.cut], 0)
 
     def _check_arrays(self) -> None:
-        steps = self.key.steps
-        shapes = {
+        steps, rows = self.key.steps, (self.key.steps, max(1, *self.coefficients.shape[1:2]), self.capacity)
+        shapes: dict[str, tuple[int, ...]] = {
             "sigmas": (steps + 1,),
             "timesteps": (steps,),
-            "coefficients": (steps, self.capacity),
+            "coefficients": rows,
             "bias": (steps,),
+            "target_timesteps": (steps,),
+            "rows_out": rows,
+            "share_out": (steps,),
         }
-        for name, shape in shapes.items():
-            value = getattr(self, name)
+        for name, value in self.arrays().items():
+            shape = shapes[name]
             if value.shape != shape or value.dtype != np.float32:
                 raise BundleError(f"program: {name} is {value.dtype}{list(value.shape)}, expected float32{list(shape)}")
             if not np.isfinite(value).all():
@@ -167,72 +271,82 @@ class Program:
     def _check_steps(self) -> None:
         if not 0 <= self.key.start_step < self.key.steps:
             raise BundleError(f"program starts at step {self.key.start_step} of {self.key.steps}")
-        if self.cut not in get_args(Cut):
-            raise BundleError(f"program: cut {self.cut!r} is not one of {get_args(Cut)}")
         for instruction in self.instructions:
-            if not isinstance(instruction, _ON_CUT[self.cut]):
-                raise BundleError(f"program: instruction {instruction.op!r} does not exist on the {self.cut} cut")
-        if self.cut == "output" and self.bias.any():
+            instruction.check()
+        if self.cut == "output":
+            self._check_output_cut()
+        elif self.rows_out is not None or self.share_out is not None:
+            raise BundleError("program: it has rows for a sampler outside, but nothing reads them on the hidden cut")
+        covered = [step for instruction in self.instructions for step in instruction.moves]
+        expected = range(self.key.start_step, self.key.steps)
+        if covered != list(expected):
+            raise BundleError(f"program covers steps {shortened(covered)}, expected each of {expected} once and in order")
+
+    def _check_output_cut(self) -> None:
+        """Each computed step is followed by the move that belongs to it."""
+        if self.bias.any():
             raise BundleError("program: the bias is not zero, but nothing reads it on the output cut")
-        movers = self.instructions if self.cut == "hidden" else self._advances()
-        covered = [step for instruction in movers for step in instruction.steps]
-        expected = list(range(self.key.start_step, self.key.steps))
-        if covered != expected:
-            raise BundleError(f"program covers steps {covered}, expected each of {expected} once and in order")
-
-        for instruction in self.instructions:
-            if instruction.branch not in get_args(Branch):
-                raise BundleError(f"program: branch {instruction.branch!r} is not one of {get_args(Branch)}")
-            if isinstance(instruction, Predict):
-                instruction.check()
-
-    def _advances(self) -> list[Advance]:
-        """The moves of an output-cut program; each belongs to the computed step before it."""
-        computes, advances = self.instructions[::2], self.instructions[1::2]
-        for compute, advance in zip_longest(computes, advances):
-            if not isinstance(compute, Compute) or not isinstance(advance, Advance) or compute.steps != advance.steps[:1]:
+        if self.rows_out is None or self.share_out is None:
+            raise BundleError("program: it has no rows for a sampler outside: compile the bundle again")
+        for one, move in zip_longest(self.instructions[::2], self.instructions[1::2]):
+            pair = one.computes and not one.moves and move is not None and not move.computes
+            if not pair or move.steps[:1] != one.steps:
                 raise BundleError(
-                    f"program: on the output cut each computed step is followed by its advance, got {compute}, {advance}"
+                    "program: on the output cut each computed step is followed by its advance, "
+                    f"got {shortened(one)}, {shortened(move)}"
                 )
-        return [advance for advance in advances if isinstance(advance, Advance)]
 
     def _check_slots(self) -> None:
-        written: set[int] = set()
+        written: set[tuple[str, int]] = set()
         for instruction in self.instructions:
-            if isinstance(instruction, Forecast | Advance):
-                reads: tuple[int, ...] = tuple(range(instruction.num_slots))
-                if not reads:
-                    raise BundleError(f"program: {instruction.op} of steps {instruction.steps} reads no slot")
-                rows = list(instruction.steps) if isinstance(instruction, Forecast) else [instruction.steps[0]]
-                if self.coefficients[rows, instruction.num_slots :].any():
-                    raise BundleError(f"program: steps {instruction.steps} have coefficients for slots that are not bound")
-            else:
-                reads = instruction.sources if isinstance(instruction, Predict) else ()
-            unwritten = set(reads) - written
-            if unwritten:
-                raise BundleError(f"program: steps {instruction.steps} read slots {sorted(unwritten)} before any write")
-            slot = None if isinstance(instruction, Forecast | Advance) else instruction.slot
-            if slot is not None:
-                if not 0 <= slot < self.capacity:
-                    raise BundleError(f"program: slot {slot} does not exist, there are {self.capacity}")
-                written.add(slot)
+            steps = shortened(instruction.steps)
+            for kind, numbers in instruction.reads.items():
+                if not numbers:
+                    raise BundleError(f"program: {instruction.op} of steps {steps} reads no slot")
+                if unwritten := [number for number in numbers if (kind, number) not in written]:
+                    raise BundleError(f"program: steps {steps} read {kind} slots {shortened(unwritten)} before any write")
+            self._check_rows(instruction)
+            for kind, slot in instruction.writes.items():
+                if not 0 <= slot < self.slots.get(kind, 0):
+                    raise BundleError(f"program: {shortened(kind)} slot {slot} does not exist, "
+                                      f"there are {self.slots.get(kind, 0)}")  # fmt: skip
+                written.add((kind, slot))
+
+    def _check_rows(self, instruction: Instruction) -> None:
+        if not instruction.rows:
+            return
+        kept = KEPT[self.cut]
+        if set(instruction.reads) != {kept}:
+            raise BundleError(f"program: instruction {instruction.op!r} does not exist on the {self.cut} cut")
+        bound = len(instruction.reads[kept])
+        out = None if self.rows_out is None else self.rows_out[list(instruction.moves), :, bound:]
+        if self.coefficients[list(instruction.rows), :, bound:].any() or (out is not None and out.any()):
+            raise BundleError(f"program: steps {shortened(instruction.steps)} have coefficients for slots that are not bound")
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the arrays (:meth:`arrays`)."""
-        instructions = [{"op": i.op, **asdict(i)} for i in self.instructions]
-        return {"key": asdict(self.key), "cut": self.cut, "capacity": self.capacity, "instructions": instructions}
+        instructions = [{"op": one.op, **vars(one)} for one in self.instructions]
+        return {"key": asdict(self.key), "cut": self.cut, "slots": dict(self.slots), "instructions": instructions}
 
     def arrays(self) -> dict[str, Array]:
-        return {name: getattr(self, name) for name in ("sigmas", "timesteps", "coefficients", "bias")}
+        """All numbers by name; those that it may lack, only if it has them."""
+        names = ("sigmas", "timesteps", "coefficients", "bias", "target_timesteps", "rows_out", "share_out")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any], arrays: Mapping[str, Array]) -> "Program":
+        """Read what :meth:`to_json` and :meth:`arrays` gave.
+
+        Raises:
+            BundleError: something is missing, unknown or impossible.
+        """
         try:
-            instructions = tuple(_read_instruction(i) for i in data["instructions"])
-            key = ProgramKey(**data["key"])
-            return cls(key=key, instructions=instructions, capacity=data["capacity"], cut=data["cut"], **arrays)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise BundleError(f"program file does not read as a program: {error!r}") from error
+            _check_known(data, {"key", "cut", "slots", "instructions"}, "the file")
+            _check_known(data["key"], {field.name for field in fields(ProgramKey)}, "the key")
+            instructions = tuple(_read_instruction(one) for one in data["instructions"])
+            return cls(ProgramKey(**data["key"]), instructions, data["slots"], cut=data["cut"], **arrays)
+        except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
+            raise BundleError(f"program file does not read as a program: {shortened(error)}") from error
 
     def digest(self) -> str:
         """Hash of everything that the program does, for logs and tests."""
@@ -240,6 +354,18 @@ class Program:
         return hashlib.sha256(text + b"".join(a.tobytes() for a in self.arrays().values())).hexdigest()
 
 
+def _check_known(data: Mapping[str, Any], known: set[str], what: str) -> None:
+    if unknown := sorted(map(str, set(data) - known)):
+        raise BundleError(
+            f"program: {what} says {shortened(unknown)}, which this cachec does not know: "
+            "install the cachec that wrote it, or compile the bundle again"
+        )
+
+
 def _read_instruction(data: Mapping[str, Any]) -> Instruction:
-    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items() if k != "op"}
-    return _INSTRUCTIONS[data["op"]](**fields)
+    kind = _INSTRUCTIONS.get(data["op"])
+    if kind is None:
+        raise BundleError(f"program: there is no instruction {shortened(data['op'])}; known are {', '.join(_INSTRUCTIONS)}")
+    _check_known(data, {"op", *(field.name for field in fields(kind))}, f"instruction {kind.op!r}")
+    given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items() if k != "op"}
+    return kind(**given)

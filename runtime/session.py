@@ -9,20 +9,21 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self, overload
 
 import numpy as np
 
-from cachec.runtime.abi import MAX_BATCH
-from cachec.runtime.binding import Binding, Operation
+from cachec.runtime.abi import BATCH, PROLOGUE
+from cachec.runtime.binding import Binding
 from cachec.runtime.bundle import Bundle, Manifest, Target
 from cachec.runtime.device import Buffer, DeviceName
 from cachec.runtime.engine import HOST, Call, Engine
 from cachec.runtime.errors import EngineError, InputError, unknown_name
+from cachec.runtime.model_io import ModelIO
 from cachec.runtime.noise import make_noise
-from cachec.runtime.plan import ModelIO
 from cachec.runtime.program import UNCACHED, Program
-from cachec.runtime.specs import Array, TensorSpec
+from cachec.runtime.specs import Array
+from cachec.runtime.stepper import Stepper
 from cachec.runtime.trace import Trace
 
 log = logging.getLogger(__name__)
@@ -43,25 +44,31 @@ class LoadedBundle:
 
     @property
     def io(self) -> ModelIO:
-        io = self.manifest.io
-        return ModelIO(io["latents"], io["timestep"], tuple(io["conditions"]))
+        return ModelIO.from_json(self.manifest.io)
 
     @property
     def default_level(self) -> str:
         """The bundle's first level that is not the uncached one."""
         return next((level for level in self.programs if level != UNCACHED), UNCACHED)
 
-    def session(self, *, batch: int = 1, level: str | None = None, for_sampler: bool = False) -> "Session":
+    @overload
+    def session(self, *, batch: int = 1, level: str | None = None, for_sampler: Literal[False] = False) -> "Session": ...
+
+    @overload
+    def session(self, *, batch: int = 1, level: str | None = None, for_sampler: Literal[True]) -> Stepper: ...
+
+    def session(self, *, batch: int = 1, level: str | None = None, for_sampler: bool = False) -> "Session | Stepper":
         """A session for requests of ``batch`` samples at a quality level, by default the bundle's first.
 
         ``for_sampler``: for a sampler outside, which asks for velocities one by one.
         """
-        if batch > (most := self.target.sizes.get("batch", (batch,))[-1]):
+        if batch > (most := self.target.sizes.get(BATCH, (batch,))[-1]):
             raise InputError(
                 f"batch is {batch}; the engines of {self.target} take up to {most}: build them with --max-batch {batch}, "
                 "or take another target"
             )
-        return Session(self.engines, self.programs[self.check_level(level)], self.io, batch=batch, for_sampler=for_sampler)
+        kind = Stepper if for_sampler else Session
+        return kind(self.engines, self.programs[self.check_level(level)], self.io, batch=batch)
 
     def check_level(self, level: str | None) -> str:
         """The level, or the default one for ``None``.
@@ -107,34 +114,21 @@ def load_bundle(
 class Session:
     """One request at a time: ``begin``, then ``advance`` until ``finished``; or ``run``, which does all of it.
 
-    With a sampler of one's own: ``begin``, then ``velocity`` for each step; made ``for_sampler``.
+    With a sampler of one's own: a ``Stepper``.
 
     Conditions, noise and latents are numpy arrays or, on a GPU, arrays of any library there that speaks DLPack or CUDA's array
     interface (torch tensors, CuPy arrays); float32 whatever the model's precision. Where the device can record calls, ``run``
     does so in its second request, and from then on starts all of a request at once.
     """
 
-    def __init__(
-        self, engines: Mapping[str, Engine], program: Program, io: ModelIO, *, batch: int = 1, for_sampler: bool = False
-    ) -> None:
-        if not 1 <= batch <= MAX_BATCH:
-            raise InputError(f"batch is {batch}; it must be from 1 to {MAX_BATCH}")
-        if program.key.batch not in (None, batch):
-            raise InputError(f"batch is {batch}; this bundle was compiled for batches of {program.key.batch}")
-        if for_sampler and not engines["compute"].device.calculates:
-            name = engines["compute"].name
-            raise InputError(
-                f"a sampler outside cannot calculate with GPU buffers of the {name} backend: take inductor or aoti"
-            )
+    def __init__(self, engines: Mapping[str, Engine], program: Program, io: ModelIO, *, batch: int = 1) -> None:
         self.program = program
         self.io = io
         self.trace: Trace | None = None
-        self._sizes = {"batch": batch}
-        self._binding = Binding(engines, program, io, batch=batch, with_velocities=for_sampler)
+        self._binding = Binding(engines, program, io, batch=batch)
         self._operations = self._binding.operations
         self._device = self._binding.device
         self._position = len(self._operations)
-        self._velocities: dict[int, Buffer] = {}  # of coming steps, for a sampler outside
         self._has_run = False
         self._tried = False  # to record; not before the first request, which sets up what happens only once
         self._recording: Call | None = None
@@ -142,12 +136,12 @@ class Session:
     @property
     def latent_shape(self) -> tuple[int, ...]:
         """Shape of the latents, batch first."""
-        return self._binding.latent_spec.resolve(self._sizes)
+        return self._binding.latent_shape
 
     @property
-    def ring(self) -> Buffer:
-        """The slots [S, B, …]."""
-        return self._binding.ring
+    def slots(self) -> Mapping[str, Buffer]:
+        """The slots [S, B, …] by kind."""
+        return self._binding.slots
 
     @property
     def recorded(self) -> bool:
@@ -169,35 +163,8 @@ class Session:
         Raises:
             InputError: a condition is missing, unknown, of the wrong shape or dtype, or not finite (looked at on the host).
         """
-        self._take(conditions, noise)
+        self._binding.take(conditions, noise)
         self._start()
-
-    def _take(self, conditions: Mapping[str, Buffer], noise: Buffer) -> None:
-        specs = {spec.name: spec for spec in self._binding.condition_specs}
-        if set(conditions) != set(specs):
-            raise InputError(f"conditions are {sorted(specs)}, got {sorted(conditions)}")
-        given, noise = {name: self._device.adopt(value) for name, value in conditions.items()}, self._device.adopt(noise)
-        for name, spec in specs.items():
-            self._check(spec, given[name])
-        self._check(self._binding.latent_spec, noise)
-        for name, value in given.items():
-            self._device.upload(value, self._binding.conditions[name])
-        self._device.upload(noise, self._binding.noise)
-
-    def _check(self, spec: TensorSpec, value: Buffer) -> None:
-        try:
-            if isinstance(value, np.ndarray) or not self._device.owns(value):
-                spec.check(value, self._sizes)
-            else:
-                spec.check_form(value, self._sizes)
-        except InputError as error:
-            if tuple(getattr(value, "shape", ())) == spec.resolve(self._sizes):
-                raise
-            key = self.program.key
-            raise InputError(
-                f"{error}; this session takes batches of {self._sizes['batch']}, and its bundle was compiled for "
-                f"{key.width}x{key.height} pixels and {key.text_tokens} text tokens"
-            ) from error
 
     def takes(self, value: Any) -> bool:
         """Is ``value`` a buffer of the device, so that it need not come from the host?"""
@@ -205,9 +172,8 @@ class Session:
 
     def _start(self) -> None:
         if self._binding.prologue is not None:
-            self._call("prologue", (), self._binding.prologue)
+            self._call(PROLOGUE, (), self._binding.prologue)
         self._position = 0
-        self._velocities = {}
 
     def advance(self) -> None:
         """Carry out the next instruction."""
@@ -224,8 +190,7 @@ class Session:
         what ``torch.from_dlpack`` and its like take on a GPU without torch. It has memory of its own, which is freed with the
         last reference to it or to what was made from it, also after the session.
         """
-        self._take(conditions, noise)
-        self._velocities = {}
+        self._binding.take(conditions, noise)
         if self._has_run and self.trace is None:
             self._record_once()
         if self._recording is None or self.trace is not None:
@@ -250,51 +215,6 @@ class Session:
             self._recording = self._device.record(self._play)
         except EngineError as error:
             log.warning("the calls of a request are made one by one: %s", error)
-
-    def velocity(self, step: int, latents: Buffer) -> Buffer:
-        """The velocity [B, …] at ``step`` and ``latents``, for a sampler outside that takes the steps in order.
-
-        The velocity is a buffer of the engines' device: a numpy array on the CPU.
-
-        On the output cut all steps of a gap get the same velocity, which brings a sampler of Euler's kind to the latents
-        that the program wants at the end of the gap.
-
-        Raises:
-            InputError: another step is next, or the latents do not fit.
-        """
-        if step not in self._velocities:
-            self._find_velocities(step, latents)
-        return self._velocities.pop(step)
-
-    def _find_velocities(self, step: int, latents: Buffer) -> None:
-        wanted = None if self.finished else self._operations[self._position].steps[0]
-        if step != wanted or self._velocities:
-            due = min(self._velocities, default=wanted)
-            raise InputError(f"step {step} was asked for, but {'no step' if due is None else f'step {due}'} is next")
-        latents = self._device.adopt(latents)
-        self._check(self._binding.latent_spec, latents)
-        operation = self._operations[self._position]
-        self._device.upload(latents, operation.latents)
-        self.advance()
-        if self.program.cut == "output":
-            self._spread_gap(operation)
-            return
-        if operation.velocities is None:
-            raise InputError("this session was not made for a sampler outside: make it with for_sampler=True")
-        values = self._device.copy(operation.velocities)
-        self._velocities = dict(zip(operation.steps, values, strict=True)) if len(values.shape) > len(latents.shape) else {
-            operation.steps[0]: values
-        }  # fmt: skip
-
-    def _spread_gap(self, compute: Operation) -> None:
-        """Carry out the move after a computed step of the output cut, and give each of its steps the mean velocity."""
-        move = self._operations[self._position]
-        before = self._device.copy(compute.latents)
-        self.advance()
-        after = self._binding.final if self.finished else self._operations[self._position].latents
-        sigmas = self.program.sigmas
-        velocity = (after - before) / float(sigmas[move.steps[-1] + 1] - sigmas[move.steps[0]])
-        self._velocities = dict.fromkeys(move.steps, velocity)
 
     def _call(self, engine: str, steps: tuple[int, ...], call: Call) -> None:
         if self.trace is None:

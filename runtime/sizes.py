@@ -2,7 +2,7 @@
 
 import math
 
-from cachec.runtime.abi import BATCH, FORECASTS, MAX_BATCH, SLOTS, STEPS_OF
+from cachec.runtime.abi import BATCH, COMPUTE, FORECAST, FORECASTS, MAX_BATCH, SLOTS, steps_of
 from cachec.runtime.build_options import SizeRange
 from cachec.runtime.errors import InputError
 
@@ -21,8 +21,8 @@ def size_ranges(steps: int, computed: int, *, batch: int | None = None, max_batc
         BATCH: SizeRange(1, max_batch, max_batch) if batch is None else SizeRange(batch, batch, batch),
         SLOTS: SizeRange(1, computed, steps),
         FORECASTS: SizeRange(1, min(math.ceil(forecast / computed), several), several),
-        STEPS_OF["compute"]: SizeRange(1, computed, steps),
-        STEPS_OF["forecast"]: SizeRange(1, forecast, steps),
+        steps_of(COMPUTE): SizeRange(1, computed, steps),
+        steps_of(FORECAST): SizeRange(1, forecast, steps),
     }
 
 

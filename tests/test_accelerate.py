@@ -139,7 +139,7 @@ def test_bfloat16_features_are_forecast(uncached_bfloat16):
     first = run(pipeline)
     assert 1e-4 < relative_error(first, uncached_bfloat16) < 0.2
     (session,) = pipeline.transformer._sessions.values()
-    assert session.ring.dtype == torch.bfloat16
+    assert session.slots["feature"].dtype == torch.bfloat16
     np.testing.assert_array_equal(run(pipeline), first)
 
 

@@ -175,7 +175,7 @@ def test_interleaved_sessions_over_nan_equal_running_alone(lesa_bundle, conditio
         noises = [np.stack([make_noise(s, x.latent_shape[1:]) for s in (k, k + 9)]) for k, x in enumerate(sessions)]
         alone = [loaded.session(batch=2).run(conditions, noise) for noise in noises]
         for session, noise in zip(sessions, noises, strict=True):
-            session.ring[:] = np.nan
+            session.slots["feature"][:] = np.nan
             session.begin(conditions, noise)
         while not all(session.finished for session in sessions):
             for session in sessions:

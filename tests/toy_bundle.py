@@ -33,7 +33,7 @@ STEPS = 10
 SIGMAS = np.linspace(1, 0, STEPS + 1, dtype=np.float32)
 SCHEDULE = Schedule(STEPS, (0, 2, 3, 6))  # forecasts step 1 while only one slot is written
 LAST_BLOCK = "blocks.2"
-KEY = ProgramKey(STEPS, hash_sigmas(SIGMAS), height=6, width=8, text_tokens=0)
+KEY = ProgramKey(STEPS, hash_sigmas(SIGMAS), {"height": 6, "width": 8, "text_tokens": 0})
 
 
 def split_toy(*, head_axis=False, dtype=None):
@@ -82,7 +82,7 @@ def write_output_bundle(split, out, backend=EagerEngine, hoist="all", device=HOS
 
 
 def write_bundle(
-    graphs, program, method, out, backend=EagerEngine, hoist="all", device=HOST, *, velocities=False, slots=None, uncached=None
+    graphs, program, method, out, backend=EagerEngine, hoist="all", device=HOST, *, velocities=True, slots=None, uncached=None
 ):
     precision = str(outputs(graphs.modules[COMPUTE])["feature"].meta["val"].dtype).removeprefix("torch.")
     uncached = uncached or lower_uncached(KEY, SIGMAS, SIGMAS[:-1])

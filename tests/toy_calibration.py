@@ -14,7 +14,7 @@ from cachec.compiler.calibration.runs import Denoiser
 from cachec.compiler.calibration.statistics import Statistics, gram
 from cachec.passes import Graphs
 from cachec.runtime.abi import COMPUTE, FORECAST
-from cachec.runtime.plan import ModelIO
+from cachec.runtime.model_io import ModelIO
 
 TOKENS, CHANNELS = 4, 5
 IO = ModelIO("latents", "timestep", ("prompt",))

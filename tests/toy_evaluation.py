@@ -14,7 +14,7 @@ from cachec.runtime.program import ProgramKey, hash_sigmas
 
 STEPS = 10
 SIGMAS = np.linspace(1, 0, STEPS + 1, dtype=np.float32)
-KEY = ProgramKey(STEPS, hash_sigmas(SIGMAS), height=8, width=8, text_tokens=1)
+KEY = ProgramKey(STEPS, hash_sigmas(SIGMAS), {"height": 8, "width": 8, "text_tokens": 1})
 SCHEDULE = Schedule(STEPS, (0, 1, 2, 5, 8))
 MOVES = np.tril(-np.ones((5, 5)) / 5)
 PROMPT = "<script>alert('x')</script> & \"quotes\" | bars"

@@ -15,8 +15,8 @@ from toy import TOKENS, WIDTH, ToyDiT
 from cachec.compiler.models.base import Family, ModelSpec, Settings
 from cachec.runtime.errors import InputError, ModelUnavailableError
 from cachec.runtime.files import hash_file
+from cachec.runtime.model_io import ModelIO
 from cachec.runtime.noise import make_noise
-from cachec.runtime.plan import ModelIO
 
 HEIGHT, WIDTH_PIXELS = 16, 24  # a token is 8 x 8 pixels, two rows of three
 SETTINGS = Settings(height=HEIGHT, width=WIDTH_PIXELS, text_tokens=1, guidance=1.0, steps=4, dtype="float32")

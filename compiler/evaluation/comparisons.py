@@ -203,7 +203,7 @@ def _is_linear(engines: Mapping[str, Engine]) -> bool:
 def _build_linear(loaded: LoadedBundle, model: LoadedModel, work: Path, stack: ExitStack) -> Mapping[str, Engine]:
     """Engines that forecast linearly, for a bundle that has the predictor inside its own or does not forecast at all."""
     settings, backend = settings_of(loaded.manifest), get_backend(loaded.target.backend)
-    graphs = engine_graphs(model, linear_graphs(model, split_model(model, settings), settings), hoist="all")
+    graphs = engine_graphs(model, linear_graphs(model, split_model(model, settings), settings), hoist="all", velocities=False)
     plans = plan_engines(graphs, model.example_inputs(settings), model.io.latents, settings.steps)
     with writing(work):
         work.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from cachec.compiler.calibration.metrics import latent_rel_l2
-from cachec.runtime.program import Advance
 from cachec.runtime.session import Session
 from cachec.runtime.specs import Array
 
@@ -47,8 +46,8 @@ def trace(session: Session, conditions: Mapping[str, Array], noise: Array) -> It
     program = session.program
     for instruction in program.instructions:
         session.advance()
-        if program.cut == "hidden" or isinstance(instruction, Advance):
-            yield float(program.sigmas[instruction.steps[-1] + 1]), session.latents
+        if instruction.moves:
+            yield float(program.sigmas[instruction.moves[-1] + 1]), session.latents
 
 
 def position(sigmas: Array, sigma: float) -> float:

@@ -20,7 +20,7 @@ from matplotlib.ticker import LogLocator
 
 from cachec.compiler.evaluation.drawing import DPI, FAINT, FONT_SIZE, INK, Words, add_axes, draw, text_width
 from cachec.compiler.evaluation.error_by_step import ErrorCurve, position
-from cachec.runtime.program import Advance, Compute, Forecast, Program
+from cachec.runtime.program import KEPT, Program
 from cachec.runtime.specs import Array
 
 WIDTH = 960  # pixels of every plot; the page scales them
@@ -240,19 +240,18 @@ class Coefficients:
 
 def coefficients_of(program: Program) -> Coefficients:
     """The coefficients by the steps that they weigh, instead of by the slots that hold these."""
-    sources, owner = program.compute_steps, dict[int, int]()
+    sources, owner, kind = program.compute_steps, dict[int, int](), KEPT[program.cut]
     steps: list[int] = []
     rows: list[Array] = []
     for instruction in program.instructions:
-        if isinstance(instruction, Compute) and instruction.slot is not None:
-            owner[instruction.slot] = sources.index(instruction.step)
-        if isinstance(instruction, Forecast | Advance):
-            read = list(range(instruction.num_slots))
-            for step in instruction.steps if isinstance(instruction, Forecast) else instruction.steps[:1]:
-                row = np.full(len(sources), np.nan)
-                row[[owner[slot] for slot in read]] = program.coefficients[step, read]
-                steps.append(step)
-                rows.append(row)
+        for step in instruction.rows:
+            read = list(instruction.reads[kind])
+            row = np.full(len(sources), np.nan)
+            row[[owner[slot] for slot in read]] = program.coefficients[step, 0, read]
+            steps.append(step)
+            rows.append(row)
+        if instruction.computes and kind in instruction.writes:
+            owner[instruction.writes[kind]] = sources.index(instruction.steps[0])
     return Coefficients(tuple(steps), sources, np.array(rows).reshape(len(steps), len(sources)))
 
 

@@ -13,7 +13,7 @@ from torch.export import Dim, ExportedProgram
 
 from cachec.passes import Graphs
 from cachec.passes.base import copy_module
-from cachec.runtime.abi import BATCH, FEATURE, HISTORY_STEPS, MAX_BATCH, MODEL, SIGMAS, STEP, VELOCITY, history_name
+from cachec.runtime.abi import BATCH, FEATURE, GROUPS, HISTORY_STEPS, MAX_BATCH, MODEL, SIGMAS, STEP, VELOCITY, history_name
 from cachec.runtime.errors import PassError
 
 ROUNDING = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-2}  # through a whole model, relative
@@ -130,9 +130,9 @@ def export_program(
     Raises:
         PassError: ``torch.export`` refuses; with its reason.
     """
-    names = {name for axes in dynamic.values() for name in axes}
+    names = {name for axes in dynamic.values() for name in axes if name != GROUPS}
     dims = {name: Dim(name, min=1, max=MAX_BATCH if name == BATCH else MAX_SIZE) for name in names}
-    shapes = {name: {axis: dims[d] for axis, d in enumerate(dynamic[name])} for name in inputs}
+    shapes = {name: {axis: dims[d] for axis, d in enumerate(dynamic[name]) if d in dims} for name in inputs}
     program = _export(module, (), dict(inputs), shapes)
     for node in program.graph.nodes:
         for note in ("stack_trace", "from_node"):  # they hold source paths of the machine that compiles

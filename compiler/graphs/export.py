@@ -12,6 +12,8 @@ from cachec.passes import Graphs
 from cachec.passes.base import outputs, placeholders
 from cachec.runtime.abi import (
     ADVANCE,
+    BASE,
+    BASE_SHARE,
     BATCH,
     BIAS,
     COEFFICIENTS,
@@ -21,16 +23,16 @@ from cachec.runtime.abi import (
     FEATURE,
     FEATURES,
     FORECAST,
+    GROUPS,
     HISTORY_STEPS,
-    NOISE,
     PROLOGUE,
     SIGMAS,
     STEP,
-    TIMESTEPS_OF,
     VELOCITIES,
     VELOCITY,
     history_name,
     hoisted_name,
+    timesteps_of,
 )
 from cachec.runtime.specs import Dim, Signature, TensorSpec
 
@@ -49,11 +51,11 @@ class EnginePlan:
 def plan_engines(graphs: Graphs, inputs: Mapping[str, torch.Tensor], latents: str, num_steps: int) -> list[EnginePlan]:
     """Plans for all engines; ``inputs`` are example inputs of the model, ``latents`` the name of one."""
     device = inputs[latents].device
-    known = {**inputs, DELTA: torch.tensor([-0.1], device=device)}
+    known = {**inputs, DELTA: torch.full((len(inputs[latents]),), -0.1, device=device)}
     plans = []
     if PROLOGUE in graphs.modules:
         prologue = graphs.modules[PROLOGUE]
-        times = {name: torch.linspace(1, 0.1, NUM_STEPS, device=device) for name in TIMESTEPS_OF.values()}
+        times = {name: torch.linspace(1, 0.1, NUM_STEPS, device=device) for name in map(timesteps_of, (COMPUTE, FORECAST))}
         given = {name: {**inputs, **times}[name] for name in placeholders(prologue)}
         plans.append(plan_engine(PROLOGUE, prologue, given, graphs.axes))
         with torch.no_grad():
@@ -75,7 +77,9 @@ def plan_engines(graphs: Graphs, inputs: Mapping[str, torch.Tensor], latents: st
     if ADVANCE in graphs.modules:
         velocity = torch.zeros_like(inputs[latents]).to(outputs(compute)[VELOCITY].meta["val"].dtype)
         velocities = torch.stack([velocity + i for i in range(NUM_SLOTS)])
-        some = {NOISE: inputs[latents], VELOCITIES: velocities, COEFFICIENTS: torch.linspace(1, 0.5, NUM_SLOTS, device=device)}
+        row = torch.linspace(1, 0.5, NUM_SLOTS, device=device)[None]
+        share = torch.full((1,), 0.5, device=device)
+        some = {BASE: inputs[latents], VELOCITIES: velocities, COEFFICIENTS: row, BASE_SHARE: share}
         plans.append(plan_engine(ADVANCE, graphs.modules[ADVANCE], some, graphs.axes))
     return plans
 
@@ -107,9 +111,9 @@ def _forecast_inputs(
     examples = {
         **inputs,
         FEATURES: torch.stack([feature + i for i in range(NUM_SLOTS)]),
-        COEFFICIENTS: torch.linspace(1, 0.5, NUM_SLOTS).repeat(NUM_STEPS, 1),
+        COEFFICIENTS: torch.linspace(1, 0.5, NUM_SLOTS).repeat(NUM_STEPS, 1, 1),
         BIAS: torch.linspace(0, 0.5, NUM_STEPS),
-        DELTA: torch.tensor([-0.1]),
+        DELTA: torch.full(feature.shape[:1], -0.1),
         DELTAS: torch.linspace(-0.1, -0.2, NUM_STEPS),
         SIGMAS: torch.linspace(1, 0, num_steps + 1),
         STEP: torch.tensor(min(3, num_steps - 1)),
@@ -131,5 +135,6 @@ def _forecast_inputs(
 
 
 def _spec(name: str, value: torch.Tensor, axes: tuple[str, ...]) -> TensorSpec:
-    dims: tuple[Dim, ...] = (*axes, *map(int, value.shape[len(axes) :]))
+    named = tuple(int(size) if axis == GROUPS else axis for axis, size in zip(axes, value.shape, strict=False))
+    dims: tuple[Dim, ...] = (*named, *map(int, value.shape[len(axes) :]))
     return TensorSpec(name, dims, str(value.dtype).removeprefix("torch."))

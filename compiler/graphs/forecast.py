@@ -25,7 +25,7 @@ def engine_graphs(
     hoist: str,
     observers: Sequence[Observer] = (),
     *,
-    velocities: bool = False,
+    velocities: bool = True,
     slots: str | None = None,
 ) -> Graphs:
     """The graphs that engines are built from; with ``velocities``, forecasts hand them out for a sampler outside.

@@ -23,9 +23,9 @@ from cachec.runtime.abi import (
     PROLOGUE,
     SIGMAS,
     STEP,
-    TIMESTEPS_OF,
     VELOCITY,
     history_name,
+    timesteps_of,
 )
 from cachec.runtime.errors import PassError
 
@@ -91,9 +91,9 @@ class Verifier:
         hoisted: dict[str, torch.Tensor] = {}
         if PROLOGUE in modules:
             prologue = modules[PROLOGUE]
-            times = dict.fromkeys(TIMESTEPS_OF.values(), self.inputs[self.timestep])
+            times = dict.fromkeys(map(timesteps_of, (COMPUTE, FORECAST)), self.inputs[self.timestep])
             hoisted = prologue(**{name: {**self.inputs, **times}[name] for name in placeholders(prologue)})
-        delta = {DELTA: torch.tensor([-0.5])}
+        delta = {DELTA: torch.linspace(-0.5, -0.25, len(self.reference))}
         compute = modules[COMPUTE]
         single = {name: _own_step(value) if len(graphs.axes[PROLOGUE][name]) > 1 else value for name, value in hoisted.items()}
         known = {**self.inputs, **delta, **{name.removeprefix(f"{COMPUTE}_"): value for name, value in single.items()}}
@@ -102,14 +102,14 @@ class Verifier:
         names = placeholders(modules[FORECAST]) if FORECAST in modules else {}
         if FEATURES not in names:
             return
-        batched = len(graphs.axes[FORECAST][COEFFICIENTS]) > 1
+        batched = len(graphs.axes[FORECAST][BIAS]) > 0
         rows = {name.removeprefix(f"{FORECAST}_"): v for name, v in (hoisted if batched else single).items()}
         steps = len(self.reference)
-        last = {FEATURES: computed[FEATURE][None].contiguous(), COEFFICIENTS: torch.ones(1), BIAS: torch.zeros(())}
+        last = {FEATURES: computed[FEATURE][None].contiguous(), COEFFICIENTS: torch.ones(1, 1), BIAS: torch.zeros(())}
         if batched:
             told = self.inputs[self.timestep][:, None].expand(steps, steps)
             last |= {
-                COEFFICIENTS: torch.ones(steps, 1),
+                COEFFICIENTS: torch.ones(steps, 1, 1),
                 BIAS: torch.zeros(steps),
                 self.timestep: told,
             }
@@ -160,7 +160,7 @@ class Verifier:
             wanted = self._unfolded(**self._given(known, step, history, past))[VELOCITY]
             row = graphs.rows.coefficients[step].float()
             bias = graphs.rows.bias[step].float()
-            linear = {FEATURES: torch.stack(past), COEFFICIENTS: row, BIAS: bias}
+            linear = {FEATURES: torch.stack(past), COEFFICIENTS: row[None], BIAS: bias}
             got = graphs.modules[FORECAST](**known, **linear)[VELOCITY]
             self._compare(one, f"forecast of step {step}", got, FOLD_TOLERANCE[feature.dtype], wanted)
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from cachec.runtime.bundle import Manifest
 from cachec.runtime.errors import InputError
-from cachec.runtime.plan import ModelIO
+from cachec.runtime.model_io import ModelIO
 from cachec.runtime.specs import Array
 
 if TYPE_CHECKING:  # text and pictures are made without torch where a family can
@@ -66,6 +66,11 @@ class Settings:
             raise InputError(f"text-tokens is {self.text_tokens}; it must be at least 1")
         if self.dtype not in DTYPES:
             raise InputError(f"dtype is {self.dtype!r}; use {', '.join(DTYPES)}")
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Those of a request, by name, as programs are keyed."""
+        return {"height": self.height, "width": self.width, "text_tokens": self.text_tokens}
 
     @property
     def shape_bucket(self) -> str:

@@ -22,7 +22,7 @@ from cachec.compiler.models.base import Family, ModelSpec, Settings
 from cachec.compiler.models.named import MODELS
 from cachec.runtime.errors import InputError, ModelUnavailableError
 from cachec.runtime.files import hash_file
-from cachec.runtime.plan import ModelIO
+from cachec.runtime.model_io import ModelIO
 from cachec.runtime.specs import Array
 
 

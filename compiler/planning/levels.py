@@ -17,8 +17,8 @@ from cachec.compiler.tables.lower import lower_table
 from cachec.compiler.tables.schedule import Schedule
 from cachec.runtime.engine import Engine
 from cachec.runtime.errors import QualityError
-from cachec.runtime.plan import ModelIO
-from cachec.runtime.program import UNCACHED, Compute, Program
+from cachec.runtime.model_io import ModelIO
+from cachec.runtime.program import UNCACHED, Program
 from cachec.runtime.session import Session
 from cachec.runtime.specs import Array, TensorSpec
 
@@ -90,7 +90,7 @@ def forecast_cost(engines: Mapping[str, Engine], program: Program, model: Loaded
             session.advance()
             engines["compute"].device.synchronize()
             spent = (time.perf_counter() - start) / len(instruction.steps)
-            seconds[isinstance(instruction, Compute)].append(spent)
+            seconds[instruction.computes].append(spent)
     return min(1.0, float(np.median(seconds[False]) / np.median(seconds[True])))
 
 

@@ -6,7 +6,8 @@ import numpy as np
 
 from cachec.compiler.tables.coefficients import AdvanceTable, ForecastTable
 from cachec.compiler.tables.schedule import Schedule
-from cachec.runtime.program import Advance, Compute, Cut, Forecast, Instruction, Predict, Program, ProgramKey
+from cachec.runtime.abi import VELOCITY
+from cachec.runtime.program import KEPT, Advance, Compute, Cut, Forecast, Instruction, Predict, Program, ProgramKey
 from cachec.runtime.specs import Array
 
 
@@ -40,7 +41,7 @@ def lower_table(table: ForecastTable, key: ProgramKey, sigmas: Array, timesteps:
         run.append(step)
     if run:
         instructions.append(Forecast(tuple(run), slots.capacity))
-    return _program(key, instructions, max(slots.capacity, 1), sigmas, timesteps, coefficients, bias)
+    return _program(key, instructions, slots.capacity, sigmas, timesteps, coefficients, bias)
 
 
 def lower_predictor(
@@ -61,31 +62,37 @@ def lower_predictor(
         sources = tuple(slots.live[source] for source in histories[step])
         slots.release(last_read, step)  # not those read now: the result must not overwrite them
         slot = slots.assign(step) if step in last_read else None
-        instructions.append(Predict(step, sources, histories[step], slot))
+        instructions.append(Predict(step, sources, slot))
     coefficients = np.zeros((schedule.num_steps, slots.capacity), np.float32)
     bias = np.zeros(schedule.num_steps, np.float32)
     return _program(key, instructions, slots.capacity, sigmas, timesteps, coefficients, bias)
 
 
 def lower_advance(table: AdvanceTable, key: ProgramKey, sigmas: Array, timesteps: Array) -> Program:
-    """A program for the output cut: it needs the compute engine only. Every velocity keeps its own slot to the end."""
+    """A program for the output cut: it needs no forecast engine. Every velocity keeps its own slot to the end.
+
+    A sampler outside gets the mean velocity of each gap, which brings one of Euler's kind to where the program moves.
+    """
     schedule, num = table.schedule, len(table.schedule.compute)
-    coefficients = np.zeros((schedule.num_steps, num), np.float32)
-    coefficients[list(schedule.compute)] = np.tril(table.coefficients)
+    rows = np.tril(table.coefficients)
+    coefficients, out = np.zeros((2, schedule.num_steps, num))
+    coefficients[list(schedule.compute)] = rows
     timesteps = timesteps.copy()
     if table.timesteps is not None:
         timesteps[list(schedule.compute)] = table.timesteps
     instructions: list[Instruction] = []
+    moves = np.diff(rows, axis=0, prepend=0.0)
     for slot, (step, end) in enumerate(zip(schedule.compute, [*schedule.compute[1:], schedule.num_steps], strict=True)):
-        instructions += [Compute(step, slot), Advance(tuple(range(step, end)), slot + 1)]
+        instructions += [Compute(step, slot, VELOCITY), Advance(tuple(range(step, end)), slot + 1)]
+        out[step:end] = moves[slot] / (float(sigmas[end]) - float(sigmas[step]))
     bias = np.zeros(schedule.num_steps, np.float32)
-    return _program(key, instructions, num, sigmas, timesteps, coefficients, bias, cut="output")
+    return _program(key, instructions, num, sigmas, timesteps, coefficients, bias, out)
 
 
 def lower_uncached(key: ProgramKey, sigmas: Array, timesteps: Array) -> Program:
     """The same sampling with every step computed: what a cached run is compared with."""
-    instructions: list[Instruction] = [Compute(step, None) for step in range(key.start_step, key.steps)]
-    return _program(key, instructions, 1, sigmas, timesteps, np.zeros((key.steps, 1)), np.zeros(key.steps, np.float32))
+    instructions: list[Instruction] = [Compute(step) for step in range(key.start_step, key.steps)]
+    return _program(key, instructions, 0, sigmas, timesteps, np.zeros((key.steps, 0)), np.zeros(key.steps, np.float32))
 
 
 class _Slots:
@@ -115,15 +122,19 @@ def _program(
     timesteps: Array,
     coefficients: Array,
     bias: Array,
-    cut: Cut = "hidden",
+    rows_out: Array | None = None,
 ) -> Program:
+    """``coefficients`` and ``rows_out`` [T, S] of the one group; with ``rows_out`` it is one of the output cut."""
+    cut: Cut = "hidden" if rows_out is None else "output"
     return Program(
         key=key,
         instructions=tuple(instructions),
-        capacity=capacity,
+        slots={KEPT[cut]: capacity} if capacity else {},
         sigmas=sigmas.astype(np.float32),
         timesteps=timesteps.astype(np.float32),
-        coefficients=np.ascontiguousarray(coefficients[:, :capacity], np.float32),
+        coefficients=np.ascontiguousarray(coefficients[:, None, :capacity], np.float32),
         bias=bias,
         cut=cut,
+        rows_out=None if rows_out is None else np.ascontiguousarray(rows_out[:, None], np.float32),
+        share_out=None if rows_out is None else np.zeros(key.steps, np.float32),
     )

@@ -94,24 +94,25 @@ def test_engines_write_only_the_outputs_that_are_bound(loaded):
     engine = loaded.engines["advance"]
     rng = np.random.default_rng(0)
     inputs = {
-        "noise": rng.standard_normal((2, *SHAPE)).astype(np.float32),
+        "base": rng.standard_normal((2, *SHAPE)).astype(np.float32),
         "velocities": rng.standard_normal((3, 2, *SHAPE)).astype(np.float32),
-        "coefficients": rng.standard_normal(3).astype(np.float32),
+        "coefficients": rng.standard_normal((1, 3)).astype(np.float32),
+        "base_share": np.full(1, 0.5, np.float32),
     }
     kept = {name: value.copy() for name, value in inputs.items()}
     out = np.full((2, *SHAPE), np.nan, np.float32)
     call = engine.context().bind(inputs, {"next_latents": out})
     assert np.isnan(out).all()
     call.run()
-    expected = kept["noise"] + np.einsum("h,h...->...", kept["coefficients"], kept["velocities"])
+    expected = 0.5 * kept["base"] + np.einsum("gh,h...->...", kept["coefficients"], kept["velocities"])
     np.testing.assert_allclose(out, expected, atol=1e-5)
     for name, value in inputs.items():
         np.testing.assert_array_equal(value, kept[name])
     before = out.copy()
-    inputs["noise"][:] = 0
+    inputs["base"][:] = 0
     np.testing.assert_array_equal(out, before)
     call.run()  # bound to the buffers, not to what was in them
-    np.testing.assert_allclose(out, expected - kept["noise"], atol=1e-5)
+    np.testing.assert_allclose(out, expected - 0.5 * kept["base"], atol=1e-5)
 
 
 def test_a_subset_of_the_outputs_may_be_bound(loaded):
@@ -123,20 +124,21 @@ def test_a_subset_of_the_outputs_may_be_bound(loaded):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"noise": None}, "engine inputs are"),
+        ({"base": None}, "engine inputs are"),
         ({"strange": np.zeros(1, np.float32)}, "engine inputs are"),
-        ({"coefficients": np.zeros(3)}, r"'coefficients' is float64\[3\], expected float32"),
-        ({"coefficients": np.zeros(4, np.float32)}, r"has shape .* expected"),
-        ({"noise": np.zeros((1, *SHAPE), np.float32)}, r"has shape .* expected"),
-        ({"noise": np.zeros((2, WIDTH, TOKENS), np.float32).swapaxes(1, 2)}, "'noise' is not contiguous"),
-        ({"noise": torch.zeros(2, *SHAPE)}, "'noise' is a Tensor, which is no buffer of cpu: upload it first"),
+        ({"coefficients": np.zeros((1, 3))}, r"'coefficients' is float64\[1, 3\], expected float32"),
+        ({"coefficients": np.zeros((1, 4), np.float32)}, r"has shape .* expected"),
+        ({"base": np.zeros((1, *SHAPE), np.float32)}, r"has shape .* expected"),
+        ({"base": np.zeros((2, WIDTH, TOKENS), np.float32).swapaxes(1, 2)}, "'base' is not contiguous"),
+        ({"base": torch.zeros(2, *SHAPE)}, "'base' is a Tensor, which is no buffer of cpu: upload it first"),
     ],
 )
 def test_wrong_inputs_are_refused(loaded, change, message):
     inputs = {
-        "noise": np.zeros((2, *SHAPE), np.float32),
+        "base": np.zeros((2, *SHAPE), np.float32),
         "velocities": np.zeros((3, 2, *SHAPE), np.float32),
-        "coefficients": np.zeros(3, np.float32),
+        "coefficients": np.zeros((1, 3), np.float32),
+        "base_share": np.ones(1, np.float32),
     }
     inputs = {name: value for name, value in {**inputs, **change}.items() if value is not None}
     with pytest.raises(InputError, match=message):
@@ -168,12 +170,17 @@ def test_a_request_asks_the_device_for_no_new_buffer(loaded, monkeypatch):
     np.testing.assert_array_equal(session.run(prompt(1, 2), noise(1, 2)), wanted)
 
 
+def slot_bytes(loaded):
+    (slots,) = loaded.session().slots.values()
+    return slots.nbytes
+
+
 def test_half_precision_slots_take_half_the_memory_and_change_latents_by_their_rounding(loaded, bundles):
     backend, cut = loaded.manifest.targets[0].backend, loaded.programs["default"].cut
     if backend in COMPILED:
         pytest.skip("the same graphs as eager's")
     with cachec.load(bundles(backend, cut, slots=torch.float16)) as half:
-        assert half.session().ring.nbytes * 2 == loaded.session().ring.nbytes
+        assert slot_bytes(half) * 2 == slot_bytes(loaded)
         one, two = (b.denoise(prompt(1, 2), [1, 2]) for b in (loaded, half))
     assert 1e-6 < np.abs(one - two).max() / np.abs(one).max() < 2e-3
 
@@ -184,7 +191,7 @@ def test_bfloat16_slots_are_tensors(bundles):
         cachec.load(bundles("eager", "hidden", slots=torch.bfloat16)) as half,
     ):
         session = half.session(batch=2)
-        assert session.ring.dtype == torch.bfloat16
+        assert session.slots["feature"].dtype == torch.bfloat16
         one, two = (s.run(prompt(1, 2), noise(1, 2)) for s in (plain.session(batch=2), session))
     assert 1e-6 < np.abs(one - two).max() / np.abs(one).max() < 2e-2
 
@@ -197,7 +204,7 @@ def for_sampler(loaded, bundles):
 
 def test_a_sampler_outside_gets_the_same_latents(loaded, for_sampler):
     session = for_sampler.session(batch=2, for_sampler=True)
-    session.begin(prompt(1, 2), noise(1, 2))
+    session.begin(prompt(1, 2))
     x = noise(1, 2)
     for step in range(STEPS):
         x = x + (SIGMAS[step + 1] - SIGMAS[step]) * session.velocity(step, x)
@@ -207,13 +214,13 @@ def test_a_sampler_outside_gets_the_same_latents(loaded, for_sampler):
 def test_engines_that_hand_out_no_velocities_are_not_for_a_sampler_outside(loaded):
     if loaded.programs["default"].cut == "output" or loaded.manifest.targets[0].backend in COMPILED:
         pytest.skip("the output cut forecasts no velocities, and these bundles hand them out")
-    with pytest.raises(InputError, match="a sampler outside needs velocities.*compile the bundle with --velocities"):
+    with pytest.raises(InputError, match="a sampler outside needs velocities.*compile the bundle without --no-velocities"):
         loaded.session(for_sampler=True)
 
 
 def test_a_sampler_outside_must_take_the_steps_in_order(for_sampler):
     session = for_sampler.session(for_sampler=True)
-    session.begin(prompt(1), noise(1))
+    session.begin(prompt(1))
     with pytest.raises(InputError, match="step 1 was asked for, but step 0 is next"):
         session.velocity(1, noise(1))
     session.velocity(0, noise(1))

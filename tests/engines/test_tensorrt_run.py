@@ -38,7 +38,7 @@ from cachec.runtime.build_options import BuildOptions
 from cachec.runtime.bundle import MANIFEST, Bundle
 from cachec.runtime.errors import BundleError, EngineError, InputError
 from cachec.runtime.noise import make_noise
-from cachec.runtime.program import UNCACHED, Compute, ProgramKey, hash_sigmas
+from cachec.runtime.program import UNCACHED, ProgramKey, hash_sigmas
 
 STEPS = 50
 COMPUTED = (0, 1, 2, 3, 9, 16, 23, 30, 37, 44)
@@ -52,7 +52,7 @@ def split():
 def long_program(split):
     """Taylor of order 1 over 50 steps, 10 of them computed; the graphs are those of any linear method."""
     sigmas = np.linspace(1, 0, STEPS + 1, dtype=np.float32)
-    key = ProgramKey(STEPS, hash_sigmas(sigmas), height=6, width=8, text_tokens=0)
+    key = ProgramKey(STEPS, hash_sigmas(sigmas), {"height": 6, "width": 8, "text_tokens": 0})
     method, schedule = Taylor(order=1), Schedule(STEPS, COMPUTED)
     with torch.no_grad():
         predictor = capture_predictor(method.predictor(None).eval(), method.window, example_inputs()["latents"], STEPS)
@@ -200,12 +200,12 @@ class TestLongProgram:
                     bound[values[0]] = values[1]
                 if (cls, method) == ("IExecutionContext", "execute_async_v3"):
                     seen.append(dict(bound))
-            ring, slot = session.ring, session.ring.nbytes // program.capacity
+            ring = session.slots["feature"]
+            slot = ring.nbytes // program.capacity
             for call, instruction in zip(seen[1:], program.instructions, strict=True):
-                if isinstance(instruction, Compute):
-                    if instruction.slot is not None:
-                        assert call["feature"] == ring.pointer + instruction.slot * slot  # straight into its slot
-                else:
+                for number in instruction.writes.values():
+                    assert call["feature"] == ring.pointer + number * slot  # straight into its slot
+                if not instruction.computes:
                     assert call["features"] == ring.pointer  # the written slots, from the first
                 assert call["next_latents"] != call["latents"]
             assert {address % 256 for call in seen for address in call.values()} == {0}
@@ -216,8 +216,8 @@ class TestLongProgram:
             session = loaded.session()
             strategy = trt.module.ExecutionContextAllocationStrategy.USER_MANAGED
             made = trt.called("ICudaEngine", "create_execution_context")
-            runs = [len(i.steps) for i in loaded.programs["default"].instructions if not isinstance(i, Compute)]
-            slots = [i.num_slots for i in loaded.programs["default"].instructions if not isinstance(i, Compute)]
+            runs = [len(i.steps) for i in loaded.programs["default"].instructions if not i.computes]
+            slots = [i.num_slots for i in loaded.programs["default"].instructions if not i.computes]
             assert made == [(strategy,)] * (1 + 1 + len(set(zip(runs, slots, strict=True))))
             scratch = trt.called("IExecutionContext", "set_device_memory")
             assert len(scratch) == len(made)
@@ -323,7 +323,7 @@ def test_odd_addresses_are_copied(make_bundle, trt, shift):
         device.upload(value, buffers[name])
     out = device.part(device.empty((4 * 48 + shift,), "uint8"), shift, (1, 6, 8), "float32")
     call = context.bind(buffers, {"next_latents": out})
-    wanted = given["noise"] + np.tensordot(given["coefficients"], given["velocities"], 1)
+    wanted = given["base_share"] * given["base"] + np.tensordot(given["coefficients"][0], given["velocities"], 1)
     for _ in range(3):  # as it is, recorded, replayed
         device.upload(np.zeros((1, 6, 8), np.float32), out)
         call.run()

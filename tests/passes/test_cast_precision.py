@@ -133,7 +133,7 @@ def run_engines(graphs, inputs, timestep, dtype):
     given, names = hoist_inputs(graphs, inputs, timestep)
     hoisted = run_typed(graphs.modules[PROLOGUE], {name: given[name] for name in names}, dtype)
     steps = {name: value[0] if len(graphs.axes[PROLOGUE][name]) > 1 else value for name, value in hoisted.items()}
-    known = {**inputs, **{name.removeprefix("compute_"): value for name, value in steps.items()}, "delta": torch.ones(1)}
+    known = {**inputs, **{name.removeprefix("compute_"): value for name, value in steps.items()}, "delta": torch.ones(2)}
     return run_typed(graphs.modules[COMPUTE], known, dtype), hoisted
 
 
@@ -436,12 +436,12 @@ def test_onnx_files_of_tiny_flux(tmp_path, flux, engines_of, plans_of, dtype):
     got = call(engines["prologue"], {name: given[name] for name in names}, hoisted)
     check_near(got, hoisted)
     steps = {n.removeprefix("compute_"): v[0] if len(graphs.axes[PROLOGUE][n]) > 1 else v for n, v in hoisted.items()}
-    known = {**inputs, **steps, "delta": torch.ones(1)}
+    known = {**inputs, **steps, "delta": torch.ones(2)}
     names = [spec.name for spec in signatures["compute"].inputs]
     check_near(call(engines["compute"], {name: known[name] for name in names}, made), made)
     tail = {
         "features": torch.stack([made["feature"], -made["feature"]]),
-        "coefficients": torch.tensor([[1.0, 0.25], [0.5, 0.25]]),
+        "coefficients": torch.tensor([[[1.0, 0.25]], [[0.5, 0.25]]]),
         "bias": torch.tensor([0.1, 0.2]),
         "deltas": torch.tensor([-0.1, -0.2]),
         "hidden_states": inputs["hidden_states"],

@@ -168,7 +168,7 @@ def random_run(num_steps, num_slots, batch):
     generator = torch.Generator().manual_seed(0)
     return {
         "features": torch.randn(num_slots, batch, TOKENS, WIDTH, generator=generator),
-        "coefficients": torch.randn(num_steps, num_slots, generator=generator),
+        "coefficients": torch.randn(num_steps, 1, num_slots, generator=generator),
         "bias": torch.randn(num_steps, generator=generator),
         "latents": torch.randn(batch, TOKENS, WIDTH, generator=generator),
         "deltas": -torch.rand(num_steps, generator=generator),
@@ -213,19 +213,20 @@ def test_only_linear_forecasts_come_in_runs(toy_split):
 @torch.no_grad()
 def test_the_sampler_moves_latents_by_delta_times_velocity(toy_split):
     fused, inputs = run_passes(toy_split, [FuseSampler("latents")]), example_inputs()
-    delta = torch.tensor([-0.3])
+    delta = torch.tensor([-0.3, 0.2])
     result = fused.modules[COMPUTE](**inputs, delta=delta)
-    assert torch.equal(result["next_latents"], inputs["latents"] + result["velocity"] * delta)
+    assert torch.equal(result["next_latents"], inputs["latents"] + result["velocity"] * delta[:, None, None])
     assert set(outputs(fused.modules[COMPUTE])) == {"velocity", "feature", "next_latents"}
 
 
 @torch.no_grad()
-def test_advance_moves_noise_by_weighted_velocities(toy_split):
+def test_advance_adds_weighted_velocities_to_a_share_of_the_base(toy_split):
     module = run_passes(toy_split, [AddAdvance()]).modules[ADVANCE]
     given = random_run(1, 4, 2)
     row = given["coefficients"][0]
-    got = module(noise=given["latents"], velocities=given["features"], coefficients=row)["next_latents"]
-    expected = given["latents"] + torch.einsum("h,h...->...", row, given["features"])
+    share = torch.tensor([0.5])
+    got = module(base=given["latents"], velocities=given["features"], coefficients=row, base_share=share)["next_latents"]
+    expected = 0.5 * given["latents"] + torch.einsum("h,h...->...", row[0], given["features"])
     torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-6)
 
 
@@ -272,7 +273,7 @@ def test_slots_of_a_smaller_type_round_features_and_nothing_else(linear):
         run_passes(linear, engine_passes("latents", "timestep", ("prompt",), linear=True, hoist="none", slots=slots))
         for slots in (None, torch.float16)
     )
-    inputs = {**example_inputs(), "delta": torch.tensor([-0.3])}
+    inputs = {**example_inputs(), "delta": torch.tensor([-0.3, 0.2])}
     wanted, got = (graphs.modules[COMPUTE](**inputs) for graphs in (plain, small))
     assert got["feature"].dtype == torch.float16
     assert torch.equal(got["feature"], wanted["feature"].half())
@@ -292,8 +293,9 @@ def test_slots_of_the_output_cut_hold_velocities(toy_split):
     assert outputs(graphs.modules[COMPUTE])["velocity"].meta["val"].dtype == torch.float16
     given = random_run(1, 4, 2)
     velocities, row = given["features"].half(), given["coefficients"][0]
-    got = graphs.modules[ADVANCE](noise=given["latents"], velocities=velocities, coefficients=row)["next_latents"]
-    expected = given["latents"] + torch.einsum("h,h...->...", row, velocities.float())
+    inputs = {"base": given["latents"], "velocities": velocities, "coefficients": row, "base_share": torch.ones(1)}
+    got = graphs.modules[ADVANCE](**inputs)["next_latents"]
+    expected = given["latents"] + torch.einsum("h,h...->...", row[0], velocities.float())
     torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-6)
 
 
@@ -303,5 +305,5 @@ def test_what_half_precision_cannot_hold_becomes_the_largest_it_can(toy_split):
     passes = engine_passes("latents", "timestep", ("prompt",), linear=False, hoist="none", slots=torch.float16)
     compute = copy.deepcopy(run_passes(graphs, passes).modules[COMPUTE])
     next(value for name, value in compute.named_parameters() if name.endswith(".out.bias")).fill_(1e6)
-    largest = compute(**example_inputs(), delta=torch.tensor([-0.3]))["velocity"]
+    largest = compute(**example_inputs(), delta=torch.tensor([-0.3, 0.2]))["velocity"]
     assert torch.equal(largest, torch.full_like(largest, torch.finfo(torch.float16).max))

@@ -56,7 +56,7 @@ def test_folded_equals_unfolded(toy_split, predictor, window, feeds_back):
         past = random_past(window, 2, seed=step)
         wanted = unfolded(**unfolded_inputs(unfolded, past, step, history))["velocity"]
         row, bias = folded.rows.coefficients[step].float(), folded.rows.bias[step].float()
-        got = linear(features=torch.stack(past), coefficients=row, bias=bias, **tail_inputs(linear, 2))["velocity"]
+        got = linear(features=torch.stack(past), coefficients=row[None], bias=bias, **tail_inputs(linear, 2))["velocity"]
         torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
 
 
@@ -93,7 +93,7 @@ def test_the_folded_engine_takes_any_batch_and_any_number_of_slots(toy_split, pr
     linear = add_predictor(toy_split, predictor, window, feeds_back=feeds_back).modules[FORECAST]
     for batch, slots in ((1, 1), (5, 4)):
         features = torch.stack(random_past(slots, batch, seed=0))
-        inputs = {"features": features, "coefficients": torch.full((slots,), 1 / slots), "bias": torch.tensor(0.1)}
+        inputs = {"features": features, "coefficients": torch.full((1, slots), 1 / slots), "bias": torch.tensor(0.1)}
         assert linear(**inputs, **tail_inputs(linear, batch))["velocity"].shape == (batch, TOKENS, WIDTH)
 
 

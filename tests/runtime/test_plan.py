@@ -7,8 +7,9 @@ import pytest
 
 from cachec.runtime.device import ALIGNMENT
 from cachec.runtime.errors import BundleError, InputError
-from cachec.runtime.plan import ModelIO, View, constant_data, lay_out, plan_binding
-from cachec.runtime.program import Advance, Compute, Forecast, Predict, Program, ProgramKey, hash_sigmas
+from cachec.runtime.model_io import ModelIO
+from cachec.runtime.plan import View, constant_data, lay_out, plan_binding
+from cachec.runtime.program import KEPT, Advance, Compute, Forecast, Predict, Program, ProgramKey, hash_sigmas
 from cachec.runtime.specs import Signature, TensorSpec
 
 BATCH, STEPS = 2, 6
@@ -27,11 +28,11 @@ COMPUTE_OUT = specs(velocity=X, feature=("batch", 7), next_latents=X)  # a predi
 HOISTED = specs(compute_step_values=("compute_steps", *ROWS), forecast_step_values=("forecast_steps", *ROWS), compute_text=ROWS)
 PROLOGUE = Signature(specs(compute_timesteps=("compute_steps",), forecast_timesteps=("forecast_steps",), prompt=ROWS), HOISTED)
 PLAIN = {
-    "compute": Signature(specs(x=X, t=("batch",), prompt=ROWS, guidance=("batch",), delta=(1,)), COMPUTE_OUT),
+    "compute": Signature(specs(x=X, t=("batch",), prompt=ROWS, guidance=("batch",), delta=("batch",)), COMPUTE_OUT),
     "forecast": Signature(
         specs(
             features=("slots", "batch", 7),
-            coefficients=("forecasts", "slots"),
+            coefficients=("forecasts", 1, "slots"),
             bias=("forecasts",),
             deltas=("forecasts",),
             x=X,
@@ -42,7 +43,7 @@ PLAIN = {
 }
 HOISTING = {
     "prologue": PROLOGUE,
-    "compute": Signature(specs(x=X, delta=(1,), step_values=ROWS, text=ROWS), COMPUTE_OUT),
+    "compute": Signature(specs(x=X, delta=("batch",), step_values=ROWS, text=ROWS), COMPUTE_OUT),
     "forecast": Signature(
         (*PLAIN["forecast"].inputs[:-1], TensorSpec("step_values", ("forecasts", *ROWS), "float32")),
         specs(next_latents=X, velocities=("forecasts", *X)),
@@ -52,27 +53,37 @@ PREDICTOR = {
     "compute": PLAIN["compute"],
     "forecast": Signature(
         specs(
-            feature_0=("batch", 7), feature_1=("batch", 7), sigmas=(STEPS + 1,), step=(), history_steps=(2,), x=X, delta=(1,)
+            feature_0=("batch", 7),
+            feature_1=("batch", 7),
+            sigmas=(STEPS + 1,),
+            step=(),
+            history_steps=(2,),
+            x=X,
+            delta=("batch",),
         ),
         COMPUTE_OUT,
     ),
 }
 OUTPUT = {
-    "prologue": PROLOGUE,
+    "prologue": Signature(specs(compute_timesteps=("compute_steps",), prompt=ROWS), (HOISTED[0], HOISTED[2])),
     "compute": Signature(specs(x=X, step_values=ROWS, text=ROWS), specs(velocity=X, feature=("batch", 7))),
-    "advance": Signature(specs(noise=X, velocities=("slots", *X), coefficients=("slots",)), specs(next_latents=X)),
+    "advance": Signature(
+        specs(base=X, velocities=("slots", *X), coefficients=(1, "slots"), base_share=(1,)), specs(next_latents=X)
+    ),
 }
 
 
 def program(instructions, capacity=2, cut="hidden"):
     rng = np.random.default_rng(0)
-    coefficients, bias = rng.standard_normal((STEPS, capacity), np.float32), rng.standard_normal(STEPS, np.float32)
+    coefficients, bias = rng.standard_normal((STEPS, 1, capacity), np.float32), rng.standard_normal(STEPS, np.float32)
     for instruction in instructions:
-        if isinstance(instruction, Forecast | Advance):
-            coefficients[list(instruction.steps), instruction.num_slots :] = 0
-    key = ProgramKey(STEPS, hash_sigmas(SIGMAS), 6, 8, 0)
-    bias = bias if cut == "hidden" else bias * 0
-    return Program(key, tuple(instructions), capacity, SIGMAS, TIMESTEPS, coefficients, bias, cut)
+        if instruction.rows:
+            coefficients[list(instruction.steps), :, instruction.num_slots :] = 0
+    key, kind, out = ProgramKey(STEPS, hash_sigmas(SIGMAS), {"height": 6}), KEPT[cut], {}
+    if cut == "output":
+        bias *= 0
+        out = {"rows_out": 2 * coefficients, "share_out": np.arange(STEPS, dtype=np.float32)}
+    return Program(key, tuple(instructions), {kind: capacity}, SIGMAS, TIMESTEPS, coefficients, bias, cut, **out)
 
 
 LINEAR = program([Compute(0, 0), Forecast((1,), 1), Compute(2, 1), Forecast((3, 4), 2), Compute(5, None)])
@@ -80,15 +91,24 @@ PREDICTED = program(
     [
         Compute(0, 0),
         Compute(1, 1),
-        Predict(2, (1, 0), (1, 0), 2),
-        Predict(3, (2, 1), (2, 1), None),
+        Predict(2, (1, 0), 2),
+        Predict(3, (2, 1)),
         Compute(4, 0),
-        Predict(5, (0, 2), (4, 2), None),
+        Predict(5, (0, 2)),
     ],
     capacity=3,
 )
 GAPS = program(
-    [Compute(0, 0), Advance((0, 1), 1), Compute(2, 1), Advance((2, 3, 4), 2), Compute(5, 2), Advance((5,), 3)], 3, "output"
+    [
+        Compute(0, 0, "velocity"),
+        Advance((0, 1), 1),
+        Compute(2, 1, "velocity"),
+        Advance((2, 3, 4), 2),
+        Compute(5, 2, "velocity"),
+        Advance((5,), 3),
+    ],
+    3,
+    "output",
 )
 
 CASES = {
@@ -197,16 +217,16 @@ def test_constants_of_linear_forecasts():
         np.testing.assert_array_equal(given["deltas"], np.diff(SIGMAS)[3:5])
     np.testing.assert_array_equal(constants(plan_of("plain"), plan_of("plain").operations[3])["t"], [[30, 30], [40, 40]])
     first = plan_of("plain").operations[1]
-    assert constants(plan_of("plain"), first)["coefficients"].shape == (1, 1)  # the second slot is not written yet
-    assert first.inputs["features"] == View("ring", 0, 1)
+    assert constants(plan_of("plain"), first)["coefficients"].shape == (1, 1, 1)  # the second slot is not written yet
+    assert first.inputs["features"] == View("slots/feature", 0, 1)
 
 
 def test_constants_of_computed_steps():
     plan = plan_of("plain")
     given = constants(plan, plan.operations[2])
     np.testing.assert_array_equal(given["t"], [20, 20])
-    np.testing.assert_array_equal(given["delta"], np.diff(SIGMAS)[2:3])
-    assert plan.operations[2].outputs["feature"] == View("ring", 1)
+    np.testing.assert_array_equal(given["delta"], np.diff(SIGMAS)[[2, 2]])
+    assert plan.operations[2].outputs["feature"] == View("slots/feature", 1)
     assert "feature" not in plan.operations[4].outputs  # nothing reads it
 
 
@@ -218,17 +238,18 @@ def test_constants_of_a_predictor():
     assert given["step"] == 5
     np.testing.assert_array_equal(given["history_steps"], [4, 2])
     assert given["step"].dtype == given["history_steps"].dtype == np.int64
-    assert (call.inputs["feature_0"], call.inputs["feature_1"]) == (View("ring", 0), View("ring", 2))
-    assert plan.operations[2].outputs["feature"] == View("ring", 2)
+    assert (call.inputs["feature_0"], call.inputs["feature_1"]) == (View("slots/feature", 0), View("slots/feature", 2))
+    assert plan.operations[2].outputs["feature"] == View("slots/feature", 2)
 
 
 def test_constants_of_moves_over_a_gap():
     plan = plan_of("output")
     call = plan.operations[3]
-    np.testing.assert_array_equal(constants(plan, call)["coefficients"], GAPS.coefficients[2, :2])
-    assert call.inputs["velocities"] == View("ring", 0, 2)
-    assert call.inputs["noise"] == View("noise")
-    assert plan.operations[2].outputs == {"velocity": View("ring", 1)}
+    np.testing.assert_array_equal(constants(plan, call)["coefficients"], GAPS.coefficients[2, :, :2])
+    assert constants(plan, call)["base_share"] == [1]
+    assert call.inputs["velocities"] == View("slots/velocity", 0, 2)
+    assert call.inputs["base"] == View("noise")
+    assert plan.operations[2].outputs == {"velocity": View("slots/velocity", 1)}
 
 
 @pytest.mark.parametrize("name", ["hoisted", "output"])
@@ -236,7 +257,7 @@ def test_rows_of_the_prologue(name):
     plan = plan_of(name)
     given = constants(plan, plan.prologue)
     np.testing.assert_array_equal(given["compute_timesteps"], [0, 20, 50])
-    np.testing.assert_array_equal(given["forecast_timesteps"], [10, 30, 40] if name == "hoisted" else [0])
+    assert name == "output" or given["forecast_timesteps"].tolist() == [10, 30, 40]
     assert plan.prologue.outputs["compute_step_values"] == View("hoisted/compute_step_values")
     assert [op.inputs["step_values"] for op in plan.operations if op.engine == "compute"] == [
         View("hoisted/compute_step_values", row) for row in range(3)
@@ -247,27 +268,54 @@ def test_rows_of_the_prologue(name):
     assert forecasts == (rows if name == "hoisted" else [])
 
 
-def test_velocities_are_kept_for_a_sampler_outside():
-    plan = plan_of("hoisted", with_velocities=True)
+def test_velocities_are_left_for_a_sampler_outside():
+    plan = plan_of("hoisted", for_sampler=True)
     call = plan.operations[3]
-    assert call.velocities == call.outputs["velocities"] == View("velocities/3")
-    assert plan.shape(call.velocities) == (2, BATCH, 3, 5)
-    assert plan_of("hoisted").operations[3].velocities is None
-    assert plan.operations[0].velocities == View("velocity")
-    assert plan_of("output").operations[0].velocities == View("ring", 0)
-    with pytest.raises(InputError, match="compile the bundle with --velocities"):
-        plan_of("plain", with_velocities=True)
+    assert call.outputs == {"velocities": View("velocities/3")}
+    assert call.velocities == (View("velocities/3", 0), View("velocities/3", 1))
+    assert plan.shape(View("velocities/3")) == (2, BATCH, 3, 5)
+    assert plan_of("hoisted").operations[3].velocities == ()
+    assert plan.operations[0].velocities == (View("velocity"),)
+    assert {operation.latents for operation in plan.operations} == {View("noise")}
+    with pytest.raises(InputError, match="compile the bundle without --no-velocities"):
+        plan_of("plain", for_sampler=True)
 
 
-def test_a_program_that_forecasts_needs_the_engine_for_it():
+def test_a_sampler_outside_gets_each_step_of_a_gap_by_its_own_row():
+    plan = plan_of("output", for_sampler=True)
+    assert [(call.engine, call.steps) for call in plan.operations][:6] == [
+        ("compute", (0,)), ("advance", (0,)), ("advance", (1,)), ("compute", (2,)), ("advance", (2,)), ("advance", (3,)),
+    ]  # fmt: skip
+    assert plan.operations[0].velocities == ()
+    call = plan.operations[5]
+    given = constants(plan, call)
+    np.testing.assert_array_equal(given["coefficients"], GAPS.rows_out[3, :, :2])
+    np.testing.assert_array_equal(given["base_share"], [3])
+    assert call.inputs["base"] == call.latents == View("noise")
+    assert call.velocities == (call.outputs["next_latents"],)
+
+
+def test_flow_maps_are_told_a_second_time():
+    told = replace(LINEAR, target_timesteps=TIMESTEPS + 5)
+    compute = Signature((*PLAIN["compute"].inputs, *specs(target_timestep=("batch",))), COMPUTE_OUT)
+    signatures = {**PLAIN, "compute": compute}
+    plan = plan_binding(signatures, told, IO, batch=BATCH)
+    np.testing.assert_array_equal(constants(plan, plan.operations[2])["target_timestep"], [25, 25])
+    with pytest.raises(BundleError, match="engine compute takes target_timestep, which its program does not have"):
+        plan_binding(signatures, LINEAR, IO, batch=BATCH)
+
+
+def test_a_program_may_use_several_compute_graphs():
+    both = program([Compute(0, 0), Compute(1, 1), Forecast((2, 3), 2), Compute(4, graph="unguided"), Compute(5)])
+    plan = plan_binding({**PLAIN, "unguided": PLAIN["compute"]}, both, IO, batch=BATCH)
+    assert [call.engine for call in plan.operations] == ["compute", "compute", "forecast", "unguided", "compute"]
+    np.testing.assert_array_equal(constants(plan, plan.operations[3])["t"], [40, 40])
+
+
+def test_a_program_needs_all_its_engines():
     without = {name: signature for name, signature in PLAIN.items() if name != "forecast"}
-    with pytest.raises(BundleError, match="has no forecast engine"):
+    with pytest.raises(BundleError, match="the program needs the engine forecast, which the bundle lacks: compile it again"):
         plan_binding(without, LINEAR, IO, batch=1)
-
-
-def test_a_predictor_does_not_write_what_it_reads():
-    with pytest.raises(BundleError, match=r"step 2 writes slot 1, which it reads"):
-        program([Compute(0, 0), Compute(1, 1), Predict(2, (1, 0), (1, 0), 1), *(Compute(step, None) for step in (3, 4, 5))])
 
 
 def test_a_layout_keeps_everything_apart_and_aligned(case):
@@ -298,11 +346,11 @@ def test_constants_come_first_and_in_one_piece(case):
 
 def test_rows_know_whether_they_are_aligned():
     plan = plan_of("hoisted")
-    assert plan.begin(View("ring", 1)) == BATCH * 7 * 4
-    assert plan.begin(View("ring", 1, 2)) == BATCH * 7 * 4
-    assert plan.begin(View("ring")) == plan.begin(View("ring", 0)) == 0
-    assert plan.is_aligned(View("ring", 0, 2))
-    assert not plan.is_aligned(View("ring", 1))
+    assert plan.begin(View("slots/feature", 1)) == BATCH * 7 * 4
+    assert plan.begin(View("slots/feature", 1, 2)) == BATCH * 7 * 4
+    assert plan.begin(View("slots/feature")) == plan.begin(View("slots/feature", 0)) == 0
+    assert plan.is_aligned(View("slots/feature", 0, 2))
+    assert not plan.is_aligned(View("slots/feature", 1))
     assert plan.is_aligned(View("hoisted/compute_step_values", 2))  # rows of 2 * 64 * 4 bytes
 
 
@@ -311,8 +359,9 @@ def test_planning_for_a_huge_batch_takes_no_memory():
     assert lay_out(plan).size > 2**40
 
 
-def test_capacity_that_nothing_uses():
-    uncached = replace(LINEAR, instructions=tuple(Compute(step, None) for step in range(STEPS)))
+def test_an_uncached_run_has_no_slots():
+    nothing = LINEAR.coefficients[..., :0]
+    uncached = replace(LINEAR, instructions=tuple(map(Compute, range(STEPS))), slots={}, coefficients=nothing)
     plan = plan_binding(HOISTING, uncached, IO, batch=1)
     assert plan.shape(plan.prologue.inputs["forecast_timesteps"]) == (1,)
     assert not any("feature" in op.outputs for op in plan.operations)

@@ -8,7 +8,7 @@ from cachec.engines import get_backend
 from cachec.runtime.bundle import Bundle
 from cachec.runtime.errors import BundleError, InputError
 from cachec.runtime.noise import make_noise
-from cachec.runtime.program import UNCACHED, Advance, Forecast
+from cachec.runtime.program import UNCACHED
 from cachec.runtime.session import Session
 
 SHAPE = (6, 8)
@@ -32,9 +32,14 @@ def run_alone(loaded, *seeds):
     return loaded.session(batch=len(seeds)).run(prompt(*seeds), noise(*seeds))
 
 
+def fill(session, value):
+    for slots in session.slots.values():
+        slots[:] = value
+
+
 def begin_on_stale_slots(loaded, seed):
     session = loaded.session()
-    session.ring[:] = np.nan
+    fill(session, np.nan)
     session.begin(prompt(seed), noise(seed))
     return session
 
@@ -47,7 +52,7 @@ def test_the_program_computes_some_steps_and_forecasts_the_others(loaded):
 
 def test_the_program_forecasts_before_all_slots_are_written(loaded):
     program = loaded.programs["default"]
-    assert min(i.num_slots for i in program.instructions if isinstance(i, Forecast)) < program.capacity
+    assert min(i.num_slots for i in program.instructions if i.rows) < program.capacity
 
 
 def test_interleaved_sessions_equal_sessions_alone_bit_for_bit(loaded):
@@ -105,7 +110,7 @@ def with_value(array, value):
 
 
 BAD_REQUESTS = {
-    "noise of another shape": (prompt(1), noise(1)[:, :5], "'latents' has shape .* compiled for 8x6 pixels and 0 text tokens"),
+    "noise of another shape": (prompt(1), noise(1)[:, :5], "'latents' has shape .* for height 6, width 8, text tokens 0"),
     "noise of another batch": (prompt(1), noise(1, 2), "'latents' has shape .* this session takes batches of 1, and"),
     "noise without batch": (prompt(1), noise(1)[0], "'latents' has shape"),
     "noise of another dtype": (prompt(1), noise(1).astype(np.float64), "'latents' has dtype float64"),
@@ -226,7 +231,7 @@ def velocity_of(loaded, x, timestep, conditions):
     hoisted = {spec.name: np.zeros(spec.resolve(sizes), spec.dtype) for spec in prologue.signature.outputs}
     prologue.context().run({"compute_timesteps": times, **conditions}, hoisted)
     velocity = np.empty_like(x)
-    inputs = {"latents": x, "delta": np.zeros(1, np.float32), "step_values": hoisted["compute_step_values"][0]}
+    inputs = {"latents": x, "delta": np.zeros(len(x), np.float32), "step_values": hoisted["compute_step_values"][0]}
     compute.context().run(inputs, {"velocity": velocity})
     return velocity
 
@@ -243,7 +248,7 @@ def straight_line(velocity, start):
 def test_an_output_bundle_has_no_forecast_engine_and_computes_its_schedule(output):
     assert set(output.engines) == {"prologue", "compute", "advance"}
     assert output.programs["default"].compute_steps == SCHEDULE.compute
-    assert output.session().ring.shape == (len(SCHEDULE.compute), 1, *SHAPE)
+    assert output.session().slots["velocity"].shape == (len(SCHEDULE.compute), 1, *SHAPE)
 
 
 def test_an_output_program_is_the_recursion_written_out(output):
@@ -271,14 +276,14 @@ def test_slots_hold_velocities_and_those_not_written_yet_are_never_read(output):
     session = begin_on_stale_slots(output, 1)
     for instruction in output.programs["default"].instructions:
         session.advance()
-        written = instruction.num_slots if isinstance(instruction, Advance) else instruction.slot + 1
-        assert np.isfinite(session.ring[:written]).all()
-        assert np.isnan(session.ring[written:]).all()
+        written = 1 + max(*instruction.reads.get("velocity", (0,)), *instruction.writes.values(), 0)
+        assert np.isfinite(session.slots["velocity"][:written]).all()
+        assert np.isnan(session.slots["velocity"][written:]).all()
         assert np.isfinite(session.latents).all()
     assert session.finished
     assert np.array_equal(session.latents, run_alone(output, 1))
     first = velocity_of(output, noise(1), output_table().timesteps[0], prompt(1))
-    np.testing.assert_allclose(session.ring[0], first, atol=1e-6, rtol=1e-6)
+    np.testing.assert_allclose(session.slots["velocity"][0], first, atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("behind", [0, 1, 3])
@@ -331,5 +336,5 @@ def test_back_ends_agree_on_an_output_program(output_bundles):
 
 
 def test_a_program_that_forecasts_needs_the_engine_for_it(output, loaded):
-    with pytest.raises(BundleError, match="the program forecasts, but the bundle has no forecast engine: compile it again"):
+    with pytest.raises(BundleError, match="the program needs the engine forecast, which the bundle lacks: compile it again"):
         Session(output.engines, loaded.programs["default"], output.io)

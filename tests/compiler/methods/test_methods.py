@@ -21,7 +21,7 @@ from cachec.passes import DropAsserts, FoldStatic, Graphs
 from cachec.passes.base import outputs
 from cachec.runtime.abi import FEATURE, FORECAST, VELOCITY
 from cachec.runtime.errors import InputError, PredictorError
-from cachec.runtime.program import Compute, Forecast, Predict, ProgramKey, hash_sigmas
+from cachec.runtime.program import ProgramKey, hash_sigmas
 
 SHAPE = (2, 3, 4)  # [B, L, D]
 
@@ -204,7 +204,7 @@ def test_lesa_without_parameters_or_with_foreign_ones_is_refused():
 
 
 def key_of(num_steps, sigmas):
-    return ProgramKey(num_steps, hash_sigmas(sigmas), 64, 64, 16)
+    return ProgramKey(num_steps, hash_sigmas(sigmas), {"height": 64})
 
 
 @pytest.mark.parametrize("order", [0, 1, 2])
@@ -227,14 +227,11 @@ def test_lowered_program_computes_what_the_table_says(method):
     features = {step: rng.standard_normal(SHAPE) for step in schedule.compute}
     expected, ring = forecast(table, features), np.full((program.capacity, *SHAPE), np.nan)
     for instruction in program.instructions:
-        if isinstance(instruction, Compute):
-            if instruction.slot is not None:
-                ring[instruction.slot] = features[instruction.step]
-            continue
-        assert isinstance(instruction, Forecast)
-        for step in instruction.steps:
-            row = program.coefficients[step, : instruction.num_slots]
-            got = np.tensordot(row, ring[: instruction.num_slots], 1) + program.bias[step]
+        for slot in instruction.writes.values():
+            ring[slot] = features[instruction.steps[0]]
+        for step in instruction.rows:
+            bound = len(instruction.reads["feature"])
+            got = np.tensordot(program.coefficients[step, 0, :bound], ring[:bound], 1) + program.bias[step]
             np.testing.assert_allclose(got, expected[step], rtol=1e-4, atol=1e-4)
 
 
@@ -252,10 +249,10 @@ def test_predictor_programs_read_the_right_features_and_never_overwrite_one_in_u
     )
     holds = {}
     for instruction in program.instructions:
-        if isinstance(instruction, Predict):
-            wanted = schedule.history(instruction.step, method.window, feeds_back=method.feeds_back)
-            assert tuple(holds[slot] for slot in instruction.sources) == wanted == instruction.source_steps
-            assert instruction.slot not in instruction.sources
-        if instruction.slot is not None:
-            holds[instruction.slot] = instruction.step
+        (step,), sources = instruction.steps, instruction.reads.get("feature", ())
+        if not instruction.computes:
+            assert tuple(holds[slot] for slot in sources) == schedule.history(step, method.window, feeds_back=method.feeds_back)
+        for slot in instruction.writes.values():
+            assert slot not in sources
+            holds[slot] = step
     assert program.capacity <= method.window + 1

@@ -7,7 +7,8 @@ from toy_calibration import sigmas_of
 from cachec.compiler.tables.coefficients import AdvanceTable, collapse, compose
 from cachec.compiler.tables.lower import lower_advance, lower_table, lower_uncached
 from cachec.compiler.tables.schedule import Schedule, interval_schedule
-from cachec.runtime.program import Advance, Compute, Forecast, ProgramKey, hash_sigmas
+from cachec.runtime.abi import FEATURE, VELOCITY
+from cachec.runtime.program import Compute, ProgramKey, hash_sigmas
 
 SIZE = 6
 SCHEDULES = {
@@ -21,7 +22,7 @@ each_schedule = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHE
 
 
 def key_of(sigmas):
-    return ProgramKey(len(sigmas) - 1, hash_sigmas(sigmas), 64, 64, 16)
+    return ProgramKey(len(sigmas) - 1, hash_sigmas(sigmas), {"height": 64})
 
 
 def velocity(x, timestep):
@@ -37,15 +38,30 @@ def played(program, start):
     """Latents after each instruction that moves them, and what the model was told."""
     x, slots, told, latents = start, {}, [], []
     for instruction in program.instructions:
-        if isinstance(instruction, Compute):
-            told.append(float(program.timesteps[instruction.step]))
-            slots[instruction.slot] = velocity(x, told[-1])
+        if instruction.computes:
+            told.append(float(program.timesteps[instruction.steps[0]]))
+            slots[instruction.writes[VELOCITY]] = velocity(x, told[-1])
         else:
-            assert isinstance(instruction, Advance)
-            row = program.coefficients[instruction.steps[0]]
-            x = start + sum(float(row[slot]) * slots[slot] for slot in range(instruction.num_slots))
+            (row,) = program.coefficients[list(instruction.rows), 0]
+            x = start + sum(float(row[slot]) * slots[slot] for slot in instruction.reads[VELOCITY])
             latents.append(x)
     return latents, told
+
+
+def played_outside(program, x, edits=None):
+    """Latents at the end of each gap, with a sampler outside that takes Euler steps; ``edits`` are added before a step."""
+    slots, latents = {}, []
+    for instruction in program.instructions:
+        if instruction.computes:
+            (step,) = instruction.steps
+            slots[instruction.writes[VELOCITY]] = velocity(x + (edits or {}).get(step, 0), float(program.timesteps[step]))
+            continue
+        for step in instruction.steps:
+            x = x + (edits or {}).get(step, 0)
+            got = sum(float(program.rows_out[step, 0, slot]) * slots[slot] for slot in instruction.reads[VELOCITY])
+            x = x + float(program.sigmas[step + 1] - program.sigmas[step]) * (got + float(program.share_out[step]) * x)
+        latents.append(x)
+    return latents
 
 
 def forecast_table(schedule, window=3, seed=1):
@@ -70,6 +86,15 @@ def test_a_lowered_advance_is_euler_on_forecast_velocities(schedule):
     program = lower_advance(collapse(table, sigmas), key_of(sigmas), sigmas, sigmas[:-1])
     latents, _ = played(program, noise())
     np.testing.assert_allclose(latents, [*expected, x], atol=1e-5)
+    np.testing.assert_allclose(played_outside(program, noise()), latents, atol=1e-5)
+
+
+def test_edits_between_steps_survive_a_gap():
+    """A sampler outside adds what it gets to what it has; where the model does not look again, an edit stays as it is."""
+    schedule, sigmas = Schedule(8, (0, 1)), sigmas_of(8)
+    program = lower_advance(collapse(forecast_table(schedule), sigmas), key_of(sigmas), sigmas, sigmas[:-1])
+    plain, edited = (played_outside(program, noise(), edits)[-1] for edits in (None, {4: 0.5, 6: np.ones(SIZE)}))
+    np.testing.assert_allclose(edited, plain + 1.5, atol=1e-6)
 
 
 @each_schedule
@@ -78,9 +103,10 @@ def test_every_velocity_keeps_its_own_slot(schedule):
     program = lower_advance(collapse(forecast_table(schedule), sigmas), key_of(sigmas), sigmas, sigmas[:-1])
     num = len(schedule.compute)
     assert (program.cut, program.capacity, program.compute_steps) == ("output", num, schedule.compute)
-    assert [i.slot for i in program.instructions if isinstance(i, Compute)] == list(range(num))
-    assert [i.num_slots for i in program.instructions if isinstance(i, Advance)] == list(range(1, num + 1))
-    assert sum((i.steps for i in program.instructions if isinstance(i, Advance)), ()) == tuple(range(schedule.num_steps))
+    assert [one.writes for one in program.instructions if one.computes] == [{VELOCITY: slot} for slot in range(num)]
+    reads = [one.reads[VELOCITY] for one in program.instructions if one.rows]
+    assert reads == [tuple(range(count)) for count in range(1, num + 1)]
+    assert sum((one.moves for one in program.instructions), ()) == tuple(range(schedule.num_steps))
     assert not program.bias.any()
     assert {a.dtype for a in program.arrays().values()} == {np.dtype(np.float32)}
 
@@ -111,14 +137,14 @@ def test_weights_of_velocities_that_are_not_there_yet_are_dropped():
     rows = np.random.default_rng(0).standard_normal((3, 3))
     full, lower = (lower_advance(AdvanceTable(schedule, r), key_of(sigmas), sigmas, sigmas[:-1]) for r in (rows, np.tril(rows)))
     assert full.digest() == lower.digest()
-    np.testing.assert_allclose(full.coefficients[[0, 4, 5]], np.tril(rows), rtol=1e-6)
+    np.testing.assert_allclose(full.coefficients[[0, 4, 5], 0], np.tril(rows), rtol=1e-6)
 
 
 def test_the_uncached_program_computes_every_step_and_keeps_nothing():
     sigmas = sigmas_of(7)
     own = 0.5 * sigmas[:-1]
     program = lower_uncached(key_of(sigmas), sigmas, own)
-    assert program.instructions == tuple(Compute(step, None) for step in range(7))
+    assert program.instructions == tuple(map(Compute, range(7)))
     np.testing.assert_allclose(program.timesteps, own, rtol=1e-6)
 
 
@@ -132,11 +158,10 @@ def test_a_lowered_table_with_a_bias_and_long_memory_is_the_table(schedule):
     features = {step: rng.standard_normal(SIZE) for step in schedule.compute}
     stacked = np.stack([features[step] for step in schedule.compute])
     for instruction in program.instructions:
-        if isinstance(instruction, Compute):
-            slots[instruction.slot] = features[instruction.step]
-            continue
-        for step in instruction.steps:
-            got = sum(program.coefficients[step, s] * slots[s] for s in range(instruction.num_slots)) + program.bias[step]
+        for slot in instruction.writes.values():
+            slots[slot] = features[instruction.steps[0]]
+        for step in instruction.rows:
+            got = sum(program.coefficients[step, 0, s] * slots[s] for s in instruction.reads[FEATURE]) + program.bias[step]
             np.testing.assert_allclose(got, table.coefficients[step] @ stacked + table.bias[step], rtol=1e-4, atol=1e-4)
 
 
@@ -146,7 +171,7 @@ def test_forecasts_between_two_computed_steps_are_one_instruction(schedule):
     sigmas = sigmas_of(num)
     table = compose(np.ones((num, 1)), np.zeros(num), schedule, feeds_back=False)
     program = lower_table(table, key_of(sigmas), sigmas, sigmas[:-1])
-    runs = [instruction.steps for instruction in program.instructions if isinstance(instruction, Forecast)]
+    runs = [instruction.steps for instruction in program.instructions if instruction.rows]
     assert all(run == tuple(range(run[0], run[-1] + 1)) for run in runs)
     ends = [*schedule.compute[1:], num]
     assert runs == [tuple(range(a + 1, b)) for a, b in zip(schedule.compute, ends, strict=True) if b > a + 1]

@@ -1,0 +1,36 @@
+"""Which engine input plays which part, and how the model's own input is put together from the state of sampling."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from cachec.runtime.errors import BundleError, shortened
+
+
+@dataclass(frozen=True)
+class ModelIO:
+    """Names of the model's inputs by the part that they play.
+
+    ``latents`` (the state x that sampling moves) and ``timestep`` change with every step; ``conditions`` (prompt, guidance)
+    are given once per request. ``parts`` are those conditions that the model takes joined to x, behind it along ``axis``:
+    references that an edit starts from, the first frame of a video. ``output`` is the part [begin, end) of the model's output
+    along ``axis`` that moves x, ``None`` for all of it. A pass puts both into the graph; nothing behind it sees more than x.
+    """
+
+    latents: str
+    timestep: str
+    conditions: tuple[str, ...]
+    parts: tuple[str, ...] = ()
+    axis: int = 1
+    output: tuple[int, int] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """What engines are called with; how the input is put together is in their graphs by then."""
+        return {"latents": self.latents, "timestep": self.timestep, "conditions": list(self.conditions)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "ModelIO":
+        try:
+            return cls(data["latents"], data["timestep"], tuple(data["conditions"]))
+        except (KeyError, TypeError) as error:
+            raise BundleError(f"the manifest does not say which input plays which part: io is {shortened(data)}") from error

@@ -1,0 +1,84 @@
+"""Play a program back for a sampler outside: it brings the latents of each step and gets a velocity.
+
+``B`` batch. What is forecast is the model's answer, not the latents: a sampler, or whoever stands beside it, may change these
+between steps, and the next answer is an answer to them.
+"""
+
+from collections import deque
+from collections.abc import Mapping
+
+from cachec.runtime.binding import Binding
+from cachec.runtime.device import Buffer
+from cachec.runtime.engine import Engine
+from cachec.runtime.errors import InputError
+from cachec.runtime.model_io import ModelIO
+from cachec.runtime.program import Program
+
+
+class Stepper:
+    """One request at a time: ``begin``, then ``velocity`` for each step in order.
+
+    On the hidden cut a run of forecasts is one call, whose velocities are handed out step by step. On the output cut every
+    step gets ``rows_out[step] @ slots + share_out[step] * latents``: for a sampler of Euler's kind the mean velocity of the
+    gap, which brings it to where the program moves.
+
+    Conditions and latents are what a ``Session`` takes.
+
+    Raises:
+        InputError: the engines were built without velocities, or for another batch.
+    """
+
+    def __init__(self, engines: Mapping[str, Engine], program: Program, io: ModelIO, *, batch: int = 1) -> None:
+        self.program = program
+        self._binding = Binding(engines, program, io, batch=batch, for_sampler=True)
+        self._device = self._binding.device
+        self._step = program.num_steps  # the next one
+        self._position = 0  # of the next operation
+        self._found: deque[Buffer] = deque()  # velocities of coming steps
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """Shape of the latents, batch first."""
+        return self._binding.latent_shape
+
+    @property
+    def slots(self) -> Mapping[str, Buffer]:
+        """The slots [S, B, …] by kind."""
+        return self._binding.slots
+
+    @property
+    def next_step(self) -> int | None:
+        """The step whose velocity is to be asked for next; ``None`` before ``begin`` and after the last one."""
+        return self._step if self._step < self.program.num_steps else None
+
+    def begin(self, conditions: Mapping[str, Buffer]) -> None:
+        """Start a request, whatever became of the last one. Nothing changes unless all conditions fit.
+
+        Raises:
+            InputError: a condition is missing, unknown, of the wrong shape or dtype, or not finite (looked at on the host).
+        """
+        self._binding.take(conditions)
+        if self._binding.prologue is not None:
+            self._binding.prologue.run()
+        self._step, self._position = self.program.key.start_step, 0
+        self._found.clear()
+
+    def velocity(self, step: int, latents: Buffer) -> Buffer:
+        """The velocity [B, …] at ``step`` and ``latents``: a buffer of the engines' device, a numpy array on the CPU.
+
+        It has memory of its own, which later steps leave alone.
+
+        Raises:
+            InputError: another step is next, or the latents do not fit.
+        """
+        if step != self.next_step:
+            due = "no step" if self.next_step is None else f"step {self.next_step}"
+            raise InputError(f"step {step} was asked for, but {due} is next: take the steps in order, after begin()")
+        self._binding.take_latents(latents)
+        while not self._found:
+            operation = self._binding.operations[self._position]
+            operation.call.run()
+            self._position += 1
+            self._found.extend(operation.velocities)
+        self._step += 1
+        return self._device.copy(self._found.popleft())
