@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from cachec.compiler.options import Command, declared, plain_type
+from cachec.compiler.options import BuildWish, Command, declared, make_build_options, plain_type
 from cachec.runtime.errors import CachecError, InputError
 
 log = logging.getLogger("cachec")
@@ -147,11 +147,13 @@ def compile_command(model: str, out: Path | None, force: bool, **given: Any) -> 
 @click.option("--device", help="cuda, or cuda:1 for the second GPU; default the first.")
 @_declared("add-target")
 @click.option("--force", is_flag=True, help="Replace a target that the bundle has already.")
-def add_target_command(bundle: Path, names: tuple[str, ...], **rest: Any) -> None:
+def add_target_command(bundle: Path, names: tuple[str, ...], device: str | None, force: bool, **given: Any) -> None:
     """Build engines into BUNDLE on this machine, from the ONNX files in it. Needs no torch."""
     from cachec.engines.add_target import add_targets
 
-    opened, added = add_targets(bundle, names, **rest)
+    wish = BuildWish(**given)
+    options = make_build_options(wish)
+    opened, added = add_targets(bundle, names, device=device, max_batch=wish.max_batch, force=force, options=options)
     sizes = {name: entry["bytes"] for name, entry in opened.manifest.files.items()}
     engines = [(name, artifact.path) for target in added for name, artifact in target.engines.items()]
     _table(
@@ -311,12 +313,12 @@ def list_command(what: str) -> None:
 
         _table([(name, f"{get_method(name).cut} cut: {get_method(name).summary}") for name in METHODS])
     else:
-        from cachec.engines import BACKENDS, get_backend
+        from cachec.engines import BACKENDS, get_engine
 
         rows = []
         for name in BACKENDS:
             try:
-                rows.append((name, get_backend(name).version()))
+                rows.append((name, get_engine(name).version()))
             except CachecError as error:
                 rows.append((name, f"not available: {error}"))
         _table(rows)

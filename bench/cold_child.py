@@ -29,9 +29,9 @@ class Marks:
 def run_bundle(task: dict[str, Any], mark: Marks) -> None:
     """Latents from a bundle, with conditions from a file: no text encoder, no VAE, and for ort no torch."""
     import cachec
-    from cachec.engines import get_backend
+    from cachec.engines import get_engine
 
-    get_backend(task["backend"])
+    get_engine(task["backend"])
     mark("imported")
     import numpy as np
 
@@ -49,10 +49,10 @@ def run_bundle_pictures(task: dict[str, Any], mark: Marks) -> None:
     """A picture from a bundle: text encoders and VAE are the model's, as in ``cachec run``."""
     from cachec.compiler.models import find_model, load_model
     from cachec.compiler.models.base import settings_of
-    from cachec.engines import get_backend, open_bundle
+    from cachec.engines import get_engine, open_bundle
     from cachec.runtime.noise import make_noise
 
-    get_backend(task["backend"])
+    get_engine(task["backend"])
     mark("imported")
     from pathlib import Path
 

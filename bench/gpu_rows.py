@@ -23,6 +23,7 @@ from bench.peers import (
     taylorseer,
     why_no_compiler,
 )
+from cachec.compiler.graphs.build_engines import LooseSources, build_and_load
 from cachec.compiler.graphs.export import plan_engines
 from cachec.compiler.graphs.forecast import engine_graphs, linear_graphs
 from cachec.compiler.graphs.prepare import split_model
@@ -32,13 +33,15 @@ from cachec.compiler.models.base import LoadedModel, Settings
 from cachec.compiler.tables.coefficients import ForecastTable
 from cachec.compiler.tables.lower import lower_advance, lower_table, lower_uncached
 from cachec.compiler.tables.schedule import Schedule, uniform_schedule
-from cachec.engines import get_backend
+from cachec.engines import get_builder, get_engine
 from cachec.engines.torch_device import TorchDevice
+from cachec.runtime.build_options import BuildOptions
 from cachec.runtime.device import DeviceName
 from cachec.runtime.engine import Engine
 from cachec.runtime.errors import InputError
 from cachec.runtime.program import Program, ProgramKey, hash_sigmas
 from cachec.runtime.session import Session
+from cachec.runtime.sizes import size_ranges
 
 METHODS = {"hidden": ("taylor", {"order": "1"}), "output": ("adams", {"order": "2"})}
 FLUX = {"attention_head_dim": 128, "num_attention_heads": 24, "joint_attention_dim": 4096, "pooled_projection_dim": 768}
@@ -49,6 +52,7 @@ SMALL = {
     "pooled_projection_dim": 32,
     "axes_dims_rope": (8, 12, 12),
 }
+USUALLY_COMPUTED = 10  # steps that engines with bounded sizes are tuned for
 SMALL_PIXELS = 64  # at or below, the model is ``SMALL``
 
 
@@ -186,21 +190,20 @@ def _case(name: str, model: LoadedModel, settings: Settings, facts: dict[str, An
 
 def build_engines(case: Case, backend: str) -> Engines:
     """Engines for both cuts: in memory for torch's own back ends, through files for the others."""
-    start, kind, name = time.perf_counter(), get_backend(backend), DeviceName.parse(str(case.device))
+    start, kind, name = time.perf_counter(), get_engine(backend), DeviceName.parse(str(case.device))
     kind.check_target(name, case.settings.dtype)
     with torch.no_grad():
         split = split_model(case.model, case.settings)
         graphs = engine_graphs(case.model, linear_graphs(case.model, split, case.settings), "all")
         plans = plan_engines(graphs, case.model.example_inputs(case.settings), case.model.io.latents, case.settings.steps)
-    signatures = {plan.name: plan.signature for plan in plans}
     with ExitStack() as stack:
         if backend in ("eager", "inductor"):
             device = TorchDevice(name)
             loaded = {plan.name: kind(graphs.modules[plan.name], plan.signature, device) for plan in plans}
         else:
             work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="cachec-")))
-            files = kind.build({plan.name: plan.program for plan in plans}, signatures, work, device=name)
-            loaded = kind.load(files, signatures, device=name)
+            options = BuildOptions(sizes=size_ranges(case.settings.steps, USUALLY_COMPUTED))
+            loaded = build_and_load(get_builder(backend), LooseSources(plans, work), work, name, options)
         engines = {key: stack.enter_context(engine) for key, engine in loaded.items()}
         return Engines(backend, engines, time.perf_counter() - start, stack.pop_all())
 

@@ -17,11 +17,12 @@ from bench.pairs import Traced, summarise_calls
 from bench.peers import Request, make_peer, plain
 from bench.rows import session_run
 from bench.timing import repeat_for, settle, spread
+from cachec.compiler.graphs.build_engines import LooseSources, build_and_load
 from cachec.compiler.graphs.export import plan_engines
 from cachec.compiler.graphs.forecast import engine_graphs, linear_graphs
 from cachec.compiler.graphs.prepare import split_model
 from cachec.compiler.tables.schedule import Schedule, uniform_schedule
-from cachec.engines import get_backend
+from cachec.engines import get_builder
 from cachec.runtime.engine import Engine
 from cachec.runtime.session import Session
 
@@ -71,9 +72,7 @@ def _build_ort(case: Case, out: Path, stack: ExitStack) -> Mapping[str, Engine]:
     model, settings = case.model, case.settings
     graphs = engine_graphs(model, linear_graphs(model, split_model(model, settings), settings), "all")
     plans = plan_engines(graphs, model.example_inputs(settings), model.io.latents, settings.steps)
-    signatures = {plan.name: plan.signature for plan in plans}
-    kind = get_backend("ort")
-    engines = kind.load(kind.build({plan.name: plan.program for plan in plans}, signatures, out), signatures)
+    engines = build_and_load(get_builder("ort"), LooseSources(plans, out), out)
     return {name: stack.enter_context(engine) for name, engine in engines.items()}
 
 

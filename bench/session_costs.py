@@ -62,10 +62,6 @@ class NullEngine(Engine):
     def check_target(*_: Any) -> None:
         pass
 
-    @staticmethod
-    def build(*_: Any, **__: Any) -> Any:
-        raise NotImplementedError("null engines are not built")
-
     @classmethod
     def load(cls, *_: Any, **__: Any) -> Any:
         raise NotImplementedError("null engines are not loaded")

@@ -3,6 +3,7 @@
 The command line makes its flags of these declarations; in Python the same names are keywords (``cachec.compile_model``).
 """
 
+import math
 import operator
 import typing
 from collections.abc import Iterator, Mapping
@@ -10,6 +11,7 @@ from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from cachec.runtime.build_options import BuildOptions
 from cachec.runtime.errors import InputError, unknown_name
 
 Command = Literal["compile", "train", "calibrate", "add-target"]
@@ -164,3 +166,21 @@ def _wrong_type(name: str, value: Any, kind: Any) -> InputError:
     words = {int: "a whole number", float: "a number", bool: "True or False", str: "text", Path: "a path",
              tuple: "one name or several"}  # fmt: skip
     return InputError(f"{name.replace('_', '-')} is {value!r}; it must be {words.get(kind, 'names with their values')}")
+
+
+def make_build_options(wish: BuildWish) -> BuildOptions:
+    """What builders are asked for, but for the sizes.
+
+    Raises:
+        InputError: one is out of range, or contradicts another.
+    """
+    space = wish.workspace
+    if space is not None and not 0 < space < math.inf:
+        raise InputError(f"workspace is {space} GB; it must be above 0")
+    return BuildOptions(
+        strip=wish.strip_weights,
+        compatibility=wish.hardware_compatibility,
+        version_compatible=wish.version_compatible,
+        level=wish.optimization_level,
+        workspace=None if space is None else math.ceil(space * 1e9),
+    )

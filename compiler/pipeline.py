@@ -37,7 +37,7 @@ from cachec.compiler.request import NUM_CALIBRATION, Request
 from cachec.compiler.tables.coefficients import compose
 from cachec.compiler.tables.lower import lower_predictor, lower_table, lower_uncached
 from cachec.compiler.tables.schedule import Schedule
-from cachec.engines.build import check_build, keep_timing
+from cachec.engines.build_target import check_build, keep_timing
 from cachec.passes import Graphs, dump_to
 from cachec.passes.base import Observer
 from cachec.runtime.abi import COMPUTE

@@ -11,16 +11,16 @@ from cachec.compiler.calibration.prompts import default_prompts, read_prompts
 from cachec.compiler.methods import get_method
 from cachec.compiler.methods.base import Method, PredictorMethod
 from cachec.compiler.models.base import ModelSpec, Settings
-from cachec.compiler.options import BuildWish, FitWish, GraphWish, ModelSettings, Options, read_options
+from cachec.compiler.options import FitWish, GraphWish, ModelSettings, Options, make_build_options, read_options
 from cachec.compiler.planning.goals import Goal, Wish, make_goals
 from cachec.compiler.tables.schedule import Schedule
-from cachec.engines import BACKENDS, get_backend
+from cachec.engines import BACKENDS, get_engine
 from cachec.engines.gpu import find_gpu
 from cachec.engines.targets import TargetName
 from cachec.passes import HOISTS
-from cachec.runtime.build_options import BuildOptions
+from cachec.runtime.build_options import DEFAULTS, BuildOptions
 from cachec.runtime.device import CUDA, DeviceName
-from cachec.runtime.engine import DEFAULTS, HOST
+from cachec.runtime.engine import HOST
 from cachec.runtime.errors import CachecError, InputError, unknown_name
 from cachec.runtime.noise import check_seed
 from cachec.runtime.sizes import USUAL_STRIDE, check_max_batch, size_ranges
@@ -165,24 +165,6 @@ def find_prompts(spec: ModelSpec, wish: FitWish) -> Sequence[str]:
     return default_prompts(spec.prompts, "train") if wish.prompts is None else read_prompts(wish.prompts)
 
 
-def make_build_options(wish: BuildWish) -> BuildOptions:
-    """What builders are asked for, but for the sizes.
-
-    Raises:
-        InputError: one is out of range, or contradicts another.
-    """
-    space = wish.workspace
-    if space is not None and not 0 < space < math.inf:
-        raise InputError(f"workspace is {space} GB; it must be above 0")
-    return BuildOptions(
-        strip=wish.strip_weights,
-        compatibility=wish.hardware_compatibility,
-        version_compatible=wish.version_compatible,
-        level=wish.optimization_level,
-        workspace=None if space is None else math.ceil(space * 1e9),
-    )
-
-
 def _check_numbers(wish: Options) -> None:
     batch, max_batch, min_psnr = wish.model.batch, wish.build.max_batch, wish.fit.min_psnr
     check_seed(wish.fit.seed)
@@ -216,7 +198,7 @@ def _choose_device(device: str | None, targets: Sequence[TargetName]) -> DeviceN
     """The device to measure on: as asked for; else the first GPU, if all targets are for it and it is there, or the CPU."""
     if device is not None:
         return DeviceName.parse(device)
-    if any(name.device != CUDA and get_backend(name.backend).only_device != CUDA for name in targets):
+    if any(name.device != CUDA and get_engine(name.backend).only_device != CUDA for name in targets):
         return HOST
     try:
         find_gpu(DeviceName(CUDA))

@@ -4,13 +4,13 @@ import logging
 import os
 from pathlib import Path
 
-from cachec.engines.backends import BACKENDS, get_backend
+from cachec.engines.backends import BACKENDS, get_builder, get_engine
 from cachec.engines.targets import ONNX_TARGET, TargetName, choose_target, parse_device
 from cachec.runtime.bundle import Bundle
 from cachec.runtime.errors import CachecError, InputError
 from cachec.runtime.session import LoadedBundle, load_bundle
 
-__all__ = ["BACKENDS", "check_threads", "get_backend", "open_bundle"]
+__all__ = ["BACKENDS", "check_threads", "get_builder", "get_engine", "open_bundle"]
 
 log = logging.getLogger(__name__)
 

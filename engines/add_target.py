@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from cachec.engines.backends import BACKENDS, FROM_ONNX
-from cachec.engines.build import build_into, check_build, keep_timing, plan_target
+from cachec.engines.build_target import build_into, check_build, keep_timing, plan_target
 from cachec.engines.targets import ONNX_TARGET, TargetName, parse_device
-from cachec.runtime.build_options import Sources, build_options
+from cachec.runtime.build_options import DEFAULTS, BuildOptions
+from cachec.runtime.builder import Sources
 from cachec.runtime.bundle import Bundle, Target
 from cachec.runtime.device import CUDA, DeviceName
 from cachec.runtime.errors import BundleError, InputError, OutputError
@@ -46,9 +47,15 @@ class BundledSources(Sources):
 
 
 def add_targets(
-    root: Path, names: Sequence[str], *, device: str | None = None, max_batch: int = 1, force: bool = False, **options: Any
+    root: Path,
+    names: Sequence[str],
+    *,
+    device: str | None = None,
+    max_batch: int = 1,
+    force: bool = False,
+    options: BuildOptions = DEFAULTS,
 ) -> tuple[Bundle, list[Target]]:
-    """Build targets into the bundle at ``root``; ``options`` as in ``runtime.build.build_options``.
+    """Build targets into the bundle at ``root``.
 
     Interrupted, it leaves the bundle as it was, but for the kernel timings, from which the next build goes on.
 
@@ -59,7 +66,7 @@ def add_targets(
     """
     check_max_batch(max_batch)
     wanted = [TargetName.parse(name, BACKENDS) for name in names]
-    build, there = build_options(**options), parse_device(device) or DeviceName(CUDA)
+    there = parse_device(device) or DeviceName(CUDA)
     if there.kind != CUDA:
         raise InputError(f"device is {there}, but what add-target builds runs on NVIDIA GPUs only: leave the device out")
     for name in wanted:
@@ -69,8 +76,8 @@ def add_targets(
     with BundleAdder(root) as writer:
         folder = writer.directory("timings")
         bundle, sources = writer.bundle, BundledSources(writer.bundle)
-        check_build(wanted, sources.precision, there, build)
-        build = replace(build, sizes=_sizes(bundle, max_batch), timing_cache=folder)
+        check_build(wanted, sources.precision, there, options)
+        build = replace(options, sizes=_sizes(bundle, max_batch), timing_cache=folder)
         planned = [plan_target(sources, name, device=there, options=build) for name in wanted]
         replaced = _check_planned(bundle, planned, force=force)
         _unpack_timing(bundle, folder)

@@ -11,10 +11,12 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
-from cachec.runtime.device import CUDA, Buffer, Device, DeviceName
-from cachec.runtime.engine import HOST, NOTHING, Call, Engine, ExecutionContext, check_bindings
+from cachec.runtime.build_options import DEFAULTS, BuildOptions
+from cachec.runtime.builder import EngineBuilder, Sources
+from cachec.runtime.device import CUDA, Device, DeviceName
+from cachec.runtime.engine import HOST, ON_HOST, Engine, ExecutionContext, LoadOptions
 from cachec.runtime.errors import BundleError, EngineError, InputError, missing_extra
 from cachec.runtime.files import writing
 from cachec.runtime.specs import Signature
@@ -25,10 +27,8 @@ import torch
 from torch.export.passes import move_to_device_pass
 
 from cachec.engines import torch_device
-from cachec.engines.torch_device import as_tensor, device_of, is_out_of_memory, watching_memory
-
-if TYPE_CHECKING:
-    from torch.export import ExportedProgram
+from cachec.engines.torch_context import Tensors, TorchContext
+from cachec.engines.torch_device import device_of, is_out_of_memory
 
 FILE = "model.pt2"
 OPTIONS = {
@@ -43,37 +43,35 @@ class AotiEngine(Engine):
 
     name = "aoti"
     needs_same_version = True
-    device_bound = True
 
     @classmethod
     def load(
-        cls,
-        files: Mapping[str, Path],
-        signatures: Mapping[str, Signature],
-        *,
-        device: DeviceName = HOST,
-        threads: int | None = None,
-        weights: Mapping[str, Path] = NOTHING,
-        needs: Mapping[str, Any] = NOTHING,
+        cls, files: Mapping[str, Path], signatures: Mapping[str, Signature], options: LoadOptions = ON_HOST
     ) -> dict[str, Self]:
-        if threads is not None:
-            torch.set_num_threads(threads)
+        if options.threads is not None:
+            torch.set_num_threads(options.threads)
         path = next(iter(files.values()))
-        on_gpu = device.kind == CUDA  # PyTorch's locks between threads cannot be captured as a CUDA graph
+        on_gpu = options.device.kind == CUDA  # PyTorch's locks between threads cannot be captured as a CUDA graph
         try:
             runners = _load_runners(path, single_threaded=on_gpu)
         except (RuntimeError, ValueError, OSError) as error:
             if is_out_of_memory(error):
-                raise EngineError(f"there is no memory for the weights of {path.name} on {device}: {error}") from error
+                raise EngineError(f"there is no memory for the weights of {path.name} on {options.device}: {error}") from error
             raise BundleError(f"torch {torch.__version__} cannot load {path}: {error}") from error
         missing = files.keys() - runners.keys()
         if missing:
             raise BundleError(f"{path} holds no graph {', '.join(sorted(missing))}: compile the bundle again")
-        there = device_of(device, signatures.values())
+        there = device_of(options.device, signatures.values())
         return {name: cls(runners[name], signatures[name], there) for name in files}
 
     def _context(self, native: Any, device: Device) -> ExecutionContext:
-        return _AotiContext(native, self.signature, device)
+        given, results = ([spec.name for spec in side] for side in (self.signature.inputs, self.signature.outputs))
+        run: Any = native.loader.boxed_run
+
+        def function(inputs: Tensors) -> Tensors:
+            return dict(zip(results, run([inputs[name] for name in given]), strict=True))
+
+        return TorchContext(function, self.signature, device)
 
     @classmethod
     def version(cls) -> str:
@@ -84,39 +82,6 @@ class AotiEngine(Engine):
         torch_device.check_device(device)
         if device.index:  # load_pt2 puts weights where they were when they were saved, which is the first
             raise InputError(f"device is {device}, but aoti loads onto the first GPU only: choose it with CUDA_VISIBLE_DEVICES")
-
-    @classmethod
-    def build(
-        cls,
-        programs: Mapping[str, "ExportedProgram"],
-        signatures: Mapping[str, Signature],
-        out: Path,
-        *,
-        device: DeviceName = HOST,
-    ) -> dict[str, Path]:
-        """Write one ``.pt2`` for all programs into ``out``. For a GPU, the programs are moved to it.
-
-        Raises:
-            EngineError: there is no C++ compiler, or it fails.
-        """
-        from torch._inductor import aot_compile
-        from torch.export.pt2_archive._package import package_pt2
-
-        if not any(map(shutil.which, ("g++", "clang++", "c++"))):
-            raise EngineError("the aoti backend compiles C++, and there is no g++ or clang++: install one (apt install g++)")
-        compiled: dict[str, Any] = {}
-        for name, program in programs.items():
-            if device.kind == CUDA:
-                program = move_to_device_pass(program, str(device))
-            args, kwargs = program.example_inputs or ((), {})
-            try:
-                compiled[name] = aot_compile(program.module(check_guards=False), args, kwargs, options=OPTIONS)
-            except (RuntimeError, OSError) as error:  # OSError: there is no CUDA toolkit (CUDA_HOME)
-                raise EngineError(f"AOTInductor cannot compile the {name} graph for {device}: {error}") from error
-        path = out / FILE
-        with writing(path, RuntimeError):  # which torch's writer raises on a full disk
-            package_pt2(str(path), aoti_files=compiled)
-        return dict.fromkeys(programs, path)
 
 
 def _load_runners(path: Path, *, single_threaded: bool) -> dict[str, Any]:
@@ -140,29 +105,31 @@ def _load_runners(path: Path, *, single_threaded: bool) -> dict[str, Any]:
     return dict(runners)
 
 
-class _AotiContext(ExecutionContext):
-    def __init__(self, runner: Any, signature: Signature, device: Device) -> None:
-        self._runner = runner
-        self._signature, self._device = signature, device
+class AotiBuilder(EngineBuilder):
+    """Writes one ``.pt2`` for all programs. For a GPU, the programs are moved to it."""
 
-    def bind(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> Call:
-        check_bindings(self._signature, self._device, inputs, outputs)
-        given = [as_tensor(inputs[spec.name]) for spec in self._signature.inputs]
-        names = [spec.name for spec in self._signature.outputs]
-        wanted = [(names.index(name), as_tensor(buffer)) for name, buffer in outputs.items()]
-        return _AotiCall(self._runner, given, wanted)
+    def build(
+        self, sources: Sources, out: Path, *, device: DeviceName = HOST, options: BuildOptions = DEFAULTS
+    ) -> dict[str, Path]:
+        from torch._inductor import aot_compile
+        from torch.export.pt2_archive._package import package_pt2
+
+        if not any(map(shutil.which, ("g++", "clang++", "c++"))):
+            raise EngineError("the aoti backend compiles C++, and there is no g++ or clang++: install one (apt install g++)")
+        compiled: dict[str, Any] = {}
+        for name, program in sources.programs().items():
+            if device.kind == CUDA:
+                program = move_to_device_pass(program, str(device))
+            args, kwargs = program.example_inputs or ((), {})
+            try:
+                compiled[name] = aot_compile(program.module(check_guards=False), args, kwargs, options=OPTIONS)
+            except (RuntimeError, OSError) as error:  # OSError: there is no CUDA toolkit (CUDA_HOME)
+                raise EngineError(f"AOTInductor cannot compile the {name} graph for {device}: {error}") from error
+        path = out / FILE
+        with writing(path, RuntimeError):  # which torch's writer raises on a full disk
+            package_pt2(str(path), aoti_files=compiled)
+        return dict.fromkeys(compiled, path)
 
 
-class _AotiCall(Call):
-    """AOTInductor allocates its results, so that they are copied."""
-
-    def __init__(self, runner: Any, inputs: list[torch.Tensor], outputs: list[tuple[int, torch.Tensor]]) -> None:
-        self._run: Any = runner.loader.boxed_run
-        self._inputs, self._outputs = inputs, outputs
-
-    @torch.no_grad()
-    def run(self) -> None:
-        with watching_memory("a call"):
-            results = self._run(list(self._inputs))
-        for index, buffer in self._outputs:
-            buffer.copy_(results[index])
+ENGINE = AotiEngine
+BUILDER = AotiBuilder(AotiEngine, device_bound=True)

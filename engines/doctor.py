@@ -12,10 +12,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cachec.engines.backends import BACKENDS, get_backend
+from cachec.engines.backends import BACKENDS, get_builder
 from cachec.engines.gpu import cuda_text, find_gpu
+from cachec.runtime.build_options import DEFAULTS
 from cachec.runtime.device import CPU, CUDA, DeviceName
-from cachec.runtime.engine import DEFAULTS
 from cachec.runtime.errors import CachecError
 
 PACKAGES = (
@@ -123,15 +123,15 @@ def _providers() -> list[str]:
 def _ask(name: str) -> dict[str, str]:
     """What a back end says to running and building, on each kind of device that it knows."""
     try:
-        backend = get_backend(name)
+        builder = get_builder(name)
     except (CachecError, ImportError, OSError) as error:  # a broken installation is what people come for
         return {"anywhere": str(error)}
-    kinds = [CPU, CUDA] if backend.only_device is None else [backend.only_device]
+    kinds = [CPU, CUDA] if builder.engine.only_device is None else [builder.engine.only_device]
     says: dict[str, str] = {}
     for kind in kinds:
         device = DeviceName(kind)
-        run = _answer(partial(backend.check_target, device, "float32"))
-        build = _answer(partial(backend.check_build, device, "float32", DEFAULTS))
+        run = _answer(partial(builder.engine.check_target, device, "float32"))
+        build = _answer(partial(builder.check_build, device, "float32", DEFAULTS))
         says |= {f"on {kind}": run} if run == build else {f"runs on {kind}": run, f"builds for {kind}": build}
     return says
 

@@ -5,7 +5,8 @@ A bundle holds exported programs, as for eager; loading one costs a compilation,
 
 from typing import TYPE_CHECKING, Any
 
-from cachec.engines.eager import EagerEngine  # it says which extra brings torch where there is none
+from cachec.engines.eager import ProgramBuilder, ProgramEngine  # it says which extra brings torch where there is none
+from cachec.runtime.abi import BATCH
 from cachec.runtime.device import Device
 from cachec.runtime.specs import Signature
 
@@ -13,14 +14,18 @@ if TYPE_CHECKING:
     import torch
 
 
-class InductorEngine(EagerEngine):
-    """A graph under ``torch.compile``."""
+class InductorEngine(ProgramEngine):
+    """A program under ``torch.compile``."""
 
     name = "inductor"
 
     def __init__(self, module: "torch.nn.Module", signature: Signature, device: Device) -> None:
         import torch
 
-        varied = any(isinstance(size, str) and size != "batch" for spec in signature.inputs for size in spec.shape)
+        varied = any(isinstance(size, str) and size != BATCH for spec in signature.inputs for size in spec.shape)
         compiled: Any = torch.compile(module, dynamic=varied)  # with the batch alone, a graph for each batch is faster
         super().__init__(compiled, signature, device)
+
+
+ENGINE = InductorEngine
+BUILDER = ProgramBuilder(InductorEngine)

@@ -13,20 +13,17 @@ import weakref
 from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import numpy as np
 
 from cachec.engines.cuda_device import CudaBuffer, CudaDevice, cuda_device
-from cachec.engines.onnx_files import build_onnx
-from cachec.runtime.build_options import BuildOptions, Sources
+from cachec.runtime.build_options import DEFAULTS, BuildOptions
+from cachec.runtime.builder import EngineBuilder, Sources
 from cachec.runtime.device import CPU, CUDA, Buffer, Device, DeviceName, Host
-from cachec.runtime.engine import DEFAULTS, HOST, NOTHING, Call, Engine, ExecutionContext, check_bindings
+from cachec.runtime.engine import HOST, ON_HOST, Call, Engine, ExecutionContext, LoadOptions, check_bindings
 from cachec.runtime.errors import BundleError, EngineError, InputError, missing_extra
 from cachec.runtime.specs import BFLOAT16, Signature
-
-if TYPE_CHECKING:
-    from torch.export import ExportedProgram
 
 if importlib.util.find_spec("onnxruntime") is None:
     raise missing_extra("onnxruntime", "cpu", "the ort backend")
@@ -47,25 +44,17 @@ class OrtFamily(Engine):
     """An ``InferenceSession``, with one execution provider or another on a GPU."""
 
     needs_same_version = False  # an ONNX file is a standard
-    device_bound = False
 
     @classmethod
     def load(
-        cls,
-        files: Mapping[str, Path],
-        signatures: Mapping[str, Signature],
-        *,
-        device: DeviceName = HOST,
-        threads: int | None = None,
-        weights: Mapping[str, Path] = NOTHING,
-        needs: Mapping[str, Any] = NOTHING,
+        cls, files: Mapping[str, Path], signatures: Mapping[str, Signature], options: LoadOptions = ON_HOST
     ) -> dict[str, Self]:
-        _start_thread_pool(threads)
-        if device.kind == CPU:
+        _start_thread_pool(options.threads)
+        if options.device.kind == CPU:
             host = Host()
             return {name: cls(open_session(path, [CPU_PROVIDER]), signatures[name], host) for name, path in files.items()}
         onnxruntime.preload_dlls()  # finds CUDA where pip put it
-        gpu = cuda_device(device)
+        gpu = cuda_device(options.device)
         return {name: cls(cls.open_on_gpu(path, gpu), signatures[name], gpu) for name, path in files.items()}
 
     @classmethod
@@ -79,31 +68,6 @@ class OrtFamily(Engine):
     @classmethod
     def version(cls) -> str:
         return str(onnxruntime.__version__)
-
-    @classmethod
-    def build(
-        cls,
-        programs: Mapping[str, "ExportedProgram"],
-        signatures: Mapping[str, Signature],
-        out: Path,
-        *,
-        device: DeviceName = HOST,
-    ) -> dict[str, Path]:
-        """Write one ONNX file per program and one weights file into ``out``; returns the ONNX files by program name."""
-        return build_onnx(programs, signatures, out)
-
-    @classmethod
-    def check_build(cls, device: DeviceName, precision: str, options: BuildOptions) -> None:
-        """Writing files needs no kernels for them: those in bfloat16 can be made on a CPU that cannot run them."""
-        if device.kind == CUDA:
-            cls.check_target(device, precision)
-
-    @classmethod
-    def build_target(
-        cls, sources: Sources, out: Path, *, device: DeviceName = HOST, options: BuildOptions = DEFAULTS
-    ) -> dict[str, Path]:
-        """Nothing is built: the bundle's ONNX files are the engines."""
-        return dict(sources.onnx())
 
 
 class OrtEngine(OrtFamily):
@@ -287,3 +251,21 @@ def _failed_call(error: Exception, buffers: tuple[Buffer, ...]) -> EngineError:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
+
+
+class OrtBuilder(EngineBuilder):
+    """Builds nothing: the bundle's ONNX files are the engines."""
+
+    def check_build(self, device: DeviceName, precision: str, options: BuildOptions) -> None:
+        """Writing files needs no kernels for them: those in bfloat16 can be made on a CPU that cannot run them."""
+        if device.kind == CUDA:
+            self.engine.check_target(device, precision)
+
+    def build(
+        self, sources: Sources, out: Path, *, device: DeviceName = HOST, options: BuildOptions = DEFAULTS
+    ) -> dict[str, Path]:
+        return dict(sources.onnx())
+
+
+ENGINE = OrtEngine
+BUILDER = OrtBuilder(OrtEngine)

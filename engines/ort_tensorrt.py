@@ -13,7 +13,7 @@ import logging
 from pathlib import Path
 
 from cachec.engines.cuda_device import CudaDevice, cuda_device
-from cachec.engines.ort import CUDA_PROVIDER, OrtFamily, check_provider, check_started, cuda_options, open_session
+from cachec.engines.ort import CUDA_PROVIDER, OrtBuilder, OrtFamily, check_provider, check_started, cuda_options, open_session
 from cachec.runtime.device import CUDA, DeviceName
 from cachec.runtime.errors import InputError, missing_extra
 from cachec.runtime.files import cache_folder
@@ -34,7 +34,6 @@ class OrtTensorRTEngine(OrtFamily):
     """TensorRT 10 through ONNX Runtime; what it does not take runs on CUDA."""
 
     name = "ort-tensorrt"
-    device_bound = True
     only_device = CUDA
 
     @classmethod
@@ -93,3 +92,7 @@ def load_library() -> None:
     """Load TensorRT's shared libraries where pip put them, so that the provider finds them."""
     if importlib.util.find_spec("tensorrt") is not None and installed_versions():
         importlib.import_module("tensorrt")
+
+
+ENGINE = OrtTensorRTEngine
+BUILDER = OrtBuilder(OrtTensorRTEngine, device_bound=True)

@@ -5,7 +5,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from cachec.engines.backends import get_backend
+from cachec.engines.backends import get_engine
 from cachec.runtime.bundle import ANY_DEVICE, Target
 from cachec.runtime.device import CPU, CUDA, DeviceName
 from cachec.runtime.engine import Engine
@@ -110,7 +110,7 @@ def _check(target: Target, device: DeviceName) -> type[Engine]:
         raise BundleError(f"it was built for {target.os}, this is {here}")
     if target.device not in (ANY_DEVICE, device.kind):
         raise BundleError(f"device is {device}, but it was built for {target.device}")
-    backend = get_backend(target.backend)
+    backend = get_engine(target.backend)
     if backend.needs_same_version and "version_from" not in target.needs and target.version != (version := backend.version()):
         raise BundleError(f"it was built with {backend.name} {target.version}, here is {version}")
     backend.check_target(device, _precision(target))

@@ -1,71 +1,50 @@
-"""TensorRT and TensorRT for RTX: built from the bundle's ONNX files, run without torch.
+"""TensorRT: built from the bundle's ONNX files, run without torch; and what its two relatives have in common with it.
 
 Importing this file loads neither library, so that it can be asked what is missing.
 """
 
 import logging
 import shutil
-from abc import abstractmethod
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
 from cachec.engines import cuda_runtime
 from cachec.engines.cuda_device import CudaDevice
 from cachec.engines.gpu import Gpu, cuda_text, find_gpu
-from cachec.engines.onnx_files import build_onnx
-from cachec.engines.tensorrt_build import EngineBuilder
-from cachec.engines.tensorrt_library import TENSORRT, TENSORRT_RTX, Library
+from cachec.engines.tensorrt_library import TENSORRT, Library
 from cachec.engines.tensorrt_run import Native, TensorRTContext, load_native
-from cachec.runtime.build_options import ALL_OPTIONS, BuildOptions, Sources
+from cachec.runtime.build_options import DEFAULTS, WORDS, BuildOptions
+from cachec.runtime.builder import EngineBuilder, Sources
 from cachec.runtime.device import CUDA, Device, DeviceName
-from cachec.runtime.engine import DEFAULTS, HOST, NOTHING, Engine, ExecutionContext
+from cachec.runtime.engine import HOST, ON_HOST, Engine, ExecutionContext, LoadOptions
 from cachec.runtime.errors import BundleError, EngineError, InputError
-from cachec.runtime.sizes import size_ranges
 from cachec.runtime.specs import BFLOAT16, Signature
-
-if TYPE_CHECKING:
-    from torch.export import ExportedProgram
 
 log = logging.getLogger(__name__)
 
 LONG_BUILD = 500e6  # bytes of weights; builds of more take minutes, and say first what they need
 BFLOAT16_FROM = 80  # compute capability
-ANY_STEPS, ANY_COMPUTED = 50, 10  # at most, of schedules that engines outside a bundle take, and of those they are tuned for
-ANY_SIZES = BuildOptions(sizes=size_ranges(ANY_STEPS, ANY_COMPUTED))
 HOST_MEMORY, DISK = (0.4e9, 3.0), (1e7, 1.1)  # a build takes at most: bytes, and bytes per byte of weights; bench/ENGINES.md
 
 
 class TensorRTFamily(Engine):
-    """An engine of one of the two libraries, however it was built: how it is described, checked, loaded and run."""
+    """An engine of one of the two libraries, however it was built: how it is checked, loaded and run."""
 
     vendor: ClassVar[Library]
-    tunes: ClassVar[bool]  # for the GPU that builds
     needs_same_version = True
-    device_bound = True
     only_device = CUDA
-    bounded = True
 
     @classmethod
-    @abstractmethod
-    def gpus(cls, device: DeviceName) -> tuple[int, ...]:
-        """Compute capabilities of the GPUs that engines which are built here run on."""
-
-    @classmethod
-    @abstractmethod
     def tensor_names(cls, signature: Signature) -> dict[str, str]:
         """What engines call our tensors, where it is something else."""
+        return {}
 
     @classmethod
     def version(cls) -> str:
         return cls.vendor.version()
-
-    @classmethod
-    def tag(cls, device: DeviceName) -> str:
-        """What names of engine files say about where they run: ``11.0.0.114_sm90``."""
-        return "_".join((cls.version(), *(f"sm{sm}" for sm in cls.gpus(device))))
 
     @classmethod
     def check_target(cls, device: DeviceName, precision: str) -> None:
@@ -94,30 +73,10 @@ class TensorRTFamily(Engine):
         return not portable and needs.get("gpu") in (None, find_gpu(device).name)
 
     @classmethod
-    def needs(cls, device: DeviceName, options: BuildOptions) -> dict[str, Any]:
-        needs: dict[str, Any] = {"sm": list(cls.gpus(device)), "cuda": cuda_text(cls.vendor.driver)}
-        if cls.tunes:
-            needs["gpu"] = find_gpu(device).name
-        if options.compatibility != "none":
-            needs["compatibility"] = options.compatibility
-        if options.version_compatible:
-            needs["version_from"] = cls.version()
-        if options.strip:
-            needs["stripped"] = True
-        return needs
-
-    @classmethod
     def load(
-        cls,
-        files: Mapping[str, Path],
-        signatures: Mapping[str, Signature],
-        *,
-        device: DeviceName = HOST,
-        threads: int | None = None,
-        weights: Mapping[str, Path] = NOTHING,
-        needs: Mapping[str, Any] = NOTHING,
+        cls, files: Mapping[str, Path], signatures: Mapping[str, Signature], options: LoadOptions = ON_HOST
     ) -> dict[str, Self]:
-        module, there = cls.vendor.load(), CudaDevice(device.index, captures=True)
+        module, there = cls.vendor.load(), CudaDevice(options.device.index, captures=True)
         engines = {}
         with there.current():
             for name, path in files.items():
@@ -125,8 +84,8 @@ class TensorRTFamily(Engine):
                     module,
                     path,
                     signatures[name],
-                    onnx=weights.get(name),
-                    host_code="version_from" in needs,
+                    onnx=options.weights.get(name),
+                    host_code="version_from" in options.needs,
                     names=cls.tensor_names(signatures[name]),
                 )
                 engines[name] = cls(native, signatures[name], there)
@@ -137,107 +96,88 @@ class TensorRTFamily(Engine):
         return TensorRTContext(native, self.signature, device)
 
 
-class BuiltFromOnnx(TensorRTFamily):
-    """Engines that are built from ONNX files."""
-
-    @classmethod
-    @abstractmethod
-    def place(cls, device: DeviceName) -> AbstractContextManager[Any]:
-        """Makes the GPU that is built for the current one of a thread."""
-
-    @classmethod
-    def tensor_names(cls, signature: Signature) -> dict[str, str]:
-        return {}
-
-    @classmethod
-    def build(
-        cls,
-        programs: Mapping[str, "ExportedProgram"],
-        signatures: Mapping[str, Signature],
-        out: Path,
-        *,
-        device: DeviceName = HOST,
-    ) -> dict[str, Path]:
-        """Write ONNX files into ``out``, and engines beside them, for one sample a call and any schedule."""
-        onnx = build_onnx(programs, signatures, out)
-        builder = EngineBuilder(cls.vendor.load(), ANY_SIZES, None, partial(cls.place, device), cls.vendor.flags)
-        return _build_all(builder, onnx, signatures, {name: out / f"{name}.plan" for name in onnx})
-
-    @classmethod
-    def build_target(
-        cls, sources: Sources, out: Path, *, device: DeviceName = HOST, options: BuildOptions = DEFAULTS
-    ) -> dict[str, Path]:
-        onnx, tag = sources.onnx(), cls.tag(device)
-        check_room(onnx, out, options)
-        if options.compatibility != "none":
-            log.warning(
-                "hardware compatibility %s costs some speed: some kernels and fusions are left out", options.compatibility
-            )
-        folder = options.timing_cache if cls.vendor.keeps_timings else None
-        timing = None if folder is None else folder / f"{cls.name}-{tag}.timing"
-        builder = EngineBuilder(cls.vendor.load(), options, timing, partial(cls.place, device), cls.vendor.flags)
-        return _build_all(builder, onnx, sources.signatures, plan_files(onnx, tag, sources, out))
-
-
-def _build_all(
-    builder: EngineBuilder, onnx: Mapping[str, Path], signatures: Mapping[str, Signature], files: Mapping[str, Path]
-) -> dict[str, Path]:
-    for name, path in onnx.items():
-        builder.build(name, path, signatures[name], files[name])
-    return dict(files)
-
-
-class TensorRTEngine(BuiltFromOnnx):
-    """TensorRT 11: engines for the GPU that builds them."""
+class TensorRTEngine(TensorRTFamily):
+    """TensorRT 11."""
 
     name = "tensorrt"
     vendor = TENSORRT
-    tunes = True
-    options = frozenset(ALL_OPTIONS)
-
-    @classmethod
-    def gpus(cls, device: DeviceName) -> tuple[int, ...]:
-        return this_gpu(device)
-
-    @classmethod
-    def place(cls, device: DeviceName) -> AbstractContextManager[Any]:
-        return cuda_runtime.on_gpu(cuda_runtime.runtime(), device.index)
-
-    @classmethod
-    def check_build(cls, device: DeviceName, precision: str, options: BuildOptions) -> None:
-        cls.check_target(device, precision)
-        cls.vendor.check_builder()
 
 
-class TensorRTRtxEngine(BuiltFromOnnx):
-    """TensorRT for RTX: built without a GPU, finished on the user's when it is loaded."""
+class PlanBuilder(EngineBuilder):
+    """Builds plans: how they are described, and what they are called. A library that names its GPUs needs none to build."""
 
-    name = "tensorrt-rtx"
-    vendor = TENSORRT_RTX
-    tunes = False
-    options = frozenset(("level", "workspace"))
+    bounded = True
 
-    @classmethod
-    def gpus(cls, device: DeviceName) -> tuple[int, ...]:
-        return cls.vendor.gpus
+    def __init__(self, engine: type[TensorRTFamily], options: Iterable[str]) -> None:
+        super().__init__(engine, device_bound=True, options=frozenset(options))
+        self.vendor = engine.vendor
 
-    @classmethod
-    def place(cls, device: DeviceName) -> AbstractContextManager[Any]:
-        return nullcontext()
+    def gpus(self, device: DeviceName) -> tuple[int, ...]:
+        """Compute capabilities of the GPUs that plans which are built here run on."""
+        return self.vendor.gpus or (find_gpu(device).capability,)
 
-    @classmethod
-    def check_build(cls, device: DeviceName, precision: str, options: BuildOptions) -> None:
-        cls.vendor.check_builder()
+    def needs(self, device: DeviceName, options: BuildOptions) -> dict[str, Any]:
+        needs: dict[str, Any] = {"sm": list(self.gpus(device)), "cuda": cuda_text(self.vendor.driver)}
+        if not self.vendor.gpus:
+            needs["gpu"] = find_gpu(device).name  # tuned for it
+        if options.compatibility != DEFAULTS.compatibility:
+            needs["compatibility"] = options.compatibility
+        if options.version_compatible:
+            needs["version_from"] = self.engine.version()
+        if options.strip:
+            needs["stripped"] = True
+        return needs
+
+    def tag(self, device: DeviceName) -> str:
+        """What names of files say about where they run: ``11.0.0.114_sm90``."""
+        return "_".join((self.engine.version(), *(f"sm{sm}" for sm in self.gpus(device))))
+
+    def plan_files(self, sources: Sources, out: Path, device: DeviceName) -> dict[str, Path]:
+        """Where the engines go."""
+        tag = self.tag(device)
+        return {name: out / f"{name}-{tag}-{sources.precision}-{sources.size}.plan" for name in sources.signatures}
+
+    def timing_file(self, options: BuildOptions, device: DeviceName) -> Path | None:
+        """Where kernel timings are kept, if they are."""
+        if options.timing_cache is None or not self.vendor.keeps_timings:
+            return None
+        return options.timing_cache / f"{self.vendor.name}-{self.tag(device)}.timing"
 
 
-def plan_files(names: Iterable[str], tag: str, sources: Sources, out: Path) -> dict[str, Path]:
-    """Where the engines of a target go; the names say where they run."""
-    return {name: out / f"{name}-{tag}-{sources.precision}-{sources.size}.plan" for name in names}
+class OnnxPlanBuilder(PlanBuilder):
+    """Builds from ONNX files."""
 
+    def check_build(self, device: DeviceName, precision: str, options: BuildOptions) -> None:
+        if not self.vendor.gpus:
+            self.engine.check_target(device, precision)
+        self.vendor.check_builder()
 
-def this_gpu(device: DeviceName) -> tuple[int, ...]:
-    """The compute capability of the GPU that engines are built on, and run on."""
-    return (find_gpu(device).capability,)
+    def build(
+        self, sources: Sources, out: Path, *, device: DeviceName = HOST, options: BuildOptions = DEFAULTS
+    ) -> dict[str, Path]:
+        from cachec.engines.tensorrt_from_onnx import PlanFromOnnx
+
+        onnx = sources.onnx()
+        check_room(onnx, out, options)
+        if options.compatibility != DEFAULTS.compatibility:
+            log.warning(
+                "hardware compatibility %s costs some speed: some kernels and fusions are left out", options.compatibility
+            )
+        plan = PlanFromOnnx(
+            self.vendor.load(),
+            options,
+            self.timing_file(options, device),
+            partial(self._place, device),
+            self.vendor.flags,
+        )
+        files = self.plan_files(sources, out, device)
+        for name, path in files.items():
+            plan.build(name, onnx[name], sources.signatures[name], path)
+        return files
+
+    def _place(self, device: DeviceName) -> AbstractContextManager[Any]:
+        """Makes the GPU that is built for the current one of a thread."""
+        return nullcontext() if self.vendor.gpus else cuda_runtime.on_gpu(cuda_runtime.runtime(), device.index)
 
 
 def runs_on(capability: int, needs: Mapping[str, Any]) -> bool:
@@ -282,3 +222,7 @@ def check_room(onnx: Mapping[str, Path], out: Path, options: BuildOptions) -> No
     )  # fmt: skip
     if disk > free:
         raise EngineError(f"the engines take about {disk / 1e9:.1f} GB, and the disk has {free / 1e9:.1f} GB left: make room")
+
+
+ENGINE = TensorRTEngine
+BUILDER = OnnxPlanBuilder(TensorRTEngine, WORDS)

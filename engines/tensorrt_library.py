@@ -137,7 +137,7 @@ class Reports:
         if any(words in said.lower() for words in NO_MEMORY):
             return EngineError(
                 f"there is no memory to {what}: {said}. Stop what else uses the GPU, or take a smaller size or batch; for a "
-                "build, --workspace limits what kernels may take"
+                "build, a workspace limits what kernels may take"
             )
         return EngineError(f"cannot {what}: {said}")
 

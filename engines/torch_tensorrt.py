@@ -12,12 +12,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from cachec.engines.tensorrt import ANY_SIZES, TensorRTFamily, plan_files, this_gpu
-from cachec.engines.tensorrt_build import shape_range
+from cachec.engines.tensorrt import PlanBuilder, TensorRTFamily
 from cachec.engines.tensorrt_library import TENSORRT
-from cachec.runtime.build_options import BuildOptions, SizeRange, Sources
+from cachec.runtime.build_options import DEFAULTS, BuildOptions, SizeRange, shape_range
+from cachec.runtime.builder import Sources
 from cachec.runtime.device import DeviceName
-from cachec.runtime.engine import DEFAULTS, HOST
+from cachec.runtime.engine import HOST
 from cachec.runtime.errors import EngineError, InputError, MissingExtraError, missing_extra
 from cachec.runtime.files import write_file, writing
 from cachec.runtime.specs import Signature, TensorSpec
@@ -43,46 +43,44 @@ class TorchTensorRTEngine(TensorRTFamily):
 
     name = "torch-tensorrt"
     vendor = TENSORRT
-    tunes = True
-    options = frozenset(("level", "workspace", "compatibility"))  # version-compatible engines would lack their runtime
-
-    @classmethod
-    def gpus(cls, device: DeviceName) -> tuple[int, ...]:
-        return this_gpu(device)
-
-    @classmethod
-    def check_build(cls, device: DeviceName, precision: str, options: BuildOptions) -> None:
-        import_builder()
-        cls.check_target(device, precision)
-        if options.compatibility == "same-capability":
-            raise InputError("Torch-TensorRT knows the hardware compatibilities none and ampere-plus only: choose one of them")
-
-    @classmethod
-    def build(
-        cls,
-        programs: Mapping[str, "ExportedProgram"],
-        signatures: Mapping[str, Signature],
-        out: Path,
-        *,
-        device: DeviceName = HOST,
-    ) -> dict[str, Path]:
-        """Write an engine for each program into ``out``, for one sample a call and any schedule."""
-        names = {name: f"{name}.plan" for name in programs}
-        return _convert(programs, signatures, {name: out / file for name, file in names.items()}, device, ANY_SIZES, None)
-
-    @classmethod
-    def build_target(
-        cls, sources: Sources, out: Path, *, device: DeviceName = HOST, options: BuildOptions = DEFAULTS
-    ) -> dict[str, Path]:
-        programs, tag = sources.programs(), cls.tag(device)
-        files = plan_files(programs, tag, sources, out)
-        timing = None if options.timing_cache is None else options.timing_cache / f"{TENSORRT.name}-{tag}.timing"
-        return _convert(programs, sources.signatures, files, device, options, timing)
 
     @classmethod
     def tensor_names(cls, signature: Signature) -> dict[str, str]:
         """Torch-TensorRT numbers the outputs."""
         return {spec.name: f"output{index}" for index, spec in enumerate(signature.outputs)}
+
+
+class TorchTensorRTBuilder(PlanBuilder):
+    """Builds plans from exported programs."""
+
+    def check_build(self, device: DeviceName, precision: str, options: BuildOptions) -> None:
+        import_builder()
+        self.engine.check_target(device, precision)
+        if options.compatibility == "same-capability":
+            raise InputError("Torch-TensorRT knows the hardware compatibilities none and ampere-plus only: choose one of them")
+
+    def build(
+        self, sources: Sources, out: Path, *, device: DeviceName = HOST, options: BuildOptions = DEFAULTS
+    ) -> dict[str, Path]:
+        from torch.export.passes import move_to_device_pass
+
+        builder: Any = import_builder()
+        timing, files = self.timing_file(options, device), self.plan_files(sources, out, device)
+        settings = make_settings(builder, options, timing, device)
+        if timing is not None:
+            with writing(timing):
+                timing.parent.mkdir(parents=True, exist_ok=True)
+        for name, program in sources.programs().items():
+            check_outputs(name, program)
+            inputs = {spec.name: _input(builder, spec, options.sizes) for spec in sources.signatures[name].inputs}
+            try:
+                plan = builder.dynamo.convert_exported_program_to_serialized_trt_engine(
+                    move_to_device_pass(program, str(device)), arg_inputs=[], kwarg_inputs=inputs, **settings
+                )
+            except Exception as error:  # its exceptions share no base class but Exception
+                raise EngineError(f"Torch-TensorRT cannot build the {name} engine: {' '.join(str(error).split())}") from error
+            write_file(files[name], plan)
+        return files
 
 
 def import_builder() -> ModuleType:
@@ -100,34 +98,6 @@ def import_builder() -> ModuleType:
             f"torch_tensorrt is installed but cannot be imported: {error}. It needs PyTorch for CUDA, TensorRT's libraries and "
             "a GPU with its driver: take --target tensorrt, which builds from ONNX files"
         ) from error
-
-
-def _convert(
-    programs: Mapping[str, "ExportedProgram"],
-    signatures: Mapping[str, Signature],
-    files: Mapping[str, Path],
-    device: DeviceName,
-    options: BuildOptions,
-    timing: Path | None,
-) -> dict[str, Path]:
-    from torch.export.passes import move_to_device_pass
-
-    builder: Any = import_builder()
-    settings = make_settings(builder, options, timing, device)
-    for name, program in programs.items():
-        check_outputs(name, program)
-        inputs = {spec.name: _input(builder, spec, options.sizes) for spec in signatures[name].inputs}
-        if timing is not None:
-            with writing(timing):
-                timing.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            plan = builder.dynamo.convert_exported_program_to_serialized_trt_engine(
-                move_to_device_pass(program, str(device)), arg_inputs=[], kwarg_inputs=inputs, **settings
-            )
-        except Exception as error:  # its exceptions share no base class but Exception
-            raise EngineError(f"Torch-TensorRT cannot build the {name} engine: {' '.join(str(error).split())}") from error
-        write_file(files[name], plan)
-    return dict(files)
 
 
 def make_settings(builder: Any, options: BuildOptions, timing: Path | None, device: DeviceName) -> dict[str, Any]:
@@ -172,3 +142,9 @@ def _input(builder: Any, spec: TensorSpec, sizes: Mapping[str, SizeRange]) -> An
     if least == most:
         return builder.Input(shape=most, dtype=dtype)
     return builder.Input(min_shape=least, opt_shape=usual, max_shape=most, dtype=dtype)
+
+
+ENGINE = TorchTensorRTEngine
+BUILDER = TorchTensorRTBuilder(  # version-compatible engines would lack their runtime
+    TorchTensorRTEngine, ("level", "workspace", "compatibility")
+)

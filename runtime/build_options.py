@@ -1,22 +1,19 @@
-"""What a back end builds engines from, and what it is asked for."""
+"""What can be asked of a builder of engines."""
 
-import math
-from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from cachec.runtime.errors import InputError, unknown_name
-from cachec.runtime.specs import Signature
+from cachec.runtime.specs import TensorSpec
 
 MAX_LEVEL = 5  # of TensorRT's optimisation levels
-ALL_OPTIONS = {  # of ``BuildOptions``, with the names that users give them
-    "strip": "--strip-weights",
-    "compatibility": "--hardware-compatibility",
-    "version_compatible": "--version-compatible",
-    "level": "--optimization-level",
-    "workspace": "--workspace",
+WORDS = {  # what messages call the options that only some back ends take
+    "strip": "stripped weights",
+    "compatibility": "hardware compatibility",
+    "version_compatible": "version compatibility",
+    "level": "optimization level",
+    "workspace": "workspace",
 }
 COMPATIBILITIES = ("none", "same-capability", "ampere-plus")
 
@@ -58,55 +55,38 @@ class BuildOptions:
             raise unknown_name("hardware compatibility", self.compatibility, COMPATIBILITIES)
         if self.strip and self.version_compatible:
             raise InputError(
-                "strip-weights and version-compatible exclude each other: later versions cannot load weights into an engine; "
-                "leave one out"
+                "stripped weights and version compatibility exclude each other: later versions cannot load weights into an "
+                "engine; leave one out"
             )
         if not 0 <= self.level <= MAX_LEVEL:
-            raise InputError(f"optimization-level is {self.level}; it must be from 0 to {MAX_LEVEL}")
+            raise InputError(f"the optimization level is {self.level}; it must be from 0 to {MAX_LEVEL}")
+        if self.workspace is not None and self.workspace < 1:
+            raise InputError(f"the workspace is {self.workspace} bytes; it must be above 0")
 
     def given(self) -> set[str]:
-        """Names of the options that a user gave."""
-        plain = BuildOptions()
-        return {name for name in ALL_OPTIONS if getattr(self, name) != getattr(plain, name)}
+        """Names of the options in ``WORDS`` that are not as they are by default."""
+        return {name for name in WORDS if getattr(self, name) != getattr(DEFAULTS, name)}
+
+    def only(self, names: Iterable[str]) -> "BuildOptions":
+        """With those of ``WORDS`` that are not among ``names`` as they are by default."""
+        return replace(self, **{name: getattr(DEFAULTS, name) for name in WORDS.keys() - set(names)})
 
 
-def build_options(**given: Any) -> BuildOptions:
-    """Options by the names that users give them (``ALL_OPTIONS``); ``workspace`` in GB.
+DEFAULTS = BuildOptions()
+
+
+def in_words(names: Iterable[str]) -> str:
+    """Options as messages list them."""
+    return ", ".join(WORDS[name] for name in sorted(names))
+
+
+def shape_range(spec: TensorSpec, sizes: Mapping[str, SizeRange]) -> tuple[tuple[int, ...], ...]:
+    """Least, usual and most of an input's shape.
 
     Raises:
-        InputError: there is no such option, or it is out of range.
+        InputError: a symbolic size has no range.
     """
-    names = {flag.removeprefix("--").replace("-", "_"): name for name, flag in ALL_OPTIONS.items()}
-    for name in given:
-        if name not in names:
-            raise unknown_name("option", name, names)
-    workspace = given.pop("workspace", None)
-    if workspace is not None and not 0 < workspace < math.inf:
-        raise InputError(f"workspace is {workspace} GB; it must be above 0")
-    scratch = None if workspace is None else math.ceil(workspace * 1e9)
-    return BuildOptions(workspace=scratch, **{names[name]: value for name, value in given.items()})
-
-
-class Sources(ABC):
-    """The graphs of one bundle, in the forms that builders take. All have the same names, inputs and outputs."""
-
-    signatures: Mapping[str, Signature]
-    precision: str
-    shape_bucket: str
-
-    @property
-    def size(self) -> str:
-        """Height and width, for names of files."""
-        return self.shape_bucket.split(",")[0]
-
-    @abstractmethod
-    def programs(self) -> Mapping[str, Any]:
-        """``torch.export.ExportedProgram`` by name.
-
-        Raises:
-            InputError: there are none here; says what to do.
-        """
-
-    @abstractmethod
-    def onnx(self) -> Mapping[str, Path]:
-        """ONNX files by name, with their weights beside them."""
+    if missing := [size for size in spec.shape if isinstance(size, str) and size not in sizes]:
+        raise InputError(f"input {spec.name!r} has the size {missing[0]!r}, for which no range is given")
+    ranges = [sizes[size] if isinstance(size, str) else SizeRange(size, size, size) for size in spec.shape]
+    return tuple(tuple(getattr(one, which) for one in ranges) for which in ("least", "usual", "most"))

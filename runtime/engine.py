@@ -1,22 +1,37 @@
-"""What every back end offers: an engine to share, contexts to run it in, and calls that are bound to their buffers.
+"""The run face of every back end: an engine to share, contexts to run it in, and calls that are bound to their buffers.
 
-The names of graphs and tensors are in ``runtime/abi.py``.
+The build face is in ``runtime/builder.py``; the names of graphs and tensors are in ``runtime/abi.py``.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, Self
 
-from cachec.runtime.build_options import BuildOptions, Sources
 from cachec.runtime.device import CPU, Buffer, Device, DeviceName
 from cachec.runtime.errors import BundleError, InputError
 from cachec.runtime.specs import Signature
 
 HOST = DeviceName(CPU)
-DEFAULTS = BuildOptions()
-NOTHING: Mapping[str, Any] = {}
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How engines are loaded.
+
+    ``threads`` limits the CPU threads of one call. ``weights``: ONNX files, by engine, whose weights go into engines that were
+    built without. ``needs``: what the engines were built to need.
+    """
+
+    device: DeviceName = HOST
+    threads: int | None = None
+    weights: Mapping[str, Path] = field(default_factory=dict)
+    needs: Mapping[str, Any] = field(default_factory=dict)
+
+
+ON_HOST = LoadOptions()
 
 
 class Call(ABC):
@@ -59,10 +74,7 @@ class Engine(ABC):
 
     name: ClassVar[str]
     needs_same_version: ClassVar[bool]  # artifacts load only in the version of the library that built them
-    device_bound: ClassVar[bool]  # artifacts run only on the kind of device that they were built for
     only_device: ClassVar[str | None] = None  # the one kind of device that it runs on
-    bounded: ClassVar[bool] = False  # artifacts take symbolic sizes only in the ranges that they were built for
-    options: ClassVar[frozenset[str]] = frozenset()  # of ``BuildOptions``, those that it takes; others it ignores
 
     def __init__(self, native: Any, signature: Signature, device: Device) -> None:
         self._native: Any = native  # the library's own object
@@ -80,16 +92,6 @@ class Engine(ABC):
         """Raise ``InputError`` unless graphs of ``precision`` can run on ``device`` here; says what was looked for."""
 
     @classmethod
-    def check_build(cls, device: DeviceName, precision: str, options: BuildOptions) -> None:
-        """Raise ``InputError`` unless engines can be built here, for ``device``, with these options."""
-        cls.check_target(device, precision)
-
-    @classmethod
-    def needs(cls, device: DeviceName, options: BuildOptions) -> dict[str, Any]:
-        """What a machine must have to run engines that are built here for ``device``, beside version and precision."""
-        return {}
-
-    @classmethod
     def check_needs(cls, needs: Mapping[str, Any], device: DeviceName) -> None:
         """Raise ``BundleError`` unless this machine has what engines were built to need."""
 
@@ -100,42 +102,10 @@ class Engine(ABC):
 
     @classmethod
     @abstractmethod
-    def build(
-        cls, programs: Mapping[str, Any], signatures: Mapping[str, Signature], out: Path, *, device: DeviceName = HOST
-    ) -> dict[str, Path]:
-        """Build engines from exported programs (``torch.export.ExportedProgram``) into the directory ``out``.
-
-        ``device`` matters to back ends that are ``device_bound``. Returns the file of each program; several may be in one.
-        Other files in ``out`` (shared weights) belong to the engines, too.
-        """
-
-    @classmethod
-    def build_target(
-        cls, sources: Sources, out: Path, *, device: DeviceName = HOST, options: BuildOptions = DEFAULTS
-    ) -> dict[str, Path]:
-        """Build the engines of a bundle into the directory ``out``, from whatever form of the graphs this back end takes.
-
-        Raises:
-            EngineError: the back end's library cannot; with its reason.
-        """
-        return cls.build(sources.programs(), sources.signatures, out, device=device)
-
-    @classmethod
-    @abstractmethod
     def load(
-        cls,
-        files: Mapping[str, Path],
-        signatures: Mapping[str, Signature],
-        *,
-        device: DeviceName = HOST,
-        threads: int | None = None,
-        weights: Mapping[str, Path] = NOTHING,
-        needs: Mapping[str, Any] = NOTHING,
+        cls, files: Mapping[str, Path], signatures: Mapping[str, Signature], options: LoadOptions = ON_HOST
     ) -> dict[str, Self]:
-        """Load all engines of a bundle, by name; ``threads`` limits the CPU threads of one call.
-
-        ``weights``: ONNX files whose weights go into engines that were built without. ``needs``: what they
-        were built to need.
+        """Load all engines of a bundle, by name.
 
         Raises:
             BundleError: a file is not an engine of this back end.

@@ -17,7 +17,7 @@ from cachec.runtime.abi import BATCH, PROLOGUE
 from cachec.runtime.binding import Binding
 from cachec.runtime.bundle import Bundle, Manifest, Target
 from cachec.runtime.device import Buffer, DeviceName
-from cachec.runtime.engine import HOST, Call, Engine
+from cachec.runtime.engine import HOST, Call, Engine, LoadOptions
 from cachec.runtime.errors import EngineError, InputError, unknown_name
 from cachec.runtime.model_io import ModelIO
 from cachec.runtime.noise import make_noise
@@ -107,7 +107,7 @@ def load_bundle(
     files = {name: bundle.path(artifact.path) for name, artifact in target.engines.items()}
     signatures = {name: artifact.signature for name, artifact in target.engines.items()}
     weights = {name: bundle.path(path) for name, path in target.weights.items()}
-    engines = engine_type.load(files, signatures, device=device, threads=threads, weights=weights, needs=target.needs)
+    engines = engine_type.load(files, signatures, LoadOptions(device, threads, weights, target.needs))
     return LoadedBundle(bundle.manifest, programs, engines, target)
 
 

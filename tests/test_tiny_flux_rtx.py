@@ -5,7 +5,7 @@ from click.testing import CliRunner
 
 import cachec
 from cachec.cli import main
-from cachec.engines.tensorrt_build import EngineBuilder
+from cachec.engines.tensorrt_from_onnx import PlanFromOnnx
 from cachec.engines.tensorrt_library import TENSORRT_RTX
 from cachec.runtime.build_options import BuildOptions
 from cachec.runtime.bundle import Bundle
@@ -21,7 +21,7 @@ TYPES = {"float32": rtx.DataType.FLOAT, "float16": rtx.DataType.HALF, "bfloat16"
 def check_networks(out, target, dtype):
     """Names, types, shapes and profiles of all that goes in and out, as the builder has them."""
     sizes = size_ranges(50, 10)
-    builder, slots = EngineBuilder(TENSORRT_RTX.load(), BuildOptions(sizes=sizes)), set()
+    builder, slots = PlanFromOnnx(TENSORRT_RTX.load(), BuildOptions(sizes=sizes)), set()
     for name, artifact in target.engines.items():
         draft = builder.prepare(name, out / artifact.path, artifact.signature)
         network = draft.network

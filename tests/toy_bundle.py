@@ -16,7 +16,6 @@ from cachec.compiler.methods.taylor import Taylor
 from cachec.compiler.tables.coefficients import AdvanceTable, compose
 from cachec.compiler.tables.lower import lower_advance, lower_table, lower_uncached
 from cachec.compiler.tables.schedule import Schedule
-from cachec.engines.eager import EagerEngine
 from cachec.engines.targets import TargetName
 from cachec.passes import Graphs, engine_passes, forecast_passes, run_passes, split_passes
 from cachec.passes.base import outputs, placeholders
@@ -75,14 +74,14 @@ def write_toy_bundle(split, out):
     return write_bundle(graphs, toy_program(graphs), method, out)
 
 
-def write_output_bundle(split, out, backend=EagerEngine, hoist="all", device=HOST, slots=None):
+def write_output_bundle(split, out, backend="eager", hoist="all", device=HOST, slots=None):
     program = lower_advance(output_table(), KEY, SIGMAS, SIGMAS[:-1])
     graphs = Graphs({COMPUTE: split.modules[COMPUTE]})
     return write_bundle(graphs, program, Adams(2), out, backend, hoist, device, slots=slots)
 
 
 def write_bundle(
-    graphs, program, method, out, backend=EagerEngine, hoist="all", device=HOST, *, velocities=True, slots=None, uncached=None
+    graphs, program, method, out, backend="eager", hoist="all", device=HOST, *, velocities=True, slots=None, uncached=None
 ):
     precision = str(outputs(graphs.modules[COMPUTE])["feature"].meta["val"].dtype).removeprefix("torch.")
     uncached = uncached or lower_uncached(KEY, SIGMAS, SIGMAS[:-1])
@@ -93,7 +92,7 @@ def write_bundle(
     with BundleWriter(out, force=False) as writer:
         sources = PlannedSources(plans, writer, precision, "6x8")
         options = BuildOptions(sizes=size_ranges(STEPS, 4, max_batch=3))
-        targets = build_targets([TargetName(backend.name)], sources, writer, device, options)
+        targets = build_targets([TargetName(backend)], sources, writer, device, options)
         programs = {
             "default": writer.add_program("default", program),
             UNCACHED: writer.add_program(UNCACHED, uncached),

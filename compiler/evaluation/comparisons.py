@@ -8,6 +8,7 @@ from typing import Literal
 
 import numpy as np
 
+from cachec.compiler.graphs.build_engines import LooseSources, build_and_load
 from cachec.compiler.graphs.export import plan_engines
 from cachec.compiler.graphs.forecast import engine_graphs, linear_graphs
 from cachec.compiler.graphs.prepare import split_model
@@ -20,7 +21,7 @@ from cachec.compiler.tables.coefficients import AdvanceTable, ForecastTable
 from cachec.compiler.tables.lower import lower_advance, lower_table, lower_uncached
 from cachec.compiler.tables.samplers import SOLVERS, solver_rows
 from cachec.compiler.tables.schedule import Schedule
-from cachec.engines import get_backend
+from cachec.engines import get_builder
 from cachec.runtime.abi import FEATURES, FORECAST
 from cachec.runtime.device import DeviceName
 from cachec.runtime.engine import Engine
@@ -202,12 +203,11 @@ def _is_linear(engines: Mapping[str, Engine]) -> bool:
 
 def _build_linear(loaded: LoadedBundle, model: LoadedModel, work: Path, stack: ExitStack) -> Mapping[str, Engine]:
     """Engines that forecast linearly, for a bundle that has the predictor inside its own or does not forecast at all."""
-    settings, backend = settings_of(loaded.manifest), get_backend(loaded.target.backend)
+    settings, builder = settings_of(loaded.manifest), get_builder(loaded.target.backend)
     graphs = engine_graphs(model, linear_graphs(model, split_model(model, settings), settings), hoist="all", velocities=False)
     plans = plan_engines(graphs, model.example_inputs(settings), model.io.latents, settings.steps)
     with writing(work):
         work.mkdir(parents=True, exist_ok=True)
-    signatures = {plan.name: plan.signature for plan in plans}
     device = DeviceName.parse(loaded.engines["compute"].device.name)
-    paths = backend.build({plan.name: plan.program for plan in plans}, signatures, work, device=device)
-    return {name: stack.enter_context(engine) for name, engine in backend.load(paths, signatures, device=device).items()}
+    engines = build_and_load(builder, LooseSources(plans, work), work, device)
+    return {name: stack.enter_context(engine) for name, engine in engines.items()}

@@ -1,6 +1,7 @@
 """From engine plans to engine files in a bundle, and loaded engines."""
 
 import logging
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -8,25 +9,26 @@ from pathlib import Path
 from torch.export import ExportedProgram
 
 from cachec.compiler.graphs.export import EnginePlan
-from cachec.engines.build import build_into, seal_all
-from cachec.engines.eager import EagerEngine
+from cachec.engines import get_builder
+from cachec.engines.build_target import build_into, seal_all
 from cachec.engines.onnx_files import build_onnx
 from cachec.engines.targets import ONNX_TARGET, TargetName, find_fit
-from cachec.runtime.build_options import BuildOptions, Sources
+from cachec.runtime.build_options import DEFAULTS, BuildOptions
+from cachec.runtime.builder import EngineBuilder, Sources
 from cachec.runtime.bundle import Target
 from cachec.runtime.device import DeviceName
-from cachec.runtime.engine import Engine
+from cachec.runtime.engine import HOST, Engine, LoadOptions
 from cachec.runtime.files import temporary_folder
 from cachec.runtime.write import Collector
 
 log = logging.getLogger(__name__)
 
 
-class PlannedSources(Sources):
-    """The graphs of a compilation. ONNX files are written when they are first asked for, into the bundle."""
+class _Planned(Sources):
+    """Engine plans, whose ONNX files are written when they are first asked for."""
 
-    def __init__(self, plans: Sequence[EnginePlan], writer: Collector, precision: str, shape_bucket: str) -> None:
-        self._plans, self._writer = plans, writer
+    def __init__(self, plans: Sequence[EnginePlan], precision: str, shape_bucket: str) -> None:
+        self._plans = plans
         self._files: dict[str, Path] | None = None
         self.signatures = {plan.name: plan.signature for plan in plans}
         self.precision, self.shape_bucket = precision, shape_bucket
@@ -41,11 +43,40 @@ class PlannedSources(Sources):
 
     def onnx(self) -> Mapping[str, Path]:
         if self._files is None:
-            directory = self._writer.directory(f"engines/onnx-{self.precision}")
-            files = build_onnx(self.programs(), self.signatures, directory)
-            self._files = {name: self._writer.staging / self._writer.seal(path) for name, path in files.items()}
-            seal_all(self._writer, directory)
+            self._files = self._write_onnx()
         return self._files
+
+    @abstractmethod
+    def _write_onnx(self) -> dict[str, Path]:
+        """Write the files; returns them by name."""
+
+
+class PlannedSources(_Planned):
+    """The graphs of a compilation. ONNX files go into the bundle."""
+
+    def __init__(self, plans: Sequence[EnginePlan], writer: Collector, precision: str, shape_bucket: str) -> None:
+        super().__init__(plans, precision, shape_bucket)
+        self._writer = writer
+
+    def _write_onnx(self) -> dict[str, Path]:
+        directory = self._writer.directory(f"engines/onnx-{self.precision}")
+        files = build_onnx(self.programs(), self.signatures, directory)
+        sealed = {name: self._writer.staging / self._writer.seal(path) for name, path in files.items()}
+        seal_all(self._writer, directory)
+        return sealed
+
+
+class LooseSources(_Planned):
+    """Graphs of engines that go into no bundle. ONNX files go into ``folder``."""
+
+    def __init__(
+        self, plans: Sequence[EnginePlan], folder: Path, precision: str = "float32", shape_bucket: str = "any"
+    ) -> None:
+        super().__init__(plans, precision, shape_bucket)
+        self._folder = folder
+
+    def _write_onnx(self) -> dict[str, Path]:
+        return build_onnx(self.programs(), self.signatures, self._folder)
 
 
 def build_targets(
@@ -70,13 +101,20 @@ def load_engines(
             files = {name: writer.staging / artifact.path for name, artifact in fit.target.engines.items()}
             weights = {name: writer.staging / path for name, path in fit.target.weights.items()}
             engines: Mapping[str, Engine] = fit.backend.load(
-                files, sources.signatures, device=device, weights=weights, needs=fit.target.needs
+                files, sources.signatures, LoadOptions(device, weights=weights, needs=fit.target.needs)
             )
             break
         log.info("%s does not run on %s here: %s", fit.target, device, fit.reason)
     else:
         log.warning("no target runs on %s here, so levels are measured with PyTorch, op by op", device)
         with temporary_folder() as folder:
-            files = EagerEngine.build(sources.programs(), sources.signatures, folder, device=device)
-            engines = EagerEngine.load(files, sources.signatures, device=device)
+            engines = build_and_load(get_builder("eager"), sources, folder, device)
     return {name: stack.enter_context(engine) for name, engine in engines.items()}
+
+
+def build_and_load(
+    builder: EngineBuilder, sources: Sources, folder: Path, device: DeviceName = HOST, options: BuildOptions = DEFAULTS
+) -> Mapping[str, Engine]:
+    """Engines that go into no bundle; their files lie in ``folder``."""
+    files = builder.build(sources, folder, device=device, options=options)
+    return builder.engine.load(files, sources.signatures, LoadOptions(device))

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import torch
 
-from cachec.engines.aoti import AotiEngine
+from cachec.compiler.graphs.build_engines import LooseSources
+from cachec.compiler.graphs.export import EnginePlan
+from cachec.engines.aoti import BUILDER, AotiEngine
 from cachec.runtime.specs import Signature, TensorSpec
 
 SIDE = 3000  # weights of 36 MB: above 32 MB, glibc keeps nothing that is freed (mallopt(3), M_MMAP_THRESHOLD)
@@ -25,13 +27,13 @@ def test_closed_engines_give_their_weights_back(tmp_path):
         def forward(self, x):
             return {"y": self.layer(x)}
 
-    signatures = {"compute": Signature((TensorSpec("x", (1, SIDE), "float32"),), (TensorSpec("y", (1, SIDE), "float32"),))}
+    signature = Signature((TensorSpec("x", (1, SIDE), "float32"),), (TensorSpec("y", (1, SIDE), "float32"),))
     with torch.no_grad():
         program = torch.export.export(Layer().eval(), (), {"x": torch.zeros(1, SIDE)})
-        paths = AotiEngine.build({"compute": program}, signatures, tmp_path)
+        paths = BUILDER.build(LooseSources([EnginePlan("compute", program, signature)], tmp_path), tmp_path)
 
     def open_and_close():
-        AotiEngine.load(paths, signatures)["compute"].close()
+        AotiEngine.load(paths, {"compute": signature})["compute"].close()
         gc.collect()
 
     open_and_close()

@@ -8,7 +8,7 @@ from toy_bundle import SIGMAS, STEPS, add_predictor, split_toy, toy_program, wri
 
 import cachec
 from cachec.compiler.methods.taylor import Taylor
-from cachec.engines import BACKENDS, get_backend
+from cachec.engines import BACKENDS
 from cachec.runtime.errors import BundleError, InputError
 from cachec.runtime.noise import make_noise
 from cachec.runtime.program import UNCACHED
@@ -30,14 +30,13 @@ def bundles(tmp_path_factory):
         key = (backend, cut, hoist, "velocities" if velocities else "latents", str(slots))
         if key not in made:
             path = out / "-".join(key)
-            engine = get_backend(backend)
             if cut == "output":
-                made[key] = write_output_bundle(split, path, engine, hoist, slots=slots)
+                made[key] = write_output_bundle(split, path, backend, hoist, slots=slots)
             else:
                 method = Taylor(order=1)
                 graphs = add_predictor(split, method.predictor(None), method.window)
                 made[key] = write_bundle(
-                    graphs, toy_program(graphs), method, path, engine, hoist, velocities=velocities, slots=slots
+                    graphs, toy_program(graphs), method, path, backend, hoist, velocities=velocities, slots=slots
                 )
         return made[key]
 

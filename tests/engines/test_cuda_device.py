@@ -13,7 +13,7 @@ from fake_cuda import FakeCuda
 from toy_bundle import split_toy, write_output_bundle
 
 import cachec
-from cachec.engines import BACKENDS, cuda_runtime, get_backend
+from cachec.engines import BACKENDS, cuda_runtime, get_engine
 from cachec.engines.cuda_device import CudaDevice, cuda_device
 from cachec.engines.ort import GraphedCall, OrtEngine
 from cachec.runtime.device import DeviceName, Host
@@ -220,7 +220,7 @@ def test_bindings_take_such_buffers(device):
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory):
     out = tmp_path_factory.mktemp("bundles") / "output"
-    return write_output_bundle(split_toy(head_axis=True), out, OrtEngine)
+    return write_output_bundle(split_toy(head_axis=True), out, "ort")
 
 
 def array_at(buffer):
@@ -232,7 +232,7 @@ def array_at(buffer):
 class QueuedEngine(Engine):
     """ONNX Runtime on the CPU, at the addresses of GPU buffers, its calls queued in their stream."""
 
-    name, version, check_target, build, load = "queued", OrtEngine.version, OrtEngine.check_target, None, None
+    name, version, check_target, load = "queued", OrtEngine.version, OrtEngine.check_target, None
 
     def __init__(self, engine, fake, device):
         super().__init__(engine, engine.signature, device)
@@ -455,7 +455,7 @@ LOOKED_FOR = {
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if not name.endswith("tensorrt")])  # those lack a library first
 def test_cuda_without_a_gpu_says_what_was_looked_for(backend):
     with pytest.raises(InputError, match=LOOKED_FOR.get(backend, r"torch.cuda.is_available\(\) is False.*--device cpu")):
-        get_backend(backend).check_target(DeviceName.parse("cuda"), "float32")
+        get_engine(backend).check_target(DeviceName.parse("cuda"), "float32")
 
 
 @pytest.mark.skipif(not NO_GPU, reason="there is a GPU")

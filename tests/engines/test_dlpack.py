@@ -166,7 +166,7 @@ def device(fake):
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory):
-    return write_output_bundle(split_toy(head_axis=True), tmp_path_factory.mktemp("bundles") / "output", OrtEngine)
+    return write_output_bundle(split_toy(head_axis=True), tmp_path_factory.mktemp("bundles") / "output", "ort")
 
 
 class Producer:

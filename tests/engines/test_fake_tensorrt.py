@@ -13,7 +13,6 @@ from toy_bundle import add_predictor, split_toy, toy_program, write_bundle
 
 from cachec.compiler.methods.taylor import Taylor
 from cachec.engines import ort
-from cachec.engines.ort import OrtEngine
 
 LOW, USUAL, HIGH = 1, 2, 10
 
@@ -23,7 +22,7 @@ def models(tmp_path_factory):
     """ONNX files of the toy by engine."""
     method = Taylor(order=1)
     graphs = add_predictor(split_toy(head_axis=True), method.predictor(None), method.window)
-    out = write_bundle(graphs, toy_program(graphs), method, tmp_path_factory.mktemp("fake") / "toy.cachec", OrtEngine)
+    out = write_bundle(graphs, toy_program(graphs), method, tmp_path_factory.mktemp("fake") / "toy.cachec", "ort")
     found = {path.stem.split("-")[0]: path for path in out.rglob("*.onnx")}
     assert {"compute", "forecast"} <= set(found)
     return found

@@ -7,7 +7,7 @@ from toy_bundle import add_predictor, split_toy, toy_program, write_bundle, writ
 
 import cachec
 from cachec.compiler.methods.taylor import Taylor
-from cachec.engines import BACKENDS, cuda_runtime, get_backend
+from cachec.engines import BACKENDS, cuda_runtime, get_engine
 from cachec.engines.cuda_device import CudaDevice
 from cachec.runtime.device import DeviceName
 from cachec.runtime.errors import EngineError, InputError, MissingExtraError
@@ -34,13 +34,13 @@ def write(path, backend, cut, device=GPU):
 def pair(request, tmp_path_factory):
     """The same bundle on the CPU, op by op, and on the GPU with the back end in question."""
     name, cut = request.param
-    work, backend = tmp_path_factory.mktemp("bundles"), get_backend(name)
+    work = tmp_path_factory.mktemp("bundles")
     try:
-        backend.check_target(GPU, "float32")
+        get_engine(name).check_target(GPU, "float32")
     except (InputError, MissingExtraError) as error:
         pytest.skip(str(error))
-    reference = write(work / "eager", get_backend("eager"), cut, DeviceName("cpu"))
-    with cachec.load(reference) as wanted, cachec.load(write(work / name, backend, cut), device="cuda") as loaded:
+    reference = write(work / "eager", "eager", cut, DeviceName("cpu"))
+    with cachec.load(reference) as wanted, cachec.load(write(work / name, name, cut), device="cuda") as loaded:
         yield wanted, loaded
 
 

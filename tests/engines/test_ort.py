@@ -7,7 +7,6 @@ import pytest
 from toy_bundle import add_predictor, split_toy, toy_program, write_bundle
 
 from cachec.compiler.methods.taylor import Taylor
-from cachec.engines.ort import OrtEngine
 
 OPEN = """
 import resource, sys
@@ -45,7 +44,7 @@ print(taken(1) - before)
 def bundle(tmp_path_factory):
     method, split = Taylor(order=1), split_toy(head_axis=True)
     graphs = add_predictor(split, method.predictor(None), method.window)
-    return write_bundle(graphs, toy_program(graphs), method, tmp_path_factory.mktemp("ort") / "toy.cachec", OrtEngine)
+    return write_bundle(graphs, toy_program(graphs), method, tmp_path_factory.mktemp("ort") / "toy.cachec", "ort")
 
 
 def output_of(script, bundle):

@@ -6,14 +6,15 @@ from dataclasses import replace
 
 import pytest
 
+from cachec.engines import get_builder
 from cachec.engines.backends import BACKENDS
 from cachec.engines.gpu import Gpu
 from cachec.engines.targets import ONNX_TARGET, TargetName, choose_target, find_fit
-from cachec.engines.tensorrt import TensorRTEngine, TensorRTRtxEngine, runs_on
+from cachec.engines.tensorrt import TensorRTEngine, runs_on
 from cachec.engines.tensorrt_library import Library
+from cachec.runtime.build_options import DEFAULTS
 from cachec.runtime.bundle import ANY_DEVICE, Artifact, Target
 from cachec.runtime.device import DeviceName
-from cachec.runtime.engine import DEFAULTS
 from cachec.runtime.errors import BundleError, InputError, MissingExtraError
 from cachec.runtime.specs import Signature, TensorSpec
 
@@ -63,7 +64,7 @@ def test_the_lean_runtime_runs_what_is_version_compatible_and_has_its_weights(wi
             "tensorrt_lean runs only engines that are"
         )
     with pytest.raises(InputError, match="tensorrt_lean runs engines, but has no builder"):
-        TensorRTEngine.check_build(GPU, "float32", DEFAULTS)
+        get_builder("tensorrt").check_build(GPU, "float32", DEFAULTS)
 
 
 def test_slots_in_bfloat16_do_not_run_on_onnx_runtime_on_the_cpu():
@@ -194,4 +195,4 @@ def test_names_match_targets():
 
 
 def test_rtx_engines_name_the_gpus_that_they_are_for():
-    assert TensorRTRtxEngine.needs(GPU, DEFAULTS) == {"sm": [80, 86, 89, 120], "cuda": "13.0"}
+    assert get_builder("tensorrt-rtx").needs(GPU, DEFAULTS) == {"sm": [80, 86, 89, 120], "cuda": "13.0"}

@@ -69,7 +69,7 @@ USING = sorted({place[1] for place in REPORT.places})
 
 def test_the_files_that_use_tensorrt_are_known():
     """Others only speak of it: they hold no object of it."""
-    parts = [f"engines/tensorrt_{part}.py" for part in ("build", "library", "run")]
+    parts = [f"engines/tensorrt_{part}.py" for part in ("from_onnx", "library", "run")]
     assert [*parts, SAMPLE.name] == USING
 
 

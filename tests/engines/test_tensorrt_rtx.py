@@ -15,11 +15,9 @@ from toy_bundle import SCHEDULE, STEPS, add_predictor, split_toy, toy_program, w
 
 from cachec.cli import main
 from cachec.compiler.methods.taylor import Taylor
+from cachec.engines import get_builder
 from cachec.engines.add_target import add_targets
-from cachec.engines.build import own_options
-from cachec.engines.ort import OrtEngine
-from cachec.engines.tensorrt import TensorRTEngine, TensorRTRtxEngine
-from cachec.engines.tensorrt_build import EngineBuilder, make_monitor
+from cachec.engines.tensorrt_from_onnx import PlanFromOnnx, make_monitor
 from cachec.engines.tensorrt_library import TENSORRT_RTX, Reports
 from cachec.runtime import write
 from cachec.runtime.build_options import BuildOptions
@@ -43,8 +41,8 @@ def ort_bundles(split, tmp_path_factory):
     out, method = tmp_path_factory.mktemp("onnx"), Taylor(order=1)
     graphs = add_predictor(split, method.predictor(None), method.window)
     return {
-        "hidden": write_bundle(graphs, toy_program(graphs), method, out / "hidden", OrtEngine),
-        "output": write_output_bundle(split, out / "output", OrtEngine),
+        "hidden": write_bundle(graphs, toy_program(graphs), method, out / "hidden", "ort"),
+        "output": write_output_bundle(split, out / "output", "ort"),
     }
 
 
@@ -54,7 +52,7 @@ def bundle(ort_bundles, tmp_path):
 
 
 def drafts(bundle, **options):
-    builder = EngineBuilder(TENSORRT_RTX.load(), BuildOptions(sizes=SIZES, **options))
+    builder = PlanFromOnnx(TENSORRT_RTX.load(), BuildOptions(sizes=SIZES, **options))
     target = Bundle.open(bundle).manifest.targets[0]
     for name, artifact in target.engines.items():
         yield name, artifact.signature, builder.prepare(name, Path(bundle) / artifact.path, artifact.signature)
@@ -94,13 +92,13 @@ def test_profiles_are_the_ranges_of_the_symbolic_sizes(ort_bundles):
 
 def test_a_range_of_batches_stays_symbolic(ort_bundles, tmp_path):
     bundle = Bundle.open(ort_bundles["output"]).manifest.targets[0].engines["compute"]
-    builder = EngineBuilder(TENSORRT_RTX.load(), BuildOptions(sizes=size_ranges(STEPS, 4, max_batch=3)))
+    builder = PlanFromOnnx(TENSORRT_RTX.load(), BuildOptions(sizes=size_ranges(STEPS, 4, max_batch=3)))
     draft = builder.prepare("compute", ort_bundles["output"] / bundle.path, bundle.signature)
     assert [s[0] for s in draft.profile.get_shape("latents")] == [1, 3, 3]
 
 
 def test_calls_may_be_captured_and_take_memory_for_their_own_shapes(ort_bundles):
-    builder = EngineBuilder(TENSORRT_RTX.load(), BuildOptions(sizes=SIZES), flags=TENSORRT_RTX.flags)
+    builder = PlanFromOnnx(TENSORRT_RTX.load(), BuildOptions(sizes=SIZES), flags=TENSORRT_RTX.flags)
     artifact = Bundle.open(ort_bundles["hidden"]).manifest.targets[0].engines["forecast"]
     config = builder.prepare("forecast", ort_bundles["hidden"] / artifact.path, artifact.signature).config
     assert config.get_flag(rtx.BuilderFlag.REQUIRE_USER_ALLOCATION)
@@ -149,19 +147,19 @@ def test_what_the_parser_rejects_is_named_with_its_reason(tmp_path):
     path = tmp_path / "compute.onnx"
     onnx.save(onnx.helper.make_model(onnx.helper.make_graph([node], "g", [x], [y])), path)
     with pytest.raises(EngineError, match=r"parser rejects compute.onnx: node 0 'strange' \(NoSuchOperator\): "):
-        EngineBuilder(TENSORRT_RTX.load(), BuildOptions()).prepare("compute", path, None)
+        PlanFromOnnx(TENSORRT_RTX.load(), BuildOptions()).prepare("compute", path, None)
 
 
 def test_a_file_that_is_no_onnx_is_refused(tmp_path, ort_bundles):
     path = tmp_path / "compute.onnx"
     path.write_bytes(b"nothing of that kind")
     with pytest.raises(EngineError, match="parser rejects compute.onnx"):
-        EngineBuilder(TENSORRT_RTX.load(), BuildOptions()).prepare("compute", path, None)
+        PlanFromOnnx(TENSORRT_RTX.load(), BuildOptions()).prepare("compute", path, None)
 
 
 def test_another_signature_is_noticed(ort_bundles):
     engines = Bundle.open(ort_bundles["output"]).manifest.targets[0].engines
-    builder = EngineBuilder(TENSORRT_RTX.load(), BuildOptions(sizes=SIZES))
+    builder = PlanFromOnnx(TENSORRT_RTX.load(), BuildOptions(sizes=SIZES))
     with pytest.raises(EngineError, match="as TensorRT reads it, takes .*latents of rank 3.*expected .*noise"):
         builder.prepare("compute", ort_bundles["output"] / engines["compute"].path, engines["advance"].signature)
 
@@ -179,13 +177,10 @@ def test_bundles_without_onnx_files_cannot_be_added_to(split, tmp_path):
         (["aoti"], {}, "target aoti is not built from the ONNX files in a bundle"),
         (["torch-tensorrt"], {}, "target torch-tensorrt is not built from the ONNX files in a bundle"),
         (["tensorrt-rtx-cpu"], {}, "runs on cuda only"),
-        (["tensorrt-rtx"], {"strip_weights": True}, "--strip-weights is for none of the targets tensorrt-rtx"),
-        (["tensorrt-rtx"], {"optimization_level": 9}, "optimization-level is 9"),
-        (["tensorrt-rtx"], {"workspace": -1}, "workspace is -1 GB"),
+        (["tensorrt-rtx"], {"options": BuildOptions(strip=True)}, "stripped weights is for none of the targets tensorrt-rtx"),
         (["tensorrt-rtx"], {"max_batch": 0}, "max-batch is 0"),
         (["tensorrt-rtx"], {"device": "cpu"}, "device is cpu, but what add-target builds runs on NVIDIA GPUs only"),
         (["tensorrt-rtx", "tensorrt-rtx-cuda"], {}, "is asked for twice: name it once"),
-        (["tensorrt-rtx"], {"hardware_compatibility": "ampere"}, "unknown hardware compatibility 'ampere'. Did you mean"),
     ],
 )
 def test_impossible_wishes_leave_the_bundle_alone(bundle, names, options, message):
@@ -251,13 +246,13 @@ def test_what_another_process_added_meanwhile_stays(bundle, monkeypatch):
 
 
 def test_a_bundle_that_is_replaced_meanwhile_is_left_alone(bundle, ort_bundles, monkeypatch):
-    def replaced(self, name, *rest, real=EngineBuilder.build):
+    def replaced(self, name, *rest, real=PlanFromOnnx.build):
         shutil.rmtree(bundle / "programs")
         shutil.copytree(ort_bundles["output"], bundle, dirs_exist_ok=True)
         monkeypatch.undo()
         real(self, name, *rest)
 
-    monkeypatch.setattr(EngineBuilder, "build", replaced)
+    monkeypatch.setattr(PlanFromOnnx, "build", replaced)
     with pytest.raises(OutputError, match="was replaced meanwhile"):
         add_targets(bundle, ["tensorrt-rtx"])
     assert Bundle.open(bundle, verify=True).manifest == Bundle.open(ort_bundles["output"]).manifest
@@ -274,27 +269,22 @@ def test_files_of_a_killed_build_go_with_the_next(bundle):
 @pytest.mark.parametrize("given", [{"strip": True}, {"version_compatible": True, "compatibility": "ampere-plus"}])
 def test_options_of_other_targets_are_not_applied(given):
     options = BuildOptions(level=5, **given)
-    assert own_options(TensorRTRtxEngine, options) == BuildOptions(level=5)
-    assert own_options(OrtEngine, options) == BuildOptions()
-    assert own_options(TensorRTEngine, options) == options
-
-
-def test_engines_without_weights_are_of_one_version():
-    with pytest.raises(InputError, match="strip-weights and version-compatible exclude each other"):
-        BuildOptions(strip=True, version_compatible=True)
+    assert options.only(get_builder("tensorrt-rtx").options) == BuildOptions(level=5)
+    assert options.only(get_builder("ort").options) == BuildOptions()
+    assert options.only(get_builder("tensorrt").options) == options
 
 
 def test_a_build_that_fails_leaves_the_bundle_alone(bundle, monkeypatch):
     before = Bundle.open(bundle).manifest
     built = []
 
-    def fail_at_second(self, name, *rest, real=EngineBuilder.build):
+    def fail_at_second(self, name, *rest, real=PlanFromOnnx.build):
         if built:
             raise EngineError("there is no memory to build it")
         built.append(name)
         real(self, name, *rest)
 
-    monkeypatch.setattr(EngineBuilder, "build", fail_at_second)
+    monkeypatch.setattr(PlanFromOnnx, "build", fail_at_second)
     with pytest.raises(EngineError, match="no memory"):
         add_targets(bundle, ["tensorrt-rtx"])
     assert Bundle.open(bundle, verify=True).manifest == before
@@ -315,7 +305,7 @@ def test_an_interrupted_command_leaves_the_bundle_alone(bundle):
     before = Bundle.open(bundle).manifest
     code = (
         "import os, signal, threading, sys\n"
-        "from cachec.engines import tensorrt_build as b\n"
+        "from cachec.engines import tensorrt_from_onnx as b\n"
         "real = b.make_monitor\n"
         "def interrupt(*arguments):\n"
         "    threading.Thread(target=os.kill, args=(os.getpid(), signal.SIGINT)).start()\n"
@@ -337,7 +327,7 @@ def test_errors_about_memory_say_what_to_do():
     reports.logger.log(rtx.ILogger.ERROR, "Error Code 2: OutOfMemory\n (Requested size was 99 bytes)")
     error = reports.error("build the compute engine")
     assert "no memory to build the compute engine: Error Code 2: OutOfMemory (Requested size was 99 bytes)" in str(error)
-    assert "--workspace" in str(error)
+    assert "a workspace limits" in str(error)
     reports.logger.log(rtx.ILogger.INTERNAL_ERROR, "something else")
     assert str(reports.error("build it")) == "cannot build it: something else"
     assert str(reports.error("build it")) == "cannot build it: the library does not say why"

@@ -29,8 +29,7 @@ from cachec.compiler.tables.schedule import Schedule
 from cachec.engines import cuda_runtime
 from cachec.engines.add_target import add_targets
 from cachec.engines.cuda_device import CudaDevice
-from cachec.engines.ort import OrtEngine
-from cachec.engines.tensorrt_build import EngineBuilder
+from cachec.engines.tensorrt_from_onnx import PlanFromOnnx
 from cachec.engines.tensorrt_library import reports_of
 from cachec.engines.tensorrt_run import TensorRTContext, load_native
 from cachec.passes import forecast_passes, run_passes
@@ -72,10 +71,10 @@ def onnx_bundles(split, tmp_path_factory):
     graphs = add_predictor(split, method.predictor(None), method.window)
     wide, program, uncached = long_program(split)
     return {
-        "hidden": write_bundle(graphs, toy_program(graphs), method, out / "hidden", OrtEngine),
-        "output": write_output_bundle(split, out / "output", OrtEngine),
-        "half": write_bundle(graphs, toy_program(graphs), method, out / "half", OrtEngine, slots=torch.float16),
-        "long": write_bundle(wide, program, method, out / "long", OrtEngine, uncached=uncached),
+        "hidden": write_bundle(graphs, toy_program(graphs), method, out / "hidden", "ort"),
+        "output": write_output_bundle(split, out / "output", "ort"),
+        "half": write_bundle(graphs, toy_program(graphs), method, out / "half", "ort", slots=torch.float16),
+        "long": write_bundle(wide, program, method, out / "long", "ort", uncached=uncached),
     }
 
 
@@ -101,9 +100,9 @@ def install(monkeypatch, fake):
 
 @pytest.fixture
 def make_bundle(onnx_bundles, tmp_path, trt):
-    def make(name="hidden", **options):
+    def make(name="hidden", max_batch=1, **options):
         path = Path(shutil.copytree(onnx_bundles[name], tmp_path / f"{name}.cachec"))
-        add_targets(path, ["tensorrt"], **options)
+        add_targets(path, ["tensorrt"], max_batch=max_batch, options=BuildOptions(**options))
         return path
 
     return make
@@ -379,7 +378,7 @@ class TestWeightsApart:
     """Engines without weights, which come from the bundle's one weights file."""
 
     def test_they_are_loaded_with_the_engines(self, make_bundle, trt):
-        path = make_bundle(strip_weights=True)
+        path = make_bundle(strip=True)
         target = Bundle.open(path).manifest.targets[-1]
         assert target.weights == {name: a.path for name, a in Bundle.open(path).manifest.targets[0].engines.items()}
         flags = {flag.name for (flag,) in trt.called("IBuilderConfig", "set_flag")}
@@ -390,14 +389,14 @@ class TestWeightsApart:
         assert len(trt.called("Refitter", "refit_cuda_engine")) == len(target.engines)
 
     def test_without_them_the_bundle_is_refused(self, make_bundle, trt):
-        path = make_bundle(strip_weights=True)
+        path = make_bundle(strip=True)
         targets = Bundle.open(path).manifest.targets
         rewrite(path, targets=(targets[0], replace(targets[1], weights={})))
         with pytest.raises(BundleError, match="was built without weights, and the bundle names none for it"):
             cachec.load(path)
 
     def test_other_weights_are_refused(self, make_bundle, onnx_bundles, trt):
-        path = make_bundle(strip_weights=True)
+        path = make_bundle(strip=True)
         targets = Bundle.open(path).manifest.targets
         wrong = dict.fromkeys(targets[1].weights, targets[0].engines["advance"].path)
         rewrite(path, targets=(targets[0], replace(targets[1], weights=wrong)))
@@ -406,7 +405,7 @@ class TestWeightsApart:
 
     @pytest.mark.parametrize("damage", ["altered", "missing"])
     def test_damaged_weights_are_refused_before_anything_is_loaded(self, make_bundle, trt, damage):
-        path = make_bundle(strip_weights=True)
+        path = make_bundle(strip=True)
         weights = next(path.rglob("weights-*.bin"), None) or next(path.rglob("compute-*.onnx"))
         trt.calls.clear()
         if damage == "missing":
@@ -590,13 +589,13 @@ class TestBuildOptions:
         assert self.values(trt, "max_aux_streams") == [0, 0, 0]  # of all but the compute engine
 
     def test_level_and_workspace(self, make_bundle, trt):
-        make_bundle(optimization_level=5, workspace=1.5)
+        make_bundle(level=5, workspace=1_500_000_000)
         assert set(self.values(trt, "builder_optimization_level")) == {5}
         pool = trt.module.MemoryPoolType.WORKSPACE
         assert set(trt.called("IBuilderConfig", "set_memory_pool_limit")) == {(pool, 1_500_000_000)}
 
     def test_hardware_compatibility_is_warned_about_and_widens_the_target(self, make_bundle, trt, cuda, caplog):
-        path = make_bundle(hardware_compatibility="ampere-plus")
+        path = make_bundle(compatibility="ampere-plus")
         assert {level.name for level in self.values(trt, "hardware_compatibility_level")} == {"AMPERE_PLUS"}
         assert "hardware compatibility ampere-plus costs some speed" in caplog.text
         cuda.capability = (8, 6)
@@ -626,7 +625,7 @@ class TestBuildOptions:
         path = Path(shutil.copytree(onnx_bundles["hidden"], tmp_path / "toy.cachec"))
         before = Bundle.open(path).manifest
         trt.no_memory_for = frozenset(["build"])
-        with pytest.raises(EngineError, match="there is no memory to build the .* engine: .*--workspace"):
+        with pytest.raises(EngineError, match="there is no memory to build the .* engine: .* workspace"):
             add_targets(path, ["tensorrt"])
         assert Bundle.open(path, verify=True).manifest.targets == before.targets
 
@@ -638,7 +637,7 @@ class TestBuildOptions:
     def test_without_a_driver_the_builder_says_so(self, trt):
         trt.no_driver = True
         with pytest.raises(EngineError, match="start TensorRT's builder, which needs a GPU and its driver"):
-            EngineBuilder(trt.module, BuildOptions()).prepare("compute", Path("no.onnx"), None)
+            PlanFromOnnx(trt.module, BuildOptions()).prepare("compute", Path("no.onnx"), None)
 
     def test_a_node_that_the_parser_does_not_know(self, onnx_bundles, tmp_path, trt):
         path = Path(shutil.copytree(onnx_bundles["hidden"], tmp_path / "toy.cachec"))
@@ -657,12 +656,12 @@ class TestTimings:
         assert key == "tensorrt-11.0.0.114_sm90"
         content = (path / manifest.timing[key]).read_bytes()
         trt.calls.clear()
-        add_targets(path, ["tensorrt"], force=True, optimization_level=4)
+        add_targets(path, ["tensorrt"], force=True, options=BuildOptions(level=4))
         assert bytes(trt.called("IBuilderConfig", "create_timing_cache")[0][0]) == content
 
     def test_they_are_kept_when_a_build_is_interrupted(self, onnx_bundles, tmp_path, trt, monkeypatch):
         path = Path(shutil.copytree(onnx_bundles["hidden"], tmp_path / "toy.cachec"))
-        before, real, built = Bundle.open(path).manifest, EngineBuilder._run, []
+        before, real, built = Bundle.open(path).manifest, PlanFromOnnx._run, []
 
         def interrupt(self, draft, name):
             if built:
@@ -670,7 +669,7 @@ class TestTimings:
             built.append(name)
             return real(self, draft, name)
 
-        monkeypatch.setattr(EngineBuilder, "_run", interrupt)
+        monkeypatch.setattr(PlanFromOnnx, "_run", interrupt)
         with pytest.raises(KeyboardInterrupt):
             add_targets(path, ["tensorrt"])
         after = Bundle.open(path, verify=True).manifest
@@ -683,7 +682,7 @@ class TestTimings:
     def test_those_of_another_gpu_are_not_used(self, make_bundle, trt, caplog, tmp_path):
         timing = tmp_path / "odd.timing"
         timing.write_bytes(b"of another GPU")
-        builder = EngineBuilder(trt.module, BuildOptions(), timing)
+        builder = PlanFromOnnx(trt.module, BuildOptions(), timing)
         config = trt.module.Builder(trt.module.Logger()).create_builder_config()
         with builder._timings(config):
             pass

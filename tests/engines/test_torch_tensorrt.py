@@ -13,10 +13,12 @@ import pytest
 import torch
 from toy_bundle import STEPS, add_predictor, split_toy
 
+from cachec.compiler.graphs.build_engines import LooseSources
 from cachec.compiler.graphs.export import plan_engines
 from cachec.compiler.methods.taylor import Taylor
 from cachec.engines import torch_tensorrt
-from cachec.engines.torch_tensorrt import SETTINGS, TorchTensorRTEngine, check_outputs, import_builder, make_settings
+from cachec.engines.tensorrt import PlanBuilder
+from cachec.engines.torch_tensorrt import BUILDER, SETTINGS, TorchTensorRTEngine, check_outputs, import_builder, make_settings
 from cachec.passes import engine_passes, run_passes
 from cachec.runtime.build_options import BuildOptions
 from cachec.runtime.device import DeviceName
@@ -28,7 +30,7 @@ TRUTH = json.loads((Path(__file__).parent.parent / "data" / "torch-tensorrt-2.13
 
 
 @pytest.fixture
-def builder():
+def builder(monkeypatch):
     """A module with the settings of 2.13, which notes what it is asked to convert."""
     module = types.ModuleType("torch_tensorrt")
     module.__version__ = "2.13.0"
@@ -48,6 +50,9 @@ def builder():
         CompilationSettings=make_dataclass("CompilationSettings", TRUTH["settings"]),
         convert_exported_program_to_serialized_trt_engine=convert,
     )
+    monkeypatch.setattr(torch_tensorrt, "import_builder", lambda: module)
+    monkeypatch.setattr(TorchTensorRTEngine, "version", classmethod(lambda cls: "11.0"))
+    monkeypatch.setattr(PlanBuilder, "gpus", lambda *_: (90,))
     return module
 
 
@@ -84,13 +89,11 @@ def test_settings_that_the_version_does_not_know_are_refused(builder, monkeypatc
 
 
 def test_all_graphs_are_converted_with_their_names_and_ranges(builder, plans, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch_tensorrt, "import_builder", lambda: builder)
     monkeypatch.setattr("torch.export.passes.move_to_device_pass", lambda program, place: (program, place))
     sizes = size_ranges(STEPS, 4)
-    signatures = {name: plan.signature for name, plan in plans.items()}
-    files = {name: tmp_path / f"{name}.plan" for name in plans}
-    programs = {name: plan.program for name, plan in plans.items()}
-    assert torch_tensorrt._convert(programs, signatures, files, GPU, BuildOptions(sizes=sizes), None) == files
+    sources = LooseSources(list(plans.values()), tmp_path, "float32", "6x8")
+    files = BUILDER.build(sources, tmp_path, device=GPU, options=BuildOptions(sizes=sizes))
+    assert {name: path.name for name, path in files.items()} == {name: f"{name}-11.0_sm90-float32-6x8.plan" for name in plans}
     for (name, plan), ((program, place), arguments, inputs, _) in zip(plans.items(), builder.calls, strict=True):
         assert files[name].read_bytes() == b"a plan"
         assert (program, place, arguments) == (plan.program, "cuda:1", [])
@@ -112,18 +115,10 @@ def test_what_it_says_is_passed_on(builder, plans, tmp_path, monkeypatch):
         raise RuntimeError("Conversion of module\n not currently supported")
 
     builder.dynamo.convert_exported_program_to_serialized_trt_engine = fail
-    monkeypatch.setattr(torch_tensorrt, "import_builder", lambda: builder)
     plan = plans["advance"]
     monkeypatch.setattr("torch.export.passes.move_to_device_pass", lambda program, _: program)
     with pytest.raises(EngineError, match="cannot build the advance engine: Conversion of module not currently supported"):
-        torch_tensorrt._convert(
-            {"advance": plan.program},
-            {"advance": plan.signature},
-            {"advance": tmp_path / "advance.plan"},
-            GPU,
-            BuildOptions(sizes=size_ranges(STEPS, 4)),
-            None,
-        )
+        BUILDER.build(LooseSources([plan], tmp_path), tmp_path, device=GPU, options=BuildOptions(sizes=size_ranges(STEPS, 4)))
     assert not list(tmp_path.iterdir())
 
 
@@ -163,4 +158,4 @@ def test_hardware_compatibilities_that_it_lacks_are_refused(monkeypatch):
     monkeypatch.setattr(torch_tensorrt, "import_builder", lambda: None)
     monkeypatch.setattr(TorchTensorRTEngine, "check_target", classmethod(lambda *_: None))
     with pytest.raises(InputError, match="none and ampere-plus only"):
-        TorchTensorRTEngine.check_build(GPU, "float32", BuildOptions(compatibility="same-capability"))
+        BUILDER.check_build(GPU, "float32", BuildOptions(compatibility="same-capability"))

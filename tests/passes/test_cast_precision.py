@@ -12,6 +12,7 @@ from toy import TOKENS, WIDTH, ToyDiT, example_inputs
 from toy_bundle import LAST_BLOCK, add_predictor, split_toy, toy_program, write_bundle
 
 import cachec
+from cachec.compiler.graphs.build_engines import LooseSources
 from cachec.compiler.graphs.capture import capture_model, named_model
 from cachec.compiler.graphs.export import plan_engines
 from cachec.compiler.graphs.forecast import engine_graphs, linear_graphs
@@ -19,8 +20,7 @@ from cachec.compiler.graphs.prepare import split_model
 from cachec.compiler.methods.taylor import Taylor
 from cachec.compiler.models import MODELS, load_model
 from cachec.compiler.models.base import Settings
-from cachec.engines import get_backend
-from cachec.engines.eager import EagerEngine
+from cachec.engines import get_builder
 from cachec.passes import CastPrecision, canonical_passes, run_passes, split_passes
 from cachec.passes.base import depends_on_inputs, fetch, outputs, placeholders
 from cachec.passes.cast_precision import NARROW, WIDE, operator_name
@@ -408,7 +408,7 @@ def noise(*seeds):
 def test_bundles_follow_eager_float32(tmp_path, backend, dtype, distance):
     method, latents = Taylor(order=1), []
     conditions = {"prompt": np.stack([make_noise(100 + seed, (WIDTH,)) for seed in (1, 2)])}
-    for name, precision, engine in (("wanted", None, EagerEngine), ("low", dtype, get_backend(backend))):
+    for name, precision, engine in (("wanted", None, "eager"), ("low", dtype, backend)):
         graphs = add_predictor(split_toy(head_axis=True, dtype=precision), method.predictor(None), method.window)
         out = write_bundle(graphs, toy_program(graphs), method, tmp_path / name, engine)
         with cachec.load(out) as bundle:
@@ -422,16 +422,16 @@ def test_bundles_follow_eager_float32(tmp_path, backend, dtype, distance):
 def test_onnx_files_of_tiny_flux(tmp_path, flux, engines_of, plans_of, dtype):
     """They pass the checker; in float16, which ONNX Runtime has kernels for, they give what eager gives."""
     onnx = pytest.importorskip("onnx")
-    graphs, plans, ort = engines_of(torch.float32, dtype)[1], plans_of(dtype), get_backend("ort")
+    graphs, plans, ort = engines_of(torch.float32, dtype)[1], plans_of(dtype), get_builder("ort")
     signatures = {plan.name: plan.signature for plan in plans}
-    files = ort.build({plan.name: plan.program for plan in plans}, signatures, tmp_path)
+    files = ort.build(LooseSources(plans, tmp_path), tmp_path)
     for path in files.values():
         onnx.checker.check_model(str(path), full_check=True)
     if dtype == torch.bfloat16:
         return
     inputs = flux_inputs(flux, 0)
     made, hoisted = run_engines(graphs, inputs, "timestep", dtype)
-    engines = ort.load(files, signatures)
+    engines = ort.engine.load(files, signatures)
     given, names = hoist_inputs(graphs, inputs, "timestep")
     got = call(engines["prologue"], {name: given[name] for name in names}, hoisted)
     check_near(got, hoisted)

@@ -4,7 +4,6 @@ import torch
 from toy_bundle import SCHEDULE, SIGMAS, STEPS, eager_velocity, output_table, split_toy, write_output_bundle
 
 import cachec
-from cachec.engines import get_backend
 from cachec.runtime.bundle import Bundle
 from cachec.runtime.errors import BundleError, InputError
 from cachec.runtime.noise import make_noise
@@ -214,7 +213,7 @@ def test_denoise_starts_from_the_noise_of_its_seeds(loaded):
 @pytest.fixture(scope="module")
 def output_bundles(tmp_path_factory):
     out, split = tmp_path_factory.mktemp("bundles"), split_toy(head_axis=True)
-    return {name: write_output_bundle(split, out / name, get_backend(name)) for name in ("eager", "ort")}
+    return {name: write_output_bundle(split, out / name, name) for name in ("eager", "ort")}
 
 
 @pytest.fixture(scope="module", params=["eager", "ort"])

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from cachec.engines.backends import get_backend
+from cachec.engines.backends import get_builder
 from cachec.engines.targets import TargetName
-from cachec.runtime.build_options import ALL_OPTIONS, BuildOptions, Sources
+from cachec.runtime.build_options import BuildOptions, in_words
+from cachec.runtime.builder import Sources
 from cachec.runtime.bundle import ANY_DEVICE, Artifact, Target
 from cachec.runtime.device import DeviceName
-from cachec.runtime.engine import HOST, Engine
+from cachec.runtime.engine import HOST
 from cachec.runtime.errors import InputError
 from cachec.runtime.work import LOCK
 from cachec.runtime.write import Collector
@@ -21,26 +22,19 @@ log = logging.getLogger(__name__)
 TIMING = "timing"  # folder of kernel timings in a bundle
 
 
-def own_options(backend: type[Engine], options: BuildOptions) -> BuildOptions:
-    """The options that a back end takes; what else is given is for other targets."""
-    plain = BuildOptions()
-    return replace(options, **{name: getattr(plain, name) for name in ALL_OPTIONS if name not in backend.options})
-
-
 def plan_target(sources: Sources, name: TargetName, *, device: DeviceName, options: BuildOptions) -> Target:
     """The target that will be built, without its engines."""
-    backend = get_backend(name.backend)
-    there, options = device_for(name, device), own_options(backend, options)
+    builder, there = get_builder(name.backend), device_for(name, device)
     return Target(
-        backend=backend.name,
-        version=backend.version(),
+        backend=name.backend,
+        version=builder.engine.version(),
         os=platform.system().lower(),
-        device=name.device or (there.kind if backend.device_bound else ANY_DEVICE),
+        device=name.device or (there.kind if builder.device_bound else ANY_DEVICE),
         precision=sources.precision,
         shape_bucket=sources.shape_bucket,
         engines={},
-        needs=backend.needs(there, options),
-        sizes={key: (size.least, size.usual, size.most) for key, size in options.sizes.items()} if backend.bounded else {},
+        needs=builder.needs(there, options.only(builder.options)),
+        sizes={key: (size.least, size.usual, size.most) for key, size in options.sizes.items()} if builder.bounded else {},
     )
 
 
@@ -49,21 +43,23 @@ def build_into(
 ) -> Target:
     """Build a target's engines into the bundle that ``writer`` collects, and name their files by their hashes.
 
+    Options that the back end does not take are for other targets.
+
     Raises:
         InputError: the back end cannot build for this device, precision or options here.
         EngineError: its library fails.
     """
     target = plan_target(sources, name, device=device, options=options)
-    backend = get_backend(name.backend)
-    options = own_options(backend, options)
+    builder = get_builder(name.backend)
+    own = options.only(builder.options)
     directory = writer.directory(f"engines/{name}-{sources.precision}")
-    files = backend.build_target(sources, directory, device=device_for(name, device), options=options)
+    files = builder.build(sources, directory, device=device_for(name, device), options=own)
     sealed = {path: writer.seal(path) for path in sorted(set(files.values()))}  # several engines may be in one file
     seal_all(writer, directory)
     return replace(
         target,
         engines={key: Artifact(sealed[path], sources.signatures[key]) for key, path in files.items()},
-        weights={key: writer.name_of(path) for key, path in sources.onnx().items()} if options.strip else {},
+        weights={key: writer.name_of(path) for key, path in sources.onnx().items()} if own.strip else {},
     )
 
 
@@ -71,28 +67,28 @@ def check_build(
     names: Sequence[TargetName], precision: str, device: DeviceName, options: BuildOptions, *, max_batch: int = 1
 ) -> None:
     """Raise ``InputError`` unless all targets can be built here, and every option is for one of them."""
-    backends = [get_backend(name.backend) for name in names]
-    if unused := options.given() - frozenset().union(*(backend.options for backend in backends)):
+    builders = [get_builder(name.backend) for name in names]
+    if unused := options.given() - frozenset().union(*(builder.options for builder in builders)):
         raise InputError(
-            f"{', '.join(ALL_OPTIONS[one] for one in sorted(unused))} is for none of the targets {', '.join(map(str, names))}: "
-            "leave it out, or add --target tensorrt"
+            f"{in_words(unused)} is for none of the targets {', '.join(map(str, names))}: leave it out, or "
+            "add the target tensorrt"
         )
-    if max_batch != 1 and not any(backend.bounded for backend in backends):
+    if max_batch != 1 and not any(builder.bounded for builder in builders):
         raise InputError(f"max-batch is {max_batch}, but {', '.join(map(str, names))} takes any batch: leave it out")
-    for name, backend in zip(names, backends, strict=True):
-        if options.given() - backend.options:
-            log.warning("%s is not for %s", ", ".join(ALL_OPTIONS[one] for one in options.given() - backend.options), name)
-        if backend.only_device not in (None, name.device or backend.only_device):
-            raise InputError(f"target {name}: {backend.name} runs on {backend.only_device} only; call it {backend.name}")
-        backend.check_build(device_for(name, device), precision, options)
+    for name, builder in zip(names, builders, strict=True):
+        if ignored := options.given() - builder.options:
+            log.warning("%s is not for %s", in_words(ignored), name)
+        if (only := builder.engine.only_device) not in (None, name.device or only):
+            raise InputError(f"target {name}: {name.backend} runs on {only} only; call it {name.backend}")
+        builder.check_build(device_for(name, device), precision, options)
 
 
 def device_for(name: TargetName, device: DeviceName) -> DeviceName:
     """What a target is built for, if the engines are measured on ``device``."""
-    backend = get_backend(name.backend)
-    if backend.only_device is not None and device.kind != backend.only_device and device != HOST:
-        raise InputError(f"device is {device}, but {backend.name} runs on {backend.only_device} only")
-    kind = name.device or backend.only_device or device.kind
+    only = get_builder(name.backend).engine.only_device
+    if only is not None and device.kind != only and device != HOST:
+        raise InputError(f"device is {device}, but {name.backend} runs on {only} only")
+    kind = name.device or only or device.kind
     return device if kind == device.kind else DeviceName(kind)
 
 

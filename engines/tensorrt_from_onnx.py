@@ -1,4 +1,4 @@
-"""From ONNX files to TensorRT engines.
+"""From ONNX files to plans, as TensorRT calls built engines.
 
 Networks are strongly typed: precision is what the graph says, and no flag changes it. Symbolic sizes that can only be one
 number are fixed, the others get one optimisation profile.
@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from cachec.engines.tensorrt_library import Reports, dtypes_of, reports_of
-from cachec.runtime.build_options import BuildOptions, SizeRange
-from cachec.runtime.errors import EngineError, InputError
+from cachec.runtime.abi import COMPUTE
+from cachec.runtime.build_options import BuildOptions, shape_range
+from cachec.runtime.errors import EngineError
 from cachec.runtime.files import write_file
-from cachec.runtime.specs import Signature, TensorSpec
+from cachec.runtime.specs import Signature
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -32,8 +33,8 @@ COMPATIBILITY = {"same-capability": "SAME_COMPUTE_CAPABILITY", "ampere-plus": "A
 
 
 @dataclass(frozen=True)
-class EngineBuilder:
-    """Builds engines with one library and one set of options. ``timing``: file with kernel timings, which is added to.
+class PlanFromOnnx:
+    """Builds plans with one library and one set of options. ``timing``: file with kernel timings, which is added to.
 
     ``place`` makes the GPU that is built for the current one of a thread. ``flags``: more of the library's builder.
     """
@@ -107,7 +108,7 @@ class EngineBuilder:
         if options.compatibility != "none":
             levels = self.library.HardwareCompatibilityLevel
             config.hardware_compatibility_level = levels.__members__[COMPATIBILITY[options.compatibility]]
-        if name != "compute":  # small: other streams would cost more than they bring
+        if name != COMPUTE:  # small: other streams would cost more than they bring
             config.max_aux_streams = 0
 
     def _set_sizes(self, network: "trt.INetworkDefinition", profile: "trt.IOptimizationProfile", signature: Signature) -> bool:
@@ -202,18 +203,6 @@ def allow_decomposition(library: ModuleType, network: "trt.INetworkDefinition") 
         if layer.type == library.LayerType.ATTENTION_INPUT:
             layer.__class__ = library.IAttentionInputLayer
             layer.attention.decomposable = True
-
-
-def shape_range(spec: TensorSpec, sizes: Mapping[str, SizeRange]) -> tuple[tuple[int, ...], ...]:
-    """Least, usual and most of an input's shape.
-
-    Raises:
-        InputError: a symbolic size has no range.
-    """
-    if missing := [size for size in spec.shape if isinstance(size, str) and size not in sizes]:
-        raise InputError(f"input {spec.name!r} has the size {missing[0]!r}, for which no range is given")
-    ranges = [sizes[size] if isinstance(size, str) else SizeRange(size, size, size) for size in spec.shape]
-    return tuple(tuple(getattr(one, which) for one in ranges) for which in ("least", "usual", "most"))
 
 
 def check_borders(library: ModuleType, network: "trt.INetworkDefinition", signature: Signature, onnx: Path) -> None:

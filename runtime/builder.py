@@ -1,0 +1,75 @@
+"""The build face of every back end: what engines are built from, and what builds them.
+
+Apart from ``runtime/engine.py``, so that a machine which only runs engines needs nothing of it.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+from cachec.runtime.build_options import DEFAULTS, BuildOptions
+from cachec.runtime.device import DeviceName
+from cachec.runtime.engine import HOST, Engine
+from cachec.runtime.specs import Signature
+
+
+class Sources(ABC):
+    """The graphs of one bundle, in the forms that builders take. All have the same names, inputs and outputs."""
+
+    signatures: Mapping[str, Signature]
+    precision: str
+    shape_bucket: str
+
+    @property
+    def size(self) -> str:
+        """Height and width, for names of files."""
+        return self.shape_bucket.split(",")[0]
+
+    @abstractmethod
+    def programs(self) -> Mapping[str, Any]:
+        """``torch.export.ExportedProgram`` by name.
+
+        Raises:
+            InputError: there are none here; says what to do.
+        """
+
+    @abstractmethod
+    def onnx(self) -> Mapping[str, Path]:
+        """ONNX files by name, with their weights beside them."""
+
+
+class EngineBuilder(ABC):
+    """Builds what ``engine`` runs. Keeps nothing between builds.
+
+    ``device_bound``: what it builds runs only on the kind of device that it was built for. ``bounded``: it takes symbolic sizes
+    only in the ranges that it was built for. ``options``: those of ``BuildOptions`` that it takes; others it ignores.
+    """
+
+    bounded: ClassVar[bool] = False
+
+    def __init__(self, engine: type[Engine], *, device_bound: bool = False, options: frozenset[str] = frozenset()) -> None:
+        self.engine = engine
+        self.device_bound = device_bound
+        self.options = options
+
+    def check_build(self, device: DeviceName, precision: str, options: BuildOptions) -> None:
+        """Raise ``InputError`` unless engines can be built here, for ``device``, with these options."""
+        self.engine.check_target(device, precision)
+
+    def needs(self, device: DeviceName, options: BuildOptions) -> dict[str, Any]:
+        """What a machine must have to run engines that are built here for ``device``, beside version and precision."""
+        return {}
+
+    @abstractmethod
+    def build(
+        self, sources: Sources, out: Path, *, device: DeviceName = HOST, options: BuildOptions = DEFAULTS
+    ) -> dict[str, Path]:
+        """Build engines into the directory ``out``, from whatever form of the graphs this back end takes.
+
+        Returns the file of each engine; several may be in one. Other files in ``out`` (shared weights) belong to them, too.
+        ``device`` matters to back ends that are ``device_bound``.
+
+        Raises:
+            EngineError: the back end's library cannot; with its reason.
+        """
