@@ -1,17 +1,20 @@
-"""Rows beside each other in one process: ``python -m bench.rows CASE WORK OUT``.
+"""Rows beside each other: ``python -m bench.rows CASE WORK OUT``.
 
-Rows take turns on the same prompts and noise. A peer chooses its own steps; what it really computed is counted, and every back
-end of cachec runs on that very step set, too.
+Rows take turns on the same prompts and noise, the peers in one process and each back end of cachec in one of its own: threads
+of two libraries would spin against each other. A peer chooses its own steps; what it really computed is counted, and every
+back end of cachec runs on that very step set, too.
 """
 
 import logging
+import multiprocessing
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import click
 import numpy as np
@@ -38,7 +41,7 @@ class Row:
 
     name: str
     family: str
-    run: Runs
+    run: Runs | None  # of the process that it lives in
     computed: tuple[int, ...]
     beside: tuple[str, ...] = ()
     once: bool = False  # a cache that skipped nothing
@@ -115,35 +118,81 @@ def _peer_run(peer: Peer) -> Runs:
     return lambda request: peer.run(*request).latents
 
 
-def measure_loops(case: Case, rows: Sequence[Row]) -> None:
-    """Denoise loops. Every other round goes backwards."""
-    for number in range(case.sizes.repeats):
-        index = number % len(case.requests)
-        for row in rows if number % 2 == 0 else rows[::-1]:
-            if not row.once:
-                run = _keeping_latents(case, row, index)
-                row.seconds.append(timed(run, run if case.sizes.warm else None))
-        print(f"round {number + 1} of {case.sizes.repeats}", flush=True)
+def time_loop(case: Case, row: Row, index: int) -> None:
+    """The denoise loop of one request."""
 
-
-def _keeping_latents(case: Case, row: Row, index: int) -> Callable[[], None]:
     def run() -> None:
         row.latents[index] = row.run(case.requests[index]).numpy()
 
-    return run
+    row.seconds.append(timed(run, run if case.sizes.warm else None))
 
 
-def measure_requests(case: Case, rows: Sequence[Row]) -> None:
-    """Whole requests: prompt encoding, loop, decoding. As in use, without a pause between these."""
-    for number in range(case.sizes.request_repeats):
-        index = number % len(case.requests)
-        for row in rows if number % 2 == 0 else rows[::-1]:
-            row.request_seconds.append(timed(lambda row=row, index=index: _whole_request(case, row, index)))
+def time_request(case: Case, row: Row, index: int) -> None:
+    """A whole request: prompt encoding, loop, decoding. As in use, without a pause between these."""
+
+    def run() -> None:
+        conditions = tensors_from(case.model.encode([case.prompts[index]], case.settings, case.model.io.conditions))
+        case.model.decode(row.run((conditions, case.requests[index][1])).numpy(), case.settings)
+
+    row.request_seconds.append(timed(run))
 
 
-def _whole_request(case: Case, row: Row, index: int) -> Array:
-    conditions = tensors_from(case.model.encode([case.prompts[index]], case.settings, case.model.io.conditions))
-    return case.model.decode(row.run((conditions, case.requests[index][1])).numpy(), case.settings)
+Measure = Callable[[Case, Row, int], None]
+
+
+class Library:
+    """The peers (``None``) or a back end of cachec, in a process that works only while it is asked to; a context manager."""
+
+    def __init__(self, backend: str | None, name: str, work: Path, *, quick: bool, peers: Sequence[Row] = ()) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=serve, args=(theirs, backend, name, work, quick, peers), daemon=True)
+        self._process.start()
+        theirs.close()  # so that the end of the process is the end of the pipe
+        self.rows, self.skipped = self._pipe.recv()
+
+    def measure(self, what: Measure, number: int, index: int) -> None:
+        """Have ``what`` measured of one row and request."""
+        self._pipe.send((what, number, index))
+        self.rows[number] = self._pipe.recv()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.terminate()
+
+
+def serve(pipe: Connection, backend: str | None, name: str, work: Path, quick: bool, peers: Sequence[Row]) -> None:
+    """What a library's process does."""
+    quiet()
+    case, skipped = open_case(name, work, quick=quick), dict[str, str]()
+    with ExitStack() as stack:
+        if backend is None:
+            rows, skipped = peer_rows(case)
+        else:
+            rows = cachec_rows(case, backend, load_engines(work, case, backend, stack), peers)
+        settle()
+        pipe.send(([replace(row, run=None) for row in rows], skipped))
+        while True:
+            what, number, index = pipe.recv()
+            what(case, rows[number], index)
+            pipe.send(replace(rows[number], run=None))
+
+
+def measure_all(case: Case, libraries: Sequence[Library], what: Measure, repeats: int) -> None:
+    """Every row in turns; every other round goes backwards."""
+    turns = [(library, number) for library in libraries for number in range(len(library.rows))]
+    for round_number in range(repeats):
+        for library, number in turns if round_number % 2 == 0 else turns[::-1]:
+            if not (what is time_loop and library.rows[number].once):
+                library.measure(what, number, round_number % len(case.requests))
+        print(f"{what.__name__}: round {round_number + 1} of {repeats}", flush=True)
+
+
+def quiet() -> None:
+    logging.basicConfig(level=logging.ERROR)
+    warnings.filterwarnings("ignore")
 
 
 def to_json(case: Case, rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -170,23 +219,21 @@ def to_json(case: Case, rows: Sequence[Row]) -> list[dict[str, Any]]:
 @click.command()
 @part_arguments("name")
 def main(name: str, work: Path, out: Path, quick: bool) -> None:
-    logging.basicConfig(level=logging.ERROR)
-    warnings.filterwarnings("ignore")
+    quiet()
     case = open_case(name, work, quick=quick)
-    rows, skipped = peer_rows(case)
-    print(f"{len(rows)} peers", flush=True)
     with ExitStack() as stack:
-        peers = list(rows)
+        peers = stack.enter_context(Library(None, name, work, quick=quick))
+        print(f"{len(peers.rows)} peers", flush=True)
+        libraries = [peers]
         for backend in BACKENDS:
-            rows += cachec_rows(case, backend, load_engines(work, case, backend, stack), peers)
+            libraries.append(stack.enter_context(Library(backend, name, work, quick=quick, peers=peers.rows)))
             print(f"{backend}: loaded", flush=True)
-        settle()
-        measure_loops(case, rows)
-        measure_requests(case, rows)
-        entries = to_json(case, rows)
+        measure_all(case, libraries, time_loop, case.sizes.repeats)
+        measure_all(case, libraries, time_request, case.sizes.request_repeats)
+        entries = to_json(case, [row for library in libraries for row in library.rows])
     write_part(out, {
         "case": name, "steps": case.steps, "requests": len(case.requests), "repeats": case.sizes.repeats,
-        "pictures": case.pictures, "rows": entries, "skipped": skipped,
+        "pictures": case.pictures, "rows": entries, "skipped": peers.skipped,
     })  # fmt: skip
 
 

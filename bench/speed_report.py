@@ -195,10 +195,11 @@ def _rows(part: Data, cold: Data | None) -> str:
     header = ["row", "computed", "loop, s", *whole, "× own uncached", "of ideal", "× diffusers", "peak RSS, MiB", "PSNR, dB"]
     skipped = "".join(f"\n- Not run: {name}: {why}" for name, why in part["skipped"].items()) + "\n"
     return (
-        f"{part['steps']} steps; rows take turns in one process on the same prompts and noise ({part['requests']}), "
-        f"{_count(part['repeats'], 'round')}. *Of ideal*: the speed-up over T/K, of medians far apart: the paired figure "
-        "below is the better one. Peak RSS is of a process of its own with that row alone (cachec's at the larger K, from a "
-        "bundle, conditions from a file). PSNR against the row's own uncached run.\n\n" + table(header, lines) + skipped
+        f"{part['steps']} steps; rows take turns on the same prompts and noise ({part['requests']}), "
+        f"{_count(part['repeats'], 'round')}; the peers in one process, each back end of cachec in one of its own. *Of ideal*: "
+        "the speed-up over T/K, of medians far apart: the paired figure below is the better one. Peak RSS is of a process with "
+        "that row alone (cachec's at the larger K, from a bundle, conditions from a file). PSNR against the row's own "
+        "uncached run.\n\n" + table(header, lines) + skipped
     )  # fmt: skip
 
 

@@ -105,13 +105,13 @@ def report_json(report: Report) -> dict[str, Any]:
 
 def _program_json(program: Program) -> dict[str, Any]:
     found = coefficients_of(program)
-    rows = [[None if np.isnan(v) else float(f"{v:.7g}") for v in row] for row in found.values]
+    groups = [[[None if np.isnan(v) else float(f"{v:.7g}") for v in row] for row in group] for group in found.values]
     return {
         "cut": program.cut,
         "steps": program.num_steps,
         "computed": list(program.compute_steps),
         "sigmas": [float(f"{sigma:.7g}") for sigma in program.sigmas],
-        "coefficients": {"steps": list(found.steps), "of_steps": list(found.sources), "rows": rows},
+        "coefficients": {"steps": list(found.steps), "of_steps": list(found.sources), "groups": groups},
     }
 
 

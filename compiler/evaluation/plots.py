@@ -1,6 +1,6 @@
 """The plots of a report, as SVG: quality against time, error by step, schedules, coefficients.
 
-Shapes: ``T`` steps, ``S`` slots, ``R`` forecast or moved steps, ``K`` computed steps.
+Shapes: ``T`` steps, ``G`` groups, ``R`` forecast or moved steps, ``K`` computed steps.
 """
 
 import math
@@ -25,6 +25,7 @@ from cachec.runtime.specs import Array
 
 WIDTH = 960  # pixels of every plot; the page scales them
 STRIP = 48  # pixels a schedule takes
+PANEL, LEGEND = 56, 44  # pixels under a heat map, and under all of them
 COMPUTED, IDLE = "#1b4f8f", "#dfe5ee"
 PALETTES = {
     "level": ("#0b3d91", "#2f7ed8", "#56b4e9", "#004d66"),
@@ -231,62 +232,71 @@ def _paint_schedules(
 
 @dataclass(frozen=True, eq=False)
 class Coefficients:
-    """The numbers of a program by step: ``values`` [R, K] of ``steps`` [R] over computed ``sources`` [K]; NaN if not read."""
+    """The numbers of a program by step: ``values`` [G, R, K] of ``steps`` [R] over computed ``sources`` [K].
+
+    NaN where a step is not read.
+    """
 
     steps: tuple[int, ...]
     sources: tuple[int, ...]
     values: Array
 
+    @property
+    def limit(self) -> float:
+        """The largest weight, for scales."""
+        return max(float(np.nanmax(np.abs(self.values))), 1e-9)
+
 
 def coefficients_of(program: Program) -> Coefficients:
     """The coefficients by the steps that they weigh, instead of by the slots that hold these."""
     sources, owner, kind = program.compute_steps, dict[int, int](), KEPT[program.cut]
+    num_groups = program.coefficients.shape[1]
     steps: list[int] = []
     rows: list[Array] = []
     for instruction in program.instructions:
         for step in instruction.rows:
             read = list(instruction.reads[kind])
-            row = np.full(len(sources), np.nan)
-            row[[owner[slot] for slot in read]] = program.coefficients[step, 0, read]
+            row = np.full((num_groups, len(sources)), np.nan)
+            row[:, [owner[slot] for slot in read]] = program.coefficients[step][:, read]
             steps.append(step)
             rows.append(row)
         if instruction.computes and kind in instruction.writes:
             owner[instruction.writes[kind]] = sources.index(instruction.steps[0])
-    return Coefficients(tuple(steps), sources, np.array(rows).reshape(len(steps), len(sources)))
+    values = np.array(rows).reshape(len(steps), num_groups, len(sources)).swapaxes(0, 1)
+    return Coefficients(tuple(steps), sources, values)
 
 
 def plot_coefficients(name: str, program: Program) -> str:
-    """A heat map: a column per forecast (or, on the output cut, per move), a row per computed step that it weighs."""
+    """Heat maps, one for each group: a column per forecast (or, on the output cut, per move), a row per step it weighs."""
     found = coefficients_of(program)
     if not found.steps:
         return ""
     what = "forecast step" if program.cut == "hidden" else "computed step, from which the latents move on"
-    cell = min(22.0, 320 / len(found.sources))
-    said = f"{len(found.steps)} rows over computed steps {list(found.sources)}, the largest weight {_limit(found):.3g}"
+    said = f"{len(found.steps)} rows over computed steps {list(found.sources)}, the largest weight {found.limit:.3g}"
     words = Words(f"coefficients-{name}", f"Coefficients of {name}", said)
-    return draw(words, WIDTH, cell * len(found.sources) + 100, partial(_paint_coefficients, found, what))
+    height = min(22.0, 320 / len(found.sources)) * len(found.sources)
+    whole = len(found.values) * (height + PANEL) + LEGEND
+    return draw(words, WIDTH, whole, partial(_paint_coefficients, found, what, height))
 
 
-def _limit(found: Coefficients) -> float:
-    return max(float(np.nanmax(np.abs(found.values))), 1e-9)
-
-
-def _paint_coefficients(found: Coefficients, what: str, figure: Figure) -> dict[str, str]:
-    limit, hints = _limit(found), dict[str, str]()
-    axes = add_axes(figure, left=66, top=8, right=16, bottom=92)
-    axes.set(xlim=(0, len(found.steps)), ylim=(len(found.sources), 0), xlabel=what, ylabel="weight of step")
-    axes.spines[:].set_visible(False)
-    axes.grid(visible=False)
-    axes.tick_params(length=0)
-    area = axes.get_window_extent()
-    _name_cells(axes.xaxis, found.steps, math.ceil(26 * len(found.steps) / area.width))
-    _name_cells(axes.yaxis, found.sources, math.ceil(14 * len(found.sources) / area.height))
-    for (column, row), value in np.ndenumerate(found.values):
-        if not math.isnan(value):
-            gid = f"weight {column} {row}"
-            axes.add_patch(Rectangle((column, row), 0.97, 0.97, color=_colour(value / limit), linewidth=0, gid=gid))
-            hints[gid] = f"step {found.steps[column]}: {value:+.4f} of step {found.sources[row]}"
-    _add_legend(figure, limit)
+def _paint_coefficients(found: Coefficients, what: str, height: float, figure: Figure) -> dict[str, str]:
+    whole, hints = figure.get_figheight() * DPI, dict[str, str]()
+    for group, values in enumerate(found.values):
+        top = 8 + group * (height + PANEL)
+        axes = add_axes(figure, left=66, top=top, right=16, bottom=whole - top - height)
+        of_group = "" if len(found.values) == 1 else f"group {group}: "
+        axes.set(xlim=(0, len(found.steps)), ylim=(len(found.sources), 0), xlabel=of_group + what, ylabel="weight of step")
+        axes.spines[:].set_visible(False)
+        axes.grid(visible=False)
+        axes.tick_params(length=0)
+        _name_cells(axes.xaxis, found.steps, math.ceil(26 * len(found.steps) / axes.get_window_extent().width))
+        _name_cells(axes.yaxis, found.sources, math.ceil(14 * len(found.sources) / height))
+        for (column, row), value in np.ndenumerate(values):
+            if not math.isnan(value):
+                gid, colour = f"weight {group} {column} {row}", _colour(value / found.limit)
+                axes.add_patch(Rectangle((column, row), 0.97, 0.97, color=colour, linewidth=0, gid=gid))
+                hints[gid] = f"{of_group}step {found.steps[column]}: {value:+.4f} of step {found.sources[row]}"
+    _add_legend(figure, found.limit)
     return hints
 
 

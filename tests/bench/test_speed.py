@@ -142,5 +142,26 @@ def test_rows_are_compared_with_their_own_uncached_run_and_with_the_peer_on_its_
     assert "least × any peer on its own steps, flux-shaped | ≥ 1.3 | ort 3.00, aoti 3.00, inductor 3.00 | yes |" in text
 
 
+def test_rows_of_all_libraries_take_turns_and_what_skipped_nothing_runs_once(work):
+    asked = []
+
+    class Library:
+        def __init__(self, *rows):
+            self.rows = rows
+
+        def measure(self, what, number, index):
+            asked.append((self.rows[number].name, index))
+
+    idle = row("idle", "diffusers", 1.0, 12)
+    idle.once = True
+    libraries = [Library(row("a", "diffusers", 1.0, 12), idle), Library(row("b", "cachec ort", 1.0, 12))]
+    case = cases.open_case(cases.SHAPED, work, quick=True)
+    bench_rows.measure_all(case, libraries, bench_rows.time_loop, 2)
+    assert asked == [("a", 0), ("b", 0), ("b", 0), ("a", 0)]
+    asked.clear()
+    bench_rows.measure_all(case, libraries, bench_rows.time_request, 1)
+    assert asked == [("a", 0), ("idle", 0), ("b", 0)]
+
+
 def test_a_report_of_nothing_says_so(tmp_path):
     assert "Nothing has been measured." in speed_report.report(speed.collect(tmp_path, speed.all_parts(), quick=True), {})

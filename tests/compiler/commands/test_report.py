@@ -11,7 +11,7 @@ def test_json_has_rows_programs_and_errors():
     data = json.loads(render_report(made_up_report(), ".json"))
     assert [row["name"] for row in data["rows"]] == [*data["programs"], "diffusers"]
     assert data["programs"][LEVEL]["computed"] == list(SCHEDULE.compute)
-    assert data["programs"]["plain"]["coefficients"]["rows"][1] == [pytest.approx(MOVES[1, 0])] * 2 + [None] * 3
+    assert data["programs"]["plain"]["coefficients"]["groups"][0][1] == [pytest.approx(MOVES[1, 0])] * 2 + [None] * 3
     assert data["errors_by_step"][LEVEL]["steps"] == [1.0, 5.0, 10.0]
 
 

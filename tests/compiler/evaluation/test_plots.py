@@ -1,4 +1,5 @@
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -84,10 +85,10 @@ def test_coefficients_are_by_computed_step_on_both_cuts():
     found = coefficients_of(hidden_program())
     assert found.steps == SCHEDULE.forecast
     table = Taylor(1).table(SCHEDULE, SIGMAS, None).coefficients[list(found.steps)]
-    np.testing.assert_allclose(np.nan_to_num(found.values), table, atol=1e-6)
+    np.testing.assert_allclose(np.nan_to_num(found.values[0]), table, atol=1e-6)
     moved = coefficients_of(output_program())
     assert moved.steps == moved.sources == SCHEDULE.compute
-    np.testing.assert_allclose(np.nan_to_num(moved.values), MOVES, atol=1e-6)
+    np.testing.assert_allclose(np.nan_to_num(moved.values[0]), MOVES, atol=1e-6)
 
 
 def test_a_heat_map_says_every_weight_that_is_read():
@@ -95,6 +96,18 @@ def test_a_heat_map_says_every_weight_that_is_read():
     assert len(hints(drawn)) == 15
     assert "step 8: -0.2000 of step 0" in hints(drawn)
     assert plot_coefficients("level", uncached_program()) == ""
+
+
+def test_every_group_has_a_map_of_its_own():
+    program = output_program()
+    rows = {
+        name: np.concatenate([value, 2 * value], axis=1)
+        for name, value in program.arrays().items()
+        if name in ("coefficients", "rows_out")
+    }
+    drawn = plot_coefficients("level", replace(program, **rows))
+    assert {"group 0: step 8: -0.2000 of step 0", "group 1: step 8: -0.4000 of step 0"} <= set(hints(drawn))
+    assert len(hints(drawn)) == 30
 
 
 def test_labels_cover_neither_each_other_nor_spots():
