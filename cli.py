@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import Field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,11 @@ from cachec.compiler.options import BuildWish, Command, declared, make_build_opt
 from cachec.runtime.errors import CachecError, InputError
 
 log = logging.getLogger("cachec")
+
+_NOISE = {  # logger -> what it says that is no news: nothing here draws with torchvision, and cut prompts are named by cachec
+    "transformers.utils.import_utils": "requires torchvision (not installed)",
+    "transformers.tokenization_utils_base": "Token indices sequence length is longer",
+}
 
 
 class _Group(click.Group):
@@ -61,13 +67,21 @@ def main() -> None:
     """Compile a diffusion transformer into a bundle that computes few steps and forecasts the rest."""
 
 
+def _is_news(noise: str, record: logging.LogRecord) -> bool:
+    return noise not in record.getMessage()
+
+
 def start() -> None:
-    """The console script: quiet libraries, one-line messages."""
+    """The console script: one-line messages, without what libraries are known to say for nothing."""
     logging.basicConfig(format="%(message)s", level=logging.ERROR)
     log.setLevel(os.environ.get("CACHEC_LOG_LEVEL", "WARNING").upper())
-    warnings.filterwarnings("ignore")  # those of the libraries; ours are log messages
-    for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
-        os.environ.setdefault(name, "error")
+    logging.captureWarnings(capture=True)
+    logging.getLogger("py.warnings").setLevel(logging.WARNING)
+    warnings.formatwarning = lambda message, category, *_: f"{category.__name__}: {' '.join(str(message).split())}"
+    for category in (DeprecationWarning, PendingDeprecationWarning, FutureWarning):  # to those who write code
+        warnings.simplefilter("ignore", category)
+    for name, noise in _NOISE.items():
+        logging.getLogger(name).addFilter(partial(_is_news, noise))
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     main()
 

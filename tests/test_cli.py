@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -279,3 +281,20 @@ def test_exit_codes_differ_by_kind():
     kinds = [InputError, MissingExtraError, ModelUnavailableError, BundleError, OutputError, PredictorError]
     assert len({kind.exit_code for kind in kinds}) == len(kinds)
     assert not {0, 1, 2} & {kind.exit_code for kind in kinds}
+
+
+def test_what_is_said_for_users_is_shown_and_the_rest_of_the_libraries_is_not():
+    code = (
+        "import logging, warnings\n"
+        "from cachec import cli\n"
+        "def speak():\n"
+        "    logging.getLogger('cachec.compiler').warning('a prompt is cut')\n"
+        "    logging.getLogger('cachec.compiler').info('details')\n"
+        "    logging.getLogger('diffusers.pipelines').warning('of a library')\n"
+        "    warnings.warn('something\\n    odd', UserWarning)\n"
+        "    warnings.warn('write it otherwise', FutureWarning)\n"
+        "cli.main = speak\n"
+        "cli.start()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.splitlines() == ["a prompt is cut", "UserWarning: something odd"]

@@ -68,7 +68,7 @@ def wrap_pipeline(pipeline: Any) -> LoadedModel:
 
 def _find_family(directory: Path, source: str) -> type[Family]:
     try:
-        index = json.loads((directory / INDEX).read_text(encoding="utf-8"))
+        index = json.loads((directory / INDEX).read_text(encoding="utf-8-sig"))
         kind: str = index["_class_name"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelUnavailableError(

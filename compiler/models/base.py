@@ -171,6 +171,16 @@ def check_prompts(prompts: Sequence[str]) -> None:
             raise InputError(f"prompt {index + 1} is empty: pass -p 'some text'")
 
 
+def lost_text(prompt: str, tokenizer: Any, length: int) -> str:
+    """What a text encoder that reads ``length`` tokens never sees of ``prompt``: its end, or nothing."""
+    read = tokenizer(prompt, truncation=False, verbose=False)
+    if len(read.input_ids) <= length:
+        return ""
+    if tokenizer.is_fast:
+        return prompt[read.token_to_chars(length - 1).start :].strip()  # one place is for the token that ends the text
+    return str(tokenizer.decode(read.input_ids[length - 1 : -1])).strip()
+
+
 def tensors_from(arrays: Mapping[str, Array]) -> "dict[str, torch.Tensor]":
     """Torch views of numpy arrays."""
     import torch

@@ -4,6 +4,7 @@ Cut: the image tokens after the last single block, before ``norm_out`` and ``pro
 """
 
 import hashlib
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -15,15 +16,18 @@ import numpy as np
 import torch
 import transformers
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+from diffusers.pipelines.flux import pipeline_flux
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import nn
 
-from cachec.compiler.models.base import Family, ModelSpec, Settings
+from cachec.compiler.models.base import Family, ModelSpec, Settings, lost_text
 from cachec.compiler.models.named import MODELS
-from cachec.runtime.errors import InputError, ModelUnavailableError
+from cachec.runtime.errors import InputError, ModelUnavailableError, shortened
 from cachec.runtime.files import hash_file
 from cachec.runtime.model_io import ModelIO
 from cachec.runtime.specs import Array
+
+log = logging.getLogger(__name__)
 
 
 class FluxModel(Family):
@@ -34,6 +38,7 @@ class FluxModel(Family):
         self.spec = spec
         self.pipeline: Any = pipeline
         self._directory = directory
+        self._told: set[str] = set()  # prompts that are cut, and that was said
 
     @classmethod
     def make_spec(cls, name: str, source: str) -> ModelSpec:
@@ -119,6 +124,7 @@ class FluxModel(Family):
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], settings: Settings, names: Sequence[str]) -> dict[str, Array]:
+        self._tell_of_lost_text(prompts, settings.text_tokens)
         states, pooled, _ = self.pipeline.encode_prompt(
             prompt=list(prompts), prompt_2=None, max_sequence_length=settings.text_tokens
         )
@@ -128,6 +134,21 @@ class FluxModel(Family):
             "guidance": np.full(len(prompts), settings.guidance, np.float32),
         }
         return {name: conditions[name] for name in names}
+
+    def _tell_of_lost_text(self, prompts: Sequence[str], text_tokens: int) -> None:
+        """Once for each prompt that is cut."""
+        pipe, limit = self.pipeline, self.pipeline.tokenizer_max_length
+        for prompt in dict.fromkeys(prompts):
+            if prompt in self._told:
+                continue
+            if lost := lost_text(prompt, pipe.tokenizer_2, text_tokens):
+                self._told.add(prompt)
+                log.warning("prompt %s is cut at %d text tokens, without %s: shorten it, or compile with more --text-tokens",
+                            shortened(prompt), text_tokens, shortened(lost, 200))  # fmt: skip
+            if limit < text_tokens and (lost := lost_text(prompt, pipe.tokenizer, limit)):
+                self._told.add(prompt)
+                log.warning("prompt %s: the pooled text encoder reads %d tokens only, not %s",
+                            shortened(prompt), limit, shortened(lost, 200))  # fmt: skip
 
     @torch.no_grad()
     def decode(self, latents: Array, settings: Settings) -> Array:
@@ -166,9 +187,14 @@ class FluxModel(Family):
 
 
 def _quiet_loading() -> None:
-    """No progress bars for files that load in a second."""
+    """No progress bars for files that load in a second, and nothing twice: prompts that are cut are named here."""
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
+    logging.getLogger(pipeline_flux.__name__).addFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return "was truncated because" not in record.getMessage()
 
 
 def _raw(tensor: torch.Tensor) -> bytes:
