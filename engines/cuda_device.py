@@ -117,7 +117,7 @@ class CudaDevice(Device):
     their streams in step: what is uploaded from there is borrowed, and waits for both.
     """
 
-    calculates = False
+    beside_host = True
 
     def __init__(self, index: int, *, captures: bool = False) -> None:
         cuda_runtime.check_gpu(index)

@@ -22,6 +22,7 @@ class TorchDevice(Device):
         check_device(name)
         self.name = str(name)
         self._device = torch.device(self.name)
+        self.beside_host = self._device.type == CUDA
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> torch.Tensor:
         try:

@@ -8,7 +8,7 @@ import numpy as np
 from cachec.runtime.abi import BATCH, MAX_BATCH
 from cachec.runtime.device import Buffer
 from cachec.runtime.engine import Call, Engine
-from cachec.runtime.errors import InputError
+from cachec.runtime.errors import EngineError, InputError
 from cachec.runtime.model_io import ModelIO
 from cachec.runtime.plan import (
     NOISE_BUFFER,
@@ -34,6 +34,14 @@ class Operation:
     call: Call
     latents: Buffer
     velocities: tuple[Buffer, ...] = ()
+
+
+def not_finite(what: str, level: str, where: str) -> EngineError:
+    """An error for results that nobody can use."""
+    return EngineError(
+        f"level {level}: {what} hold NaN or infinity {where}. Take another level or other conditions, or compile the bundle in "
+        "a type of wider range (--dtype float32 or bfloat16)"
+    )
 
 
 class Binding:

@@ -2,7 +2,7 @@
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -50,7 +50,7 @@ class Device(ABC):
     """
 
     name: str
-    calculates = True  # its buffers can be added and subtracted
+    beside_host = False  # does its work go on while the host does something else?
 
     @abstractmethod
     def empty(self, shape: tuple[int, ...], dtype: str) -> Buffer:
@@ -97,6 +97,34 @@ class Device(ABC):
     def copy(self, buffer: Buffer) -> Buffer:
         """A copy on this device."""
 
+    def gather(self, buffer: Buffer, rows: Sequence[int]) -> Buffer:
+        """A new buffer of these ``rows`` of ``buffer``, along its first axis (the samples of a batch), in this order.
+
+        Raises:
+            InputError: there is no such row.
+        """
+        _check_rows(rows, buffer)
+        result = self.empty((len(rows), *buffer.shape[1:]), str(buffer.dtype).removeprefix("torch."))
+        for place, row in enumerate(rows):
+            self.upload(buffer[row : row + 1], result[place : place + 1])
+        return result
+
+    def scatter(self, values: Buffer, rows: Sequence[int], buffer: Buffer) -> None:
+        """Copy ``values`` [n, …] to these n ``rows`` of ``buffer``, along its first axis; the other rows stay.
+
+        Raises:
+            InputError: there is no such row, one is named twice, or there are more or fewer than ``values``.
+        """
+        _check_rows(rows, buffer)
+        if len(set(rows)) != len(rows) or len(rows) != values.shape[0]:
+            raise InputError(f"{values.shape[0]} rows cannot be scattered to rows {list(rows)}: name a row of its own for each")
+        for place, row in enumerate(rows):
+            self.upload(values[place : place + 1], buffer[row : row + 1])
+
+    def is_finite(self, buffer: Buffer) -> bool:
+        """Does it hold numbers only, no NaN and no infinity? Waits for all that was started."""
+        return bool(np.isfinite(self.download(buffer)).all())
+
     @abstractmethod
     def synchronize(self) -> None:
         """Wait until all that was started is done."""
@@ -110,6 +138,11 @@ class Device(ABC):
         Raises:
             EngineError: it cannot be recorded; says why. The device is then as it was.
         """
+
+
+def _check_rows(rows: Sequence[int], buffer: Buffer) -> None:
+    if strange := [row for row in rows if not 0 <= row < buffer.shape[0]]:
+        raise InputError(f"there is no row {strange[0]}: the buffer has {buffer.shape[0]} rows, counted from 0")
 
 
 class Host(Device):

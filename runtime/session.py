@@ -14,7 +14,7 @@ from typing import Any, Literal, Self, overload
 import numpy as np
 
 from cachec.runtime.abi import BATCH, PROLOGUE
-from cachec.runtime.binding import Binding
+from cachec.runtime.binding import Binding, not_finite
 from cachec.runtime.bundle import Bundle, Manifest, Target
 from cachec.runtime.device import Buffer, DeviceName
 from cachec.runtime.engine import HOST, Call, Engine, LoadOptions
@@ -188,7 +188,11 @@ class Session:
 
         ``on_device``: a buffer of the device instead of a numpy array, without waiting for it to be ready: a torch tensor, or
         what ``torch.from_dlpack`` and its like take on a GPU without torch. It has memory of its own, which is freed with the
-        last reference to it or to what was made from it, also after the session.
+        last reference to it or to what was made from it, also after the session. It is not looked at: it may hold NaN.
+
+        Raises:
+            InputError: the request does not fit.
+            EngineError: the latents hold NaN or infinity; says from which step on.
         """
         self._binding.take(conditions, noise)
         if self._has_run and self.trace is None:
@@ -199,7 +203,22 @@ class Session:
             self._recording.run()
             self._position = len(self._operations)
         self._has_run = True
-        return self._device.copy(self._binding.final) if on_device else self.latents
+        if on_device:
+            return self._device.copy(self._binding.final)
+        latents = self.latents
+        if not np.isfinite(latents).all():
+            raise not_finite("the latents", self.program.key.level, self._first_bad_place())
+        return latents
+
+    def _first_bad_place(self) -> str:
+        """Play the request again, and look after each call."""
+        self._start()
+        while not self.finished:
+            steps = self._operations[self._position].steps
+            self.advance()
+            if not np.isfinite(self.latents).all():
+                return f"after step {steps[-1]}" if len(steps) == 1 else f"after steps {steps[0]} to {steps[-1]}"
+        return "at the end"
 
     def _play(self) -> None:
         self._start()

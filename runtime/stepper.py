@@ -7,7 +7,7 @@ between steps, and the next answer is an answer to them.
 from collections import deque
 from collections.abc import Mapping
 
-from cachec.runtime.binding import Binding
+from cachec.runtime.binding import Binding, not_finite
 from cachec.runtime.device import Buffer
 from cachec.runtime.engine import Engine
 from cachec.runtime.errors import InputError
@@ -70,6 +70,8 @@ class Stepper:
 
         Raises:
             InputError: another step is next, or the latents do not fit.
+            EngineError: it holds NaN or infinity. On devices that work beside the host only the last step is looked at, and
+                what it started from, since looking waits.
         """
         if step != self.next_step:
             due = "no step" if self.next_step is None else f"step {self.next_step}"
@@ -81,4 +83,13 @@ class Stepper:
             self._position += 1
             self._found.extend(operation.velocities)
         self._step += 1
-        return self._device.copy(self._found.popleft())
+        velocity = self._found.popleft()
+        self._look(step, velocity)
+        return self._device.copy(velocity)
+
+    def _look(self, step: int, velocity: Buffer) -> None:
+        level, is_last = self.program.key.level, self.next_step is None
+        if (is_last or not self._device.beside_host) and not self._device.is_finite(velocity):
+            raise not_finite("the velocities", level, f"at step {step}")
+        if is_last and not self._device.is_finite(self._binding.noise):
+            raise not_finite("the latents that came in", level, f"at step {step}")

@@ -22,6 +22,7 @@ from cachec.runtime.errors import EngineError, InputError, MissingExtraError
 from cachec.runtime.noise import make_noise
 from cachec.runtime.session import Session
 from cachec.runtime.specs import Signature, TensorSpec
+from cachec.runtime.stepper import Stepper
 
 NO_GPU = not any(Path("/dev").glob("nvidia[0-9]*"))
 
@@ -78,6 +79,21 @@ def test_scalars_and_loops_over_rows(device):
     rows = device.empty((3, 2), "float32")
     device.upload(np.arange(6, dtype=np.float32).reshape(3, 2), rows)
     np.testing.assert_array_equal([device.download(row) for row in rows], [[0, 1], [2, 3], [4, 5]])
+
+
+def test_rows_of_a_batch_are_gathered_and_scattered_by_copies_on_the_gpu(fake, device):
+    values = np.arange(12, dtype=np.float32).reshape(4, 3)
+    buffer = device.empty((4, 3), "float32")
+    device.upload(values, buffer)
+    fake.log.clear()
+    picked = device.gather(buffer, [2, 0, 2])
+    device.scatter(picked[:2], [3, 1], buffer)
+    assert "cudaStreamSynchronize" not in fake.names()  # only queued
+    np.testing.assert_array_equal(device.download(picked), values[[2, 0, 2]])
+    np.testing.assert_array_equal(device.download(buffer), values[[0, 0, 2, 2]])
+    with pytest.raises(InputError, match="there is no row 4: the buffer has 4 rows"):
+        device.gather(buffer, [4])
+    assert device.is_finite(buffer)
 
 
 def test_bfloat16_comes_back_as_float32(device):
@@ -422,6 +438,11 @@ def test_onnx_runtime_runs_on_such_buffers(loaded, device):
         for seed in (1, 2, 1):
             expected = loaded.session(level=level).run(*request_of(seed))
             np.testing.assert_array_equal(session.run(*request_of(seed)), expected)
+        stepper, (conditions, x) = Stepper(engines, program, loaded.io), request_of(1)
+        stepper.begin(conditions)
+        for step, delta in enumerate(np.diff(program.sigmas)):
+            x = x + delta * device.download(stepper.velocity(step, x))
+        np.testing.assert_allclose(x, expected, atol=1e-5)
 
 
 def test_a_queued_call_gives_what_a_call_gives(bundle):

@@ -1,339 +1,279 @@
+"""Sessions on engines of numpy: both cuts against the same run written out, requests that do not fit, results that are bad."""
+
+import logging
+from dataclasses import replace
+
 import numpy as np
 import pytest
-import torch
-from toy_bundle import SCHEDULE, SIGMAS, STEPS, eager_velocity, output_table, split_toy, write_output_bundle
+from numpy_engines import IO, SHAPE, STEPS, load, make_engines, make_program, noise, play, prompt
 
-import cachec
-from cachec.runtime.bundle import Bundle
-from cachec.runtime.errors import BundleError, InputError
-from cachec.runtime.noise import make_noise
+from cachec.runtime.abi import BATCH, FEATURE, VELOCITY
+from cachec.runtime.device import Host
+from cachec.runtime.engine import Call
+from cachec.runtime.errors import EngineError, InputError
 from cachec.runtime.program import UNCACHED
 from cachec.runtime.session import Session
+from cachec.runtime.trace import Trace
 
-SHAPE = (6, 8)
-
-
-@pytest.fixture(scope="module")
-def loaded(toy_bundle):
-    with cachec.load(toy_bundle) as bundle:
-        yield bundle
+CUTS = ("hidden", "output", UNCACHED)
+KIND = {"hidden": FEATURE, "output": VELOCITY}
 
 
-def noise(*seeds):
-    return np.stack([make_noise(seed, SHAPE) for seed in seeds])
+def make_session(cut, batch=1, **options):
+    return Session(make_engines(**options), make_program(cut), IO, batch=batch)
 
 
-def prompt(*seeds):
-    return {"prompt": np.stack([make_noise(100 + seed, (8,)) for seed in seeds])}
+def run_alone(cut, *seeds):
+    return make_session(cut, len(seeds)).run(prompt(*seeds), noise(*seeds))
 
 
-def run_alone(loaded, *seeds):
-    return loaded.session(batch=len(seeds)).run(prompt(*seeds), noise(*seeds))
-
-
-def fill(session, value):
+@pytest.mark.parametrize("cut", CUTS)
+def test_a_session_is_the_run_written_out(cut):
+    session, wanted = make_session(cut, 2), play(cut, 1, 2)
     for slots in session.slots.values():
-        slots[:] = value
-
-
-def begin_on_stale_slots(loaded, seed):
-    session = loaded.session()
-    fill(session, np.nan)
-    session.begin(prompt(seed), noise(seed))
-    return session
-
-
-def test_the_program_computes_some_steps_and_forecasts_the_others(loaded):
-    program = loaded.programs["default"]
-    assert program.compute_steps == SCHEDULE.compute
-    assert 0 < len(program.compute_steps) < STEPS
-
-
-def test_the_program_forecasts_before_all_slots_are_written(loaded):
-    program = loaded.programs["default"]
-    assert min(i.num_slots for i in program.instructions if i.rows) < program.capacity
-
-
-def test_interleaved_sessions_equal_sessions_alone_bit_for_bit(loaded):
-    first, second = begin_on_stale_slots(loaded, 1), begin_on_stale_slots(loaded, 2)
-    while not first.finished:
-        first.advance()
-        second.advance()
-    assert np.array_equal(first.latents, run_alone(loaded, 1))
-    assert np.array_equal(second.latents, run_alone(loaded, 2))
-    assert not np.array_equal(first.latents, second.latents)
-
-
-@pytest.mark.parametrize("behind", [1, 3])
-def test_sessions_may_be_at_different_steps(loaded, behind):
-    first, second = begin_on_stale_slots(loaded, 1), begin_on_stale_slots(loaded, 2)
-    for _ in range(behind):
-        first.advance()
-    while not first.finished:
-        second.advance()
-        first.advance()
-    while not second.finished:
-        second.advance()
-    assert np.array_equal(first.latents, run_alone(loaded, 1))
-    assert np.array_equal(second.latents, run_alone(loaded, 2))
-
-
-def test_a_session_that_is_used_again_forgets_the_request_before(loaded):
-    session = loaded.session()
-    session.run(prompt(1), noise(1))
-    assert np.array_equal(session.run(prompt(2), noise(2)), run_alone(loaded, 2))
-
-
-def test_a_request_may_be_dropped_halfway(loaded):
-    session = begin_on_stale_slots(loaded, 1)
-    session.advance()
-    assert np.array_equal(session.run(prompt(2), noise(2)), run_alone(loaded, 2))
-
-
-def test_a_batch_equals_its_samples_alone(loaded):
-    together = run_alone(loaded, 1, 2, 3)
-    alone = np.concatenate([run_alone(loaded, seed) for seed in (1, 2, 3)])
-    np.testing.assert_allclose(together, alone, atol=1e-5, rtol=0)
-
-
-def test_forecasting_differs_from_computing_every_step_but_not_much(loaded):
-    full = loaded.session(level=UNCACHED).run(prompt(1), noise(1))
-    error = np.abs(full - run_alone(loaded, 1)).max()
-    assert 1e-6 < error < 0.5 * np.abs(full).max()
-
-
-def with_value(array, value):
-    array = array.copy()
-    array.flat[3] = value
-    return array
-
-
-BAD_REQUESTS = {
-    "noise of another shape": (prompt(1), noise(1)[:, :5], "'latents' has shape .* for height 6, width 8, text tokens 0"),
-    "noise of another batch": (prompt(1), noise(1, 2), "'latents' has shape .* this session takes batches of 1, and"),
-    "noise without batch": (prompt(1), noise(1)[0], "'latents' has shape"),
-    "noise of another dtype": (prompt(1), noise(1).astype(np.float64), "'latents' has dtype float64"),
-    "NaN in the noise": (prompt(1), with_value(noise(1), np.nan), "'latents' holds NaN .*what made it$"),
-    "infinity in the noise": (prompt(1), with_value(noise(1), np.inf), "'latents' holds NaN or infinity"),
-    "condition missing": ({}, noise(1), "conditions are .'prompt'., got"),
-    "condition unknown": ({**prompt(1), "lora": noise(1)}, noise(1), "conditions are .'prompt'., got .*lora"),
-    "condition of another shape": ({"prompt": noise(1)}, noise(1), "'prompt' has shape"),
-    "condition of another batch": (prompt(1, 2), noise(1), "'prompt' has shape"),
-    "condition of another dtype": ({"prompt": prompt(1)["prompt"].astype(np.float16)}, noise(1), "'prompt' has dtype"),
-    "NaN in a condition": ({"prompt": with_value(prompt(1)["prompt"], np.nan)}, noise(1), "'prompt' holds NaN"),
-}
-
-
-@pytest.mark.parametrize(("conditions", "start", "message"), BAD_REQUESTS.values(), ids=BAD_REQUESTS.keys())
-def test_a_bad_request_is_refused_and_leaves_the_session_usable(loaded, conditions, start, message):
-    session = loaded.session()
-    with pytest.raises(InputError, match=message):
-        session.run(conditions, start)
+        slots[:] = np.nan  # what is not written yet is never read
+    session.begin(prompt(1, 2), noise(1, 2))
+    for instruction in session.program.instructions:
+        session.advance()
+        if instruction.moves:
+            np.testing.assert_allclose(session.latents, wanted[instruction.moves[-1]], atol=1e-5)
     assert session.finished
-    assert np.array_equal(session.run(prompt(1), noise(1)), run_alone(loaded, 1))
+    assert session.latent_shape == (2, *SHAPE)
+    np.testing.assert_array_equal(session.latents, run_alone(cut, 1, 2))
 
 
-@pytest.mark.parametrize(("conditions", "start", "message"), BAD_REQUESTS.values(), ids=BAD_REQUESTS.keys())
-def test_a_bad_request_leaves_the_running_one_alone(loaded, conditions, start, message):
-    session = begin_on_stale_slots(loaded, 1)
-    session.advance()
-    with pytest.raises(InputError, match=message):
-        session.begin(conditions, start)
-    while not session.finished:
-        session.advance()
-    assert np.array_equal(session.latents, run_alone(loaded, 1))
+def test_forecasting_differs_from_computing_every_step_but_not_much():
+    full = run_alone(UNCACHED, 1)
+    for cut in KIND:
+        assert 1e-4 < np.abs(run_alone(cut, 1) - full).max() < 0.5
 
 
-def test_advancing_a_finished_session_is_refused(loaded):
-    session = loaded.session()
-    with pytest.raises(InputError, match=r"finished: call begin\(\)"):
-        session.advance()
-    wanted = session.run(prompt(1), noise(1))
-    with pytest.raises(InputError, match=r"finished: call begin\(\)"):
-        session.advance()
-    assert np.array_equal(session.latents, wanted)
-
-
-@pytest.mark.parametrize("batch", [0, -1])
-def test_an_empty_batch_is_refused(loaded, batch):
-    with pytest.raises(InputError, match=f"batch is {batch}"):
-        loaded.session(batch=batch)
-
-
-def test_a_batch_beyond_what_graphs_are_captured_for_is_refused(loaded):
-    with pytest.raises(InputError, match="batch is 1025; it must be from 1 to 1024"):
-        loaded.session(batch=1025)
-
-
-def test_denoising_without_seeds_is_refused(loaded):
-    with pytest.raises(InputError, match="batch is 0"):
-        loaded.denoise(prompt(1), seeds=[])
-
-
-def test_an_unknown_level_is_refused(loaded):
-    with pytest.raises(InputError, match="unknown level 'fast'. Known: default, uncached"):
-        loaded.session(level="fast")
-
-
-def test_run_returns_a_copy(loaded):
-    session = loaded.session()
-    result = session.run(prompt(1), noise(1))
-    kept = result.copy()
-    session.run(prompt(2), noise(2))
-    assert np.array_equal(result, kept)
-    result[:] = 0
-    assert session.latents.any()
-
-
-def test_the_inputs_of_a_request_are_not_written_to(loaded):
-    conditions, start = prompt(1), noise(1)
-    loaded.session().run(conditions, start)
-    assert np.array_equal(start, noise(1))
-    assert np.array_equal(conditions["prompt"], prompt(1)["prompt"])
-
-
-def test_changing_the_inputs_after_begin_changes_nothing(loaded):
-    conditions, start = prompt(1), noise(1)
-    session = loaded.session()
-    session.begin(conditions, start)
-    conditions["prompt"][:] = 0
-    start[:] = 0
-    while not session.finished:
-        session.advance()
-    assert np.array_equal(session.latents, run_alone(loaded, 1))
-
-
-def test_denoise_starts_from_the_noise_of_its_seeds(loaded):
-    assert np.array_equal(loaded.denoise(prompt(1, 2), seeds=[1, 2]), run_alone(loaded, 1, 2))
-
-
-# The output cut: velocities in the slots, a row for each gap, no forecast engine
-
-
-@pytest.fixture(scope="module")
-def output_bundles(tmp_path_factory):
-    out, split = tmp_path_factory.mktemp("bundles"), split_toy(head_axis=True)
-    return {name: write_output_bundle(split, out / name, name) for name in ("eager", "ort")}
-
-
-@pytest.fixture(scope="module", params=["eager", "ort"])
-def output(request, output_bundles):
-    with cachec.load(output_bundles[request.param]) as bundle:
-        yield bundle
-
-
-def velocity_of(loaded, x, timestep, conditions):
-    """One call of the compute engine, by hand."""
-    times = np.array([timestep], np.float32)
-    prologue, compute = loaded.engines["prologue"], loaded.engines["compute"]
-    sizes = {"batch": len(x), "compute_steps": 1}
-    hoisted = {spec.name: np.zeros(spec.resolve(sizes), spec.dtype) for spec in prologue.signature.outputs}
-    prologue.context().run({"compute_timesteps": times, **conditions}, hoisted)
-    velocity = np.empty_like(x)
-    inputs = {"latents": x, "delta": np.zeros(len(x), np.float32), "step_values": hoisted["compute_step_values"][0]}
-    compute.context().run(inputs, {"velocity": velocity})
-    return velocity
-
-
-def straight_line(velocity, start):
-    """x = noise + sum of weighted velocities, computed step by computed step."""
-    table, x, velocities = output_table(), start, []
-    for row, timestep in zip(table.coefficients, table.timesteps, strict=True):
-        velocities.append(velocity(x, timestep).astype(np.float64))
-        x = (start + sum(weight * v for weight, v in zip(row, velocities, strict=False))).astype(np.float32)
-    return x
-
-
-def test_an_output_bundle_has_no_forecast_engine_and_computes_its_schedule(output):
-    assert set(output.engines) == {"prologue", "compute", "advance"}
-    assert output.programs["default"].compute_steps == SCHEDULE.compute
-    assert output.session().slots["velocity"].shape == (len(SCHEDULE.compute), 1, *SHAPE)
-
-
-def test_an_output_program_is_the_recursion_written_out(output):
-    conditions = prompt(1, 2)
-    expected = straight_line(lambda x, timestep: velocity_of(output, x, timestep, conditions), noise(1, 2))
-    np.testing.assert_allclose(run_alone(output, 1, 2), expected, atol=2e-6, rtol=2e-6)
-
-
-def test_an_output_program_is_the_recursion_on_the_model_itself(output):
-    def velocity(x, timestep):
-        given = {"latents": torch.from_numpy(x), "timestep": torch.full((1,), float(timestep))}
-        return eager_velocity({**given, "prompt": torch.from_numpy(prompt(1)["prompt"])}).numpy()
-
-    np.testing.assert_allclose(run_alone(output, 1), straight_line(velocity, noise(1)), atol=1e-4, rtol=0)
-
-
-def test_the_uncached_run_is_euler_at_the_samplers_own_timesteps(output):
-    x, conditions = noise(1), prompt(1)
-    for step in range(STEPS):
-        x = x + (SIGMAS[step + 1] - SIGMAS[step]) * velocity_of(output, x, SIGMAS[step], conditions)
-    np.testing.assert_allclose(output.session(level=UNCACHED).run(conditions, noise(1)), x, atol=1e-6, rtol=0)
-
-
-def test_slots_hold_velocities_and_those_not_written_yet_are_never_read(output):
-    session = begin_on_stale_slots(output, 1)
-    for instruction in output.programs["default"].instructions:
-        session.advance()
-        written = 1 + max(*instruction.reads.get("velocity", (0,)), *instruction.writes.values(), 0)
-        assert np.isfinite(session.slots["velocity"][:written]).all()
-        assert np.isnan(session.slots["velocity"][written:]).all()
-        assert np.isfinite(session.latents).all()
-    assert session.finished
-    assert np.array_equal(session.latents, run_alone(output, 1))
-    first = velocity_of(output, noise(1), output_table().timesteps[0], prompt(1))
-    np.testing.assert_allclose(session.slots["velocity"][0], first, atol=1e-6, rtol=1e-6)
-
-
+@pytest.mark.parametrize("cut", KIND)
 @pytest.mark.parametrize("behind", [0, 1, 3])
-def test_output_sessions_may_be_interleaved(output, behind):
-    first, second = begin_on_stale_slots(output, 1), begin_on_stale_slots(output, 2)
+def test_interleaved_sessions_equal_sessions_alone_bit_for_bit(cut, behind):
+    first, second = make_session(cut), make_session(cut)
+    for session, seed in ((first, 1), (second, 2)):
+        session.slots[KIND[cut]][:] = np.nan
+        session.begin(prompt(seed), noise(seed))
     for _ in range(behind):
         first.advance()
     while not second.finished:
         if not first.finished:
             first.advance()
         second.advance()
-    assert np.array_equal(first.latents, run_alone(output, 1))
-    assert np.array_equal(second.latents, run_alone(output, 2))
-    assert not np.array_equal(first.latents, second.latents)
+    np.testing.assert_array_equal(first.latents, run_alone(cut, 1))
+    np.testing.assert_array_equal(second.latents, run_alone(cut, 2))
 
 
-@pytest.mark.parametrize("done", [0, 1, 2, 5, 8])
-def test_a_second_output_request_forgets_the_first_wherever_that_was(output, done):
-    session = begin_on_stale_slots(output, 1)
-    for _ in range(done):
+@pytest.mark.parametrize("cut", KIND)
+def test_a_request_may_be_dropped_halfway(cut):
+    session = make_session(cut)
+    session.begin(prompt(1), noise(1))
+    for _ in range(3):
         session.advance()
-    assert np.array_equal(session.run(prompt(2), noise(2)), run_alone(output, 2))
+    np.testing.assert_array_equal(session.run(prompt(2), noise(2)), run_alone(cut, 2))
 
 
-def test_an_output_batch_equals_its_samples_alone(output):
-    alone = np.concatenate([run_alone(output, seed) for seed in (1, 2, 3)])
-    np.testing.assert_allclose(run_alone(output, 1, 2, 3), alone, atol=1e-5, rtol=0)
+@pytest.mark.parametrize("cut", CUTS)
+def test_a_batch_equals_its_samples_alone(cut):
+    alone = np.concatenate([run_alone(cut, seed) for seed in (1, 2, 3)])
+    np.testing.assert_allclose(run_alone(cut, 1, 2, 3), alone, atol=1e-6)
 
 
-def test_output_requests_leave_their_inputs_alone(output):
-    conditions, start = prompt(1), noise(1)
-    session = output.session()
-    session.begin(conditions, start)
+def with_nan(array):
+    array = array.copy()
+    array.flat[3] = np.nan
+    return array
+
+
+BAD_REQUESTS = {
+    "shape": (prompt(1), noise(1)[:, :2], "'latents' has shape .* for height 3, width 4"),
+    "batch": (prompt(1), noise(1, 2), "'latents' has shape .* this session takes batches of 1, and"),
+    "dtype": (prompt(1), noise(1).astype(np.float64), "'latents' has dtype float64"),
+    "NaN": (prompt(1), with_nan(noise(1)), "'latents' holds NaN .*what made it$"),
+    "missing": ({}, noise(1), "conditions are .'prompt'., got"),
+    "unknown": ({**prompt(1), "lora": noise(1)}, noise(1), "conditions are .'prompt'., got .*lora"),
+    "condition's batch": (prompt(1, 2), noise(1), "'prompt' has shape"),
+    "NaN in a condition": ({"prompt": with_nan(prompt(1)["prompt"])}, noise(1), "'prompt' holds NaN"),
+}
+
+
+@pytest.mark.parametrize(("conditions", "start", "message"), BAD_REQUESTS.values(), ids=BAD_REQUESTS.keys())
+def test_a_bad_request_is_refused_and_leaves_the_running_one_alone(conditions, start, message):
+    session = make_session("hidden")
+    session.begin(prompt(1), noise(1))
     session.advance()
-    kept = start.copy()
-    start[:] = 0  # the session has its own copy, which every gap starts from
+    for attempt in (session.begin, session.run):
+        with pytest.raises(InputError, match=message):
+            attempt(conditions, start)
     while not session.finished:
         session.advance()
-    assert np.array_equal(session.latents, run_alone(output, 1))
-    assert np.array_equal(kept, noise(1))
+    np.testing.assert_array_equal(session.latents, run_alone("hidden", 1))
 
 
-def test_back_ends_agree_on_an_output_program(output_bundles):
-    results = {}
-    for name, path in output_bundles.items():
-        assert Bundle.open(path).manifest.targets[0].backend == name
-        with cachec.load(path) as bundle:
-            results[name] = bundle.denoise(prompt(1, 2), seeds=[1, 2])
-    np.testing.assert_allclose(results["ort"], results["eager"], atol=1e-4, rtol=0)
+def test_advancing_a_finished_session_is_refused():
+    session = make_session("hidden")
+    for _ in range(2):
+        with pytest.raises(InputError, match=r"finished: call begin\(\)"):
+            session.advance()
+        session.run(prompt(1), noise(1))
 
 
-def test_a_program_that_forecasts_needs_the_engine_for_it(output, loaded):
-    with pytest.raises(BundleError, match="the program needs the engine forecast, which the bundle lacks: compile it again"):
-        Session(output.engines, loaded.programs["default"], output.io)
+@pytest.mark.parametrize("batch", [0, -1, 1025])
+def test_impossible_batches_are_refused(batch):
+    with pytest.raises(InputError, match=f"batch is {batch}; it must be from 1 to 1024"):
+        make_session("hidden", batch)
+
+
+def test_a_program_for_one_batch_refuses_others():
+    program = make_program("hidden")
+    program = replace(program, key=replace(program.key, batch=2))
+    with pytest.raises(InputError, match="batch is 1; this bundle was compiled for batches of 2"):
+        Session(make_engines(), program, IO)
+
+
+@pytest.mark.parametrize("cut", KIND)
+def test_results_are_copies_and_inputs_stay_as_they_were(cut):
+    session, conditions, start = make_session(cut), prompt(1), noise(1)
+    result = session.run(conditions, start)
+    kept = result.copy()
+    session.begin(conditions, start)
+    conditions["prompt"][:], start[:] = 0, 0  # the session has its own copies
+    while not session.finished:
+        session.advance()
+    np.testing.assert_array_equal(session.latents, kept)
+    result[:] = 0
+    np.testing.assert_array_equal(session.latents, kept)
+
+
+def test_loaded_bundles_make_sessions_by_level():
+    loaded = load("hidden")
+    assert (loaded.default_level, loaded.check_level(None), loaded.check_level(UNCACHED)) == ("default", "default", UNCACHED)
+    np.testing.assert_array_equal(loaded.denoise(prompt(1, 2), [1, 2]), run_alone("hidden", 1, 2))
+    np.testing.assert_array_equal(loaded.denoise(prompt(1), [1], level=UNCACHED), run_alone(UNCACHED, 1))
+    with pytest.raises(InputError, match="unknown level 'fast'. Known: default, uncached"):
+        loaded.session(level="fast")
+    with pytest.raises(InputError, match="batch is 6; the engines of .* take up to 5: build them with --max-batch 6"):
+        loaded.session(batch=6)
+    with pytest.raises(InputError, match="batch is 0"):
+        loaded.denoise(prompt(1), [])
+    with loaded:
+        pass
+    with pytest.raises(Exception, match="the engine was closed"):
+        loaded.session()
+
+
+def test_a_trace_tells_every_call():
+    session = make_session("output")
+    session.trace = Trace()
+    session.run(prompt(1), noise(1))
+    assert [event["name"] for event in session.trace.events] == ["prologue", *["compute", "advance"] * 4]
+    steps = [step for event in session.trace.events for step in event["args"].get("steps", [])]
+    assert set(steps) == set(range(STEPS))
+
+
+def broken_at(sigma):
+    from numpy_engines import compute
+
+    def broken(latents, delta, shift, prompt):
+        made = compute(latents, delta, shift, prompt)
+        return {name: value / 0 for name, value in made.items()} if (shift - prompt).max() / 3 <= sigma else made
+
+    return broken
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize(
+    ("cut", "place"), [("hidden", "after step 6"), ("output", "after steps 6 to 7"), (UNCACHED, "after step 6")]
+)
+def test_latents_that_are_not_finite_are_not_handed_out(cut, place):
+    session = make_session(cut, compute=broken_at(0.26))
+    level = "uncached" if cut == UNCACHED else "default"
+    with pytest.raises(EngineError, match=rf"level {level}: the latents hold NaN or infinity {place}\. Take another level"):
+        session.run(prompt(1), noise(1))
+    assert not np.isfinite(session.run(prompt(1), noise(1), on_device=True)).all()  # not looked at
+
+
+class RecordingDevice(Host):
+    """The host, keeping calls when told to: like a GPU, it does not carry out what it records."""
+
+    def __init__(self, failure=None):
+        self.calls, self.failure, self.attempts = None, failure, 0
+
+    def record(self, work):
+        self.attempts += 1
+        if self.failure is not None:
+            raise EngineError(self.failure)
+        self.calls = []
+        work()
+        calls, self.calls = self.calls, None
+        return Replay(calls)
+
+
+class Replay(Call):
+    def __init__(self, calls):
+        self._calls, self.runs = calls, 0
+
+    def run(self):
+        self.runs += 1
+        for call in self._calls:
+            call.run()
+
+
+class Watched(Call):
+    """Runs a call, or leaves it to be recorded; counts how often it was run by itself."""
+
+    def __init__(self, call, device):
+        self._call, self._device, self.runs = call, device, 0
+
+    def run(self):
+        if self._device.calls is not None:
+            self._device.calls.append(self._call)
+            return
+        self.runs += 1
+        self._call.run()
+
+
+def recording_session(device):
+    session = make_session("hidden", device=device)
+    watched = [Watched(operation.call, device) for operation in session._operations]
+    session._operations[:] = [replace(op, call=call) for op, call in zip(session._operations, watched, strict=True)]
+    session._binding.prologue = Watched(session._binding.prologue, device)
+    return session, [session._binding.prologue, *watched]
+
+
+def test_requests_are_replayed_from_the_second_on():
+    device = RecordingDevice()
+    session, calls = recording_session(device)
+    for seed in range(4):
+        np.testing.assert_array_equal(session.run(prompt(seed), noise(seed)), run_alone("hidden", seed))
+        assert session.recorded == (seed > 0)
+        assert device.attempts == (seed > 0)  # a session for one request records nothing
+    assert session._recording.runs == 3
+    assert {call.runs for call in calls} == {1}
+    with pytest.raises(InputError, match="NaN"):
+        session.run(prompt(1), noise(1) * np.nan)
+    session.trace = Trace()  # steps and traces are not replayed
+    np.testing.assert_array_equal(session.run(prompt(1), noise(1)), run_alone("hidden", 1))
+    assert len(session.trace.events) == len(calls)
+    assert session._recording.runs == 3
+
+
+def test_what_cannot_be_recorded_is_said_once(caplog):
+    device = RecordingDevice(failure="operation not permitted when stream is capturing")
+    session, calls = recording_session(device)
+    with caplog.at_level(logging.WARNING):
+        for seed in range(3):
+            np.testing.assert_array_equal(session.run(prompt(seed), noise(seed)), run_alone("hidden", seed))
+    assert [record.getMessage() for record in caplog.records] == [
+        "the calls of a request are made one by one: operation not permitted when stream is capturing"
+    ]
+    assert (device.attempts, {call.runs for call in calls}) == (1, {3})
+
+
+def test_a_session_takes_arrays_of_its_device_only():
+    session = make_session("hidden", 2)
+    assert session.takes(noise(1))
+    assert not session.takes([1.0])
+    assert session.slots[FEATURE].shape == (2, 2, *SHAPE)
+    assert session._binding.latent_spec.shape[0] == BATCH

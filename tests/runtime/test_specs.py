@@ -1,8 +1,6 @@
 import numpy as np
 import pytest
 
-from cachec.runtime.device import Host
-from cachec.runtime.engine import check_bindings
 from cachec.runtime.errors import InputError
 from cachec.runtime.specs import Signature, TensorSpec
 
@@ -53,36 +51,3 @@ def test_tensors_are_found_by_name():
     assert SIGNATURE.input("latents") is SPEC
     with pytest.raises(KeyError, match="no tensor 'velocity'; there are latents, timestep"):
         SIGNATURE.input("velocity")
-
-
-def bind(inputs=None, outputs=None):
-    inputs = {"latents": zeros(2, 3), "timestep": zeros(2), **(inputs or {})}
-    check_bindings(SIGNATURE, Host(), inputs, {"velocity": zeros(2, 3)} if outputs is None else outputs)
-
-
-@pytest.mark.parametrize("outputs", [None, {}])
-def test_fitting_bindings_pass_and_the_same_with_another_batch_for_one_input_do_not(outputs):
-    bind(outputs=outputs)
-    with pytest.raises(InputError, match="'timestep' has shape"):
-        bind({"timestep": zeros(3)}, outputs=outputs)
-
-
-@pytest.mark.parametrize(
-    ("inputs", "outputs", "message"),
-    [
-        ({"prompt": zeros(2)}, None, "engine inputs are"),
-        ({}, {"feature": zeros(2, 3)}, "no tensor 'feature'"),
-        ({"timestep": zeros(3)}, None, "'timestep' has shape"),
-        ({"timestep": zeros(2, dtype=np.float64)}, None, "'timestep' is float64"),
-        ({}, {"velocity": zeros(1, 3)}, "'velocity' has shape"),
-        ({"latents": np.asfortranarray(zeros(2, 3))}, None, "'latents' is not contiguous"),
-    ],
-)
-def test_unfit_bindings_are_refused(inputs, outputs, message):
-    with pytest.raises(InputError, match=message):
-        bind(inputs, outputs)
-
-
-def test_a_missing_input_is_refused():
-    with pytest.raises(InputError, match="engine inputs are"):
-        check_bindings(SIGNATURE, Host(), {"latents": zeros(2, 3)}, {})

@@ -55,7 +55,7 @@ def test_methods_that_are_fitted_to_the_model_are_not_made_on_the_side(name):
 
 def test_the_models_sampler_on_fewer_steps_computes_them_all():
     model = ToyModel()
-    program = sampler_program(model, SETTINGS, ProgramKey(50, "other", height=16, width=24, text_tokens=1), 3)
+    program = sampler_program(model, SETTINGS, ProgramKey(50, "other", {"height": 16}), 3)
     assert program.compute_steps == (0, 1, 2)
     np.testing.assert_allclose(program.sigmas, [1, 2 / 3, 1 / 3, 0], atol=1e-6)
     assert program.key.sigmas_hash == hash_sigmas(program.sigmas)
