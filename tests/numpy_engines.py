@@ -31,7 +31,7 @@ KEY = ProgramKey(STEPS, hash_sigmas(SIGMAS), {"height": TOKENS, "width": WIDTH})
 class NumpyEngine(Engine):
     """``native`` is a function from inputs to outputs, both by name."""
 
-    name, needs_same_version, device_bound = "numpy", False, False
+    name, needs_same_version = "numpy", False
 
     def __init__(self, native, signature, device=None):
         super().__init__(native, signature, device or Host())
@@ -44,7 +44,7 @@ class NumpyEngine(Engine):
     def check_target(cls, device, precision):
         raise NotImplementedError
 
-    build = load = check_target
+    load = check_target
 
     def _context(self, native, device):
         return NumpyContext(native, self.signature, device)
