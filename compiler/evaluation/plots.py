@@ -16,7 +16,7 @@ from matplotlib.axis import Axis
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import LogLocator
+from matplotlib.ticker import LogLocator, MaxNLocator
 
 from cachec.compiler.evaluation.drawing import DPI, FAINT, FONT_SIZE, INK, Words, add_axes, draw, text_width
 from cachec.compiler.evaluation.error_by_step import ErrorCurve, position
@@ -109,29 +109,35 @@ def _quality_hint(row: Mapping[str, Any]) -> str:
 
 
 def _name_spots(axes: Axes, points: Rows, styles: Mapping[str, Style]) -> None:
+    """Names beside the spots, with a line to them."""
+    inside, boxes = axes.get_window_extent(), []
     spots = [tuple(axes.transData.transform((row["seconds_loop"], row["psnr_db"]))) for row in points]
-    names = [row["name"] for row in points]
-    inside = axes.get_window_extent()
-    places = place_labels([text_width(name) for name in names], spots, (inside.y0, inside.y1), right=WIDTH)
-    for name, (x, y), (to_x, to_y) in zip(names, spots, places, strict=True):
-        look = styles[name]
+    for row, (x, y) in zip(points, spots, strict=True):
+        bar = axes.transData.transform((row["seconds_loop"], row["psnr_db"] + (row["psnr_db_stderr"] or 0.0)))[1] - y
+        boxes.append((x - 7, y - max(bar, 7), x + 7, y + max(bar, 7)))
+    widths = [text_width(row["name"]) for row in points]
+    for row, (x, y), place in zip(points, spots, place_labels(widths, boxes, (inside.y0, inside.y1), right=WIDTH), strict=True):
+        look = styles[row["name"]]
         arrow = {"arrowstyle": "-", "color": look.colour, "linewidth": 0.7, "shrinkA": 0, "shrinkB": 0, "relpos": (0, 0.5)}
-        axes.annotate(name, (x, y), (to_x, to_y), "figure pixels", "figure pixels", arrow,
+        axes.annotate(row["name"], (x, y), place, "figure pixels", "figure pixels", arrow,
                       color=look.colour, weight=look.weight, va="center_baseline")  # fmt: skip
 
 
+Box = tuple[float, float, float, float]  # left, low, right and high edge in pixels
+
+
 def place_labels(
-    widths: Sequence[float], spots: Sequence[tuple[float, float]], inside: tuple[float, float], right: float
+    widths: Sequence[float], marks: Sequence[Box], inside: tuple[float, float], right: float
 ) -> list[tuple[float, float]]:
-    """Where each text begins, in pixels: right of its spot and as near as possible, covering neither another nor a spot.
+    """Where each text begins, in pixels: right of the centre of its mark and near, covering neither another nor a mark.
 
     Texts stay between the heights ``inside`` and left of ``right``. The first get the nearest places; one that fits nowhere
     covers others.
     """
-    boxes = [(x - 7, y - 7, x + 7, y + 7) for x, y in spots]
-    places: list[tuple[float, float]] = []
+    boxes, places = list(marks), list[tuple[float, float]]()
     moves = [(dx, sign * dy) for dx in (12, 30, 60, 100, 150) for dy in range(0, 90, 4) for sign in (1, -1)]
-    for width, (x, y) in zip(widths, spots, strict=True):
+    for width, mark in zip(widths, marks, strict=True):
+        x, y = (mark[0] + mark[2]) / 2, (mark[1] + mark[3]) / 2
         for dx, dy in sorted(moves, key=lambda move: math.hypot(*move)):
             box = (x + dx - 3, y + dy - 8, x + dx + width, y + dy + 8)
             fits = box[2] < right and inside[0] < box[1] and box[3] < inside[1]
@@ -142,7 +148,7 @@ def place_labels(
     return places
 
 
-def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
+def _overlap(a: Box, b: Box) -> bool:
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
@@ -164,6 +170,7 @@ def _paint_errors(
     axes = add_axes(figure, left=66, top=12, right=26 + names_width, bottom=50)
     axes.set(xlabel="step of the uncached run", ylabel="relative L2 distance of the latents", yscale="log")
     axes.set(xlim=(0, num_steps), ylim=(low, high))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0e}".replace("e-0", "e-") if value < 1e-3 else f"{value:g}")
     axes.minorticks_off()
     ends: list[tuple[float, str]] = []
@@ -215,6 +222,7 @@ def _paint_schedules(
     num_steps, hints = len(grid) - 1, dict[str, str]()
     axes = add_axes(figure, left=16, top=0, right=16, bottom=50)
     axes.set(xlim=(0, num_steps), ylim=(len(strips) * STRIP, 0), yticks=[], xlabel="step of the uncached run")  # pixels down
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.spines[:].set_visible(False)
     axes.grid(visible=False)
     for index, (places, names) in enumerate(strips.items()):
