@@ -27,8 +27,7 @@ from cachec.compiler.calibration.prompts import default_prompts
 from cachec.compiler.methods import get_method
 from cachec.compiler.models import find_model, load_model
 from cachec.compiler.models.base import LoadedModel, ModelSpec, Settings, tensors_from
-from cachec.compiler.tables.coefficients import ForecastTable
-from cachec.compiler.tables.lower import lower_advance, lower_table, lower_uncached
+from cachec.compiler.tables.lower import lower, lower_uncached
 from cachec.compiler.tables.schedule import Schedule
 from cachec.runtime.errors import InputError
 from cachec.runtime.files import hash_file
@@ -109,8 +108,7 @@ class Case:
             return lower_uncached(key, sigmas, timesteps)
         name, options = METHODS[cut]
         table = get_method(name).with_options(options).table(schedule, sigmas, None)
-        lower = lower_table if isinstance(table, ForecastTable) else lower_advance
-        return lower(table, key, sigmas, timesteps)  # type: ignore[arg-type]
+        return lower(table, key, sigmas, timesteps)
 
     def psnr(self, latents: Array, reference: Array) -> float:
         """In dB, of the picture where there is one, else of the latents with their range as peak; batch 1."""

@@ -30,8 +30,7 @@ from cachec.compiler.graphs.prepare import split_model
 from cachec.compiler.methods import get_method
 from cachec.compiler.models import find_model, load_model, wrap_pipeline
 from cachec.compiler.models.base import LoadedModel, Settings
-from cachec.compiler.tables.coefficients import ForecastTable
-from cachec.compiler.tables.lower import lower_advance, lower_table, lower_uncached
+from cachec.compiler.tables.lower import lower, lower_uncached
 from cachec.compiler.tables.schedule import Schedule, uniform_schedule
 from cachec.engines import get_builder, get_engine
 from cachec.engines.torch_device import TorchDevice
@@ -263,7 +262,6 @@ def cachec_rows(case: Case, built: Engines, steps: int, budgets: Sequence[int]) 
         for cut, (method, options) in METHODS.items():
             schedule = uniform_schedule(steps, budget)
             table = get_method(method).with_options(options).table(schedule, sigmas, None)
-            lower = lower_table if isinstance(table, ForecastTable) else lower_advance
             programs[f"{cut} cut, {budget}"] = lower(table, key, sigmas, timesteps)
     for name, program in programs.items():
         yield Maker(name, lambda name=name, program=program: _cachec_row(case, built, name, program))

@@ -17,8 +17,8 @@ from cachec.compiler.methods.base import Method, Parameters
 from cachec.compiler.methods.parameters import find_pretrained
 from cachec.compiler.methods.training import training_facts
 from cachec.compiler.models.base import LoadedModel, Settings, settings_of
-from cachec.compiler.tables.coefficients import AdvanceTable, ForecastTable
-from cachec.compiler.tables.lower import lower_advance, lower_table, lower_uncached
+from cachec.compiler.tables.coefficients import AdvanceTable
+from cachec.compiler.tables.lower import lower, lower_uncached
 from cachec.compiler.tables.samplers import SOLVERS, solver_rows
 from cachec.compiler.tables.schedule import Schedule
 from cachec.engines import get_builder
@@ -152,7 +152,7 @@ def compared_rows(
 
 
 def _forecasts(program: Program) -> bool:
-    return program.cut == "hidden" and len(program.compute_steps) < program.num_steps
+    return any(one.graph == FORECAST for one in program.instructions)
 
 
 def _compared_program(entry: Entry, base: Program, loaded: LoadedBundle, model: LoadedModel) -> Program:
@@ -166,10 +166,7 @@ def _compared_program(entry: Entry, base: Program, loaded: LoadedBundle, model: 
     else:
         schedule, parameters = Schedule(base.num_steps, base.compute_steps), None
         sigmas, timesteps = base.sigmas, reference_timesteps(loaded, model, base)
-    table = entry.method.table(schedule, sigmas, parameters)
-    if isinstance(table, ForecastTable):
-        return lower_table(table, key, sigmas, timesteps)
-    return lower_advance(table, key, sigmas, timesteps)
+    return lower(entry.method.table(schedule, sigmas, parameters), key, sigmas, timesteps)
 
 
 def reference_timesteps(loaded: LoadedBundle, model: LoadedModel, base: Program) -> np.ndarray:
@@ -182,7 +179,7 @@ def _solver_program(name: str, model: LoadedModel, settings: Settings, key: Prog
     if name == PLAIN:
         return plain
     table = AdvanceTable(Schedule(num_steps, tuple(range(num_steps))), solver_rows(name, plain.sigmas.astype(np.float64)))
-    return lower_advance(table, plain.key, plain.sigmas, plain.timesteps)
+    return lower(table, plain.key, plain.sigmas, plain.timesteps)
 
 
 def _trained(entry: Entry, method: Method, model: LoadedModel, settings: Settings) -> tuple[Schedule, Parameters]:

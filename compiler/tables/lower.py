@@ -11,6 +11,13 @@ from cachec.runtime.program import KEPT, Advance, Compute, Cut, Forecast, Instru
 from cachec.runtime.specs import Array
 
 
+def lower(table: ForecastTable | AdvanceTable, key: ProgramKey, sigmas: Array, timesteps: Array) -> Program:
+    """A program of the cut that the table is of."""
+    if isinstance(table, ForecastTable):
+        return lower_table(table, key, sigmas, timesteps)
+    return lower_advance(table, key, sigmas, timesteps)
+
+
 def lower_table(table: ForecastTable, key: ProgramKey, sigmas: Array, timesteps: Array) -> Program:
     """A program for the linear forecast engine.
 

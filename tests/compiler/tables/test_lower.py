@@ -5,7 +5,7 @@ import pytest
 from toy_calibration import sigmas_of
 
 from cachec.compiler.tables.coefficients import AdvanceTable, collapse, compose
-from cachec.compiler.tables.lower import lower_advance, lower_table, lower_uncached
+from cachec.compiler.tables.lower import lower, lower_advance, lower_table, lower_uncached
 from cachec.compiler.tables.schedule import Schedule, interval_schedule
 from cachec.runtime.abi import FEATURE, VELOCITY
 from cachec.runtime.program import Compute, ProgramKey, hash_sigmas
@@ -175,3 +175,11 @@ def test_forecasts_between_two_computed_steps_are_one_instruction(schedule):
     assert all(run == tuple(range(run[0], run[-1] + 1)) for run in runs)
     ends = [*schedule.compute[1:], num]
     assert runs == [tuple(range(a + 1, b)) for a, b in zip(schedule.compute, ends, strict=True) if b > a + 1]
+
+
+def test_a_table_knows_its_cut():
+    sigmas = sigmas_of(4)
+    schedule = Schedule(4, (0, 2))
+    hidden = compose(np.zeros((4, 1)), np.zeros(4), schedule, feeds_back=False)
+    assert lower(hidden, key_of(sigmas), sigmas, sigmas[:-1]).cut == "hidden"
+    assert lower(AdvanceTable(schedule, np.eye(2)), key_of(sigmas), sigmas, sigmas[:-1]).cut == "output"
