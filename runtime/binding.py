@@ -8,7 +8,7 @@ import numpy as np
 from cachec.runtime.abi import BATCH, MAX_BATCH
 from cachec.runtime.device import Buffer
 from cachec.runtime.engine import Call, Engine
-from cachec.runtime.errors import EngineError, InputError
+from cachec.runtime.errors import EngineError, InputError, cannot_be_pickled
 from cachec.runtime.model_io import ModelIO
 from cachec.runtime.plan import (
     NOISE_BUFFER,
@@ -86,6 +86,9 @@ class Binding:
     def latent_shape(self) -> tuple[int, ...]:
         """Shape of the latents, batch first."""
         return self.latent_spec.resolve(self._sizes)
+
+    def __reduce__(self) -> str:
+        raise cannot_be_pickled("a session", "load the bundle in the other process, and make one there")
 
     def take(self, conditions: Mapping[str, Buffer], latents: Buffer | None = None) -> None:
         """Copy a request's conditions, and latents if given, to where the calls read them; nothing unless all of them fit.

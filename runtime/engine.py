@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any, ClassVar, Self
 
 from cachec.runtime.device import CPU, Buffer, Device, DeviceName
-from cachec.runtime.errors import BundleError, InputError
+from cachec.runtime.errors import BundleError, InputError, cannot_be_pickled
 from cachec.runtime.specs import Signature
 
 HOST = DeviceName(CPU)
@@ -125,6 +125,9 @@ class Engine(ABC):
     @abstractmethod
     def _context(self, native: Any, device: Device) -> ExecutionContext:
         """A new context on the library's own object."""
+
+    def __reduce__(self) -> str:
+        raise cannot_be_pickled("an engine", "load the bundle in the other process")
 
     def close(self) -> None:
         """Let go of the engine: no new contexts; its memory is freed with the last context."""

@@ -1,6 +1,8 @@
 """Sessions on engines of numpy: both cuts against the same run written out, requests that do not fit, results that are bad."""
 
+import copy
 import logging
+import pickle
 from dataclasses import replace
 
 import numpy as np
@@ -277,3 +279,11 @@ def test_a_session_takes_arrays_of_its_device_only():
     assert not session.takes([1.0])
     assert session.slots[FEATURE].shape == (2, 2, *SHAPE)
     assert session._binding.latent_spec.shape[0] == BATCH
+
+
+def test_what_belongs_to_this_process_is_not_pickled_or_copied():
+    loaded = load("hidden")
+    for thing, what in ((loaded, "an engine"), (loaded.session(), "a session"), (loaded.session(for_sampler=True), "a session")):
+        for attempt in (pickle.dumps, copy.deepcopy):
+            with pytest.raises(InputError, match=f"{what} cannot be pickled or copied, it belongs to this process: load the"):
+                attempt(thing)
