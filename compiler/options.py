@@ -11,6 +11,7 @@ from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from cachec.compiler.models.base import ModelSpec, Settings
 from cachec.runtime.build_options import BuildOptions
 from cachec.runtime.errors import InputError, unknown_name
 
@@ -184,3 +185,14 @@ def make_build_options(wish: BuildWish) -> BuildOptions:
         level=wish.optimization_level,
         workspace=None if space is None else math.ceil(space * 1e9),
     )
+
+
+def make_settings(spec: ModelSpec, wish: ModelSettings) -> Settings:
+    """Settings with the model's defaults filled in.
+
+    Raises:
+        InputError: one is out of range.
+    """
+    given = {name: getattr(wish, name) for name in ("height", "width", "text_tokens", "guidance")}
+    known = {name: getattr(spec, name) if value is None else value for name, value in given.items()}
+    return Settings(**known, steps=wish.steps, dtype=wish.dtype)

@@ -12,14 +12,16 @@ from typing import Any, Self
 import torch
 from tqdm import tqdm
 
+from cachec.compiler.calibration.engine_evaluator import EngineEvaluator
+from cachec.compiler.calibration.graph_evaluator import GraphEvaluator
 from cachec.compiler.calibration.statistics import (
     Statistics,
     calibration_facts,
-    check_calibration_prompts,
     check_statistics,
     load_statistics,
     record_statistics,
 )
+from cachec.compiler.calibration.uses import calibration_prompts, training_prompts
 from cachec.compiler.graphs.build_engines import PlannedSources, build_targets, load_engines
 from cachec.compiler.graphs.capture import named_model
 from cachec.compiler.graphs.costs import hoisting_facts, memory_facts
@@ -27,13 +29,13 @@ from cachec.compiler.graphs.export import plan_engines
 from cachec.compiler.graphs.forecast import engine_graphs, inline, linear_graphs
 from cachec.compiler.graphs.prepare import model_passes, split_model
 from cachec.compiler.graphs.verify import Verifier, eager_output, graph_output
-from cachec.compiler.methods.base import Parameters, PredictorMethod
-from cachec.compiler.methods.parameters import check_fit, find_pretrained, load_predictor, predictor_bytes
-from cachec.compiler.methods.training import train_predictor, training_facts
-from cachec.compiler.models.base import LoadedModel
+from cachec.compiler.methods.base import PredictorMethod
+from cachec.compiler.methods.parameters import Parameters, check_fit, find_pretrained, load_predictor, predictor_bytes
+from cachec.compiler.methods.training import Training, train_predictor, training_facts
+from cachec.compiler.models.base import LoadedModel, ModelSpec
 from cachec.compiler.planning.levels import check_quality, forecast_cost, measure_levels
-from cachec.compiler.planning.planner import Calibrations, Planner, level_facts, lower_plan
-from cachec.compiler.request import NUM_CALIBRATION, Request
+from cachec.compiler.planning.planner import Calibrations, Planner
+from cachec.compiler.request import Request
 from cachec.compiler.tables.coefficients import compose
 from cachec.compiler.tables.lower import lower_predictor, lower_table, lower_uncached
 from cachec.compiler.tables.schedule import Schedule
@@ -148,10 +150,10 @@ def read_calibration(model: LoadedModel, request: Request) -> Statistics | None:
     check_statistics(statistics, calibration_facts(model, request.settings, request.reference_steps or None))
     if request.reference_steps is None and statistics.fine_latents is None:
         raise InputError(
-            f"calibration {statistics.origin} has no fine reference, which level lossless is fitted to: make one with "
+            f"calibration {statistics.origin} has no fine reference, which level fine is fitted to: make one with "
             "cachec calibrate --reference-steps"
         )
-    check_calibration_prompts(statistics.prompts)
+    statistics.prompts.check(("fit", "stop", "measure") if request.fits else ("measure",), statistics.origin)
     return statistics
 
 
@@ -167,26 +169,21 @@ def find_calibrations(
         return None
     settings = replace(request.settings, dtype="float32")
     single = split if request.settings.dtype == "float32" else split_model(model, settings)
+    evaluator = GraphEvaluator(single, model.io)
     if given is None:
-        prompts = request.prompts if request.retrain else request.prompts[:NUM_CALIBRATION]
-        check_calibration_prompts(prompts)
+        prompts = calibration_prompts(model.spec.prompts, request.prompts if request.retrain else None)
         given = record_statistics(
             model,
-            single,
+            evaluator,
             settings,
-            prompts,
+            prompts if request.fits else prompts.only("measure"),
             reference_steps=request.reference_steps or 0,
-            seed=calibration_seed(request),
+            seed=request.seed,
             work=work,
         )
         result.works.append(work)
-    result.calibration = {k: v for k, v in given.facts.items() if k != "prompts"}
-    return Calibrations.open(given, model, single, settings)
-
-
-def calibration_seed(request: Request) -> int:
-    """Another one than training's for methods that were trained, so that they are not measured on the noise they know."""
-    return request.seed + 1 if request.method.needs_training else request.seed
+    result.calibration = {k: v for k, v in given.facts.items() if k not in ("prompts", "uses")}
+    return Calibrations.open(given, model, evaluator, settings)
 
 
 def make_programs(
@@ -213,6 +210,7 @@ def make_programs(
         method,
         settings,
         calibrations,
+        key=key,
         parameters=parameters,
         to_fine=request.fits_fine,
         forecast_cost=cost,
@@ -220,8 +218,8 @@ def make_programs(
     )
     for goal in request.goals:
         plan = planner.plan(goal)
-        programs[goal.level] = lower_plan(plan, model, settings, key)
-        result.levels[goal.level] = dict(level_facts(plan, programs[goal.level]))
+        programs[goal.level] = plan.program
+        result.levels[goal.level] = dict(plan.facts())
     return programs
 
 
@@ -246,11 +244,10 @@ def measure(
     result: Compilation,
 ) -> None:
     """Measure every level on held-out prompts, and fail if one is below the gate."""
-    _, held_out = calibrations.coarse.split()
-    facts = measure_levels(model, request.settings, engines, programs, held_out)
-    seen: dict[str, Any] = {"trained_on_prompts": True} if request.method.needs_training else {}
-    seen |= {"measured_by": f"{engines[COMPUTE].name} on {engines[COMPUTE].device.name}"}
-    result.levels = {level: {**result.levels.get(level, {}), **known, **seen} for level, known in facts.items()}
+    evaluator, measured = EngineEvaluator(engines, model.io), calibrations.coarse.of("measure")
+    facts = measure_levels(model, request.settings, evaluator, programs, measured)
+    by = {"measured_by": f"{engines[COMPUTE].name} on {engines[COMPUTE].device.name}"}
+    result.levels = {level: {**result.levels.get(level, {}), **known, **by} for level, known in facts.items()}
     check_quality(result.levels, request.min_psnr)
     for goal in request.goals:
         reached = result.levels[goal.level]["speedup"]
@@ -273,16 +270,24 @@ def find_parameters(model: LoadedModel, request: Request, result: Compilation, w
         parameters = load_predictor(request.predictor)
         check_fit(parameters, wanted)
         result.predictor_origin = f"from {request.predictor}"
-    elif not request.retrain and (shipped := find_pretrained(type(request.method), wanted)) is not None:
+    elif not request.retrain and (shipped := find_pretrained(request.method.name, wanted)) is not None:
         parameters = shipped
         result.predictor_origin = f"ships with cachec ({Path(shipped.origin).name})"
     else:
         log.warning("no trained %s predictor fits these settings: training one now", request.method.name)
-        parameters = train_predictor(model, request, work=work)
+        single = split_model(model, replace(request.settings, dtype="float32"))
+        parameters = train_predictor(model, GraphEvaluator(single, model.io), training_of(model.spec, request), work=work)
         result.predictor_origin = "trained now"
         result.works.append(work)
     log.info("predictor: %s", result.predictor_origin)
     return parameters
+
+
+def training_of(spec: ModelSpec, request: Request) -> Training:
+    """What to train for a request of one schedule."""
+    assert request.schedule is not None, "goals of trained methods are schedules"
+    prompts = training_prompts(spec.prompts, request.prompts if request.retrain else None)
+    return Training(request.method, request.schedule, request.settings, prompts, request.seed, request.interval)
 
 
 def add_forecast(model: LoadedModel, split: Graphs, request: Request, parameters: Parameters | None) -> Graphs:

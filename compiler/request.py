@@ -11,7 +11,7 @@ from cachec.compiler.calibration.prompts import default_prompts, read_prompts
 from cachec.compiler.methods import get_method
 from cachec.compiler.methods.base import Method, PredictorMethod
 from cachec.compiler.models.base import ModelSpec, Settings
-from cachec.compiler.options import FitWish, GraphWish, ModelSettings, Options, make_build_options, read_options
+from cachec.compiler.options import FitWish, GraphWish, Options, make_build_options, make_settings, read_options
 from cachec.compiler.planning.goals import Goal, Wish, make_goals
 from cachec.compiler.tables.schedule import Schedule
 from cachec.engines import BACKENDS, get_engine
@@ -27,7 +27,6 @@ from cachec.runtime.sizes import USUAL_STRIDE, check_max_batch, size_ranges
 
 log = logging.getLogger(__name__)
 
-NUM_CALIBRATION = 32  # prompts of a calibration that compile makes itself
 FOLDS = ("static", "none")
 SLOTS = ("bfloat16", "float16", "float32")  # what features may be stored in
 REFERENCE_FACTOR = 4  # steps of the fine reference, over those of the run
@@ -79,8 +78,8 @@ class Request:
 
     @property
     def fits_fine(self) -> bool:
-        """Are all levels fitted to the fine reference? If one is lossless, only that one is."""
-        return bool(self.reference_steps) and not any(goal.lossless for goal in self.goals)
+        """Are all levels fitted to the fine reference? If one is, only that one is."""
+        return bool(self.reference_steps) and not any(goal.fine for goal in self.goals)
 
     @property
     def wants_speed(self) -> bool:
@@ -88,11 +87,14 @@ class Request:
         return any(goal.speedup is not None for goal in self.goals)
 
     @property
+    def fits(self) -> bool:
+        """Is anything fitted to calibration runs, or searched on them?"""
+        return self.method.needs_calibration or any(goal.searched for goal in self.goals)
+
+    @property
     def needs_calibration(self) -> bool:
         """Are calibration runs looked at: for fits, searches, or a quality gate?"""
-        searched = any(goal.searched for goal in self.goals)
-        wished = self.min_psnr is not None or self.calibration is not None
-        return self.method.needs_calibration or searched or wished
+        return self.fits or self.min_psnr is not None or self.calibration is not None
 
 
 def make_request(spec: ModelSpec, **given: Any) -> Request:
@@ -143,17 +145,6 @@ def check_wish(spec: ModelSpec, wish: Options) -> Request:
         verify_passes=wish.graph.verify_passes,
         dump_graphs=wish.graph.dump_graphs,
     )
-
-
-def make_settings(spec: ModelSpec, wish: ModelSettings) -> Settings:
-    """Settings with the model's defaults filled in.
-
-    Raises:
-        InputError: one is out of range.
-    """
-    given = {name: getattr(wish, name) for name in ("height", "width", "text_tokens", "guidance")}
-    known = {name: getattr(spec, name) if value is None else value for name, value in given.items()}
-    return Settings(**known, steps=wish.steps, dtype=wish.dtype)
 
 
 def find_prompts(spec: ModelSpec, wish: FitWish) -> Sequence[str]:
@@ -211,13 +202,11 @@ def _choose_device(device: str | None, targets: Sequence[TargetName]) -> DeviceN
 def _choose_reference(method: Method, goals: Sequence[Goal], steps: int, wish: FitWish) -> int | None:
     """Steps of the fine reference; 0 if nothing is fitted to one, ``None`` for those of the calibration file."""
     given = wish.reference_steps
-    if any(goal.lossless for goal in goals):
+    if any(goal.fine for goal in goals):
         if method.cut != "output" or not method.schedule_bound:
-            raise InputError(f"level lossless is fitted to a fine reference, which {method.name} cannot be: take method gram")
+            raise InputError(f"level fine is fitted to a fine reference, which {method.name} cannot be: take method gram")
         if given == 0:
-            raise InputError(
-                "reference-steps is 0, but level lossless is fitted to a fine reference: leave it out, or name one"
-            )
+            raise InputError("reference-steps is 0, but level fine is fitted to a fine reference: leave it out, or name one")
         if given is None:
             return REFERENCE_FACTOR * steps if wish.calibration is None else None
         return given

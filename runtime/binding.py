@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -22,7 +23,7 @@ from cachec.runtime.plan import (
     slots_name,
 )
 from cachec.runtime.program import Program
-from cachec.runtime.specs import TensorSpec
+from cachec.runtime.specs import Array, TensorSpec
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,12 +62,14 @@ class Binding:
         if program.key.batch not in (None, batch):
             raise InputError(f"batch is {batch}; this bundle was compiled for batches of {program.key.batch}")
         signatures = {name: engine.signature for name, engine in engines.items()}
-        plan = plan_binding(signatures, program, io, batch=batch, for_sampler=for_sampler)
+        self._plan = partial(plan_binding, signatures, io=io, batch=batch, for_sampler=for_sampler)
+        plan = self._plan(program)
         self.device = next(iter(engines.values())).device.for_session()
         self._contexts = {name: engine.context(self.device) for name, engine in engines.items()}
         layout = lay_out(plan, max(self._scratch_bytes(plan, call) for call in plan.calls))
         memory = self.device.empty((layout.size,), "uint8")
-        self.device.upload(constant_data(plan, layout), memory[: layout.constant_bytes])
+        self._layout, self._constants = layout, memory[: layout.constant_bytes]
+        self.device.upload(constant_data(plan, layout), self._constants)
         self._buffers = {
             name: self.device.part(memory, layout.offsets[name], buffer.shape, buffer.dtype)
             for name, buffer in plan.buffers.items()
@@ -80,7 +83,7 @@ class Binding:
         self.prologue = None if plan.prologue is None else self._bind(plan.prologue)
         self.operations = [self._operation(call) for call in plan.operations]
         self.final = self._part(plan.final)
-        self._sizes, self._key = {BATCH: batch}, program.key
+        self._sizes, self._program, self._others = {BATCH: batch}, program, False
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
@@ -114,6 +117,14 @@ class Binding:
         """
         self.device.upload(self._adopt(self.latent_spec, latents), self.noise)
 
+    def take_numbers(self, *, coefficients: Array | None = None, timesteps: Array | None = None) -> None:
+        """Let the calls read other rows or told times than the program's, or its own again. Nothing is bound anew."""
+        others = coefficients is not None or timesteps is not None
+        if others or self._others:
+            plan = self._plan(self._program.with_numbers(coefficients=coefficients, timesteps=timesteps))
+            self.device.upload(constant_data(plan, self._layout), self._constants)
+        self._others = others
+
     def _adopt(self, spec: TensorSpec, value: Buffer) -> Buffer:
         """What can be copied to the device, if it fits ``spec``."""
         value = self.device.adopt(value)
@@ -127,7 +138,7 @@ class Binding:
                 raise
             raise InputError(
                 f"{error}; this session takes batches of {self._sizes[BATCH]}, and its bundle was compiled for "
-                f"{self._key.sizes_text}"
+                f"{self._program.key.sizes_text}"
             ) from error
         return value
 

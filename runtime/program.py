@@ -7,6 +7,7 @@ steps at once. The instructions name no method and test nothing: the same reques
 Shapes: ``T`` sampling steps, ``G`` groups (one today), ``S`` slots of the kind that the cut keeps.
 """
 
+import copy
 import hashlib
 import json
 from abc import ABC, abstractmethod
@@ -322,6 +323,14 @@ class Program:
         out = None if self.rows_out is None else self.rows_out[list(instruction.moves), :, bound:]
         if self.coefficients[list(instruction.rows), :, bound:].any() or (out is not None and out.any()):
             raise BundleError(f"program: steps {shortened(instruction.steps)} have coefficients for slots that are not bound")
+
+    def with_numbers(self, *, coefficients: Array | None = None, timesteps: Array | None = None) -> "Program":
+        """The same instructions with other rows or told times, which are not checked: closed loops try many."""
+        other = copy.copy(self)
+        for name, value in (("coefficients", coefficients), ("timesteps", timesteps)):
+            if value is not None:
+                object.__setattr__(other, name, np.ascontiguousarray(value, np.float32))
+        return other
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the arrays (:meth:`arrays`)."""

@@ -220,6 +220,10 @@ class Session:
                 return f"after step {steps[-1]}" if len(steps) == 1 else f"after steps {steps[0]} to {steps[-1]}"
         return "at the end"
 
+    def take_numbers(self, *, coefficients: Array | None = None, timesteps: Array | None = None) -> None:
+        """Play coming requests with other rows or told times than the program's, or with its own again; nothing is checked."""
+        self._binding.take_numbers(coefficients=coefficients, timesteps=timesteps)
+
     def _play(self) -> None:
         self._start()
         while not self.finished:

@@ -43,7 +43,7 @@ def calibration(tmp_path_factory):
 def levels(tmp_path_factory, model, calibration):
     out = tmp_path_factory.mktemp("bundles") / "levels.cachec"
     request = make_request(
-        model.spec, method="gram", options={"polish": "0"}, steps=STEPS, levels="lossless,high,fast=25", calibration=calibration
+        model.spec, method="gram", options={"polish": "0"}, steps=STEPS, levels="fine,high,fast=25", calibration=calibration
     )
     compile_bundle(model, request, out)
     return out
@@ -61,16 +61,16 @@ def test_a_calibration_file_says_what_it_is_of(model, calibration):
 def test_levels_hold_what_they_promise(levels):
     manifest = Bundle.open(levels).manifest
     facts = manifest.facts["levels"]
-    assert list(manifest.programs) == ["uncached", "lossless", "high", "fast"]
+    assert list(manifest.programs) == ["uncached", "fine", "high", "fast"]
     assert facts["high"]["psnr_db"] >= 45 - 0.05
     assert facts["fast"]["psnr_db"] >= 25 - 0.05
     assert facts["fast"]["computed"] <= facts["high"]["computed"]
-    assert facts["lossless"]["grid"] == FINE
+    assert facts["fine"]["grid"] == FINE
     assert {level["num_prompts"] for level in facts.values()} == {NUM // 4}
     assert "forecast" not in manifest.targets[0].engines  # the output cut forecasts nothing
 
 
-def test_lossless_is_as_close_to_the_fine_run_as_the_uncached_run(levels, model, calibration):
+def test_fine_is_as_close_to_the_fine_run_as_the_uncached_run(levels, model, calibration):
     statistics, manifest = load_statistics(calibration), Bundle.open(levels).manifest
     settings = settings_of(manifest)
     index = torch.arange(NUM) % 4 == 3
@@ -80,7 +80,7 @@ def test_lossless_is_as_close_to_the_fine_run_as_the_uncached_run(levels, model,
         return np.mean([-10 * np.log10(np.mean((p - q) ** 2)) for p, q in zip(*pictures, strict=True)])
 
     uncached = psnr(statistics.latents, statistics.fine_latents)
-    assert manifest.facts["levels"]["lossless"]["psnr_db_fine"] >= uncached - 0.05
+    assert manifest.facts["levels"]["fine"]["psnr_db_fine"] >= uncached - 0.05
 
 
 def test_every_level_runs_and_they_differ(levels, model):
@@ -93,7 +93,7 @@ def test_every_level_runs_and_they_differ(levels, model):
     reference = found.pop("uncached")
     errors = {level: np.linalg.norm(x - reference) / np.linalg.norm(reference) for level, x in found.items()}
     assert 0 < errors["high"] < errors["fast"] < 1
-    assert 0 < errors["lossless"] < 1
+    assert 0 < errors["fine"] < 1
 
 
 def test_a_failed_gate_leaves_nothing_and_levels_change_no_engine(levels, model, calibration, tmp_path, monkeypatch):

@@ -1,17 +1,17 @@
-"""A model of a few dozen weights with a real denoiser around it, in float64, and calibrations of it: for fits and searches.
+"""A model of a few dozen weights with real graphs around it, in float64, and calibrations of it: for fits and searches.
 
 ``P`` prompts, ``L = 4`` tokens, ``D = 5`` channels.
 """
-
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 from torch import fx, nn
 
 from cachec.compiler.calibration.calibration import Calibration
-from cachec.compiler.calibration.runs import Denoiser
+from cachec.compiler.calibration.graph_evaluator import GraphEvaluator
+from cachec.compiler.calibration.runs import Sampling, run_uncached
 from cachec.compiler.calibration.statistics import Statistics, gram
+from cachec.compiler.calibration.uses import UsedPrompts
 from cachec.passes import Graphs
 from cachec.runtime.abi import COMPUTE, FORECAST
 from cachec.runtime.model_io import ModelIO
@@ -54,50 +54,56 @@ def sigmas_of(num_steps, shift=2.0):
     return shift * t / (1 + (shift - 1) * t)
 
 
-def make_denoiser(num_steps, *, curved=True):
+def make_evaluator(*, curved=True):
     torch.manual_seed(0)
     tail = Tail(curved)
-    split = Graphs({COMPUTE: fx.symbolic_trace(Body(tail)), FORECAST: fx.symbolic_trace(tail)})
-    sigmas = sigmas_of(num_steps)
-    model = SimpleNamespace(io=IO, sampling=lambda settings: (sigmas, 0.9 * sigmas[:-1]))
-    return Denoiser(model, split, None)
+    return GraphEvaluator(Graphs({COMPUTE: fx.symbolic_trace(Body(tail)), FORECAST: fx.symbolic_trace(tail)}), IO)
 
 
-def record(denoiser, noise, prompt):
+def sampling_of(num_steps):
+    """As real samplers have it: float32."""
+    sigmas = sigmas_of(num_steps).astype(np.float32)
+    return Sampling(sigmas, np.float32(0.9) * sigmas[:-1])
+
+
+def record(evaluator, sampling, noise, prompt):
     """Velocities, features and the latents after each step of the uncached run, each [P, T, L, D]."""
-    x, velocities, features, latents = noise, [], [], []
-    for step in range(len(denoiser.sigmas) - 1):
-        velocity, feature = denoiser.compute(x, step, {"prompt": prompt})
-        x = denoiser.advance(x, velocity, step)
-        velocities.append(velocity)
-        features.append(feature)
-        latents.append(x)
-    return tuple(torch.stack(values, dim=1) for values in (velocities, features, latents))
+    steps = list(run_uncached(evaluator, sampling, noise, {"prompt": prompt}))
+    return tuple(np.stack([getattr(step, name) for step in steps], axis=1) for name in ("velocity", "feature", "latents"))
 
 
-def make_calibration(num_prompts=6, num_steps=12, *, curved=True, fine_steps=0, fine=False, seed=0):
-    """A calibration on the toy; ``fine_steps`` of a fine reference, which is the target with ``fine``."""
-    denoiser = make_denoiser(num_steps, curved=curved)
+def grams(values):
+    return gram(list(values.swapaxes(0, 1)))
+
+
+def make_calibration(num_prompts=6, num_steps=12, *, curved=True, fine_steps=0, fine=False, seed=0, uses=None):
+    """A calibration on the toy; ``fine_steps`` of a fine reference, which is the target with ``fine``.
+
+    ``uses``: what each prompt is for; by default every fourth is to stop by.
+    """
+    evaluator, sampling = make_evaluator(curved=curved), sampling_of(num_steps)
     generator = torch.Generator().manual_seed(100 + seed)
-    noise, prompt = torch.randn(2, num_prompts, TOKENS, CHANNELS, generator=generator, dtype=torch.float64)
-    velocities, features, latents = record(denoiser, noise, prompt)
-    finer = make_denoiser(fine_steps, curved=curved) if fine_steps else None
-    fine_velocities, _, fine_latents = record(finer, noise, prompt) if finer else (None, None, None)
+    noise, prompt = torch.randn(2, num_prompts, TOKENS, CHANNELS, generator=generator, dtype=torch.float64).numpy()
+    velocities, features, latents = record(evaluator, sampling, noise, prompt)
+    finer = sampling_of(fine_steps) if fine_steps else None
+    fine_velocities, _, fine_latents = record(evaluator, finer, noise, prompt) if finer else (None, None, None)
+    uses = uses or ["stop" if i % 4 == 3 else "fit" for i in range(num_prompts)]
     statistics = Statistics(
         noise=noise,
         latents=latents,
-        velocity_gram=gram(velocities.unbind(1)),
-        feature_gram=gram(features.unbind(1)),
+        velocity_gram=grams(velocities),
+        feature_gram=grams(features),
         fine_latents=fine_latents,
-        fine_velocity_gram=None if fine_velocities is None else gram(fine_velocities.unbind(1)),
-        prompts=tuple(f"prompt {i}" for i in range(num_prompts)),
+        fine_velocity_gram=None if fine_velocities is None else grams(fine_velocities),
+        prompts=UsedPrompts(tuple(f"prompt {i}" for i in range(num_prompts)), tuple(uses)),
         facts={},
         origin="the toy's runs",
     )
-    return Calibration(statistics, finer if fine else denoiser, {"prompt": prompt}, torch.arange(num_prompts), fine)
+    return Calibration(statistics, evaluator, finer if fine else sampling, {"prompt": prompt}, np.arange(num_prompts), fine)
 
 
 def raw_runs(calibration):
-    """Velocities and features [P, T, E] of the uncached runs, flat, as numpy."""
-    velocities, features, _ = record(calibration.denoiser, calibration.noise(), calibration.all_conditions()["prompt"])
-    return velocities.flatten(2).numpy(), features.flatten(2).numpy()
+    """Velocities and features [P, T, E] of the uncached runs, flat."""
+    prompt = calibration.all_conditions()["prompt"]
+    velocities, features, _ = record(calibration.evaluator, calibration.sampling, calibration.noise(), prompt)
+    return tuple(values.reshape(*values.shape[:2], -1) for values in (velocities, features))

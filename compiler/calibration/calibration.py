@@ -1,25 +1,24 @@
-"""What fits read: calibration statistics beside the model that they were made with.
+"""What fits read: calibration statistics beside an evaluator of the model that they were made with.
 
 Shapes: ``P`` prompts, ``G`` grid steps (the sampler's, or those of the fine reference), ``K`` computed steps.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
-import torch
 
-from cachec.compiler.calibration.runs import Denoiser
-from cachec.compiler.calibration.statistics import Statistics, check_finite
-from cachec.compiler.models.base import LoadedModel, Settings, tensors_from
+from cachec.compiler.calibration.evaluator import Conditions, Evaluator
+from cachec.compiler.calibration.runs import CHUNK, Sampling, check_finite, encode_prompts
+from cachec.compiler.calibration.statistics import Statistics
+from cachec.compiler.calibration.uses import Use
+from cachec.compiler.models.base import LoadedModel, Settings
 from cachec.compiler.tables.coefficients import Table
-from cachec.passes import Graphs
+from cachec.compiler.tables.lower import lower
 from cachec.runtime.errors import InputError
+from cachec.runtime.program import Program, ProgramKey, hash_sigmas
 from cachec.runtime.specs import Array
-
-CHUNK = 16  # prompts a batch
-HELD_OUT_EVERY = 4  # every fourth prompt is kept from fits, and says how good they are
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,9 +30,10 @@ class Calibration:
     """
 
     statistics: Statistics
-    denoiser: Denoiser
-    conditions: Mapping[str, torch.Tensor]
-    index: torch.Tensor
+    evaluator: Evaluator
+    sampling: Sampling
+    conditions: Conditions
+    index: Array
     fine: bool = False
 
     @property
@@ -47,108 +47,121 @@ class Calibration:
     @property
     def num_steps(self) -> int:
         """Number of grid steps."""
-        return len(self.denoiser.sigmas) - 1
+        return self.sampling.num_steps
 
     @cached_property
     def sigmas(self) -> Array:
         """Noise levels [G + 1] of the grid, float64."""
-        return self.denoiser.sigmas.double().numpy()
+        return self.sampling.sigmas.astype(np.float64)
 
     @property
     def num_elements(self) -> int:
         """Elements of one velocity."""
-        return self.statistics.noise[0].numel()
+        return int(self.statistics.noise[0].size)
 
-    def select(self, index: torch.Tensor | Sequence[int]) -> "Calibration":
+    def select(self, index: Array | Sequence[int]) -> "Calibration":
         """Some of the prompts, numbered as they are here."""
-        return replace(self, index=self.index[torch.as_tensor(index)])
+        return replace(self, index=self.index[np.asarray(index, np.int64)])
 
-    def split(self) -> tuple["Calibration", "Calibration"]:
-        """The prompts to fit on, and those held out.
+    def of(self, use: Use) -> "Calibration":
+        """The prompts that are there for one use.
 
         Raises:
-            InputError: there are too few prompts to hold one out.
+            InputError: there is none.
         """
-        if self.num_prompts < HELD_OUT_EVERY:
-            raise InputError(
-                f"{self.num_prompts} calibration prompts are too few to fit on some and to hold one out: give at least "
-                f"{HELD_OUT_EVERY}"
-            )
-        held_out = torch.arange(self.num_prompts) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
-        return self.select(torch.where(~held_out)[0]), self.select(torch.where(held_out)[0])
+        prompts = self.statistics.prompts
+        prompts.check([use], self.origin)
+        return self.select([place for place, prompt in enumerate(self.index) if prompts.uses[prompt] == use])
 
     def velocity_gram(self) -> Array:
         """Inner products [P, G, G] of the reference's velocities."""
         source = self.statistics.fine_velocity_gram if self.fine else self.statistics.velocity_gram
         assert source is not None
-        result: Array = source[self.index].numpy()
-        return result
+        return source[self.index]
 
     def feature_gram(self) -> Array:
-        """Inner products [P, T, T] of the uncached run's features at the cut."""
+        """Inner products [P, T, T] of the uncached run's features at the cut.
+
+        Raises:
+            InputError: the target is the fine reference.
+        """
         if self.fine:
             raise InputError(
                 "features are recorded on the run's own steps only: fit hidden-cut methods without a fine reference"
             )
-        result: Array = self.statistics.feature_gram[self.index].numpy()
-        return result
+        return self.statistics.feature_gram[self.index]
 
-    def noise(self) -> torch.Tensor:
+    def noise(self) -> Array:
         """Where all runs start [P, …]."""
         return self.statistics.noise[self.index]
 
-    def latents(self, node: int) -> torch.Tensor:
+    def latents(self, node: int) -> Array:
         """Reference latents [P, …] before grid step ``node``; ``num_steps`` gives the final ones."""
         if node == 0:
             return self.noise()
         source = self.statistics.fine_latents if self.fine else self.statistics.latents
         assert source is not None
-        return source[self.index, node - 1]
+        latents: Array = source[self.index, node - 1]
+        return latents
 
-    def velocities(self, x: torch.Tensor, timestep: float, step: int) -> torch.Tensor:
+    def velocities(self, x: Array, timestep: float, step: int) -> Array:
         """Velocities [P, …] of the whole model at latents ``x`` [P, …]; ``step`` is for messages.
 
         Raises:
             InputError: they are not finite.
         """
-        parts = []
-        for start in range(0, len(x), CHUNK):
-            rows = slice(start, start + CHUNK)
-            parts.append(self.denoiser.velocity(x[rows], timestep, self._conditions(rows)))
-            check_finite(parts[-1], self._prompts(rows), start, step)
-        return torch.cat(parts)
 
-    def run(self, table: Table) -> torch.Tensor:
-        """Final latents [P, …] of the closed loop: the model at computed steps, the table elsewhere.
+        def velocity(rows: slice) -> Array:
+            return self.evaluator.evaluate(x[rows], timestep, self._conditions(rows))[0]
+
+        return self._in_chunks(velocity, step)
+
+    def play(self, program: Program) -> Array:
+        """Final latents [P, …] of a Program's closed loop.
 
         Raises:
             InputError: they are not finite.
         """
-        results = []
-        for start in range(0, self.num_prompts, CHUNK):
-            rows = slice(start, start + CHUNK)
-            results.append(self.denoiser.play(table, self.noise()[rows], self._conditions(rows)))
-            check_finite(results[-1], self._prompts(rows), start, table.schedule.num_steps)
-        return torch.cat(results)
+        noise = self.noise()
+
+        def final(rows: slice) -> Array:
+            return self.evaluator.play(program, noise[rows], self._conditions(rows))
+
+        return self._in_chunks(final, program.num_steps)
 
     def errors(self, table: Table) -> Array:
-        """Relative L2 errors [P] of the final latents against the reference."""
-        return relative_errors(self.run(table), self.latents(self.num_steps))
+        """Relative L2 errors [P] of the final latents of a table's closed loop, against the reference.
 
-    def all_conditions(self) -> dict[str, torch.Tensor]:
+        Raises:
+            InputError: the latents are not finite.
+        """
+        return relative_errors(self.play(self.program(table)), self.latents(self.num_steps))
+
+    def program(self, table: Table) -> Program:
+        """A table as a Program on this grid, to be played here."""
+        key = ProgramKey(self.num_steps, hash_sigmas(self.sampling.sigmas), {})
+        return lower(table, key, self.sampling.sigmas, self.sampling.timesteps)
+
+    def all_conditions(self) -> dict[str, Array]:
         """The prompts' conditions, by name [P, …]."""
         return self._conditions(slice(None))
 
-    def _conditions(self, rows: slice) -> dict[str, torch.Tensor]:
+    def _in_chunks(self, evaluate: Callable[[slice], Array], step: int) -> Array:
+        parts = []
+        for start in range(0, self.num_prompts, CHUNK):
+            rows = slice(start, start + CHUNK)
+            parts.append(evaluate(rows))
+            check_finite(parts[-1], [self.statistics.prompts.prompts[i] for i in self.index[rows]], start, step)
+        return np.concatenate(parts)
+
+    def _conditions(self, rows: slice) -> dict[str, Array]:
         return {name: value[self.index[rows]] for name, value in self.conditions.items()}
 
-    def _prompts(self, rows: slice) -> list[str]:
-        return [self.statistics.prompts[i] for i in self.index[rows].tolist()]
 
-
-def relative_errors(latents: torch.Tensor, reference: torch.Tensor) -> Array:
-    """Distances [P] from reference latents [P, …] over the norms of those."""
-    error: Array = ((latents - reference).flatten(1).norm(dim=1) / reference.flatten(1).norm(dim=1)).double().numpy()
+def relative_errors(latents: Array, reference: Array) -> Array:
+    """Distances [P] from reference latents [P, …] over the norms of those, float64."""
+    off, size = (values.reshape(len(values), -1).astype(np.float64) for values in (latents - reference, reference))
+    error: Array = np.linalg.norm(off, axis=1) / np.linalg.norm(size, axis=1)
     return error
 
 
@@ -158,9 +171,9 @@ def decibels(errors: Array) -> float:
 
 
 def open_calibration(
-    statistics: Statistics, model: LoadedModel, split: Graphs, settings: Settings, *, fine: bool = False
+    statistics: Statistics, model: LoadedModel, evaluator: Evaluator, settings: Settings, *, fine: bool = False
 ) -> Calibration:
-    """Statistics with the model that they were made with; ``split`` is the split float32 model.
+    """Statistics with an evaluator of the model that they were made with, in float32.
 
     Raises:
         InputError: ``fine`` is asked for, and the statistics have no fine reference.
@@ -172,5 +185,6 @@ def open_calibration(
                 f"calibration {statistics.origin} has no fine reference: make one with cachec calibrate --reference-steps"
             )
         settings = replace(settings, steps=statistics.fine_latents.shape[1])
-    conditions = tensors_from(model.encode(statistics.prompts, settings, model.io.conditions))
-    return Calibration(statistics, Denoiser(model, split, settings), conditions, torch.arange(len(statistics.prompts)), fine)
+    prompts = statistics.prompts.prompts
+    conditions, index = encode_prompts(model, prompts, settings), np.arange(len(prompts))
+    return Calibration(statistics, evaluator, Sampling(*model.sampling(settings)), conditions, index, fine)

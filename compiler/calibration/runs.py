@@ -1,141 +1,167 @@
-"""Runs of the uncached model, recorded: what predictors are trained on.
+"""Runs of the uncached model, recorded: what fits, training and measurements start from.
 
-Shapes: ``P`` prompts, ``T`` steps, ``L`` tokens, ``D`` channels of the feature.
+Shapes: ``P`` prompts, ``T`` steps, ``L`` tokens, ``D`` channels of the feature; latents [P, …].
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
-from safetensors.torch import load_file, save
+from safetensors.numpy import load_file, save
 from tqdm import tqdm
 
-from cachec.compiler.models.base import LoadedModel, Settings, tensors_from
-from cachec.compiler.tables.coefficients import AdvanceTable, ForecastTable, Table
-from cachec.passes import Graphs
-from cachec.passes.base import placeholders
-from cachec.runtime.abi import COMPUTE, FEATURE, FORECAST, VELOCITY
+from cachec.compiler.calibration.evaluator import Conditions, Evaluator
+from cachec.compiler.models.base import LoadedModel, Settings
+from cachec.runtime.errors import InputError
 from cachec.runtime.files import write_file
 from cachec.runtime.noise import NUM_SEEDS, make_noise
+from cachec.runtime.specs import Array
 
 CHUNK = 16  # prompts a batch
 TRAINING_SEED_BASE = NUM_SEEDS  # training noise has seeds from here on; people's seeds are smaller
+SEEDS_A_RUN = 4096  # of training noise, for each seed that a user may choose
+
+
+@dataclass(frozen=True, eq=False)
+class Sampling:
+    """``sigmas`` [T + 1] noise levels and ``timesteps`` [T], what the model is told at each, as its sampler has them."""
+
+    sigmas: Array
+    timesteps: Array
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.timesteps)
+
+
+@dataclass(frozen=True, eq=False)
+class RunStep:
+    """One step of uncached runs: ``latents`` after it, ``velocity`` and ``feature`` [P, …]."""
+
+    latents: Array
+    velocity: Array
+    feature: Array
+
+
+@dataclass(frozen=True, eq=False)
+class WantedRun:
+    """Run every prompt on these noise levels, and keep what ``keep`` makes of the steps: arrays by name, prompts first."""
+
+    sampling: Sampling
+    keep: Callable[[Iterator[RunStep]], dict[str, Array]]
 
 
 @dataclass(frozen=True, eq=False)
 class Trajectories:
     """``noise`` and ``final`` latents [P, …], ``features`` [P, T, L, D] at the cut, ``conditions`` by name [P, …]."""
 
-    noise: torch.Tensor
-    final: torch.Tensor
-    features: torch.Tensor
-    conditions: Mapping[str, torch.Tensor]
+    noise: Array
+    final: Array
+    features: Array
+    conditions: Conditions
 
-    def select(self, index: torch.Tensor) -> "Trajectories":
+    def select(self, index: Array) -> "Trajectories":
         conditions = {name: value[index] for name, value in self.conditions.items()}
         return Trajectories(self.noise[index], self.final[index], self.features[index], conditions)
 
 
-class Denoiser:
-    """The split model on PyTorch, step by step, for training and calibration."""
+def run_uncached(evaluator: Evaluator, sampling: Sampling, noise: Array, conditions: Conditions) -> Iterator[RunStep]:
+    """The steps of plain sampling, every one computed, by Euler's rule."""
+    x = noise
+    for t, delta in zip(sampling.timesteps, np.diff(sampling.sigmas), strict=True):
+        velocity, feature = evaluator.evaluate(x, t, conditions)
+        x = x + x.dtype.type(delta) * velocity
+        yield RunStep(x, velocity, feature)
 
-    def __init__(self, model: LoadedModel, split: Graphs, settings: Settings) -> None:
-        sigmas, timesteps = model.sampling(settings)
-        self.sigmas, self.timesteps = torch.from_numpy(sigmas), torch.from_numpy(timesteps)
-        self._io = model.io
-        self._compute, self._forecast = split.modules[COMPUTE], split.modules[FORECAST]
-        self._tail_inputs = set(placeholders(self._forecast))
 
-    @torch.no_grad()
-    def compute(self, x: torch.Tensor, step: int, conditions: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Velocity and feature of the whole model at ``step``."""
-        result = self._compute(**{self._io.latents: x, self._io.timestep: self._time(x, step), **conditions})
-        return result[VELOCITY], result[FEATURE]
+def record_runs(
+    model: LoadedModel,
+    evaluator: Evaluator,
+    settings: Settings,
+    prompts: Sequence[str],
+    wanted: Sequence[WantedRun],
+    *,
+    seeds: Sequence[int],
+    chunk: int = CHUNK,
+    work: Path | None,
+    title: str,
+) -> dict[str, Array]:
+    """Run the uncached model on every prompt, as often as is ``wanted``; the results of all prompts, and their ``noise``.
 
-    @torch.no_grad()
-    def velocity(self, x: torch.Tensor, timestep: float, conditions: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Velocity of the whole model, told any ``timestep``."""
-        return self.differentiable_velocity(x, torch.tensor(timestep, dtype=x.dtype), conditions)
+    ``seeds`` are those of the prompts' noise. Finished batches of ``chunk`` prompts are kept in ``work``, if given, and not
+    made again after an interruption.
 
-    def differentiable_velocity(
-        self, x: torch.Tensor, timestep: torch.Tensor, conditions: Mapping[str, torch.Tensor]
-    ) -> torch.Tensor:
-        """The same with gradients, for latents and the scalar ``timestep``."""
-        inputs = {self._io.latents: x, self._io.timestep: timestep.expand(len(x)), **conditions}
-        velocity: torch.Tensor = self._compute(**inputs)[VELOCITY]
-        return velocity
+    Raises:
+        InputError: a run gives NaN or infinity.
+    """
+    shape = tuple(model.example_inputs(settings)[model.io.latents].shape[1:])
+    evaluations = sum(one.sampling.num_steps for one in wanted)
+    chunks: list[dict[str, Array]] = []
+    with tqdm(total=len(prompts) * evaluations, desc=title, unit="evaluation", disable=None) as bar:
+        for start in range(0, len(prompts), chunk):
+            path = None if work is None else work / f"runs-{start:04d}.safetensors"
+            some = prompts[start : start + chunk]
+            if path is not None and path.exists():
+                chunks.append(load_file(path))
+                bar.update(len(some) * evaluations)
+                continue
+            noise = np.stack([make_noise(seed, shape) for seed in seeds[start : start + chunk]])
+            conditions, result = model.encode(some, settings, model.io.conditions), {"noise": noise}
+            for one in wanted:
+                steps = _watched(run_uncached(evaluator, one.sampling, noise, conditions), some, start, bar)
+                result |= one.keep(steps)
+            chunks.append(result)
+            if path is not None:
+                write_file(path, save(result))
+    return {name: np.concatenate([one[name] for one in chunks]) for name in chunks[0]}
 
-    @torch.no_grad()
-    def tail(self, feature: torch.Tensor, step: int, conditions: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Velocity from a feature."""
-        known = {**conditions, self._io.timestep: self._time(feature, step), FEATURE: feature}
-        velocity: torch.Tensor = self._forecast(**{n: v for n, v in known.items() if n in self._tail_inputs})[VELOCITY]
-        return velocity
 
-    def advance(self, x: torch.Tensor, velocity: torch.Tensor, step: int) -> torch.Tensor:
-        """Euler step of the flow."""
-        return x + (self.sigmas[step + 1] - self.sigmas[step]) * velocity
+def _watched(steps: Iterator[RunStep], prompts: Sequence[str], start: int, bar: "tqdm[None]") -> Iterator[RunStep]:
+    for number, step in enumerate(steps):
+        check_finite(step.velocity, prompts, start, number)
+        bar.update(len(prompts))
+        yield step
 
-    def play(self, table: Table, noise: torch.Tensor, conditions: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Final latents of the closed loop: the model at computed steps, the table elsewhere."""
-        if isinstance(table, AdvanceTable):
-            return self._advance_by(table, noise, conditions)
-        return self._forecast_by(table, noise, conditions)
 
-    def _advance_by(self, table: AdvanceTable, noise: torch.Tensor, conditions: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        timesteps = self.timesteps[list(table.schedule.compute)] if table.timesteps is None else table.timesteps
-        rows = torch.from_numpy(table.coefficients).to(noise.dtype)
-        x, velocities = noise, noise.new_empty((len(rows), *noise.shape))
-        for i, timestep in enumerate(timesteps):
-            velocities[i] = self.velocity(x, float(timestep), conditions)
-            x = noise + torch.tensordot(rows[i, : i + 1], velocities[: i + 1], 1)
-        return x
+def training_seeds(seed: int, num: int) -> list[int]:
+    """Seeds of the noise that ``num`` prompts are fitted on; ``seed`` is the user's."""
+    return [TRAINING_SEED_BASE + (seed * SEEDS_A_RUN + number) % NUM_SEEDS for number in range(num)]
 
-    def _forecast_by(self, table: ForecastTable, noise: torch.Tensor, conditions: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        x, features, computed = noise, [], set(table.schedule.compute)
-        for step in range(table.schedule.num_steps):
-            if step in computed:
-                velocity, feature = self.compute(x, step, conditions)
-                features.append(feature)
-            else:
-                row = torch.from_numpy(table.coefficients[step, : len(features)]).to(x.dtype)
-                forecast = sum(weight * past for weight, past in zip(row, features, strict=True)) + float(table.bias[step])
-                velocity = self.tail(torch.as_tensor(forecast), step, conditions)
-            x = self.advance(x, velocity, step)
-        return x
 
-    def _time(self, x: torch.Tensor, step: int) -> torch.Tensor:
-        return self.timesteps[step].expand(len(x)).clone()
+def measuring_seeds(seed: int, num: int) -> list[int]:
+    """Seeds of the noise that ``num`` prompts are measured on: counted from the other end, so that no fit saw them."""
+    return [TRAINING_SEED_BASE + ((seed + 1) * SEEDS_A_RUN - 1 - number) % NUM_SEEDS for number in range(num)]
+
+
+def encode_prompts(model: LoadedModel, prompts: Sequence[str], settings: Settings) -> dict[str, Array]:
+    """Conditions of any number of prompts, by name [P, …]."""
+    starts = range(0, len(prompts), CHUNK)
+    parts = [model.encode(prompts[start : start + CHUNK], settings, model.io.conditions) for start in starts]
+    return {name: np.concatenate([part[name] for part in parts]) for name in model.io.conditions}
 
 
 def record_trajectories(
-    model: LoadedModel, denoiser: Denoiser, settings: Settings, prompts: Sequence[str], *, seed: int, work: Path
+    model: LoadedModel, evaluator: Evaluator, settings: Settings, prompts: Sequence[str], *, seed: int, work: Path
 ) -> Trajectories:
-    """Run the uncached model once per prompt. Chunks are kept in ``work``, and not made again after an interruption."""
-    chunks = []
-    starts = range(0, len(prompts), CHUNK)
-    for start in tqdm(starts, desc=f"uncached runs of {len(prompts)} prompts", unit="batch"):
-        path = work / f"trajectories-{start:04d}.safetensors"
-        if not path.exists():
-            write_file(path, save(_record(model, denoiser, settings, prompts[start : start + CHUNK], seed, start)))
-        chunks.append(load_file(path))
-    joined = {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
-    conditions = {name: joined[name] for name in model.io.conditions}
-    return Trajectories(joined["noise"], joined["final"], joined["features"], conditions)
+    """Run the uncached model once per prompt, and keep every step's feature. Resumable in ``work``."""
+
+    def keep(steps: Iterator[RunStep]) -> dict[str, Array]:
+        run = list(steps)
+        return {"final": run[-1].latents, "features": np.stack([step.feature for step in run], axis=1)}
+
+    wanted = WantedRun(Sampling(*model.sampling(settings)), keep)
+    title, seeds = f"uncached runs of {len(prompts)} prompts", training_seeds(seed, len(prompts))
+    runs = record_runs(model, evaluator, settings, prompts, [wanted], seeds=seeds, work=work, title=title)
+    return Trajectories(runs["noise"], runs["final"], runs["features"], encode_prompts(model, prompts, settings))
 
 
-def _record(
-    model: LoadedModel, denoiser: Denoiser, settings: Settings, prompts: Sequence[str], seed: int, start: int
-) -> dict[str, torch.Tensor]:
-    conditions = tensors_from(model.encode(prompts, settings, model.io.conditions))
-    shape = tuple(model.example_inputs(settings)[model.io.latents].shape[1:])
-    seeds = [TRAINING_SEED_BASE + (seed * 4096 + start + i) % NUM_SEEDS for i in range(len(prompts))]
-    noise = torch.from_numpy(np.stack([make_noise(s, shape) for s in seeds]))
-    x, features = noise, []
-    for step in range(settings.steps):
-        velocity, feature = denoiser.compute(x, step, conditions)
-        features.append(feature)
-        x = denoiser.advance(x, velocity, step)
-    return {"noise": noise, "final": x, "features": torch.stack(features, dim=1), **conditions}
+def check_finite(values: Array, prompts: Sequence[str], start: int, step: int) -> None:
+    """Raise ``InputError`` naming the prompt and the step if ``values`` [P, …] hold NaN or infinity."""
+    bad = ~np.isfinite(values).reshape(len(values), -1).all(axis=1)
+    if bad.any():
+        index = int(np.flatnonzero(bad)[0])
+        raise InputError(
+            f"the model gives NaN or infinity at step {step} for prompt {start + index + 1} ({prompts[index]!r}): "
+            "check the weights and the precision, or leave that prompt out"
+        )

@@ -1,4 +1,4 @@
-"""Calibration statistics: what uncached runs leave behind for closed-form fits, as a file.
+"""Calibration statistics: what uncached runs leave behind for fits, searches and measurements, as a file.
 
 Per prompt, not pooled: cross-validation, standard errors and resuming need them apart.
 
@@ -8,31 +8,37 @@ Shapes: ``P`` prompts, ``T`` steps, ``R`` steps of the fine reference, ``L`` tok
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
-from tqdm import tqdm
+from safetensors.numpy import load_file, save
 
-from cachec.compiler.calibration.runs import TRAINING_SEED_BASE, Denoiser
-from cachec.compiler.models.base import LoadedModel, Settings, check_prompts, tensors_from
-from cachec.passes import Graphs
+from cachec.compiler.calibration.evaluator import Evaluator
+from cachec.compiler.calibration.runs import (
+    RunStep,
+    Sampling,
+    WantedRun,
+    measuring_seeds,
+    record_runs,
+    training_seeds,
+)
+from cachec.compiler.calibration.uses import UsedPrompts
+from cachec.compiler.models.base import LoadedModel, Settings
 from cachec.runtime.errors import InputError
 from cachec.runtime.files import write_file
-from cachec.runtime.noise import NUM_SEEDS, make_noise
 from cachec.runtime.program import hash_sigmas
+from cachec.runtime.specs import Array
 from cachec.runtime.work import claim_work
 
 log = logging.getLogger(__name__)
 
-FORMAT = "cachec-calibration-1"
-MIN_PROMPTS = 8
+FORMAT = "cachec-calibration-2"
+ARRAYS = ("noise", "latents", "velocity_gram", "feature_gram", "fine_latents", "fine_velocity_gram")
 MAX_CHUNK = 16  # prompts a batch
 MAX_FEATURE_BYTES = 2**30  # of recorded features in memory; of longer sequences only some tokens are kept
 
@@ -42,22 +48,22 @@ class Statistics:
     """``noise`` [P, …]; ``latents`` [P, T, …] after each step; Gram matrices [P, T, T] of velocities and features, float64.
 
     ``fine_latents`` [P, R, …] and ``fine_velocity_gram`` [P, R, R] where there is a fine reference. ``facts`` say what they
-    are statistics of, ``prompts`` which ones in words.
+    are statistics of, ``prompts`` which ones in words, and what each is for.
     """
 
-    noise: torch.Tensor
-    latents: torch.Tensor
-    velocity_gram: torch.Tensor
-    feature_gram: torch.Tensor
-    fine_latents: torch.Tensor | None
-    fine_velocity_gram: torch.Tensor | None
-    prompts: tuple[str, ...]
+    noise: Array
+    latents: Array
+    velocity_gram: Array
+    feature_gram: Array
+    fine_latents: Array | None
+    fine_velocity_gram: Array | None
+    prompts: UsedPrompts
     facts: Mapping[str, str]
     origin: str
 
 
 @dataclass(frozen=True)
-class Plan:
+class CalibrationCost:
     """How much a calibration takes: prompts a batch, tokens whose features are kept, bytes of memory and of the file."""
 
     chunk: int
@@ -87,35 +93,37 @@ def calibration_facts(model: LoadedModel, settings: Settings, reference_steps: i
     return facts if reference_steps is None else {**facts, "reference_steps": str(reference_steps)}
 
 
-def plan_calibration(model: LoadedModel, settings: Settings, feature: torch.Tensor, num: int, reference: int) -> Plan:
-    """The plan for ``num`` prompts; ``feature`` [B, L, D] is an example, ``reference`` 0 for no fine reference.
+def check_reference(steps: int, reference: int) -> None:
+    """Raise ``InputError`` unless a fine reference of so many steps meets every step of the run; 0 is none."""
+    if reference and (reference <= steps or reference % steps):
+        raise InputError(f"reference-steps is {reference}; it must be a multiple of the {steps} steps, such as {4 * steps}")
+
+
+def calibration_cost(
+    latents: tuple[int, ...], feature: tuple[int, ...], settings: Settings, num: int, reference: int
+) -> CalibrationCost:
+    """The cost of ``num`` prompts whose latents and features [L, D] have these shapes; ``reference`` 0: no fine one.
 
     Raises:
-        InputError: there is no prompt, or the fine reference is not finer than the run.
+        InputError: the fine reference is not finer than the run.
     """
-    if num < 1:
-        raise InputError(f"num is {num}; calibration needs at least 1 prompt")
-    if reference and (reference <= settings.steps or reference % settings.steps):
-        raise InputError(
-            f"reference-steps is {reference}; it must be a multiple of the {settings.steps} steps, such as {4 * settings.steps}"
-        )
-    latents = model.example_inputs(settings, batch=2)[model.io.latents]
-    num_tokens, channels = feature.shape[1], feature[0, 0].numel()
+    check_reference(settings.steps, reference)
+    num_tokens, channels = feature[0], math.prod(feature[1:])
     token_bytes = settings.steps * channels * 4
     chunk = int(min(MAX_CHUNK, num, max(1, MAX_FEATURE_BYTES // (token_bytes * num_tokens))))
     tokens = int(min(num_tokens, max(1, MAX_FEATURE_BYTES // (token_bytes * chunk))))
-    latent_bytes, runs = latents[0].numel() * 4, settings.steps + reference
+    size, runs = math.prod(latents), settings.steps + reference
     features = chunk * tokens * token_bytes + 2 * settings.steps * tokens * channels * 8  # one prompt at a time in float64
-    memory = features + num * runs * latent_bytes + 2 * runs * latents[0].numel() * 8 + chunk * runs * latent_bytes
-    file = num * ((runs + 1) * latent_bytes + 8 * (2 * settings.steps**2 + reference**2))
-    return Plan(chunk, tokens, num_tokens, memory, file, num * runs)
+    memory = features + num * runs * size * 4 + 2 * runs * size * 8 + chunk * runs * size * 4
+    file = num * ((runs + 1) * size * 4 + 8 * (2 * settings.steps**2 + reference**2))
+    return CalibrationCost(chunk, tokens, num_tokens, memory, file, num * runs)
 
 
 def record_statistics(
     model: LoadedModel,
-    split: Graphs,
+    evaluator: Evaluator,
     settings: Settings,
-    prompts: Sequence[str],
+    prompts: UsedPrompts,
     *,
     reference_steps: int,
     seed: int,
@@ -129,105 +137,85 @@ def record_statistics(
         InputError: a run gives NaN or infinity, or ``work`` holds another calibration.
         OutputError: another process calibrates in ``work``, or it cannot be written.
     """
-    check_prompts(prompts)
     settings = replace(settings, dtype="float32")
-    with torch.no_grad():
-        feature = split.modules["compute"](**model.example_inputs(settings))["feature"]
-    plan = plan_calibration(model, settings, feature, len(prompts), reference_steps)
-    log.warning("calibration on %d prompts: %s", len(prompts), plan)
+    latents, feature = _example_shapes(model, evaluator, settings)
+    num = len(prompts.prompts)
+    cost = calibration_cost(latents, feature, settings, num, reference_steps)
+    log.warning("calibration on %d prompts: %s", num, cost)
     facts = {
         **calibration_facts(model, settings, reference_steps),
         "model": model.spec.name,
         "seed": str(seed),
-        "num_prompts": str(len(prompts)),
-        "prompts_sha256": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
-        "prompts": json.dumps(list(prompts)),
-        "feature_tokens": str(plan.feature_tokens),
+        "num_prompts": str(num),
+        "prompts_sha256": hashlib.sha256("\n".join(prompts.prompts).encode()).hexdigest(),
+        "prompts": json.dumps(list(prompts.prompts)),
+        "uses": json.dumps(list(prompts.uses)),
+        "feature_tokens": str(cost.feature_tokens),
         "format": FORMAT,
     }
-    recorder = _Recorder(model, split, settings, plan, reference_steps, seed)
-    chunks = []
-    claimed = {**facts, "chunk": str(plan.chunk)}  # batches of another size would not line up
-    with (
-        nullcontext() if work is None else claim_work(work, "calibration", claimed),
-        tqdm(total=plan.evaluations, desc="calibrating", unit="evaluation", disable=None) as bar,
-    ):
-        for start in range(0, len(prompts), plan.chunk):
-            path = None if work is None else work / f"runs-{start:04d}.safetensors"
-            if path is not None and path.exists():
-                chunks.append(load_file(path))
-                bar.update(len(chunks[-1]["noise"]) * (settings.steps + reference_steps))
-                continue
-            chunks.append(recorder.record(prompts[start : start + plan.chunk], start, bar))
-            if path is not None:
-                write_file(path, save(chunks[-1]))
-    tensors = {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
-    return _from_tensors(tensors, facts, "made now")
+    runs = [WantedRun(Sampling(*model.sampling(settings)), _keeper(_some_tokens(cost)))]
+    if reference_steps:
+        runs.append(WantedRun(Sampling(*model.sampling(replace(settings, steps=reference_steps))), _keep_fine))
+    claimed = {**facts, "chunk": str(cost.chunk)}  # batches of another size would not line up
+    with nullcontext() if work is None else claim_work(work, "calibration", claimed):
+        arrays = record_runs(
+            model, evaluator, settings, prompts.prompts, runs,
+            seeds=_seeds(prompts, seed), chunk=cost.chunk, work=work, title="calibrating",
+        )  # fmt: skip
+    return _from_arrays(arrays, facts, "made now")
 
 
-class _Recorder:
-    """Runs batches of prompts and keeps what statistics need."""
-
-    def __init__(
-        self, model: LoadedModel, split: Graphs, settings: Settings, plan: Plan, reference_steps: int, seed: int
-    ) -> None:
-        self._model, self._settings, self._seed = model, settings, seed
-        self._runs = {"": Denoiser(model, split, settings)}
-        if reference_steps:
-            self._runs["fine_"] = Denoiser(model, split, replace(settings, steps=reference_steps))
-        generator = torch.Generator().manual_seed(0)
-        self._tokens = torch.randperm(plan.num_tokens, generator=generator)[: plan.feature_tokens].sort().values
-
-    def record(self, prompts: Sequence[str], start: int, bar: "tqdm[Any]") -> dict[str, torch.Tensor]:
-        model, settings = self._model, self._settings
-        conditions = tensors_from(model.encode(prompts, settings, model.io.conditions))
-        shape = tuple(model.example_inputs(settings)[model.io.latents].shape[1:])
-        seeds = [TRAINING_SEED_BASE + (self._seed * 4096 + start + i) % NUM_SEEDS for i in range(len(prompts))]
-        noise = torch.from_numpy(np.stack([make_noise(seed, shape) for seed in seeds]))
-        result = {"noise": noise}
-        for prefix, denoiser in self._runs.items():
-            x, latents, velocities, features = noise, [], [], []
-            for step in range(len(denoiser.sigmas) - 1):
-                velocity, feature = denoiser.compute(x, step, conditions)
-                check_finite(velocity, prompts, start, step)
-                x = denoiser.advance(x, velocity, step)
-                latents.append(x)
-                velocities.append(velocity)
-                if not prefix:
-                    features.append(feature[:, self._tokens])
-                bar.update(len(prompts))
-            result[f"{prefix}latents"] = torch.stack(latents, dim=1)
-            result[f"{prefix}velocity_gram"] = gram(velocities)
-            if not prefix:
-                result["feature_gram"] = gram(features)
-        return result
+def _example_shapes(model: LoadedModel, evaluator: Evaluator, settings: Settings) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of one prompt's latents and of its feature [L, D]."""
+    inputs = {name: np.asarray(value) for name, value in model.example_inputs(settings).items()}
+    x, t = inputs.pop(model.io.latents), inputs.pop(model.io.timestep)
+    return x.shape[1:], evaluator.evaluate(x, t, inputs)[1].shape[1:]
 
 
-def gram(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Inner products [P, n, n] in float64 of n tensors [P, …], one prompt at a time to bound the memory."""
+def _seeds(prompts: UsedPrompts, seed: int) -> list[int]:
+    """Noise for every prompt; that of the prompts to measure on is of no fit."""
+    measured = set(prompts.places("measure"))
+    fitting, measuring = (iter(seeds(seed, len(prompts.prompts))) for seeds in (training_seeds, measuring_seeds))
+    return [next(measuring if place in measured else fitting) for place in range(len(prompts.prompts))]
+
+
+def _some_tokens(cost: CalibrationCost) -> Array:
+    """Which tokens' features are kept, in order."""
+    tokens: Array = np.sort(np.random.default_rng(0).permutation(cost.num_tokens)[: cost.feature_tokens])
+    return tokens
+
+
+def _keeper(tokens: Array) -> Callable[[Iterator[RunStep]], dict[str, Array]]:
+    def keep(steps: Iterator[RunStep]) -> dict[str, Array]:
+        run = [(step.latents, step.velocity, step.feature[:, tokens]) for step in steps]
+        latents, velocities, features = zip(*run, strict=True)
+        return {
+            "latents": np.stack(latents, axis=1),
+            "velocity_gram": gram(velocities),
+            "feature_gram": gram(features),
+        }
+
+    return keep
+
+
+def _keep_fine(steps: Iterator[RunStep]) -> dict[str, Array]:
+    latents, velocities = zip(*((step.latents, step.velocity) for step in steps), strict=True)
+    return {"fine_latents": np.stack(latents, axis=1), "fine_velocity_gram": gram(velocities)}
+
+
+def gram(arrays: Sequence[Array]) -> Array:
+    """Inner products [P, n, n] in float64 of n arrays [P, …], one prompt at a time to bound the memory."""
     products = []
-    for index in range(len(tensors[0])):
-        rows = torch.stack([t[index].flatten() for t in tensors]).double()
+    for index in range(len(arrays[0])):
+        rows = np.stack([array[index].ravel() for array in arrays]).astype(np.float64)
         products.append(rows @ rows.T)
-    return torch.stack(products)
-
-
-def check_finite(values: torch.Tensor, prompts: Sequence[str], start: int, step: int) -> None:
-    """Raise ``InputError`` naming the prompt and the step if ``values`` [P, …] hold NaN or infinity."""
-    bad = ~torch.isfinite(values).flatten(1).all(dim=1)
-    if bad.any():
-        index = int(bad.nonzero()[0])
-        raise InputError(
-            f"the model gives NaN or infinity at step {step} for prompt {start + index + 1} ({prompts[index]!r}): "
-            "check the weights and the precision, or leave that prompt out"
-        )
+    return np.stack(products)
 
 
 def statistics_bytes(statistics: Statistics) -> bytes:
     """The content of a calibration file."""
-    names = ("noise", "latents", "velocity_gram", "feature_gram", "fine_latents", "fine_velocity_gram")
-    tensors = {name: getattr(statistics, name) for name in names}
-    content: bytes = save({k: v.contiguous() for k, v in tensors.items() if v is not None}, dict(statistics.facts))
+    arrays = {name: value for name in ARRAYS if (value := getattr(statistics, name)) is not None}
+    content: bytes = save(arrays, dict(statistics.facts))
     return content
 
 
@@ -249,16 +237,16 @@ def load_statistics(path: Path) -> Statistics:
     if not path.is_file():
         raise InputError(f"calibration {path} does not exist: make one with cachec calibrate MODEL -o {path}")
     try:
-        with safe_open(path, "pt") as file:
+        with safe_open(path, "np") as file:
             facts = dict(file.metadata() or {})
-        tensors = load_file(path)
+        arrays = load_file(path)
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path} is not a calibration file, or is damaged ({error}): run cachec calibrate again") from error
     if facts.get("format") != FORMAT:
         raise InputError(f"{path} is not a calibration file of this cachec ({FORMAT}): make one with cachec calibrate")
     try:
-        return _from_tensors(tensors, facts, str(path))
-    except (KeyError, ValueError) as error:
+        return _from_arrays(arrays, facts, str(path))
+    except (KeyError, ValueError, TypeError) as error:
         raise InputError(f"{path} is not a calibration file, or is damaged ({error!r}): run cachec calibrate again") from error
 
 
@@ -276,24 +264,15 @@ def check_statistics(statistics: Statistics, wanted: Mapping[str, str]) -> None:
         )
 
 
-def check_calibration_prompts(prompts: Sequence[str]) -> None:
-    """Raise ``InputError`` unless there are enough prompts to fit on some and to measure on others."""
-    check_prompts(prompts)
-    if len(prompts) < MIN_PROMPTS:
-        raise InputError(
-            f"{len(prompts)} prompts are too few to fit on some and to measure on others: give at least {MIN_PROMPTS}"
-        )
-
-
-def _from_tensors(tensors: Mapping[str, torch.Tensor], facts: Mapping[str, str], origin: str) -> Statistics:
+def _from_arrays(arrays: Mapping[str, Array], facts: Mapping[str, str], origin: str) -> Statistics:
     return Statistics(
-        noise=tensors["noise"],
-        latents=tensors["latents"],
-        velocity_gram=tensors["velocity_gram"],
-        feature_gram=tensors["feature_gram"],
-        fine_latents=tensors.get("fine_latents"),
-        fine_velocity_gram=tensors.get("fine_velocity_gram"),
-        prompts=tuple(json.loads(facts["prompts"])),
+        noise=arrays["noise"],
+        latents=arrays["latents"],
+        velocity_gram=arrays["velocity_gram"],
+        feature_gram=arrays["feature_gram"],
+        fine_latents=arrays.get("fine_latents"),
+        fine_velocity_gram=arrays.get("fine_velocity_gram"),
+        prompts=UsedPrompts(tuple(json.loads(facts["prompts"])), tuple(json.loads(facts["uses"]))),
         facts=facts,
         origin=origin,
     )

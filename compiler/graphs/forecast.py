@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch
 
 from cachec.compiler.graphs.capture import capture_predictor
-from cachec.compiler.methods.base import Parameters, PredictorMethod
+from cachec.compiler.methods.base import PredictorMethod
+from cachec.compiler.methods.parameters import Parameters
 from cachec.compiler.methods.reuse import Reuse
 from cachec.compiler.models.base import LoadedModel, Settings
 from cachec.compiler.tables.schedule import Schedule

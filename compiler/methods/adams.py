@@ -10,7 +10,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from cachec.compiler.methods.base import Parameters, TableMethod
+from cachec.compiler.methods.base import TableMethod
+from cachec.compiler.methods.parameters import Parameters
 from cachec.compiler.tables.coefficients import AdvanceTable
 from cachec.compiler.tables.samplers import adams_bashforth
 from cachec.compiler.tables.schedule import Schedule

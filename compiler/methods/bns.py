@@ -6,20 +6,17 @@ Citation:
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
-import torch
-
-from cachec.compiler.methods.base import Method, Parameters, TableMethod
+from cachec.compiler.calibration.calibration import Calibration
+from cachec.compiler.methods.base import Method, TableMethod
 from cachec.compiler.methods.gram import Gram, fitted_table, schedule_facts
+from cachec.compiler.methods.parameters import Parameters
 from cachec.compiler.tables.coefficients import AdvanceTable
 from cachec.compiler.tables.schedule import Schedule
 from cachec.runtime.errors import InputError
 from cachec.runtime.program import Cut
 from cachec.runtime.specs import Array
-
-if TYPE_CHECKING:
-    from cachec.compiler.calibration.calibration import Calibration
 
 
 @dataclass(frozen=True)
@@ -36,6 +33,7 @@ class Bns(TableMethod):
     cut: ClassVar[Cut] = "output"
     needs_calibration: ClassVar[bool] = True
     schedule_bound: ClassVar[bool] = True
+    needs_gradients: ClassVar[bool] = True
     default_interval: ClassVar[int] = 7
     updates: int = 120
     batch: int = 8
@@ -51,13 +49,12 @@ class Bns(TableMethod):
     def draft(self) -> Method:
         return Gram(polish=0)  # what BNS converges to, nearly, at a thousandth of the price
 
-    def calibrate(self, calibration: "Calibration", schedule: Schedule) -> Parameters:
+    def calibrate(self, calibration: Calibration, schedule: Schedule) -> Parameters:
+        calibration.evaluator.check_gradients(self.name)
         from cachec.compiler.methods.bns_training import train_rows
 
         rows = train_rows(calibration, schedule, updates=self.updates, batch=self.batch, rate=self.rate)
-        return Parameters(
-            {"rows": torch.from_numpy(rows)}, schedule_facts(self.name, calibration, schedule), calibration.origin
-        )
+        return Parameters({"rows": rows}, schedule_facts(self.name, calibration, schedule), calibration.origin)
 
     def table(self, schedule: Schedule, sigmas: Array, parameters: Parameters | None) -> AdvanceTable:
         return fitted_table(self.name, schedule, parameters)

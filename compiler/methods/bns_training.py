@@ -31,7 +31,7 @@ def train_rows(calibration: Calibration, schedule: Schedule, *, updates: int, ba
     with tqdm(range(updates), desc="training bns", unit="update", disable=None, leave=False) as bar:
         for update in bar:
             index = torch.randperm(calibration.num_prompts, generator=generator)[:batch]
-            loss = _loss(calibration.select(index), rows, timesteps)
+            loss = _loss(calibration.select(index.numpy()), rows, timesteps)
             if not torch.isfinite(loss):
                 raise InputError(f"bns: the loss is not finite at update {update}: lower --set rate ({rate})")
             (rows.grad,) = torch.autograd.grad(loss, [rows])  # the model's parameters gather none
@@ -43,11 +43,11 @@ def train_rows(calibration: Calibration, schedule: Schedule, *, updates: int, ba
 
 
 def _loss(calibration: Calibration, rows: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-    noise, reference = calibration.noise(), calibration.latents(calibration.num_steps)
-    conditions = calibration.all_conditions()
+    noise, reference = (torch.from_numpy(value) for value in (calibration.noise(), calibration.latents(calibration.num_steps)))
+    conditions = {name: torch.from_numpy(value) for name, value in calibration.all_conditions().items()}
     x, velocities = noise, []
     for i, timestep in enumerate(timesteps):
-        velocities.append(calibration.denoiser.differentiable_velocity(x, timestep, conditions))
+        velocities.append(calibration.evaluator.velocity_with_gradients(x, timestep, conditions))
         x = noise + torch.stack([weight * v for weight, v in zip(rows[i], velocities, strict=False)]).sum(0)
     error = (x - reference).flatten(1).square().mean(dim=1)
     return torch.log(error / reference.flatten(1).square().mean(dim=1)).mean()

@@ -10,7 +10,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from cachec.compiler.methods.base import Parameters, TableMethod
+from cachec.compiler.methods.base import TableMethod
+from cachec.compiler.methods.parameters import Parameters
 from cachec.compiler.tables.coefficients import ForecastTable
 from cachec.compiler.tables.schedule import Schedule
 from cachec.runtime.errors import InputError

@@ -8,19 +8,17 @@ Gauss-Newton.
 
 import logging
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
-import torch
-
-from cachec.compiler.methods.base import Parameters, TableMethod
+from cachec.compiler.calibration.calibration import Calibration
+from cachec.compiler.methods.base import TableMethod
+from cachec.compiler.methods.gram_fit import fit_rows, polish
+from cachec.compiler.methods.parameters import Parameters
 from cachec.compiler.tables.coefficients import AdvanceTable
 from cachec.compiler.tables.schedule import Schedule
 from cachec.runtime.errors import InputError, PredictorError
 from cachec.runtime.program import Cut
 from cachec.runtime.specs import Array
-
-if TYPE_CHECKING:
-    from cachec.compiler.calibration.calibration import Calibration
 
 POLISH_PROMPTS = 32
 MIN_POLISH_PROMPTS = 16  # with fewer, rows and time steps fit these prompts alone: bench/QUALITY.md
@@ -55,9 +53,7 @@ class Gram(TableMethod):
     def draft(self) -> "Gram":
         return replace(self, polish=0)
 
-    def calibrate(self, calibration: "Calibration", schedule: Schedule) -> Parameters:
-        from cachec.compiler.methods.gram_fit import fit_rows, polish
-
+    def calibrate(self, calibration: Calibration, schedule: Schedule) -> Parameters:
         table = fit_rows(calibration, schedule)
         if self.polish and len(schedule.compute) > MAX_POLISHED:
             log.warning("%d computed steps are not polished: that takes a cubic number of evaluations", len(schedule.compute))
@@ -66,16 +62,16 @@ class Gram(TableMethod):
         elif self.polish:
             some = calibration.select(range(min(POLISH_PROMPTS, calibration.num_prompts)))
             table = polish(some, table, rounds=self.polish)
-        tensors = {"rows": torch.from_numpy(table.coefficients)}
+        arrays = {"rows": table.coefficients}
         if table.timesteps is not None:
-            tensors["timesteps"] = torch.from_numpy(table.timesteps)
-        return Parameters(tensors, schedule_facts(self.name, calibration, schedule), calibration.origin)
+            arrays["timesteps"] = table.timesteps
+        return Parameters(arrays, schedule_facts(self.name, calibration, schedule), calibration.origin)
 
     def table(self, schedule: Schedule, sigmas: Array, parameters: Parameters | None) -> AdvanceTable:
         return fitted_table(self.name, schedule, parameters)
 
 
-def schedule_facts(name: str, calibration: "Calibration", schedule: Schedule) -> dict[str, str]:
+def schedule_facts(name: str, calibration: Calibration, schedule: Schedule) -> dict[str, str]:
     """What fitted rows were fitted to."""
     return {
         "method": name,
@@ -100,8 +96,7 @@ def fitted_table(name: str, schedule: Schedule, parameters: Parameters | None) -
             f"rows of {name} were fitted to steps {parameters.facts.get('schedule')} of {parameters.facts.get('steps')}, "
             f"wanted {wanted} of {schedule.num_steps}: fit them to this schedule"
         )
-    rows = parameters.tensors.get("rows")
+    rows = parameters.arrays.get("rows")
     if rows is None or rows.shape != (len(schedule.compute),) * 2:
         raise PredictorError(f"{parameters.origin} holds no rows of {name} for {len(schedule.compute)} computed steps")
-    timesteps = parameters.tensors.get("timesteps")
-    return AdvanceTable(schedule, rows.double().numpy(), None if timesteps is None else timesteps.double().numpy())
+    return AdvanceTable(schedule, rows, parameters.arrays.get("timesteps"))

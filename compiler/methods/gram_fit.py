@@ -8,7 +8,6 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from cachec.compiler.calibration.calibration import Calibration, decibels, relative_errors
@@ -29,7 +28,7 @@ DAMPINGS = (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0)  # Levenberg-Marquardt, relative t
 
 def node_timesteps(calibration: Calibration, schedule: Schedule) -> Array:
     """What the model is told at the computed steps [K], float64."""
-    timesteps: Array = calibration.denoiser.timesteps[list(schedule.compute)].double().numpy()
+    timesteps: Array = calibration.sampling.timesteps[list(schedule.compute)].astype(np.float64)
     return timesteps
 
 
@@ -44,7 +43,7 @@ def fit_rows(calibration: Calibration, schedule: Schedule) -> AdvanceTable:
     """
     noise, timesteps = calibration.noise(), node_timesteps(calibration, schedule)
     num = len(schedule.compute)
-    x, velocities, rows = noise, noise.new_empty((num, *noise.shape)), np.zeros((num, num))
+    x, velocities, rows = noise, np.empty((num, *noise.shape), noise.dtype), np.zeros((num, num))
     products = np.zeros((len(noise), num, num))
     for i, end in enumerate([*schedule.compute[1:], schedule.num_steps]):
         velocities[i] = calibration.velocities(x, float(timesteps[i]), schedule.compute[i])
@@ -53,8 +52,14 @@ def fit_rows(calibration: Calibration, schedule: Schedule) -> AdvanceTable:
         target = calibration.latents(end) - noise
         wanted = _inner(velocities[: i + 1], target)
         rows[i, : i + 1] = solve_row(products[:, : i + 1, : i + 1], wanted, _inner(target[None], target)[:, 0])
-        x = noise + torch.tensordot(torch.from_numpy(rows[i, : i + 1]).to(noise.dtype), velocities[: i + 1], 1)
+        x = noise + _weighted(rows[i, : i + 1], velocities[: i + 1])
     return AdvanceTable(schedule, rows)
+
+
+def _weighted(weights: Array, values: Array) -> Array:
+    """Sum [P, …] of values [n, P, …] by weights [n], in the values' precision."""
+    total: Array = np.tensordot(weights.astype(values.dtype), values, 1)
+    return total
 
 
 def solve_row(products: Array, wanted: Array, squares: Array) -> Array:
@@ -81,10 +86,16 @@ def _ridge(products: Array, wanted: Array, ridge: float) -> Array:
     return solution
 
 
-def _inner(many: torch.Tensor, one: torch.Tensor) -> Array:
+def _inner(many: Array, one: Array) -> Array:
     """Inner products [P, n] in float64 of ``many`` [n, P, …] with ``one`` [P, …]."""
-    result: Array = torch.einsum("npe,pe->pn", many.flatten(2).double(), one.flatten(1).double()).numpy()
+    rows = many.reshape(*many.shape[:2], -1).astype(np.float64).swapaxes(0, 1)
+    result: Array = (rows @ _flat(one)[:, :, None])[:, :, 0]
     return result
+
+
+def _flat(values: Array) -> Array:
+    """Values [P, …] as rows [P, E], float64."""
+    return values.reshape(len(values), -1).astype(np.float64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,8 +104,8 @@ class _Point:
 
     rows: Array
     timesteps: Array
-    velocities: torch.Tensor
-    latents: list[torch.Tensor]  # before each computed step, then the final ones
+    velocities: Array
+    latents: list[Array]  # before each computed step, then the final ones
 
 
 def polish(calibration: Calibration, table: AdvanceTable, *, rounds: int, move_timesteps: bool = True) -> AdvanceTable:
@@ -125,14 +136,13 @@ def _play(
     """Closed loop; what comes before computed step ``start`` is taken from ``known``, latents there are formed anew."""
     noise = calibration.noise()
     num = len(rows)
-    velocities = noise.new_empty((num, *noise.shape)) if known is None else known.velocities.clone()
-    weights = torch.from_numpy(rows).to(noise.dtype)
+    velocities = np.empty((num, *noise.shape), noise.dtype) if known is None else known.velocities.copy()
     latents = [noise]
     if known is not None and start:
-        latents = [*known.latents[:start], noise + torch.tensordot(weights[start - 1, :start], velocities[:start], 1)]
+        latents = [*known.latents[:start], noise + _weighted(rows[start - 1, :start], velocities[:start])]
     for i in range(start, num):
         velocities[i] = calibration.velocities(latents[i], float(timesteps[i]), schedule.compute[i])
-        latents.append(noise + torch.tensordot(weights[i, : i + 1], velocities[: i + 1], 1))
+        latents.append(noise + _weighted(rows[i, : i + 1], velocities[: i + 1]))
     return _Point(rows, timesteps, velocities, latents)
 
 
@@ -150,8 +160,8 @@ def _gauss_newton(
     calibration: Calibration, schedule: Schedule, point: _Point, soft: float, moves: list[tuple[Array, Array, int]]
 ) -> _Point | None:
     """Damped steps with one Jacobian; ``None`` if no damping gives a better score."""
-    columns = torch.stack([_slope(calibration, schedule, point, move) for move in moves])  # [M, P, E]
-    products = torch.stack([one @ one.T for one in (columns[:, p].double() for p in range(columns.shape[1]))])  # [P, M, M]
+    columns = np.stack([_slope(calibration, schedule, point, move) for move in moves])  # [M, P, E]
+    products = np.stack([one @ one.T for one in (columns[:, p].astype(np.float64) for p in range(columns.shape[1]))])
     improved = None
     for _ in range(STEPS_PER_JACOBIAN):
         moved = _best_step(calibration, schedule, improved or point, soft, _Jacobian(moves, columns, products))
@@ -166,19 +176,18 @@ class _Jacobian:
     """Directions, what each does to the final latents [M, P, E], and the inner products of that [P, M, M]."""
 
     moves: list[tuple[Array, Array, int]]
-    columns: torch.Tensor
-    products: torch.Tensor
+    columns: Array
+    products: Array
 
 
 def _best_step(calibration: Calibration, schedule: Schedule, point: _Point, soft: float, jacobian: _Jacobian) -> _Point | None:
     """The point after the best damped step; ``None`` if none gives a better score."""
     reference = calibration.latents(calibration.num_steps)
-    residual = (point.latents[-1] - reference).flatten(1).double()
-    norms = reference.flatten(1).double().square().sum(dim=1)
-    weights = 1 / (residual.square().sum(dim=1) + soft * norms)
-    curvature = torch.einsum("p,pmn->mn", weights, jacobian.products).numpy()
-    pull = (residual * weights[:, None]).flatten()
-    gradient = np.array([float(column.double().flatten() @ pull) for column in jacobian.columns])
+    residual = _flat(point.latents[-1] - reference)
+    weights = 1 / ((residual**2).sum(axis=1) + soft * (_flat(reference) ** 2).sum(axis=1))
+    curvature = np.tensordot(weights, jacobian.products, 1)
+    pull = (residual * weights[:, None]).ravel()
+    gradient = np.array([float(column.ravel().astype(np.float64) @ pull) for column in jacobian.columns])
     score = _score(calibration, point, soft)
     best: _Point | None = None
     for damping in DAMPINGS:
@@ -221,8 +230,8 @@ def _moves(point: _Point, *, timesteps: bool) -> list[tuple[Array, Array, int]]:
     num = len(point.rows)
     moves: list[tuple[Array, Array, int]] = []
     for i in range(num):
-        flat = point.velocities[: i + 1].flatten(1).double()
-        values, vectors = np.linalg.eigh((flat @ flat.T).numpy() / flat.shape[1])
+        flat = _flat(point.velocities[: i + 1])
+        values, vectors = np.linalg.eigh(flat @ flat.T / flat.shape[1])
         for value, vector in zip(values, vectors.T, strict=True):
             if value > 1e-10 * values[-1]:
                 rows = np.zeros((num, num))
@@ -235,13 +244,12 @@ def _moves(point: _Point, *, timesteps: bool) -> list[tuple[Array, Array, int]]:
     return moves
 
 
-def _slope(calibration: Calibration, schedule: Schedule, point: _Point, move: tuple[Array, Array, int]) -> torch.Tensor:
+def _slope(calibration: Calibration, schedule: Schedule, point: _Point, move: tuple[Array, Array, int]) -> Array:
     """Derivative [P, E] of the final latents along a move."""
     d_rows, d_timesteps, start = move
     if start == len(point.rows):  # the last row acts on the final latents directly
-        weights = torch.from_numpy(d_rows[-1]).to(point.velocities.dtype)
-        exact: torch.Tensor = torch.tensordot(weights, point.velocities, 1).flatten(1)
+        exact: Array = _weighted(d_rows[-1], point.velocities).reshape(len(point.latents[-1]), -1)
         return exact
     nudged = _play(calibration, schedule, point.rows + NUDGE * d_rows, point.timesteps + NUDGE * d_timesteps, point, start)
-    slope: torch.Tensor = (nudged.latents[-1] - point.latents[-1]).flatten(1) / NUDGE
+    slope: Array = (nudged.latents[-1] - point.latents[-1]).reshape(len(point.latents[-1]), -1) / NUDGE
     return slope

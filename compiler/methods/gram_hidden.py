@@ -6,20 +6,19 @@ features computed before it.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import numpy as np
-import torch
 
-from cachec.compiler.methods.base import Parameters, TableMethod
+from cachec.compiler.calibration.calibration import Calibration
+from cachec.compiler.methods.base import TableMethod
 from cachec.compiler.methods.gram import schedule_facts
+from cachec.compiler.methods.gram_fit import solve_row
+from cachec.compiler.methods.parameters import Parameters
 from cachec.compiler.tables.coefficients import ForecastTable
 from cachec.compiler.tables.schedule import Schedule
 from cachec.runtime.errors import PredictorError
 from cachec.runtime.specs import Array
-
-if TYPE_CHECKING:
-    from cachec.compiler.calibration.calibration import Calibration
 
 
 @dataclass(frozen=True)
@@ -36,9 +35,7 @@ class GramHidden(TableMethod):
     schedule_bound: ClassVar[bool] = True
     default_interval: ClassVar[int] = 7
 
-    def calibrate(self, calibration: "Calibration", schedule: Schedule) -> Parameters:
-        from cachec.compiler.methods.gram_fit import solve_row
-
+    def calibrate(self, calibration: Calibration, schedule: Schedule) -> Parameters:
         gram = calibration.feature_gram()
         rows = np.zeros((schedule.num_steps, len(schedule.compute)))
         for step in schedule.forecast:
@@ -46,14 +43,14 @@ class GramHidden(TableMethod):
             products = gram[:, past][:, :, past]
             rows[step, : len(past)] = solve_row(products, gram[:, past, step], gram[:, step, step])
         facts = schedule_facts(self.name, calibration, schedule)
-        return Parameters({"rows": torch.from_numpy(rows)}, facts, calibration.origin)
+        return Parameters({"rows": rows}, facts, calibration.origin)
 
     def table(self, schedule: Schedule, sigmas: Array, parameters: Parameters | None) -> ForecastTable:
         if parameters is None:
             raise PredictorError("gram-hidden needs rows fitted to calibration runs: give --calibration")
-        if "rows" not in parameters.tensors:
-            raise PredictorError(f"{parameters.origin} holds no rows of gram-hidden: it has {sorted(parameters.tensors)}")
-        rows = parameters.tensors["rows"].double().numpy()
+        if "rows" not in parameters.arrays:
+            raise PredictorError(f"{parameters.origin} holds no rows of gram-hidden: it has {sorted(parameters.arrays)}")
+        rows = parameters.arrays["rows"]
         wanted = ",".join(map(str, schedule.compute))
         if parameters.facts.get("schedule") != wanted or len(rows) != schedule.num_steps:
             raise PredictorError(

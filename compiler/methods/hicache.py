@@ -13,7 +13,8 @@ from typing import ClassVar
 import numpy as np
 from numpy.polynomial import hermite
 
-from cachec.compiler.methods.base import Parameters, TableMethod
+from cachec.compiler.methods.base import TableMethod
+from cachec.compiler.methods.parameters import Parameters
 from cachec.compiler.methods.taylor import WARMUP
 from cachec.compiler.tables.coefficients import ForecastTable
 from cachec.compiler.tables.schedule import Schedule

@@ -5,20 +5,18 @@ Citation:
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import numpy as np
-import torch
 
-from cachec.compiler.methods.base import Parameters, TableMethod
+from cachec.compiler.calibration.calibration import Calibration
+from cachec.compiler.methods.base import TableMethod
+from cachec.compiler.methods.parameters import Parameters
 from cachec.compiler.tables.coefficients import AdvanceTable, collapse, compose
 from cachec.compiler.tables.schedule import Schedule, interval_schedule
 from cachec.runtime.errors import InputError, PredictorError
 from cachec.runtime.program import Cut
 from cachec.runtime.specs import Array
-
-if TYPE_CHECKING:
-    from cachec.compiler.calibration.calibration import Calibration
 
 L2P_STEPS = 50
 L2P_LISTS = {  # tuned by hand, by the interval that the paper calls each after
@@ -32,6 +30,7 @@ L2P_LISTS = {  # tuned by hand, by the interval that the paper calls each after
 FITS = ("closed", "adam")
 LEARNING_RATE = 0.01
 EPOCHS = 201
+MOMENTS, EPSILON = (0.9, 0.999), 1e-8  # of Adam
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ class L2p(TableMethod):
     def published(self, num_steps: int, budget: int) -> Schedule:
         return l2p_schedule(num_steps, budget)
 
-    def calibrate(self, calibration: "Calibration", schedule: Schedule) -> Parameters:
+    def calibrate(self, calibration: Calibration, schedule: Schedule) -> Parameters:
         gram = calibration.velocity_gram()
         weights = fit_adam(gram, calibration.num_elements) if self.fit == "adam" else fit_closed(gram, self.ridge)
         facts = {
@@ -77,7 +76,7 @@ class L2p(TableMethod):
             "prompts": str(len(gram)),
             "loss": f"{mean_squared_error(weights, gram, calibration.num_elements):.6g}",
         }
-        return Parameters({"weights": torch.from_numpy(weights)}, facts, calibration.origin)
+        return Parameters({"weights": weights}, facts, calibration.origin)
 
     def table(self, schedule: Schedule, sigmas: Array, parameters: Parameters | None) -> AdvanceTable:
         if parameters is None:
@@ -107,10 +106,9 @@ def l2p_schedule(num_steps: int, budget: int) -> Schedule:
 
 
 def _weights(parameters: Parameters) -> Array:
-    if "weights" not in parameters.tensors:
-        raise PredictorError(f"{parameters.origin} does not hold L2P weights: it has {sorted(parameters.tensors)}")
-    weights: Array = parameters.tensors["weights"].double().numpy()
-    return weights
+    if "weights" not in parameters.arrays:
+        raise PredictorError(f"{parameters.origin} does not hold L2P weights: it has {sorted(parameters.arrays)}")
+    return parameters.arrays["weights"]
 
 
 def fit_closed(gram: Array, ridge: float) -> Array:
@@ -133,18 +131,18 @@ def fit_adam(gram: Array, num_elements: int, epochs: int = EPOCHS) -> Array:
     ``gram`` [P, T, T] inner products of the velocities, by prompt, of ``num_elements`` elements each. Starts from reuse. The
     loss is quadratic in the weights, so the Gram matrix gives the gradient that the velocities themselves would.
     """
-    pooled = torch.from_numpy(np.asarray(gram, np.float64).sum(axis=0))
+    pooled = np.asarray(gram, np.float64).sum(axis=0)
     num = len(pooled)
-    mask = torch.ones_like(pooled).tril(-1)
-    weights = torch.diag(torch.ones(num - 1, dtype=torch.float64), -1).requires_grad_()
-    optimizer = torch.optim.Adam([weights], lr=LEARNING_RATE)
+    mask = np.tril(np.ones_like(pooled), -1)
+    weights, first, second = np.diag(np.ones(num - 1), -1), np.zeros_like(pooled), np.zeros_like(pooled)
     scale = 2 / (len(gram) * max(num - 1, 1) * num_elements)
-    for _ in range(epochs):
-        with torch.no_grad():
-            weights.grad = scale * mask * ((weights * mask) @ pooled - pooled)
-        optimizer.step()
-    result: Array = (weights.detach() * mask).numpy()
-    return result
+    for epoch in range(1, epochs + 1):
+        gradient = scale * mask * (weights @ pooled - pooled)
+        first = MOMENTS[0] * first + (1 - MOMENTS[0]) * gradient
+        second = MOMENTS[1] * second + (1 - MOMENTS[1]) * gradient**2
+        mean, square = first / (1 - MOMENTS[0] ** epoch), second / (1 - MOMENTS[1] ** epoch)
+        weights = weights - LEARNING_RATE * mean / (np.sqrt(square) + EPSILON)
+    return weights
 
 
 def mean_squared_error(weights: Array, gram: Array, num_elements: int) -> float:

@@ -15,9 +15,12 @@ from typing import ClassVar, cast
 import torch
 from torch import nn
 
-from cachec.compiler.methods.base import Parameters, Predictor, PredictorMethod, TrainingData
+from cachec.compiler.methods.base import PredictorMethod, TrainingData
 from cachec.compiler.methods.kan import Kan
+from cachec.compiler.methods.parameters import Parameters
+from cachec.compiler.methods.predictor import Predictor
 from cachec.runtime.errors import InputError, PredictorError
+from cachec.runtime.specs import Array
 
 STAGE_BOUNDS = (0.9, 0.5)  # expert 0 above the first, 1 above the second, 2 below
 WINDOWS = (4, 8, 8)
@@ -79,19 +82,18 @@ class Lesa(PredictorMethod):
     def window(self) -> int:
         return max(WINDOWS)
 
-    def fit(self, data: TrainingData) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    def fit(self, data: TrainingData) -> tuple[dict[str, Array], dict[str, str]]:
         from cachec.compiler.methods.lesa_training import LesaTrainer
 
         trainer = LesaTrainer(data, max_rounds=self.max_rounds)
-        tensors = trainer.run()
-        return tensors, trainer.facts()
+        return trainer.run(), trainer.facts()
 
     def predictor(self, parameters: Parameters | None) -> Predictor:
         if parameters is None:
             raise PredictorError("lesa needs a trained predictor: run cachec train, or let cachec compile train one")
         predictor = LesaPredictor(int(parameters.facts["steps"]))
         try:
-            predictor.load_state_dict(dict(parameters.tensors))
+            predictor.load_state_dict({name: torch.from_numpy(array) for name, array in parameters.arrays.items()})
         except RuntimeError as error:
             raise PredictorError(f"{parameters.origin} does not hold a LESA predictor: {error}") from error
         return predictor.eval()

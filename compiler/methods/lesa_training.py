@@ -16,6 +16,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -23,6 +24,7 @@ from cachec.compiler.calibration.runs import Trajectories
 from cachec.compiler.methods.base import TrainingData
 from cachec.compiler.methods.lesa import WINDOWS, LesaPredictor
 from cachec.runtime.files import write_file
+from cachec.runtime.specs import Array
 
 log = logging.getLogger(__name__)
 
@@ -58,14 +60,16 @@ class LesaTrainer:
         self.predictor = LesaPredictor(data.schedule.num_steps)
         self.state = TrainingState()
         self._best = self._weights()
-        self._denoiser, self._train, self._held_out = data.denoiser, data.train, data.held_out
+        self._evaluator, self._timesteps = data.evaluator, data.sampling.timesteps
+        self._sigmas = torch.from_numpy(data.sampling.sigmas)
+        self._train, self._held_out = data.train, data.held_out
         self._schedule, self._seed, self._max_rounds = data.schedule, data.seed, max_rounds
         self._path = data.work / "lesa.checkpoint"
         self._optimizer = self._new_optimizer()
         if self._path.exists():
             self._load()
 
-    def run(self) -> dict[str, torch.Tensor]:
+    def run(self) -> dict[str, Array]:
         """Both phases. Returns the best weights."""
         if not self.state.curve:
             self._evaluate()  # the untrained predictor, which is nearly plain reuse
@@ -77,7 +81,7 @@ class LesaTrainer:
                 bar.update()
                 bar.set_postfix_str(self._summary())
                 self._save()
-        return self._best
+        return {name: weights.numpy() for name, weights in self._best.items()}
 
     def facts(self) -> dict[str, str]:
         """How the training went, for the predictor file."""
@@ -99,7 +103,7 @@ class LesaTrainer:
         order = torch.randperm(len(self._train.noise), generator=generator)
         batches = torch.split(order if state.phase == 0 else order[:BATCH], BATCH)
         for index in batches:
-            batch = self._train.select(index)
+            batch = self._train.select(index.numpy())
             if state.phase == 0:
                 self._teacher_forced(batch, generator)
             else:
@@ -119,32 +123,33 @@ class LesaTrainer:
 
     def _teacher_loss(self, batch: Trajectories, step: int) -> torch.Tensor:
         history = self._schedule.history(step, max(WINDOWS), feeds_back=True)
-        features = [batch.features[:, past] for past in history]
-        return (self._predict(features, step) - batch.features[:, step]).abs().mean()
+        true = torch.from_numpy(batch.features)
+        return (self._predict([true[:, past] for past in history], step) - true[:, step]).abs().mean()
 
-    def _closed_loop(self, batch: Trajectories, *, learn: bool) -> torch.Tensor:
+    def _closed_loop(self, batch: Trajectories, *, learn: bool) -> Array:
         """One run of the cached model on ``batch``; with ``learn``, an update at each forecast. Returns the latents."""
-        x = batch.noise
+        x, true = batch.noise, torch.from_numpy(batch.features)
         history: deque[torch.Tensor] = deque(maxlen=max(WINDOWS))
         computed = set(self._schedule.compute)
         for step in range(self._schedule.num_steps):
             if step in computed:
-                velocity, feature = self._denoiser.compute(x, step, batch.conditions)
+                velocity, computed_feature = self._evaluator.evaluate(x, self._timesteps[step], batch.conditions)
+                feature = torch.from_numpy(computed_feature)
             else:
                 features = list(history) + [history[-1]] * (max(WINDOWS) - len(history))
                 with torch.set_grad_enabled(learn):
                     feature = self._predict(features, step)
                     if learn:
-                        self._update((feature - batch.features[:, step]).abs().mean())
+                        self._update((feature - true[:, step]).abs().mean())
                 feature = feature.detach()
-                velocity = self._denoiser.tail(feature, step, batch.conditions)
+                velocity = self._evaluator.tail(feature.numpy(), self._timesteps[step], batch.conditions)
             history.appendleft(feature)
-            x = self._denoiser.advance(x, velocity, step)
+            x = x + (self._sigmas[step + 1] - self._sigmas[step]).item() * velocity
         return x
 
     def _predict(self, features: list[torch.Tensor], step: int) -> torch.Tensor:
         steps = torch.zeros(len(features), dtype=torch.int64)
-        result: torch.Tensor = self.predictor(features, steps, self._denoiser.sigmas, torch.tensor(step))
+        result: torch.Tensor = self.predictor(features, steps, self._sigmas, torch.tensor(step))
         return result
 
     def _update(self, loss: torch.Tensor) -> None:
@@ -160,7 +165,7 @@ class LesaTrainer:
         state, held_out = self.state, self._held_out
         loss = torch.stack([self._teacher_loss(held_out, step) for step in self._schedule.forecast]).mean().item()
         error = self._closed_loop(held_out, learn=False) - held_out.final
-        relative = (error.norm() / held_out.final.norm()).item()
+        relative = float(np.linalg.norm(error) / np.linalg.norm(held_out.final))
         state.curve.append(
             {"updates": state.updates, "phase": state.phase, "held_out_l1": loss, "held_out_latent_rel_l2": relative}
         )

@@ -1,22 +1,34 @@
-"""Trained predictors as files: safetensors, with the facts of their training as metadata."""
+"""What a fit or a training leaves behind, and the file of a trained predictor: safetensors, with facts as metadata."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+from safetensors.numpy import load_file, save
 
-from cachec.compiler.methods.base import Method, Parameters
 from cachec.runtime.errors import PredictorError
+from cachec.runtime.specs import Array
 
 FORMAT = "cachec-predictor-1"
 PRETRAINED = Path(__file__).parent / "pretrained"
 
 
+@dataclass(frozen=True)
+class Parameters:
+    """Fitted or trained numbers of a method by name, and what they were fitted to.
+
+    ``origin`` says where they come from, for messages.
+    """
+
+    arrays: Mapping[str, Array]
+    facts: Mapping[str, str]
+    origin: str
+
+
 def predictor_bytes(parameters: Parameters) -> bytes:
     """The content of a predictor file."""
-    tensors = {name: tensor.contiguous() for name, tensor in parameters.tensors.items()}
-    content: bytes = save(tensors, {**parameters.facts, "format": FORMAT})
+    content: bytes = save(dict(parameters.arrays), {**parameters.facts, "format": FORMAT})
     return content
 
 
@@ -29,14 +41,14 @@ def load_predictor(path: Path) -> Parameters:
     if not path.is_file():
         raise PredictorError(f"predictor {path} does not exist: make one with cachec train")
     try:
-        with safe_open(path, "pt") as file:
+        with safe_open(path, "np") as file:
             facts = dict(file.metadata() or {})
-        tensors = load_file(path)
+        arrays = load_file(path)
     except (SafetensorError, OSError) as error:
         raise PredictorError(f"{path} is not a safetensors file, or is damaged: {error}") from error
     if facts.get("format") != FORMAT:
         raise PredictorError(f"{path} is not a predictor file of this cachec ({FORMAT}): make one with cachec train")
-    return Parameters(tensors, facts, str(path))
+    return Parameters(arrays, facts, str(path))
 
 
 def check_fit(parameters: Parameters, wanted: Mapping[str, str]) -> None:
@@ -53,9 +65,9 @@ def check_fit(parameters: Parameters, wanted: Mapping[str, str]) -> None:
         )
 
 
-def find_pretrained(method: type[Method], wanted: Mapping[str, str]) -> Parameters | None:
-    """A predictor that ships with the package and fits, if there is one."""
-    for path in sorted(PRETRAINED.glob(f"{method.name}-*.safetensors")):
+def find_pretrained(method: str, wanted: Mapping[str, str]) -> Parameters | None:
+    """A predictor of a method that ships with the package and fits, if there is one."""
+    for path in sorted(PRETRAINED.glob(f"{method}-*.safetensors")):
         parameters = load_predictor(path)
         if all(parameters.facts.get(name) == value for name, value in wanted.items()):
             return parameters

@@ -11,7 +11,9 @@ from typing import ClassVar
 
 import torch
 
-from cachec.compiler.methods.base import Parameters, Predictor, PredictorMethod
+from cachec.compiler.methods.base import PredictorMethod
+from cachec.compiler.methods.parameters import Parameters
+from cachec.compiler.methods.predictor import Predictor
 
 
 class _Reuse(Predictor):

@@ -12,8 +12,9 @@ from typing import ClassVar
 import numpy as np
 from numpy.polynomial.chebyshev import chebvander
 
-from cachec.compiler.methods.base import Parameters, TableMethod
+from cachec.compiler.methods.base import TableMethod
 from cachec.compiler.methods.newton import extrapolation_weights
+from cachec.compiler.methods.parameters import Parameters
 from cachec.compiler.tables.coefficients import ForecastTable
 from cachec.compiler.tables.schedule import Schedule, interval_schedule
 from cachec.runtime.errors import InputError

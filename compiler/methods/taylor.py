@@ -12,7 +12,9 @@ from typing import ClassVar
 
 import torch
 
-from cachec.compiler.methods.base import Parameters, Predictor, PredictorMethod
+from cachec.compiler.methods.base import PredictorMethod
+from cachec.compiler.methods.parameters import Parameters
+from cachec.compiler.methods.predictor import Predictor
 from cachec.runtime.errors import InputError
 
 WARMUP = 3  # "first_enhance": differences are taken from the last of these steps on

@@ -3,24 +3,53 @@
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
+import numpy as np
 
-from cachec.compiler.calibration.runs import Denoiser, record_trajectories
-from cachec.compiler.graphs.prepare import split_model
-from cachec.compiler.methods.base import Method, Parameters, PredictorMethod, TrainingData
-from cachec.compiler.models.base import LoadedModel, Settings, check_prompts
-from cachec.compiler.request import Request
+from cachec.compiler.calibration.evaluator import Evaluator
+from cachec.compiler.calibration.runs import Sampling, record_trajectories
+from cachec.compiler.calibration.uses import UsedPrompts
+from cachec.compiler.methods.base import Method, PredictorMethod, TrainingData
+from cachec.compiler.methods.parameters import Parameters
+from cachec.compiler.models.base import LoadedModel, Settings
 from cachec.compiler.tables.schedule import Schedule
 from cachec.runtime.errors import InputError, PredictorError
 from cachec.runtime.program import hash_sigmas
 from cachec.runtime.work import claim_work
 
-HELD_OUT_EVERY = 4  # every fourth prompt is kept from training and tells when to stop
-MIN_PROMPTS = 8
+
+@dataclass(frozen=True)
+class Training:
+    """What to train: a method for one schedule. ``interval`` is recorded if the schedule came from one."""
+
+    method: Method
+    schedule: Schedule
+    settings: Settings
+    prompts: UsedPrompts
+    seed: int
+    interval: int | None = None
+
+    def check(self) -> PredictorMethod:
+        """The method, if there is something to train.
+
+        Raises:
+            PredictorError: the method has nothing to train.
+            InputError: nothing is left to forecast, or there are too few prompts.
+        """
+        if not isinstance(self.method, PredictorMethod) or not self.method.needs_training:
+            raise PredictorError(f"method {self.method.name!r} has nothing to train: compile it as it is")
+        if not self.schedule.forecast:
+            raise InputError(
+                f"all {self.settings.steps} steps are computed: there is nothing for {self.method.name} to forecast, "
+                "so nothing to train"
+            )
+        if not self.prompts.places("fit") or not self.prompts.places("stop"):
+            raise InputError(
+                f"{len(self.prompts.prompts)} prompts are too few to train on some and to stop by others: give more"
+            )
+        return self.method
 
 
 def training_facts(model: LoadedModel, method: Method, schedule: Schedule, settings: Settings) -> dict[str, str]:
@@ -35,56 +64,37 @@ def training_facts(model: LoadedModel, method: Method, schedule: Schedule, setti
     }
 
 
-def train_predictor(model: LoadedModel, request: Request, *, work: Path) -> Parameters:
-    """Train the request's method for its schedule, in float32 whatever the bundle's precision.
+def train_predictor(model: LoadedModel, evaluator: Evaluator, training: Training, *, work: Path) -> Parameters:
+    """Train in float32, whatever the bundle's precision; ``evaluator`` is of the float32 model.
 
     Work files go to ``work``; a rerun goes on from them.
 
     Raises:
+        PredictorError: the method has nothing to train.
         InputError: there are too few prompts, nothing to forecast, or ``work`` holds another training.
         OutputError: another process trains in ``work``, or it cannot be written.
     """
-    method, prompts, seed = request.method, request.prompts, request.seed
-    schedule = request.schedule
-    if schedule is None or not isinstance(method, PredictorMethod):
-        raise PredictorError(f"method {method.name!r} has nothing to train on one schedule: compile it as it is")
-    settings = replace(request.settings, dtype="float32")
-    check_training_prompts(prompts)
-    if not schedule.forecast:
-        raise InputError(f"all {settings.steps} steps are computed: there is nothing to forecast, so nothing to train")
-    facts_of_run = {**training_facts(model, method, schedule, settings), "options": json.dumps(method.options())}
-    with claim_work(work, "training", {**facts_of_run, "prompts": _hash(prompts), "seed": str(seed)}):
-        denoiser = Denoiser(model, split_model(model, settings), settings)
-        runs = record_trajectories(model, denoiser, settings, prompts, seed=seed, work=work)
-        held_out = torch.arange(len(prompts)) % HELD_OUT_EVERY == 0
-        data = TrainingData(
-            denoiser, runs.select(torch.where(~held_out)[0]), runs.select(torch.where(held_out)[0]), schedule, seed, work
-        )
-        tensors, facts = method.fit(data)
+    method, prompts, seed = training.check(), training.prompts, training.seed
+    settings = replace(training.settings, dtype="float32")
+    known = {**training_facts(model, method, training.schedule, settings), "options": json.dumps(method.options())}
+    digest = hashlib.sha256("\n".join(prompts.prompts).encode()).hexdigest()
+    with claim_work(work, "training", {**known, "prompts": digest, "seed": str(seed)}):
+        runs = record_trajectories(model, evaluator, settings, prompts.prompts, seed=seed, work=work)
+        train, held_out = (runs.select(np.array(prompts.places(use))) for use in ("fit", "stop"))
+        data = TrainingData(evaluator, Sampling(*model.sampling(settings)), train, held_out, training.schedule, seed, work)
+        arrays, found = method.fit(data)
     facts = {
-        **training_facts(model, method, schedule, settings),
-        **facts,
-        "options": json.dumps(method.options()),
+        **known,
+        **found,
         "model": model.spec.name,
-        "interval": "none" if request.interval is None else str(request.interval),
+        "interval": "none" if training.interval is None else str(training.interval),
         "seed": str(seed),
-        "num_prompts": str(len(prompts)),
-        "prompts_sha256": _hash(prompts),
+        "num_prompts": str(len(prompts.prompts)),
+        "prompts_sha256": digest,
         "made_by": f"cachec {importlib.metadata.version('cachec')}",
-        "torch": str(torch.__version__),
+        "torch": importlib.metadata.version("torch"),
     }
-    return Parameters(tensors, {name: _text(value) for name, value in facts.items()}, "trained now")
-
-
-def check_training_prompts(prompts: Sequence[str]) -> None:
-    """Raise ``InputError`` unless there are enough prompts to train on some and hold out others."""
-    check_prompts(prompts)
-    if len(prompts) < MIN_PROMPTS:
-        raise InputError(f"{len(prompts)} prompts are too few to train and to hold some out: give at least {MIN_PROMPTS}")
-
-
-def _hash(prompts: Sequence[str]) -> str:
-    return hashlib.sha256("\n".join(prompts).encode()).hexdigest()
+    return Parameters(arrays, {name: _text(value) for name, value in facts.items()}, "trained now")
 
 
 def _text(value: object) -> str:

@@ -15,10 +15,11 @@ from cachec.compiler.tables.schedule import (
 )
 from cachec.runtime.errors import InputError, QualityError, unknown_name
 
-LOSSLESS = "lossless"
-LEVELS: Mapping[str, float] = {LOSSLESS: math.inf, "high": 45.0, "balanced": 40.0, "fast": 35.0}  # PSNR in dB
+FINE = "fine"  # fitted to a finer run; other projects mean the same mathematics by the name that it had, "lossless"
+OLD_FINE = "lossless"
+LEVELS: Mapping[str, float] = {FINE: math.inf, "high": 45.0, "balanced": 40.0, "fast": 35.0}  # PSNR in dB
 KINDS = ("uniform", "interval", "search")
-RESERVED = ("uncached", "fine", "diffusers", "plain", *SOLVERS, *METHODS)  # rows of an evaluation
+RESERVED = ("uncached", "diffusers", "plain", *SOLVERS, *METHODS)  # rows of an evaluation
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Goal:
     """One level: exactly one of a fixed ``schedule``, a ``budget`` to search a schedule for, and a target.
 
     ``psnr``: the smallest budget whose pictures of held-out calibration prompts are as close to the uncached run's, mean in
-    dB. ``lossless``: the smallest whose pictures are as close to the fine reference's as the uncached run's are.
+    dB. ``fine``: the smallest whose pictures are as close to the fine reference's as the uncached run's are.
     ``speedup``: the largest budget whose loop is so many times as fast as the uncached one, by the cost of its calls.
     """
 
@@ -35,7 +36,7 @@ class Goal:
     budget: int | None = None
     psnr: float | None = None
     speedup: float | None = None
-    lossless: bool = False
+    fine: bool = False
 
     @property
     def searched(self) -> bool:
@@ -47,7 +48,7 @@ class Goal:
             return f"{len(self.schedule.compute)} given steps"
         if self.budget is not None:
             return f"{self.budget} steps, searched"
-        if self.lossless:
+        if self.fine:
             return "as close to the fine reference as the uncached run"
         return f"PSNR of {self.psnr:g} dB" if self.psnr is not None else f"{self.speedup:g} times as fast as uncached"
 
@@ -131,7 +132,7 @@ def _one_goal(method: Method, steps: int, wish: Wish) -> tuple[Goal, int | None]
 
 
 def parse_levels(text: str) -> tuple[Goal, ...]:
-    """Read ``lossless,high,fast=30``: names of ``LEVELS``, or any name with its own PSNR in dB.
+    """Read ``fine,high,fast=30``: names of ``LEVELS``, or any name with its own PSNR in dB.
 
     Raises:
         InputError: a name is unknown, reserved or there twice, or its figure is no number.
@@ -143,12 +144,14 @@ def parse_levels(text: str) -> tuple[Goal, ...]:
             raise InputError(f"level {name!r} is not a name: use letters, digits, - and _")
         if name in RESERVED or name in [goal.level for goal in goals]:
             raise InputError(f"level {name!r} is {'reserved' if name in RESERVED else 'there twice'}: choose another name")
+        if name == OLD_FINE:
+            raise InputError(f"level {OLD_FINE} is called {FINE} now: it is fitted to a finer run, and equals none")
         if not equals and name not in LEVELS:
             raise unknown_name("level", name, LEVELS)
-        if name == LOSSLESS and equals:
-            raise InputError("level lossless takes no PSNR: it is measured against the fine reference. Give yours another name")
-        if name == LOSSLESS:
-            goals.append(Goal(name, lossless=True))
+        if name == FINE and equals:
+            raise InputError("level fine takes no PSNR: it is measured against the fine reference. Give yours another name")
+        if name == FINE:
+            goals.append(Goal(name, fine=True))
             continue
         goals.append(Goal(name, psnr=_positive(f"level {name}", _number(name, figure) if equals else LEVELS[name], "dB")))
     return tuple(goals)

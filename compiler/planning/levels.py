@@ -1,4 +1,4 @@
-"""How good and how fast the levels of a bundle are, measured with its own engines on held-out calibration prompts."""
+"""How good and how fast the levels of a bundle are, measured with its own engines on prompts of their own."""
 
 import logging
 import time
@@ -6,15 +6,16 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import torch
 
 from cachec.compiler.calibration.calibration import Calibration
-from cachec.compiler.calibration.metrics import Mean, mean, psnr_db
-from cachec.compiler.calibration.statistics import check_finite
+from cachec.compiler.calibration.evaluator import Evaluator
+from cachec.compiler.calibration.metrics import latent_rel_l2, psnr_db, ssim, summarize_metric
+from cachec.compiler.calibration.runs import check_finite
 from cachec.compiler.models.base import LoadedModel, Settings
 from cachec.compiler.tables.coefficients import ForecastTable
 from cachec.compiler.tables.lower import lower_table
 from cachec.compiler.tables.schedule import Schedule
+from cachec.runtime.abi import BATCH, COMPUTE, FORECAST
 from cachec.runtime.engine import Engine
 from cachec.runtime.errors import QualityError
 from cachec.runtime.model_io import ModelIO
@@ -30,42 +31,59 @@ TIMED_PROMPTS = 3
 def measure_levels(
     model: LoadedModel,
     settings: Settings,
-    engines: Mapping[str, Engine],
+    evaluator: Evaluator,
     programs: Mapping[str, Program],
-    held_out: Calibration,
+    measured: Calibration,
 ) -> dict[str, dict[str, Any]]:
-    """Facts by level: PSNR in dB against the uncached float32 run and, if there is one, the fine reference; loop speed-up.
+    """Facts by level, against the uncached float32 run: PSNR and SSIM of pictures, relative error of latents; loop speed-up.
 
-    ``held_out``: prompts that no fit saw. ``programs`` include the uncached one.
+    ``psnr_db_fine`` is against the fine reference, where there is one. ``evaluator`` is of the bundle's own engines,
+    ``measured`` are prompts that nothing was fitted to or chosen by. ``programs`` include the uncached one.
+
+    Raises:
+        InputError: a run gives NaN or infinity.
     """
-    statistics, index = held_out.statistics, held_out.index
+    statistics, index = measured.statistics, measured.index
     references = {"psnr_db": statistics.latents[index, -1]}
     if statistics.fine_latents is not None:
         references["psnr_db_fine"] = statistics.fine_latents[index, -1]
-    wanted = {name: list(model.decode(latents.numpy(), settings)) for name, latents in references.items()}
-    conditions = {name: value.numpy() for name, value in held_out.all_conditions().items()}
-    noise, seconds, facts = held_out.noise().numpy(), dict[str, list[float]](), {}
+    wanted = {name: list(model.decode(latents, settings)) for name, latents in references.items()}
+    seconds, facts = dict[str, list[float]](), dict[str, dict[str, Any]]()
     for level, program in programs.items():
-        batch = program.key.batch or 1
-        session = Session(engines, program, model.io, batch=batch)
-        session.run({name: value[[0] * batch] for name, value in conditions.items()}, noise[[0] * batch])  # warm up
-        scores: dict[str, list[float]] = {name: [] for name in references}
-        seconds[level] = []
-        for number in range(len(noise) if level != UNCACHED else min(TIMED_PROMPTS, len(noise))):
-            rows = [number] * batch
-            start = time.perf_counter()
-            latents = session.run({name: value[rows] for name, value in conditions.items()}, noise[rows])
-            seconds[level].append(time.perf_counter() - start)
-            check_finite(torch.from_numpy(latents[:1]), [statistics.prompts[int(index[number])]], number, program.num_steps)
-            picture = model.decode(latents[:1], settings)[0]
+        runs = _timed_runs(evaluator, program, measured, most=TIMED_PROMPTS if level == UNCACHED else None)
+        seconds[level] = [spent for _, spent in runs]
+        if level == UNCACHED:
+            continue
+        scores: dict[str, list[float]] = {name: [] for name in (*references, "ssim", "latent_error")}
+        for number, (latents, _) in enumerate(runs):
+            picture = model.decode(latents, settings)[0]
             for name, pictures in wanted.items():
                 scores[name].append(psnr_db(picture, pictures[number]))
-        facts[level] = {"num_prompts": len(scores["psnr_db"]), **_means(scores)}
+            scores["ssim"].append(ssim(picture, wanted["psnr_db"][number]))
+            scores["latent_error"].append(latent_rel_l2(latents[0], references["psnr_db"][number]))
+        facts[level] = {"num_prompts": len(runs)}
+        for name, values in scores.items():
+            facts[level] |= summarize_metric(name, values)
     slow = float(np.median(seconds[UNCACHED]))
     for level, known in facts.items():
         known["speedup"] = round(slow / float(np.median(seconds[level])), 2)
         log.info("level %s: %s", level, known)
-    return {level: known for level, known in facts.items() if level != UNCACHED}
+    return facts
+
+
+def _timed_runs(evaluator: Evaluator, program: Program, measured: Calibration, most: int | None) -> list[tuple[Array, float]]:
+    """Latents [1, …] of the first ``most`` prompts, one at a time, and the seconds of each loop; one more run warms up."""
+    noise, conditions, batch = measured.noise()[:most], measured.all_conditions(), program.key.batch or 1
+    runs = []
+    for number in (0, *range(len(noise))):
+        rows = [number] * batch
+        given = {name: value[rows] for name, value in conditions.items()}
+        start = time.perf_counter()
+        latents = evaluator.play(program, noise[rows], given)
+        runs.append((latents[:1], time.perf_counter() - start))
+        prompt = measured.statistics.prompts.prompts[int(measured.index[number])]
+        check_finite(latents[:1], [prompt], number, program.num_steps)
+    return runs[1:]
 
 
 def forecast_cost(engines: Mapping[str, Engine], program: Program, model: LoadedModel) -> float:
@@ -73,14 +91,14 @@ def forecast_cost(engines: Mapping[str, Engine], program: Program, model: Loaded
 
     ``program`` is the uncached one.
     """
-    if "forecast" not in engines:
+    if FORECAST not in engines:
         return 0.0
     half, batch = program.num_steps // 2, program.key.batch or 1
     if not half:
         return 0.0
     table = ForecastTable(Schedule(program.num_steps, tuple(range(half))), *_last_feature(program.num_steps, half))
     session = Session(engines, lower_table(table, program.key, program.sigmas, program.timesteps), model.io, batch=batch)
-    conditions = {name: np.zeros(s.resolve({"batch": batch}), s.dtype) for name, s in _conditions(engines, model.io).items()}
+    conditions = {name: np.zeros(s.resolve({BATCH: batch}), s.dtype) for name, s in _conditions(engines, model.io).items()}
     seconds: dict[bool, list[float]] = {True: [], False: []}
     for _ in range(2):  # the first round warms up
         session.begin(conditions, np.zeros(session.latent_shape, np.float32))
@@ -88,7 +106,7 @@ def forecast_cost(engines: Mapping[str, Engine], program: Program, model: Loaded
         for instruction in session.program.instructions:
             start = time.perf_counter()
             session.advance()
-            engines["compute"].device.synchronize()
+            engines[COMPUTE].device.synchronize()
             spent = (time.perf_counter() - start) / len(instruction.steps)
             seconds[instruction.computes].append(spent)
     return min(1.0, float(np.median(seconds[False]) / np.median(seconds[True])))
@@ -104,15 +122,6 @@ def _last_feature(num_steps: int, computed: int) -> tuple[Array, Array]:
 def _conditions(engines: Mapping[str, Engine], io: ModelIO) -> dict[str, TensorSpec]:
     specs = {spec.name: spec for engine in engines.values() for spec in engine.signature.inputs}
     return {name: specs[name] for name in io.conditions if name in specs}
-
-
-def _means(scores: Mapping[str, list[float]]) -> dict[str, float | None]:
-    result: dict[str, float | None] = {}
-    for name, values in scores.items():
-        average: Mean = mean(values)
-        result[name] = None if average.value is None else round(average.value, 3)
-        result[f"{name}_stderr"] = None if average.error is None else round(average.error, 3)
-    return result
 
 
 def check_quality(facts: Mapping[str, Mapping[str, Any]], min_psnr: float | None) -> None:

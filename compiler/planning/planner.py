@@ -4,22 +4,23 @@ Shapes: ``T`` steps, ``P`` prompts.
 """
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from cachec.compiler.calibration.calibration import Calibration, open_calibration
-from cachec.compiler.calibration.metrics import Mean, mean, psnr_db
+from cachec.compiler.calibration.evaluator import Evaluator
+from cachec.compiler.calibration.metrics import mean, psnr_db
 from cachec.compiler.calibration.statistics import Statistics
-from cachec.compiler.methods.base import Method, Parameters
+from cachec.compiler.methods.base import Method
+from cachec.compiler.methods.parameters import Parameters
 from cachec.compiler.models.base import LoadedModel, Settings
 from cachec.compiler.planning.goals import Goal, budget_for_speedup, smallest_budget
 from cachec.compiler.planning.search import search_schedule
-from cachec.compiler.tables.coefficients import AdvanceTable, Table
-from cachec.compiler.tables.lower import lower_advance, lower_table
+from cachec.compiler.tables.lower import lower
 from cachec.compiler.tables.schedule import Schedule
-from cachec.passes import Graphs
 from cachec.runtime.errors import InputError
 from cachec.runtime.program import Program, ProgramKey, hash_sigmas
 from cachec.runtime.specs import Array
@@ -28,12 +29,21 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
-    """What a level became: its table on the sampler's grid, or on the fine reference's (``fine``)."""
+class LevelPlan:
+    """What a level became: its Program on the sampler's grid, or on the fine reference's (``fine``)."""
 
     goal: Goal
-    table: Table
+    program: Program
     fine: bool
+
+    def facts(self) -> Mapping[str, object]:
+        """What the manifest says of the level, before it is measured."""
+        return {
+            "goal": str(self.goal),
+            "computed": len(self.program.compute_steps),
+            "grid": self.program.num_steps,
+            "target": "fine reference" if self.fine else "uncached run",
+        }
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,17 +54,22 @@ class Calibrations:
     fine: Calibration | None
 
     @classmethod
-    def open(cls, statistics: Statistics, model: LoadedModel, split: Graphs, settings: Settings) -> "Calibrations":
+    def open(cls, statistics: Statistics, model: LoadedModel, evaluator: Evaluator, settings: Settings) -> "Calibrations":
+        """``evaluator`` is of the float32 model that the statistics are of."""
         fine = None
         if statistics.fine_latents is not None:
-            fine = open_calibration(statistics, model, split, settings, fine=True)
-        return cls(open_calibration(statistics, model, split, settings), fine)
+            fine = open_calibration(statistics, model, evaluator, settings, fine=True)
+        return cls(open_calibration(statistics, model, evaluator, settings), fine)
 
 
 class Planner:
     """Chooses schedules and fits a method to them. Keeps what it has found, so that goals share searches.
 
-    ``to_fine``: fits go to the fine reference. ``forecast_cost``: a forecast's time over a computed step's.
+    It fits on the calibration's prompts to fit on, and chooses by those to stop by. ``key`` is that of the Programs on the
+    sampler's grid; ``to_fine``: fits go to the fine reference; ``forecast_cost``: a forecast's time over a computed step's.
+
+    Raises:
+        InputError: the method needs gradients, and the calibration's evaluator gives none.
     """
 
     def __init__(
@@ -64,24 +79,28 @@ class Planner:
         settings: Settings,
         calibrations: Calibrations | None,
         *,
+        key: ProgramKey,
         parameters: Parameters | None,
         to_fine: bool,
         forecast_cost: float,
         seed: int,
     ) -> None:
         self._model, self._method, self._settings, self._calibrations = model, method, settings, calibrations
-        self._parameters, self._to_fine, self._forecast_cost, self._seed = parameters, to_fine, forecast_cost, seed
+        self._key, self._parameters, self._to_fine = key, parameters, to_fine
+        self._forecast_cost, self._seed = forecast_cost, seed
+        if method.needs_gradients and calibrations is not None:
+            calibrations.coarse.evaluator.check_gradients(method.name)
         self._schedules: dict[tuple[int, bool], Schedule] = {}
         self._references: dict[bool, list[Array]] = {}
 
-    def plan(self, goal: Goal) -> Plan:
-        """The table that serves a goal.
+    def plan(self, goal: Goal) -> LevelPlan:
+        """The Program that serves a goal.
 
         Raises:
             QualityError: its target is out of reach.
             InputError: the budget does not fit the method, or there are too few prompts.
         """
-        fine = goal.lossless or self._to_fine
+        fine = goal.fine or self._to_fine
         if goal.schedule is not None:
             return self._fit(goal, goal.schedule, fine=False)
         if goal.budget is not None:
@@ -92,14 +111,14 @@ class Planner:
             return self._fit(goal, self._search(budget, fine), fine)
         return self._reach(goal, fine)
 
-    def _reach(self, goal: Goal, fine: bool) -> Plan:
+    def _reach(self, goal: Goal, fine: bool) -> LevelPlan:
         """A small budget that reaches a PSNR: by drafts, then as finished fits allow (PSNR need not grow with budgets)."""
-        target = self._lossless_psnr() if goal.lossless else goal.psnr
+        target = self._uncached_psnr() if goal.fine else goal.psnr
         assert target is not None
 
-        def reached(plan: Plan) -> float:
-            value = self._psnr(plan, against_fine=goal.lossless).value
-            return float("inf") if value is None else value
+        def reached(plan: LevelPlan) -> float:
+            chosen_by = self._calibration(plan.fine).of("stop")
+            return self._psnr(chosen_by.play(plan.program), against_fine=goal.fine)
 
         def draft(budget: int) -> float:
             return reached(self._fit(goal, self._search(budget, fine), fine, draft=True))
@@ -121,21 +140,21 @@ class Planner:
 
     def _search(self, budget: int, fine: bool) -> Schedule:
         if (budget, fine) not in self._schedules:
-            fit, _ = self._calibration(fine).split()
-            method = self._method
+            fit, method = self._calibration(fine).of("fit"), self._method
             parameters = self._parameters
             if method.needs_calibration and not method.schedule_bound:
                 parameters = method.calibrate(fit, Schedule(fit.num_steps, (0,)))
             self._schedules[budget, fine] = search_schedule(method, fit, parameters, budget, seed=self._seed)
         return self._schedules[budget, fine]
 
-    def _fit(self, goal: Goal, schedule: Schedule, fine: bool, *, draft: bool = False) -> Plan:
+    def _fit(self, goal: Goal, schedule: Schedule, fine: bool, *, draft: bool = False) -> LevelPlan:
         method, parameters = self._method.draft() if draft else self._method, self._parameters
-        sigmas = self._model.sampling(replace(self._settings, steps=schedule.num_steps))[0].astype(np.float64)
+        sigmas, timesteps = self._model.sampling(replace(self._settings, steps=schedule.num_steps))
         if method.needs_calibration:
-            fit, _ = self._calibration(fine).split()
-            parameters = method.calibrate(fit, schedule)
-        return Plan(goal, method.table(schedule, sigmas, parameters), fine)
+            parameters = method.calibrate(self._calibration(fine).of("fit"), schedule)
+        table = method.table(schedule, sigmas.astype(np.float64), parameters)
+        key = replace(self._key, steps=schedule.num_steps, sigmas_hash=hash_sigmas(sigmas), level=goal.level)
+        return LevelPlan(goal, lower(table, key, sigmas, timesteps), fine)
 
     def _calibration(self, fine: bool) -> Calibration:
         assert self._calibrations is not None
@@ -147,37 +166,17 @@ class Planner:
             )
         return found
 
-    def _lossless_psnr(self) -> float:
-        """How close the uncached run comes to the fine reference on held-out prompts, mean in dB."""
-        _, held_out = self._calibration(False).split()
-        value = self._compare(held_out.latents(held_out.num_steps).numpy(), against_fine=True).value
-        assert value is not None
-        return value
+    def _uncached_psnr(self) -> float:
+        """How close the uncached run comes to the fine reference on the prompts to choose by, mean in dB."""
+        chosen_by = self._calibration(False).of("stop")
+        return self._psnr(chosen_by.latents(chosen_by.num_steps), against_fine=True)
 
-    def _psnr(self, plan: Plan, *, against_fine: bool) -> Mean:
-        _, held_out = self._calibration(plan.fine).split()
-        return self._compare(held_out.run(plan.table).numpy(), against_fine=against_fine)
-
-    def _compare(self, latents: Array, *, against_fine: bool) -> Mean:
+    def _psnr(self, latents: Array, *, against_fine: bool) -> float:
+        """Mean in dB over the prompts to choose by; infinite where all pictures are equal."""
         if against_fine not in self._references:
-            _, held_out = self._calibration(against_fine).split()
-            final = held_out.latents(held_out.num_steps).numpy()
+            chosen_by = self._calibration(against_fine).of("stop")
+            final = chosen_by.latents(chosen_by.num_steps)
             self._references[against_fine] = list(self._model.decode(final, self._settings))
         pictures = self._model.decode(latents, self._settings)
-        return mean([psnr_db(a, b) for a, b in zip(pictures, self._references[against_fine], strict=True)])
-
-
-def lower_plan(plan: Plan, model: LoadedModel, settings: Settings, key: ProgramKey) -> Program:
-    """The program of a plan, under the goal's level."""
-    steps = plan.table.schedule.num_steps
-    sigmas, timesteps = model.sampling(replace(settings, steps=steps))
-    key = replace(key, steps=steps, sigmas_hash=hash_sigmas(sigmas), level=plan.goal.level)
-    if isinstance(plan.table, AdvanceTable):
-        return lower_advance(plan.table, key, sigmas, timesteps)
-    return lower_table(plan.table, key, sigmas, timesteps)
-
-
-def level_facts(plan: Plan, program: Program) -> Mapping[str, object]:
-    """What the manifest says of a level, before it is measured."""
-    return {"goal": str(plan.goal), "computed": len(program.compute_steps), "grid": program.num_steps,
-            "target": "fine reference" if plan.fine else "uncached run"}  # fmt: skip
+        value = mean([psnr_db(a, b) for a, b in zip(pictures, self._references[against_fine], strict=True)]).value
+        return math.inf if value is None else value

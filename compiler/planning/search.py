@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from cachec.compiler.calibration.calibration import Calibration, decibels
-from cachec.compiler.methods.base import Method, Parameters, PredictorMethod
+from cachec.compiler.methods.base import Method, PredictorMethod
+from cachec.compiler.methods.parameters import Parameters
 from cachec.compiler.tables.coefficients import AdvanceTable, ForecastTable
 from cachec.compiler.tables.schedule import Schedule, uniform_schedule
 from cachec.runtime.errors import InputError, missing_extra

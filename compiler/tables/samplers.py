@@ -1,4 +1,4 @@
-"""Plain solvers as tables, and a way to run them: what caching has to beat at the same number of evaluations.
+"""Plain solvers as tables: what caching has to beat at the same number of evaluations.
 
 A linear multistep solver is a lower-triangular matrix: after evaluation i the latents are x_T + sum_{j <= i} rows[i, j] v_j,
 with v_j the velocities so far. x_sigma = (1 - sigma) x_0 + sigma noise, so dx / dsigma = v.
@@ -9,7 +9,6 @@ Shapes: latents [B, …]; ``K`` evaluations at noise levels sigmas[0] … sigmas
 from typing import Any
 
 import numpy as np
-import torch
 
 from cachec.runtime.errors import InputError, PredictorError, unknown_name
 from cachec.runtime.specs import Array
@@ -65,6 +64,8 @@ def _diffusers_rows(name: str, sigmas: Array) -> Array:
 
     DPM-Solver++ rounds the sample to float32 at every step, so its rows are good to 1e-7.
     """
+    import torch
+
     num = len(sigmas) - 1
     scheduler = diffusers_scheduler(name, sigmas)
     basis = torch.eye(num + 1, dtype=torch.float64)[:, None]  # [K + 1, 1, K + 1]: the solvers want a batch
@@ -84,6 +85,7 @@ def diffusers_scheduler(name: str, sigmas: Array) -> Any:
     They are set after ``set_timesteps``, which would shift and round them (UniPC) or takes none (DPM-Solver++). With a
     begin index its steps are counted, and its whole-number timesteps, which may repeat, are not looked at.
     """
+    import torch
     from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 
     levels = np.array(sigmas, np.float64)

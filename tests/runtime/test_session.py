@@ -283,7 +283,11 @@ def test_a_session_takes_arrays_of_its_device_only():
 
 def test_what_belongs_to_this_process_is_not_pickled_or_copied():
     loaded = load("hidden")
-    for thing, what in ((loaded, "an engine"), (loaded.session(), "a session"), (loaded.session(for_sampler=True), "a session")):
+    for thing, what in (
+        (loaded, "an engine"),
+        (loaded.session(), "a session"),
+        (loaded.session(for_sampler=True), "a session"),
+    ):
         for attempt in (pickle.dumps, copy.deepcopy):
             with pytest.raises(InputError, match=f"{what} cannot be pickled or copied, it belongs to this process: load the"):
                 attempt(thing)

@@ -4,17 +4,18 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 from toy_calibration import make_calibration
 from toy_model import SETTINGS, ToyModel
 
 from cachec.compiler.calibration.calibration import decibels, open_calibration, relative_errors
+from cachec.compiler.calibration.graph_evaluator import GraphEvaluator
 from cachec.compiler.calibration.statistics import record_statistics
+from cachec.compiler.calibration.uses import UsedPrompts
 from cachec.compiler.tables.coefficients import AdvanceTable
 from cachec.compiler.tables.schedule import Schedule
 from cachec.runtime.errors import InputError
 
-PROMPTS = ("a circle", "a ring", "a cross", "a star")
+PROMPTS = UsedPrompts(("a circle", "a ring", "a cross", "a star"), ("fit", "fit", "stop", "measure"))
 
 
 @pytest.fixture(scope="module")
@@ -24,48 +25,43 @@ def calibration():
 
 def test_prompts_chosen_twice_are_numbered_as_they_are_then(calibration):
     some = calibration.select([8, 6, 4, 2])
-    again = some.select(torch.tensor([1, 3]))
+    again = some.select(np.array([1, 3]))
     assert again.index.tolist() == [6, 2]
-    assert torch.equal(again.noise(), calibration.statistics.noise[[6, 2]])
-    assert torch.equal(again.all_conditions()["prompt"], calibration.conditions["prompt"][[6, 2]])
-    assert torch.equal(again.latents(3), calibration.statistics.latents[[6, 2], 2])
+    np.testing.assert_array_equal(again.noise(), calibration.statistics.noise[[6, 2]])
+    np.testing.assert_array_equal(again.all_conditions()["prompt"], calibration.conditions["prompt"][[6, 2]])
+    np.testing.assert_array_equal(again.latents(3), calibration.statistics.latents[[6, 2], 2])
     np.testing.assert_array_equal(again.velocity_gram(), calibration.statistics.velocity_gram[[6, 2]])
     np.testing.assert_array_equal(again.feature_gram(), calibration.statistics.feature_gram[[6, 2]])
 
 
-def test_every_fourth_prompt_is_held_out_and_no_prompt_is_both(calibration):
-    fit, held_out = calibration.split()
-    assert held_out.index.tolist() == [3, 7]
-    assert sorted([*fit.index.tolist(), *held_out.index.tolist()]) == list(range(9))
-
-
-def test_too_few_prompts_cannot_be_split(calibration):
-    assert calibration.select(range(4)).split()[1].num_prompts == 1
-    with pytest.raises(
-        InputError, match="3 calibration prompts are too few to fit on some and to hold one out: give at least 4"
-    ):
-        calibration.select(range(3)).split()
+def test_prompts_are_chosen_by_their_use(calibration):
+    fit, stop = calibration.of("fit"), calibration.of("stop")
+    assert stop.index.tolist() == [3, 7]
+    assert sorted([*fit.index.tolist(), *stop.index.tolist()]) == list(range(9))
+    assert calibration.select([8, 7, 3]).of("stop").index.tolist() == [7, 3]
+    with pytest.raises(InputError, match="calibration the toy's runs has no prompts to measure: make one with more prompts"):
+        calibration.of("measure")
 
 
 def test_latents_start_at_the_noise_and_end_where_the_run_does(calibration):
-    assert torch.equal(calibration.latents(0), calibration.noise())
+    np.testing.assert_array_equal(calibration.latents(0), calibration.noise())
     euler = np.tril(np.broadcast_to(np.diff(calibration.sigmas), (6, 6)))
     table = AdvanceTable(Schedule(6, tuple(range(6))), euler)
-    torch.testing.assert_close(calibration.latents(6), calibration.run(table), rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(calibration.latents(6), calibration.play(calibration.program(table)), atol=1e-6)
 
 
 def test_the_fine_reference_is_on_its_own_grid():
     fine = make_calibration(3, 4, fine_steps=12, fine=True)
     assert fine.num_steps == 12
     assert fine.velocity_gram().shape == (3, 12, 12)
-    assert torch.equal(fine.latents(12), fine.statistics.fine_latents[:, -1])
+    np.testing.assert_array_equal(fine.latents(12), fine.statistics.fine_latents[:, -1])
     with pytest.raises(InputError, match="fit hidden-cut methods without a fine reference"):
         fine.feature_gram()
 
 
 def test_errors_are_relative_and_their_mean_is_in_decibels():
-    reference = torch.tensor([[3.0, 4.0], [0.0, 2.0]])
-    errors = relative_errors(reference + torch.tensor([[0.5, 0.0], [0.0, 0.02]]), reference)
+    reference = np.array([[3.0, 4.0], [0.0, 2.0]])
+    errors = relative_errors(reference + np.array([[0.5, 0.0], [0.0, 0.02]]), reference)
     np.testing.assert_allclose(errors, [0.1, 0.01], rtol=1e-5)
     assert decibels(errors) == pytest.approx((20 + 40) / 2, rel=1e-5)
     assert decibels(np.zeros(2)) == pytest.approx(240)  # no error at all is finite, too
@@ -74,10 +70,10 @@ def test_errors_are_relative_and_their_mean_is_in_decibels():
 def test_velocities_of_many_prompts_are_those_of_each(calibration, monkeypatch):
     together = calibration.velocities(calibration.noise(), 0.5, 0)
     monkeypatch.setattr("cachec.compiler.calibration.calibration.CHUNK", 4)  # 9 prompts: the last batch is smaller
-    torch.testing.assert_close(calibration.velocities(calibration.noise(), 0.5, 0), together, rtol=1e-12, atol=1e-12)
-    x = calibration.noise().clone()
-    x[6] = torch.inf
-    x[6, 0, 0] = torch.nan
+    np.testing.assert_allclose(calibration.velocities(calibration.noise(), 0.5, 0), together, rtol=1e-12)
+    x = calibration.noise()
+    x[6] = np.inf
+    x[6, 0, 0] = np.nan
     with pytest.raises(InputError, match=r"at step 5 for prompt 7 \('prompt 6'\)"):
         calibration.velocities(x, 0.5, 5)
 
@@ -85,11 +81,12 @@ def test_velocities_of_many_prompts_are_those_of_each(calibration, monkeypatch):
 @pytest.fixture
 def opened(toy_split):
     model = ToyModel()
-    statistics = record_statistics(model, toy_split, SETTINGS, PROMPTS, reference_steps=8, seed=0, work=None)
+    evaluator = GraphEvaluator(toy_split, model.io)
+    statistics = record_statistics(model, evaluator, SETTINGS, PROMPTS, reference_steps=8, seed=0, work=None)
 
     def make(**options):
         changed = replace(statistics, **options.pop("statistics", {}))
-        return open_calibration(changed, model, toy_split, replace(SETTINGS, dtype="float16"), **options)
+        return open_calibration(changed, model, evaluator, replace(SETTINGS, dtype="float16"), **options)
 
     return make
 

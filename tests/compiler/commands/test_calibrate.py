@@ -1,11 +1,14 @@
 """``cachec calibrate`` on the toy: one file, or nothing but what an interrupted one goes on from."""
 
+import numpy as np
 import pytest
-import torch
 from toy_model import SETTINGS
 
 import cachec.compiler.calibration.statistics as statistics
+from cachec.compiler.calibration import runs
+from cachec.compiler.calibration.graph_evaluator import GraphEvaluator
 from cachec.compiler.calibration.statistics import load_statistics, record_statistics
+from cachec.compiler.calibration.uses import calibration_prompts
 from cachec.compiler.commands.calibrate import calibrate_to_file
 from cachec.compiler.models import find_model, load_model
 from cachec.runtime.errors import InputError, OutputError
@@ -35,24 +38,27 @@ def test_the_file_is_all_that_is_left(calibrate, tmp_path, toy_directory, toy_sp
     assert files(tmp_path) == ["c"]
     read = load_statistics(tmp_path / "out" / "c")
     toy = load_model(find_model(str(toy_directory)))
-    made = record_statistics(toy, toy_split, SETTINGS, PROMPTS[:8], reference_steps=8, seed=0, work=None)
-    assert (read.prompts, read.facts) == (tuple(PROMPTS[:8]), made.facts)
-    torch.testing.assert_close(read.latents, made.latents)
-    torch.testing.assert_close(read.fine_velocity_gram, made.fine_velocity_gram, rtol=1e-5, atol=1e-5)
-    assert rows["prompts"] == "8"
+    prompts = calibration_prompts("shapes", PROMPTS[:8])
+    evaluator = GraphEvaluator(toy_split, toy.io)
+    made = record_statistics(toy, evaluator, SETTINGS, prompts, reference_steps=8, seed=0, work=None)
+    assert (read.prompts, read.facts) == (prompts, made.facts)
+    np.testing.assert_allclose(read.latents, made.latents, atol=1e-5)
+    np.testing.assert_allclose(read.fine_velocity_gram, made.fine_velocity_gram, rtol=1e-5, atol=1e-5)
+    counts = [len(prompts.places(use)) for use in ("fit", "stop", "measure")]
+    assert rows["prompts"] == "{} to fit on, {} to choose by, {} to measure on".format(*counts)
     assert rows["steps"] == "4, fine reference 8"
 
 
 def test_what_is_interrupted_goes_on_where_it_was(calibrate, tmp_path, monkeypatch):
-    real, starts = statistics._Recorder.record, []
+    real, noises = runs.make_noise, []
 
-    def interrupted(self, prompts, start, bar):
-        starts.append(start)
-        if starts == [0, 3]:
+    def interrupted(seed, shape):
+        noises.append(seed)
+        if len(noises) == 4:
             raise KeyboardInterrupt
-        return real(self, prompts, start, bar)
+        return real(seed, shape)
 
-    monkeypatch.setattr(statistics._Recorder, "record", interrupted)
+    monkeypatch.setattr(runs, "make_noise", interrupted)
     with pytest.raises(KeyboardInterrupt):
         calibrate()
     assert files(tmp_path) == ["c.parts", "c.parts/calibration.json", "c.parts/runs-0000.safetensors"]
@@ -60,7 +66,7 @@ def test_what_is_interrupted_goes_on_where_it_was(calibrate, tmp_path, monkeypat
         calibrate(seed=1)
     calibrate()
     assert files(tmp_path) == ["c"]
-    assert starts == [0, 3, 3, 6]
+    assert len(noises) == 3 + 1 + 5  # the first batch was not made again
 
 
 @pytest.mark.parametrize(

@@ -50,9 +50,9 @@ def test_named_schedules():
 
 
 def test_levels_have_their_figures_or_given_ones():
-    found = {goal.level: goal for goal in parse_levels("lossless,high,fast=30.5,mine=22")}
-    assert found["lossless"].lossless
-    assert found["lossless"].psnr is None
+    found = {goal.level: goal for goal in parse_levels("fine,high,fast=30.5,mine=22")}
+    assert found["fine"].fine
+    assert found["fine"].psnr is None
     assert (found["high"].psnr, found["fast"].psnr, found["mine"].psnr) == (LEVELS["high"], 30.5, 22.0)
     assert all(goal.searched for goal in found.values())
 
@@ -63,9 +63,10 @@ def test_levels_have_their_figures_or_given_ones():
         ("hihg", "Did you mean 'high'"),
         ("high,high", "there twice"),
         ("uncached=30", "reserved"),
-        ("fine=30", "reserved"),
         ("taylor=30", "reserved"),
-        ("lossless=40", "takes no PSNR"),
+        ("fine=40", "takes no PSNR"),
+        ("lossless", "level lossless is called fine now"),
+        ("high,lossless=40", "level lossless is called fine now"),
         ("fast=much", "'much'; it must be a PSNR in dB"),
         ("fast=-3", "above 0"),
         ("fast=nan", "above 0"),

@@ -5,7 +5,6 @@ from itertools import combinations
 
 import numpy as np
 import pytest
-import torch
 from toy_calibration import make_calibration, raw_runs, sigmas_of
 
 import cachec.compiler.planning.search as module
@@ -40,7 +39,7 @@ from cachec.compiler.tables.schedule import Schedule
 from cachec.runtime.errors import InputError
 
 STEPS = 12
-SCHEDULES = [(0,), (0, 1), (0, 11), (0, 2, 5, 8), (0, 1, 2, 9, 10, 11), tuple(range(STEPS))]
+SCHEDULES = [(0,), (0, 11), (0, 2, 5, 8), tuple(range(STEPS))]
 each_schedule = pytest.mark.parametrize("steps", SCHEDULES, ids=str)
 
 
@@ -63,9 +62,8 @@ def all_schedules(num_steps, budget):
 
 
 @each_schedule
-@pytest.mark.parametrize("seed", range(3))
-def test_least_squares_equals_lstsq_on_the_vectors(steps, seed):
-    v, sigmas = vectors(seed), sigmas_of(STEPS)
+def test_least_squares_equals_lstsq_on_the_vectors(steps):
+    v, sigmas = vectors(), sigmas_of(STEPS)
     expected = []
     for i, move in enumerate(moves_of(sigmas, steps)):
         design, target = v[list(steps[: i + 1])].T, move @ v
@@ -84,17 +82,6 @@ def test_errors_of_rows_equal_those_on_the_vectors(steps):
     np.testing.assert_allclose(got, expected, rtol=1e-9)
 
 
-@each_schedule
-def test_the_best_rows_have_the_errors_of_least_squares(steps):
-    v, sigmas = vectors(), sigmas_of(STEPS)
-    rows = np.zeros((len(steps), len(steps)))
-    for i, move in enumerate(moves_of(sigmas, steps)):
-        rows[i, : i + 1] = np.linalg.lstsq(v[list(steps[: i + 1])].T, move @ v, rcond=None)[0]
-    domain = GramDomain(v @ v.T, sigmas)
-    given = domain.rows_errors(AdvanceTable(Schedule(STEPS, steps), rows))
-    np.testing.assert_allclose(given, domain.least_squares(steps), rtol=1e-6, atol=1e-9)
-
-
 def test_errors_at_nodes_count_by_the_gap_behind_them():
     domain = GramDomain(np.eye(4), np.array([1.0, 0.7, 0.4, 0.2, 0.0]))
     assert domain.total(np.array([3.0, 5.0, 7.0]), (0, 1, 3)) == pytest.approx(7 + 3 * (0.7 - 0.2) + 5 * 0.2)
@@ -111,9 +98,8 @@ def feature_errors(v, steps):
 
 
 @pytest.mark.parametrize("num_steps", [50, 200])
-@pytest.mark.parametrize("rank", [1, 3])
-def test_runs_in_a_few_dimensions_are_no_problem(num_steps, rank):
-    v, sigmas = np.random.default_rng(0).standard_normal((num_steps, rank)), sigmas_of(num_steps)
+def test_runs_in_a_few_dimensions_are_no_problem(num_steps):
+    v, sigmas = np.random.default_rng(0).standard_normal((num_steps, 2)), sigmas_of(num_steps)
     gram, steps = v @ v.T, tuple(range(0, num_steps, 2))
     assert GramDomain(gram, sigmas).least_squares(steps)[-1] < 1e-5 * np.trace(gram)
     expected = sum(error * (sigmas[step] - sigmas[step + 1]) for step, error in feature_errors(v, steps).items())
@@ -153,7 +139,7 @@ SHORT = (Reuse(), Taylor(0), Taylor(1))  # methods that look at two computed ste
 each_short = pytest.mark.parametrize("method", SHORT, ids=str)
 
 
-@pytest.mark.parametrize("num_steps", [1, 2, 5, 8])
+@pytest.mark.parametrize("num_steps", [1, 2, 7])
 @each_short
 def test_best_paths_are_the_best_of_all_schedules(method, num_steps):
     calibration = make_calibration(num_steps=num_steps)
@@ -178,9 +164,8 @@ def test_costs_of_gaps_add_up_to_the_error_of_the_schedule(method, calibration):
 
 
 @pytest.mark.parametrize("num_steps", [3, 7])
-@pytest.mark.parametrize("seed", range(5))
-def test_best_paths_on_random_costs(num_steps, seed):
-    cost = np.random.default_rng(seed).random((num_steps, num_steps, num_steps + 1))
+def test_best_paths_on_random_costs(num_steps):
+    cost = np.random.default_rng(0).random((num_steps, num_steps, num_steps + 1))
     p, n, x = np.indices(cost.shape)
     cost[(x <= n) | (p > n) | ((p == n) & (n > 0))] = np.inf
 
@@ -207,10 +192,9 @@ def random_score(seed, num_steps):
     return lambda steps: domain.total(domain.least_squares(steps), steps)
 
 
-@pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize(("num_steps", "budget"), [(10, 4), (10, 2), (8, 6)])
-def test_the_search_finds_the_best_of_all_schedules(num_steps, budget, seed):
-    score = random_score(seed, num_steps)
+def test_the_search_finds_the_best_of_all_schedules(num_steps, budget):
+    score = random_score(2, num_steps)
     found = search_schedules(score, num_steps, budget, seed=0)
     assert found[0] == min(all_schedules(num_steps, budget), key=score)
 
@@ -262,8 +246,8 @@ def test_a_budget_out_of_range_is_refused(budget):
         search_schedules(random_score(0, 10), 10, budget, seed=0)
 
 
-@pytest.mark.parametrize("steps", [(0,), (0, 1), (0, 3, 4, 9), (0, 1, 2, 3, 4, 5, 6, 7, 8, 9)])
-@pytest.mark.parametrize("distances", [(1,), (1, 2), (1, 2, 3, 4, 6, 9)])
+@pytest.mark.parametrize("steps", [(0,), (0, 3, 4, 9), (0, 1, 2, 3, 4, 5, 6, 7, 8, 9)])
+@pytest.mark.parametrize("distances", [(1,), (1, 2, 3, 4, 6, 9)])
 def test_neighbours_move_one_step_by_a_distance_never_the_first(steps, distances):
     found = neighbours(steps, 10, distances)
     expected = {
@@ -294,7 +278,7 @@ def counted(score):
     return closed, calls
 
 
-@pytest.mark.parametrize("moves", [0, 1, 5, 14])
+@pytest.mark.parametrize("moves", [0, 5])
 def test_polishing_a_schedule_keeps_to_its_number_of_runs_and_returns_the_best_seen(moves):
     score = random_score(4, 30)
     closed, calls = counted(score)
@@ -378,11 +362,11 @@ def test_closed_scores_are_decibels_of_real_runs(calibration):
 def test_closed_searches_use_few_prompts():
     many = make_calibration(11)
     assert few_prompts(many).num_prompts == module.FEW_PROMPTS
-    assert torch.equal(few_prompts(many).noise(), many.noise()[: module.FEW_PROMPTS])
+    np.testing.assert_array_equal(few_prompts(many).noise(), many.noise()[: module.FEW_PROMPTS])
     assert few_prompts(make_calibration(3)).num_prompts == 3
 
 
-METHODS = [Reuse(), Taylor(1), Taylor(2), Adams(2), Gram(), Bns(), GramHidden()]
+METHODS = [Taylor(1), Taylor(2), Adams(2), Gram(), GramHidden()]
 each_method = pytest.mark.parametrize("method", METHODS, ids=str)
 
 
@@ -404,23 +388,17 @@ def test_any_method_with_one_step_or_all_of_them(method, budget, calibration, qu
 
 
 @each_method
-def test_any_method_finds_a_schedule_of_its_budget_and_the_same_again(method, calibration, quick):
-    found = search_schedule(method, calibration, None, 4, seed=3)
-    assert len(found.compute) == 4
-    assert search_schedule(method, calibration, None, 4, seed=3) == found
-
-
-@each_method
-def test_closed_loop_runs_only_help(method, calibration, quick):
+def test_closed_loop_runs_only_help_and_find_the_same_again(method, calibration, quick):
     score = closed_score(method, few_prompts(calibration), None)
     opened = search_schedule(method, calibration, None, 4, seed=0, closed=False)
     closed = search_schedule(method, calibration, None, 4, seed=0)
+    assert len(closed.compute) == 4
     assert score(closed.compute) <= score(opened.compute)
+    assert search_schedule(method, calibration, None, 4, seed=0) == closed
 
 
 def test_without_closed_loops_the_model_is_not_run(calibration, quick, monkeypatch):
-    monkeypatch.setattr(type(calibration.denoiser), "compute", None)
-    monkeypatch.setattr(type(calibration.denoiser), "differentiable_velocity", None)
+    monkeypatch.setattr(type(calibration.evaluator), "_evaluate", None)
     for method in METHODS:
         assert len(search_schedule(method, calibration, None, 4, seed=0, closed=False).compute) == 4
 
@@ -434,7 +412,7 @@ def test_the_number_of_closed_loop_runs_is_bounded(calibration, quick, monkeypat
 
 
 @each_method
-@pytest.mark.parametrize("budget", [STEPS + 1, 0, -2])
+@pytest.mark.parametrize("budget", [STEPS + 1, 0])
 def test_a_budget_that_no_schedule_has_is_refused(method, budget, calibration, quick):
     with pytest.raises(InputError, match=f"budget is {budget}"):
         search_schedule(method, calibration, None, budget, seed=0)

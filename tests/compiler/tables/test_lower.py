@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from toy_calibration import sigmas_of
 
+from cachec.compiler.methods.newton import Newton
 from cachec.compiler.tables.coefficients import AdvanceTable, collapse, compose
-from cachec.compiler.tables.lower import lower, lower_advance, lower_table, lower_uncached
+from cachec.compiler.tables.lower import lower, lower_advance, lower_predictor, lower_table, lower_uncached
 from cachec.compiler.tables.schedule import Schedule, interval_schedule
 from cachec.runtime.abi import FEATURE, VELOCITY
 from cachec.runtime.program import Compute, ProgramKey, hash_sigmas
@@ -183,3 +184,27 @@ def test_a_table_knows_its_cut():
     hidden = compose(np.zeros((4, 1)), np.zeros(4), schedule, feeds_back=False)
     assert lower(hidden, key_of(sigmas), sigmas, sigmas[:-1]).cut == "hidden"
     assert lower(AdvanceTable(schedule, np.eye(2)), key_of(sigmas), sigmas, sigmas[:-1]).cut == "output"
+
+
+@pytest.mark.parametrize("order", [0, 1, 2])
+def test_slots_are_reused_when_a_method_looks_back_a_fixed_number_of_features(order):
+    schedule = interval_schedule(50, 7)
+    sigmas = sigmas_of(50)
+    program = lower_table(Newton(order).table(schedule, sigmas, None), key_of(sigmas), sigmas, sigmas[:-1])
+    assert program.capacity == order + 1
+    assert program.compute_steps == schedule.compute
+
+
+@pytest.mark.parametrize(("window", "feeds_back"), [(1, False), (3, False), (8, True)])
+def test_predictor_programs_read_the_right_features_and_never_overwrite_one_in_use(window, feeds_back):
+    schedule, sigmas = interval_schedule(50, 7), sigmas_of(50)
+    program = lower_predictor(schedule, window, feeds_back=feeds_back, key=key_of(sigmas), sigmas=sigmas, timesteps=sigmas[:-1])
+    holds = {}
+    for instruction in program.instructions:
+        (step,), sources = instruction.steps, instruction.reads.get(FEATURE, ())
+        if not instruction.computes:
+            assert tuple(holds[slot] for slot in sources) == schedule.history(step, window, feeds_back=feeds_back)
+        for slot in instruction.writes.values():
+            assert slot not in sources
+            holds[slot] = step
+    assert program.capacity <= window + 1

@@ -1,7 +1,5 @@
 import pytest
 
-from cachec.compiler.methods.l2p import l2p_schedule
-from cachec.compiler.methods.spectrum import spectrum_schedule
 from cachec.compiler.tables.schedule import (
     Schedule,
     interval_for_budget,
@@ -94,51 +92,3 @@ def test_interval_for_budget_takes_the_smallest_interval_that_fits(budget, extra
 def test_a_budget_below_the_warm_up_is_refused():
     with pytest.raises(InputError, match="budget is 2; an interval schedule of 50 steps has at least 3"):
         interval_for_budget(50, 2)
-
-
-@pytest.mark.parametrize(
-    ("budget", "last"),
-    [(11, (30, 37, 44)), (10, (31, 38, 45)), (9, (26, 35, 43)), (8, (20, 31, 41)), (7, (12, 24, 38)), (6, (4, 16, 32))],
-)
-def test_l2p_lists_have_their_budget(budget, last):
-    schedule = l2p_schedule(50, budget)
-    assert len(schedule.compute) == budget
-    assert schedule.compute[:3] + schedule.compute[-3:] == (0, 1, 2, *last)
-
-
-@pytest.mark.parametrize(("num_steps", "budget"), [(50, 5), (50, 12), (28, 8)])
-def test_l2p_without_a_list_is_refused_with_what_there_is(num_steps, budget):
-    with pytest.raises(InputError, match="50 steps, with 6, 7, 8, 9, 10, 11 of them"):
-        l2p_schedule(num_steps, budget)
-
-
-PUBLISHED_WINDOWS = {
-    0.75: (0, 1, 2, 3, 4, 6, 8, 11, 15, 20, 25, 31, 38, 46),
-    3.0: (0, 1, 2, 3, 4, 6, 11, 19, 30, 44),
-}
-
-
-@pytest.mark.parametrize("alpha", PUBLISHED_WINDOWS)
-def test_spectrum_windows_are_the_published_ones(alpha):
-    assert spectrum_schedule(50, alpha=alpha).compute == PUBLISHED_WINDOWS[alpha]
-    assert spectrum_schedule(50, budget=len(PUBLISHED_WINDOWS[alpha])).compute == PUBLISHED_WINDOWS[alpha]
-
-
-@pytest.mark.parametrize(("num_steps", "budgets"), [(50, range(6, 28)), (28, range(6, 17)), (4, [4])])
-def test_spectrum_finds_a_growth_for_a_budget(num_steps, budgets):
-    for budget in budgets:
-        schedule = spectrum_schedule(num_steps, budget=budget)
-        assert len(schedule.compute) == budget
-        gaps = [b - a for a, b in zip(schedule.compute[4:], schedule.compute[5:], strict=False)]
-        assert gaps == sorted(gaps)
-
-
-@pytest.mark.parametrize("budget", [5, 28])
-def test_spectrum_refuses_a_budget_that_no_window_has(budget):
-    with pytest.raises(InputError, match="they have 6 to 27"):
-        spectrum_schedule(50, budget=budget)
-
-
-def test_spectrum_refuses_shrinking_windows():
-    with pytest.raises(InputError, match="alpha is -1"):
-        spectrum_schedule(50, alpha=-1)

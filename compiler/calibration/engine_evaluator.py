@@ -1,0 +1,117 @@
+"""The evaluator of built engines: a session of them, without torch.
+
+Shapes: as ``evaluator.py``.
+"""
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import numpy as np
+
+from cachec.compiler.calibration.evaluator import Conditions, Evaluator, Time
+from cachec.runtime.abi import FEATURE, FEATURES, FORECAST
+from cachec.runtime.binding import Binding
+from cachec.runtime.engine import Engine
+from cachec.runtime.errors import InputError
+from cachec.runtime.model_io import ModelIO
+from cachec.runtime.program import Compute, Forecast, Instruction, Program, ProgramKey, hash_sigmas
+from cachec.runtime.session import Session
+from cachec.runtime.specs import Array
+
+
+class EngineEvaluator(Evaluator):
+    """Engines of one target of a bundle. Keeps the sessions of the Program that was played last."""
+
+    name: ClassVar[str] = "a built engine"
+
+    def __init__(self, engines: Mapping[str, Engine], io: ModelIO) -> None:
+        self._engines, self._io = engines, io
+        forecast = engines.get(FORECAST)
+        self._has_tail = forecast is not None and FEATURES in {spec.name for spec in forecast.signature.inputs}
+        self._played: Program | None = None
+        self._sessions: dict[int, Session] = {}
+        self._bindings: dict[int, Binding] = {}
+
+    def evaluate(self, x: Array, t: Time, conditions: Conditions) -> tuple[Array, Array]:
+        binding = self._bound(len(x))
+        binding.take(conditions)
+        velocity, feature = np.empty_like(x), None
+        for told, rows in _by_time(t, len(x)):
+            self._tell(binding, told)
+            binding.take_latents(x)
+            compute = binding.operations[0]
+            compute.call.run()
+            velocity[rows] = binding.device.download(compute.velocities[0])[rows]
+            found = binding.device.download(binding.slots[FEATURE])[0]
+            feature = found.copy() if feature is None else feature
+            feature[rows] = found[rows]
+        assert feature is not None  # there is a told time
+        return velocity, feature
+
+    def tail(self, feature: Array, t: Time, conditions: Conditions) -> Array:
+        if not self._has_tail:
+            raise InputError("these engines have no tail: on the output cut, and where a predictor is inside, none is built")
+        binding = self._bound(len(feature))
+        binding.take(conditions)
+        binding.device.upload(np.ascontiguousarray(feature[None]), binding.slots[FEATURE])
+        velocity = None
+        for told, rows in _by_time(t, len(feature)):
+            self._tell(binding, told)
+            forecast = binding.operations[1]
+            forecast.call.run()
+            found = binding.device.download(forecast.velocities[0])
+            velocity = found.copy() if velocity is None else velocity
+            velocity[rows] = found[rows]
+        assert velocity is not None  # there is a told time
+        return velocity
+
+    def play(
+        self,
+        program: Program,
+        noise: Array,
+        conditions: Conditions,
+        *,
+        coefficients: Array | None = None,
+        timesteps: Array | None = None,
+    ) -> Array:
+        if program is not self._played:
+            self._played, self._sessions = program, {}
+        batch = len(noise)
+        if batch not in self._sessions:
+            self._sessions[batch] = Session(self._engines, program, self._io, batch=batch)
+        session = self._sessions[batch]
+        session.take_numbers(coefficients=coefficients, timesteps=timesteps)
+        latents: Array = session.run(conditions, noise)
+        return latents
+
+    def _bound(self, batch: int) -> Binding:
+        if batch not in self._bindings:
+            program = _probe(self._has_tail)
+            self._bindings = {batch: Binding(self._engines, program, self._io, batch=batch, for_sampler=True)}
+        return self._bindings[batch]
+
+    def _tell(self, binding: Binding, t: float) -> None:
+        binding.take_numbers(timesteps=np.full(2, t, np.float32))
+        if binding.prologue is not None:
+            binding.prologue.run()
+
+
+def _probe(forecasts: bool) -> Program:
+    """One computed step, whose feature is kept, and one forecast that repeats it: the whole model, and its tail."""
+    sigmas = np.array([1.0, 0.5, 0.0], np.float32)
+    second: Instruction = Forecast((1,), 1) if forecasts else Compute(1)
+    return Program(
+        key=ProgramKey(2, hash_sigmas(sigmas), {}),
+        instructions=(Compute(0, 0), second),
+        slots={FEATURE: 1},
+        sigmas=sigmas,
+        timesteps=sigmas[:-1],
+        coefficients=np.array([[[0.0]], [[1.0]]], np.float32),
+        bias=np.zeros(2, np.float32),
+    )
+
+
+def _by_time(t: Time, batch: int) -> list[tuple[float, Array]]:
+    """The different times that are told, and which rows of the batch each is for: a program tells all rows the same."""
+    times = np.broadcast_to(np.asarray(t, np.float64), (batch,))
+    return [(float(told), np.flatnonzero(times == told)) for told in np.unique(times)]

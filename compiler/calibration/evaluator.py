@@ -1,0 +1,70 @@
+"""What calibration asks of a model: its answer at any latents and any told time, and closed loops of Programs.
+
+Fits, searches and measurements go through an :class:`Evaluator` only, so they do not care what the model runs on.
+
+Shapes: ``B`` batch, ``T`` steps, ``G`` groups, ``S`` slots; latents, velocities and features [B, …].
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar
+
+from cachec.runtime.errors import InputError
+from cachec.runtime.program import Program
+from cachec.runtime.specs import Array
+
+if TYPE_CHECKING:
+    import torch
+
+Time = float | Array  # what the model is told: one number for all, or one each [B]
+Conditions = Mapping[str, Array]  # by name, each [B, …]
+
+
+class Evaluator(ABC):
+    """A model on some device. Speaks numpy, in the model's own precision (float32 wherever pictures are made).
+
+    ``gradients``: :meth:`velocity_with_gradients` can be asked for.
+    """
+
+    name: ClassVar[str]
+    gradients: ClassVar[bool] = False
+
+    @abstractmethod
+    def evaluate(self, x: Array, t: Time, conditions: Conditions) -> tuple[Array, Array]:
+        """Velocity and feature of the whole model at latents ``x``, told the time ``t``."""
+
+    @abstractmethod
+    def tail(self, feature: Array, t: Time, conditions: Conditions) -> Array:
+        """Velocity from a feature at the cut."""
+
+    @abstractmethod
+    def play(
+        self,
+        program: Program,
+        noise: Array,
+        conditions: Conditions,
+        *,
+        coefficients: Array | None = None,
+        timesteps: Array | None = None,
+    ) -> Array:
+        """Final latents of a Program's closed loop.
+
+        Other ``coefficients`` [T, G, S] or told ``timesteps`` [T] than the Program's own are played as they are: nothing is
+        built, bound or validated anew.
+        """
+
+    def velocity_with_gradients(
+        self, x: "torch.Tensor", t: "torch.Tensor", conditions: Mapping[str, "torch.Tensor"]
+    ) -> "torch.Tensor":
+        """Velocity of the whole model, differentiable in latents and in the scalar ``t``.
+
+        Raises:
+            InputError: this evaluator gives no gradients.
+        """
+        self.check_gradients("this fit")
+        raise NotImplementedError(f"{type(self).__name__} says that it gives gradients, and has none")
+
+    def check_gradients(self, who: str) -> None:
+        """Raise ``InputError`` unless gradients can be asked for: ``who`` wants them. Fits ask before anything runs."""
+        if not self.gradients:
+            raise InputError(f"{who} needs gradients of the model, which {self.name} does not give: calibrate on its graphs")

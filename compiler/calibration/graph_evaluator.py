@@ -1,0 +1,171 @@
+"""The evaluator of prepared graphs: PyTorch on the CPU, with gradients.
+
+Shapes: as ``evaluator.py``.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from cachec.compiler.calibration.evaluator import Conditions, Evaluator, Time
+from cachec.passes import Graphs
+from cachec.passes.base import placeholders
+from cachec.runtime.abi import (
+    ADVANCE,
+    COMPUTE,
+    FEATURE,
+    FORECAST,
+    HISTORY_STEPS,
+    SIGMAS,
+    STEP,
+    VELOCITY,
+    history_name,
+)
+from cachec.runtime.errors import InputError
+from cachec.runtime.model_io import ModelIO
+from cachec.runtime.program import Instruction, Program
+from cachec.runtime.specs import Array
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+class GraphEvaluator(Evaluator):
+    """The split graphs: the whole model, and its tail behind the cut.
+
+    ``inlined``: graphs with a predictor inside the forecast graph, for Programs that call one.
+    """
+
+    name: ClassVar[str] = "PyTorch"
+    gradients: ClassVar[bool] = True
+
+    def __init__(self, split: Graphs, io: ModelIO, inlined: Graphs | None = None) -> None:
+        self._io = io
+        self._compute, self._behind = split.modules[COMPUTE], split.modules[FORECAST]
+        self._predictor = None if inlined is None else inlined.modules[FORECAST]
+
+    @torch.no_grad()
+    def evaluate(self, x: Array, t: Time, conditions: Conditions) -> tuple[Array, Array]:
+        latents = torch.from_numpy(x)
+        velocity, feature = self._evaluate(latents, _told(t, latents), _tensors(conditions))
+        return velocity.numpy(), feature.numpy()
+
+    @torch.no_grad()
+    def tail(self, feature: Array, t: Time, conditions: Conditions) -> Array:
+        value = torch.from_numpy(feature)
+        velocity: Array = self._tail(value, _told(t, value), _tensors(conditions)).numpy()
+        return velocity
+
+    def velocity_with_gradients(self, x: torch.Tensor, t: torch.Tensor, conditions: Tensors) -> torch.Tensor:
+        return self._evaluate(x, t.expand(len(x)), conditions)[0]
+
+    @torch.no_grad()
+    def play(
+        self,
+        program: Program,
+        noise: Array,
+        conditions: Conditions,
+        *,
+        coefficients: Array | None = None,
+        timesteps: Array | None = None,
+    ) -> Array:
+        rows = program.coefficients if coefficients is None else coefficients
+        told = program.timesteps if timesteps is None else timesteps
+        loop = _Loop(self, program, torch.from_numpy(noise), _tensors(conditions), rows, told)
+        for instruction in program.instructions:
+            loop.play(instruction)
+        final: Array = loop.latents.numpy()
+        return final
+
+    def _evaluate(self, x: torch.Tensor, t: torch.Tensor, conditions: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
+        result = self._compute(**{self._io.latents: x, self._io.timestep: t, **conditions})
+        return result[VELOCITY], result[FEATURE]
+
+    def _tail(self, feature: torch.Tensor, t: torch.Tensor, conditions: Tensors) -> torch.Tensor:
+        velocity: torch.Tensor = _call(self._behind, {**conditions, self._io.timestep: t, FEATURE: feature})[VELOCITY]
+        return velocity
+
+    def _predict(
+        self, history: Tensors, x: torch.Tensor, t: torch.Tensor, conditions: Tensors
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._predictor is None:
+            raise InputError("the program calls a predictor inside its engine, and this evaluator was given none")
+        known = {**conditions, **history, self._io.latents: x, self._io.timestep: t}
+        result = _call(self._predictor, known)
+        return result[VELOCITY], result[FEATURE]
+
+
+class _Loop:
+    """One closed loop: latents on their way, and what the slots hold."""
+
+    def __init__(
+        self,
+        evaluator: GraphEvaluator,
+        program: Program,
+        noise: torch.Tensor,
+        conditions: Tensors,
+        coefficients: Array,
+        timesteps: Array,
+    ) -> None:
+        self.latents = noise
+        self._evaluator, self._conditions, self._noise = evaluator, conditions, noise
+        self._rows, self._bias = (torch.from_numpy(a).to(noise.dtype) for a in (coefficients[:, 0], program.bias))
+        self._sigmas, self._timesteps = program.sigmas, timesteps
+        self._slots: dict[tuple[str, int], torch.Tensor] = {}
+        self._kept: dict[tuple[str, int], int] = {}  # which step each slot is of
+
+    def play(self, instruction: Instruction) -> None:
+        """Carry out one instruction, by what it says of itself."""
+        if instruction.computes:
+            (step,) = instruction.steps
+            self._keep(instruction, *self._evaluator._evaluate(self.latents, self._told(step), self._conditions))
+        elif not instruction.rows:
+            (step,) = instruction.steps
+            history = self._history(step, instruction.reads[FEATURE])
+            self._keep(instruction, *self._evaluator._predict(history, self.latents, self._told(step), self._conditions))
+        elif instruction.graph == ADVANCE:
+            self.latents = self._noise + self._weighted(instruction, instruction.rows[0], VELOCITY)
+        else:
+            for step in instruction.rows:
+                feature = self._weighted(instruction, step, FEATURE) + self._bias[step]
+                self._move(step, self._evaluator._tail(feature, self._told(step), self._conditions))
+
+    def _keep(self, instruction: Instruction, velocity: torch.Tensor, feature: torch.Tensor) -> None:
+        results = {VELOCITY: velocity, FEATURE: feature}
+        for kind, slot in instruction.writes.items():
+            self._slots[kind, slot], self._kept[kind, slot] = results[kind], instruction.steps[0]
+        for step in instruction.moves:
+            self._move(step, velocity)
+
+    def _history(self, step: int, slots: Sequence[int]) -> Tensors:
+        """What a predictor looks at, but for latents, told time and conditions."""
+        steps = torch.tensor([self._kept[FEATURE, slot] for slot in slots])
+        features = {history_name(i): self._slots[FEATURE, slot] for i, slot in enumerate(slots)}
+        return {**features, SIGMAS: torch.from_numpy(self._sigmas), STEP: torch.tensor(step), HISTORY_STEPS: steps}
+
+    def _weighted(self, instruction: Instruction, step: int, kind: str) -> torch.Tensor:
+        values = torch.stack([self._slots[kind, slot] for slot in instruction.reads[kind]])
+        total: torch.Tensor = torch.tensordot(self._rows[step, : len(values)], values, 1)
+        return total
+
+    def _move(self, step: int, velocity: torch.Tensor) -> None:
+        self.latents = self.latents + float(self._sigmas[step + 1] - self._sigmas[step]) * velocity
+
+    def _told(self, step: int) -> torch.Tensor:
+        return _told(self._timesteps[step], self._noise)
+
+
+def _call(module: fx.GraphModule, known: Tensors) -> Mapping[str, torch.Tensor]:
+    """Run a graph on those of the ``known`` tensors that it takes."""
+    result: Mapping[str, torch.Tensor] = module(**{name: known[name] for name in placeholders(module) if name in known})
+    return result
+
+
+def _told(t: Time, like: torch.Tensor) -> torch.Tensor:
+    """The told time as [B], in the precision of ``like`` [B, …]."""
+    return torch.as_tensor(t, dtype=like.dtype).expand(len(like)).clone()
+
+
+def _tensors(conditions: Conditions) -> dict[str, torch.Tensor]:
+    return {name: torch.from_numpy(value) for name, value in conditions.items()}

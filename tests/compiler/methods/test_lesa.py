@@ -1,0 +1,69 @@
+"""LESA's table against the published recursion, step by step."""
+
+from collections import deque
+
+import numpy as np
+import pytest
+import torch
+from toy_lesa import parameters_of, random_lesa, sigmas_of
+
+from cachec.compiler.methods.lesa import STAGE_BOUNDS, WINDOWS, Lesa, LesaPredictor
+from cachec.compiler.methods.parameters import Parameters
+from cachec.runtime.errors import InputError, PredictorError
+
+SHAPE = (2, 3)
+
+
+def lesa_step_by_step(predictor, features, schedule, sigmas):
+    """LESA as published: a deque of the last eight features, forecasts among them (arXiv 2602.20497)."""
+    history, result = deque(maxlen=8), {}
+    t = torch.from_numpy(sigmas)
+    for step in range(schedule.num_steps):
+        if step in schedule.compute:
+            history.append(features[step])
+            continue
+        expert = sum(float(t[step]) <= bound for bound in STAGE_BOUNDS)
+        with torch.no_grad():
+            alpha = predictor.kans[expert](t[step] - t).item()
+        entries = list(reversed(history))
+        entries += [entries[-1]] * (WINDOWS[expert] - len(entries))
+        mix = predictor.mixes[expert]
+        z = sum(w * f for w, f in zip(mix.weight[0].tolist(), entries, strict=False)) + mix.bias.item()
+        result[step] = entries[0] + alpha * z
+        history.append(result[step])
+    return result
+
+
+@pytest.mark.parametrize("num_steps", [50, 28])
+def test_the_table_is_the_recursion_with_its_bias(num_steps):
+    schedule, predictor, rng = Lesa().interval(num_steps, 7), random_lesa(num_steps), np.random.default_rng(2)
+    features = {step: rng.standard_normal(SHAPE) for step in schedule.compute}
+    table = Lesa().table(schedule, sigmas_of(num_steps), parameters_of(predictor, num_steps))
+    expected = lesa_step_by_step(predictor, features, schedule, sigmas_of(num_steps))
+    stacked = np.stack([features[step] for step in schedule.compute])
+    scale = max(np.abs(value).max() for value in expected.values())
+    for step, value in expected.items():
+        got = np.tensordot(table.coefficients[step], stacked, 1) + table.bias[step]
+        np.testing.assert_allclose(got, value, atol=1e-5 * scale)
+    assert np.abs(table.bias[list(schedule.forecast)]).max() > 1e-3
+
+
+def test_an_untrained_lesa_is_nearly_plain_reuse():
+    torch.manual_seed(0)
+    schedule = Lesa().interval(50, 7)
+    table = Lesa().table(schedule, sigmas_of(50), parameters_of(LesaPredictor(50), 50))
+    newest = [table.coefficients[step, sum(s < step for s in schedule.compute) - 1] for step in schedule.forecast]
+    assert np.abs(np.array(newest) - 1).max() < 0.3
+
+
+def test_its_schedule_is_the_published_one():
+    assert Lesa().interval(50, 7).compute == (0, 1, 2, 3, 9, 16, 23, 30, 37, 44)
+
+
+def test_without_parameters_or_with_foreign_ones_it_is_refused():
+    with pytest.raises(PredictorError, match="lesa needs a trained predictor"):
+        Lesa().predictor(None)
+    with pytest.raises(PredictorError, match="somewhere does not hold a LESA predictor"):
+        Lesa().predictor(Parameters({"x": np.zeros(1)}, {"steps": "50"}, "somewhere"))
+    with pytest.raises(InputError, match="max_rounds is 0"):
+        Lesa(max_rounds=0)
