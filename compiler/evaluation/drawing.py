@@ -45,7 +45,7 @@ SVG, XLINK = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}"
 
 
 @dataclass(frozen=True)
-class Words:
+class Caption:
     """What a plot says to those who do not see it; ``name`` tells its parts from those of other plots of the page."""
 
     name: str
@@ -57,14 +57,14 @@ class Words:
 Paint = Callable[[Figure], Mapping[str, str]]
 
 
-def draw(words: Words, width: float, height: float, paint: Paint) -> str:
+def draw(caption: Caption, width: float, height: float, paint: Paint) -> str:
     """An ``svg`` element of ``width`` × ``height`` pixels that scales with the page; equal plots have equal bytes."""
     buffer = io.StringIO()
     with style.context(["default", STYLE]):  # whatever the user's matplotlibrc says
         figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
         hints = paint(figure)
         figure.savefig(buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-    return _embed(buffer.getvalue(), words, hints)
+    return _embed(buffer.getvalue(), caption, hints)
 
 
 def add_axes(figure: Figure, *, left: float, top: float, right: float, bottom: float) -> Axes:
@@ -78,24 +78,24 @@ def text_width(text: str, weight: str = "bold") -> float:
     return float(TextPath((0, 0), text, FONT_SIZE, FontProperties(family=FONT, weight=weight)).get_extents().width)
 
 
-def _embed(text: str, words: Words, hints: Mapping[str, str]) -> str:
+def _embed(text: str, caption: Caption, hints: Mapping[str, str]) -> str:
     """Make a document an element: no namespaces, no style sheet, no size, ids that no other plot has; with its words."""
     root = ElementTree.fromstring(text)
     for node in list(root):
         if node.find(f"{SVG}style") is not None:  # it would be the page's
             root.remove(node)
     for node in root.iter():
-        _adapt(node, words.name, hints)
-    said = {"title": words.title, "desc": words.description}
+        _adapt(node, caption.name, hints)
+    said = {"title": caption.title, "desc": caption.description}
     root.attrib = {
         "viewBox": root.attrib["viewBox"],
         "role": "img",
-        "aria-labelledby": " ".join(f"{words.name}-{tag}" for tag in said),
+        "aria-labelledby": " ".join(f"{caption.name}-{tag}" for tag in said),
         "font-family": FONTS,
         "stroke-linejoin": "round",
     }
     for place, (tag, value) in enumerate(said.items()):
-        root.insert(place, _element(tag, value, id=f"{words.name}-{tag}"))
+        root.insert(place, _element(tag, value, id=f"{caption.name}-{tag}"))
     return ElementTree.tostring(root, encoding="unicode")
 
 
@@ -104,6 +104,7 @@ def _adapt(node: ElementTree.Element, name: str, hints: Mapping[str, str]) -> No
     attributes = {key.removeprefix(XLINK): value for key, value in node.attrib.items()}
     if (hint := hints.get(attributes.get("id", ""))) is not None:
         node.insert(0, _element("title", hint))
+        del attributes["id"]  # may have spaces, and nothing refers to it
     for key, value in attributes.items():
         if key == "id":
             attributes[key] = f"{name}-{value}"

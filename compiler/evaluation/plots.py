@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, MaxNLocator
 
-from cachec.compiler.evaluation.drawing import DPI, FAINT, FONT_SIZE, INK, Words, add_axes, draw, text_width
+from cachec.compiler.evaluation.drawing import DPI, FAINT, FONT_SIZE, INK, Caption, add_axes, draw, text_width
 from cachec.compiler.evaluation.error_by_step import ErrorCurve, position
 from cachec.runtime.program import KEPT, Program
 from cachec.runtime.specs import Array
@@ -68,10 +68,10 @@ def plot_quality(rows: Rows) -> str:
     points = [row for row in rows if row["kind"] in PALETTES and row["psnr_db"] is not None]
     points.sort(key=lambda row: (row["kind"] != "level", -row["psnr_db"]))  # levels get the best places for their names
     said = [f"{row['name']} {row['psnr_db']:.1f} dB in {row['seconds_loop']:.3g} s" for row in points]
-    words = Words(
+    caption = Caption(
         "quality", "PSNR against seconds of the denoise loop", "; ".join(said) or "no row differs from the uncached run"
     )
-    return draw(words, WIDTH, 440, partial(_paint_quality, points, rows))
+    return draw(caption, WIDTH, 440, partial(_paint_quality, points, rows))
 
 
 def _paint_quality(points: Rows, rows: Rows, figure: Figure) -> dict[str, str]:
@@ -156,8 +156,8 @@ def plot_errors(errors: Mapping[str, ErrorCurve], rows: Rows, num_steps: int) ->
     """Relative L2 distance from the uncached latents by step, logarithmic; four decades at most."""
     styles = {name: look for name, look in row_styles(rows).items() if name in errors}
     said = [f"{name} ends at {errors[name].rel_l2[-1]:.2g}" for name in styles]
-    words = Words("errors", "Distance from the uncached latents by step", "; ".join(said))
-    return draw(words, WIDTH, 440, partial(_paint_errors, errors, styles, num_steps))
+    caption = Caption("errors", "Distance from the uncached latents by step", "; ".join(said))
+    return draw(caption, WIDTH, 440, partial(_paint_errors, errors, styles, num_steps))
 
 
 def _paint_errors(
@@ -212,8 +212,8 @@ def plot_schedules(programs: Mapping[str, Program], grid: Array) -> str:
     for name, program in programs.items():
         strips.setdefault(tuple(position(grid, program.sigmas[step]) for step in program.compute_steps), []).append(name)
     said = [f"{', '.join(names)}: {', '.join(f'{place:g}' for place in places)}" for places, names in strips.items()]
-    words = Words("schedules", "Which steps are computed", "; ".join(said))
-    return draw(words, WIDTH, len(strips) * STRIP + 50, partial(_paint_schedules, strips, programs, grid))
+    caption = Caption("schedules", "Which steps are computed", "; ".join(said))
+    return draw(caption, WIDTH, len(strips) * STRIP + 50, partial(_paint_schedules, strips, programs, grid))
 
 
 def _paint_schedules(
@@ -281,10 +281,10 @@ def plot_coefficients(name: str, program: Program) -> str:
         return ""
     what = "forecast step" if program.cut == "hidden" else "computed step, from which the latents move on"
     said = f"{len(found.steps)} rows over computed steps {list(found.sources)}, the largest weight {found.limit:.3g}"
-    words = Words(f"coefficients-{name}", f"Coefficients of {name}", said)
+    caption = Caption(f"coefficients-{name}", f"Coefficients of {name}", said)
     height = min(22.0, 320 / len(found.sources)) * len(found.sources)
     whole = len(found.values) * (height + PANEL) + LEGEND
-    return draw(words, WIDTH, whole, partial(_paint_coefficients, found, what, height))
+    return draw(caption, WIDTH, whole, partial(_paint_coefficients, found, what, height))
 
 
 def _paint_coefficients(found: Coefficients, what: str, height: float, figure: Figure) -> dict[str, str]:
