@@ -12,10 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from cachec.runtime.errors import BundleError, OutputError, in_one_line, shortened, unknown_name
-from cachec.runtime.files import cache_folder, hash_file, write_file
+from cachec.runtime.files import cache_folder, hash_file, reason_of, write_file
+from cachec.runtime.forms import ANY, Form, check_form
 from cachec.runtime.program import Program
 from cachec.runtime.specs import Signature
 
@@ -26,6 +28,29 @@ FORMAT_VERSION = 6  # 6: delta by sample, coefficients by group, typed slots, ro
 MANIFEST = "manifest.json"
 ANY_DEVICE = "any"  # of a target whose artifacts are bound to no device
 LARGE_FILE_BYTES = 64 * 2**20  # files above are hashed once per machine, then known by size and time
+
+
+_TENSORS = [{"name": str, "shape": [], "dtype": str}]
+_FORM: Form = {  # of a manifest
+    "model": {"name": str, "source": str, "weights_sha256": str},
+    "io": {"latents": str, "timestep": str, "conditions": [str]},
+    "method": {"name": str},
+    "settings": {},
+    "noise": str,
+    "targets": [
+        {
+            **dict.fromkeys(("backend", "version", "os", "device", "precision", "shape_bucket"), str),
+            "engines": {ANY: {"path": str, "signature": {"inputs": _TENSORS, "outputs": _TENSORS}}},
+            "needs?": {"sm?": [int]},
+            "sizes?": {ANY: [int]},
+            "weights?": {ANY: str},
+        }
+    ],
+    "programs": {ANY: {"json": str, "arrays": str}},
+    "files": {ANY: {"bytes": int, "sha256": str}},
+    "facts?": {},
+    "timing?": {ANY: str},
+}
 
 
 @dataclass(frozen=True)
@@ -121,26 +146,19 @@ class Manifest:
         if body.get("format") != FORMAT:
             raise BundleError(f"{MANIFEST} is not the manifest of a cachec bundle")
         if body.get("format_version") != FORMAT_VERSION:
+            version = shortened(body.get("format_version"))
             raise BundleError(
-                f"bundle format {body.get('format_version')!r} is not the one that this cachec reads ({FORMAT_VERSION}): "
+                f"bundle format {version} is not the one that this cachec reads ({FORMAT_VERSION}): "
                 "install the cachec that wrote it, or compile the bundle again"
             )
         if data.get("digest") != _digest(body):
             raise BundleError(f"{MANIFEST} was altered or damaged: compile the bundle again, or fetch a fresh copy")
+        check_form(body, _FORM, "the manifest", "compile the bundle again")
+        for what in ("targets", "files", "programs"):
+            if not body[what]:
+                raise BundleError(f"the manifest lists no {what}: nothing in the bundle can be run. Compile it again")
         fields = {k: v for k, v in body.items() if k not in ("format", "format_version")}
-        manifest = cls(**{**fields, "targets": tuple(Target.from_json(t) for t in fields["targets"])})
-        manifest._check_form()
-        return manifest
-
-    def _check_form(self) -> None:
-        if not self.targets:
-            raise BundleError("the manifest names no target: nothing in the bundle can be run. Compile it again")
-        for what, entries, keys in (("file", self.files, {"bytes", "sha256"}), ("program", self.programs, {"json", "arrays"})):
-            if not isinstance(entries, dict) or not entries:
-                raise BundleError(f"the manifest lists no {what}s: compile the bundle again")
-            for name, entry in entries.items():
-                if not isinstance(entry, dict) or not keys <= entry.keys():
-                    raise BundleError(f"the manifest's entry of {what} {name!r} lacks {' or '.join(sorted(keys))}")
+        return cls(**{**fields, "targets": tuple(Target.from_json(t) for t in fields["targets"])})
 
 
 def _digest(body: Mapping[str, Any]) -> str:
@@ -182,9 +200,12 @@ class Bundle:
         """The program of a quality level."""
         if level not in self.manifest.programs:
             raise unknown_name("level", level, self.manifest.programs)
-        files = self.manifest.programs[level]
-        data = json.loads(self.path(files["json"]).read_text(encoding="utf-8"))
-        return Program.from_json(data, load_file(self.path(files["arrays"])))
+        files = {what: self.path(name) for what, name in self.manifest.programs[level].items()}
+        try:
+            data, arrays = json.loads(files["json"].read_text(encoding="utf-8")), load_file(files["arrays"])
+        except (OSError, ValueError, RecursionError, SafetensorError) as error:
+            raise BundleError(f"the program of level {shortened(level)} cannot be read: {reason_of(error)}") from error
+        return Program.from_json(data, arrays)
 
     @property
     def target(self) -> Target:
@@ -214,23 +235,37 @@ def _read_manifest(root: Path) -> Manifest:
         if not isinstance(data, dict):
             raise BundleError(f"{path} is not a JSON object")
         return Manifest.from_json(data)
+    except OSError as error:
+        raise BundleError(f"{path} cannot be read: {reason_of(error)}") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BundleError(f"{path} does not read as a manifest ({in_one_line(error)}): compile the bundle again") from error
 
 
 def _check_file(path: Path, entry: Mapping[str, Any], *, verify: bool) -> None:
-    if not path.is_file():
-        raise BundleError(f"{path} is missing from the bundle: copy the whole directory, or compile it again")
-    stat, known_as = path.stat(), _memory_key(path)
+    shown = in_one_line(path, 300)
+    try:
+        stat, known_as = path.stat(), _memory_key(path)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise BundleError(f"{shown} is missing from the bundle: copy the whole directory, or compile it again") from error
+    except (OSError, ValueError) as error:  # a name that no file can have, a loop of links, no permission
+        raise BundleError(f"{shown} cannot be read: {reason_of(error)}") from error
     if stat.st_size != entry["bytes"]:
-        raise BundleError(f"{path} has {stat.st_size} bytes, the manifest says {entry['bytes']}: the copy is incomplete")
+        says = shortened(entry["bytes"])
+        raise BundleError(f"{shown} has {stat.st_size} bytes, the manifest says {says}: the copy is incomplete")
     remembered = stat.st_size > LARGE_FILE_BYTES and not verify
     if remembered and _known_hashes().get(known_as) == entry["sha256"]:
         return
-    if hash_file(path) != entry["sha256"]:
-        raise BundleError(f"{path} does not match its SHA-256: it was altered or damaged. Compile the bundle again")
+    if _hash_bundled(path) != entry["sha256"]:
+        raise BundleError(f"{shown} does not match its SHA-256: it was altered or damaged. Compile the bundle again")
     if stat.st_size > LARGE_FILE_BYTES:
         _remember_hash(known_as, entry["sha256"])
+
+
+def _hash_bundled(path: Path) -> str:
+    try:
+        return hash_file(path)
+    except OSError as error:
+        raise BundleError(f"{in_one_line(path, 300)} cannot be read: {reason_of(error)}") from error
 
 
 def _memory_file() -> Path:

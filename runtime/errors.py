@@ -75,9 +75,9 @@ def shortened(value: object, limit: int = 80) -> str:
     return text if len(text) <= limit else f"{text[:limit]}… ({len(text)} characters)"
 
 
-def in_one_line(error: BaseException, limit: int = 200) -> str:
-    """What an error says, for a message: in one line of at most ``limit`` characters; its name if it says nothing."""
-    text = " ".join(str(error).split()) or type(error).__name__
+def in_one_line(value: object, limit: int = 200) -> str:
+    """What an error or a path says, for a message: one line of at most ``limit`` characters; its kind if it says nothing."""
+    text = " ".join(str(value).split()) or type(value).__name__
     return text if len(text) <= limit else f"{text[:limit]}…"
 
 

@@ -2,13 +2,14 @@ import json
 import os
 import shutil
 from dataclasses import replace
+from random import Random
 
 import numpy as np
 import pytest
 from toy_bundle import SCHEDULE, STEPS
 
 import cachec
-from cachec.runtime.bundle import ANY_DEVICE, MANIFEST, Bundle, Manifest, Target
+from cachec.runtime.bundle import ANY_DEVICE, MANIFEST, Bundle, Manifest, Target, _digest
 from cachec.runtime.errors import BundleError, InputError
 from cachec.runtime.files import hash_file
 
@@ -88,7 +89,7 @@ def test_a_flipped_byte_is_refused(bundle, kind, place):
         Bundle.open(bundle)
 
 
-@pytest.mark.parametrize(("bit", "stride"), [(1, 1), (0x80, 29)])
+@pytest.mark.parametrize(("bit", "stride"), [(1, 61), (0x80, 83)])
 def test_any_flipped_byte_of_the_manifest_is_refused(bundle, bit, stride):
     path = bundle / MANIFEST
     content = path.read_bytes()
@@ -98,6 +99,70 @@ def test_any_flipped_byte_of_the_manifest_is_refused(bundle, bit, stride):
         path.write_bytes(damaged)
         with pytest.raises(BundleError, match="manifest|bundle format"):
             Bundle.open(bundle)
+
+
+ODD = [None, True, 0, -1, 10**40, 1.5, "", "x" * 5000, "../x", "\ud800", [], {}, [1, 2], {"a": 1}, [[[]]]]
+
+
+def places_in(value, place=()):
+    """Every place in a JSON value, as keys and indices."""
+    yield place
+    if isinstance(value, dict | list):
+        for key in value if isinstance(value, dict) else range(len(value)):
+            yield from places_in(value[key], (*place, key))
+
+
+def mutate(data, random):
+    """Change one place: another value, another name, or nothing there."""
+    *above, last = random.choice([place for place in places_in(data) if place])
+    around = data
+    for key in above:
+        around = around[key]
+    kind = random.random()
+    if kind < 0.7:
+        around[last] = random.choice(ODD)
+    elif kind < 0.85:
+        del around[last]
+    elif isinstance(around, dict):
+        around[random.choice(["x" * 5000, "new", "../x", "\ud800"])] = around.pop(last)
+    else:
+        around.append(around[last])
+
+
+def test_a_manifest_that_was_damaged_anyhow_opens_or_is_refused_in_short(bundle):
+    """300 changes; most with a digest that fits, as whoever means harm would write it."""
+    path, random = bundle / MANIFEST, Random(0)
+    original = path.read_text()
+    said = []
+    for _ in range(300):
+        data = json.loads(original)
+        for _ in range(random.choice([1, 1, 1, 3])):
+            mutate(data, random)
+        if random.random() < 0.8 and isinstance(data, dict):
+            data["digest"] = _digest({k: v for k, v in data.items() if k != "digest"})
+        text = json.dumps(data)
+        path.write_text(text if random.random() < 0.95 else text[: random.randrange(len(text))])
+        try:
+            Bundle.open(bundle).program()
+        except (BundleError, InputError) as error:
+            said.append(str(error).replace(str(bundle), "x"))
+    assert 100 < len(said) < 280
+    assert max(map(len, said)) < 500
+
+
+def test_a_deeply_nested_manifest_is_refused(bundle):
+    (bundle / MANIFEST).write_text("[" * 100_000)
+    with pytest.raises(BundleError, match="does not read as a manifest"):
+        Bundle.open(bundle)
+
+
+def test_a_wrong_type_is_named_with_its_place(bundle):
+    target = Bundle.open(bundle).target
+    rewrite_manifest(bundle, targets=(target, replace(target, backend=["ort"])))
+    with pytest.raises(
+        BundleError, match=r"the manifest\.targets\[1\]\.backend is \['ort'\], expected text: compile the bundle"
+    ):
+        Bundle.open(bundle)
 
 
 @pytest.mark.parametrize("kind", KINDS[1:])
