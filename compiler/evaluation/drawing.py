@@ -46,7 +46,10 @@ SVG, XLINK = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}"
 
 @dataclass(frozen=True)
 class Caption:
-    """What a plot says to those who do not see it; ``name`` tells its parts from those of other plots of the page."""
+    """What a plot says to those who do not see it.
+
+    Ids begin with ``name``, which no other plot of a page has; it has no spaces.
+    """
 
     name: str
     title: str

@@ -4,6 +4,7 @@ Shapes: ``T`` steps, ``G`` groups, ``R`` forecast or moved steps, ``K`` computed
 """
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -281,7 +282,7 @@ def plot_coefficients(name: str, program: Program) -> str:
         return ""
     what = "forecast step" if program.cut == "hidden" else "computed step, from which the latents move on"
     said = f"{len(found.steps)} rows over computed steps {list(found.sources)}, the largest weight {found.limit:.3g}"
-    caption = Caption(f"coefficients-{name}", f"Coefficients of {name}", said)
+    caption = Caption(f"coefficients-{re.sub(r'[^A-Za-z0-9.]', '-', name)}", f"Coefficients of {name}", said)
     height = min(22.0, 320 / len(found.sources)) * len(found.sources)
     whole = len(found.values) * (height + PANEL) + LEGEND
     return draw(caption, WIDTH, whole, partial(_paint_coefficients, found, what, height))
