@@ -2,7 +2,6 @@ import numpy as np
 import pytest
 from toy_bundle import SIGMAS, STEPS
 
-import cachec
 from cachec.compiler.evaluation.error_by_step import at_noise_level, measure_errors, position, trace
 from cachec.compiler.tables.coefficients import AdvanceTable
 from cachec.compiler.tables.lower import lower_advance
@@ -10,12 +9,6 @@ from cachec.compiler.tables.schedule import Schedule
 from cachec.runtime.noise import make_noise
 from cachec.runtime.program import UNCACHED
 from cachec.runtime.session import Session
-
-
-@pytest.fixture(scope="module")
-def loaded(toy_bundle):
-    with cachec.load(toy_bundle) as loaded:
-        yield loaded
 
 
 @pytest.fixture

@@ -1,26 +1,13 @@
-from dataclasses import replace
-
 import numpy as np
 import pytest
 from toy_bundle import SCHEDULE, STEPS
 from toy_model import SETTINGS, ToyModel
 
-import cachec
 from cachec.compiler.evaluation.evaluate import DIFFUSERS, FINE_STEPS, evaluate
 from cachec.runtime.errors import InputError
 from cachec.runtime.program import UNCACHED
 
 PROMPTS = ["a red circle", "a blue ring"]
-
-
-@pytest.fixture(scope="module")
-def loaded(toy_bundle):
-    """The toy's bundle, as of the toy's family with its sizes in pixels."""
-    with cachec.load(toy_bundle) as loaded:
-        manifest = loaded.manifest
-        model = {**manifest.model, "weights_sha256": ToyModel().weights_hash}
-        settings = {**manifest.settings, **vars(SETTINGS), "steps": STEPS}
-        yield replace(loaded, manifest=replace(manifest, model=model, settings=settings))
 
 
 @pytest.fixture(scope="module")
