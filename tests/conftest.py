@@ -42,3 +42,29 @@ def toy_directory(tmp_path_factory, toy_family):
     from toy_model import save_toy
 
     return save_toy(tmp_path_factory.mktemp("models") / "toy")
+
+
+@pytest.fixture(scope="session")
+def toy_predictor(tmp_path_factory, toy_directory):
+    """A predictor file: LESA, trained for moments, for 6 steps of which every second is computed."""
+    import cachec.compiler.commands.train as train
+
+    out = tmp_path_factory.mktemp("predictors") / "toy.safetensors"
+    train.train_to_file(str(toy_directory), out, force=False, steps=6, interval=2, options={"max_rounds": "3"})
+    return out
+
+
+@pytest.fixture
+def captures(toy_family):
+    """The toys that were captured while the test ran, seen by a hook on their calls."""
+    import torch
+    from toy import ToyDiT
+
+    seen = []
+
+    def look(module, given):
+        if isinstance(module, ToyDiT) and torch.compiler.is_exporting():
+            seen.append(module)
+
+    with torch.nn.modules.module.register_module_forward_pre_hook(look):
+        yield seen

@@ -2,24 +2,10 @@
 
 from dataclasses import replace
 
-import pytest
 from toy_model import SETTINGS, ToyModel
 
 from cachec.compiler.graphs import prepare
 from cachec.compiler.graphs.prepare import split_model
-
-
-@pytest.fixture
-def captures(monkeypatch):
-    """The models that were captured, in turn."""
-    seen, real = [], prepare.capture_model
-
-    def capture(*given):
-        seen.append(given[0])
-        return real(*given)
-
-    monkeypatch.setattr(prepare, "capture_model", capture)
-    return seen
 
 
 def test_a_model_is_captured_once_for_all_steps_and_precisions(captures):
