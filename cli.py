@@ -140,7 +140,8 @@ def compile_command(model: str, out: Path | None, force: bool, **given: Any) -> 
     from cachec.compiler.commands.compile import compile_to_bundle
     from cachec.runtime.inspect import describe_levels
 
-    out, bundle, done = compile_to_bundle(model, out, force=force, **given)
+    out, done = compile_to_bundle(model, out, force=force, **given)
+    bundle = done.bundle
     size = sum(entry["bytes"] for entry in bundle.manifest.files.values())
     _table(
         [

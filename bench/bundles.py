@@ -52,14 +52,15 @@ def main(name: str, backend: str, work: Path, out: Path, quick: bool) -> None:
     )
     path = bundle_path(work, name, backend)
     start = time.perf_counter()
-    bundle, result = compile_bundle(case.model, request, path, force=True)
+    result = compile_bundle(case.model, request, path, force=True)
     seconds = time.perf_counter() - start
     conditions, noise = case.requests[0]
     np.savez(conditions_path(work, name), noise=noise.numpy(), **{key: value.numpy() for key, value in conditions.items()})
-    sizes = {name: entry["bytes"] for name, entry in bundle.manifest.files.items()}
+    sizes = {name: entry["bytes"] for name, entry in result.bundle.manifest.files.items()}
     write_part(out, {
         "case": name, "backend": backend, "command": f"--method {method}, {budget} of {case.steps} steps",
-        "seconds": seconds, "stages": result.seconds, "bytes": sum(sizes.values()), "files": sizes, "peak_rss": peak_rss(),
+        "seconds": seconds, "stages": dict(result.seconds), "bytes": sum(sizes.values()), "files": sizes,
+        "peak_rss": peak_rss(),
     })  # fmt: skip
 
 

@@ -49,7 +49,7 @@ def compile_case(name: str, dtype: str, work: Path, *, quick: bool) -> Path:
     case, (method, options) = open_case(name, work, quick=quick), METHODS["hidden"]
     chosen = {"method": method, "options": options, "steps": case.steps, "budget": case.budgets[-1], "schedule": "uniform"}
     request = make_request(case.model.spec, dtype=dtype, **chosen)  # type: ignore[arg-type]
-    return compile_bundle(case.model, request, work / "engines" / f"{name}-{dtype}.cachec", force=True)[0].root
+    return compile_bundle(case.model, request, work / "engines" / f"{name}-{dtype}.cachec", force=True).bundle.root
 
 
 def build_engines(root: Path) -> dict[str, Any]:

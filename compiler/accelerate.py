@@ -14,11 +14,15 @@ import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import nn
 
-from cachec.compiler.graphs.export import plan_engines
-from cachec.compiler.graphs.forecast import engine_graphs
-from cachec.compiler.graphs.prepare import split_model
+from cachec.compiler.frontend import (
+    check,
+    find_calibrations,
+    find_parameters,
+    make_graphs,
+    make_plans,
+    make_programs,
+)
 from cachec.compiler.models.base import LoadedModel
-from cachec.compiler.pipeline import Compilation, add_forecast, find_calibrations, find_parameters, make_programs
 from cachec.compiler.request import Request
 from cachec.engines.eager import EagerEngine
 from cachec.engines.inductor import InductorEngine
@@ -45,22 +49,29 @@ def accelerate_pipeline(model: LoadedModel, request: Request, *, compiled: bool 
     if isinstance(model.transformer, AcceleratedTransformer):
         raise InputError("this pipeline is accelerated already: set pipe.transformer = pipe.transformer.original first")
     request = _fit_request(model, request)
-    result = Compilation()
-    with temporary_folder() as work:
-        split = split_model(model, request.settings)
-        parameters = find_parameters(model, request, result, work / "training")
-        calibrations = find_calibrations(model, split, request, None, result, work / "calibration")
-        forecast = add_forecast(model, split, request, parameters)
-        graphs = engine_graphs(model, forecast, request.hoist, slots=request.slots)
-        plans = plan_engines(graphs, model.example_inputs(request.settings), model.io.latents, request.settings.steps)
-        kind, device = InductorEngine if compiled else EagerEngine, TorchDevice(DeviceName.parse(str(model.device)))
-        engines = {plan.name: kind(graphs.modules[plan.name], plan.signature, device) for plan in plans}
-        programs = make_programs(model, request, graphs, engines, calibrations, parameters, result)
-        result.works.clear()  # they lie in the temporary directory
+    kind: type[EagerEngine | InductorEngine] = InductorEngine if compiled else EagerEngine
+    engines, programs = compile_in_memory(model, request, kind)
     program = next(program for level, program in programs.items() if level != UNCACHED)
     pipeline = model.pipeline
     pipeline.transformer = AcceleratedTransformer(model.transformer, pipeline.scheduler, engines, program, model.io)
     return pipeline
+
+
+def compile_in_memory(
+    model: LoadedModel, request: Request, kind: type[EagerEngine | InductorEngine]
+) -> tuple[dict[str, Engine], Mapping[str, Program]]:
+    """Engines by name, and Programs by level, of a request that :func:`accelerate_pipeline` fitted to the pipeline."""
+    checked = check(model, request)
+    with temporary_folder() as work:
+        parameters = find_parameters(model, request, checked, work / "training")
+        graphs = make_graphs(model, request, parameters)
+        device = TorchDevice(DeviceName.parse(str(model.device)))
+        engines: dict[str, Engine] = {
+            plan.name: kind(graphs.engine.modules[plan.name], plan.signature, device)
+            for plan in make_plans(model, request, graphs)
+        }
+        calibrations = find_calibrations(model, request, checked, work / "calibration")
+        return engines, make_programs(model, request, graphs, engines, calibrations, parameters).by_level
 
 
 def _fit_request(model: LoadedModel, request: Request) -> Request:
@@ -76,7 +87,7 @@ def _fit_request(model: LoadedModel, request: Request) -> Request:
             "are made on the CPU: name a method and a schedule that need none (taylor or adams with a budget)"
         )
     dtype = str(next(model.transformer.parameters()).dtype).removeprefix("torch.")
-    return replace(request, settings=replace(request.settings, dtype=dtype))
+    return replace(request, settings=replace(request.settings, dtype=dtype), velocities=True)
 
 
 class AcceleratedTransformer(nn.Module):

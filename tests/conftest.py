@@ -46,11 +46,11 @@ def toy_directory(tmp_path_factory, toy_family):
 
 @pytest.fixture(scope="session")
 def toy_predictor(tmp_path_factory, toy_directory):
-    """A predictor file: LESA, trained for moments, for 6 steps of which every second is computed."""
+    """A predictor file: LESA, trained for moments, for 8 steps of which 0, 1, 2, 3 and 5 are computed."""
     import cachec.compiler.commands.train as train
 
     out = tmp_path_factory.mktemp("predictors") / "toy.safetensors"
-    train.train_to_file(str(toy_directory), out, force=False, steps=6, interval=2, options={"max_rounds": "3"})
+    train.train_to_file(str(toy_directory), out, force=False, steps=8, interval=3, options={"max_rounds": "3"})
     return out
 
 

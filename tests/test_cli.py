@@ -165,11 +165,11 @@ def test_file_that_is_no_predictor_is_refused(tmp_path, toy_directory):
     assert "not a safetensors file" in output
 
 
-@pytest.mark.parametrize("changed", [["--steps", "28"], ["--interval", "3"]])
+@pytest.mark.parametrize("changed", [["--steps", "28"], ["--interval", "2"]])
 def test_predictor_for_other_settings_is_refused_before_the_model_is_captured(
     tmp_path, toy_directory, toy_predictor, captures, changed
 ):
-    given = ["--steps", "6", "--interval", "2", "--predictor", toy_predictor, *changed]
+    given = ["--steps", "8", "--interval", "3", "--predictor", toy_predictor, *changed]
     code, output = cachec("compile", toy_directory, *given, "-o", tmp_path / "out")
     assert code == PredictorError.exit_code
     assert "trained for something else" in output
@@ -179,7 +179,7 @@ def test_predictor_for_other_settings_is_refused_before_the_model_is_captured(
 
 
 def test_predictor_of_another_model_is_refused(tmp_path, toy_predictor):
-    given = ["--steps", "6", "--interval", "2", "--predictor", toy_predictor]
+    given = ["--steps", "8", "--interval", "3", "--predictor", toy_predictor]
     code, output = cachec("compile", "tiny-flux", *given, "-o", tmp_path / "out")
     assert code == PredictorError.exit_code
     assert "weights_sha256" in output

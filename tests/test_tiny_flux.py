@@ -301,7 +301,7 @@ def test_eval_of_more_prompts_than_there_are_is_refused(lesa_bundle):
 
 def test_a_method_change_leaves_the_engines_as_they_are(lesa_bundle, model, tmp_path):
     request = make_request(MODELS["tiny-flux"], method="taylor", options={"order": "2"}, budget=8)
-    other, _ = compile_bundle(model, request, tmp_path / "taylor.cachec")
+    other = compile_bundle(model, request, tmp_path / "taylor.cachec").bundle
     for name, artifact in Bundle.open(lesa_bundle).target.engines.items():
         mine = other.manifest.files[other.target.engines[name].path]
         assert mine["sha256"] == Bundle.open(lesa_bundle).manifest.files[artifact.path]["sha256"]
@@ -337,7 +337,7 @@ def test_force_replaces_a_bundle_and_removes_its_files(tmp_path, model):
     out = tmp_path / "out.cachec"
     for order in (1, 2):
         request = make_request(MODELS["tiny-flux"], method="taylor", targets="eager", options={"order": str(order)})
-        bundle, _ = compile_bundle(model, request, out, force=True)
+        bundle = compile_bundle(model, request, out, force=True).bundle
     files = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()}
     assert files == {*bundle.manifest.files, "manifest.json"}
     assert bundle.manifest.method["options"] == Taylor(2).options()

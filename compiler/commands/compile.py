@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cachec.compiler.models import find_model, load_model
-from cachec.runtime.bundle import Bundle
 from cachec.runtime.errors import need
 from cachec.runtime.write import check_output
 
@@ -12,7 +11,7 @@ if TYPE_CHECKING:
     from cachec.compiler.pipeline import Compilation
 
 
-def compile_to_bundle(source: str, out: Path | None, *, force: bool, **options: Any) -> "tuple[Path, Bundle, Compilation]":
+def compile_to_bundle(source: str, out: Path | None, *, force: bool, **options: Any) -> "tuple[Path, Compilation]":
     """Compile the model ``source`` into a bundle at ``out``, by default ``MODEL-METHOD.cachec``; says where it is.
 
     ``options`` are those that ``cachec.compiler.options`` declares.
@@ -28,4 +27,4 @@ def compile_to_bundle(source: str, out: Path | None, *, force: bool, **options: 
     request = make_request(spec, **options)
     out = out or Path(f"{spec.name.replace('/', '--')}-{request.method.name}.cachec")
     check_output(out, force=force)
-    return out, *compile_bundle(load_model(spec), request, out, force=force)
+    return out, compile_bundle(load_model(spec), request, out, force=force)

@@ -1,6 +1,5 @@
 """``cachec train``: a predictor, into a file."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,9 @@ def train_to_file(source: str, out: Path, *, force: bool, **options: Any) -> lis
         OutputError: ``out`` exists and ``force`` is not given, or cannot be written.
     """
     need("torch", "diffusers", "transformers", extra="compile", purpose="training")
-    from cachec.compiler.calibration.graph_evaluator import GraphEvaluator
-    from cachec.compiler.graphs.prepare import split_model
+    from cachec.compiler.frontend import evaluator_of, training_of
     from cachec.compiler.methods.parameters import predictor_bytes
     from cachec.compiler.methods.training import train_predictor
-    from cachec.compiler.pipeline import training_of
     from cachec.compiler.request import make_request
 
     spec = find_model(source)
@@ -33,12 +30,10 @@ def train_to_file(source: str, out: Path, *, force: bool, **options: Any) -> lis
     if not request.method.needs_training:
         raise PredictorError(f"method {request.method.name!r} has nothing to train: compile it as it is")
     training = training_of(spec, request)
-    training.check()
     check_file(out, force=force)
     work = out.with_name(out.name + ".training")
     model = load_model(spec)
-    evaluator = GraphEvaluator(split_model(model, replace(request.settings, dtype="float32")), model.io)
-    parameters = train_predictor(model, evaluator, training, work=work)
+    parameters = train_predictor(model, evaluator_of(model, request), training, work=work)
     write_file(out, predictor_bytes(parameters))
     remove_work(work)
     facts = [(name, text) for name, text in parameters.facts.items() if name != "curve" and len(text) < 80]

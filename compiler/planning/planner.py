@@ -53,6 +53,11 @@ class Calibrations:
     coarse: Calibration
     fine: Calibration | None
 
+    @property
+    def facts(self) -> dict[str, str]:
+        """What the manifest says of the runs."""
+        return {name: text for name, text in self.coarse.statistics.facts.items() if name not in ("prompts", "uses")}
+
     @classmethod
     def open(cls, statistics: Statistics, model: LoadedModel, evaluator: Evaluator, settings: Settings) -> "Calibrations":
         """``evaluator`` is of the float32 model that the statistics are of."""

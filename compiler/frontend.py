@@ -1,0 +1,278 @@
+"""The front end: from a request to graphs, plans of engines, and Programs. Compiling, accelerating and training share it.
+
+In order: :func:`check` reads and checks all that was given, before anything slow; :func:`find_parameters` trains what is
+missing; :func:`make_graphs` and :func:`make_plans` are what engines are built from; :func:`find_calibrations` runs the model
+where something is fitted or measured; :func:`make_programs` is the schedules and their numbers. Every function returns a value.
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cachec.compiler.calibration.graph_evaluator import GraphEvaluator
+from cachec.compiler.calibration.statistics import (
+    Statistics,
+    calibration_facts,
+    check_statistics,
+    load_statistics,
+    record_statistics,
+)
+from cachec.compiler.calibration.uses import UsedPrompts, calibration_prompts, training_prompts
+from cachec.compiler.graphs.capture import named_model
+from cachec.compiler.graphs.export import EnginePlan, plan_engines
+from cachec.compiler.graphs.finite import check_finite_run
+from cachec.compiler.graphs.forecast import engine_graphs, inline, linear_graphs
+from cachec.compiler.graphs.prepare import model_passes, split_model
+from cachec.compiler.graphs.verify import Verifier, eager_output, graph_output
+from cachec.compiler.methods.base import PredictorMethod
+from cachec.compiler.methods.parameters import Parameters, check_fit, find_pretrained, load_predictor
+from cachec.compiler.methods.training import Training, train_predictor, training_facts
+from cachec.compiler.models.base import LoadedModel, ModelSpec
+from cachec.compiler.planning.levels import forecast_cost
+from cachec.compiler.planning.planner import Calibrations, Planner
+from cachec.compiler.request import Request
+from cachec.compiler.tables.coefficients import compose
+from cachec.compiler.tables.lower import lower_predictor, lower_table, lower_uncached
+from cachec.compiler.tables.schedule import Schedule
+from cachec.passes import Graphs, dump_to
+from cachec.passes.base import Observer
+from cachec.runtime.abi import COMPUTE
+from cachec.runtime.engine import Engine
+from cachec.runtime.errors import InputError
+from cachec.runtime.program import UNCACHED, Program, ProgramKey, hash_sigmas
+
+log = logging.getLogger(__name__)
+
+PASSES_BEFORE_ENGINES = 20  # number of the first dump of engine passes
+
+
+@dataclass(frozen=True, eq=False)
+class Checked:
+    """What a request needs besides the model: each there already, or known how to make.
+
+    ``parameters`` were trained before, or ``training`` says what to train; ``statistics`` were given, or ``prompts`` say what
+    to run. All are ``None`` where nothing is needed.
+    """
+
+    parameters: Parameters | None = None
+    training: Training | None = None
+    statistics: Statistics | None = None
+    prompts: UsedPrompts | None = None
+
+    @property
+    def trains(self) -> bool:
+        """Must a predictor be trained?"""
+        return self.parameters is None and self.training is not None
+
+
+@dataclass(frozen=True, eq=False)
+class StepGraphs:
+    """The graphs of the request's cut, as the passes left them (``plain``), and as engines are built from them."""
+
+    plain: Graphs
+    engine: Graphs
+
+
+@dataclass(frozen=True, eq=False)
+class Programs:
+    """Programs by level, the uncached one first, and what is known of the levels before they are measured."""
+
+    by_level: Mapping[str, Program]
+    facts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+def check(model: LoadedModel, request: Request) -> Checked:
+    """Read and check all that was given. Nothing here captures or runs the model.
+
+    Raises:
+        InputError: a size is none of the model's, too few prompts were given, or a calibration is of something else.
+        PredictorError: a predictor was trained for something else.
+    """
+    model.example_inputs(request.settings)  # which knows the model's sizes
+    training = training_of(model.spec, request) if request.method.needs_training else None
+    parameters = None if training is None else _find_trained(model, request, training)
+    if not request.needs_calibration:
+        return Checked(parameters, training)
+    if request.calibration is not None:
+        return Checked(parameters, training, statistics=_read_statistics(model, request))
+    prompts = calibration_prompts(model.spec.prompts, request.prompts if request.retrain else None)
+    return Checked(parameters, training, prompts=prompts if request.fits else prompts.only("measure"))
+
+
+def training_of(spec: ModelSpec, request: Request) -> Training:
+    """What to train for a request of one schedule.
+
+    Raises:
+        PredictorError: the method has nothing to train.
+        InputError: nothing is left to forecast, or there are too few prompts.
+    """
+    schedule = request.schedule
+    assert schedule is not None, "goals of trained methods are schedules"
+    prompts = training_prompts(spec.prompts, request.prompts if request.retrain else None)
+    training = Training(request.method, schedule, request.settings, prompts, request.seed, request.interval)
+    training.check()
+    return training
+
+
+def _find_trained(model: LoadedModel, request: Request, training: Training) -> Parameters | None:
+    """Trained parameters: from the given file, or of those that ship."""
+    wanted = training_facts(model, request.method, training.schedule, request.settings)
+    if request.predictor is not None:
+        parameters = load_predictor(request.predictor)
+        check_fit(parameters, wanted)
+        return replace(parameters, origin=f"from {request.predictor}")
+    shipped = None if request.retrain else find_pretrained(request.method.name, wanted)
+    return None if shipped is None else replace(shipped, origin=f"ships with cachec ({Path(shipped.origin).name})")
+
+
+def _read_statistics(model: LoadedModel, request: Request) -> Statistics:
+    assert request.calibration is not None
+    statistics = load_statistics(request.calibration)
+    check_statistics(statistics, calibration_facts(model, request.settings, request.reference_steps or None))
+    if request.reference_steps is None and statistics.fine_latents is None:
+        raise InputError(
+            f"calibration {statistics.origin} has no fine reference, which level fine is fitted to: make one with "
+            "cachec calibrate --reference-steps"
+        )
+    statistics.prompts.check(("fit", "stop", "measure") if request.fits else ("measure",), statistics.origin)
+    return statistics
+
+
+def evaluator_of(model: LoadedModel, request: Request) -> GraphEvaluator:
+    """The float32 model on PyTorch, whatever the bundle's precision: what is trained, fitted and measured against."""
+    return GraphEvaluator(split_model(model, replace(request.settings, dtype="float32")), model.io)
+
+
+def find_parameters(model: LoadedModel, request: Request, checked: Checked, work: Path | None) -> Parameters | None:
+    """The method's trained parameters; they are trained now (resumable in ``work``) if there are none."""
+    parameters = checked.parameters
+    if parameters is None and checked.training is not None:
+        assert work is not None, "trainings keep checkpoints"
+        log.warning("no trained %s predictor fits these settings: training one now", request.method.name)
+        parameters = train_predictor(model, evaluator_of(model, request), checked.training, work=work)
+    log.info("predictor: %s", "none needed" if parameters is None else parameters.origin)
+    return parameters
+
+
+def find_calibrations(model: LoadedModel, request: Request, checked: Checked, work: Path | None) -> Calibrations | None:
+    """Calibration runs, if anything needs them: the given ones, or made now (resumable in ``work``).
+
+    Raises:
+        InputError: a run gives NaN or infinity.
+    """
+    settings, statistics = replace(request.settings, dtype="float32"), checked.statistics
+    if statistics is None and checked.prompts is None:
+        return None
+    evaluator = evaluator_of(model, request)
+    if statistics is None:
+        assert checked.prompts is not None
+        fine = request.reference_steps or 0
+        statistics = record_statistics(
+            model, evaluator, settings, checked.prompts, reference_steps=fine, seed=request.seed, work=work
+        )
+    return Calibrations.open(statistics, model, evaluator, settings)
+
+
+def make_graphs(model: LoadedModel, request: Request, parameters: Parameters | None) -> StepGraphs:
+    """The graphs of the request's cut.
+
+    Raises:
+        PassError: a graph cannot be rewritten.
+        EngineError: an example run of the model is not finite.
+    """
+    split = split_model(model, request.settings, observers(model, request))
+    inputs = model.example_inputs(request.settings)
+    check_finite_run(split, inputs, request.settings.dtype, request.slots)
+    plain = add_forecast(model, split, request, parameters)
+    watch = observers(model, request, plain, start=PASSES_BEFORE_ENGINES)
+    final = engine_graphs(model, plain, request.hoist, watch, velocities=request.velocities, slots=request.slots)
+    return StepGraphs(plain, final)
+
+
+def make_plans(model: LoadedModel, request: Request, graphs: StepGraphs) -> list[EnginePlan]:
+    """What engines are built from."""
+    inputs = model.example_inputs(request.settings)
+    return plan_engines(graphs.engine, inputs, model.io.latents, request.settings.steps)
+
+
+def add_forecast(model: LoadedModel, split: Graphs, request: Request, parameters: Parameters | None) -> Graphs:
+    """The graphs of the request's cut: the compute graph alone, or with the predictor inlined into the forecast graph.
+
+    Unless told otherwise the predictor is folded to numbers. What is left is the same for all linear methods, so methods
+    that state their numbers, and searched schedules, take what the simplest predictor leaves.
+    """
+    if request.method.cut == "output":
+        return Graphs({COMPUTE: split.modules[COMPUTE]})
+    method, schedule = request.method, request.schedule
+    if schedule is None or not isinstance(method, PredictorMethod):
+        return linear_graphs(model, split, request.settings)
+    watch = observers(model, request, split, start=len(model_passes(model, request.settings)))
+    return inline(model, split, request.settings, method, schedule, parameters, fold=request.fold, observers=watch)
+
+
+def observers(model: LoadedModel, request: Request, before: Graphs | None = None, start: int = 0) -> list[Observer]:
+    """What looks on. ``before``: the graphs to be compared with, when the model itself was compared with earlier."""
+    found: list[Observer] = [] if request.dump_graphs is None else [dump_to(request.dump_graphs, start=start)]
+    if request.verify_passes:
+        inputs = model.example_inputs(request.settings)
+        eager = named_model(model.transformer, model.constants(request.settings))
+        reference = eager_output(eager, inputs) if before is None else graph_output(before.modules[COMPUTE], inputs)
+        sigmas = torch.from_numpy(model.sampling(request.settings)[0])
+        method, schedule = request.method, request.schedule
+        histories = {} if schedule is None or not isinstance(method, PredictorMethod) else method.histories(schedule)
+        dtypes = getattr(torch, request.settings.dtype), next(model.transformer.parameters()).dtype
+        found.append(Verifier(reference, inputs, sigmas, histories, model.io.timestep, model.io.latents, *dtypes))
+    return found
+
+
+def make_programs(
+    model: LoadedModel,
+    request: Request,
+    graphs: StepGraphs,
+    engines: Mapping[str, Engine],
+    calibrations: Calibrations | None,
+    parameters: Parameters | None,
+) -> Programs:
+    """A Program for every goal, and the uncached one. ``engines`` are needed only if a speed is asked for.
+
+    Raises:
+        QualityError: a goal is out of reach.
+    """
+    settings, method, schedule = request.settings, request.method, request.schedule
+    sigmas, timesteps = model.sampling(settings)
+    key = ProgramKey(settings.steps, hash_sigmas(sigmas), settings.sizes, batch=request.batch)
+    programs = {UNCACHED: lower_uncached(replace(key, level=UNCACHED), sigmas, timesteps)}
+    if schedule is not None and isinstance(method, PredictorMethod):
+        return Programs(programs | {"default": _lower_predictor(model, request, method, schedule, graphs.plain, key)})
+    cost = forecast_cost(engines, programs[UNCACHED], model) if request.wants_speed else 0.0
+    planner = Planner(
+        model,
+        method,
+        settings,
+        calibrations,
+        key=key,
+        parameters=parameters,
+        to_fine=request.fits_fine,
+        forecast_cost=cost,
+        seed=request.seed,
+    )
+    plans = {goal.level: planner.plan(goal) for goal in request.goals}
+    programs |= {level: plan.program for level, plan in plans.items()}
+    return Programs(programs, {level: plan.facts() for level, plan in plans.items()})
+
+
+def _lower_predictor(
+    model: LoadedModel, request: Request, method: PredictorMethod, schedule: Schedule, graphs: Graphs, key: ProgramKey
+) -> Program:
+    """The Program of a predictor on its one schedule: composed coefficients, or predictor calls if nothing was folded."""
+    sigmas, timesteps = model.sampling(request.settings)
+    if graphs.rows is None:
+        return lower_predictor(
+            schedule, method.window, feeds_back=method.feeds_back, key=key, sigmas=sigmas, timesteps=timesteps
+        )
+    rows, bias = graphs.rows.coefficients.numpy(), graphs.rows.bias.numpy()
+    return lower_table(compose(rows, bias, schedule, feeds_back=method.feeds_back), key, sigmas, timesteps)

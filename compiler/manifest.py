@@ -1,0 +1,58 @@
+"""What the manifest of a compiled bundle says."""
+
+import importlib.metadata
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from cachec.compiler.methods.parameters import Parameters
+from cachec.compiler.models.base import LoadedModel
+from cachec.compiler.request import Request
+from cachec.runtime.bundle import Manifest, Target
+from cachec.runtime.noise import GENERATOR
+from cachec.runtime.write import BundleWriter
+
+
+def make_manifest(
+    model: LoadedModel,
+    request: Request,
+    writer: BundleWriter,
+    targets: Sequence[Target],
+    programs: Mapping[str, Mapping[str, str]],
+    parameters: Parameters | None,
+    timing: Mapping[str, str],
+    facts: Mapping[str, Any],
+) -> Manifest:
+    """The manifest of what ``writer`` collected. ``programs``: files by level; ``facts``: what was measured and counted."""
+    method = request.method
+    return Manifest(
+        model={"name": model.spec.name, "source": model.spec.portable_source, "weights_sha256": model.weights_hash},
+        io=model.io.to_json(),
+        method={
+            "name": method.name,
+            "options": method.options(),
+            "cut": method.cut,
+            "feeds_back": getattr(method, "feeds_back", False),
+            "short_history": "repeat the oldest entry",
+            "fold": "static" if request.fold else "none",
+            "hoist": request.hoist,
+            "slots": request.slots or "their own type",
+            "predictor": dict(parameters.facts) if parameters else None,
+        },
+        settings={
+            **vars(request.settings),
+            "interval": request.interval,
+            "seed": request.seed,
+            "cut": model.block,
+            "prompts": model.spec.prompts,
+        },
+        noise=GENERATOR,
+        targets=tuple(targets),
+        programs=programs,
+        files=writer.files,
+        timing=timing,
+        facts={
+            "made_by": f"cachec {importlib.metadata.version('cachec')}",
+            "torch": importlib.metadata.version("torch"),
+            **facts,
+        },
+    )
