@@ -158,14 +158,14 @@ def measure_pairs(tasks: Mapping[str, Mapping[str, Any]], *, threads: int, pairs
     found: dict[str, list[float]] = {name: [] for name in tasks}
     for number in range(pairs):
         for name in list(tasks)[:: 1 if number % 2 == 0 else -1]:
-            found[name].append(_run_child({**tasks[name], "threads": threads, "seconds": seconds}))
+            found[name].append(time_in_child({**tasks[name], "threads": threads, "seconds": seconds}))
     shares = [part / whole for whole, part in zip(found["step"], found["products"], strict=True)]
     return {
         "pairs": pairs, "step_ms": spread(found["step"]), "products_ms": spread(found["products"]), "share": spread(shares),
     }  # fmt: skip
 
 
-def _run_child(task: Mapping[str, Any]) -> float:
+def time_in_child(task: Mapping[str, Any]) -> float:
     """Median milliseconds of a call in a fresh process.
 
     Raises:

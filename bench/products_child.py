@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from cachec.engines.ort import OrtEngine
+from cachec.runtime.engine import LoadOptions
 from cachec.runtime.specs import Signature
 
 WARM_UP = 5  # calls
@@ -21,7 +22,7 @@ LEAST = 5
 def main() -> None:
     task = json.load(sys.stdin)
     signature = Signature.from_json(task["signature"])
-    engines = OrtEngine.load({"step": Path(task["file"])}, {"step": signature}, threads=task["threads"])
+    engines = OrtEngine.load({"step": Path(task["file"])}, {"step": signature}, LoadOptions(threads=task["threads"]))
     rng = np.random.default_rng(0)
     with engines["step"] as engine:
         buffers = [

@@ -69,6 +69,13 @@ def test_the_products_run_and_are_those_of_the_step(made):
     np.testing.assert_allclose(last, given["factor_5"] @ weights["g"].T + weights["bias"], rtol=1e-5)
 
 
+def test_a_process_of_its_own_times_a_file(made, tmp_path):
+    onnx.save(made, tmp_path / "products.onnx")
+    signature = products.signature_of(made).to_json()
+    task = {"file": str(tmp_path / "products.onnx"), "signature": signature, "threads": 1, "seconds": 0.01}
+    assert 0 < products.time_in_child(task) < 1000
+
+
 def test_a_step_without_products_is_refused():
     with pytest.raises(InputError, match="none of Gemm, MatMul, Attention"):
         products.products_model(step_model(helper.make_node("Gelu", ["x"], ["y"])))
@@ -78,7 +85,7 @@ def test_a_share_is_of_neighbours(monkeypatch):
     """The machine gets slower; pairs do not notice."""
     clock = iter([10.0, 8.0, 16.0, 20.0, 40.0, 32.0])  # the second pair begins with the products
     asked = []
-    monkeypatch.setattr(products, "_run_child", lambda task: asked.append(task["file"]) or next(clock))
+    monkeypatch.setattr(products, "time_in_child", lambda task: asked.append(task["file"]) or next(clock))
     tasks = {"step": {"file": "s"}, "products": {"file": "p"}}
     found = products.measure_pairs(tasks, threads=1, pairs=3, seconds=0.1)
     assert asked == ["s", "p", "p", "s", "s", "p"]
