@@ -145,12 +145,10 @@ class PlanFromOnnx:
         cancelled = threading.Event()
         draft.config.progress_monitor = make_monitor(self.library, name, cancelled)
         with ThreadPoolExecutor(1) as pool:
-            future = pool.submit(self._run_here, draft)
             try:
-                plan: trt.IHostMemory | None = future.result()
+                plan: trt.IHostMemory | None = pool.submit(self._run_here, draft).result()
             except KeyboardInterrupt:
                 cancelled.set()
-                future.result()
                 raise
         return plan
 

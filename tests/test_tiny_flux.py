@@ -1,7 +1,6 @@
 """The main job on the real reference model: compile, run, evaluate; on ONNX Runtime and on eager."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -305,20 +304,6 @@ def test_a_method_change_leaves_the_engines_as_they_are(lesa_bundle, model, tmp_
     for name, artifact in Bundle.open(lesa_bundle).target.engines.items():
         mine = other.manifest.files[other.target.engines[name].path]
         assert mine["sha256"] == Bundle.open(lesa_bundle).manifest.files[artifact.path]["sha256"]
-
-
-def test_a_killed_compile_leaves_no_bundle_and_the_next_one_cleans_up(tmp_path, model):
-    out = tmp_path / "out.cachec"
-    command = [sys.executable, "-m", "cachec", "compile", "tiny-flux", "--method", "reuse", "-o", out]
-    process = subprocess.Popen(command, cwd=tmp_path, env={**os.environ, "HF_HUB_OFFLINE": "1"})
-    while process.poll() is None and not list(tmp_path.glob(".out.cachec.building-*")):
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    with pytest.raises(BundleError):
-        Bundle.open(out)
-    compile_bundle(model, make_request(MODELS["tiny-flux"], method="reuse", targets="eager"), out)
-    assert [p.name for p in tmp_path.iterdir()] == ["out.cachec"]
 
 
 def test_a_failing_compile_with_force_leaves_the_old_bundle(lesa_bundle, tmp_path, model):

@@ -301,16 +301,21 @@ def test_a_cancelled_build_gives_nothing(ort_bundles):
 
 
 def test_an_interrupted_command_leaves_the_bundle_alone(bundle):
-    """Ctrl-C in the middle of a real build, as the shell sends it."""
+    """Ctrl-C in the middle of a real build: the builder has begun a phase and does not end it before it hears of it."""
     before = Bundle.open(bundle).manifest
     code = (
-        "import os, signal, threading, sys\n"
+        "import signal, threading, sys\n"
         "from cachec.engines import tensorrt_from_onnx as b\n"
         "real = b.make_monitor\n"
-        "def interrupt(*arguments):\n"
-        "    threading.Thread(target=os.kill, args=(os.getpid(), signal.SIGINT)).start()\n"
-        "    return real(*arguments)\n"
-        "b.make_monitor = interrupt\n"
+        "def interrupting(library, name, cancelled):\n"
+        "    class Interrupting(type(real(library, name, cancelled))):\n"
+        "        def phase_start(self, *arguments):\n"
+        "            super().phase_start(*arguments)\n"
+        "            if not cancelled.is_set():\n"
+        "                signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)\n"
+        "                cancelled.wait()\n"
+        "    return Interrupting()\n"
+        "b.make_monitor = interrupting\n"
         "from cachec.cli import start\n"
         "sys.argv = ['cachec', 'add-target', sys.argv[1], '--target', 'tensorrt-rtx']\n"
         "start()\n"
