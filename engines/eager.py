@@ -7,6 +7,7 @@ import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
+from zipfile import BadZipFile
 
 from cachec.runtime.build_options import DEFAULTS, BuildOptions
 from cachec.runtime.builder import EngineBuilder, Sources
@@ -55,7 +56,7 @@ class ProgramEngine(Engine):
 def _load_module(path: Path, device: Device) -> torch.nn.Module:
     try:
         program = torch.export.load(path)
-    except (RuntimeError, ValueError, OSError) as error:
+    except (RuntimeError, ValueError, OSError, BadZipFile) as error:
         raise BundleError(f"torch {torch.__version__} cannot load {path}: {error}") from error
     if device.name != CPU:
         with watching_memory(f"the weights of {path.name} on {device.name}"):

@@ -81,8 +81,9 @@ def write_output_bundle(split, out, backend="eager", hoist="all", device=HOST, s
 
 
 def write_bundle(
-    graphs, program, method, out, backend="eager", hoist="all", device=HOST, *, velocities=True, slots=None, uncached=None
+    graphs, program, method, out, backends="eager", hoist="all", device=HOST, *, velocities=True, slots=None, uncached=None, more=()
 ):
+    """``backends``: one name or several. ``more``: further programs by level."""
     precision = str(outputs(graphs.modules[COMPUTE])["feature"].meta["val"].dtype).removeprefix("torch.")
     uncached = uncached or lower_uncached(KEY, SIGMAS, SIGMAS[:-1])
     linear = FORECAST in graphs.modules and "features" in placeholders(graphs.modules[FORECAST])
@@ -92,11 +93,10 @@ def write_bundle(
     with BundleWriter(out, force=False) as writer:
         sources = PlannedSources(plans, writer, precision, "6x8")
         options = BuildOptions(sizes=size_ranges(STEPS, 4, max_batch=3))
-        targets = build_targets([TargetName(backend)], sources, writer, device, options)
-        programs = {
-            "default": writer.add_program("default", program),
-            UNCACHED: writer.add_program(UNCACHED, uncached),
-        }
+        names = [backends] if isinstance(backends, str) else backends
+        targets = build_targets([TargetName(name) for name in names], sources, writer, device, options)
+        levels = {"default": program, **dict(more), UNCACHED: uncached}
+        programs = {level: writer.add_program(level, one) for level, one in levels.items()}
         writer.commit(
             Manifest(
                 model={"name": "toy", "source": "tests", "weights_sha256": "0" * 64},

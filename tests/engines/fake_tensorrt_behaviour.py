@@ -89,11 +89,6 @@ def extent_of(_fake, self, index):
     return facts_of(self)["shape"][index if isinstance(index, slice) else int(index)]
 
 
-@does("", "init_libnvinfer_plugins")
-def init_plugins(_fake, _self, _logger, _namespace):
-    return True
-
-
 # --- networks and the parser
 
 
@@ -148,23 +143,15 @@ def get_error(_fake, self, index):
     return errors[index] if 0 <= index < len(errors) else None
 
 
-@does("OnnxParser", "clear_errors")
-@does("OnnxParserRefitter", "clear_errors")
-def clear_errors(_fake, self):
-    facts_of(self)["errors"].clear()
-
-
-for part in ("code", "desc", "file", "line", "func", "node", "node_name", "node_operator", "local_function_stack"):
+for part in ("desc", "node", "node_name", "node_operator"):
     does("ParserError", part)(lambda _fake, self, part=part: facts_of(self)[part])
 
 
 def parser_error(fake: Fake, self: Any, code: str, text: str, *, node: int = -1, name: str = "", operator: str = "") -> bool:
     """Keep an error, tell the logger, and be false."""
-    facts = {"file": "ModelImporter.cpp", "line": 1, "func": "parse", "local_function_stack": []}
-    code = getattr(fake.module.ErrorCode, code)
-    facts.update(code=code, desc=text, node=node, node_name=name, node_operator=operator)
+    facts = {"desc": text, "node": node, "node_name": name, "node_operator": operator}
     facts_of(self)["errors"].append(fake.new("ParserError", **facts))
-    fake.log(facts_of(self)["logger"], f"In node {node} with name: {name} and operator: {operator}: {code.name}: {text}")
+    fake.log(facts_of(self)["logger"], f"In node {node} with name: {name} and operator: {operator}: {code}: {text}")
     return False
 
 
@@ -186,16 +173,6 @@ def read_model(fake: Fake, self: Any, path: str) -> onnx.ModelProto | None:
 def parse_from_file(fake, self, path):
     model = read_model(fake, self, path)
     return model is not None and take_model(fake, self, model, path)
-
-
-@does("OnnxParser", "parse")
-def parse(fake, self, content, path):
-    model = onnx.load_from_string(bytes(content))
-    if any(t.data_location == TensorProto.EXTERNAL for t in model.graph.initializer):
-        if path is None:
-            return parser_error(fake, self, "INVALID_VALUE", "external weights, and no path to look for them")
-        onnx.load_external_data_for_model(model, str(Path(path).parent))
-    return take_model(fake, self, model, path or "")
 
 
 def take_model(fake: Fake, self: Any, model: onnx.ModelProto, path: str) -> bool:
@@ -290,11 +267,6 @@ def create_builder_config(fake, self):
     )
 
 
-@reads("IBuilderConfig", "num_optimization_profiles")
-def num_profiles(_fake, self):
-    return len(facts_of(self)["profiles"])
-
-
 def limit_level(_fake, _self, level):
     return min(int(level), MAX_LEVEL)
 
@@ -312,19 +284,9 @@ def clear_flag(_fake, self, flag):
     facts_of(self)["flags"] &= ~(1 << flag.value)
 
 
-@does("IBuilderConfig", "get_flag")
-def get_flag(_fake, self, flag):
-    return bool(facts_of(self)["flags"] >> flag.value & 1)
-
-
 @does("IBuilderConfig", "set_memory_pool_limit")
 def set_memory_pool_limit(_fake, self, pool, size):
     facts_of(self)["pools"][pool] = int(size)
-
-
-@does("IBuilderConfig", "get_memory_pool_limit")
-def get_memory_pool_limit(_fake, self, pool):
-    return facts_of(self)["pools"].get(pool, 1 << 36)
 
 
 @does("IBuilderConfig", "set_preview_feature")
@@ -365,14 +327,6 @@ def serialize_cache(fake, self):
     return host_memory(fake, CACHE + json.dumps(kept).encode())
 
 
-@does("ITimingCache", "combine")
-def combine(_fake, self, other, ignore_mismatch):
-    if facts_of(self)["header"] != facts_of(other)["header"] and not ignore_mismatch:
-        return False
-    facts_of(self)["entries"].update(facts_of(other)["entries"])
-    return True
-
-
 @does("Builder", "create_optimization_profile")
 def create_optimization_profile(fake, _self):
     return fake.new("IOptimizationProfile", shapes={}, extra_memory_target=1.0)
@@ -382,11 +336,6 @@ def create_optimization_profile(fake, _self):
 def set_shape(_fake, self, name, low, usual, high):
     """Says nothing about nonsense: adding the profile does."""
     facts_of(self)["shapes"][name] = (tuple(low), tuple(usual), tuple(high))
-
-
-@does("IOptimizationProfile", "get_shape")
-def get_shape(fake, self, name):
-    return [fake.module.Dims(shape) for shape in facts_of(self)["shapes"].get(name, ())]
 
 
 @does("IBuilderConfig", "add_optimization_profile")
@@ -402,11 +351,6 @@ def add_optimization_profile(fake, self, profile):
 
 
 # --- the builder
-
-
-@does("Builder", "is_network_supported")
-def is_network_supported(fake, _self, network, config):
-    return not reasons_against(fake, network, config)
 
 
 @does("Builder", "build_serialized_network")
@@ -483,9 +427,7 @@ def report_progress(fake: Fake, monitor: Any) -> bool:
 
 def make_plan(fake: Fake, network: Any, config: Any) -> bytes:
     net, settings = facts_of(network), facts_of(config)
-    flags = [
-        flag for flag in fake.module.BuilderFlag.__members__ if get_flag(fake, config, getattr(fake.module.BuilderFlag, flag))
-    ]
+    flags = [name for name, flag in fake.module.BuilderFlag.__members__.items() if settings["flags"] >> flag.value & 1]
     refit = sorted(flag for flag in flags if flag.startswith("REFIT"))
     model = onnx.ModelProto()
     model.CopyFrom(net["model"])

@@ -135,125 +135,13 @@ def get_tensor_shape(fake, self, name):
     return fake.module.Dims(entry["shape"] if entry else [])
 
 
-@does("ICudaEngine", "get_tensor_location")
-def get_tensor_location(fake, self, name):
-    entry_of(fake, self, name)
-    return fake.module.TensorLocation.DEVICE
-
-
-@does("ICudaEngine", "get_tensor_format")
-def get_tensor_format(fake, self, name, _profile=0):
-    entry_of(fake, self, name)
-    return fake.module.TensorFormat.LINEAR
-
-
-@does("ICudaEngine", "is_shape_inference_io")
-def is_shape_inference_io(fake, self, name):
-    entry_of(fake, self, name)
-    return False
-
-
-@does("ICudaEngine", "get_aliased_input_tensor")
-def get_aliased_input_tensor(fake, self, name):
-    entry_of(fake, self, name)
-
-
-@does("ICudaEngine", "get_tensor_profile_shape")
-def get_tensor_profile_shape(fake, self, name, index):
-    entry = entry_of(fake, self, name)
-    if entry is None or entry["mode"] != "INPUT" or not 0 <= index < len(facts_of(self)["plan"]["profiles"]):
-        fail(fake, self, f"there is no profile {index} for {name}")
-        return []
-    return [fake.module.Dims(shape) for shape in profile_of(self, name, index)]
-
-
 def profile_of(engine: Any, name: str, index: int) -> list[Any]:
     """The smallest, usual and largest shape of an input."""
     plan, entry = facts_of(engine)["plan"], facts_of(engine)["io"][name]
     return plan["profiles"][index].get(name) or [entry["shape"]] * 3
 
 
-@does("ICudaEngine", "get_device_memory_size_for_profile_v2")
-def get_device_memory_size_for_profile_v2(_fake, self, _index):
-    return facts_of(self)["plan"]["scratch"]
-
-
-@does("ICudaEngine", "get_engine_stat")
-def get_engine_stat(_fake, self, stat):
-    sizes = {name: int(np.prod(t.dims)) * 4 for name, t in weights_of(facts_of(self)["model"]).items()}
-    return sum(size for name, size in sizes.items() if stat.name == "TOTAL_WEIGHTS_SIZE" or name in missing(self))
-
-
-@does("ICudaEngine", "create_engine_inspector")
-def create_engine_inspector(fake, self):
-    return fake.new("EngineInspector", engine=self, execution_context=None)
-
-
-@does("EngineInspector", "get_engine_information")
-def get_engine_information(_fake, self, form):
-    names = [node.name or node.output[0] for node in facts_of(facts_of(self)["engine"])["model"].graph.node]
-    return json.dumps({"Layers": names, "Bindings": []}) if form.name == "JSON" else "\n".join(names)
-
-
-@does("ICudaEngine", "serialize")
-def serialize(fake, self):
-    return host_memory(fake, serialize_plan(facts_of(self)["plan"], facts_of(self)["model"]))
-
-
-@does("ICudaEngine", "create_serialization_config")
-def create_serialization_config(fake, _self):
-    return fake.new("ISerializationConfig", flags=0, chosen=set())
-
-
-@does("ISerializationConfig", "set_flag")
-def set_serialization_flag(_fake, self, flag):
-    facts_of(self)["chosen"].add(flag.name)
-    return True
-
-
-@does("ISerializationConfig", "clear_flag")
-def clear_serialization_flag(_fake, self, flag):
-    facts_of(self)["chosen"].discard(flag.name)
-    return True
-
-
-@does("ICudaEngine", "serialize_with_config")
-def serialize_with_config(fake, self, config):
-    chosen, plan = facts_of(config)["chosen"], facts_of(self)["plan"]
-    model = onnx.ModelProto()
-    model.CopyFrom(facts_of(self)["model"])
-    without = "EXCLUDE_WEIGHTS" in chosen
-    kept = {
-        **plan,
-        "stripped": without or bool(missing(self)),
-        "refit": plan["refit"] if without or "INCLUDE_REFIT" in chosen else [],
-    }
-    return host_memory(fake, serialize_plan(kept, strip(model) if without else model))
-
-
 # --- refitting
-
-
-@does("Weights", "__init__")
-def make_weights(fake, self, first, pointer=None, count=0):
-    if isinstance(first, np.ndarray):
-        known = {np.dtype(kind): name for name, kind in DTYPES.items()}
-        array, dtype = np.ascontiguousarray(first), getattr(fake.module.DataType, known[first.dtype])
-    else:
-        kind = np.dtype(DTYPES[first.name])
-        dtype, size = first, int(count) * kind.itemsize
-        array = np.empty(0, kind) if pointer is None else fake.memory.view(int(pointer), size).view(kind)
-    facts_of(self).update(dtype=dtype, size=array.size, nbytes=array.nbytes, array=array)
-
-
-@does("Weights", "__len__")
-def number_of_weights(_fake, self):
-    return facts_of(self)["size"]
-
-
-@does("Weights", "numpy")
-def weights_as_array(_fake, self):
-    return facts_of(self)["array"]
 
 
 @does("Refitter", "__init__")
@@ -262,11 +150,6 @@ def make_refitter(fake, self, engine, logger):
     if not engine.refittable:
         fail(fake, self, "createInferRefitter: Error Code 3: the engine was not built with the REFIT flag")
         raise TypeError("pybind11::init(): factory function returned nullptr")
-
-
-@does("Refitter", "get_all_weights")
-def get_all_weights(_fake, self):
-    return [*facts_of(facts_of(self)["engine"])["plan"]["weights"]]
 
 
 @does("Refitter", "get_missing_weights")
@@ -282,15 +165,6 @@ def missing(engine: Any) -> list[str]:
 
 def has_data(weights: onnx.TensorProto) -> bool:
     return bool(weights.raw_data or weights.float_data or weights.int32_data)
-
-
-@does("Refitter", "set_named_weights")
-def set_named_weights(fake, self, name, weights, _location=None):
-    held = weights_of(facts_of(facts_of(self)["engine"])["model"]).get(name)
-    if held is None or int(np.prod(held.dims)) != facts_of(weights)["size"]:
-        return fail(fake, self, f"Error Code 3: {name} is no refittable weight, or has another size")
-    facts_of(self)["given"][name] = onnx.numpy_helper.from_array(facts_of(weights)["array"].reshape(held.dims).copy(), name)
-    return True
 
 
 @does("Refitter", "refit_cuda_engine")
@@ -311,11 +185,6 @@ def refit_cuda_engine(fake, self):
     return True
 
 
-@does("Refitter", "refit_cuda_engine_async")
-def refit_cuda_engine_async(fake, self, _stream):
-    return refit_cuda_engine(fake, self)
-
-
 @does("OnnxParserRefitter", "__init__")
 def make_parser_refitter(_fake, self, refitter, logger):
     facts_of(self).update(refitter=refitter, logger=logger, errors=[])
@@ -332,28 +201,11 @@ def refit_from_file(fake, self, path):
     for name in facts_of(facts_of(refitter)["engine"])["plan"]["weights"]:
         if name not in given:
             return parser_error(fake, self, "REFIT_FAILED", f"the model has no initializer {name}", name=name)
-        weights = fake.module.Weights(onnx.numpy_helper.to_array(given[name]))
-        if not set_named_weights(fake, refitter, name, weights):
-            return parser_error(fake, self, "REFIT_FAILED", f"the initializer {name} does not fit", name=name)
+        facts_of(refitter)["given"][name] = given[name]
     return True
 
 
 # --- contexts
-
-
-@does("IRuntimeConfig", "set_execution_context_allocation_strategy")
-def set_strategy(_fake, self, strategy):
-    facts_of(self)["strategy"] = strategy
-
-
-@does("IRuntimeConfig", "get_execution_context_allocation_strategy")
-def get_strategy(_fake, self):
-    return facts_of(self)["strategy"]
-
-
-@does("ICudaEngine", "create_runtime_config")
-def create_runtime_config(fake, _self):
-    return fake.new("IRuntimeConfig", strategy=fake.module.ExecutionContextAllocationStrategy.STATIC)
 
 
 @does("ICudaEngine", "create_execution_context")
@@ -362,8 +214,6 @@ def create_execution_context(fake, self, strategy):
         return fail(
             fake, self, "IExecutionContext::IExecutionContext: Error Code 2: OutOfMemory (Requested size was 123 bytes.)", None
         )
-    if type(strategy).__name__ == "IRuntimeConfig":
-        strategy = facts_of(strategy)["strategy"]
     entries = facts_of(self)["plan"]["io"]
     return fake.new(
         "IExecutionContext",
@@ -380,14 +230,6 @@ def create_execution_context(fake, self, strategy):
         enqueue_emits_profile=True,
         persistent_cache_limit=0,
     )
-
-
-@does("IExecutionContext", "set_optimization_profile_async")
-def set_optimization_profile_async(fake, self, index, _stream):
-    if not 0 <= index < facts_of(self)["engine"].num_optimization_profiles:
-        return fail(fake, self, f"there is no profile {index}")
-    facts_of(self)["active_optimization_profile"] = int(index)
-    return True
 
 
 @does("IExecutionContext", "set_input_shape")
@@ -417,11 +259,6 @@ def infer_shapes(_fake, self):
     return [entry["name"] for entry in inputs_of(self) if entry["name"] not in facts_of(self)["shapes"]]
 
 
-@reads("IExecutionContext", "all_binding_shapes_specified")
-def all_binding_shapes_specified(fake, self):
-    return not infer_shapes(fake, self)
-
-
 @does("IExecutionContext", "get_tensor_shape")
 def get_shape_in_context(fake, self, name):
     """Of an input as set; of an output as far as the symbols of the inputs tell. -1 is not known."""
@@ -446,11 +283,6 @@ def set_tensor_address(fake, self, name, pointer):
         return fail(fake, self, f"setTensorAddress: {name} at {int(pointer):#x} is not aligned to {ALIGNMENT} bytes")
     facts_of(self)["addresses"][name] = int(pointer)
     return True
-
-
-@does("IExecutionContext", "get_tensor_address")
-def get_tensor_address(_fake, self, name):
-    return facts_of(self)["addresses"].get(name, 0)
 
 
 @does("IExecutionContext", "set_device_memory")
@@ -481,11 +313,6 @@ def update_device_memory_size_for_shapes(fake, self):
         facts["needed"] = -(-plan["scratch"] * here // there)
         facts["scratch"] = None
     return facts["needed"]
-
-
-@does("IExecutionContext", "set_aux_streams")
-def set_aux_streams(_fake, _self, _streams):
-    """No engine of the fake has any."""
 
 
 @does("IExecutionContext", "execute_async_v3")

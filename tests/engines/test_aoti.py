@@ -1,15 +1,18 @@
-"""What is tested on AOTInductor only."""
+"""AOTInductor on a graph of one layer, compiled once: it takes C++."""
 
 import gc
 import resource
 from pathlib import Path
 
+import numpy as np
+import pytest
 import torch
+from engine_toys import layer, sources
 
-from cachec.compiler.graphs.build_engines import LooseSources
-from cachec.compiler.graphs.export import EnginePlan
 from cachec.engines.aoti import BUILDER, AotiEngine
-from cachec.runtime.specs import Signature, TensorSpec
+from cachec.runtime.device import DeviceName
+from cachec.runtime.engine import LoadOptions
+from cachec.runtime.errors import BundleError, InputError
 
 SIDE = 3000  # weights of 36 MB: above 32 MB, glibc keeps nothing that is freed (mallopt(3), M_MMAP_THRESHOLD)
 
@@ -18,22 +21,30 @@ def resident_bytes():
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
-def test_closed_engines_give_their_weights_back(tmp_path):
-    class Layer(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = torch.nn.Linear(SIDE, SIDE)
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    module, plan = layer(SIDE)
+    out = tmp_path_factory.mktemp("aoti")
+    return module, {plan.name: plan.signature}, BUILDER.build(sources(out, plan), out)
 
-        def forward(self, x):
-            return {"y": self.layer(x)}
 
-    signature = Signature((TensorSpec("x", (1, SIDE), "float32"),), (TensorSpec("y", (1, SIDE), "float32"),))
-    with torch.no_grad():
-        program = torch.export.export(Layer().eval(), (), {"x": torch.zeros(1, SIDE)})
-        paths = BUILDER.build(LooseSources([EnginePlan("compute", program, signature)], tmp_path), tmp_path)
+def test_calls_give_what_the_module_gives(built):
+    module, signatures, files = built
+    with AotiEngine.load(files, signatures, LoadOptions(threads=1))["compute"] as engine:
+        for batch in (1, 3):
+            x = np.random.default_rng(batch).standard_normal((batch, SIDE), np.float32)
+            y, total = np.empty((batch, SIDE), np.float32), np.empty(batch, np.float32)
+            engine.context().run({"x": x}, {"y": y})
+            engine.context().run({"x": x}, {"total": total, "y": y})
+            with torch.no_grad():
+                wanted = module(torch.from_numpy(x))
+            np.testing.assert_allclose(y, wanted["y"], atol=1e-5)
+            np.testing.assert_allclose(total, wanted["total"], atol=2e-4)
 
+
+def test_closed_engines_give_their_weights_back(built):
     def open_and_close():
-        AotiEngine.load(paths, {"compute": signature})["compute"].close()
+        AotiEngine.load(built[2], built[1])["compute"].close()
         gc.collect()
 
     open_and_close()
@@ -41,3 +52,24 @@ def test_closed_engines_give_their_weights_back(tmp_path):
     for _ in range(4):
         open_and_close()
     assert resident_bytes() - before < 4 * SIDE**2  # of the four copies that were loaded, not one is left
+
+
+def test_a_graph_that_is_missing_and_a_file_that_is_none_are_refused(built, tmp_path):
+    _, signatures, files = built
+    with pytest.raises(BundleError, match="holds no graph forecast: compile the bundle again"):
+        AotiEngine.load({**files, "forecast": files["compute"]}, signatures)
+    (tmp_path / "model.pt2").write_bytes(b"nothing of that kind")
+    with pytest.raises(BundleError, match="cannot load .*model.pt2"):
+        AotiEngine.load({"compute": tmp_path / "model.pt2"}, signatures)
+
+
+def test_it_loads_onto_the_first_gpu_only(monkeypatch):
+    monkeypatch.setattr("cachec.engines.torch_device.check_device", lambda name: None)
+    with pytest.raises(InputError, match="device is cuda:1, but aoti loads onto the first GPU only"):
+        AotiEngine.check_target(DeviceName("cuda", 1), "float32")
+
+
+def test_without_a_compiler_the_build_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    with pytest.raises(Exception, match=r"there is no g\+\+ or clang\+\+: install one"):
+        BUILDER.build(sources(tmp_path), tmp_path)
