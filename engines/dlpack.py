@@ -4,6 +4,7 @@ cuda-core has the same, but asks the driver about every address, so that none of
 """
 
 import ctypes
+import math
 from ctypes import (
     CFUNCTYPE,
     POINTER,
@@ -31,9 +32,8 @@ from cachec.runtime.specs import BFLOAT16
 CPU, CUDA, CUDA_MANAGED = 1, 2, 13  # DLDeviceType
 VERSION = (1, 0)  # the newest that is spoken here
 NAME, VERSIONED_NAME = b"dltensor", b"dltensor_versioned"  # of capsules that nobody has consumed yet
-READ_ONLY = 1  # in the flags of a versioned tensor
-KINDS = {"i": 0, "u": 1, "f": 2, "c": 5, "b": 6}  # DLDataTypeCode by numpy's kind
-BFLOAT_CODE = 4
+NUMPY_HAS_VERSIONS = np.lib.NumpyVersion(np.__version__) >= "2.1.0"
+BFLOAT_CODE, BOOL_CODE = 4, 6  # DLDataTypeCode
 NAMES = {0: "int", 1: "uint", 2: "float", BFLOAT_CODE: "bfloat", 5: "complex"}
 
 
@@ -75,27 +75,8 @@ class _Versioned(ctypes.Structure):
     )
 
 
-_DESTRUCTOR = PYFUNCTYPE(None, c_void_p)
 _is_valid = PYFUNCTYPE(c_int, py_object, c_char_p)(("PyCapsule_IsValid", pythonapi))
-_is_valid_at = PYFUNCTYPE(c_int, c_void_p, c_char_p)(("PyCapsule_IsValid", pythonapi))  # of a capsule that is going away
 _pointer = PYFUNCTYPE(c_void_p, py_object, c_char_p)(("PyCapsule_GetPointer", pythonapi))
-_pointer_at = PYFUNCTYPE(c_void_p, c_void_p, c_char_p)(("PyCapsule_GetPointer", pythonapi))
-_new = PYFUNCTYPE(py_object, c_void_p, c_char_p, _DESTRUCTOR)(("PyCapsule_New", pythonapi))
-
-_lent: dict[int, tuple[Any, ...]] = {}  # what must live until the borrower is done, by the address of its structure
-
-
-@_DELETER  # type: ignore[untyped-decorator]
-def _delete(address: int) -> None:
-    _lent.pop(address, None)
-
-
-@_DESTRUCTOR  # type: ignore[untyped-decorator]
-def _destroy(capsule: int) -> None:
-    """A capsule goes away; if it was consumed it has another name, and the consumer deletes."""
-    for name in (NAME, VERSIONED_NAME):
-        if _is_valid_at(capsule, name):
-            _delete(_pointer_at(capsule, name))
 
 
 def lend(
@@ -103,20 +84,28 @@ def lend(
 ) -> Any:
     """A capsule of the C-contiguous array at ``pointer``; ``owner`` is kept until the borrower is done.
 
+    numpy makes it, of an array at that address which is never looked at, and is then corrected: a destructor of our own would
+    lose the exception that is being raised when a capsule goes away.
+
     ``device``: what ``__dlpack_device__`` says. ``versioned``: for those who ask with ``max_version`` of 1.0 or more.
     """
-    extents = (c_int64 * len(shape))(*shape)
-    strides = (c_int64 * len(shape))()
-    step = 1
-    for axis in reversed(range(len(shape))):
-        strides[axis] = step
-        step *= shape[axis]
-    code, bits = (BFLOAT_CODE, 16) if dtype == BFLOAT16 else (KINDS[np.dtype(dtype).kind], np.dtype(dtype).itemsize * 8)
-    tensor = _Tensor(pointer, _Device(*device), len(shape), _Type(code, bits, 1), extents, strides, 0)
-    managed = _Versioned(*VERSION, None, _delete, 0, tensor) if versioned else _Managed(tensor, None, _delete)
-    address = ctypes.addressof(managed)
-    _lent[address] = (managed, extents, strides, owner)
-    return _new(address, VERSIONED_NAME if versioned else NAME, _destroy)
+    kind = np.dtype("uint16" if dtype == BFLOAT16 else dtype)
+    memory: Any = (c_uint8 * (math.prod(shape) * kind.itemsize)).from_address(pointer)
+    memory.owner = owner
+    array: Any = np.ndarray(shape, kind, memory)
+    capsule = array.__dlpack__(max_version=VERSION) if versioned and NUMPY_HAS_VERSIONS else array.__dlpack__()
+    tensor = _tensor(capsule)
+    tensor.device = _Device(*device)
+    if dtype == BFLOAT16:
+        tensor.dtype.code = BFLOAT_CODE
+    return capsule
+
+
+def _tensor(capsule: Any) -> _Tensor:
+    """What a capsule holds that nobody has consumed yet."""
+    name, kind = (VERSIONED_NAME, _Versioned) if _is_valid(capsule, VERSIONED_NAME) else (NAME, _Managed)
+    tensor: _Tensor = kind.from_address(_pointer(capsule, name)).tensor
+    return tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,8 +132,7 @@ def borrow(value: Any, stream: int | None = None) -> Borrowed:
         capsule = value.__dlpack__() if stream is None else value.__dlpack__(stream=stream)
     except BufferError as error:
         raise InputError(f"a {type(value).__name__} cannot be borrowed: {error}") from error
-    name, kind = (VERSIONED_NAME, _Versioned) if _is_valid(capsule, VERSIONED_NAME) else (NAME, _Managed)
-    tensor = kind.from_address(_pointer(capsule, name)).tensor
+    tensor = _tensor(capsule)
     shape = tuple(tensor.shape[: tensor.ndim])
     strides = tuple(tensor.strides[: tensor.ndim]) if tensor.strides else None
     return Borrowed(
@@ -171,7 +159,7 @@ def is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
 
 def _dtype_name(dtype: _Type) -> str:
     code, bits = int(dtype.code), int(dtype.bits)
-    if dtype.lanes == 1 and code == KINDS["b"]:
+    if dtype.lanes == 1 and code == BOOL_CODE:
         return "bool"
     if dtype.lanes != 1 or code not in NAMES:
         raise InputError(

@@ -81,7 +81,18 @@ def write_output_bundle(split, out, backend="eager", hoist="all", device=HOST, s
 
 
 def write_bundle(
-    graphs, program, method, out, backends="eager", hoist="all", device=HOST, *, velocities=True, slots=None, uncached=None, more=()
+    graphs,
+    program,
+    method,
+    out,
+    backends="eager",
+    hoist="all",
+    device=HOST,
+    *,
+    velocities=True,
+    slots=None,
+    uncached=None,
+    more=(),
 ):
     """``backends``: one name or several. ``more``: further programs by level."""
     precision = str(outputs(graphs.modules[COMPUTE])["feature"].meta["val"].dtype).removeprefix("torch.")

@@ -15,12 +15,8 @@ from fake_tensorrt_behaviour import (
     does,
     fits,
     hash_of,
-    host_memory,
     parser_error,
     read_model,
-    reads,
-    serialize_plan,
-    strip,
     weights_of,
 )
 

@@ -54,7 +54,12 @@ def test_where_a_target_is_built_for(name, device, wanted):
 @pytest.mark.parametrize(
     ("names", "options", "batch", "message"),
     [
-        ([ORT, EAGER], BuildOptions(level=1, strip=True), 1, "optimization level, stripped weights is for none of the targets o"),
+        (
+            [ORT, EAGER],
+            BuildOptions(level=1, strip=True),
+            1,
+            "optimization level, stripped weights is for none of the targets o",
+        ),
         ([ORT], DEFAULTS, 2, "max-batch is 2, but ort takes any batch"),
         ([TargetName("tensorrt-rtx", "cpu")], DEFAULTS, 1, "tensorrt-rtx runs on cuda only; call it tensorrt-rtx"),
     ],

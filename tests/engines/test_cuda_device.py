@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fake_cuda import FakeCuda
-from toy_bundle import split_toy, write_output_bundle
 
 import cachec
 from cachec.engines import BACKENDS, cuda_runtime, get_engine
@@ -233,12 +232,6 @@ def test_bindings_take_such_buffers(device):
         check_bindings(signature, device, {"x": device.empty((2, 4), "float32")}, {"y": device.empty((2, 4), "float16")})
 
 
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory):
-    out = tmp_path_factory.mktemp("bundles") / "output"
-    return write_output_bundle(split_toy(head_axis=True), out, "ort")
-
-
 def array_at(buffer):
     """What lies at a buffer's address."""
     memory = (ctypes.c_byte * buffer.nbytes).from_address(buffer.pointer)
@@ -291,8 +284,8 @@ def request_of(seed):
 
 
 @pytest.fixture
-def loaded(bundle):
-    with cachec.load(bundle) as loaded:
+def loaded(onnx_toy):
+    with cachec.load(onnx_toy) as loaded:
         yield loaded
 
 
@@ -304,10 +297,10 @@ def queued(loaded, fake):
 def test_a_session_is_captured_and_replayed(loaded, fake):
     """Nothing waits for the host between the calls, and from the second request on there is one launch."""
     engines = queued(loaded, fake)
-    session = Session(engines, loaded.programs["default"], loaded.io)
+    session = Session(engines, loaded.programs["output"], loaded.io)
     for seed in (1, 2, 1, 3):
         fake.log.clear()
-        np.testing.assert_array_equal(session.run(*request_of(seed)), loaded.session().run(*request_of(seed)))
+        np.testing.assert_array_equal(session.run(*request_of(seed)), loaded.session(level="output").run(*request_of(seed)))
         assert session.recorded == (seed > 1 or fake.names().count("cudaGraphLaunch") == 1)
     calls = len(session._operations) + 1
     assert sum(engine.runs for engine in engines.values()) == 2 * calls  # one by one, and captured
@@ -316,7 +309,7 @@ def test_a_session_is_captured_and_replayed(loaded, fake):
 
 
 def test_the_first_request_only_queues(loaded, fake):
-    session = Session(queued(loaded, fake), loaded.programs["default"], loaded.io)
+    session = Session(queued(loaded, fake), loaded.programs["output"], loaded.io)
     session.begin(*request_of(1))
     fake.log.clear()
     while not session.finished:
@@ -327,7 +320,7 @@ def test_the_first_request_only_queues(loaded, fake):
 def test_a_session_has_one_allocation(loaded, fake):
     engines = queued(loaded, fake)
     fake.log.clear()
-    session = Session(engines, loaded.programs["default"], loaded.io)
+    session = Session(engines, loaded.programs["output"], loaded.io)
     assert fake.names().count("cudaMalloc") == fake.names().count("cudaMemcpyAsync") == 1
     del session
     gc.collect()
@@ -336,10 +329,10 @@ def test_a_session_has_one_allocation(loaded, fake):
 
 def test_captured_sessions_do_not_meddle_with_each_other(loaded, fake):
     engines = queued(loaded, fake)
-    one, two = (Session(engines, loaded.programs["default"], loaded.io) for _ in range(2))
+    one, two = (Session(engines, loaded.programs["output"], loaded.io) for _ in range(2))
     for _ in range(3):
         for session, seed in ((one, 1), (two, 2)):
-            np.testing.assert_array_equal(session.run(*request_of(seed)), loaded.session().run(*request_of(seed)))
+            np.testing.assert_array_equal(session.run(*request_of(seed)), loaded.session(level="output").run(*request_of(seed)))
     assert one.recorded
     assert two.recorded
 
@@ -353,11 +346,11 @@ def test_captured_sessions_do_not_meddle_with_each_other(loaded, fake):
     ],
 )
 def test_what_cannot_be_captured_is_said_and_goes_on_one_by_one(loaded, fake, caplog, function, error):
-    session = Session(queued(loaded, fake), loaded.programs["default"], loaded.io)
+    session = Session(queued(loaded, fake), loaded.programs["output"], loaded.io)
     for seed in (1, 2, 3):
         if seed == 2:
             fake.fail(function, error)
-        np.testing.assert_array_equal(session.run(*request_of(seed)), loaded.session().run(*request_of(seed)))
+        np.testing.assert_array_equal(session.run(*request_of(seed)), loaded.session(level="output").run(*request_of(seed)))
     assert not session.recorded
     (message,) = [record.getMessage() for record in caplog.records]
     assert f"they cannot be captured as a CUDA graph: CUDA: {function} fails with {error}" in message
@@ -387,7 +380,7 @@ def test_a_call_that_fails_ends_the_capture(fake):
 
 
 def test_a_launch_that_fails_says_so(loaded, fake):
-    session = Session(queued(loaded, fake), loaded.programs["default"], loaded.io)
+    session = Session(queued(loaded, fake), loaded.programs["output"], loaded.io)
     for seed in (1, 2):
         session.run(*request_of(seed))
     fake.fail("cudaGraphLaunch", "cudaErrorLaunchFailure")
@@ -426,7 +419,7 @@ def test_a_session_that_finds_no_room_says_what_all_of_it_takes(loaded, fake):
     engines = queued(loaded, fake)
     engines["advance"].takes = 10**9
     with pytest.raises(InputError, match=r"cuda:0 has no room for 1000\.\d MB more \(16.8 MB are free\): take a smaller batch"):
-        Session(engines, loaded.programs["default"], loaded.io)
+        Session(engines, loaded.programs["output"], loaded.io)
 
 
 def test_onnx_runtime_runs_on_such_buffers(loaded, device):
@@ -445,9 +438,9 @@ def test_onnx_runtime_runs_on_such_buffers(loaded, device):
         np.testing.assert_allclose(x, expected, atol=1e-5)
 
 
-def test_a_queued_call_gives_what_a_call_gives(bundle):
+def test_a_queued_call_gives_what_a_call_gives(onnx_toy):
     """Its run options are taken; without the CUDA provider there is no graph to make."""
-    with cachec.load(bundle) as loaded:
+    with cachec.load(onnx_toy) as loaded:
         engine, host = loaded.engines["advance"], Host()
         rng = np.random.default_rng(0)
         shapes = {spec.name: spec.resolve({"batch": 2, "slots": 3}) for spec in engine.signature.inputs}
@@ -480,9 +473,9 @@ def test_cuda_without_a_gpu_says_what_was_looked_for(backend):
 
 
 @pytest.mark.skipif(not NO_GPU, reason="there is a GPU")
-def test_a_bundle_for_any_device_asks_for_the_gpu(bundle):
+def test_a_bundle_for_any_device_asks_for_the_gpu(onnx_toy):
     with pytest.raises(InputError, match="device is cuda:0, but CUDAExecutionProvider is not among"):
-        cachec.load(bundle, device="cuda")
+        cachec.load(onnx_toy, device="cuda")
 
 
 def test_onnx_runtime_has_no_bfloat16_on_the_cpu():
@@ -491,6 +484,6 @@ def test_onnx_runtime_has_no_bfloat16_on_the_cpu():
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:x", "cuda:-1", ""])
-def test_a_device_that_is_none_is_refused(bundle, device):
+def test_a_device_that_is_none_is_refused(onnx_toy, device):
     with pytest.raises(InputError, match="use cpu, cuda, or one of several GPUs"):
-        cachec.load(bundle, device=device)
+        cachec.load(onnx_toy, device=device)

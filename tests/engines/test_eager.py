@@ -36,5 +36,3 @@ def test_a_file_that_is_none_is_refused(tmp_path):
     (tmp_path / "compute.pt2").write_bytes(b"nothing of that kind")
     with pytest.raises(BundleError, match="cannot load .*compute.pt2"):
         EagerEngine.load({"compute": tmp_path / "compute.pt2"}, {"compute": layer()[1].signature})
-
-

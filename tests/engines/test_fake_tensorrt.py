@@ -1,4 +1,4 @@
-"""The fake TensorRT itself: it has the API file's names, takes arguments as pybind11 does, and refuses what TensorRT refuses."""
+"""The fake TensorRT itself: the API file's names, arguments as pybind11 takes them, refusals as TensorRT's."""
 
 from pathlib import Path
 

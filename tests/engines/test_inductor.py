@@ -4,8 +4,8 @@ import numpy as np
 import torch
 from engine_toys import layer
 
-from cachec.engines.inductor import BUILDER, InductorEngine
 from cachec.engines.eager import ProgramBuilder
+from cachec.engines.inductor import BUILDER, InductorEngine
 from cachec.runtime.device import Host
 from cachec.runtime.specs import Signature, TensorSpec
 

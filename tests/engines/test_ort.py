@@ -1,12 +1,15 @@
-"""What is tested on ONNX Runtime only, in processes of their own."""
+"""What is tested on ONNX Runtime only; memory in processes of their own."""
 
 import subprocess
 import sys
 
 import pytest
-from toy_bundle import add_predictor, split_toy, toy_program, write_bundle
 
-from cachec.compiler.methods.taylor import Taylor
+from cachec.engines import ort
+from cachec.engines.ort import BUILDER, OrtEngine, check_provider
+from cachec.runtime.build_options import DEFAULTS
+from cachec.runtime.device import DeviceName
+from cachec.runtime.errors import BundleError, InputError
 
 OPEN = """
 import resource, sys
@@ -32,7 +35,7 @@ except EngineError as error:
 """
 PATIENT = """
 session = loaded.session()
-for number in range(1100):
+for number in range(600):
     session.run({"prompt": np.ones((1, 8), np.float32)}, np.ones(session.latent_shape, np.float32))
     if number == 99:
         before = taken(1)
@@ -40,24 +43,40 @@ print(taken(1) - before)
 """
 
 
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory):
-    method, split = Taylor(order=1), split_toy(head_axis=True)
-    graphs = add_predictor(split, method.predictor(None), method.window)
-    return write_bundle(graphs, toy_program(graphs), method, tmp_path_factory.mktemp("ort") / "toy.cachec", "ort")
-
-
 def output_of(script, bundle):
     done = subprocess.run([sys.executable, "-c", OPEN + script, bundle], capture_output=True, text=True, check=True)
     return done.stdout.strip()
 
 
-def test_a_call_that_finds_no_memory_says_so(bundle):
-    message = output_of(STARVED, bundle)
+def test_a_call_that_finds_no_memory_says_so(onnx_toy):
+    message = output_of(STARVED, onnx_toy)
     assert message.startswith("ONNX Runtime cannot run a call with ")
     assert "MB of inputs and outputs" in message
     assert message.endswith("take a smaller batch: cachec inspect shows what one sample takes")
 
 
-def test_memory_stays_flat_over_a_thousand_requests(bundle):
-    assert int(output_of(PATIENT, bundle)) < 1e6
+def test_memory_stays_flat_over_hundreds_of_requests(onnx_toy):
+    assert int(output_of(PATIENT, onnx_toy)) < 1e6
+
+
+def test_all_engines_of_a_process_share_its_threads(monkeypatch):
+    monkeypatch.setattr(ort, "_pool_threads", [2])
+    ort._start_thread_pool(None)
+    ort._start_thread_pool(2)
+    with pytest.raises(InputError, match="threads is 3, but ONNX Runtime already runs with 2 in this process"):
+        ort._start_thread_pool(3)
+
+
+def test_what_it_lacks_is_said():
+    with pytest.raises(InputError, match="bfloat16 is what ONNX Runtime has no kernels for on the CPU"):
+        OrtEngine.check_target(DeviceName("cpu"), "bfloat16")
+    BUILDER.check_build(DeviceName("cpu"), "bfloat16", DEFAULTS)  # files can be written for another machine
+    with pytest.raises(InputError, match="NoSuchProvider is not among onnxruntime.get_available_providers"):
+        check_provider("NoSuchProvider", DeviceName("cuda"))
+
+
+def test_a_file_that_is_none_is_refused(tmp_path):
+    (tmp_path / "compute.onnx").write_bytes(b"nothing of that kind")
+    ort._start_thread_pool(None)
+    with pytest.raises(BundleError, match="cannot load .*compute.onnx"):
+        ort.open_session(tmp_path / "compute.onnx", [ort.CPU_PROVIDER])

@@ -10,7 +10,7 @@ from cachec.engines import get_builder
 from cachec.engines.backends import BACKENDS
 from cachec.engines.gpu import Gpu
 from cachec.engines.targets import ONNX_TARGET, TargetName, choose_target, find_fit
-from cachec.engines.tensorrt import TensorRTEngine, runs_on
+from cachec.engines.tensorrt import TensorRTEngine
 from cachec.engines.tensorrt_library import Library
 from cachec.runtime.build_options import DEFAULTS
 from cachec.runtime.bundle import ANY_DEVICE, Artifact, Target
@@ -133,21 +133,6 @@ def test_bfloat16_needs_ampere(with_gpu):
 
 
 @pytest.mark.parametrize(
-    ("capability", "needs", "runs"),
-    [
-        (90, {"sm": [90]}, True),
-        (89, {"sm": [90]}, False),
-        (120, {"sm": [80, 86, 89, 120]}, True),
-        (90, {"sm": [80], "compatibility": "ampere-plus"}, True),
-        (75, {"sm": [80], "compatibility": "ampere-plus"}, False),
-        (89, {"sm": [86], "compatibility": "same-capability"}, False),
-    ],
-)
-def test_compute_capabilities(capability, needs, runs):
-    assert runs_on(capability, needs) == runs
-
-
-@pytest.mark.parametrize(
     ("built", "here", "fits"),
     [("11.0.0.114", "11.0.0.114", True), ("11.0.0.114", "11.1.0.7", True), ("11.1.0.7", "11.0.0.114", False)],
 )
@@ -192,7 +177,3 @@ def test_names_match_targets():
     assert TargetName("ort", "cuda").matches(target("ort", "cuda"))
     assert TargetName("ort", "cuda").matches(ORT)  # which then has to run there
     assert not TargetName("ort", "cuda").matches(target("ort", "cpu"))
-
-
-def test_rtx_engines_name_the_gpus_that_they_are_for():
-    assert get_builder("tensorrt-rtx").needs(GPU, DEFAULTS) == {"sm": [80, 86, 89, 120], "cuda": "13.0"}

@@ -24,7 +24,8 @@ VENDOR |= {name.split(".")[-1] for name in API.classes} | {*API.functions, *API.
 PYTHON = {  # what the files take from Python's own objects, tqdm's and numpy's
     "load", "find_spec", "import_module", "deque", "getLogger", "INFO", "DEBUG", "log", "append", "clear", "split", "lower",
     "join", "fromkeys", "items", "values", "keys", "update", "pop", "close", "n", "name", "stem", "stat", "st_size", "open",
-    "util", "fileno", "mmap", "ACCESS_READ", "Event", "set", "is_set", "submit", "result", "perf_counter", "read_bytes", "is_file",
+    "util", "fileno", "mmap", "ACCESS_READ", "Event", "set", "is_set", "submit", "result", "perf_counter",
+    "read_bytes", "is_file",
     "warning", "info", "debug", "cache", "shape", "dtype", "__class__", "__members__", "__name__", "__version__", "get",
 }  # fmt: skip
 

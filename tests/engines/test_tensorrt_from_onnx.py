@@ -52,7 +52,9 @@ def test_what_is_asked_for(build, trt):
 
 def test_sizes_that_vary_get_a_profile_and_others_are_fixed(build, trt):
     build("advance")
-    shapes = {name: (least[0], usual[0], most[0]) for name, least, usual, most in trt.called("IOptimizationProfile", "set_shape")}
+    shapes = {
+        name: (least[0], usual[0], most[0]) for name, least, usual, most in trt.called("IOptimizationProfile", "set_shape")
+    }
     assert shapes == {"velocities": (1, 4, 10), "coefficients": (1, 1, 1)}
     assert len(trt.called("IBuilderConfig", "add_optimization_profile")) == 1
 

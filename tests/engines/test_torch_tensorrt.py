@@ -11,19 +11,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from toy_bundle import STEPS, add_predictor, split_toy
+from engine_toys import layer
 
 from cachec.compiler.graphs.build_engines import LooseSources
-from cachec.compiler.graphs.export import plan_engines
-from cachec.compiler.methods.taylor import Taylor
 from cachec.engines import torch_tensorrt
 from cachec.engines.tensorrt import PlanBuilder
 from cachec.engines.torch_tensorrt import BUILDER, SETTINGS, TorchTensorRTEngine, check_outputs, import_builder, make_settings
-from cachec.passes import engine_passes, run_passes
-from cachec.runtime.build_options import BuildOptions
+from cachec.runtime.abi import BATCH
+from cachec.runtime.build_options import BuildOptions, SizeRange
 from cachec.runtime.device import DeviceName
 from cachec.runtime.errors import EngineError, InputError, MissingExtraError
-from cachec.runtime.sizes import size_ranges
 
 GPU = DeviceName("cuda", 1)
 TRUTH = json.loads((Path(__file__).parent.parent / "data" / "torch-tensorrt-2.13-settings.json").read_text())
@@ -56,14 +53,9 @@ def builder(monkeypatch):
     return module
 
 
-@pytest.fixture
-def plans():
-    method = Taylor(order=1)
-    graphs = add_predictor(split_toy(head_axis=True), method.predictor(None), method.window)
-    graphs = run_passes(graphs, engine_passes("latents", "timestep", ("prompt",), linear=True))
-    from toy import example_inputs
-
-    return {plan.name: plan for plan in plan_engines(graphs, example_inputs(), "latents", STEPS)}
+@pytest.fixture(scope="module")
+def plan():
+    return layer()[1]
 
 
 def test_settings_are_those_of_the_version(builder, tmp_path):
@@ -88,48 +80,42 @@ def test_settings_that_the_version_does_not_know_are_refused(builder, monkeypatc
         make_settings(builder, BuildOptions(), None, GPU)
 
 
-def test_all_graphs_are_converted_with_their_names_and_ranges(builder, plans, tmp_path, monkeypatch):
+def build(plan, folder):
+    sources = LooseSources([plan], folder, "float32", "6x8")
+    return BUILDER.build(sources, folder, device=GPU, options=BuildOptions(sizes={BATCH: SizeRange(1, 2, 3)}))
+
+
+def test_graphs_are_converted_with_their_names_and_ranges(builder, plan, tmp_path, monkeypatch):
     monkeypatch.setattr("torch.export.passes.move_to_device_pass", lambda program, place: (program, place))
-    sizes = size_ranges(STEPS, 4)
-    sources = LooseSources(list(plans.values()), tmp_path, "float32", "6x8")
-    files = BUILDER.build(sources, tmp_path, device=GPU, options=BuildOptions(sizes=sizes))
-    assert {name: path.name for name, path in files.items()} == {name: f"{name}-11.0_sm90-float32-6x8.plan" for name in plans}
-    for (name, plan), ((program, place), arguments, inputs, _) in zip(plans.items(), builder.calls, strict=True):
-        assert files[name].read_bytes() == b"a plan"
-        assert (program, place, arguments) == (plan.program, "cuda:1", [])
-        assert list(inputs) == [spec.name for spec in plan.signature.inputs]
-        for spec in plan.signature.inputs:
-            given = inputs[spec.name]
-            assert given.dtype == getattr(torch, spec.dtype)
-            if any(isinstance(size, str) and size != "batch" for size in spec.shape):
-                assert given.min_shape[0] == 1
-                assert given.max_shape[0] == sizes[spec.shape[0]].most
-            else:
-                assert given.shape == tuple(1 if size == "batch" else size for size in spec.shape)
-        placeholders = [node.name for node in program.graph.nodes if node.op == "placeholder"][-len(inputs) :]
-        assert placeholders == list(inputs)  # the names that the engine's inputs get
+    files = build(plan, tmp_path)
+    assert files == {"compute": tmp_path / "compute-11.0_sm90-float32-6x8.plan"}
+    assert files["compute"].read_bytes() == b"a plan"
+    (((program, place), arguments, inputs, _),) = builder.calls
+    assert (program, place, arguments) == (plan.program, "cuda:1", [])
+    assert list(inputs) == ["x"]
+    given = vars(inputs["x"])
+    assert given == {"min_shape": (1, 4), "opt_shape": (2, 4), "max_shape": (3, 4), "dtype": torch.float32}
+    placeholders = [node.name for node in program.graph.nodes if node.op == "placeholder"]
+    assert placeholders[-1:] == list(inputs)  # the names that the engine's inputs get
 
 
-def test_what_it_says_is_passed_on(builder, plans, tmp_path, monkeypatch):
+def test_what_it_says_is_passed_on(builder, plan, tmp_path, monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("Conversion of module\n not currently supported")
 
     builder.dynamo.convert_exported_program_to_serialized_trt_engine = fail
-    plan = plans["advance"]
     monkeypatch.setattr("torch.export.passes.move_to_device_pass", lambda program, _: program)
-    with pytest.raises(EngineError, match="cannot build the advance engine: Conversion of module not currently supported"):
-        BUILDER.build(LooseSources([plan], tmp_path), tmp_path, device=GPU, options=BuildOptions(sizes=size_ranges(STEPS, 4)))
+    with pytest.raises(EngineError, match="cannot build the compute engine: Conversion of module not currently supported"):
+        build(plan, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
-def test_outputs_are_numbered(plans):
-    names = TorchTensorRTEngine.tensor_names(plans["compute"].signature)
-    assert names == {spec.name: f"output{i}" for i, spec in enumerate(plans["compute"].signature.outputs)}
+def test_outputs_are_numbered(plan):
+    assert TorchTensorRTEngine.tensor_names(plan.signature) == {"y": "output0", "total": "output1"}
 
 
-def test_values_that_are_given_twice_are_refused(plans):
-    for plan in plans.values():
-        check_outputs(plan.name, plan.program)
+def test_values_that_are_given_twice_are_refused(plan):
+    check_outputs(plan.name, plan.program)
 
     class Twice(torch.nn.Module):
         def forward(self, x):
