@@ -18,7 +18,6 @@ from cachec.runtime.builder import EngineBuilder, Sources
 from cachec.runtime.device import CUDA, Device, DeviceName
 from cachec.runtime.engine import HOST, ON_HOST, Engine, ExecutionContext, LoadOptions
 from cachec.runtime.errors import BundleError, EngineError, InputError, missing_extra
-from cachec.runtime.files import writing
 from cachec.runtime.specs import Signature
 
 if importlib.util.find_spec("torch") is None:
@@ -29,6 +28,7 @@ from torch.export.passes import move_to_device_pass
 from cachec.engines import torch_device
 from cachec.engines.torch_context import Tensors, TorchContext
 from cachec.engines.torch_device import device_of, is_out_of_memory
+from cachec.engines.torch_files import archive
 
 FILE = "model.pt2"
 OPTIONS = {
@@ -126,8 +126,8 @@ class AotiBuilder(EngineBuilder):
             except (RuntimeError, OSError) as error:  # OSError: there is no CUDA toolkit (CUDA_HOME)
                 raise EngineError(f"AOTInductor cannot compile the {name} graph for {device}: {error}") from error
         path = out / FILE
-        with writing(path, RuntimeError):  # which torch's writer raises on a full disk
-            package_pt2(str(path), aoti_files=compiled)
+        with archive(path) as file:
+            package_pt2(file, aoti_files=compiled)
         return dict.fromkeys(compiled, path)
 
 

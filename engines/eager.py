@@ -14,7 +14,6 @@ from cachec.runtime.builder import EngineBuilder, Sources
 from cachec.runtime.device import CPU, Device, DeviceName
 from cachec.runtime.engine import HOST, ON_HOST, Engine, ExecutionContext, LoadOptions
 from cachec.runtime.errors import BundleError, missing_extra
-from cachec.runtime.files import writing
 from cachec.runtime.specs import Signature
 
 if importlib.util.find_spec("torch") is None:
@@ -25,6 +24,7 @@ from torch.export.passes import move_to_device_pass
 from cachec.engines import torch_device
 from cachec.engines.torch_context import TorchContext
 from cachec.engines.torch_device import device_of, watching_memory
+from cachec.engines.torch_files import archive
 
 
 class ProgramEngine(Engine):
@@ -81,8 +81,8 @@ class ProgramBuilder(EngineBuilder):
             paths[name] = out / f"{name}.pt2"
             examples, program.example_inputs = program.example_inputs, None  # they would be stored as a pickle
             try:
-                with writing(paths[name], RuntimeError):  # which torch's writer raises on a full disk
-                    torch.export.save(program, paths[name])
+                with archive(paths[name]) as file:
+                    torch.export.save(program, file)
             finally:
                 program.example_inputs = examples  # the builder of another target may want them
         return paths

@@ -72,6 +72,13 @@ class Collector(ABC):
         """Move the files in, then the manifest; then remove what it no longer names."""
 
     def _move_in(self, manifest: Manifest) -> None:
+        try:
+            self._move(manifest)
+        except BaseException:  # unless the manifest is there already, nothing is: it was the last
+            self._remove(self.files.keys() - _listed_files(self.out))
+            raise
+
+    def _move(self, manifest: Manifest) -> None:
         with writing(self.out):
             for name in [name for name in self.files if (self.staging / name).exists()]:
                 target = self.out / name

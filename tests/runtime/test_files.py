@@ -1,11 +1,10 @@
 """Files: written whole or not at all, with the reason if they cannot be; read however an editor saved them."""
 
 import os
-import subprocess
-import sys
 import tempfile
 
 import pytest
+from full_disk import full_disk
 
 from cachec.runtime.errors import InputError, OutputError
 from cachec.runtime.files import check_file, hash_file, read_text_file, temporary_folder, write_file, writing
@@ -48,25 +47,11 @@ def test_what_cannot_be_written_is_one_line_with_place_and_reason(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
 
 
-FULL_DISK = """
-import resource, signal, sys
-from pathlib import Path
-from cachec.runtime.errors import OutputError
-from cachec.runtime.files import write_file
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
-try:
-    write_file(Path(sys.argv[1]), b"x" * 1000)
-except OutputError as error:
-    print(error)
-"""
-
-
 def test_a_full_disk_leaves_the_old_file_and_says_so(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"old")
-    done = subprocess.run([sys.executable, "-c", FULL_DISK, path], capture_output=True, text=True, check=True)
-    assert done.stdout == f"cannot write {path}: File too large. Make room there, or choose another place\n"
+    with full_disk(), pytest.raises(OutputError, match=rf"^cannot write {path}: File too large\. Make room there, or choose"):
+        write_file(path, b"x" * 2000)
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
 

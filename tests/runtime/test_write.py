@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from full_disk import full_disk
 
 from cachec.runtime.bundle import ANY_DEVICE, MANIFEST, Bundle, Manifest, Target
 from cachec.runtime.errors import OutputError
@@ -114,9 +115,26 @@ def test_an_interrupted_commit_leaves_the_old_bundle(tmp_path, number):
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, check=False)
     assert done.returncode == -number, done.stderr
     assert Bundle.open(out).manifest.model["name"] == "old"
+    if number == signal.SIGINT:
+        assert_whole(out)
     build(out, "new")
     assert Bundle.open(out).manifest.model["name"] == "new"
     assert list(tmp_path.iterdir()) == [out]
+
+
+def test_a_full_disk_leaves_the_old_bundle_and_says_so(tmp_path):
+    out = tmp_path / "x.cachec"
+    build(out, "old")
+    too_large = pytest.raises(OutputError, match=rf"cannot write {tmp_path}/.*File too large\. Make room there")
+    with BundleWriter(out, force=True) as writer, full_disk(), too_large:
+        writer.add_bytes("engines/large.onnx", b"x" * 2000)
+    with BundleWriter(out, force=True) as writer:
+        for number in range(9):
+            writer.add_bytes(f"programs/{number}.json", b"small")
+        with full_disk(), too_large:  # of the manifest
+            writer.commit(manifest(writer, "new"))
+    assert Bundle.open(out).manifest.model["name"] == "old"
+    assert_whole(out)
 
 
 def as_links(out, blobs):
