@@ -13,12 +13,11 @@ from typing import Any
 
 import click
 import numpy as np
-import torch
 
 from bench.quality import NUM_FIT, open_setting
 from cachec.compiler.calibration.calibration import Calibration, open_calibration, relative_errors
 from cachec.compiler.calibration.statistics import record_statistics
-from cachec.compiler.graphs.prepare import split_model
+from cachec.compiler.calibration.uses import UsedPrompts
 from cachec.compiler.methods.gram_fit import fit_rows, node_timesteps, polish
 from cachec.compiler.tables.coefficients import AdvanceTable
 from cachec.compiler.tables.schedule import Schedule
@@ -60,7 +59,7 @@ VARIANTS = (
 )
 
 
-def run_variant(variant: Variant, calibration: Calibration, schedule: Schedule, rows: list[torch.Tensor] | None):
+def run_variant(variant: Variant, calibration: Calibration, schedule: Schedule, rows: list[np.ndarray] | None):
     """Fit (``rows`` None) or play: final latents and the rows [n, C] of each node."""
     noise, times, found = calibration.noise(), node_timesteps(calibration, schedule), []
     x, velocities, truth = noise, [], []
@@ -71,39 +70,43 @@ def run_variant(variant: Variant, calibration: Calibration, schedule: Schedule, 
             truth.append(calibration.velocities(calibration.latents(step), float(times[i]), step))
         base = noise if variant.history is None else x
         some = slice(None) if variant.history is None else slice(-variant.history, None)
-        extra = [noise] * variant.noise + [torch.ones_like(noise)] * variant.constant
-        regressors = torch.stack([*velocities[some], *extra])
+        extra = [noise] * variant.noise + [np.ones_like(noise)] * variant.constant
+        regressors = np.stack([*velocities[some], *extra])
         if rows is None:
-            seen = torch.stack([*truth[some], *extra]) if variant.open_loop else regressors
+            seen = np.stack([*truth[some], *extra]) if variant.open_loop else regressors
             start = calibration.latents(step) if variant.open_loop and variant.history is not None else base
             found.append(_solve(variant, seen, calibration.latents(end) - start))
-        x = base + torch.einsum("npld,nd->pld", regressors, (found if rows is None else rows)[i])
+        x = base + np.einsum("npld,nd->pld", regressors, (found if rows is None else rows)[i])
     return x, found
 
 
-def _solve(variant: Variant, regressors: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+def _solve(variant: Variant, regressors: np.ndarray, target: np.ndarray) -> np.ndarray:
     num, channels = len(regressors), target.shape[-1]
     if variant.channels:
         parts = [_least_squares(regressors[..., c], target[..., c], 0) for c in range(channels)]
-        return torch.stack(parts, dim=1)
-    row = _least_squares(regressors.flatten(2), target.flatten(1), variant.reweight)
-    return row[:, None].expand(num, channels)
+        return np.stack(parts, axis=1)
+    row = _least_squares(regressors.reshape(*regressors.shape[:2], -1), target.reshape(len(target), -1), variant.reweight)
+    return np.broadcast_to(row[:, None], (num, channels))
 
 
-def _least_squares(regressors: torch.Tensor, target: torch.Tensor, reweight: int) -> torch.Tensor:
-    a, b = regressors.double(), target.double()
-    products, wanted = torch.einsum("npe,mpe->pnm", a, a), torch.einsum("npe,pe->pn", a, b)
-    weights = torch.ones(len(products), dtype=torch.float64)
+def _least_squares(regressors: np.ndarray, target: np.ndarray, reweight: int) -> np.ndarray:
+    a, b = regressors.astype(np.float64), target.astype(np.float64)
+    by_prompt = a.swapaxes(0, 1)
+    products, wanted = by_prompt @ by_prompt.swapaxes(1, 2), (by_prompt @ b[:, :, None])[:, :, 0]
+    weights = np.ones(len(products))
     for _ in range(reweight + 1):
         g, w = (products * weights[:, None, None]).sum(0), (wanted * weights[:, None]).sum(0)
-        row = torch.linalg.solve(g + RIDGE * g.trace() / len(g) * torch.eye(len(g)), w)
-        error = (b - torch.einsum("n,npe->pe", row, a)).square().sum(1)
-        weights = 1 / error.clamp(min=1e-12)
-    return row.float()
+        row = np.linalg.solve(g + RIDGE * g.trace() / len(g) * np.eye(len(g)), w)
+        weights = 1 / np.maximum(((b - np.tensordot(row, a, 1)) ** 2).sum(1), 1e-12)
+    return row.astype(np.float32)
 
 
-def decibels_by_prompt(latents: torch.Tensor, calibration: Calibration) -> np.ndarray:
+def decibels_by_prompt(latents: np.ndarray, calibration: Calibration) -> np.ndarray:
     return -20 * np.log10(np.maximum(relative_errors(latents, calibration.latents(calibration.num_steps)), 1e-12))
+
+
+def decibels_of(table: AdvanceTable, calibration: Calibration) -> np.ndarray:
+    return decibels_by_prompt(calibration.play(calibration.program(table)), calibration)
 
 
 def paired(values: np.ndarray, base: np.ndarray) -> dict[str, float]:
@@ -127,9 +130,9 @@ def ablate(calibration: Calibration, schedule: Schedule) -> dict[str, Any]:
         if len(schedule.compute) <= MAX_POLISHED
         else {"cross-validated ridge": fit_rows(fit, schedule)}
     )
-    base = decibels_by_prompt(held_out.run(tables["cross-validated ridge"]), held_out)
+    base = decibels_of(tables["cross-validated ridge"], held_out)
     for name, table in tables.items():
-        values = decibels_by_prompt(held_out.run(table), held_out)
+        values = decibels_of(table, held_out)
         result[name] = paired(values, reference if name == "cross-validated ridge" else base)
         print(len(schedule.compute), name, result[name], flush=True)
     return result
@@ -146,21 +149,21 @@ def _polished(fit: Calibration, schedule: Schedule) -> dict[str, AdvanceTable]:
 def shifted(work: Path) -> dict[str, Any]:
     """Fits on captions of other colours, shapes and places, or of the same; 8 of 50 steps."""
     setting = open_setting("50 steps", work, steps=50, shift=None, num=64)
-    split = split_model(setting.model, setting.settings)
     sets = {"warm": _captions(WARM, ROUND, HERE), "cold": _captions(COLD, ANGULAR, THERE)}
     opened = {}
     for name, captions in sets.items():
         seed = 1 if name == "warm" else 2
+        used, parts = UsedPrompts(tuple(captions), ("fit",) * len(captions)), work / f"shift {name}.parts"
         statistics = record_statistics(
-            setting.model, split, setting.settings, captions, reference_steps=0, seed=seed, work=work / f"shift {name}.parts"
+            setting.model, setting.evaluator, setting.settings, used, reference_steps=0, seed=seed, work=parts
         )
-        opened[name] = open_calibration(statistics, setting.model, split, setting.settings)
+        opened[name] = open_calibration(statistics, setting.model, setting.evaluator, setting.settings)
     held_out = opened["cold"].select(range(NUM_FIT, 2 * NUM_FIT))
     rows = json.loads((work / "rows 50 steps.json").read_text())
     schedule = Schedule(50, tuple(rows["50 steps|8|gram|searched"]["steps"]))
     result, base = {}, None
     for name, fit in (("same", opened["cold"]), ("disjoint", opened["warm"])):
-        values = decibels_by_prompt(held_out.run(fit_rows(fit.select(range(NUM_FIT)), schedule)), held_out)
+        values = decibels_of(fit_rows(fit.select(range(NUM_FIT)), schedule), held_out)
         base = values if base is None else base
         result[name] = paired(values, base)
         print("captions", name, result[name], flush=True)

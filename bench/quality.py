@@ -21,18 +21,21 @@ import torch
 
 from bench.published_schedules import cem_schedule, lemica_schedule
 from cachec.compiler.calibration.calibration import Calibration, decibels, open_calibration, relative_errors
+from cachec.compiler.calibration.evaluator import Evaluator
+from cachec.compiler.calibration.graph_evaluator import GraphEvaluator
 from cachec.compiler.calibration.metrics import psnr_db
 from cachec.compiler.calibration.prompts import default_prompts
-from cachec.compiler.calibration.runs import Denoiser
+from cachec.compiler.calibration.runs import Sampling, encode_prompts, run_uncached
 from cachec.compiler.calibration.statistics import load_statistics, record_statistics, save_statistics
+from cachec.compiler.calibration.uses import UsedPrompts
 from cachec.compiler.graphs.prepare import split_model
 from cachec.compiler.methods import get_method
-from cachec.compiler.methods.base import Method, Parameters
+from cachec.compiler.methods.base import Method
 from cachec.compiler.methods.gram_fit import fit_rows, polish
-from cachec.compiler.methods.parameters import find_pretrained
+from cachec.compiler.methods.parameters import Parameters, find_pretrained
 from cachec.compiler.methods.training import training_facts
 from cachec.compiler.models import find_model, load_model
-from cachec.compiler.models.base import LoadedModel, Settings, tensors_from
+from cachec.compiler.models.base import LoadedModel, Settings
 from cachec.compiler.planning.search import (
     CLOSED_MOVES,
     FEW_SCHEDULES,
@@ -43,10 +46,12 @@ from cachec.compiler.planning.search import (
     solver_score,
 )
 from cachec.compiler.tables.coefficients import AdvanceTable, Table
+from cachec.compiler.tables.lower import lower
 from cachec.compiler.tables.samplers import SOLVERS, solver_rows
 from cachec.compiler.tables.schedule import Schedule, interval_for_budget
 from cachec.runtime.errors import InputError
 from cachec.runtime.noise import make_noise
+from cachec.runtime.program import ProgramKey, hash_sigmas
 
 FEW_BUDGETS = (6, 8, 10)  # everything, with closed-loop searches
 MORE_BUDGETS = (4, 5, 7, 13, 17)  # fewer methods, and searches of others than gram stay in the Gram domain
@@ -82,10 +87,10 @@ class Setting:
     settings: Settings
     calibration: Calibration
     fine: Calibration | None
-    denoiser: Denoiser
-    conditions: dict[str, torch.Tensor]
-    noise: torch.Tensor
-    reference: torch.Tensor
+    evaluator: Evaluator
+    conditions: dict[str, np.ndarray]
+    noise: np.ndarray
+    reference: np.ndarray
     pictures: list[np.ndarray]
     fine_pictures: list[np.ndarray]
 
@@ -93,17 +98,19 @@ class Setting:
     def num_steps(self) -> int:
         return self.settings.steps
 
-    def measure(self, table: Table, *, denoiser: Denoiser | None = None) -> dict[str, Any]:
-        """PSNR by prompt against the uncached and the fine pictures, and latent errors."""
-        parts = []
+    def measure(self, table: Table, sampling: Sampling | None = None) -> dict[str, Any]:
+        """PSNR by prompt against the uncached and the fine pictures, and latent errors; on the setting's own grid unless told."""
+        sampling, parts = sampling or self.calibration.sampling, []
+        key = ProgramKey(sampling.num_steps, hash_sigmas(sampling.sigmas), {})
+        program = lower(table, key, sampling.sigmas, sampling.timesteps)
         for start in range(0, len(self.noise), CHUNK):
             rows = slice(start, start + CHUNK)
             conditions = {name: value[rows] for name, value in self.conditions.items()}
-            parts.append((denoiser or self.denoiser).play(table, self.noise[rows], conditions))
-        return self.compare(torch.cat(parts))
+            parts.append(self.evaluator.play(program, self.noise[rows], conditions))
+        return self.compare(np.concatenate(parts))
 
-    def compare(self, latents: torch.Tensor) -> dict[str, Any]:
-        pictures = self.model.decode(latents.numpy(), self.settings)
+    def compare(self, latents: np.ndarray) -> dict[str, Any]:
+        pictures = self.model.decode(latents, self.settings)
         return {
             "psnr": [round(psnr_db(a, b), 3) for a, b in zip(pictures, self.pictures, strict=True)],
             "psnr_fine": [round(psnr_db(a, b), 3) for a, b in zip(pictures, self.fine_pictures, strict=True)],
@@ -119,38 +126,42 @@ def open_setting(name: str, work: Path, *, steps: int, shift: float | None, num:
         scheduler = model.pipeline.scheduler
         model.pipeline.scheduler = scheduler.from_config(scheduler.config, use_dynamic_shifting=False, shift=shift)
     settings = Settings(spec.height, spec.width, spec.text_tokens, spec.guidance, steps, "float32")
-    split = split_model(model, settings)
+    evaluator = GraphEvaluator(split_model(model, settings), model.io)
     path = work / f"{name}.safetensors"
     reference_steps = FINE if name == "50 steps" else 0
     if not path.exists():
         prompts = default_prompts("shapes", "train")[: 64 if reference_steps else NUM_FIT]
         parts = work / f"{name}.parts"
-        statistics = record_statistics(model, split, settings, prompts, reference_steps=reference_steps, seed=0, work=parts)
+        used = UsedPrompts(tuple(prompts), ("fit",) * len(prompts))
+        statistics = record_statistics(model, evaluator, settings, used, reference_steps=reference_steps, seed=0, work=parts)
         save_statistics(statistics, path)
     statistics = load_statistics(path)
     prompts = default_prompts("shapes", "eval")[:num]
-    conditions = tensors_from(model.encode(prompts, settings, model.io.conditions))
-    noise = torch.from_numpy(np.stack([make_noise(seed, tuple(statistics.noise.shape[1:])) for seed in range(num)]))
-    runs = {steps: Denoiser(model, split, settings), FINE: Denoiser(model, split, replace(settings, steps=FINE))}
-    results = {count: _uncached(run, noise, conditions, work / f"{name}-{count}-{num}.pt") for count, run in runs.items()}
+    conditions = encode_prompts(model, prompts, settings)
+    noise = np.stack([make_noise(seed, tuple(statistics.noise.shape[1:])) for seed in range(num)])
+    results = {}
+    for count in (steps, FINE):
+        sampling = Sampling(*model.sampling(replace(settings, steps=count)))
+        results[count] = _uncached(evaluator, sampling, noise, conditions, work / f"{name}-{count}-{num}.npy")
     return Setting(
-        name, model, settings, open_calibration(statistics, model, split, settings),
-        open_calibration(statistics, model, split, settings, fine=True) if reference_steps else None,
-        runs[steps], conditions, noise, results[steps],
-        list(model.decode(results[steps].numpy(), settings)), list(model.decode(results[FINE].numpy(), settings)),
+        name, model, settings, open_calibration(statistics, model, evaluator, settings),
+        open_calibration(statistics, model, evaluator, settings, fine=True) if reference_steps else None,
+        evaluator, conditions, noise, results[steps],
+        list(model.decode(results[steps], settings)), list(model.decode(results[FINE], settings)),
     )  # fmt: skip
 
 
-def _uncached(denoiser: Denoiser, noise: torch.Tensor, conditions: dict[str, torch.Tensor], path: Path) -> torch.Tensor:
+def _uncached(
+    evaluator: Evaluator, sampling: Sampling, noise: np.ndarray, conditions: dict[str, np.ndarray], path: Path
+) -> np.ndarray:
     if not path.exists():
         parts = []
         for start in range(0, len(noise), CHUNK):
-            x, some = noise[start : start + CHUNK], {k: v[start : start + CHUNK] for k, v in conditions.items()}
-            for step in range(len(denoiser.sigmas) - 1):
-                x = denoiser.advance(x, denoiser.compute(x, step, some)[0], step)
-            parts.append(x)
-        torch.save(torch.cat(parts), path)
-    latents: torch.Tensor = torch.load(path, weights_only=True)
+            some = {name: value[start : start + CHUNK] for name, value in conditions.items()}
+            *_, last = run_uncached(evaluator, sampling, noise[start : start + CHUNK], some)
+            parts.append(last.latents)
+        np.save(path, np.concatenate(parts))
+    latents: np.ndarray = np.load(path)
     return latents
 
 
@@ -171,8 +182,8 @@ class Bench:
         except InputError as error:  # a published schedule that does not exist at this budget
             self.rows[key] = {"missing": str(error)}
         else:
-            table, denoiser = made.pop("table"), made.pop("denoiser", None)
-            result = self.setting.measure(table, denoiser=denoiser)
+            table = made.pop("table")
+            result = self.setting.measure(table, made.pop("sampling", None))
             steps = list(table.schedule.compute)
             self.rows[key] = {"computed": len(steps), "steps": steps, **made, **result}
             print(f"{key:55s} K={len(steps):2d} {np.mean(result['psnr']):6.2f} dB  {made}", flush=True)
@@ -231,7 +242,7 @@ def bench_fine(bench: Bench, budget: int) -> None:
         made = _searched(method.draft(), fine, None, budget)
         if getattr(method, "polish", 0):
             made = _timed_fit(method, fine, made["table"].schedule)
-        return {**made, "denoiser": fine.denoiser}
+        return {**made, "sampling": fine.sampling}
 
     bench.row(budget, "gram", "searched, to fine", lambda: make(get_method("gram").with_options({"polish": "0"})))
     bench.row(budget, "gram polished", "searched, to fine", lambda: make(get_method("gram").with_options({})))
@@ -264,7 +275,8 @@ def _solver(setting: Setting, name: str, budget: int) -> dict[str, Any]:
     """A plain solver at its own time steps: the model's sampler with ``budget`` steps."""
     sigmas, timesteps = setting.model.sampling(replace(setting.settings, steps=budget))
     schedule = Schedule(budget, tuple(range(budget)))
-    return {"table": AdvanceTable(schedule, solver_rows(name, sigmas.astype(np.float64)), timesteps.astype(np.float64))}
+    table = AdvanceTable(schedule, solver_rows(name, sigmas.astype(np.float64)))
+    return {"table": table, "sampling": Sampling(sigmas, timesteps)}
 
 
 def _searched_solver(fit: Calibration, name: str, budget: int, *, closed: bool) -> dict[str, Any]:
@@ -293,7 +305,7 @@ def bench_lesa(bench: Bench, folder: Path | None) -> None:
     for interval in (5, 7, 8, 10):
         schedule = method.interval(setting.num_steps, interval)
         wanted = training_facts(setting.model, method, schedule, setting.settings)
-        parameters = find_pretrained(type(method), wanted)
+        parameters = find_pretrained(method.name, wanted)
         path = None if folder is None else folder / f"lesa-{interval}.safetensors"
         if parameters is None and path is not None and path.exists():
             parameters = load_predictor(path)

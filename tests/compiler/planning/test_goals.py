@@ -1,17 +1,13 @@
 """What may be asked of a level, and how a budget is found for it."""
 
 import math
-from types import SimpleNamespace
 
 import pytest
 
-import cachec
 from cachec.compiler.methods import get_method
 from cachec.compiler.planning.goals import LEVELS, Goal, Wish, budget_for_speedup, make_goals, parse_levels, smallest_budget
-from cachec.compiler.planning.levels import forecast_cost
 from cachec.compiler.tables.schedule import Schedule, interval_for_budget, interval_schedule, uniform_schedule
 from cachec.runtime.errors import InputError, QualityError
-from cachec.runtime.program import UNCACHED
 
 
 def method(name, **options):
@@ -112,7 +108,7 @@ def test_what_contradicts_or_is_out_of_range_is_refused(name, wish, message):
         goals(name, **wish)
 
 
-@pytest.mark.parametrize("needed", range(1, 51))
+@pytest.mark.parametrize("needed", [1, 2, 3, 17, 32, 49, 50])
 def test_the_smallest_budget_is_found(needed):
     asked = []
 
@@ -151,10 +147,3 @@ def test_a_speed_up_below_the_warm_up_is_refused():
     assert budget_for_speedup(10.0, 50, 0.0, least=5) == 5
     with pytest.raises(QualityError, match=r"best reachable is 10\.00: computed steps are 5 at least"):
         budget_for_speedup(11.0, 50, 0.0, least=5)
-
-
-def test_the_cost_of_a_forecast_is_measured_on_engines_that_leave_the_prompt_to_the_prologue(toy_bundle):
-    with cachec.load(toy_bundle) as loaded:
-        assert "prompt" not in {spec.name for spec in loaded.engines["compute"].signature.inputs}
-        cost = forecast_cost(loaded.engines, loaded.programs[UNCACHED], SimpleNamespace(io=loaded.io))
-        assert 0 < cost <= 1

@@ -1,0 +1,157 @@
+"""The planner on the calibration toy: what a goal becomes, on which prompts it is fitted, and by which it is chosen."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from toy_calibration import make_calibration, sampling_of
+from toy_model import SETTINGS
+
+import cachec.compiler.planning.planner as module
+import cachec.compiler.planning.search as search
+from cachec.compiler.methods.adams import Adams
+from cachec.compiler.methods.bns import Bns
+from cachec.compiler.methods.gram import Gram
+from cachec.compiler.planning.goals import Goal
+from cachec.compiler.planning.planner import Calibrations, Planner
+from cachec.compiler.tables.schedule import Schedule
+from cachec.runtime.errors import InputError, QualityError
+from cachec.runtime.program import ProgramKey, hash_sigmas
+
+STEPS, FINE = 8, 16
+DRAFT = Gram(polish=0)
+KEY = ProgramKey(STEPS, hash_sigmas(sampling_of(STEPS).sigmas), {"height": 4})
+
+
+def decode(latents, settings):
+    """Pictures [P, 4, 5, 1] of latents."""
+    return 0.5 + 0.1 * latents[..., None]
+
+
+MODEL = SimpleNamespace(
+    sampling=lambda settings: (sampling_of(settings.steps).sigmas, sampling_of(settings.steps).timesteps), decode=decode
+)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(search, "STARTS", 3)
+    monkeypatch.setattr(search, "ANNEALING", (20, 0.3, 1e-3))
+    monkeypatch.setattr(search, "CLOSED_MOVES", 3)
+
+
+@pytest.fixture(scope="module")
+def calibrations():
+    both = [make_calibration(12, STEPS, fine_steps=FINE, fine=fine) for fine in (False, True)]
+    return Calibrations(*both)
+
+
+@pytest.fixture
+def make(calibrations):
+    def planner(method=DRAFT, calibrations=calibrations, *, to_fine=False, cost=0.0):
+        settings = replace(SETTINGS, steps=STEPS)
+        return Planner(
+            MODEL, method, settings, calibrations, key=KEY, parameters=None, to_fine=to_fine, forecast_cost=cost, seed=0
+        )
+
+    return planner
+
+
+def psnr(calibration, program):
+    """By hand, mean in dB over the prompts to stop by."""
+    chosen = calibration.of("stop")
+    pictures, wanted = (decode(x, None) for x in (chosen.play(program), chosen.latents(chosen.num_steps)))
+    return np.mean([-10 * np.log10(np.mean((a - b) ** 2)) for a, b in zip(pictures, wanted, strict=True)])
+
+
+def test_a_given_schedule_needs_no_calibration(make):
+    plan = make(Adams(2), None).plan(Goal("mine", schedule=Schedule(STEPS, (0, 2, 5))))
+    assert plan.program.compute_steps == (0, 2, 5)
+    assert (plan.program.key.level, plan.program.key.sizes) == ("mine", {"height": 4})
+    assert plan.facts() == {"goal": "3 given steps", "computed": 3, "grid": STEPS, "target": "uncached run"}
+
+
+def test_a_budget_is_searched_and_fitted_on_prompts_to_fit_on_alone(make, monkeypatch):
+    seen, real = [], Gram.calibrate
+
+    def calibrate(self, some, schedule):
+        seen.append(some.index)
+        return real(self, some, schedule)
+
+    monkeypatch.setattr(Gram, "calibrate", calibrate)
+    plan = make().plan(Goal(budget=3))
+    assert len(plan.program.compute_steps) == 3
+    assert seen
+    assert all(place % 4 != 3 for index in seen for place in index)
+
+
+def test_a_quality_is_reached_with_the_fewest_steps_on_the_prompts_to_stop_by(make, calibrations):
+    planner, target = make(), 45.0
+    plan = planner.plan(Goal(psnr=target))
+    computed = len(plan.program.compute_steps)
+    assert psnr(calibrations.coarse, plan.program) >= target
+    assert 1 < computed < STEPS
+    assert psnr(calibrations.coarse, planner.plan(Goal(budget=computed - 1)).program) < target
+
+
+def test_a_quality_out_of_reach_names_the_best(make):
+    with pytest.raises(QualityError, match=r"no level reaches 500\.00 dB: the best reachable is"):
+        make().plan(Goal(psnr=500.0))
+
+
+def test_a_finished_fit_that_misses_what_its_draft_reached_gets_another_step(make, monkeypatch):
+    planner, target = make(Gram(polish=1)), 45.0
+    drafted = len(make().plan(Goal(psnr=target)).program.compute_steps)
+    real = Planner._psnr
+
+    def worse(self, latents, *, against_fine):
+        return real(self, latents, against_fine=against_fine) - (0 if drafting else 20)
+
+    drafting, fit = [], Planner._fit
+
+    def fitted(self, goal, schedule, fine, *, draft=False):
+        drafting[:] = [True] if draft else []
+        return fit(self, goal, schedule, fine, draft=draft)
+
+    monkeypatch.setattr(Planner, "_psnr", worse)
+    monkeypatch.setattr(Planner, "_fit", fitted)
+    assert len(planner.plan(Goal(psnr=target)).program.compute_steps) > drafted
+
+
+def test_a_speed_takes_as_many_steps_as_it_allows(make):
+    assert len(make().plan(Goal(speedup=2.0)).program.compute_steps) == 4
+    assert len(make(cost=0.1).plan(Goal(speedup=2.0)).program.compute_steps) == 3
+
+
+def test_level_fine_is_as_close_to_the_finer_run_as_the_uncached_run(make, calibrations):
+    plan = make().plan(Goal("fine", fine=True))
+    assert plan.program.num_steps == FINE
+    assert plan.facts()["target"] == "fine reference"
+    stop = calibrations.fine.of("stop")
+    wanted = decode(stop.latents(FINE), None)
+
+    def close(latents):
+        return np.mean([-10 * np.log10(np.mean((a - b) ** 2)) for a, b in zip(decode(latents, None), wanted, strict=True)])
+
+    assert close(stop.play(plan.program)) >= close(calibrations.coarse.of("stop").latents(STEPS))
+
+
+def test_without_a_fine_reference_level_fine_says_how_to_make_one(make, calibrations):
+    with pytest.raises(InputError, match="has no fine reference: make one with cachec calibrate --reference-steps"):
+        make(calibrations=Calibrations(calibrations.coarse, None)).plan(Goal("fine", fine=True))
+
+
+def test_goals_share_searches(make, monkeypatch):
+    calls, real = [], module.search_schedule
+    monkeypatch.setattr(module, "search_schedule", lambda *given, **more: (calls.append(given[3]), real(*given, **more))[1])
+    planner = make()
+    first, again = (planner.plan(Goal(level, budget=3)).program for level in ("a", "b"))
+    assert calls == [3]
+    assert first.compute_steps == again.compute_steps
+
+
+def test_a_method_that_needs_gradients_is_refused_before_anything_runs(make, calibrations, monkeypatch):
+    monkeypatch.setattr(type(calibrations.coarse.evaluator), "gradients", False)
+    with pytest.raises(InputError, match="bns needs gradients of the model"):
+        make(Bns())
