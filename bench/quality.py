@@ -99,7 +99,7 @@ class Setting:
         return self.settings.steps
 
     def measure(self, table: Table, sampling: Sampling | None = None) -> dict[str, Any]:
-        """PSNR by prompt against the uncached and the fine pictures, and latent errors; on the setting's own grid unless told."""
+        """PSNR by prompt against the uncached and the fine pictures, and latent errors; on the own grid unless told."""
         sampling, parts = sampling or self.calibration.sampling, []
         key = ProgramKey(sampling.num_steps, hash_sigmas(sampling.sigmas), {})
         program = lower(table, key, sampling.sigmas, sampling.timesteps)
