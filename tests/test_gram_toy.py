@@ -90,7 +90,7 @@ def test_a_failed_gate_leaves_nothing_and_levels_change_no_engine(levels, model,
     assert list(tmp_path.iterdir()) == []
     engines = {n for n in Bundle.open(levels).manifest.files if n.startswith("engines/")}
     request = make_request(model.spec, method="adams", steps=STEPS, budget=3, min_psnr=1.0)
-    bundle, _ = compile_bundle(model, request, tmp_path / "adams.cachec")
+    bundle = compile_bundle(model, request, tmp_path / "adams.cachec").bundle
     assert {n for n in bundle.manifest.files if n.startswith("engines/")} == engines  # files are named by their hash
     facts = bundle.manifest.facts  # nothing is fitted, so only the prompts to measure on were run
     assert facts["calibration"]["num_prompts"] == str(NUM_MEASURE)
