@@ -100,6 +100,23 @@ def test_import_is_light(module):
     assert result.stdout.split() == []
 
 
+WITHOUT_TORCH = (  # what runs bundles, and what calibrates on built engines
+    "cachec.runtime.inspect",
+    "cachec.compiler.commands.run",
+    "cachec.compiler.commands.calibrate",
+    "cachec.compiler.calibration.engine_evaluator",
+    "cachec.compiler.methods.gram",
+    "cachec.compiler.planning.levels",
+)
+
+
+@pytest.mark.parametrize("module", WITHOUT_TORCH)
+def test_it_imports_where_there_is_no_torch(module):
+    code = f"import sys; sys.modules['torch'] = None; import {module}"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
 @in_the_tree
 def test_every_package_is_packaged():
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
