@@ -12,7 +12,7 @@ class Registry(Mapping[str, Any]):
     """A mapping from names to classes, each imported when it is asked for.
 
     ``known`` are this package's own, as ``module:Class``, whose packages come with ``extra``; installed packages add theirs as
-    entry points of ``group``. A name means one class: this package's own come first.
+    entry points of ``group``. A name means one class: where two packages bring one, neither is taken.
     """
 
     def __init__(self, kind: str, group: str, known: Mapping[str, str], *, extra: str = "compile") -> None:
@@ -33,12 +33,17 @@ class Registry(Mapping[str, Any]):
         """The class.
 
         Raises:
-            InputError: nothing has this name; with the nearest one.
+            InputError: nothing has this name, with the nearest one; or two packages have it, with both.
             MissingExtraError: a package that this one's class needs is not installed.
         """
-        found = self._known.get(name) or self._installed().get(name)
-        if found is None:
+        claims = [self._known[name]] if name in self._known else []
+        claims += [point for point in entry_points(group=self._group) if point.name == name]
+        if not claims:
             raise unknown_name(self._kind, name, self)
+        if len(claims) > 1:
+            both = " and ".join(_package(claim) for claim in claims)
+            raise InputError(f"{self._kind} {name!r} comes with {both}: uninstall one of them")
+        (found,) = claims
         if isinstance(found, EntryPoint):
             return found.load()
         if isinstance(found, str):
@@ -46,13 +51,13 @@ class Registry(Mapping[str, Any]):
         return found
 
     def __contains__(self, name: object) -> bool:
-        return name in self._known or name in self._installed()
+        return name in set(self)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(sorted({*self._known, *self._installed()}))
+        return iter(sorted({*self._known, *(point.name for point in entry_points(group=self._group))}))
 
     def __len__(self) -> int:
-        return len({*self._known, *self._installed()})
+        return sum(1 for _ in self)
 
     def _import(self, name: str, place: str) -> Any:
         module, _, attribute = place.partition(":")
@@ -63,5 +68,10 @@ class Registry(Mapping[str, Any]):
                 raise
             raise missing_extra(error.name, self._extra, f"{self._kind} {name!r}") from error
 
-    def _installed(self) -> dict[str, EntryPoint]:
-        return {point.name: point for point in entry_points(group=self._group)}
+
+def _package(claim: Any) -> str:
+    """The package that a class is of, by what names it."""
+    if isinstance(claim, EntryPoint):
+        return claim.module.partition(".")[0] if claim.dist is None else claim.dist.name
+    place: str = claim if isinstance(claim, str) else claim.__module__
+    return place.partition(".")[0]

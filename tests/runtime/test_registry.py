@@ -14,20 +14,25 @@ from cachec.runtime.registry import Registry
 def names(monkeypatch):
     points = [
         EntryPoint("theirs", "collections:OrderedDict", "cachec.tests"),
-        EntryPoint("ours", "no_such:Thing", "cachec.tests"),
+        EntryPoint("both", "no_such.part:Thing", "cachec.tests"),
     ]
     monkeypatch.setattr(registry, "entry_points", lambda group: points if group == "cachec.tests" else [])
-    return Registry("thing", "cachec.tests", {"ours": "collections:Counter"})
+    return Registry("thing", "cachec.tests", {"ours": "collections:Counter", "both": "json.decoder:JSONDecoder"})
 
 
-def test_classes_are_found_by_name_and_the_packages_own_come_first(names):
+def test_classes_are_found_by_name(names):
     assert names["ours"].__name__ == "Counter"
     assert names["theirs"] is OrderedDict
     names.register("given", dict)
     assert names["given"] is dict
-    assert list(names) == ["given", "ours", "theirs"]
+    assert list(names) == ["both", "given", "ours", "theirs"]
     assert "theirs" in names
-    assert len(names) == 3
+    assert len(names) == 4
+
+
+def test_a_name_that_two_packages_bring_is_refused_with_both(names):
+    with pytest.raises(InputError, match="thing 'both' comes with json and no_such: uninstall one of them"):
+        names["both"]
 
 
 def test_a_name_keeps_its_meaning(names):
@@ -38,7 +43,7 @@ def test_a_name_keeps_its_meaning(names):
 
 
 def test_an_unknown_name_is_refused_with_the_nearest(names):
-    with pytest.raises(InputError, match=r"unknown thing 'their'. Did you mean 'theirs'\? Known: ours, theirs"):
+    with pytest.raises(InputError, match=r"unknown thing 'their'. Did you mean 'theirs'\? Known: both, ours, theirs"):
         names["their"]
 
 
