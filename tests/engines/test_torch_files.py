@@ -2,12 +2,11 @@
 
 from types import SimpleNamespace
 
-import onnx_ir
 import pytest
 import torch
 from full_disk import full_disk
 
-from cachec.engines import aoti, eager, onnx_files
+from cachec.engines import aoti, eager
 from cachec.engines.torch_files import archive
 from cachec.runtime.errors import OutputError
 
@@ -46,16 +45,3 @@ def test_a_place_that_is_none(sources, tmp_path):
 def test_an_error_of_the_writer_itself_is_not_one_of_the_disk(tmp_path):
     with pytest.raises(TypeError, match="a bytes-like object is required"), archive(tmp_path / "a.pt2") as file:
         file.write("text")
-
-
-@pytest.mark.parametrize("large", [True, False], ids=["weights", "graph"])
-def test_onnx_files_on_a_full_disk(tmp_path, monkeypatch, large):
-    """Large weights go to a file of their own, small ones stay in the graph's."""
-    count, size = (1, 9000) if large else (9, 200)
-    names = [f"w{number}" for number in range(count)]
-    weights = [onnx_ir.Value(name=name, const_value=onnx_ir.tensor([0.5] * size, name=name)) for name in names]
-    graph = onnx_ir.Graph([], weights[:1], nodes=[], initializers=weights, name="g", opset_imports={"": 23})
-    monkeypatch.setattr(torch.onnx, "export", lambda *_, **__: SimpleNamespace(model=onnx_ir.Model(graph, ir_version=10)))
-    signature = SimpleNamespace(inputs=(), outputs=())
-    with full_disk(), pytest.raises(OutputError, match=SAYS):
-        onnx_files.build_onnx({"compute": None}, {"compute": signature}, tmp_path)
