@@ -5,7 +5,8 @@ Cut: the image tokens after the last single block, before ``norm_out`` and ``pro
 
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -125,9 +126,10 @@ class FluxModel(Family):
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], settings: Settings, names: Sequence[str]) -> dict[str, Array]:
         self._tell_of_lost_text(prompts, settings.text_tokens)
-        states, pooled, _ = self.pipeline.encode_prompt(
-            prompt=list(prompts), prompt_2=None, max_sequence_length=settings.text_tokens
-        )
+        with _not_said_twice():
+            states, pooled, _ = self.pipeline.encode_prompt(
+                prompt=list(prompts), prompt_2=None, max_sequence_length=settings.text_tokens
+            )
         conditions = {
             "encoder_hidden_states": states.float().cpu().numpy(),
             "pooled_projections": pooled.float().cpu().numpy(),
@@ -187,10 +189,20 @@ class FluxModel(Family):
 
 
 def _quiet_loading() -> None:
-    """No progress bars for files that load in a second, and nothing twice: prompts that are cut are named here."""
+    """No progress bars for files that load in a second."""
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
-    logging.getLogger(pipeline_flux.__name__).addFilter(_is_news)
+
+
+@contextmanager
+def _not_said_twice() -> Iterator[None]:
+    """The pipeline says, too, that a prompt is cut; elsewhere it may."""
+    pipelines = logging.getLogger(pipeline_flux.__name__)
+    pipelines.addFilter(_is_news)
+    try:
+        yield
+    finally:
+        pipelines.removeFilter(_is_news)
 
 
 def _is_news(record: logging.LogRecord) -> bool:

@@ -35,6 +35,8 @@ def test_so_is_one_that_only_the_pooled_text_encoder_cuts(model, caplog):
 def test_the_pipelines_own_words_are_not_repeated(model, caplog):
     encode(model, [LONG[4:]], 16)
     assert not [record for record in caplog.records if "was truncated" in record.getMessage()]
+    model.pipeline.encode_prompt(prompt=LONG[4:], prompt_2=None, max_sequence_length=16)
+    assert [record for record in caplog.records if "was truncated" in record.getMessage()]
 
 
 def test_a_prompt_that_fits_is_not_spoken_of(model, caplog):
