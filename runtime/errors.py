@@ -84,10 +84,9 @@ def in_one_line(value: object, limit: int = 200) -> str:
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> InputError:
     """An error for a name that is not among ``known``, with the nearest one suggested."""
     known = sorted(known)
-    close = difflib.get_close_matches(name[:200], known, n=1)
+    close = difflib.get_close_matches(name[:100], known, n=1)
     hint = f" Did you mean {shortened(close[0])}?" if close else ""
-    listed = ", ".join(one if len(one) < 80 else shortened(one) for one in known[:40])
-    return InputError(f"unknown {kind} {shortened(name)}.{hint} Known: {listed}{', …' if len(known) > 40 else ''}.")
+    return InputError(f"unknown {kind} {shortened(name)}.{hint} Known: {in_one_line(', '.join(known), 400)}.")
 
 
 def cannot_be_pickled(what: str, instead: str) -> InputError:

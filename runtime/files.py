@@ -115,12 +115,15 @@ def cache_folder() -> Path:
 
 
 def check_file(path: Path, *, force: bool) -> None:
-    """Raise ``OutputError`` if ``path`` is a directory, exists and may not be replaced, or nothing can be written there."""
-    if path.is_dir():
-        raise OutputError(f"{path} is a directory: name a file in it")
-    if os.path.lexists(path) and not force:
-        raise OutputError(f"{path} exists already: pass --force to replace it, or choose another place with -o")
-    there = next(folder for folder in path.absolute().parents if folder.exists())
+    """Raise ``OutputError`` if ``path`` is no file, exists and may not be replaced, or nothing can be written there."""
+    with writing(path):
+        if path.is_dir():
+            raise OutputError(f"{path} is a directory: name a file in it")
+        if path.exists() and not path.is_file():
+            raise OutputError(f"{path} is a device or a pipe, which would be replaced: name a file")
+        if os.path.lexists(path) and not force:
+            raise OutputError(f"{path} exists already: pass --force to replace it, or choose another place with -o")
+        there = next(folder for folder in path.absolute().parents if folder.exists())
     if not there.is_dir():
         raise OutputError(f"cannot write {path}: {there} is a file. Choose another place with -o")
     if not os.access(there, os.W_OK):

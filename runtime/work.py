@@ -36,7 +36,8 @@ def fresh_folder(parent: Path, prefix: str) -> Iterator[Path]:
     with writing(parent):
         parent.mkdir(parents=True, exist_ok=True)
         for path in [path for path in parent.iterdir() if path.name.startswith(prefix) and path.is_dir()]:
-            _remove_left(path)
+            with suppress(PermissionError):  # it is another user's, who will remove it
+                _remove_left(path)
         folder = Path(tempfile.mkdtemp(dir=parent, prefix=prefix))
     try:
         with holding(folder / LOCK, f"another process took {folder}"):

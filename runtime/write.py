@@ -191,11 +191,11 @@ def _committing(out: Path) -> AbstractContextManager[None]:
 
 def check_output(out: Path, *, force: bool) -> None:
     """Raise ``OutputError`` if ``out`` exists and may not be replaced."""
-    if not out.exists():
-        return
-    if not out.is_dir():
-        raise OutputError(f"{out} is a file: choose another place with -o")
     with writing(out):
+        if not out.exists():
+            return
+        if not out.is_dir():
+            raise OutputError(f"{out} is a file: choose another place with -o")
         names = {path.name for path in out.iterdir() if not _is_ours_for_a_while(path.name)}
     if not names:
         return

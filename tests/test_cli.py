@@ -13,7 +13,6 @@ from cachec.cli import main
 from cachec.runtime.errors import (
     BundleError,
     InputError,
-    MissingExtraError,
     ModelUnavailableError,
     OutputError,
     PredictorError,
@@ -270,12 +269,6 @@ def test_list_names_what_exists(what):
     code, output = cachec("list", what)
     assert code == 0
     assert {"models": "tiny-flux", "methods": "lesa", "backends": "ort"}[what] in output
-
-
-def test_exit_codes_differ_by_kind():
-    kinds = [InputError, MissingExtraError, ModelUnavailableError, BundleError, OutputError, PredictorError]
-    assert len({kind.exit_code for kind in kinds}) == len(kinds)
-    assert not {0, 1, 2} & {kind.exit_code for kind in kinds}
 
 
 def test_what_is_said_for_users_is_shown_and_the_rest_of_the_libraries_is_not():

@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from pathlib import Path
 
 import pytest
 from full_disk import full_disk
@@ -82,6 +83,7 @@ def test_a_place_is_checked_before_anything_slow(tmp_path):
     check_file(tmp_path / "file", force=True)
     for path, message in (
         (tmp_path, "is a directory: name a file in it"),
+        (Path("/dev/null"), "is a device or a pipe, which would be replaced: name a file"),
         (tmp_path / "file", "exists already: pass --force"),
         (tmp_path / "lost", "exists already: pass --force"),
         (tmp_path / "file" / "x.png", "cannot write .*: .*/file is a file. Choose another place"),

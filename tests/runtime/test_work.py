@@ -1,10 +1,12 @@
 """Folders with one owner at a time: nobody shares or removes what another works in."""
 
+import errno
 import os
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -75,6 +77,23 @@ def test_without_locks_a_folder_that_changed_lately_is_somebodys(tmp_path, monke
     age(left)
     with fresh_folder(tmp_path, ".x-"):
         assert not left.exists()
+
+
+def test_the_folder_of_another_user_is_left_alone(tmp_path, monkeypatch):
+    foreign = tmp_path / ".x-foreign"
+    foreign.mkdir()
+    (foreign / LOCK).write_bytes(b"")
+    real = os.open
+
+    def refused(path, flags, mode=0o777):
+        if foreign in Path(path).parents:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path, flags, mode)
+
+    monkeypatch.setattr(work.os, "open", refused)
+    with fresh_folder(tmp_path, ".x-") as mine:
+        assert mine.exists()
+    assert foreign.exists()
 
 
 def test_work_has_one_owner_and_goes_on_after_it(tmp_path, locks):
