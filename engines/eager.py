@@ -23,7 +23,7 @@ from torch.export.passes import move_to_device_pass
 
 from cachec.engines import torch_device
 from cachec.engines.torch_context import TorchContext
-from cachec.engines.torch_device import device_of, watching_memory
+from cachec.engines.torch_device import device_of, neutral_modes, watching_memory
 from cachec.engines.torch_files import archive
 
 
@@ -39,7 +39,8 @@ class ProgramEngine(Engine):
         if options.threads is not None:
             torch.set_num_threads(options.threads)
         there = device_of(options.device, signatures.values())
-        return {name: cls(_load_module(path, there), signatures[name], there) for name, path in files.items()}
+        with neutral_modes(there.name):
+            return {name: cls(_load_module(path, there), signatures[name], there) for name, path in files.items()}
 
     def _context(self, native: Any, device: Device) -> ExecutionContext:
         return TorchContext(lambda inputs: native(**inputs), self.signature, device)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from cachec.engines.torch_device import as_tensor, watching_memory
+from cachec.engines.torch_device import as_tensor, neutral_modes, watching_memory
 from cachec.runtime.device import Buffer, Device
 from cachec.runtime.engine import Call, ExecutionContext, check_bindings
 from cachec.runtime.specs import Signature
@@ -21,17 +21,18 @@ class TorchContext(ExecutionContext):
 
     def bind(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> Call:
         check_bindings(self._signature, self._device, inputs, outputs)
-        given, wanted = ({name: as_tensor(buffer) for name, buffer in side.items()} for side in (inputs, outputs))
-        return _TorchCall(self._function, given, wanted)
+        with neutral_modes(self._device.name):
+            given, wanted = ({name: as_tensor(buffer) for name, buffer in side.items()} for side in (inputs, outputs))
+        return _TorchCall(self._function, given, wanted, self._device.name)
 
 
 class _TorchCall(Call):
-    def __init__(self, function: Callable[[Tensors], Tensors], inputs: Tensors, outputs: Tensors) -> None:
-        self._function, self._inputs, self._outputs = function, inputs, outputs
+    def __init__(self, function: Callable[[Tensors], Tensors], inputs: Tensors, outputs: Tensors, device: str) -> None:
+        self._function, self._inputs, self._outputs, self._device = function, inputs, outputs, device
 
-    @torch.no_grad()
     def run(self) -> None:
-        with watching_memory("a call"):
-            results = self._function(self._inputs)
-        for name, buffer in self._outputs.items():
-            buffer.copy_(results[name])
+        with neutral_modes(self._device), torch.no_grad():
+            with watching_memory("a call"):
+                results = self._function(self._inputs)
+            for name, buffer in self._outputs.items():
+                buffer.copy_(results[name])

@@ -1,7 +1,7 @@
 """PyTorch tensors as buffers, on the device that PyTorch runs on."""
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from math import prod
 from typing import Any
 
@@ -26,7 +26,8 @@ class TorchDevice(Device):
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> torch.Tensor:
         try:
-            return torch.zeros(shape, dtype=getattr(torch, dtype), device=self._device)
+            with neutral_modes(self.name):
+                return torch.zeros(shape, dtype=getattr(torch, dtype), device=self._device)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -35,8 +36,9 @@ class TorchDevice(Device):
 
     def part(self, memory: torch.Tensor, start: int, shape: tuple[int, ...], dtype: str) -> torch.Tensor:
         kind = getattr(torch, dtype)
-        piece = memory[start : start + prod(shape) * kind.itemsize].view(kind).reshape(shape)
-        fresh: torch.Tensor = from_dlpack(piece)  # not a view: torch.compile would look at where it begins
+        with neutral_modes(self.name):
+            piece = memory[start : start + prod(shape) * kind.itemsize].view(kind).reshape(shape)
+            fresh: torch.Tensor = from_dlpack(piece)  # not a view: torch.compile would look at where it begins
         return fresh
 
     def owns(self, value: Any) -> bool:
@@ -126,6 +128,25 @@ def device_of(name: DeviceName, signatures: Iterable[Signature]) -> Device:
 def as_tensor(buffer: Buffer) -> torch.Tensor:
     """A tensor on the same memory."""
     return torch.from_numpy(buffer) if isinstance(buffer, np.ndarray) else buffer
+
+
+@contextmanager
+def neutral_modes(device: str) -> Iterator[None]:
+    """PyTorch's modes as they are when a process starts, whatever a caller has set: what is made inside works anywhere.
+
+    Those are inference mode, gradients, autocast on ``device``, the default type and the default device.
+    """
+    before, elsewhere = torch.get_default_dtype(), torch.get_default_device().type != CPU
+    with (
+        torch.inference_mode(False),  # which also turns gradients on
+        torch.autocast(torch.device(device).type, enabled=False),
+        torch.device(CPU) if elsewhere else nullcontext(),
+    ):
+        torch.set_default_dtype(torch.float32)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(before)
 
 
 @contextmanager

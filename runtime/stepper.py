@@ -51,17 +51,33 @@ class Stepper:
         """The step whose velocity is to be asked for next; ``None`` before ``begin`` and after the last one."""
         return self._step if self._step < self.program.num_steps else None
 
-    def begin(self, conditions: Mapping[str, Buffer]) -> None:
+    def begin(self, conditions: Mapping[str, Buffer], *, first: int | None = None) -> None:
         """Start a request, whatever became of the last one. Nothing changes unless all conditions fit.
 
+        ``first``: the step to begin at, if not that of the program, whose steps must then stand alone.
+
         Raises:
-            InputError: a condition is missing, unknown, of the wrong shape or dtype, or not finite (looked at on the host).
+            InputError: a condition is missing, unknown, of the wrong shape or dtype, or not finite (looked at on the host);
+                or the program cannot begin there.
+        """
+        start = self.program.key.start_step
+        first = start if first is None else first
+        if first != start and not (self.program.stands_alone and start < first < self.program.num_steps):
+            raise InputError(f"the request begins at step {first}, but this program begins at step {start}")
+        self.exchange(conditions)
+        self._step = first
+        self._position = next(i for i, one in enumerate(self._binding.operations) if first in one.steps)
+        self._found.clear()
+
+    def exchange(self, conditions: Mapping[str, Buffer]) -> None:
+        """Go on with other conditions: engine calls from now on read them, what was forecast already stays.
+
+        Raises:
+            InputError: as for ``begin``.
         """
         self._binding.take(conditions)
         if self._binding.prologue is not None:
             self._binding.prologue.run()
-        self._step, self._position = self.program.key.start_step, 0
-        self._found.clear()
 
     def velocity(self, step: int, latents: Buffer) -> Buffer:
         """The velocity [B, …] at ``step`` and ``latents``: a buffer of the engines' device, a numpy array on the CPU.

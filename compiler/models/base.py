@@ -5,7 +5,7 @@ Shapes: ``B`` batch, ``T`` steps.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -135,6 +135,18 @@ class LoadedModel(ABC):
     @abstractmethod
     def generate(self, conditions: Mapping[str, Array], noise: Array, settings: Settings) -> Array:
         """Latents from the untouched pipeline's own denoise loop: the eager baseline."""
+
+    @staticmethod
+    def check_scheduler(scheduler: Any) -> None:
+        """Raise ``InputError`` unless runs with this scheduler of diffusers can be compiled. A family may take any."""
+
+    @property
+    def sizes_of(self) -> "Callable[[str, torch.Tensor], Mapping[str, Any]]":
+        """What a user of the pipeline says for an input that is baked in (``constants``), by the names of the call.
+
+        The function holds nothing of the model.
+        """
+        return lambda name, value: {name: list(value.shape)}
 
 
 class Family(LoadedModel):

@@ -5,10 +5,10 @@ Cut: the image tokens after the last single block, before ``norm_out`` and ``pro
 
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -35,7 +35,7 @@ class FluxModel(Family):
     """A FLUX pipeline; as loaded here it is on the CPU in float32."""
 
     def __init__(self, spec: ModelSpec, pipeline: FluxPipeline, directory: Path | None = None) -> None:
-        _check_scheduler(pipeline.scheduler)
+        self.check_scheduler(pipeline.scheduler)
         self.spec = spec
         self.pipeline: Any = pipeline
         self._directory = directory
@@ -103,7 +103,7 @@ class FluxModel(Family):
         return {name: examples[name].to(self.device) for name in (io.latents, io.timestep, *io.conditions)}
 
     def constants(self, settings: Settings) -> dict[str, Any]:
-        side = 2 * self.pipeline.vae_scale_factor
+        side = self._side
         ids = self.pipeline._prepare_latent_image_ids(
             1, settings.height // side, settings.width // side, self.device, torch.float32
         )
@@ -179,8 +179,27 @@ class FluxModel(Family):
         latents: Array = result.images.float().cpu().numpy()
         return latents
 
+    @staticmethod
+    def check_scheduler(scheduler: Any) -> None:
+        if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+            raise InputError(
+                f"the model's sampler is {type(scheduler).__name__}; cachec compiles FlowMatchEulerDiscreteScheduler only"
+            )
+        if scheduler.config.stochastic_sampling:
+            raise InputError("the model's sampler adds noise at every step (stochastic_sampling); its runs cannot be forecast")
+
+    @property
+    def sizes_of(self) -> Callable[[str, torch.Tensor], dict[str, Any]]:
+        return partial(_sizes_of, self._side)
+
+    @property
+    def _side(self) -> int:
+        """Height and width of a token in pixels."""
+        side: int = 2 * self.pipeline.vae_scale_factor
+        return side
+
     def _tokens(self, settings: Settings) -> int:
-        side = 2 * self.pipeline.vae_scale_factor
+        side = self._side
         for axis, size in (("height", settings.height), ("width", settings.width)):
             if size < side or size % side:
                 raise InputError(f"{axis} is {size}; {self.spec.name} takes multiples of {side} pixels")
@@ -209,14 +228,16 @@ def _is_news(record: logging.LogRecord) -> bool:
     return "was truncated because" not in record.getMessage()
 
 
+def _sizes_of(side: int, name: str, ids: torch.Tensor) -> dict[str, Any]:
+    """Sizes of ids [L, 3]: picture, row, column; a token covers ``side`` pixels each way."""
+    if ids.ndim != 2 or 0 in ids.shape or ids.shape[1] != 3:
+        return {name: list(ids.shape)}
+    if name == "txt_ids":
+        return {"max_sequence_length": len(ids)}
+    rows, columns = (int(ids[:, axis].max()) + 1 for axis in (1, 2))
+    whole = rows * columns == len(ids)
+    return {"height": rows * side, "width": columns * side} if whole else {name: f"of {len(ids)} tokens"}
+
+
 def _raw(tensor: torch.Tensor) -> bytes:
     return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
-
-
-def _check_scheduler(scheduler: Any) -> None:
-    if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-        raise InputError(
-            f"the model's sampler is {type(scheduler).__name__}; cachec compiles FlowMatchEulerDiscreteScheduler only"
-        )
-    if scheduler.config.stochastic_sampling:
-        raise InputError("the model's sampler adds noise at every step (stochastic_sampling); its runs cannot be forecast")
