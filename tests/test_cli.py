@@ -171,7 +171,7 @@ def test_predictor_for_other_settings_is_refused_before_the_model_is_captured(
     given = ["--steps", "8", "--interval", "3", "--predictor", toy_predictor, *changed]
     code, output = cachec("compile", toy_directory, *given, "-o", tmp_path / "out")
     assert code == PredictorError.exit_code
-    assert "trained for something else" in output
+    assert "of something else" in output
     assert "schedule is 0,1,2,3,5" in output
     assert list(tmp_path.iterdir()) == []
     assert captures == []

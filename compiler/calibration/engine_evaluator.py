@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from cachec.compiler.calibration.evaluator import Conditions, Evaluator, Time
+from cachec.compiler.calibration.evaluator import Conditions, Evaluator, Numbers, Time
 from cachec.runtime.abi import FEATURE, FEATURES, FORECAST
 from cachec.runtime.binding import Binding
 from cachec.runtime.engine import Engine
@@ -66,13 +66,7 @@ class EngineEvaluator(Evaluator):
         return velocity
 
     def play(
-        self,
-        program: Program,
-        noise: Array,
-        conditions: Conditions,
-        *,
-        coefficients: Array | None = None,
-        timesteps: Array | None = None,
+        self, program: Program, noise: Array, conditions: Conditions, *, coefficients: Numbers = None, timesteps: Numbers = None
     ) -> Array:
         if program is not self._played:
             self._played, self._sessions = program, {}

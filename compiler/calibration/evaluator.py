@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 Time = float | Array  # what the model is told: one number for all, or one each [B]
 Conditions = Mapping[str, Array]  # by name, each [B, …]
+Numbers = Array | None  # in place of a Program's own, where given
 
 
 class Evaluator(ABC):
@@ -39,13 +40,7 @@ class Evaluator(ABC):
 
     @abstractmethod
     def play(
-        self,
-        program: Program,
-        noise: Array,
-        conditions: Conditions,
-        *,
-        coefficients: Array | None = None,
-        timesteps: Array | None = None,
+        self, program: Program, noise: Array, conditions: Conditions, *, coefficients: Numbers = None, timesteps: Numbers = None
     ) -> Array:
         """Final latents of a Program's closed loop.
 

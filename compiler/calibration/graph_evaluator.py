@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from cachec.compiler.calibration.evaluator import Conditions, Evaluator, Time
+from cachec.compiler.calibration.evaluator import Conditions, Evaluator, Numbers, Time
 from cachec.passes import Graphs
 from cachec.passes.base import placeholders
 from cachec.runtime.abi import (
@@ -62,13 +62,7 @@ class GraphEvaluator(Evaluator):
 
     @torch.no_grad()
     def play(
-        self,
-        program: Program,
-        noise: Array,
-        conditions: Conditions,
-        *,
-        coefficients: Array | None = None,
-        timesteps: Array | None = None,
+        self, program: Program, noise: Array, conditions: Conditions, *, coefficients: Numbers = None, timesteps: Numbers = None
     ) -> Array:
         rows = program.coefficients if coefficients is None else coefficients
         told = program.timesteps if timesteps is None else timesteps

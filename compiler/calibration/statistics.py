@@ -15,10 +15,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import load_file, save
 
 from cachec.compiler.calibration.evaluator import Evaluator
+from cachec.compiler.calibration.facts_file import FactsFile
 from cachec.compiler.calibration.runs import (
     RunStep,
     Sampling,
@@ -37,7 +36,7 @@ from cachec.runtime.work import claim_work
 
 log = logging.getLogger(__name__)
 
-FORMAT = "cachec-calibration-2"
+FILE = FactsFile("calibration", "cachec-calibration-2", "cachec calibrate", InputError)
 ARRAYS = ("noise", "latents", "velocity_gram", "feature_gram", "fine_latents", "fine_velocity_gram")
 MAX_CHUNK = 16  # prompts a batch
 MAX_FEATURE_BYTES = 2**30  # of recorded features in memory; of longer sequences only some tokens are kept
@@ -151,7 +150,7 @@ def record_statistics(
         "prompts": json.dumps(list(prompts.prompts)),
         "uses": json.dumps(list(prompts.uses)),
         "feature_tokens": str(cost.feature_tokens),
-        "format": FORMAT,
+        "format": FILE.format,
     }
     runs = [WantedRun(Sampling(*model.sampling(settings)), _keeper(_some_tokens(cost)))]
     if reference_steps:
@@ -215,8 +214,7 @@ def gram(arrays: Sequence[Array]) -> Array:
 def statistics_bytes(statistics: Statistics) -> bytes:
     """The content of a calibration file."""
     arrays = {name: value for name in ARRAYS if (value := getattr(statistics, name)) is not None}
-    content: bytes = save(arrays, dict(statistics.facts))
-    return content
+    return FILE.content(arrays, statistics.facts)
 
 
 def save_statistics(statistics: Statistics, path: Path) -> None:
@@ -234,34 +232,16 @@ def load_statistics(path: Path) -> Statistics:
     Raises:
         InputError: it is missing, damaged, or something else.
     """
-    if not path.is_file():
-        raise InputError(f"calibration {path} does not exist: make one with cachec calibrate MODEL -o {path}")
-    try:
-        with safe_open(path, "np") as file:
-            facts = dict(file.metadata() or {})
-        arrays = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} is not a calibration file, or is damaged ({error}): run cachec calibrate again") from error
-    if facts.get("format") != FORMAT:
-        raise InputError(f"{path} is not a calibration file of this cachec ({FORMAT}): make one with cachec calibrate")
+    arrays, facts = FILE.read(path)
     try:
         return _from_arrays(arrays, facts, str(path))
     except (KeyError, ValueError, TypeError) as error:
-        raise InputError(f"{path} is not a calibration file, or is damaged ({error!r}): run cachec calibrate again") from error
+        raise FILE.damaged(path, error) from error
 
 
 def check_statistics(statistics: Statistics, wanted: Mapping[str, str]) -> None:
     """Raise ``InputError`` unless the statistics are of what is ``wanted`` (facts by name)."""
-    reasons = [
-        f"{name} is {statistics.facts.get(name, 'unknown')[:40]}, wanted {value[:40]}"
-        for name, value in wanted.items()
-        if statistics.facts.get(name) != value
-    ]
-    if reasons:
-        raise InputError(
-            f"calibration {statistics.origin} is of something else: {'; '.join(reasons)}. "
-            "Make one for these settings with cachec calibrate"
-        )
+    FILE.check(statistics.facts, wanted, statistics.origin)
 
 
 def _from_arrays(arrays: Mapping[str, Array], facts: Mapping[str, str], origin: str) -> Statistics:

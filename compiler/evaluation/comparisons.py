@@ -17,6 +17,7 @@ from cachec.compiler.methods.base import Method
 from cachec.compiler.methods.parameters import Parameters, find_pretrained
 from cachec.compiler.methods.training import training_facts
 from cachec.compiler.models.base import LoadedModel, Settings, settings_of
+from cachec.compiler.planning.goals import PLAIN
 from cachec.compiler.tables.coefficients import AdvanceTable
 from cachec.compiler.tables.lower import lower, lower_uncached
 from cachec.compiler.tables.samplers import SOLVERS, solver_rows
@@ -30,7 +31,6 @@ from cachec.runtime.files import writing
 from cachec.runtime.program import UNCACHED, Program, ProgramKey, hash_sigmas
 from cachec.runtime.session import LoadedBundle, Session
 
-PLAIN = "plain"  # the model's own sampler with fewer steps, which solvers call euler
 Kind = Literal["uncached", "level", "method", "solver"]
 
 

@@ -29,6 +29,7 @@ from cachec.compiler.evaluation.error_by_step import ErrorCurve, measure_errors
 from cachec.compiler.evaluation.probe import SIDE, Probe, load_probe, parse_caption, score_pictures
 from cachec.compiler.evaluation.summary import Measured, summarize
 from cachec.compiler.models.base import LoadedModel, Settings, settings_of
+from cachec.compiler.planning.goals import DIFFUSERS
 from cachec.runtime.errors import InputError
 from cachec.runtime.files import temporary_folder
 from cachec.runtime.noise import make_noise
@@ -37,7 +38,6 @@ from cachec.runtime.session import LoadedBundle, Session
 from cachec.runtime.specs import Array
 
 FINE_STEPS = 200
-DIFFUSERS = "diffusers"  # the row of the pipeline's own loop
 PAUSE = 0.02  # seconds; text encoder, back end and VAE have threads of their own, which spin for some milliseconds after a call
 Conditions = Mapping[str, Array]
 Denoise = Callable[[Conditions, Array], Array]

@@ -4,13 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import load_file, save
-
+from cachec.compiler.calibration.facts_file import FactsFile
 from cachec.runtime.errors import PredictorError
 from cachec.runtime.specs import Array
 
-FORMAT = "cachec-predictor-1"
+FILE = FactsFile("predictor", "cachec-predictor-1", "cachec train", PredictorError)
 PRETRAINED = Path(__file__).parent / "pretrained"
 
 
@@ -28,8 +26,7 @@ class Parameters:
 
 def predictor_bytes(parameters: Parameters) -> bytes:
     """The content of a predictor file."""
-    content: bytes = save(dict(parameters.arrays), {**parameters.facts, "format": FORMAT})
-    return content
+    return FILE.content(parameters.arrays, parameters.facts)
 
 
 def load_predictor(path: Path) -> Parameters:
@@ -38,31 +35,12 @@ def load_predictor(path: Path) -> Parameters:
     Raises:
         PredictorError: it is missing or no predictor file.
     """
-    if not path.is_file():
-        raise PredictorError(f"predictor {path} does not exist: make one with cachec train")
-    try:
-        with safe_open(path, "np") as file:
-            facts = dict(file.metadata() or {})
-        arrays = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise PredictorError(f"{path} is not a safetensors file, or is damaged: {error}") from error
-    if facts.get("format") != FORMAT:
-        raise PredictorError(f"{path} is not a predictor file of this cachec ({FORMAT}): make one with cachec train")
-    return Parameters(arrays, facts, str(path))
+    return Parameters(*FILE.read(path), str(path))
 
 
 def check_fit(parameters: Parameters, wanted: Mapping[str, str]) -> None:
     """Raise ``PredictorError`` unless the predictor was trained for what is ``wanted`` (facts by name)."""
-    reasons = [
-        f"{name} is {_short(parameters.facts.get(name))}, wanted {_short(value)}"
-        for name, value in wanted.items()
-        if parameters.facts.get(name) != value
-    ]
-    if reasons:
-        raise PredictorError(
-            f"predictor {parameters.origin} was trained for something else: {'; '.join(reasons)}. "
-            "Train one for these settings with cachec train"
-        )
+    FILE.check(parameters.facts, wanted, parameters.origin)
 
 
 def find_pretrained(method: str, wanted: Mapping[str, str]) -> Parameters | None:
@@ -72,9 +50,3 @@ def find_pretrained(method: str, wanted: Mapping[str, str]) -> Parameters | None
         if all(parameters.facts.get(name) == value for name, value in wanted.items()):
             return parameters
     return None
-
-
-def _short(value: str | None) -> str:
-    if value is None:
-        return "unknown"
-    return value if len(value) <= 60 else f"{value[:12]}…"

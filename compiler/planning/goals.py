@@ -14,12 +14,14 @@ from cachec.compiler.tables.schedule import (
     uniform_schedule,
 )
 from cachec.runtime.errors import InputError, QualityError, unknown_name
+from cachec.runtime.program import UNCACHED
 
 FINE = "fine"  # fitted to a finer run; other projects mean the same mathematics by the name that it had, "lossless"
 OLD_FINE = "lossless"
 LEVELS: Mapping[str, float] = {FINE: math.inf, "high": 45.0, "balanced": 40.0, "fast": 35.0}  # PSNR in dB
 KINDS = ("uniform", "interval", "search")
-RESERVED = ("uncached", "diffusers", "plain", *SOLVERS, *METHODS)  # rows of an evaluation
+DIFFUSERS, PLAIN = "diffusers", "plain"  # rows of an evaluation: the pipeline's own loop, and its sampler with fewer steps
+RESERVED = (UNCACHED, DIFFUSERS, PLAIN, *SOLVERS, *METHODS)
 
 
 @dataclass(frozen=True)
