@@ -7,9 +7,8 @@ import sys
 
 import pytest
 import torch
-from click.testing import CliRunner
+from toy_product import run_cli as cachec
 
-from cachec.cli import main
 from cachec.runtime.errors import (
     BundleError,
     InputError,
@@ -17,14 +16,6 @@ from cachec.runtime.errors import (
     OutputError,
     PredictorError,
 )
-
-
-def cachec(*arguments):
-    """Run a command; returns the exit code and everything printed."""
-    result = CliRunner().invoke(main, [str(a) for a in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, result.output
 
 
 @pytest.mark.parametrize(

@@ -1,21 +1,16 @@
 """The main job on the toy, from the command line: train, compile, run, evaluate, report; replace, and be interrupted."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 from PIL import Image
+from toy_product import killed, run_cli, succeed
 
 import cachec
-from cachec.cli import main
 from cachec.compiler.calibration.prompts import default_prompts
 from cachec.compiler.methods import lesa_training
 from cachec.compiler.methods.parameters import load_predictor
@@ -28,26 +23,6 @@ from cachec.runtime.program import UNCACHED
 
 PROMPTS = ["a red circle", "a blue ring"]
 SCHEDULE = ["--steps", "8", "--interval", "3"]  # computes 0, 1, 2, 3, 5
-
-
-def run_cli(*arguments):
-    result = CliRunner().invoke(main, [str(a) for a in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, result.output
-
-
-def succeed(*arguments):
-    code, output = run_cli(*arguments)
-    assert code == 0, output
-    return output
-
-
-def killed(*arguments, at, cwd):
-    """Run the command line in a process that kills itself where it calls ``at`` (``module:name``) for the n-th time."""
-    command = [sys.executable, Path(__file__).with_name("toy_cli.py"), *map(str, arguments)]
-    result = subprocess.run(command, env={**os.environ, "KILL_AT": at}, cwd=cwd, capture_output=True, check=False)
-    assert result.returncode == -signal.SIGKILL, result.stderr.decode()
 
 
 @pytest.fixture(scope="session")
