@@ -1,4 +1,4 @@
-"""The main job on the reference model that ships: as any FLUX pipeline, with the predictor that ships. The rest is on the toy."""
+"""The main job on the reference model that ships, as any FLUX pipeline, with the predictor that ships. More is on the toy."""
 
 import json
 import subprocess
