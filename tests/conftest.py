@@ -68,3 +68,14 @@ def captures(toy_family):
 
     with torch.nn.modules.module.register_module_forward_pre_hook(look):
         yield seen
+
+
+@pytest.fixture(scope="session")
+def toy_bundles(tmp_path_factory, toy_directory, toy_predictor):
+    """LESA on the toy: folded and not, on two back ends."""
+    from toy_product import TOY_SCHEDULE, succeed
+
+    root = tmp_path_factory.mktemp("bundles")
+    for name, options in {"ort": [], "eager": ["--target", "eager"], "kept": ["--fold", "none", "--target", "eager"]}.items():
+        succeed("compile", toy_directory, *TOY_SCHEDULE, "--predictor", toy_predictor, *options, "-o", root / name)
+    return root

@@ -10,6 +10,8 @@ from click.testing import CliRunner
 
 from cachec.cli import main
 
+TOY_SCHEDULE = ["--steps", "8", "--interval", "3"]  # of LESA: computes 0, 1, 2, 3, 5
+
 
 def run_cli(*arguments):
     """The exit code, and everything printed."""

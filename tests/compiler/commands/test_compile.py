@@ -2,13 +2,15 @@
 
 import shutil
 import signal
+from importlib.util import find_spec
 
 import pytest
-from click.testing import CliRunner
+from toy_product import TOY_SCHEDULE, killed, run_cli, succeed
 
-from cachec.cli import main
+from cachec.compiler.commands.compile import compile_to_bundle
+from cachec.runtime import errors
 from cachec.runtime.bundle import Bundle
-from cachec.runtime.errors import OutputError
+from cachec.runtime.errors import BundleError, MissingExtraError, OutputError
 from cachec.runtime.work import claim_work
 from cachec.runtime.write import BundleWriter
 
@@ -19,9 +21,7 @@ def compile_toy(toy_directory, tmp_path):
 
     def compiled(*arguments):
         options = ["--method", "reuse", "--steps", "4", "--schedule", "0,2", "--target", "eager"]
-        command = ["compile", toy_directory, "-o", tmp_path / "toy.cachec", *options, *arguments]
-        result = CliRunner().invoke(main, [str(argument) for argument in command])
-        return result.exit_code, result.output
+        return run_cli("compile", toy_directory, "-o", tmp_path / "toy.cachec", *options, *arguments)
 
     return compiled
 
@@ -50,3 +50,46 @@ def test_a_place_where_another_process_compiles_is_refused_at_once(compile_toy, 
     assert code == OutputError.exit_code
     assert "another process works on this compilation" in output
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_killed_compile_leaves_no_bundle_and_the_next_one_cleans_up(tmp_path, toy_directory):
+    out, given = tmp_path / "out", ["compile", toy_directory, "--method", "reuse", "--steps", "6", "--target", "eager"]
+    killed(*given, "-o", out, at="cachec.runtime.write:BundleWriter.commit*1", cwd=tmp_path)
+    with pytest.raises(BundleError):
+        Bundle.open(out)
+    succeed(*given, "-o", out)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_failing_compile_with_force_leaves_the_old_bundle(toy_bundles, tmp_path, toy_directory):
+    shutil.copytree(toy_bundles / "eager", tmp_path / "out")
+    before = Bundle.open(tmp_path / "out").manifest.to_json()
+    given = [*TOY_SCHEDULE, "--predictor", tmp_path / "missing", "-o", tmp_path / "out", "--force"]
+    assert "does not exist" in run_cli("compile", toy_directory, *given)[1]
+    assert Bundle.open(tmp_path / "out").manifest.to_json() == before
+
+
+def test_force_replaces_a_bundle_and_removes_its_files(tmp_path, toy_directory):
+    out = tmp_path / "out"
+    for order in (1, 2):
+        given = ["--method", "taylor", "--set", f"order={order}", "--steps", "6", "--target", "eager"]
+        succeed("compile", toy_directory, *given, "-o", out, "--force")
+    bundle = Bundle.open(out)
+    files = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file() and not p.name.startswith(".")}
+    assert files == {*bundle.manifest.files, "manifest.json"}
+    assert bundle.manifest.method["options"] == {"order": 2}
+
+
+def test_without_torch_the_extra_is_named_and_the_default_place_is_not_touched(toy_directory, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(errors.importlib.util, "find_spec", lambda name: None if name == "torch" else find_spec(name))
+    with pytest.raises(MissingExtraError, match=r"compiling needs 'torch'.*pip install 'cachec\[compile\]'"):
+        compile_to_bundle(str(toy_directory), None, force=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_default_place_is_named_by_model_and_method(toy_directory, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    out, result = compile_to_bundle(str(toy_directory), None, force=False, method="adams", steps=4, targets="eager")
+    assert str(out) == "toy-adams.cachec"
+    assert result.bundle.root.resolve() == (tmp_path / out).resolve()
