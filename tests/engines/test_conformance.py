@@ -60,6 +60,15 @@ def test_interleaved_sessions_equal_sessions_alone(loaded, request_of):
     np.testing.assert_array_equal(two.latents, loaded.session().run(*request_of(2)))
 
 
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_sampler_outside_gets_the_same_latents(loaded, request_of, level):
+    stepper, (conditions, x) = loaded.session(batch=2, level=level, for_sampler=True), request_of(1, 2)
+    stepper.begin(conditions)
+    for step, delta in enumerate(np.diff(stepper.program.sigmas)):
+        x = x + delta * stepper.velocity(step, x)
+    np.testing.assert_allclose(x, loaded.denoise(conditions, [1, 2], level=level), atol=1e-5, rtol=1e-5)
+
+
 def inputs_of_advance():
     rng = np.random.default_rng(0)
     shapes = {BASE: (2, *SHAPE), VELOCITIES: (3, 2, *SHAPE), COEFFICIENTS: (1, 3), BASE_SHARE: (1,)}

@@ -295,6 +295,19 @@ def test_a_sampler_outside_gets_each_step_of_a_gap_by_its_own_row():
     assert call.velocities == (call.outputs["next_latents"],)
 
 
+def test_predictors_answer_a_sampler_outside_step_by_step():
+    plan = plan_of("predictor", for_sampler=True)
+    assert [call.velocities for call in plan.operations] == [(View("velocity"),)] * STEPS
+    assert plan.operations[2].outputs == {"velocity": View("velocity"), "feature": View("slots/feature", 2)}
+
+
+def test_all_calls_are_the_prologue_and_the_operations():
+    plan = plan_of("hoisted")
+    assert plan.calls == (plan.prologue, *plan.operations)
+    without = plan_of("plain")
+    assert without.calls == without.operations
+
+
 def test_flow_maps_are_told_a_second_time():
     told = replace(LINEAR, target_timesteps=TIMESTEPS + 5)
     compute = Signature((*PLAIN["compute"].inputs, *specs(target_timestep=("batch",))), COMPUTE_OUT)
