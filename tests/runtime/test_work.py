@@ -166,3 +166,36 @@ def test_who_waits_too_long_is_told(tmp_path, monkeypatch):
         told = pytest.raises(OutputError, match=r"^busy: wait until it is done. If none is, remove .*\.lock")
         with told, holding(tmp_path / LOCK, "busy", wait=True):
             pass
+
+
+def test_locks_that_fail_are_said(tmp_path, monkeypatch):
+    def fail(descriptor, operation):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("fcntl.flock", fail)
+    with pytest.raises(OutputError, match="cannot write .*: Input/output error"), holding(tmp_path / LOCK, "busy"):
+        pass
+
+
+def test_a_disk_without_locks_is_told_by_what_it_answers(tmp_path, monkeypatch):
+    def refuse(descriptor, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with holding(tmp_path / LOCK, "busy"):
+        told = pytest.raises(OutputError, match="busy")
+        with told, holding(tmp_path / LOCK, "busy"):
+            pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_descriptor_is_left_open(tmp_path):
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        left = tmp_path / ".x-left"
+        left.mkdir()
+        (left / LOCK).write_bytes(b"")
+        told = pytest.raises(OutputError, match="busy")
+        with fresh_folder(tmp_path, ".x-"), holding(tmp_path / LOCK, "busy"), told, holding(tmp_path / LOCK, "busy"):
+            pass
+    assert len(os.listdir("/proc/self/fd")) == before

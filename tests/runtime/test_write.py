@@ -168,6 +168,44 @@ def test_adding_to_a_bundle_of_links_touches_no_blob(tmp_path):
     assert_whole(out)
 
 
+def test_what_a_killed_process_collected_is_not_added(tmp_path):
+    out = tmp_path / "x.cachec"
+    build(out, "old")
+    left = out / ".adding" / "engines"
+    left.mkdir(parents=True)
+    (left / "lost.plan").write_bytes(b"half of it")
+    (left.parent / "lost").write_bytes(b"half of it")
+    with BundleAdder(out) as adder:
+        assert [path.name for path in adder.staging.iterdir()] == [LOCK]
+        folder = adder.directory("engines/deep/deeper")
+        assert adder.directory("engines/deep/deeper") == folder
+        (folder / "a.plan").write_bytes(b"new")
+        digest = hash_file(folder / "a.plan")
+        name = adder.seal(folder / "a.plan")
+        assert name == f"engines/deep/deeper/a-{digest[:16]}.plan"
+        assert adder.files[name] == {"bytes": 3, "sha256": digest}
+        assert adder.seal(adder.staging / name) == name  # named by its hash already
+
+
+def test_what_may_not_be_replaced_is_said_before_anything_is_made(tmp_path):
+    out = tmp_path / "x.cachec"
+    out.write_bytes(b"mine")
+    with pytest.raises(OutputError, match="is a file: choose another place"):
+        BundleWriter(out, force=True)
+    out.unlink()
+    build(out, "old")
+    with pytest.raises(OutputError, match="is a bundle already: pass --force"):
+        BundleWriter(out, force=False)
+    (out / MANIFEST).unlink()
+    with pytest.raises(OutputError, match="holds an interrupted build: pass --force"):
+        BundleWriter(out, force=False)
+    (out / "notes.txt").write_bytes(b"mine")
+    with pytest.raises(OutputError, match="is a directory with other things in it"):
+        BundleWriter(out, force=True)
+    (tmp_path / "empty").mkdir()
+    build(tmp_path / "empty", "new", force=False)
+
+
 def test_a_folder_of_a_bundle_that_is_a_link_is_left_alone(tmp_path):
     out, elsewhere = tmp_path / "x.cachec", tmp_path / "elsewhere"
     build(out, "old")
