@@ -24,8 +24,8 @@ MAY_IMPORT = {
 }
 # rooms of the compiler, low to high; those of one line know nothing of each other. Files beside the rooms are rooms, too.
 ROOMS = (
-    ("models", "tables"),
-    ("graphs", "options"),
+    ("models", "tables", "fingerprint"),
+    ("graphs", "options", "drop_in"),
     ("calibration",),
     ("methods",),
     ("planning",),
