@@ -350,7 +350,7 @@ class Program:
     def arrays(self) -> dict[str, Array]:
         """All numbers by name; those that it may lack, only if it has them."""
         names = ("sigmas", "timesteps", "coefficients", "bias", "target_timesteps", "rows_out", "share_out")
-        return {name: np.ascontiguousarray(value) for name in names if (value := getattr(self, name)) is not None}
+        return {name: np.asarray(value, order="C") for name in names if (value := getattr(self, name)) is not None}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any], arrays: Mapping[str, Array]) -> "Program":

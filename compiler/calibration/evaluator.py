@@ -24,11 +24,11 @@ Numbers = Array | None  # in place of a Program's own, where given
 class Evaluator(ABC):
     """A model on some device. Speaks numpy, in the model's own precision (float32 wherever pictures are made).
 
-    ``gradients``: :meth:`velocity_with_gradients` can be asked for.
+    ``differentiable``: :meth:`evaluate_with_gradients` can be asked for.
     """
 
     name: ClassVar[str]
-    gradients: ClassVar[bool] = False
+    differentiable: ClassVar[bool] = False
 
     @abstractmethod
     def evaluate(self, x: Array, t: Time, conditions: Conditions) -> tuple[Array, Array]:
@@ -48,10 +48,10 @@ class Evaluator(ABC):
         built, bound or validated anew.
         """
 
-    def velocity_with_gradients(
+    def evaluate_with_gradients(
         self, x: "torch.Tensor", t: "torch.Tensor", conditions: Mapping[str, "torch.Tensor"]
-    ) -> "torch.Tensor":
-        """Velocity of the whole model, differentiable in latents and in the scalar ``t``.
+    ) -> "tuple[torch.Tensor, torch.Tensor]":
+        """Velocity and feature of the whole model, differentiable in latents and in the scalar ``t``.
 
         Raises:
             InputError: this evaluator gives no gradients.
@@ -61,5 +61,5 @@ class Evaluator(ABC):
 
     def check_gradients(self, who: str) -> None:
         """Raise ``InputError`` unless gradients can be asked for: ``who`` wants them. Fits ask before anything runs."""
-        if not self.gradients:
+        if not self.differentiable:
             raise InputError(f"{who} needs gradients of the model, which {self.name} does not give: calibrate on its graphs")

@@ -23,7 +23,7 @@ class FactsFile:
 
     def content(self, arrays: Mapping[str, Array], facts: Mapping[str, str]) -> bytes:
         """The bytes of such a file."""
-        ordered = {name: np.ascontiguousarray(value) for name, value in arrays.items()}  # others would be written as they lie
+        ordered = {name: np.asarray(value, order="C") for name, value in arrays.items()}  # others would be written as they lie
         content: bytes = save(ordered, {**facts, "format": self.format})
         return content
 

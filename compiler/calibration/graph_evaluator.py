@@ -38,7 +38,7 @@ class GraphEvaluator(Evaluator):
     """
 
     name: ClassVar[str] = "PyTorch"
-    gradients: ClassVar[bool] = True
+    differentiable: ClassVar[bool] = True
 
     def __init__(self, split: Graphs, io: ModelIO, inlined: Graphs | None = None) -> None:
         self._io = io
@@ -57,8 +57,10 @@ class GraphEvaluator(Evaluator):
         velocity: Array = self._tail(value, _told(t, value), _tensors(conditions)).numpy()
         return velocity
 
-    def velocity_with_gradients(self, x: torch.Tensor, t: torch.Tensor, conditions: Tensors) -> torch.Tensor:
-        return self._evaluate(x, t.expand(len(x)), conditions)[0]
+    def evaluate_with_gradients(
+        self, x: torch.Tensor, t: torch.Tensor, conditions: Tensors
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._evaluate(x, t.expand(len(x)), conditions)
 
     @torch.no_grad()
     def play(

@@ -113,7 +113,7 @@ def record_runs(
                 result |= one.keep(steps)
             chunks.append(result)
             if path is not None:
-                write_file(path, save({name: np.ascontiguousarray(value) for name, value in result.items()}))
+                write_file(path, save({name: np.asarray(value, order="C") for name, value in result.items()}))
     return {name: np.concatenate([one[name] for one in chunks]) for name in chunks[0]}
 
 

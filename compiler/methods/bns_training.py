@@ -47,7 +47,7 @@ def _loss(calibration: Calibration, rows: torch.Tensor, timesteps: torch.Tensor)
     conditions = {name: torch.from_numpy(value) for name, value in calibration.all_conditions().items()}
     x, velocities = noise, []
     for i, timestep in enumerate(timesteps):
-        velocities.append(calibration.evaluator.velocity_with_gradients(x, timestep, conditions))
+        velocities.append(calibration.evaluator.evaluate_with_gradients(x, timestep, conditions)[0])
         x = noise + torch.stack([weight * v for weight, v in zip(rows[i], velocities, strict=False)]).sum(0)
     error = (x - reference).flatten(1).square().mean(dim=1)
     return torch.log(error / reference.flatten(1).square().mean(dim=1)).mean()

@@ -11,4 +11,4 @@ def test_who_needs_gradients_is_refused_by_name_where_there_are_none():
     with pytest.raises(InputError, match="bns needs gradients of the model, which a built engine does not give"):
         engines.check_gradients("bns")
     with pytest.raises(InputError, match="this fit needs gradients"):
-        engines.velocity_with_gradients(None, None, {})
+        engines.evaluate_with_gradients(None, None, {})

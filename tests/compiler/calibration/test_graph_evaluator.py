@@ -131,4 +131,4 @@ def test_gradients_are_those_of_the_answers(calibration):
         torch.tensor(0.5, dtype=torch.float64, requires_grad=True),
     )
     conditions = {name: torch.from_numpy(value[:1]) for name, value in calibration.all_conditions().items()}
-    assert torch.autograd.gradcheck(lambda x, t: evaluator.velocity_with_gradients(x, t, conditions), (x, t))
+    assert torch.autograd.gradcheck(lambda x, t: evaluator.evaluate_with_gradients(x, t, conditions), (x, t))

@@ -22,8 +22,8 @@ def test_bns_calibrates_by_training():
 
 def test_a_model_without_gradients_is_refused_by_name_before_anything_runs(monkeypatch):
     calibration = make_calibration()
-    monkeypatch.setattr(type(calibration.evaluator), "gradients", False)
-    monkeypatch.setattr(type(calibration.evaluator), "velocity_with_gradients", Evaluator.velocity_with_gradients)
+    monkeypatch.setattr(type(calibration.evaluator), "differentiable", False)
+    monkeypatch.setattr(type(calibration.evaluator), "evaluate_with_gradients", Evaluator.evaluate_with_gradients)
     with pytest.raises(InputError, match="bns needs gradients of the model"):
         Bns().calibrate(calibration, FOUR)
 

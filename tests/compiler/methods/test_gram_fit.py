@@ -323,7 +323,7 @@ def closed_loop(calibration, schedule):
     def final(rows, timesteps):
         x, velocities = noise, []
         for i in range(len(schedule.compute)):
-            velocities.append(calibration.evaluator.velocity_with_gradients(x, timesteps[i], conditions))
+            velocities.append(calibration.evaluator.evaluate_with_gradients(x, timesteps[i], conditions)[0])
             x = noise + sum(rows[i, j] * v for j, v in enumerate(velocities))
         return x.flatten(1)
 

@@ -152,6 +152,6 @@ def test_goals_share_searches(make, monkeypatch):
 
 
 def test_a_method_that_needs_gradients_is_refused_before_anything_runs(make, calibrations, monkeypatch):
-    monkeypatch.setattr(type(calibrations.coarse.evaluator), "gradients", False)
+    monkeypatch.setattr(type(calibrations.coarse.evaluator), "differentiable", False)
     with pytest.raises(InputError, match="bns needs gradients of the model"):
         make(Bns())
