@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from cachec.compiler.tables.samplers import SOLVERS, diffusers_scheduler, solver_rows
-from cachec.runtime.abi import VELOCITY
 from cachec.runtime.errors import InputError
 
 SHAPE = (2, 3, 4)
@@ -67,7 +66,7 @@ def run_diffusers(name, sigmas, noise):
 
 
 @pytest.mark.parametrize("grid", GRIDS)
-@pytest.mark.parametrize("num", range(1, 11))
+@pytest.mark.parametrize("num", [1, 2, 3, 9])
 @pytest.mark.parametrize("name", SOLVERS)
 def test_rows_equal_the_solver_on_a_nonlinear_model(name, num, grid):
     sigmas = GRIDS[grid](num)
@@ -123,17 +122,6 @@ def test_diffusers_own_sigmas_give_the_same_unipc():
     for timestep, sigma in zip(scheduler.timesteps, sigmas[:-1], strict=True):
         x = scheduler.step(torch.from_numpy(model(x.numpy(), sigma)), timestep, x, return_dict=False)[0]
     np.testing.assert_allclose(run_rows(solver_rows("unipc", sigmas), sigmas, noise), x.numpy(), atol=1e-4)
-
-
-class _Model:
-    """An execution context around ``model``; remembers what timesteps it was told."""
-
-    def __init__(self):
-        self.told = []
-
-    def run(self, inputs, outputs):
-        self.told.append(float(inputs["t"][0]))
-        outputs[VELOCITY][...] = model(inputs["x"], inputs["t"].reshape(-1, 1, 1)) + inputs["c"]
 
 
 def test_unknown_solvers_are_refused_with_the_nearest_name():
