@@ -12,7 +12,7 @@ from cachec.compiler.methods import get_method
 from cachec.compiler.methods.base import Method, PredictorMethod
 from cachec.compiler.models.base import ModelSpec, Settings
 from cachec.compiler.options import FitWish, GraphWish, Options, make_build_options, make_settings, read_options
-from cachec.compiler.planning.goals import Goal, Wish, make_goals
+from cachec.compiler.planning.goals import Goal, make_goals
 from cachec.compiler.tables.schedule import Schedule
 from cachec.engines import BACKENDS, get_engine
 from cachec.engines.gpu import find_gpu
@@ -117,9 +117,7 @@ def check_wish(spec: ModelSpec, wish: Options) -> Request:
     method = get_method(wish.schedule.method).with_options(wish.schedule.options or {})
     settings = make_settings(spec, wish.model)
     _check_files(method, wish.fit)
-    steps = wish.schedule
-    aims = Wish(steps.interval, steps.budget, steps.schedule, steps.levels, steps.target_psnr, steps.target_speedup)
-    goals, interval = make_goals(method, settings.steps, aims)
+    goals, interval = make_goals(method, settings.steps, wish.schedule)
     _check_graph(method, goals, wish.graph)
     return Request(
         method=method,

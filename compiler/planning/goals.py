@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from cachec.compiler.methods import METHODS
 from cachec.compiler.methods.base import Method
+from cachec.compiler.options import ScheduleWish
 from cachec.compiler.tables.samplers import SOLVERS
 from cachec.compiler.tables.schedule import (
     Schedule,
@@ -55,19 +56,7 @@ class Goal:
         return f"PSNR of {self.psnr:g} dB" if self.psnr is not None else f"{self.speedup:g} times as fast as uncached"
 
 
-@dataclass(frozen=True)
-class Wish:
-    """The options on the command line that say which steps to compute, as they were given."""
-
-    interval: int | None = None
-    budget: int | None = None
-    schedule: str | None = None
-    levels: str | None = None
-    target_psnr: float | None = None
-    target_speedup: float | None = None
-
-
-def make_goals(method: Method, steps: int, wish: Wish) -> tuple[tuple[Goal, ...], int | None]:
+def make_goals(method: Method, steps: int, wish: ScheduleWish) -> tuple[tuple[Goal, ...], int | None]:
     """Goals from options, and the interval if the schedule came from one.
 
     Raises:
@@ -91,7 +80,7 @@ def make_goals(method: Method, steps: int, wish: Wish) -> tuple[tuple[Goal, ...]
     return goals, None
 
 
-def _check_conflicts(wish: Wish) -> None:
+def _check_conflicts(wish: ScheduleWish) -> None:
     aims = {"interval": wish.interval, "budget": wish.budget, "levels": wish.levels, "target-psnr": wish.target_psnr,
             "target-speedup": wish.target_speedup}  # fmt: skip
     given = [f"--{name}" for name, value in aims.items() if value is not None]
@@ -111,7 +100,7 @@ def _check_conflicts(wish: Wish) -> None:
         raise InputError("--schedule search and --interval contradict each other: it takes --budget")
 
 
-def _one_goal(method: Method, steps: int, wish: Wish) -> tuple[Goal, int | None]:
+def _one_goal(method: Method, steps: int, wish: ScheduleWish) -> tuple[Goal, int | None]:
     kind, budget = wish.schedule, wish.budget
     if kind is not None and kind not in KINDS:
         given = parse_schedule(kind, steps)

@@ -5,7 +5,8 @@ import math
 import pytest
 
 from cachec.compiler.methods import get_method
-from cachec.compiler.planning.goals import LEVELS, Goal, Wish, budget_for_speedup, make_goals, parse_levels, smallest_budget
+from cachec.compiler.options import ScheduleWish
+from cachec.compiler.planning.goals import LEVELS, Goal, budget_for_speedup, make_goals, parse_levels, smallest_budget
 from cachec.compiler.tables.schedule import Schedule, interval_for_budget, interval_schedule, uniform_schedule
 from cachec.runtime.errors import InputError, QualityError
 
@@ -15,7 +16,7 @@ def method(name, **options):
 
 
 def goals(name, steps=50, **wish):
-    return make_goals(method(name), steps, Wish(**wish))
+    return make_goals(method(name), steps, ScheduleWish(**wish))
 
 
 def test_the_default_is_the_methods_own_interval():
