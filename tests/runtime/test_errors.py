@@ -3,7 +3,16 @@
 import pytest
 
 from cachec.runtime import errors
-from cachec.runtime.errors import CachecError, InputError, cannot_be_pickled, in_one_line, shortened, unknown_name
+from cachec.runtime.errors import (
+    CachecError,
+    InputError,
+    MissingExtraError,
+    cannot_be_pickled,
+    in_one_line,
+    need,
+    shortened,
+    unknown_name,
+)
 
 
 def test_kinds_have_exit_codes_of_their_own():
@@ -36,3 +45,11 @@ def test_what_cannot_be_pickled_says_what_to_do():
     error = cannot_be_pickled("a session", "make one there")
     assert isinstance(error, InputError)
     assert str(error) == "a session cannot be pickled or copied, it belongs to this process: make one there"
+
+
+def test_a_package_that_is_missing_is_named_with_the_extra_that_brings_it():
+    need("json", "email.mime", extra="compile", purpose="compiling")
+    with pytest.raises(
+        MissingExtraError, match=r"compiling needs 'no_such', which is not installed: pip install 'cachec\[compile\]'"
+    ):
+        need("json", "no_such", extra="compile", purpose="compiling")

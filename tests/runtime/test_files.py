@@ -8,11 +8,11 @@ import pytest
 from full_disk import full_disk
 
 from cachec.runtime.errors import InputError, OutputError
-from cachec.runtime.files import check_file, hash_file, read_text_file, temporary_folder, write_file, writing
+from cachec.runtime.files import cache_folder, check_file, hash_file, read_text_file, temporary_folder, write_file, writing
 
 
 def test_a_file_is_written_with_its_directory(tmp_path):
-    path = tmp_path / "new" / "file"
+    path = tmp_path / "new" / "deep" / "file"
     write_file(path, b"old")
     write_file(path, b"new")
     assert path.read_bytes() == b"new"
@@ -115,8 +115,9 @@ def test_text_is_read_however_it_was_saved(tmp_path, content):
         ("a café".encode("utf-16"), "is saved as UTF-16: save it as UTF-8"),
         ("a café".encode("utf-32"), "is saved as UTF-32: save it as UTF-8"),
         ("a house\na tree".encode("utf-16-le"), "is no text: line 1 has a zero byte, as UTF-16 has"),
+        (b"a house\n\na\0tree\n", "is no text: line 3 has a zero byte"),
     ],
-    ids=["latin-1", "utf-16", "utf-32", "utf-16 without mark"],
+    ids=["latin-1", "utf-16", "utf-32", "utf-16 without mark", "zero"],
 )
 def test_another_encoding_is_named_with_its_line(tmp_path, content, message):
     (tmp_path / "t").write_bytes(content)
@@ -129,6 +130,23 @@ def test_what_cannot_be_read_is_said(tmp_path):
         read_text_file(tmp_path / "none", "list")
     with pytest.raises(InputError, match="cannot be read: Is a directory"):
         read_text_file(tmp_path, "list")
+
+
+def test_a_place_that_may_not_be_written_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path or mode != os.W_OK)
+    with pytest.raises(OutputError, match="cannot write .*/x: .* may not be written. Choose another place"):
+        check_file(tmp_path / "x", force=False)
+
+
+def test_notes_of_this_machine_are_in_its_cache(monkeypatch):
+    for name in ("CACHEC_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", "/home/me")
+    assert cache_folder() == Path("/home/me/.cache/cachec")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
+    assert cache_folder() == Path("/cache/cachec")
+    monkeypatch.setenv("CACHEC_CACHE", "~/notes")
+    assert cache_folder() == Path("/home/me/notes")
 
 
 def test_hash_file_is_sha256(tmp_path):

@@ -162,8 +162,9 @@ def test_adding_to_a_bundle_of_links_touches_no_blob(tmp_path):
     build(out, "old")
     before = as_links(out, blobs)
     with BundleAdder(out) as adder:
-        adder.add_bytes("engines/added.plan", b"new")
+        name = adder.add_bytes("engines/added.plan", b"new")
         adder.commit(manifest(adder, "old"))
+    assert (out / name).read_bytes() == b"new"
     assert {blob.name: blob.read_bytes() for blob in blobs.iterdir()} == before
     assert_whole(out)
 
