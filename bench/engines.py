@@ -29,7 +29,7 @@ from cachec.compiler.graphs.capture import capture_model, named_model
 from cachec.compiler.models.base import tensors_from
 from cachec.compiler.pipeline import compile_bundle
 from cachec.compiler.request import make_request
-from cachec.passes import canonical_passes, run_passes
+from cachec.passes import canonical_passes, cast_passes, run_passes
 from cachec.runtime.abi import MODEL
 from cachec.runtime.bundle import Bundle
 from cachec.runtime.files import write_file
@@ -83,7 +83,7 @@ def measure_errors(case: Case, dtype: torch.dtype, prompts: Sequence[str]) -> di
     io, (sigmas, timesteps) = model.io, model.sampling(settings)
     constants, conditions = model.constants(settings), tensors_from(model.encode(prompts, settings, model.io.conditions))
     captured = capture_model(model.transformer, model.example_inputs(settings), constants)
-    cast = run_passes(captured, canonical_passes(dtype)).modules[MODEL]
+    cast = run_passes(captured, [canonical_passes(), cast_passes(dtype)]).modules[MODEL]
     whole, exact = (named_model(m, constants) for m in (copy.deepcopy(model.transformer).to(dtype), model.transformer))
     rounded = ((torch.from_numpy(timesteps) * 1000).to(dtype).float() / 1000).numpy()
     shape = model.example_inputs(settings, batch=1)[io.latents].shape[1:]

@@ -25,8 +25,7 @@ from bench.peers import (
 )
 from cachec.compiler.graphs.build_engines import LooseSources, build_and_load
 from cachec.compiler.graphs.export import plan_engines
-from cachec.compiler.graphs.forecast import engine_graphs, linear_graphs
-from cachec.compiler.graphs.prepare import split_model
+from cachec.compiler.graphs.prepare import engine, linear, prepare
 from cachec.compiler.methods import get_method
 from cachec.compiler.models import find_model, load_model, wrap_pipeline
 from cachec.compiler.models.base import LoadedModel, Settings
@@ -192,8 +191,8 @@ def build_engines(case: Case, backend: str) -> Engines:
     start, kind, name = time.perf_counter(), get_engine(backend), DeviceName.parse(str(case.device))
     kind.check_target(name, case.settings.dtype)
     with torch.no_grad():
-        split = split_model(case.model, case.settings)
-        graphs = engine_graphs(case.model, linear_graphs(case.model, split, case.settings), "all")
+        split = prepare(case.model, case.settings)
+        graphs = engine(linear(split), case.model.io)
         plans = plan_engines(graphs, case.model.example_inputs(case.settings), case.model.io.latents, case.settings.steps)
     with ExitStack() as stack:
         if backend in ("eager", "inductor"):

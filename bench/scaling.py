@@ -19,8 +19,7 @@ from bench.rows import session_run
 from bench.timing import repeat_for, settle, spread
 from cachec.compiler.graphs.build_engines import LooseSources, build_and_load
 from cachec.compiler.graphs.export import plan_engines
-from cachec.compiler.graphs.forecast import engine_graphs, linear_graphs
-from cachec.compiler.graphs.prepare import split_model
+from cachec.compiler.graphs.prepare import engine, linear, prepare
 from cachec.compiler.tables.schedule import Schedule, uniform_schedule
 from cachec.engines import get_builder
 from cachec.runtime.engine import Engine
@@ -70,7 +69,7 @@ def _measure_size(case: Case, budget: float) -> dict[str, Any]:
 
 def _build_ort(case: Case, out: Path, stack: ExitStack) -> Mapping[str, Engine]:
     model, settings = case.model, case.settings
-    graphs = engine_graphs(model, linear_graphs(model, split_model(model, settings), settings), "all")
+    graphs = engine(linear(prepare(model, settings)), model.io)
     plans = plan_engines(graphs, model.example_inputs(settings), model.io.latents, settings.steps)
     engines = build_and_load(get_builder("ort"), LooseSources(plans, out), out)
     return {name: stack.enter_context(engine) for name, engine in engines.items()}

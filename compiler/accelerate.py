@@ -72,14 +72,14 @@ def compile_in_memory(
     checked = check(model, request)
     with temporary_folder() as work:
         parameters = find_parameters(model, request, checked, work / "training")
-        graphs = make_graphs(model, request, parameters)
+        graphs = make_graphs(model, request, parameters, merge=False)  # the transformer's weights are shared
         device = TorchDevice(DeviceName.parse(str(model.device)))
         engines: dict[str, Engine] = {
             plan.name: kind(graphs.engine.modules[plan.name], plan.signature, device)
             for plan in make_plans(model, request, graphs)
         }
         calibrations = find_calibrations(model, request, checked, work / "calibration")
-        return engines, make_programs(model, request, graphs, engines, calibrations, parameters).by_level
+        return engines, make_programs(model, request, engines, calibrations, parameters).by_level
 
 
 def _fit_request(model: LoadedModel, request: Request) -> Request:

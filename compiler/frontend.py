@@ -6,12 +6,10 @@ where something is fitted or measured; :func:`make_programs` is the schedules an
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from cachec.compiler.calibration.graph_evaluator import GraphEvaluator
 from cachec.compiler.calibration.statistics import (
@@ -22,12 +20,10 @@ from cachec.compiler.calibration.statistics import (
     record_statistics,
 )
 from cachec.compiler.calibration.uses import UsedPrompts, calibration_prompts, training_prompts
-from cachec.compiler.graphs.capture import named_model
 from cachec.compiler.graphs.export import EnginePlan, plan_engines
 from cachec.compiler.graphs.finite import check_finite_run
-from cachec.compiler.graphs.forecast import engine_graphs, inline, linear_graphs
-from cachec.compiler.graphs.prepare import model_passes, split_model
-from cachec.compiler.graphs.verify import Verifier, eager_output, graph_output
+from cachec.compiler.graphs.prepare import compute_only, engine, inlined, linear, prepare
+from cachec.compiler.graphs.verify import verifier_for
 from cachec.compiler.methods.base import PredictorMethod
 from cachec.compiler.methods.parameters import Parameters, check_fit, find_pretrained, load_predictor
 from cachec.compiler.methods.training import Training, train_predictor, training_facts
@@ -35,19 +31,15 @@ from cachec.compiler.models.base import LoadedModel, ModelSpec
 from cachec.compiler.planning.levels import forecast_cost
 from cachec.compiler.planning.planner import Calibrations, Planner
 from cachec.compiler.request import Request
-from cachec.compiler.tables.coefficients import compose
 from cachec.compiler.tables.lower import lower_predictor, lower_table, lower_uncached
 from cachec.compiler.tables.schedule import Schedule
 from cachec.passes import Graphs, dump_to
 from cachec.passes.base import Observer
-from cachec.runtime.abi import COMPUTE
 from cachec.runtime.engine import Engine
 from cachec.runtime.errors import InputError
 from cachec.runtime.program import UNCACHED, Program, ProgramKey, hash_sigmas
 
 log = logging.getLogger(__name__)
-
-PASSES_BEFORE_ENGINES = 20  # number of the first dump of engine passes
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,7 +136,7 @@ def _read_statistics(model: LoadedModel, request: Request) -> Statistics:
 
 def evaluator_of(model: LoadedModel, request: Request) -> GraphEvaluator:
     """The float32 model on PyTorch, whatever the bundle's precision: what is trained, fitted and measured against."""
-    return GraphEvaluator(split_model(model, replace(request.settings, dtype="float32")), model.io)
+    return GraphEvaluator(prepare(model, replace(request.settings, dtype="float32")), model.io)
 
 
 def find_parameters(model: LoadedModel, request: Request, checked: Checked, work: Path | None) -> Parameters | None:
@@ -177,19 +169,19 @@ def find_calibrations(model: LoadedModel, request: Request, checked: Checked, wo
     return Calibrations.open(statistics, model, evaluator, settings)
 
 
-def make_graphs(model: LoadedModel, request: Request, parameters: Parameters | None) -> StepGraphs:
-    """The graphs of the request's cut.
+def make_graphs(model: LoadedModel, request: Request, parameters: Parameters | None, *, merge: bool = True) -> StepGraphs:
+    """The graphs of the request's cut. ``merge``: of linear layers, which copies their weights.
 
     Raises:
         PassError: a graph cannot be rewritten.
         EngineError: an example run of the model is not finite.
     """
-    split = split_model(model, request.settings, observers(model, request))
+    watch = observers(model, request)
+    split = prepare(model, request.settings, watch)
     inputs = model.example_inputs(request.settings)
     check_finite_run(split, inputs, request.settings.dtype, request.slots)
-    plain = add_forecast(model, split, request, parameters)
-    watch = observers(model, request, plain, start=PASSES_BEFORE_ENGINES)
-    final = engine_graphs(model, plain, request.hoist, watch, velocities=request.velocities, slots=request.slots)
+    plain = add_forecast(model, split, request, parameters, watch)
+    final = engine(plain, model.io, watch, hoist=request.hoist, merge=merge, velocities=request.velocities, slots=request.slots)
     return StepGraphs(plain, final)
 
 
@@ -199,40 +191,37 @@ def make_plans(model: LoadedModel, request: Request, graphs: StepGraphs) -> list
     return plan_engines(graphs.engine, inputs, model.io.latents, request.settings.steps)
 
 
-def add_forecast(model: LoadedModel, split: Graphs, request: Request, parameters: Parameters | None) -> Graphs:
-    """The graphs of the request's cut: the compute graph alone, or with the predictor inlined into the forecast graph.
+def add_forecast(
+    model: LoadedModel, split: Graphs, request: Request, parameters: Parameters | None, watch: Sequence[Observer]
+) -> Graphs:
+    """The graphs of the request's cut: the compute graph alone, with the forecast of all linear methods, or a predictor's.
 
-    Unless told otherwise the predictor is folded to numbers. What is left is the same for all linear methods, so methods
-    that state their numbers, and searched schedules, take what the simplest predictor leaves.
+    Raises:
+        PredictorError: the predictor is to be folded to numbers, and cannot be.
     """
-    if request.method.cut == "output":
-        return Graphs({COMPUTE: split.modules[COMPUTE]})
     method, schedule = request.method, request.schedule
+    if method.cut == "output":
+        return compute_only(split)
     if schedule is None or not isinstance(method, PredictorMethod):
-        return linear_graphs(model, split, request.settings)
-    watch = observers(model, request, split, start=len(model_passes(model, request.settings)))
-    return inline(model, split, request.settings, method, schedule, parameters, fold=request.fold, observers=watch)
+        return linear(split, watch)
+    if request.fold:
+        method.table(schedule, model.sampling(request.settings)[0], parameters)  # fails now, not behind the engines
+        return linear(split, watch)
+    predictor, steps = method.predictor(parameters), request.settings.steps
+    return inlined(split, predictor, window=method.window, num_steps=steps, observers=watch)
 
 
-def observers(model: LoadedModel, request: Request, before: Graphs | None = None, start: int = 0) -> list[Observer]:
-    """What looks on. ``before``: the graphs to be compared with, when the model itself was compared with earlier."""
-    found: list[Observer] = [] if request.dump_graphs is None else [dump_to(request.dump_graphs, start=start)]
+def observers(model: LoadedModel, request: Request) -> list[Observer]:
+    """What looks on, at all passes of a compilation."""
+    found: list[Observer] = [] if request.dump_graphs is None else [dump_to(request.dump_graphs)]
     if request.verify_passes:
-        inputs = model.example_inputs(request.settings)
-        eager = named_model(model.transformer, model.constants(request.settings))
-        reference = eager_output(eager, inputs) if before is None else graph_output(before.modules[COMPUTE], inputs)
-        sigmas = torch.from_numpy(model.sampling(request.settings)[0])
-        method, schedule = request.method, request.schedule
-        histories = {} if schedule is None or not isinstance(method, PredictorMethod) else method.histories(schedule)
-        dtypes = getattr(torch, request.settings.dtype), next(model.transformer.parameters()).dtype
-        found.append(Verifier(reference, inputs, sigmas, histories, model.io.timestep, model.io.latents, *dtypes))
+        found.append(verifier_for(model, request.settings))
     return found
 
 
 def make_programs(
     model: LoadedModel,
     request: Request,
-    graphs: StepGraphs,
     engines: Mapping[str, Engine],
     calibrations: Calibrations | None,
     parameters: Parameters | None,
@@ -247,7 +236,7 @@ def make_programs(
     key = ProgramKey(settings.steps, hash_sigmas(sigmas), settings.sizes, batch=request.batch)
     programs = {UNCACHED: lower_uncached(replace(key, level=UNCACHED), sigmas, timesteps)}
     if schedule is not None and isinstance(method, PredictorMethod):
-        return Programs(programs | {"default": _lower_predictor(model, request, method, schedule, graphs.plain, key)})
+        return Programs(programs | {"default": _lower_predictor(model, request, method, schedule, parameters, key)})
     cost = forecast_cost(engines, programs[UNCACHED], model) if request.wants_speed else 0.0
     planner = Planner(
         model,
@@ -266,13 +255,17 @@ def make_programs(
 
 
 def _lower_predictor(
-    model: LoadedModel, request: Request, method: PredictorMethod, schedule: Schedule, graphs: Graphs, key: ProgramKey
+    model: LoadedModel,
+    request: Request,
+    method: PredictorMethod,
+    schedule: Schedule,
+    parameters: Parameters | None,
+    key: ProgramKey,
 ) -> Program:
-    """The Program of a predictor on its one schedule: composed coefficients, or predictor calls if nothing was folded."""
+    """The Program of a predictor on its one schedule: composed coefficients, or predictor calls if nothing is folded."""
     sigmas, timesteps = model.sampling(request.settings)
-    if graphs.rows is None:
+    if not request.fold:
         return lower_predictor(
             schedule, method.window, feeds_back=method.feeds_back, key=key, sigmas=sigmas, timesteps=timesteps
         )
-    rows, bias = graphs.rows.coefficients.numpy(), graphs.rows.bias.numpy()
-    return lower_table(compose(rows, bias, schedule, feeds_back=method.feeds_back), key, sigmas, timesteps)
+    return lower_table(method.table(schedule, sigmas, parameters), key, sigmas, timesteps)

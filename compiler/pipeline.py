@@ -111,7 +111,7 @@ def _compile(
         clock.lap()
         calibrations = find_calibrations(model, request, checked, works.get("calibration"))
         clock.lap()
-        programs = make_programs(model, request, graphs, engines, calibrations, parameters)
+        programs = make_programs(model, request, engines, calibrations, parameters)
         clock.lap()
         levels = programs.facts if calibrations is None else measure(model, request, engines, programs, calibrations)
         clock.lap()

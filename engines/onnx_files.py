@@ -16,6 +16,8 @@ from cachec.runtime.specs import Signature
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
+log = logging.getLogger(__name__)
+
 OPSET = 23
 ALIGNMENT = 4096  # bytes; of tensors in the weights file, so that it can be mapped
 SHARED_FROM = 1024  # bytes; smaller tensors stay inside the ONNX file
@@ -27,23 +29,12 @@ def build_onnx(programs: Mapping[str, "ExportedProgram"], signatures: Mapping[st
         if importlib.util.find_spec(package) is None:
             raise missing_extra(package, "compile", "writing ONNX files")
     import onnx_ir
-    import torch
 
     for noisy in ("torch.onnx", "onnxscript", "onnx_ir"):  # they tell of every pattern that they do not apply
         logging.getLogger(noisy).setLevel(logging.ERROR)
     models: dict[str, Any] = {}
     for name, program in programs.items():
-        signature = signatures[name]
-        exported = torch.onnx.export(
-            program,
-            dynamo=True,
-            opset_version=OPSET,
-            input_names=[spec.name for spec in signature.inputs],
-            output_names=[spec.name for spec in signature.outputs],
-            optimize=True,
-            verbose=False,
-        )
-        models[name] = exported.model  # type: ignore[union-attr]
+        models[name] = _convert(program, signatures[name])
         _drop_metadata(models[name])
     weights = _share_weights(models, out)
     paths = {}
@@ -54,6 +45,59 @@ def build_onnx(programs: Mapping[str, "ExportedProgram"], signatures: Mapping[st
         with writing(paths[name]):
             onnx_ir.save(model, paths[name])
     return paths
+
+
+def _convert(program: "ExportedProgram", signature: Signature) -> Any:
+    """The ONNX model of a program.
+
+    ``torch.onnx`` traces a program anew to write it in operators that ONNX has functions for. The compiler's graphs are in
+    such already, so that is left out, and done only if it turns out that one is not.
+    """
+    import torch
+
+    from cachec.engines.traced import TracedProgram
+
+    inputs, outputs = ([spec.name for spec in specs] for specs in (signature.inputs, signature.outputs))
+    for given in (TracedProgram.of(program), program):
+        try:
+            exported = torch.onnx.export(
+                given,
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=inputs,
+                output_names=outputs,
+                optimize=False,
+                verbose=False,
+            )
+        except torch.onnx.OnnxExporterError as error:
+            if given is program:
+                raise
+            log.info("an operator has no ONNX function: %s", str(error).splitlines()[0])
+        else:
+            break
+    model = exported.model  # type: ignore[union-attr]
+    _simplify(model)
+    return model
+
+
+def _simplify(model: Any) -> None:
+    """Fold constants and drop what is not read. What engines fuse themselves is not looked for: that takes most of the time."""
+    from onnx_ir.passes import common
+    from onnxscript.optimizer import fold_constants
+
+    fold_constants(model)
+    for one in (
+        common.IdentityEliminationPass(),
+        common.RemoveUnusedNodesPass(),
+        common.RemoveUnusedFunctionsPass(),
+        common.RemoveUnusedOpsetsPass(),
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        common.DeduplicateInitializersPass(),
+        common.CommonSubexpressionEliminationPass(),
+        common.OutputFixPass(),
+        common.NameFixPass(),
+    ):
+        one(model)
 
 
 def _drop_metadata(model: Any) -> None:

@@ -1,16 +1,26 @@
 """What a pass is: a frozen dataclass from graphs to new graphs, with a contract that is checked around every run."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from enum import Enum, IntEnum
 from typing import Any, ClassVar
 
 import torch
 from torch import fx
 
-from cachec.runtime.errors import PassError, PredictorError
-from cachec.runtime.files import write_file
+from cachec.runtime.abi import COMPUTE
+
+
+class Stage(Enum):
+    """What the graphs are between two lists of passes; ``passes/stages.py`` says what holds then."""
+
+    CAPTURED = "captured"  # the model as torch.export gives it
+    CANONICAL = "canonical"  # in operators that every back end takes
+    SPLIT = "split"  # cut in two; on the output cut without the forecast graph
+    LINEAR = "linear"  # the forecast is a weighted sum of features
+    INLINED = "inlined"  # the forecast graph holds a predictor
+    ENGINE = "engine"  # with prologue, sampler, runs of forecasts: what engines are built from
 
 
 @dataclass(frozen=True)
@@ -18,27 +28,32 @@ class Graphs:
     """What flows through the passes.
 
     ``modules`` holds ``model`` before the split and ``compute`` and ``forecast`` after it, later ``prologue`` and
-    ``advance``. ``cut`` names the node whose value crosses from body to tail, in the forecast graph once the predictor is
-    there. ``rows`` is what folding the predictor left: coefficients [T, W] and bias [T]. ``axes`` names, by module and
-    tensor, the leading axes with symbolic sizes, and that of ``groups``, which is fixed; tensors that it does not list have a
-    batch in front.
+    ``advance``. ``cut`` names the node whose value crosses from body to tail, in the forecast graph once that makes the
+    feature itself. ``axes`` names, by module and tensor, the leading axes with symbolic sizes; tensors that it does not list
+    have a batch in front. ``editable`` modules belong to the list of passes that is running, which may edit them in place.
     """
 
     modules: Mapping[str, fx.GraphModule]
     cut: str | None = None
-    rows: "PredictorRows | None" = None
     axes: Mapping[str, Mapping[str, tuple[str, ...]]] = field(default_factory=dict)
+    stage: Stage | None = None
+    editable: frozenset[str] = frozenset()
 
     def with_modules(self, **modules: fx.GraphModule) -> "Graphs":
         return replace(self, modules=modules)
 
 
-@dataclass(frozen=True, eq=False)
-class PredictorRows:
-    """A folded predictor: at step ``s`` it is ``sum_m coefficients[s, m] history_m + bias[s]``, newest first, float64."""
+def compute_graphs(graphs: Graphs) -> tuple[str, ...]:
+    """The names of the graphs that run the whole model: there may be several beside the first."""
+    return tuple(name for name in graphs.modules if name == COMPUTE or name.startswith(f"{COMPUTE}_"))
 
-    coefficients: torch.Tensor
-    bias: torch.Tensor
+
+class Equivalence(IntEnum):
+    """How graphs compare with what they were made from, from the strictest on."""
+
+    EXACT = 0  # bit by bit
+    ROUNDING = 1  # sums in another order, products of other sizes
+    PRECISION = 2  # values of another type
 
 
 @dataclass(frozen=True)
@@ -51,9 +66,10 @@ class PassResult:
 
 @dataclass(frozen=True)
 class Pass(ABC):
-    """One transformation. Fields are its options. It leaves the graphs that it is given alone."""
+    """One transformation. Fields are its options. It leaves graphs that are not ``editable`` alone."""
 
     name: ClassVar[str]
+    equivalence: ClassVar[Equivalence] = Equivalence.EXACT
 
     def requires(self, graphs: Graphs) -> None:
         """Raise ``PassError`` if the pass cannot work on ``graphs``."""
@@ -68,98 +84,105 @@ class Pass(ABC):
 
 @dataclass(frozen=True)
 class GraphPass(Pass):
-    """A pass that treats every graph by itself, or those named ``only``, by editing a copy of it."""
+    """A pass that treats every graph by itself, or those named ``only``: it finds places, and edits them."""
 
     only: ClassVar[tuple[str, ...] | None] = None
 
     @abstractmethod
-    def edit(self, module: fx.GraphModule) -> int:
-        """Edit ``module`` in place; return how many places changed."""
+    def places(self, module: fx.GraphModule) -> list[fx.Node]:
+        """The nodes to edit. Without any, the graph is handed on as it is."""
+
+    @abstractmethod
+    def edit(self, module: fx.GraphModule, places: list[fx.Node]) -> None:
+        """Edit ``module`` in place."""
 
     def run(self, graphs: Graphs) -> PassResult:
-        chosen = graphs.modules if self.only is None else {n: m for n, m in graphs.modules.items() if n in self.only}
-        copies = {name: copy_module(module) for name, module in chosen.items()}
-        changes = sum(self.edit(module) for module in copies.values())
-        if not changes:
-            return PassResult(graphs, changed=False)
-        for module in copies.values():
-            finish(module)
-        # copied again, so that attributes which the edit left unread are gone
-        copies = {name: copy_module(module) for name, module in copies.items()}
-        return PassResult(graphs.with_modules(**{**graphs.modules, **copies}), changed=True)
+        edited: dict[str, fx.GraphModule] = {}
+        for name, module in graphs.modules.items():
+            found = self.places(module) if self.only is None or name in self.only else []
+            if found:
+                edited[name], nodes = writable(graphs, name)
+                self.edit(edited[name], [nodes(node) for node in found])
+                finish(edited[name])
+        return PassResult(graphs.with_modules(**{**graphs.modules, **edited}) if edited else graphs, changed=bool(edited))
 
 
 Observer = Callable[[int, Pass, PassResult], None]
 
 
-def run_passes(graphs: Graphs, passes: Sequence[Pass], *, observers: Sequence[Observer] = ()) -> Graphs:
-    """Run ``passes`` in order, checking each contract and linting every graph after each.
-
-    Raises:
-        PassError, PredictorError: with the failing pass and those that ran before it.
-    """
-    done: list[str] = []
-    for index, one in enumerate(passes):
-        try:
-            one.requires(graphs)
-            result = one.run(graphs)
-            for module in result.graphs.modules.values():
-                module.graph.lint()
-            one.ensures(result.graphs)
-            for observe in observers:
-                observe(index, one, result)
-        except (PassError, PredictorError, RuntimeError) as error:
-            kind = PredictorError if isinstance(error, PredictorError) else PassError
-            raise kind(f"pass {one.name!r} (after {', '.join(done) or 'none'}): {error}") from error
-        graphs = result.graphs
-        done.append(one.name)
-    return graphs
-
-
-def dump_to(directory: Path, *, start: int = 0) -> Observer:
-    """An observer that writes the readable graphs after each pass, in files numbered from ``start``."""
-
-    def observe(index: int, one: Pass, result: PassResult) -> None:
-        for name, module in result.graphs.modules.items():
-            write_file(directory / f"{start + index:02d}-{one.name}.{name}.txt", graph_text(module).encode())
-
-    return observe
-
-
-def graph_text(module: fx.GraphModule) -> str:
-    """The graph, one node a line, with shapes: what ``--dump-graphs`` writes and the golden tests compare."""
-    lines = []
-    for node in module.graph.nodes:
-        value = node.meta.get("val")
-        shape = f" : {_shape_text(value)}" if isinstance(value, torch.Tensor) else ""
-        arguments = ", ".join([*map(str, node.args), *(f"{k}={v}" for k, v in node.kwargs.items())])
-        lines.append(f"{node.op} {node.name} = {node.target}({arguments}){shape}".replace("torch.", ""))
-    return "\n".join(lines) + "\n"
-
-
-def _shape_text(value: torch.Tensor) -> str:
-    """Shape and dtype; the batch is the only symbolic size, and its symbol's number differs from run to run."""
-    sizes = ", ".join("B" if isinstance(size, torch.SymInt) else str(size) for size in value.shape)
-    return f"[{sizes}] {value.dtype}"
+def writable(graphs: Graphs, name: str) -> tuple[fx.GraphModule, Callable[[fx.Node], fx.Node]]:
+    """The module ``name`` to be edited, a copy unless it is editable, and what its nodes are called there."""
+    module = graphs.modules[name]
+    if name in graphs.editable:
+        return module, lambda node: node
+    copy, nodes = _copied(module)
+    return copy, nodes.__getitem__
 
 
 def copy_module(module: fx.GraphModule) -> fx.GraphModule:
     """A copy with its own graph; parameters and buffers stay the same objects."""
+    return _copied(module)[0]
+
+
+def _copied(module: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
     graph = fx.Graph()
     values: dict[fx.Node, fx.Node] = {}
     graph.output(graph.graph_copy(module.graph, values))
-    new = fx.GraphModule(module, graph)
-    new.meta.update(module.meta)
     for old_node, new_node in values.items():
         new_node.meta = dict(old_node.meta)
-    return new
+    new = fx.GraphModule(module, graph)
+    new.meta.update(module.meta)
+    return new, values
 
 
 def finish(module: fx.GraphModule) -> None:
-    """Drop dead nodes and regenerate the code of an edited module."""
+    """Drop dead nodes and what no node reads any more; regenerate the code of an edited module."""
     module.graph.eliminate_dead_code()
     module.graph.lint()
+    _drop_attributes(module)
     module.recompile()
+
+
+def _drop_attributes(module: fx.GraphModule) -> None:
+    read = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
+    for held in (module.named_parameters, module.named_buffers):
+        for name, _ in [*held(remove_duplicate=False)]:
+            if name not in read:
+                owner, _, last = name.rpartition(".")
+                delattr(module.get_submodule(owner), last)
+    if any(True for _ in module.children()):
+        module.delete_all_unused_submodules()
+
+
+def is_live(node: fx.Node) -> bool:
+    """Does anything read it, or must it stay anyway?"""
+    return bool(node.users) or node.op in ("placeholder", "output") or node.is_impure()
+
+
+def inline(
+    graph: fx.Graph,
+    module: fx.GraphModule,
+    attributes: dict[str, torch.Tensor],
+    given: Mapping[str, fx.Node] | None = None,
+    *,
+    prefix: str = "",
+) -> dict[str, fx.Node]:
+    """Copy ``module`` to the end of ``graph``; returns its results.
+
+    Its inputs ``given`` are nodes of ``graph``, all others become inputs. Its weights go to ``attributes``, their names behind
+    ``prefix``, which keeps those of several modules apart.
+    """
+    values = {node: given[name] for name, node in placeholders(module).items() if given and name in given}
+    for node in module.graph.nodes:
+        if node.op == "output" or node in values:
+            continue
+        values[node] = graph.node_copy(node, values.__getitem__)
+        values[node].meta = dict(node.meta)
+        if node.op == "get_attr":
+            name = prefix + str(node.target).replace(".", "_") if prefix else str(node.target)
+            values[node].target = name
+            attributes[name] = fetch(module, str(node.target))
+    return {name: values[node] for name, node in outputs(module).items()}
 
 
 def emit(like: fx.Node, op: Any, *args: Any, **kwargs: Any) -> fx.Node:
@@ -200,6 +223,13 @@ def outputs(module: fx.GraphModule) -> dict[str, fx.Node]:
     """Outputs of a graph by name: graphs return a dictionary."""
     result: dict[str, fx.Node] = next(iter(reversed(module.graph.nodes))).args[0]
     return result
+
+
+def tensors(node: fx.Node) -> list[torch.Tensor]:
+    """The values of a node that are tensors: a node may give several, or a size."""
+    value = node.meta.get("val")
+    values = value if isinstance(value, list | tuple) else [value]
+    return [one for one in values if isinstance(one, torch.Tensor)]
 
 
 def fetch(module: fx.GraphModule, target: str) -> Any:

@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from cachec.passes.base import Graphs, Pass, PassResult, backward_slice, fetch, finish, outputs, placeholders
+from cachec.passes.base import Equivalence, Graphs, Pass, PassResult, backward_slice, fetch, finish, outputs, placeholders
 from cachec.runtime.abi import (
     BATCH,
     BIAS,
@@ -43,6 +43,7 @@ class BatchForecast(Pass):
     """
 
     name: ClassVar[str] = "batch_forecast"
+    equivalence: ClassVar[Equivalence] = Equivalence.ROUNDING
     latents: str
     timestep: str
     velocities: bool = False

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from cachec.passes.base import GraphPass, Graphs, emit, fetch, outputs
+from cachec.passes.base import Equivalence, GraphPass, Graphs, emit, fetch, outputs, tensors
 from cachec.runtime.abi import MODEL
 from cachec.runtime.errors import PassError
 
@@ -53,18 +53,22 @@ class CastPrecision(GraphPass):
     """
 
     name: ClassVar[str] = "cast_precision"
+    equivalence: ClassVar[Equivalence] = Equivalence.PRECISION
     only: ClassVar[tuple[str, ...]] = (MODEL,)
     dtype: torch.dtype
 
+    def places(self, module: fx.GraphModule) -> list[fx.Node]:
+        calls = [node for node in module.graph.nodes if node.op == "call_function"]
+        strange = self.dtype != WIDE_TYPE or any(_is_cast(n) for n in calls)
+        return calls if strange or any(v.dtype != WIDE_TYPE for n in module.graph.nodes for v in _floats(n)) else []
+
     @torch.no_grad()
-    def edit(self, module: fx.GraphModule) -> int:
+    def edit(self, module: fx.GraphModule, places: list[fx.Node]) -> None:
         caster = _Caster(module, self.dtype)
-        for node in list(module.graph.nodes):
-            if node.op == "call_function":
-                caster.visit(node)
+        for node in places:
+            caster.visit(node)
         end = next(iter(reversed(module.graph.nodes)))
         end.args = ({name: caster.cast(value, WIDE_TYPE, end) for name, value in outputs(module).items()},)
-        return caster.changes
 
     def ensures(self, graphs: Graphs) -> None:
         for node in graphs.modules[MODEL].graph.nodes:
@@ -86,7 +90,7 @@ class _Caster:
 
     def visit(self, node: fx.Node) -> None:
         name, inputs = operator_name(node), [value for value in node.all_input_nodes if _is_float(value)]
-        if name in CASTS and inputs and _is_float(node):
+        if _is_cast(node):
             node.replace_all_uses_with(inputs[0])
             self.module.graph.erase_node(node)
             self.changes += 1
@@ -173,11 +177,14 @@ def operator_name(node: fx.Node) -> str:
     return node.target._schema.name.partition("::")[2] if isinstance(node.target, torch._ops.OpOverload) else ""
 
 
+def _is_cast(node: fx.Node) -> bool:
+    """From one floating type to another: the model's own."""
+    return operator_name(node) in CASTS and _is_float(node) and any(map(_is_float, node.all_input_nodes))
+
+
 def _floats(node: fx.Node) -> list[torch.Tensor]:
     """The floating values of a node, which may give several."""
-    value = node.meta.get("val")
-    values = value if isinstance(value, list | tuple) else [value]
-    return [one for one in values if isinstance(one, torch.Tensor) and one.is_floating_point()]
+    return [value for value in tensors(node) if value.is_floating_point()]
 
 
 def _is_float(node: fx.Node) -> bool:

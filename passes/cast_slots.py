@@ -6,7 +6,18 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from cachec.passes.base import Graphs, Pass, PassResult, copy_module, emit, finish, outputs, placeholders
+from cachec.passes.base import (
+    Equivalence,
+    Graphs,
+    Pass,
+    PassResult,
+    compute_graphs,
+    emit,
+    finish,
+    outputs,
+    placeholders,
+    writable,
+)
 from cachec.runtime.abi import ADVANCE, COMPUTE, FEATURE, FEATURES, FORECAST, VELOCITIES, VELOCITY
 
 aten = torch.ops.aten
@@ -22,6 +33,7 @@ class CastSlots(Pass):
     """
 
     name: ClassVar[str] = "cast_slots"
+    equivalence: ClassVar[Equivalence] = Equivalence.PRECISION
     dtype: torch.dtype
 
     def run(self, graphs: Graphs) -> PassResult:
@@ -29,14 +41,15 @@ class CastSlots(Pass):
         value = outputs(graphs.modules[COMPUTE])[kept].meta["val"]
         if value.dtype == self.dtype:
             return PassResult(graphs, changed=False)
-        modules = {**graphs.modules, COMPUTE: self._writing(graphs.modules[COMPUTE], kept)}
-        modules[reader] = self._reading(modules[reader], value.dtype)
+        modules = {name: writable(graphs, name)[0] for name in (*compute_graphs(graphs), reader)}
+        for name in compute_graphs(graphs):
+            self._write(modules[name], kept)
+        self._read(modules[reader], value.dtype)
         if FEATURE in outputs(modules[reader]):  # fed back
-            modules[reader] = self._writing(modules[reader], FEATURE)
-        return PassResult(replace(graphs, modules=modules), changed=True)
+            self._write(modules[reader], FEATURE)
+        return PassResult(replace(graphs, modules={**graphs.modules, **modules}), changed=True)
 
-    def _writing(self, module: fx.GraphModule, kept: str) -> fx.GraphModule:
-        module = copy_module(module)
+    def _write(self, module: fx.GraphModule, kept: str) -> None:
         results, end = outputs(module), next(iter(reversed(module.graph.nodes)))
         with module.graph.inserting_before(end):
             value = results[kept]
@@ -45,10 +58,8 @@ class CastSlots(Pass):
             cast = emit(value, aten.to.dtype, value, self.dtype)
         end.args = ({**results, kept: cast},)
         finish(module)
-        return module
 
-    def _reading(self, module: fx.GraphModule, dtype: torch.dtype) -> fx.GraphModule:
-        module = copy_module(module)
+    def _read(self, module: fx.GraphModule, dtype: torch.dtype) -> None:
         for name, node in placeholders(module).items():
             if name in (FEATURES, VELOCITIES) or name.startswith(f"{FEATURE}_"):
                 readers = list(node.users)
@@ -57,4 +68,3 @@ class CastSlots(Pass):
                 for reader in readers:
                     reader.replace_input_with(node, cast)
         finish(module)
-        return module

@@ -22,12 +22,13 @@ class Decomplexify(GraphPass):
 
     name: ClassVar[str] = "decomplexify"
 
-    def edit(self, module: fx.GraphModule) -> int:
-        products = [n for n in module.graph.nodes if n.target == aten.view_as_real.default and _is_rotation(n.args[0])]
-        for node in products:
+    def places(self, module: fx.GraphModule) -> list[fx.Node]:
+        return [n for n in module.graph.nodes if n.target == aten.view_as_real.default and _is_rotation(n.args[0])]
+
+    def edit(self, module: fx.GraphModule, places: list[fx.Node]) -> None:
+        for node in places:
             with module.graph.inserting_before(node):
                 node.replace_all_uses_with(_real_product(node))
-        return len(products)
 
     def ensures(self, graphs: Graphs) -> None:
         for module in graphs.modules.values():

@@ -8,7 +8,7 @@ from torch import fx
 
 from cachec.passes.base import GraphPass
 
-_ASSERTS = {
+ASSERTS = {
     torch.ops.aten._assert_tensor_metadata.default,
     torch.ops.aten._assert_scalar.default,
     torch.ops.aten._assert_async.msg,
@@ -22,8 +22,9 @@ class DropAsserts(GraphPass):
 
     name: ClassVar[str] = "drop_asserts"
 
-    def edit(self, module: fx.GraphModule) -> int:
-        asserts = [node for node in module.graph.nodes if node.target in _ASSERTS]
-        for node in reversed(asserts):
+    def places(self, module: fx.GraphModule) -> list[fx.Node]:
+        return [node for node in module.graph.nodes if node.target in ASSERTS]
+
+    def edit(self, module: fx.GraphModule, places: list[fx.Node]) -> None:
+        for node in reversed(places):
             module.graph.erase_node(node)
-        return len(asserts)

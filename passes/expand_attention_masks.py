@@ -20,19 +20,26 @@ class ExpandAttentionMasks(GraphPass):
 
     name: ClassVar[str] = "expand_attention_masks"
 
-    def edit(self, module: fx.GraphModule) -> int:
-        count = 0
-        for node in module.graph.nodes:
-            mask = _mask(node) if node.target == _ATTENTION else None
-            if mask is None or mask.meta["val"].shape[-2] != 1 or node.args[0].meta["val"].shape[-2] == 1:
-                continue
-            queries = node.args[0].meta["val"].shape[-2]
+    def places(self, module: fx.GraphModule) -> list[fx.Node]:
+        return [node for node in module.graph.nodes if node.target == _ATTENTION and _is_short(node)]
+
+    def edit(self, module: fx.GraphModule, places: list[fx.Node]) -> None:
+        for node in places:
+            mask = _mask(node)
+            assert mask is not None  # as places() has seen
             with module.graph.inserting_before(node):
-                sizes = [*([-1] * (mask.meta["val"].dim() - 2)), queries, -1]
+                sizes = [*([-1] * (mask.meta["val"].dim() - 2)), _num_queries(node), -1]
                 full = emit(mask, torch.ops.aten.expand.default, mask, sizes)
             node.replace_input_with(mask, full)
-            count += 1
-        return count
+
+
+def _is_short(node: fx.Node) -> bool:
+    mask = _mask(node)
+    return mask is not None and mask.meta["val"].shape[-2] == 1 and _num_queries(node) != 1
+
+
+def _num_queries(node: fx.Node) -> int:
+    return int(node.args[0].meta["val"].shape[-2])  # type: ignore[union-attr]
 
 
 def _mask(node: fx.Node) -> fx.Node | None:

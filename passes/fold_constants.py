@@ -21,12 +21,14 @@ class FoldConstants(GraphPass):
 
     name: ClassVar[str] = "fold_constants"
 
-    def edit(self, module: fx.GraphModule) -> int:
-        constant = _constant_nodes(module)
-        frontier = [n for n in constant if n.op == "call_function" and any(user not in constant for user in n.users)]
-        values = _evaluate(module, constant)
+    def places(self, module: fx.GraphModule) -> list[fx.Node]:
+        constant = dict.fromkeys(_constant_nodes(module))
+        return [n for n in constant if n.op == "call_function" and any(user not in constant for user in n.users)]
+
+    def edit(self, module: fx.GraphModule, places: list[fx.Node]) -> None:
+        values = _evaluate(module, _constant_nodes(module))
         buffers = {name: value for name, value in module.named_buffers() if name.startswith(_PREFIX)}
-        for node in frontier:
+        for node in places:
             name = next((n for n, value in buffers.items() if _same(value, values[node])), None)
             if name is None:
                 name = f"{_PREFIX}{len(buffers)}"
@@ -36,7 +38,6 @@ class FoldConstants(GraphPass):
                 buffer = module.graph.get_attr(name)
                 buffer.meta = dict(node.meta)
             node.replace_all_uses_with(buffer)
-        return len(frontier)
 
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -6,8 +6,8 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from cachec.passes.base import Graphs, Pass, PassResult, copy_module, emit, finish, outputs, placeholders
-from cachec.runtime.abi import COMPUTE, DELTA, FORECAST, NEXT_LATENTS, VELOCITY
+from cachec.passes.base import Graphs, Pass, PassResult, emit, finish, outputs, placeholders, writable
+from cachec.runtime.abi import DELTA, NEXT_LATENTS, PROLOGUE, VELOCITY
 
 aten = torch.ops.aten
 
@@ -24,14 +24,13 @@ class FuseSampler(Pass):
 
     def run(self, graphs: Graphs) -> PassResult:
         modules = dict(graphs.modules)
-        for name in (COMPUTE, FORECAST):
-            if name in modules and VELOCITY in outputs(modules[name]):
-                modules[name] = _fused(modules[name], self.latents)
-        return PassResult(replace(graphs, modules=modules), changed=modules != graphs.modules)
+        for name, module in graphs.modules.items():
+            if name != PROLOGUE and VELOCITY in outputs(module):
+                modules[name] = _fused(writable(graphs, name)[0], self.latents)
+        return PassResult(replace(graphs, modules=modules), changed=True)
 
 
 def _fused(module: fx.GraphModule, name: str) -> fx.GraphModule:
-    module = copy_module(module)
     graph, results = module.graph, outputs(module)
     velocity, names = results[VELOCITY], placeholders(module)
     with graph.inserting_before(next(iter(graph.nodes))):

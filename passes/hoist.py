@@ -9,12 +9,22 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from cachec.passes.base import Graphs, Pass, PassResult, copy_module, fetch, finish, outputs, placeholders
+from cachec.passes.base import (
+    Equivalence,
+    Graphs,
+    Pass,
+    PassResult,
+    compute_graphs,
+    copy_module,
+    fetch,
+    finish,
+    outputs,
+    placeholders,
+)
 from cachec.passes.split_model import extract
 from cachec.runtime.abi import BATCH, COMPUTE, FORECAST, PROLOGUE, STEP_VALUES, hoisted_name, steps_of, timesteps_of
 from cachec.runtime.errors import PassError
 
-STEP_GRAPHS = (COMPUTE, FORECAST)  # what the prologue works for
 CONSTANT, REQUEST, STEP, LIVE = range(4)  # what a value depends on, at most
 aten = torch.ops.aten
 CUTS = {aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default}
@@ -34,6 +44,7 @@ class Hoist(Pass):
     """
 
     name: ClassVar[str] = "hoist"
+    equivalence: ClassVar[Equivalence] = Equivalence.ROUNDING
     timestep: str
     conditions: tuple[str, ...]
     per_step: bool = True
@@ -43,11 +54,10 @@ class Hoist(Pass):
             raise PassError("there is no compute graph; run split_model first")
 
     def run(self, graphs: Graphs) -> PassResult:
-        prologue = _Prologue(self.timestep, self.conditions)
+        prologue = _Prologue(self.timestep, self.conditions, _step_graphs(graphs))
         modules = dict(graphs.modules)
-        for name in STEP_GRAPHS:
-            if name in modules:
-                modules[name] = self._split(name, modules[name], prologue, graphs.axes.get(name, {}))
+        for name in _step_graphs(graphs):
+            modules[name] = self._split(name, modules[name], prologue, graphs.axes.get(name, {}))
         if not prologue.results:
             return PassResult(graphs, changed=False)
         modules[PROLOGUE] = prologue.finish()
@@ -56,7 +66,7 @@ class Hoist(Pass):
 
     def ensures(self, graphs: Graphs) -> None:
         if PROLOGUE in graphs.modules:
-            strange = set(placeholders(graphs.modules[PROLOGUE])) - {*self.conditions, *map(timesteps_of, STEP_GRAPHS)}
+            strange = set(placeholders(graphs.modules[PROLOGUE])) - {*self.conditions, *map(timesteps_of, _step_graphs(graphs))}
             if strange:
                 raise PassError(f"the prologue reads {sorted(strange)}, which change from step to step")
 
@@ -110,11 +120,16 @@ class Hoist(Pass):
         return known
 
 
+def _step_graphs(graphs: Graphs) -> tuple[str, ...]:
+    """What the prologue works for."""
+    return *compute_graphs(graphs), *([FORECAST] if FORECAST in graphs.modules else [])
+
+
 class _Prologue:
     """The graph that is being built. Each part of it runs on a batch of its own: requests, or steps times requests."""
 
-    def __init__(self, timestep: str, conditions: tuple[str, ...]) -> None:
-        self._timestep, self._conditions = timestep, conditions
+    def __init__(self, timestep: str, conditions: tuple[str, ...], owners: tuple[str, ...]) -> None:
+        self._timestep, self._conditions, self._owners = timestep, conditions, owners
         self._graph = fx.Graph()
         self._attributes: dict[str, Any] = {}
         self._inputs: dict[str, fx.Node] = {}
@@ -143,7 +158,7 @@ class _Prologue:
         flat = [value if node.meta["val"].ndim == 2
                 else self._graph.call_function(aten.reshape.default, (value, [-1, _size(node)]))
                 for value, node in zip(values, nodes, strict=True)]  # fmt: skip
-        packed = self._graph.call_function(aten.cat.default, (flat, 1))
+        packed = self._graph.call_function(aten.cat.default, (flat, -1))
         if any(part.added for part in parts):
             name = f"added_{owner}_{label}"
             like = nodes[0].meta["val"]
@@ -156,7 +171,7 @@ class _Prologue:
         self.axes[name] = (steps_of(owner), BATCH)
 
     def finish(self) -> fx.GraphModule:
-        self.axes |= {timesteps_of(owner): (steps_of(owner),) for owner in STEP_GRAPHS}
+        self.axes |= {timesteps_of(owner): (steps_of(owner),) for owner in self._owners}
         self._graph.output(dict(self.results))
         module = fx.GraphModule(self._attributes, _inputs_first(self._graph))
         finish(module)

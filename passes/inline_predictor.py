@@ -1,4 +1,4 @@
-"""Put the predictor in front of the tail, inside the forecast graph."""
+"""Put a predictor in front of the tail, inside the forecast graph."""
 
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from cachec.passes.base import Graphs, Pass, PassResult, fetch, finish, outputs, placeholders
+from cachec.passes.base import Graphs, Pass, PassResult, finish, inline, placeholders
 from cachec.runtime.abi import FEATURE, FORECAST, HISTORY_STEPS, SIGMAS, STEP, VELOCITY
 from cachec.runtime.errors import PassError
 
@@ -25,32 +25,21 @@ class InlinePredictor(Pass):
     predictor: fx.GraphModule
 
     def requires(self, graphs: Graphs) -> None:
-        if FEATURE not in placeholders(graphs.modules[FORECAST]):
+        if FORECAST not in graphs.modules or FEATURE not in placeholders(graphs.modules[FORECAST]):
             raise PassError("the forecast graph has no input 'feature'; run split_model first")
         clash = placeholders(self.predictor).keys() & placeholders(graphs.modules[FORECAST]).keys()
         if clash:
             raise PassError(f"predictor and tail both have inputs named {sorted(clash)}")
 
     def run(self, graphs: Graphs) -> PassResult:
-        tail = graphs.modules[FORECAST]
-        graph = fx.Graph()
-        attributes: dict[str, torch.Tensor] = {}
-        values: dict[fx.Node, fx.Node] = {}
-        for source, prefix in ((self.predictor, PREFIX), (tail, "")):
-            for node in source.graph.nodes:
-                if node.op == "output" or node in values:
-                    continue
-                values[node] = graph.node_copy(node, values.__getitem__)
-                values[node].meta = dict(node.meta)
-                if node.op == "get_attr":
-                    name = prefix + str(node.target).replace(".", "_") if prefix else str(node.target)
-                    values[node].target = name
-                    attributes[name] = fetch(source, str(node.target))
-            if source is self.predictor:
-                values[placeholders(tail)[FEATURE]] = values[outputs(self.predictor)[FEATURE]]
-        graph.output({VELOCITY: values[outputs(tail)[VELOCITY]], FEATURE: values[placeholders(tail)[FEATURE]]})
+        graph, attributes = fx.Graph(), dict[str, torch.Tensor]()
+        feature = inline(graph, self.predictor, attributes, prefix=PREFIX)[FEATURE]
+        results = inline(graph, graphs.modules[FORECAST], attributes, {FEATURE: feature})
+        graph.output({VELOCITY: results[VELOCITY], FEATURE: feature})
         module = fx.GraphModule(attributes, graph)
         finish(module)
         schedule = dict.fromkeys((SIGMAS, STEP, HISTORY_STEPS), ())
         axes = {**graphs.axes, FORECAST: {**graphs.axes.get(FORECAST, {}), **schedule}}
-        return PassResult(replace(graphs, modules={**graphs.modules, FORECAST: module}, axes=axes), changed=True)
+        return PassResult(
+            replace(graphs, modules={**graphs.modules, FORECAST: module}, axes=axes, cut=feature.name), changed=True
+        )

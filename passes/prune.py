@@ -5,30 +5,29 @@ from typing import ClassVar
 
 from torch import fx
 
-from cachec.passes.base import Graphs, Pass, PassResult, copy_module, finish, placeholders
-from cachec.runtime.abi import COMPUTE
+from cachec.passes.base import Graphs, Pass, PassResult, compute_graphs, finish, is_live, placeholders, writable
+from cachec.runtime.abi import MODEL
 
 
 @dataclass(frozen=True)
 class Prune(Pass):
-    """The compute graph keeps all of its inputs: they are the request's interface. Other graphs lose unread ones."""
+    """The model and compute graphs keep all of their inputs: they are the request's interface. Others lose unread ones."""
 
     name: ClassVar[str] = "prune"
 
     def run(self, graphs: Graphs) -> PassResult:
-        sizes = [len(module.graph.nodes) for module in graphs.modules.values()]
-        copies = {name: copy_module(module) for name, module in graphs.modules.items()}
-        for name, module in copies.items():
-            finish(module)
-            if name != COMPUTE:
-                _drop_unread_inputs(module)
-        pruned = {name: copy_module(module) for name, module in copies.items()}  # without attributes that nothing reads
-        changed = [len(module.graph.nodes) for module in pruned.values()] != sizes
-        return PassResult(graphs.with_modules(**pruned), changed=changed)
+        pruned = dict[str, fx.GraphModule]()
+        for name, module in graphs.modules.items():
+            keeps_inputs = name == MODEL or name in compute_graphs(graphs)
+            if all(map(is_live, module.graph.nodes)) and (keeps_inputs or not _unread(module)):
+                continue
+            pruned[name], _ = writable(graphs, name)
+            pruned[name].graph.eliminate_dead_code()
+            for node in [] if keeps_inputs else _unread(pruned[name]):
+                pruned[name].graph.erase_node(node)
+            finish(pruned[name])
+        return PassResult(graphs.with_modules(**{**graphs.modules, **pruned}) if pruned else graphs, changed=bool(pruned))
 
 
-def _drop_unread_inputs(module: fx.GraphModule) -> None:
-    for node in placeholders(module).values():
-        if not node.users:
-            module.graph.erase_node(node)
-    finish(module)
+def _unread(module: fx.GraphModule) -> list[fx.Node]:
+    return [node for node in placeholders(module).values() if not node.users]

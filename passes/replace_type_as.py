@@ -19,11 +19,12 @@ class ReplaceTypeAs(GraphPass):
 
     name: ClassVar[str] = "replace_type_as"
 
-    def edit(self, module: fx.GraphModule) -> int:
-        casts = [n for n in module.graph.nodes if n.target == torch.ops.aten.type_as.default]
-        for node in casts:
+    def places(self, module: fx.GraphModule) -> list[fx.Node]:
+        return [n for n in module.graph.nodes if n.target == torch.ops.aten.type_as.default]
+
+    def edit(self, module: fx.GraphModule, places: list[fx.Node]) -> None:
+        for node in places:
             source, like = node.args
             with module.graph.inserting_before(node):
-                dtype = like.meta["val"].dtype
+                dtype = like.meta["val"].dtype  # type: ignore[union-attr]
                 node.replace_all_uses_with(emit(node, torch.ops.aten._to_copy.default, source, dtype=dtype))
-        return len(casts)

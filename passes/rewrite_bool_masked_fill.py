@@ -17,11 +17,12 @@ class RewriteBoolMaskedFill(GraphPass):
 
     name: ClassVar[str] = "rewrite_bool_masked_fill"
 
-    def edit(self, module: fx.GraphModule) -> int:
-        fills = [
-            n for n in module.graph.nodes if n.target == aten.masked_fill.Scalar and n.args[0].meta["val"].dtype == torch.bool
-        ]
-        for node in fills:
+    def places(self, module: fx.GraphModule) -> list[fx.Node]:
+        fills = [n for n in module.graph.nodes if n.target == aten.masked_fill.Scalar]
+        return [n for n in fills if n.args[0].meta["val"].dtype == torch.bool]
+
+    def edit(self, module: fx.GraphModule, places: list[fx.Node]) -> None:
+        for node in places:
             source, mask, value = node.args
             with module.graph.inserting_before(node):
                 if value:
@@ -29,4 +30,3 @@ class RewriteBoolMaskedFill(GraphPass):
                 else:
                     new = emit(node, aten.logical_and.default, source, emit(node, aten.logical_not.default, mask))
             node.replace_all_uses_with(new)
-        return len(fills)

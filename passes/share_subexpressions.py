@@ -1,5 +1,6 @@
 """Compute equal things once."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -17,31 +18,40 @@ class ShareSubexpressions(GraphPass):
     name: ClassVar[str] = "share_subexpressions"
     only: ClassVar[tuple[str, ...]] = (PROLOGUE,)
 
-    def edit(self, module: fx.GraphModule) -> int:
-        seen: dict[Any, fx.Node] = {}
-        changes = 0
-        for node in list(module.graph.nodes):
-            if node.op in ("placeholder", "output"):
-                continue
-            key = _constant_key(fetch(module, str(node.target))) if node.op == "get_attr" else _call_key(node)
-            if key not in seen:
-                seen[key] = node
-                continue
-            node.replace_all_uses_with(seen[key])
+    def places(self, module: fx.GraphModule) -> list[fx.Node]:
+        return list(_repeated(module))
+
+    def edit(self, module: fx.GraphModule, places: list[fx.Node]) -> None:
+        for node, first in _repeated(module).items():
+            node.replace_all_uses_with(first)
             module.graph.erase_node(node)
-            changes += 1
-        return changes
 
 
-def _call_key(node: fx.Node) -> Any:
-    return (node.target, _hashable(node.args), _hashable(node.kwargs))
+def _repeated(module: fx.GraphModule) -> dict[fx.Node, fx.Node]:
+    """Nodes that give what an earlier one gives, and which."""
+    seen: dict[Any, fx.Node] = {}
+    same: dict[fx.Node, fx.Node] = {}
+    for node in module.graph.nodes:
+        if node.op in ("placeholder", "output"):
+            continue
+        key = _constant_key(fetch(module, str(node.target))) if node.op == "get_attr" else _call_key(node, same)
+        first = seen.setdefault(key, node)
+        if first is not node:
+            same[node] = first
+    return same
 
 
-def _hashable(value: Any) -> Any:
+def _call_key(node: fx.Node, same: Mapping[fx.Node, fx.Node]) -> Any:
+    return (node.target, _hashable(node.args, same), _hashable(node.kwargs, same))
+
+
+def _hashable(value: Any, same: Mapping[fx.Node, fx.Node]) -> Any:
     if isinstance(value, list | tuple):
-        return tuple(map(_hashable, value))
+        return tuple(_hashable(entry, same) for entry in value)
     if isinstance(value, dict):
-        return tuple((name, _hashable(entry)) for name, entry in value.items())
+        return tuple((name, _hashable(entry, same)) for name, entry in value.items())
+    if isinstance(value, fx.Node):
+        return same.get(value, value)
     return (type(value), value)  # 1, 1.0 and True are equal, and not the same argument
 
 

@@ -11,18 +11,20 @@ from cachec.compiler.graphs.build_engines import PlannedSources, build_targets
 from cachec.compiler.graphs.capture import capture_model, capture_predictor
 from cachec.compiler.graphs.costs import memory_facts
 from cachec.compiler.graphs.export import plan_engines
+from cachec.compiler.graphs.prepare import compute_only, engine, linear
 from cachec.compiler.methods.adams import Adams
 from cachec.compiler.methods.taylor import Taylor
-from cachec.compiler.tables.coefficients import AdvanceTable, compose
+from cachec.compiler.tables.coefficients import AdvanceTable
 from cachec.compiler.tables.lower import lower_advance, lower_table, lower_uncached
 from cachec.compiler.tables.schedule import Schedule
 from cachec.engines.targets import TargetName
-from cachec.passes import Graphs, engine_passes, forecast_passes, run_passes, split_passes
-from cachec.passes.base import outputs, placeholders
-from cachec.runtime.abi import COMPUTE, FORECAST
+from cachec.passes import canonical_passes, cast_passes, inline_passes, run_passes, split_passes
+from cachec.passes.base import outputs
+from cachec.runtime.abi import COMPUTE
 from cachec.runtime.build_options import BuildOptions
 from cachec.runtime.bundle import Manifest
 from cachec.runtime.engine import HOST
+from cachec.runtime.model_io import ModelIO
 from cachec.runtime.noise import GENERATOR
 from cachec.runtime.program import UNCACHED, ProgramKey, hash_sigmas
 from cachec.runtime.sizes import size_ranges
@@ -35,9 +37,16 @@ LAST_BLOCK = "blocks.2"
 KEY = ProgramKey(STEPS, hash_sigmas(SIGMAS), {"height": 6, "width": 8, "text_tokens": 0})
 
 
-def split_toy(*, head_axis=False, dtype=None):
-    model = ToyDiT(head_axis=head_axis).eval()
-    return run_passes(capture_model(model, example_inputs()), split_passes(LAST_BLOCK, dtype))
+IO = ModelIO("latents", "timestep", ("prompt",))
+
+
+def split_toy(*, head_axis=False, dtype=torch.float32):
+    return split(ToyDiT(head_axis=head_axis).eval(), example_inputs(), LAST_BLOCK, dtype)
+
+
+def split(model, inputs, block, dtype=torch.float32):
+    """A model captured and split."""
+    return run_passes(capture_model(model, inputs), [canonical_passes(), cast_passes(dtype), split_passes(block)])
 
 
 def captured(predictor, window, dtype=torch.float32):
@@ -49,17 +58,14 @@ def histories(window, *, feeds_back=False):
     return {step: SCHEDULE.history(step, window, feeds_back=feeds_back) for step in SCHEDULE.forecast}
 
 
-def add_predictor(split, predictor, window, *, feeds_back=False, fold=True):
+def add_predictor(split, predictor, window):
+    """Split graphs with the predictor inside."""
     dtype = outputs(split.modules[COMPUTE])["feature"].meta["val"].dtype
-    passes = forecast_passes(
-        captured(predictor, window, dtype), torch.from_numpy(SIGMAS), histories(window, feeds_back=feeds_back), fold=fold
-    )
-    return run_passes(split, passes)
+    return run_passes(split, [inline_passes(captured(predictor, window, dtype))])
 
 
-def toy_program(graphs):
-    table = compose(graphs.rows.coefficients.numpy(), graphs.rows.bias.numpy(), SCHEDULE, feeds_back=False)
-    return lower_table(table, KEY, SIGMAS, SIGMAS[:-1])
+def toy_program():
+    return lower_table(Taylor(order=1).table(SCHEDULE, SIGMAS, None), KEY, SIGMAS, SIGMAS[:-1])
 
 
 def output_table():
@@ -70,14 +76,13 @@ def output_table():
 
 def write_toy_bundle(split, out):
     method = Taylor(order=1)
-    graphs = add_predictor(split, method.predictor(None), method.window)
-    return write_bundle(graphs, toy_program(graphs), method, out)
+    graphs = linear(split)
+    return write_bundle(graphs, toy_program(), method, out)
 
 
 def write_output_bundle(split, out, backend="eager", hoist="all", device=HOST, slots=None):
     program = lower_advance(output_table(), KEY, SIGMAS, SIGMAS[:-1])
-    graphs = Graphs({COMPUTE: split.modules[COMPUTE]})
-    return write_bundle(graphs, program, Adams(2), out, backend, hoist, device, slots=slots)
+    return write_bundle(compute_only(split), program, Adams(2), out, backend, hoist, device, slots=slots)
 
 
 def write_bundle(
@@ -97,9 +102,7 @@ def write_bundle(
     """``backends``: one name or several. ``more``: further programs by level."""
     precision = str(outputs(graphs.modules[COMPUTE])["feature"].meta["val"].dtype).removeprefix("torch.")
     uncached = uncached or lower_uncached(KEY, SIGMAS, SIGMAS[:-1])
-    linear = FORECAST in graphs.modules and "features" in placeholders(graphs.modules[FORECAST])
-    passes = engine_passes("latents", "timestep", ("prompt",), linear=linear, hoist=hoist, velocities=velocities, slots=slots)
-    graphs = run_passes(graphs, passes)
+    graphs = engine(graphs, IO, hoist=hoist, velocities=velocities, slots=slots)
     plans = plan_engines(graphs, example_inputs(), "latents", STEPS)
     with BundleWriter(out, force=False) as writer:
         sources = PlannedSources(plans, writer, precision, "6x8")

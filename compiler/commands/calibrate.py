@@ -23,9 +23,9 @@ def make_evaluator(model: LoadedModel, settings: Settings) -> Evaluator:
     """The float32 model's graphs, on PyTorch."""
     need("torch", "diffusers", "transformers", extra="compile", purpose="calibrating on a model's graphs")
     from cachec.compiler.calibration.graph_evaluator import GraphEvaluator
-    from cachec.compiler.graphs.prepare import split_model
+    from cachec.compiler.graphs.prepare import prepare
 
-    return GraphEvaluator(split_model(model, settings), model.io)
+    return GraphEvaluator(prepare(model, settings), model.io)
 
 
 def calibrate_to_file(

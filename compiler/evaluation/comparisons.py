@@ -10,8 +10,7 @@ import numpy as np
 
 from cachec.compiler.graphs.build_engines import LooseSources, build_and_load
 from cachec.compiler.graphs.export import plan_engines
-from cachec.compiler.graphs.forecast import engine_graphs, linear_graphs
-from cachec.compiler.graphs.prepare import split_model
+from cachec.compiler.graphs.prepare import engine, linear, prepare
 from cachec.compiler.methods import METHODS, get_method
 from cachec.compiler.methods.base import Method
 from cachec.compiler.methods.parameters import Parameters, find_pretrained
@@ -201,7 +200,7 @@ def _is_linear(engines: Mapping[str, Engine]) -> bool:
 def _build_linear(loaded: LoadedBundle, model: LoadedModel, work: Path, stack: ExitStack) -> Mapping[str, Engine]:
     """Engines that forecast linearly, for a bundle that has the predictor inside its own or does not forecast at all."""
     settings, builder = settings_of(loaded.manifest), get_builder(loaded.target.backend)
-    graphs = engine_graphs(model, linear_graphs(model, split_model(model, settings), settings), hoist="all", velocities=False)
+    graphs = engine(linear(prepare(model, settings)), model.io, velocities=False)
     plans = plan_engines(graphs, model.example_inputs(settings), model.io.latents, settings.steps)
     with writing(work):
         work.mkdir(parents=True, exist_ok=True)

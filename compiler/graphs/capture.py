@@ -3,6 +3,7 @@
 ``B`` batch (symbolic), everything else static: one resolution and one text length per bundle.
 """
 
+import operator
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -11,19 +12,19 @@ from torch import fx, nn
 from torch._dynamo.exc import UserError
 from torch.export import Dim, ExportedProgram
 
-from cachec.passes import Graphs
+from cachec.passes import Graphs, Stage
 from cachec.passes.base import copy_module
-from cachec.runtime.abi import BATCH, FEATURE, GROUPS, HISTORY_STEPS, MAX_BATCH, MODEL, SIGMAS, STEP, VELOCITY, history_name
+from cachec.runtime.abi import BATCH, FEATURE, HISTORY_STEPS, MAX_BATCH, MODEL, SIGMAS, STEP, VELOCITY, history_name
 from cachec.runtime.errors import PassError
+from cachec.runtime.model_io import ModelIO
 
 ROUNDING = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-2}  # through a whole model, relative
-MAX_SIZE = 1024  # of the other symbolic axes: slots, steps
 
 
 class _Captured(nn.Module):
     """Calls ``model`` by keyword, with ``constants`` filled in, and names its output.
 
-    Inputs and output are float32 whatever the model's own precision.
+    Floating inputs and the output are float32 whatever the model's own precision; labels and masks keep their types.
     """
 
     def __init__(self, model: nn.Module, constants: Mapping[str, Any]) -> None:
@@ -37,7 +38,7 @@ class _Captured(nn.Module):
     def forward(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         tables = {name: getattr(self, f"table_{name}") for name in self._tables}
         dtype = next(self.model.parameters()).dtype
-        given = {name: value.to(dtype) for name, value in inputs.items()}
+        given = {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
         output = self.model(**given, **tables, **self._flags)
         return {VELOCITY: (output[0] if isinstance(output, tuple) else output).float()}
 
@@ -65,7 +66,13 @@ def capture_model(model: nn.Module, inputs: Mapping[str, torch.Tensor], constant
         allowed = ROUNDING[next(model.parameters()).dtype]
         if wanted.is_cpu or not error <= allowed:  # GPUs may sum in another order from call to call
             raise PassError(f"the captured graph differs from the model, relatively by {error:.1e}")
-    return Graphs({MODEL: module})
+    return Graphs({MODEL: module}, stage=Stage.CAPTURED)
+
+
+def joined(inputs: Mapping[str, torch.Tensor], io: ModelIO) -> dict[str, torch.Tensor]:
+    """The inputs as the model takes them: the state with its parts behind it."""
+    whole = torch.cat([inputs[name] for name in (io.latents, *io.parts)], io.axis) if io.parts else inputs[io.latents]
+    return {name: whole if name == io.latents else value for name, value in inputs.items() if name not in io.parts}
 
 
 def named_model(model: nn.Module, constants: Mapping[str, Any]) -> nn.Module:
@@ -109,7 +116,7 @@ def _trace(
     batched = set(batched)
     batch = Dim(BATCH, min=1, max=MAX_BATCH)
     shapes = {name: {0: batch} if name in batched else {} for name in inputs}
-    program = _export(module, (dict(inputs),), {}, (shapes,))
+    program = _export(module, dict(inputs), shapes)
     graph_module = program.module(check_guards=False)
     graph = graph_module.graph
     nodes = [node for node in graph.nodes if node.op == "placeholder"]
@@ -122,32 +129,20 @@ def _trace(
     return copy_module(graph_module)  # a fresh module: the exported one has hooks that check the dictionary
 
 
-def export_program(
-    module: fx.GraphModule, inputs: Mapping[str, torch.Tensor], dynamic: Mapping[str, tuple[str, ...]]
-) -> ExportedProgram:
-    """Export a rewritten graph again, for an engine builder; ``dynamic`` names the leading, symbolic axes of each input.
-
-    Raises:
-        PassError: ``torch.export`` refuses; with its reason.
-    """
-    names = {name for axes in dynamic.values() for name in axes if name != GROUPS}
-    dims = {name: Dim(name, min=1, max=MAX_BATCH if name == BATCH else MAX_SIZE) for name in names}
-    shapes = {name: {axis: dims[d] for axis, d in enumerate(dynamic[name]) if d in dims} for name in inputs}
-    program = _export(module, (), dict(inputs), shapes)
-    for node in program.graph.nodes:
-        for note in ("stack_trace", "from_node"):  # they hold source paths of the machine that compiles
-            node.meta.pop(note, None)
-    return program
-
-
-def _export(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any) -> ExportedProgram:
+def _export(module: nn.Module, inputs: dict[str, torch.Tensor], shapes: Any) -> ExportedProgram:
     try:
         with torch.no_grad():
-            program = torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
-            lowered: ExportedProgram = program.run_decompositions({})
-            return lowered
+            program = torch.export.export(module, (inputs,), dynamic_shapes=(shapes,), strict=False)
+            return program if all(map(_is_functional, program.graph.nodes)) else program.run_decompositions({})
     except (RuntimeError, ValueError, UserError) as error:
         raise PassError(f"torch.export cannot capture {type(module).__name__}: {error}") from error
+
+
+def _is_functional(node: fx.Node) -> bool:
+    """A plain call that writes into nothing? Where all are, rewriting the graph would only cost as much as its export did."""
+    if node.op != "call_function" or node.target is operator.getitem:
+        return True
+    return isinstance(node.target, torch._ops.OpOverload) and not node.target._schema.is_mutable
 
 
 def _strip_module_prefix(module: fx.GraphModule, prefix: str) -> None:

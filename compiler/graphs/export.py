@@ -7,7 +7,7 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
-from cachec.compiler.graphs.capture import export_program
+from cachec.compiler.graphs.exported import export_program
 from cachec.passes import Graphs
 from cachec.passes.base import outputs, placeholders
 from cachec.runtime.abi import (
@@ -91,10 +91,10 @@ def plan_engine(
     known = axes.get(name, {})
     ordered = {key: inputs[key] for key in placeholders(module)}
     program = export_program(module, ordered, {key: known.get(key, (BATCH,)) for key in ordered})
-    nodes = {node.name: node for node in program.graph.nodes}
+    made_by = {node.name: node for node in program.graph.nodes}
     results = zip(outputs(module), program.graph_signature.user_outputs, strict=True)
     given = tuple(_spec(key, value, known.get(key, (BATCH,))) for key, value in ordered.items())
-    made = tuple(_spec(key, nodes[str(node)].meta["val"], known.get(key, (BATCH,))) for key, node in results)
+    made = tuple(_spec(key, made_by[str(node)].meta["val"], known.get(key, (BATCH,))) for key, node in results)
     return EnginePlan(name, program, Signature(given, made))
 
 

@@ -1,14 +1,29 @@
-"""The front half of every compilation: capture the transformer and cut it in two."""
+"""From a loaded model to the graphs that engines are built from, stage by stage."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from weakref import WeakKeyDictionary
 
 import torch
+from torch import nn
 
-from cachec.compiler.graphs.capture import capture_model
+from cachec.compiler.graphs.capture import capture_model, capture_predictor, joined
 from cachec.compiler.models.base import LoadedModel, Settings
-from cachec.passes import Graphs, Pass, run_passes, split_passes
-from cachec.passes.base import Observer
+from cachec.passes import (
+    Graphs,
+    PassList,
+    Stage,
+    canonical_passes,
+    cast_passes,
+    engine_passes,
+    inline_passes,
+    linear_passes,
+    run_passes,
+    split_passes,
+)
+from cachec.passes.base import Observer, outputs
+from cachec.runtime.abi import COMPUTE, FEATURE
+from cachec.runtime.model_io import ModelIO
 
 Key = tuple[str, int, int, int, str]  # weights, sizes, precision
 
@@ -18,7 +33,7 @@ _CAPTURED: WeakKeyDictionary[LoadedModel, dict[Key, Graphs]] = WeakKeyDictionary
 _SPLIT: WeakKeyDictionary[LoadedModel, dict[Key, Graphs]] = WeakKeyDictionary()
 
 
-def split_model(model: LoadedModel, settings: Settings, observers: Sequence[Observer] = ()) -> Graphs:
+def prepare(model: LoadedModel, settings: Settings, observers: Sequence[Observer] = ()) -> Graphs:
     """The compute graph and the forecast graph, the latter with the true feature as its input.
 
     The transformer is captured as it was loaded, and stays as it is: a pass brings the graph to the settings' precision. Done
@@ -30,17 +45,62 @@ def split_model(model: LoadedModel, settings: Settings, observers: Sequence[Obse
     return known[key]
 
 
-def model_passes(model: LoadedModel, settings: Settings) -> list[Pass]:
-    """What :func:`split_model` runs."""
-    return split_passes(model.block, getattr(torch, settings.dtype))
+def model_passes(model: LoadedModel, settings: Settings) -> list[PassList]:
+    """What :func:`prepare` runs."""
+    io, sizes = model.io, tuple[int, ...]()
+    if io.parts:
+        inputs = model.example_inputs(settings)
+        sizes = tuple(inputs[name].shape[io.axis] for name in (io.latents, *io.parts))
+    dtype: torch.dtype = getattr(torch, settings.dtype)
+    return [canonical_passes(io, sizes), cast_passes(dtype), split_passes(model.block)]
 
 
 def _capture(model: LoadedModel, settings: Settings) -> Graphs:
     known, key = _CAPTURED.setdefault(model, {}), _key(model, settings, "its own")
     if key not in known:
-        known[key] = capture_model(model.transformer, model.example_inputs(settings), model.constants(settings))
+        inputs, constants = model.example_inputs(settings), model.constants(settings)
+        known[key] = capture_model(model.transformer, joined(inputs, model.io), constants)
     return known[key]
 
 
 def _key(model: LoadedModel, settings: Settings, dtype: str) -> Key:
     return model.weights_hash, settings.height, settings.width, settings.text_tokens, dtype
+
+
+def compute_only(graphs: Graphs) -> Graphs:
+    """Graphs of the output cut: no forecast graph."""
+    return replace(graphs, modules={COMPUTE: graphs.modules[COMPUTE]}, cut=None)
+
+
+def linear(graphs: Graphs, observers: Sequence[Observer] = ()) -> Graphs:
+    """Split graphs with the forecast that all linear methods share."""
+    return run_passes(graphs, [linear_passes()], observers=observers)
+
+
+def inlined(graphs: Graphs, predictor: nn.Module, *, window: int, num_steps: int, observers: Sequence[Observer] = ()) -> Graphs:
+    """Split graphs with ``predictor`` inside the forecast graph; it looks at ``window`` features."""
+    feature = outputs(graphs.modules[COMPUTE])[FEATURE].meta["val"]
+    example = torch.zeros((2, *map(int, feature.shape[1:])), dtype=feature.dtype, device=feature.device)
+    captured = capture_predictor(predictor.to(example.device), window, example, num_steps)
+    return run_passes(graphs, [inline_passes(captured)], observers=observers)
+
+
+def engine(
+    graphs: Graphs,
+    io: ModelIO,
+    observers: Sequence[Observer] = (),
+    *,
+    hoist: str = "all",
+    merge: bool = True,
+    velocities: bool = True,
+    slots: str | None = None,
+) -> Graphs:
+    """The graphs that engines are built from.
+
+    ``hoist``: what leaves the step graphs (``passes.HOISTS``). ``merge``: of linear layers, which copies their weights.
+    ``velocities``: forecasts hand them out, for a sampler outside. ``slots``: the type that features are stored in, by
+    default their own.
+    """
+    dtype = None if slots is None else getattr(torch, slots)
+    passes = engine_passes(io, graphs.stage or Stage.SPLIT, hoist=hoist, merge=merge, velocities=velocities, slots=dtype)
+    return run_passes(graphs, [passes], observers=observers)

@@ -1,19 +1,28 @@
-"""``--verify-passes``: compare the graphs with eager after each pass, on numbers."""
+"""``--verify-passes``: play the graphs after each pass, on numbers, and compare them with how they were before it.
+
+``B`` samples, which are as many steps: each has a time of its own.
+"""
 
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 import torch
-from torch import fx, nn
+from torch import fx
 
-from cachec.passes import CastPrecision, Graphs, Pass, PassResult
-from cachec.passes.base import outputs, placeholders
+from cachec.compiler.graphs.capture import joined, named_model
+from cachec.compiler.models.base import LoadedModel, Settings
+from cachec.passes import Equivalence, Graphs, Pass, PassResult, compute_graphs
+from cachec.passes.base import placeholders, tensors
 from cachec.runtime.abi import (
+    ADVANCE,
+    BASE,
+    BASE_SHARE,
     BIAS,
     COEFFICIENTS,
     COMPUTE,
     DELTA,
+    DELTAS,
     FEATURE,
     FEATURES,
     FORECAST,
@@ -23,146 +32,165 @@ from cachec.runtime.abi import (
     PROLOGUE,
     SIGMAS,
     STEP,
+    VELOCITIES,
     VELOCITY,
     history_name,
+    hoisted_name,
     timesteps_of,
 )
 from cachec.runtime.errors import PassError
+from cachec.runtime.model_io import ModelIO
 
 log = logging.getLogger(__name__)
 
-FOLD_TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-1}  # folding changes the order of a few sums
-PRECISION_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # of a graph cast to one of these
+ROUNDING_TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-1}
+PRECISION_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # of what is cast to one of these
 OWN_ROUNDING = {torch.float32: 0.0, torch.float16: 1e-2, torch.bfloat16: 3e-1}  # of an eager model, which rounds timesteps, too
+SHIFT = 0.25  # of the forecast feature against the true one, so that it is not forgotten
+HALVES = (1.0, 0.5), (0.5, 1.0)  # two slots by what they are of the feature, and their coefficients: the sum is exact
+
+
+Seen = tuple[str, torch.Tensor, torch.Tensor | None]  # what it means, its value, and what it must be if it is new
 
 
 @dataclass
 class Verifier:
-    """An observer of passes. ``reference`` is what the eager model gives for ``inputs``.
+    """An observer of passes, from the captured model to the engines' graphs.
 
-    Before and after the split the comparison is exact, and so is that of the inlined predictor with the tail behind it. But
-    the pass that changes the precision to ``dtype`` is allowed ``PRECISION_TOLERANCE``, or the ``OWN_ROUNDING`` of an eager
-    model that was ``loaded`` in another; later ones are compared with what it made. A folded predictor is compared with the
-    unfolded one, which the verifier remembers, on random histories, within ``FOLD_TOLERANCE``.
+    ``inputs`` of the model, in which ``io`` says what is what; ``loaded``: the type of its weights. ``values`` are what was
+    seen last, by what it means; at first the velocity that the eager model gives. A pass may change values as far as its
+    ``equivalence`` allows.
     """
 
-    reference: torch.Tensor
     inputs: Mapping[str, torch.Tensor]
-    sigmas: torch.Tensor
-    histories: Mapping[int, tuple[int, ...]]
-    timestep: str = "timestep"
-    latents: str = "latents"
-    dtype: torch.dtype = torch.float32
+    io: ModelIO
+    values: dict[str, torch.Tensor]
     loaded: torch.dtype = torch.float32
-    _unfolded: fx.GraphModule | None = None
-    _tail: fx.GraphModule | None = None
+    _tail: fx.GraphModule | None = field(default=None, init=False)
 
     @torch.no_grad()
     def __call__(self, index: int, one: Pass, result: PassResult) -> None:
-        modules = result.graphs.modules
-        if MODEL in modules:
-            got, allowed = modules[MODEL](**self.inputs)[VELOCITY], 0.0
-            if isinstance(one, CastPrecision) and result.changed:
-                allowed = max(PRECISION_TOLERANCE[self.dtype], OWN_ROUNDING[self.loaded])
-            self._compare(one, "model", got, allowed)
-            self.reference = got
+        allowed = self._allowed(one, result.graphs)
+        for name, value, new in self._play(result.graphs):
+            wanted = self.values.get(name, new)
+            if wanted is not None:
+                _compare(one, name, value, wanted, allowed)
+            self.values[name] = value
+
+    def _allowed(self, one: Pass, graphs: Graphs) -> float:
+        """The largest relative difference."""
+        dtype = _precision(graphs)
+        if one.equivalence == Equivalence.PRECISION:
+            return max(PRECISION_TOLERANCE[dtype], OWN_ROUNDING[self.loaded])
+        return ROUNDING_TOLERANCE[dtype] if one.equivalence == Equivalence.ROUNDING else 0.0
+
+    def _play(self, graphs: Graphs) -> Iterator[Seen]:
+        if MODEL in graphs.modules:
+            yield VELOCITY, graphs.modules[MODEL](**self.inputs)[VELOCITY], None
             return
-        if DELTA in placeholders(modules[COMPUTE]) or PROLOGUE in modules:
-            self._compare_engines(one, result.graphs)
-            return
-        computed = modules[COMPUTE](**self.inputs)
-        self._compare(one, "compute", computed[VELOCITY], 0.0)
-        names = placeholders(modules[FORECAST])
-        known = {name: value for name, value in self.inputs.items() if name in names}
+        hoisted = self._run_prologue(graphs)
+        known = {**self.inputs, DELTA: torch.linspace(-0.5, -0.25, len(self.inputs[self.io.latents]))}
+        computed: dict[str, torch.Tensor] = {}
+        for name in compute_graphs(graphs):
+            made = _run(graphs.modules[name], {**known, **_single(graphs, name, hoisted)})
+            first = name == COMPUTE
+            computed = made if first else computed
+            yield (VELOCITY if first else f"{name} {VELOCITY}"), made[VELOCITY], None
+            yield (FEATURE if first else f"{name} {FEATURE}"), made[FEATURE], None
+            if NEXT_LATENTS in made:
+                moved = self.inputs[self.io.latents] + _each(known[DELTA], made[VELOCITY]) * made[VELOCITY]
+                yield f"{name} {NEXT_LATENTS}", made[NEXT_LATENTS], moved
+        if FORECAST in graphs.modules:
+            yield from self._play_forecast(graphs, {**known}, hoisted, computed)
+        if ADVANCE in graphs.modules:
+            yield self._play_advance(graphs.modules[ADVANCE], computed[VELOCITY])
+
+    def _run_prologue(self, graphs: Graphs) -> dict[str, torch.Tensor]:
+        """All steps at once: as many as there are samples."""
+        if PROLOGUE not in graphs.modules:
+            return {}
+        owners = (*compute_graphs(graphs), FORECAST)
+        times = dict.fromkeys(map(timesteps_of, owners), self.inputs[self.io.timestep])
+        return _run(graphs.modules[PROLOGUE], {**self.inputs, **times})
+
+    def _play_forecast(
+        self,
+        graphs: Graphs,
+        known: dict[str, torch.Tensor],
+        hoisted: dict[str, torch.Tensor],
+        computed: Mapping[str, torch.Tensor],
+    ) -> Iterator[Seen]:
+        module = graphs.modules[FORECAST]
+        names, feature = placeholders(module), computed[FEATURE]
+        single = {**known, **_single(graphs, FORECAST, hoisted)}
         if FEATURE in names:
-            self._tail = modules[FORECAST]
-            self._compare(one, "forecast", modules[FORECAST](**known, feature=computed[FEATURE])[VELOCITY], 0.0)
-        elif FEATURES in names:
-            self._compare_folded(one, result.graphs, known, computed[FEATURE])
+            self._tail = module
+            yield "tail", _run(module, {**single, FEATURE: feature})[VELOCITY], computed[VELOCITY]
+            yield "forecast", _run(module, {**single, FEATURE: _shifted(feature)})[VELOCITY], None
+        elif history_name(0) in names:
+            past = {history_name(i): feature + i * SHIFT for i in range(len(names))}
+            made = _run(module, {**single, **past, **_schedule(names)})
+            yield "predicted feature", made[FEATURE], None
+            tail = None if self._tail is None else _run(self._tail, {**known, FEATURE: made[FEATURE]})[VELOCITY]
+            yield "predicted velocity", made[VELOCITY], tail
+        elif graphs.axes[FORECAST][BIAS]:
+            yield from self._play_run(graphs, {**known, **_named(FORECAST, hoisted)}, feature)
         else:
-            self._unfolded = modules[FORECAST]
-            self._compare_inlined(one, known, computed[FEATURE])
+            yield "forecast", _run(module, {**single, **_in_slots(feature)})[VELOCITY], None
 
-    def _compare_engines(self, one: Pass, graphs: Graphs) -> None:
-        """Graphs with a prologue, or with the sampler inside. Each sample has its own timestep: it is a step of its own."""
-        modules = graphs.modules
-        kept = outputs(modules[COMPUTE])[FEATURE if FORECAST in modules else VELOCITY].meta["val"].dtype
-        tolerance = max(FOLD_TOLERANCE[self.dtype], FOLD_TOLERANCE[kept])
-        hoisted: dict[str, torch.Tensor] = {}
-        if PROLOGUE in modules:
-            prologue = modules[PROLOGUE]
-            times = dict.fromkeys(map(timesteps_of, (COMPUTE, FORECAST)), self.inputs[self.timestep])
-            hoisted = prologue(**{name: {**self.inputs, **times}[name] for name in placeholders(prologue)})
-        delta = {DELTA: torch.linspace(-0.5, -0.25, len(self.reference))}
-        compute = modules[COMPUTE]
-        single = {name: _own_step(value) if len(graphs.axes[PROLOGUE][name]) > 1 else value for name, value in hoisted.items()}
-        known = {**self.inputs, **delta, **{name.removeprefix(f"{COMPUTE}_"): value for name, value in single.items()}}
-        computed = compute(**{name: known[name] for name in placeholders(compute)})
-        self._compare(one, "compute", computed[VELOCITY], tolerance)
-        names = placeholders(modules[FORECAST]) if FORECAST in modules else {}
-        if FEATURES not in names:
-            return
-        batched = len(graphs.axes[FORECAST][BIAS]) > 0
-        rows = {name.removeprefix(f"{FORECAST}_"): v for name, v in (hoisted if batched else single).items()}
-        steps = len(self.reference)
-        last = {FEATURES: computed[FEATURE][None].contiguous(), COEFFICIENTS: torch.ones(1, 1), BIAS: torch.zeros(())}
-        if batched:
-            told = self.inputs[self.timestep][:, None].expand(steps, steps)
-            last |= {
-                COEFFICIENTS: torch.ones(steps, 1, 1),
-                BIAS: torch.zeros(steps),
-                self.timestep: told,
-            }
-        known = {**self.inputs, **rows, **last}
+    def _play_run(self, graphs: Graphs, known: dict[str, torch.Tensor], feature: torch.Tensor) -> Iterator[Seen]:
+        """A run of as many forecasts as there are samples; of each sample the step that has its time is looked at."""
+        steps, module = len(feature), graphs.modules[FORECAST]
+        slots = _in_slots(feature)
+        rows = slots[COEFFICIENTS].expand(steps, *slots[COEFFICIENTS].shape)
+        told = self.inputs[self.io.timestep][:, None].expand(steps, steps)
+        known |= {**slots, COEFFICIENTS: rows, BIAS: slots[BIAS].expand(steps), self.io.timestep: told}
+        made = [_run(module, {**known, DELTAS: row}) for row in torch.eye(steps)]
+        moves = torch.stack([one[NEXT_LATENTS] - self.inputs[self.io.latents] for one in made])
+        yield "move of a forecast", _own_step(moves), self.values.get("forecast")
+        yield "forecast", _own_step(made[0].get(VELOCITIES, moves)), None
 
-        def forecast(**more: torch.Tensor) -> dict[str, torch.Tensor]:
-            made: dict[str, torch.Tensor] = modules[FORECAST](**{name: {**known, **more}[name] for name in names})
-            return made
+    def _play_advance(self, module: fx.GraphModule, velocity: torch.Tensor) -> Seen:
+        base, (sizes, row) = self.inputs[self.io.latents], HALVES
+        share, slots = torch.tensor([0.75]), torch.stack([size * velocity for size in sizes])
+        given = {BASE: base, BASE_SHARE: share, VELOCITIES: slots, COEFFICIENTS: torch.tensor([row])}
+        return "advanced", _run(module, given)[NEXT_LATENTS], share * base + velocity.float()
 
-        if not batched:
-            self._compare(one, "forecast", forecast()[VELOCITY], tolerance)
-            return
-        moved = [forecast(deltas=row)[NEXT_LATENTS] - self.inputs[self.latents] for row in torch.eye(steps)]
-        self._compare(one, "forecast", _own_step(torch.stack(moved)), tolerance)
 
-    def _compare(self, one: Pass, what: str, got: torch.Tensor, tolerance: float, wanted: torch.Tensor | None = None) -> None:
-        wanted = self.reference if wanted is None else wanted
-        error = (got - wanted).abs().max().item() / max(1.0, wanted.abs().max().item())
-        log.info("verified %s: %s differs by %.1e", one.name, what, error)
-        if not error <= tolerance:
-            raise PassError(f"{what} differs from eager by {error:.1e}, allowed is {tolerance:.0e}")
+def verifier_for(model: LoadedModel, settings: Settings) -> Verifier:
+    """A verifier of what is captured for ``settings``."""
+    inputs, io = model.example_inputs(settings), model.io
+    with torch.no_grad():
+        whole = named_model(model.transformer, model.constants(settings))(joined(inputs, io))[VELOCITY]
+    begin, end = io.output or (0, whole.shape[io.axis])
+    velocity = whole.narrow(io.axis, begin, end - begin)
+    return Verifier(inputs, io, {VELOCITY: velocity}, next(model.transformer.parameters()).dtype)
 
-    def _compare_inlined(self, one: Pass, known: Mapping[str, torch.Tensor], feature: torch.Tensor) -> None:
-        if self._unfolded is None or self._tail is None or not self.histories:
-            return
-        step, history = next(iter(self.histories.items()))
-        past = [feature + i for i in range(len(history))]
-        result = self._unfolded(**self._given(known, step, history, past))
-        tail_inputs = {name: value for name, value in known.items() if name in placeholders(self._tail)}
-        wanted = self._tail(**tail_inputs, feature=result[FEATURE])[VELOCITY]
-        self._compare(one, "tail behind the predictor", result[VELOCITY], 0.0, wanted)
 
-    def _given(
-        self, known: Mapping[str, torch.Tensor], step: int, history: tuple[int, ...], past: list[torch.Tensor]
-    ) -> dict[str, torch.Tensor]:
-        """Inputs of the unfolded graph."""
-        schedule = {SIGMAS: self.sigmas, STEP: torch.tensor(step), HISTORY_STEPS: torch.tensor(history)}
-        entries = {history_name(i): value for i, value in enumerate(past)}
-        names = placeholders(self._unfolded) if self._unfolded is not None else {}
-        return {k: v for k, v in {**known, **schedule, **entries}.items() if k in names}
+def _compare(one: Pass, what: str, got: torch.Tensor, wanted: torch.Tensor, allowed: float) -> None:
+    if got.shape != wanted.shape:
+        raise PassError(f"{what} is {list(got.shape)}, was {list(wanted.shape)}")
+    error = (got.float() - wanted.float()).abs().max().item() / max(1.0, wanted.float().abs().max().item())
+    log.info("verified %s: %s differs by %.1e", one.name, what, error)
+    if not error <= allowed:
+        raise PassError(f"{what} differs by {error:.1e} from what it was, allowed is {allowed:.0e}")
 
-    def _compare_folded(self, one: Pass, graphs: Graphs, known: Mapping[str, torch.Tensor], feature: torch.Tensor) -> None:
-        if self._unfolded is None or graphs.rows is None:
-            raise PassError("a folded predictor was met before the unfolded one")
-        for step, history in self.histories.items():
-            generator = torch.Generator().manual_seed(step)
-            past = [feature + torch.randn(feature.shape, generator=generator).to(feature) for _ in history]
-            wanted = self._unfolded(**self._given(known, step, history, past))[VELOCITY]
-            row = graphs.rows.coefficients[step].float()
-            bias = graphs.rows.bias[step].float()
-            linear = {FEATURES: torch.stack(past), COEFFICIENTS: row[None], BIAS: bias}
-            got = graphs.modules[FORECAST](**known, **linear)[VELOCITY]
-            self._compare(one, f"forecast of step {step}", got, FOLD_TOLERANCE[feature.dtype], wanted)
+
+def _run(module: fx.GraphModule, known: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    made: dict[str, torch.Tensor] = module(**{name: known[name] for name in placeholders(module)})
+    return made
+
+
+def _named(owner: str, hoisted: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What the prologue made for a graph, by the graph's names."""
+    prefix = hoisted_name(owner, "")
+    return {name.removeprefix(prefix): value for name, value in hoisted.items() if name.startswith(prefix)}
+
+
+def _single(graphs: Graphs, owner: str, hoisted: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same, of each sample's own step."""
+    own = {name: _own_step(value) if len(graphs.axes[PROLOGUE][name]) > 1 else value for name, value in hoisted.items()}
+    return _named(owner, own)
 
 
 def _own_step(values: torch.Tensor) -> torch.Tensor:
@@ -170,15 +198,33 @@ def _own_step(values: torch.Tensor) -> torch.Tensor:
     return torch.stack([values[i, i] for i in range(len(values))])
 
 
-def eager_output(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """What the verifier compares the graphs of a model with."""
-    with torch.no_grad():
-        result: torch.Tensor = model(dict(inputs))[VELOCITY]
-    return result
+def _each(numbers: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    return numbers.view(-1, *[1] * (like.ndim - 1))
 
 
-def graph_output(compute: fx.GraphModule, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """What it compares later graphs with: the compute graph that was compared with the model."""
-    with torch.no_grad():
-        result: torch.Tensor = compute(**inputs)[VELOCITY]
-    return result
+def _shifted(feature: torch.Tensor) -> torch.Tensor:
+    return (feature.float() + SHIFT).to(feature.dtype)
+
+
+def _in_slots(feature: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Inputs of a linear forecast that is the shifted feature."""
+    sizes, row = HALVES
+    features = torch.stack([size * feature for size in sizes])
+    return {FEATURES: features, COEFFICIENTS: torch.tensor([row]), BIAS: torch.tensor(SHIFT)}
+
+
+def _schedule(names: Mapping[str, fx.Node]) -> dict[str, torch.Tensor]:
+    """What a predictor reads of the schedule, whose length its inputs tell."""
+    window = sum(history_name(i) in names for i in range(len(names)))
+    num_levels = int(names[SIGMAS].meta["val"].shape[0]) if SIGMAS in names else 2
+    return {
+        SIGMAS: torch.linspace(1, 0, num_levels),
+        STEP: torch.tensor(min(window + 1, num_levels - 2)),
+        HISTORY_STEPS: torch.arange(window, 0, -1),
+    }
+
+
+def _precision(graphs: Graphs) -> torch.dtype:
+    """The smallest floating type that the graphs compute in."""
+    found = {value.dtype for module in graphs.modules.values() for node in module.graph.nodes for value in tensors(node)}
+    return next((low for low in (torch.bfloat16, torch.float16) if low in found), torch.float32)

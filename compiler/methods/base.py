@@ -151,18 +151,22 @@ class PredictorMethod(Method):
 
     def row(self, step: int, history: tuple[int, ...], sigmas: Array, parameters: Parameters | None) -> Array:
         """Weights [W] of one forecast on its history, newest first, of an unbiased predictor. A short history is padded."""
-        from cachec.compiler.methods.predictor import probe_rows
+        from cachec.compiler.methods.predictor import fold_rows
 
         padded = (*history, *[history[-1]] * (self.window - len(history)))
-        rows, _ = probe_rows(self.predictor(parameters), {step: padded}, sigmas)
+        rows, _ = fold_rows(self, parameters, {step: padded}, sigmas)
         row: Array = rows[step]
         return row
 
     def table(self, schedule: Schedule, sigmas: Array, parameters: Parameters | None) -> ForecastTable:
-        """The table without the passes: the predictor on a basis of features. Equals what folding finds."""
-        from cachec.compiler.methods.predictor import probe_rows
+        """The predictor folded to numbers, in terms of computed features.
 
-        rows, bias = probe_rows(self.predictor(parameters), self.histories(schedule), sigmas)
+        Raises:
+            PredictorError: it cannot be folded.
+        """
+        from cachec.compiler.methods.predictor import fold_rows
+
+        rows, bias = fold_rows(self, parameters, self.histories(schedule), sigmas)
         return compose(rows, bias, schedule, feeds_back=self.feeds_back)
 
 

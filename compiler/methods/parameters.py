@@ -12,7 +12,7 @@ FILE = FactsFile("predictor", "cachec-predictor-1", "cachec train", PredictorErr
 PRETRAINED = Path(__file__).parent / "pretrained"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Parameters:
     """Fitted or trained numbers of a method by name, and what they were fitted to.
 

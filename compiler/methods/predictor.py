@@ -3,14 +3,22 @@
 Shapes: ``B`` batch, ``L`` tokens, ``D`` channels, ``T`` steps, ``W`` window.
 """
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import nn
 
+from cachec.compiler.graphs.capture import capture_predictor
+from cachec.compiler.methods.parameters import Parameters
+from cachec.passes.fold_predictor import BindingTimes, analyse, fold_predictor
 from cachec.runtime.specs import Array
+
+if TYPE_CHECKING:
+    from cachec.compiler.methods.base import PredictorMethod
 
 
 class Predictor(nn.Module, ABC):
@@ -27,18 +35,23 @@ class Predictor(nn.Module, ABC):
         """
 
 
-@torch.no_grad()
-def probe_rows(predictor: Predictor, histories: Mapping[int, tuple[int, ...]], sigmas: Array) -> tuple[Array, Array]:
-    """Weights [T, W] and bias [T] of an affine, elementwise predictor at some steps: its values at zero and unit features.
+def fold_rows(
+    method: "PredictorMethod", parameters: Parameters | None, histories: Mapping[int, tuple[int, ...]], sigmas: Array
+) -> tuple[Array, Array]:
+    """Weights [T, W] and bias [T] of a method's predictor, folded at some steps.
 
     ``histories``: step to which steps it looks at, newest first; ``sigmas`` [T + 1].
+
+    Raises:
+        PredictorError: it cannot be folded.
     """
     levels = torch.as_tensor(np.asarray(sigmas)).float()
-    window = len(next(iter(histories.values()), ()))
-    rows, bias = np.zeros((len(sigmas) - 1, window)), np.zeros(len(sigmas) - 1)
-    basis = torch.cat([torch.zeros(window, 1), torch.eye(window)], dim=1).float()  # feature j is 1 in column j + 1
-    features = [row[None, None] for row in basis]
-    for step, history in histories.items():
-        values = predictor(features, torch.tensor(history), levels, torch.tensor(step))[0, 0].double().numpy()
-        rows[step], bias[step] = values[1:] - values[0], values[0]
-    return rows, bias
+    rows = fold_predictor(_captured(method, parameters, len(sigmas) - 1), levels, histories)
+    return rows.coefficients.numpy(), rows.bias.numpy()
+
+
+@functools.lru_cache(maxsize=16)
+def _captured(method: "PredictorMethod", parameters: Parameters | None, num_steps: int) -> BindingTimes:
+    """The predictor as a graph of small features: searches ask for thousands of its rows."""
+    predictor = method.predictor(parameters).float().cpu()
+    return analyse(capture_predictor(predictor, method.window, torch.zeros(2, 4, 3), num_steps))

@@ -7,8 +7,7 @@ import pytest
 
 import cachec
 from cachec.compiler.graphs.export import plan_engines
-from cachec.compiler.graphs.forecast import engine_graphs, linear_graphs
-from cachec.compiler.graphs.prepare import split_model
+from cachec.compiler.graphs.prepare import engine, linear, prepare
 from cachec.compiler.tables.schedule import Schedule
 from cachec.engines.eager import EagerEngine
 from cachec.runtime.device import Host
@@ -37,7 +36,7 @@ def work(tmp_path_factory):
 def test_the_flux_shaped_model_splits_and_a_session_equals_the_transformer(work):
     case = cases.open_case(cases.SHAPED, work, quick=True)
     assert isinstance(case.model, cases.FluxShaped)
-    graphs = engine_graphs(case.model, linear_graphs(case.model, split_model(case.model, case.settings), case.settings), "all")
+    graphs = engine(linear(prepare(case.model, case.settings)), case.model.io)
     plans = plan_engines(graphs, case.model.example_inputs(case.settings), case.model.io.latents, case.settings.steps)
     engines = {plan.name: EagerEngine(graphs.modules[plan.name], plan.signature, Host()) for plan in plans}
     program = case.program("hidden", Schedule(case.steps, tuple(range(case.steps))))

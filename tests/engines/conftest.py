@@ -13,16 +13,17 @@ sys.path.append(str(Path(__file__).parent))  # its helpers
 @pytest.fixture(scope="session")
 def toys(tmp_path_factory):
     """The toy for eager and ONNX Runtime: levels ``default`` (hidden cut), ``output`` (output cut) and ``uncached``."""
-    from toy_bundle import KEY, SIGMAS, add_predictor, output_table, split_toy, toy_program, write_bundle
+    from toy_bundle import KEY, SIGMAS, output_table, split_toy, toy_program, write_bundle
 
+    from cachec.compiler.graphs.prepare import linear
     from cachec.compiler.methods.taylor import Taylor
     from cachec.compiler.tables.lower import lower_advance
 
     method = Taylor(order=1)
-    graphs = add_predictor(split_toy(head_axis=True), method.predictor(None), method.window)
+    graphs = linear(split_toy(head_axis=True))
     more = {"output": lower_advance(output_table(), KEY, SIGMAS, SIGMAS[:-1])}
     out = tmp_path_factory.mktemp("toys") / "toy.cachec"
-    return write_bundle(graphs, toy_program(graphs), method, out, ("ort", "eager"), more=more)
+    return write_bundle(graphs, toy_program(), method, out, ("ort", "eager"), more=more)
 
 
 @pytest.fixture(scope="session")

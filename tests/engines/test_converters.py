@@ -11,16 +11,13 @@ import pytest
 import torch
 from torch._decomp import get_decompositions
 from toy import example_inputs
-from toy_bundle import add_predictor, split_toy
+from toy_bundle import IO, split_toy
 
 from cachec.compiler.graphs.export import plan_engines
-from cachec.compiler.graphs.forecast import engine_graphs, linear_graphs
-from cachec.compiler.graphs.prepare import split_model
-from cachec.compiler.methods.taylor import Taylor
+from cachec.compiler.graphs.prepare import compute_only, engine, linear, prepare
 from cachec.compiler.models import MODELS, load_model
 from cachec.compiler.request import make_request
-from cachec.passes import HOISTS, Graphs, engine_passes, run_passes
-from cachec.runtime.abi import COMPUTE
+from cachec.passes import HOISTS
 
 LISTS = json.loads((Path(__file__).parent.parent / "data" / "torch-tensorrt-2.13-ops.json").read_text())
 CONVERTERS, ENABLED, DISABLED = (LISTS[key] for key in ("converters", "decompositions_enabled", "decompositions_disabled"))
@@ -63,25 +60,25 @@ def flux():
     """tiny-flux in float32: the model, its settings, and its graphs by cut."""
     model = load_model(MODELS["tiny-flux"])
     settings = make_request(MODELS["tiny-flux"], method="taylor").settings
-    split = split_model(model, settings)
+    split = prepare(model, settings)
     return (
         model,
         settings,
-        {"hidden": linear_graphs(model, split, settings), "output": Graphs({COMPUTE: split.modules[COMPUTE]})},
+        {"hidden": linear(split), "output": compute_only(split)},
     )
 
 
 @pytest.fixture(scope="module")
 def toy():
-    split, method = split_toy(), Taylor(order=1)
+    split = split_toy()
     return {
-        "hidden": add_predictor(split, method.predictor(None), method.window),
-        "output": Graphs({COMPUTE: split.modules[COMPUTE]}),
+        "hidden": linear(split),
+        "output": compute_only(split),
     }
 
 
 def toy_graphs(toy, cut, hoist):
-    return run_passes(toy[cut], engine_passes("latents", "timestep", ("prompt",), linear=cut == "hidden", hoist=hoist))
+    return engine(toy[cut], IO, hoist=hoist)
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +88,7 @@ def used(flux, toy):
     found = set()
     for hoist in HOISTS:
         for cut in graphs:
-            found |= targets(module.graph for module in engine_graphs(model, graphs[cut], hoist).modules.values())
+            found |= targets(module.graph for module in engine(graphs[cut], model.io, hoist=hoist).modules.values())
             found |= targets(module.graph for module in toy_graphs(toy, cut, hoist).modules.values())
     return found
 
@@ -140,6 +137,6 @@ def test_decomposed_graphs_of_the_toy_are_converted(toy, hoist):
 def test_decomposed_graphs_of_tiny_flux_are_converted(flux):
     model, settings, graphs = flux
     plans = plan_engines(
-        engine_graphs(model, graphs["hidden"], "none"), model.example_inputs(settings), model.io.latents, settings.steps
+        engine(graphs["hidden"], model.io, hoist="none"), model.example_inputs(settings), model.io.latents, settings.steps
     )
     assert left_over(plans) == set()

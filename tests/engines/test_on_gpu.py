@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from toy_bundle import add_predictor, split_toy, toy_program, write_bundle, write_output_bundle
+from toy_bundle import split_toy, toy_program, write_bundle, write_output_bundle
 
 import cachec
+from cachec.compiler.graphs.prepare import linear
 from cachec.compiler.methods.taylor import Taylor
 from cachec.engines import BACKENDS, cuda_runtime, get_engine
 from cachec.engines.cuda_device import CudaDevice
@@ -26,8 +27,8 @@ def write(path, backend, cut, device=GPU):
     if cut == "output":
         return write_output_bundle(split, path, backend, device=device)
     method = Taylor(order=1)
-    graphs = add_predictor(split, method.predictor(None), method.window)
-    return write_bundle(graphs, toy_program(graphs), method, path, backend, device=device)
+    graphs = linear(split)
+    return write_bundle(graphs, toy_program(), method, path, backend, device=device)
 
 
 @pytest.fixture(scope="module", params=[(b, c) for b in BACKENDS for c in CUTS], ids=lambda pair: "-".join(pair))

@@ -1,27 +1,18 @@
 """Precision in the graph: which type every value has, and that rounding costs less than in a model cast as a whole."""
 
-import copy
-import functools
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
 from torch import fx, nn
 from toy import TOKENS, WIDTH, ToyDiT, example_inputs
-from toy_bundle import LAST_BLOCK, add_predictor, split_toy, toy_program, write_bundle
+from toy_bundle import IO, LAST_BLOCK, split, split_toy, toy_program, write_bundle
 
 import cachec
-from cachec.compiler.graphs.build_engines import LooseSources
 from cachec.compiler.graphs.capture import capture_model, named_model
 from cachec.compiler.graphs.export import plan_engines
-from cachec.compiler.graphs.forecast import engine_graphs, linear_graphs
-from cachec.compiler.graphs.prepare import split_model
+from cachec.compiler.graphs.prepare import engine, linear
 from cachec.compiler.methods.taylor import Taylor
-from cachec.compiler.models import MODELS, load_model
-from cachec.compiler.models.base import Settings
-from cachec.engines import get_builder
-from cachec.passes import CastPrecision, canonical_passes, run_passes, split_passes
+from cachec.passes import CastPrecision, canonical_passes, cast_passes, run_passes
 from cachec.passes.base import depends_on_inputs, fetch, outputs, placeholders
 from cachec.passes.cast_precision import NARROW, WIDE, operator_name
 from cachec.runtime.abi import COMPUTE, FORECAST, MODEL, PROLOGUE
@@ -29,7 +20,6 @@ from cachec.runtime.noise import make_noise
 
 aten = torch.ops.aten
 LOW = (torch.bfloat16, torch.float16)
-SETTINGS = Settings(64, 64, 16, 3.5, 4, "float32")
 EPSILON = {torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
 
@@ -70,129 +60,57 @@ def capture(model, inputs=None):
 
 def cast(model, dtype, inputs=None):
     """The graph of ``model`` in ``dtype``, as a module."""
-    return run_passes(capture(model, inputs), canonical_passes(dtype)).modules[MODEL]
-
-
-@pytest.fixture(scope="module")
-def flux():
-    return load_model(MODELS["tiny-flux"])
-
-
-class Loaded:
-    """A model as it is, but for its transformer, which is in another precision."""
-
-    def __init__(self, model, dtype):
-        self._model, self.transformer = model, copy.deepcopy(model.transformer).to(dtype).eval()
-
-    def __getattr__(self, name):
-        return getattr(self._model, name)
-
-
-@pytest.fixture(scope="module")
-def loaded_flux(flux):
-    """tiny-flux by the precision that it is loaded in."""
-    low = {dtype: Loaded(flux, dtype) for dtype in LOW}
-    return {torch.float32: flux, **low}.__getitem__
-
-
-@pytest.fixture(scope="module")
-def engines_of(loaded_flux):
-    """Split and engine graphs of tiny-flux by the precision it is loaded in and the one it is compiled for."""
-
-    @functools.cache
-    def engines(loaded, dtype):
-        model, settings = loaded_flux(loaded), replace(SETTINGS, dtype=str(dtype).removeprefix("torch."))
-        split = split_model(model, settings)
-        return split, engine_graphs(model, linear_graphs(model, split, settings), "all")
-
-    return engines
-
-
-@pytest.fixture(scope="module")
-def plans_of(flux, engines_of):
-    """Plans of tiny-flux's engines by precision."""
-
-    @functools.cache
-    def plans(dtype):
-        graphs = engines_of(torch.float32, dtype)[1]
-        return plan_engines(graphs, flux.example_inputs(SETTINGS), flux.io.latents, SETTINGS.steps)
-
-    return plans
-
-
-def hoist_inputs(graphs, inputs, timestep):
-    """What the prologue gives the compute graph, with the model's own inputs."""
-    prologue = graphs.modules[PROLOGUE]
-    times = dict.fromkeys(("compute_timesteps", "forecast_timesteps"), inputs[timestep][:1])
-    return {**inputs, **times}, placeholders(prologue)
+    return run_passes(capture(model, inputs), [canonical_passes(), cast_passes(dtype)]).modules[MODEL]
 
 
 @torch.no_grad()
-def run_engines(graphs, inputs, timestep, dtype):
+def run_engines(graphs, inputs, dtype):
     """The compute graph behind the prologue; all samples have one timestep."""
-    given, names = hoist_inputs(graphs, inputs, timestep)
-    hoisted = run_typed(graphs.modules[PROLOGUE], {name: given[name] for name in names}, dtype)
-    steps = {name: value[0] if len(graphs.axes[PROLOGUE][name]) > 1 else value for name, value in hoisted.items()}
-    known = {**inputs, **{name.removeprefix("compute_"): value for name, value in steps.items()}, "delta": torch.ones(2)}
-    return run_typed(graphs.modules[COMPUTE], known, dtype), hoisted
-
-
-def flux_inputs(flux, number):
-    """Real conditions, and noise of one time: a latent that a run begins with, or near."""
-    time = (0.95, 0.6, 0.25)[number]
-    prompts = ["a large red circle at the left on a dark background", "a blue ring above a white cross on a grey background"]
-    conditions = {k: torch.from_numpy(v) for k, v in flux.encode(prompts, SETTINGS, flux.io.conditions).items()}
-    generator = torch.Generator().manual_seed(number)
-    return {
-        "hidden_states": torch.randn(2, 64, 64, generator=generator),
-        "timestep": torch.full((2,), time),
-        **conditions,
-    }
-
-
-# --- tiny-flux
+    times = dict.fromkeys(("compute_timesteps", "forecast_timesteps"), inputs["timestep"][:1])
+    prologue = graphs.modules[PROLOGUE]
+    hoisted = run_typed(prologue, {name: {**inputs, **times}[name] for name in placeholders(prologue)}, dtype)
+    steps = {name.removeprefix("compute_"): value[0] for name, value in hoisted.items()}
+    return run_typed(graphs.modules[COMPUTE], {**inputs, **steps, "delta": torch.ones(2)}, dtype)
 
 
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 @pytest.mark.parametrize("loaded", ["float32", "low"])
-def test_types_and_errors_of_tiny_flux(flux, loaded_flux, engines_of, loaded, dtype):
+@torch.no_grad()
+def test_types_and_errors_of_the_toy(loaded, dtype):
     """After the split and in the engines' graphs; beside the model cast as a whole."""
-    split, engines = engines_of(torch.float32 if loaded == "float32" else dtype, dtype)
-    exact, plain = (named_model(t, flux.constants(SETTINGS)) for t in (flux.transformer, loaded_flux(dtype).transformer))
-    errors = {"plain": [], "split": [], "engines": []}
-    for number in range(3):
-        inputs = flux_inputs(flux, number)
-        with torch.no_grad():
-            wanted, whole = exact(inputs)["velocity"], plain(inputs)["velocity"]
-        computed = run_typed(split.modules[COMPUTE], inputs, dtype)
-        made, _ = run_engines(engines, inputs, "timestep", dtype)
+    exact, whole = ToyDiT().eval(), ToyDiT().eval().to(dtype)
+    graphs = split(exact if loaded == "float32" else whole, example_inputs(), LAST_BLOCK, dtype)
+    engines = engine(linear(graphs), IO)
+    errors = {"whole": [], "split": [], "engines": []}
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        inputs = {**example_inputs(), "latents": torch.randn(2, TOKENS, WIDTH, generator=generator)}
+        inputs["timestep"] = torch.full((2,), (0.95, 0.6, 0.25)[seed])
+        wanted, plain = (named_model(model, {})(inputs)["velocity"] for model in (exact, whole))
+        computed, made = run_typed(graphs.modules[COMPUTE], inputs, dtype), run_engines(engines, inputs, dtype)
         for result in (computed, made):
             assert result["feature"].dtype == dtype
             assert result["velocity"].dtype == torch.float32
         assert made["next_latents"].dtype == torch.float32
-        for name, value in (("plain", whole), ("split", computed["velocity"]), ("engines", made["velocity"])):
+        for name, value in (("whole", plain), ("split", computed["velocity"]), ("engines", made["velocity"])):
             errors[name].append(((value - wanted).norm() / wanted.norm()).square())
     rms = {name: torch.stack(values).mean().sqrt().item() for name, values in errors.items()}
-    assert 0 < rms["split"] < rms["plain"]
-    assert 0 < rms["engines"] < rms["plain"]
+    assert 0 < rms["split"] < rms["whole"]
+    assert 0 < rms["engines"] < rms["whole"]
 
 
 @pytest.mark.parametrize("dtype", LOW, ids=str)
-def test_borders_of_the_engines_are_float32_but_for_what_stays_inside(plans_of, dtype):
-    plans = plans_of(dtype)
+def test_borders_of_the_engines_are_float32_but_for_what_stays_inside(dtype):
+    plans = plan_engines(engine(linear(split_toy(dtype=dtype)), IO), example_inputs(), "latents", 10)
+    specs = [spec for plan in plans for spec in (*plan.signature.inputs, *plan.signature.outputs)]
     name = str(dtype).removeprefix("torch.")
-    narrow = {spec.name for plan in plans for spec in (*plan.signature.inputs, *plan.signature.outputs) if spec.dtype == name}
     kept = {"feature", "features", "step_values", "compute_step_values", "forecast_step_values"}
-    assert narrow == {*kept, "context_embedder", "compute_context_embedder"}
-    others = {spec.dtype for plan in plans for spec in (*plan.signature.inputs, *plan.signature.outputs)} - {name}
-    assert others == {"float32"}
+    assert {spec.name for spec in specs if spec.dtype == name} == kept
+    assert {spec.dtype for spec in specs} == {name, "float32"}
 
 
-def test_float32_is_left_alone(flux):
-    before = run_passes(
-        capture_model(flux.transformer, flux.example_inputs(SETTINGS), flux.constants(SETTINGS)), canonical_passes()
-    )
-    changed = []
+def test_float32_is_left_alone():
+    before, changed = run_passes(capture(ToyDiT()), [canonical_passes()]), []
     after = run_passes(
         before, [CastPrecision(torch.float32)], observers=[lambda i, one, result: changed.append(result.changed)]
     )
@@ -201,20 +119,20 @@ def test_float32_is_left_alone(flux):
 
 
 @pytest.mark.parametrize("dtype", LOW, ids=str)
-def test_weights_that_have_their_type_are_the_models_own(loaded_flux, engines_of, dtype):
-    model, (split, _) = loaded_flux(dtype), engines_of(dtype, dtype)
-    own = {id(parameter): name for name, parameter in model.transformer.named_parameters()}
-    added = [name for name, parameter in split.modules[COMPUTE].named_parameters() if id(parameter) not in own]
-    assert {name.rpartition(".")[2] for name in added} == {"weight_float32"}
-    assert all(".norm_" in name for name in added)
+def test_weights_that_have_their_type_are_the_models_own(dtype):
+    model = ToyDiT().eval().to(dtype)
+    compute = split(model, example_inputs(), LAST_BLOCK, dtype).modules[COMPUTE]
+    own = {id(parameter) for parameter in model.parameters()}
+    added = {name.removeprefix("model.") for name, parameter in compute.named_parameters() if id(parameter) not in own}
+    assert added == {"norm_out.weight_float32", "norm_out.bias_float32"}
 
 
 def test_the_model_stays_as_it_is_and_converted_weights_are_shared():
     model = ToyDiT().eval()
     before = {name: (id(p), p.dtype) for name, p in model.named_parameters()}
-    split = run_passes(capture(model), split_passes(LAST_BLOCK, torch.bfloat16))
+    graphs = split(model, example_inputs(), LAST_BLOCK, torch.bfloat16)
     assert {name: (id(p), p.dtype) for name, p in model.named_parameters()} == before
-    compute, forecast = (dict(split.modules[name].named_parameters()) for name in (COMPUTE, FORECAST))
+    compute, forecast = (dict(graphs.modules[name].named_parameters()) for name in (COMPUTE, FORECAST))
     assert all(compute[name] is parameter for name, parameter in forecast.items())
     shared = forecast["model.blocks.0.modulation.weight_bfloat16"]
     torch.testing.assert_close(shared.float(), model.blocks[0].modulation.weight, rtol=2**-8, atol=0)
@@ -345,7 +263,8 @@ def test_rules(body, dtype, loaded):
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 @pytest.mark.parametrize("body", RULES, ids=lambda body: body.__name__)
 def test_casting_again_changes_nothing(body, dtype):
-    graphs, inputs = run_passes(capture(Rule(body), inputs_of_rule()), canonical_passes(dtype)), inputs_of_rule()
+    inputs = inputs_of_rule()
+    graphs = run_passes(capture(Rule(body), inputs), [canonical_passes(), cast_passes(dtype)])
     again = run_passes(graphs, [CastPrecision(dtype)])
     before, after = graphs.modules[MODEL], again.modules[MODEL]
     assert sorted(map(described, before.graph.nodes)) == sorted(map(described, after.graph.nodes))
@@ -389,16 +308,12 @@ def test_masks_stay_finite_in_float16():
 def test_the_last_block_hands_over_one_value_in_low_precision():
     """Though the tail reads it in float32, and reads a value that the block reads too."""
     for dtype in LOW:
-        split = split_toy(dtype=dtype)
-        assert outputs(split.modules[COMPUTE])["feature"].meta["val"].dtype == dtype
-        assert placeholders(split.modules[FORECAST])["feature"].meta["val"].dtype == dtype
+        graphs = split_toy(dtype=dtype)
+        assert outputs(graphs.modules[COMPUTE])["feature"].meta["val"].dtype == dtype
+        assert placeholders(graphs.modules[FORECAST])["feature"].meta["val"].dtype == dtype
 
 
 # --- engines
-
-
-def noise(*seeds):
-    return np.stack([make_noise(seed, (TOKENS, WIDTH)) for seed in seeds])
 
 
 @pytest.mark.parametrize(
@@ -408,57 +323,10 @@ def noise(*seeds):
 def test_bundles_follow_eager_float32(tmp_path, backend, dtype, distance):
     method, latents = Taylor(order=1), []
     conditions = {"prompt": np.stack([make_noise(100 + seed, (WIDTH,)) for seed in (1, 2)])}
-    for name, precision, engine in (("wanted", None, "eager"), ("low", dtype, backend)):
-        graphs = add_predictor(split_toy(head_axis=True, dtype=precision), method.predictor(None), method.window)
-        out = write_bundle(graphs, toy_program(graphs), method, tmp_path / name, engine)
+    for name, precision, target in (("wanted", torch.float32, "eager"), ("low", dtype, backend)):
+        graphs = linear(split_toy(head_axis=True, dtype=precision))
+        out = write_bundle(graphs, toy_program(), method, tmp_path / name, target)
         with cachec.load(out) as bundle:
             latents.append([bundle.denoise(conditions, [1, 2], level=level) for level in ("default", "uncached")])
     for got, wanted in zip(latents[1], latents[0], strict=True):
         assert 0 < np.linalg.norm(got - wanted) < distance * np.linalg.norm(wanted)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("dtype", LOW, ids=str)
-def test_onnx_files_of_tiny_flux(tmp_path, flux, engines_of, plans_of, dtype):
-    """They pass the checker; in float16, which ONNX Runtime has kernels for, they give what eager gives."""
-    onnx = pytest.importorskip("onnx")
-    graphs, plans, ort = engines_of(torch.float32, dtype)[1], plans_of(dtype), get_builder("ort")
-    signatures = {plan.name: plan.signature for plan in plans}
-    files = ort.build(LooseSources(plans, tmp_path), tmp_path)
-    for path in files.values():
-        onnx.checker.check_model(str(path), full_check=True)
-    if dtype == torch.bfloat16:
-        return
-    inputs = flux_inputs(flux, 0)
-    made, hoisted = run_engines(graphs, inputs, "timestep", dtype)
-    engines = ort.engine.load(files, signatures)
-    given, names = hoist_inputs(graphs, inputs, "timestep")
-    got = call(engines["prologue"], {name: given[name] for name in names}, hoisted)
-    check_near(got, hoisted)
-    steps = {n.removeprefix("compute_"): v[0] if len(graphs.axes[PROLOGUE][n]) > 1 else v for n, v in hoisted.items()}
-    known = {**inputs, **steps, "delta": torch.ones(2)}
-    names = [spec.name for spec in signatures["compute"].inputs]
-    check_near(call(engines["compute"], {name: known[name] for name in names}, made), made)
-    tail = {
-        "features": torch.stack([made["feature"], -made["feature"]]),
-        "coefficients": torch.tensor([[[1.0, 0.25]], [[0.5, 0.25]]]),
-        "bias": torch.tensor([0.1, 0.2]),
-        "deltas": torch.tensor([-0.1, -0.2]),
-        "hidden_states": inputs["hidden_states"],
-        "step_values": hoisted["forecast_step_values"].expand(2, -1, -1).contiguous(),
-    }
-    wanted = graphs.modules[FORECAST](**tail)
-    check_near(call(engines["forecast"], tail, wanted), wanted)
-
-
-def call(engine, inputs, like):
-    """What an engine gives for tensors, in buffers like those given."""
-    results = {name: np.empty(tuple(value.shape), str(value.dtype).removeprefix("torch.")) for name, value in like.items()}
-    engine.context().bind({name: value.contiguous().numpy() for name, value in inputs.items()}, results).run()
-    return {name: torch.from_numpy(value) for name, value in results.items()}
-
-
-def check_near(got, wanted):
-    for name, value in wanted.items():
-        assert got[name].dtype == value.dtype
-        assert (got[name].float() - value.float()).norm() < 3e-3 * value.float().norm(), name

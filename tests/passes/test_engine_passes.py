@@ -5,10 +5,9 @@ import copy
 import pytest
 import torch
 from toy import TOKENS, WIDTH, ToyDiT, example_inputs
-from toy_bundle import add_predictor
+from toy_bundle import IO, split
 
-from cachec.compiler.graphs.capture import capture_model
-from cachec.compiler.methods.taylor import Taylor
+from cachec.compiler.graphs.prepare import compute_only, linear
 from cachec.passes import (
     AddAdvance,
     BatchForecast,
@@ -17,11 +16,11 @@ from cachec.passes import (
     MergeLinears,
     Prune,
     ShareSubexpressions,
+    Stage,
     engine_passes,
     run_passes,
-    split_passes,
 )
-from cachec.passes.base import Graphs, outputs, placeholders
+from cachec.passes.base import outputs, placeholders
 from cachec.runtime.abi import ADVANCE, COMPUTE, FORECAST, PROLOGUE
 from cachec.runtime.errors import PassError
 
@@ -30,8 +29,8 @@ TIMES = torch.tensor([0.9, 0.5, 0.2])
 
 
 @pytest.fixture(scope="module")
-def linear(toy_split):
-    return add_predictor(toy_split, Taylor(1).predictor(None), 2)
+def linear_graphs(toy_split):
+    return linear(toy_split)
 
 
 def names(module):
@@ -120,7 +119,7 @@ class Worded(torch.nn.Module):
 def worded():
     inputs = {**example_inputs(), "words": torch.randn(2, 3, WIDTH)}
     del inputs["prompt"]
-    return inputs, run_passes(capture_model(Worded().eval(), inputs), split_passes("blocks.0"))
+    return inputs, split(Worded().eval(), inputs, "blocks.0")
 
 
 @pytest.mark.parametrize("per_step", [True, False])
@@ -179,8 +178,8 @@ def random_run(num_steps, num_slots, batch):
 @pytest.mark.parametrize("hoist", [True, False])
 @pytest.mark.parametrize("velocities", [True, False])
 @torch.no_grad()
-def test_a_run_of_forecasts_equals_its_steps_one_by_one(linear, num_steps, num_slots, batch, hoist, velocities):
-    graphs = run_passes(linear, [*([HOIST] if hoist else []), BatchForecast("latents", "timestep", velocities)])
+def test_a_run_of_forecasts_equals_its_steps_one_by_one(linear_graphs, num_steps, num_slots, batch, hoist, velocities):
+    graphs = run_passes(linear_graphs, [*([HOIST] if hoist else []), BatchForecast("latents", "timestep", velocities)])
     prompt = example_inputs(batch)["prompt"]
     times, given = torch.linspace(0.9, 0.1, num_steps), random_run(num_steps, num_slots, batch)
     rows = {"timestep": times[:, None].repeat(1, batch), "prompt": prompt}
@@ -188,7 +187,7 @@ def test_a_run_of_forecasts_equals_its_steps_one_by_one(linear, num_steps, num_s
         rows |= {"step_values": run_prologue(graphs, prompt, times)["forecast_step_values"]}
     forecast = graphs.modules[FORECAST]
     got = forecast(**{name: {**given, **rows}[name] for name in placeholders(forecast)})
-    x, single = given["latents"], linear.modules[FORECAST]
+    x, single = given["latents"], linear_graphs.modules[FORECAST]
     for step in range(num_steps):
         known = {
             "features": given["features"],
@@ -231,8 +230,8 @@ def test_advance_adds_weighted_velocities_to_a_share_of_the_base(toy_split):
 
 
 @pytest.mark.parametrize("hoist", ["none", "tables", "all"])
-def test_engine_passes_leave_graphs_that_export_and_read_everything(linear, hoist):
-    graphs = run_passes(linear, engine_passes("latents", "timestep", ("prompt",), linear=True, hoist=hoist))
+def test_engine_passes_leave_graphs_that_export_and_read_everything(linear_graphs, hoist):
+    graphs = run_passes(linear_graphs, [engine_passes(IO, Stage.LINEAR, hoist=hoist)])
     assert set(graphs.modules) == {COMPUTE, FORECAST, ADVANCE, *([PROLOGUE] if hoist == "all" else [])}
     for name, module in graphs.modules.items():
         for node in placeholders(module).values():
@@ -258,19 +257,19 @@ class Expanded(torch.nn.Module):
 @torch.no_grad()
 def test_pieces_that_are_spread_or_added_to_themselves_are_cut_right():
     inputs = example_inputs()
-    split = run_passes(capture_model(Expanded().eval(), inputs), split_passes("blocks.0"))
-    hoisted = run_passes(split, [HOIST])
+    whole = split(Expanded().eval(), inputs, "blocks.0")
+    hoisted = run_passes(whole, [HOIST])
     made = run_prologue(hoisted, inputs["prompt"], TIMES)["compute_step_values"]
     for row, time in zip(made, TIMES, strict=True):
-        wanted = split.modules[COMPUTE](**{**inputs, "timestep": time.expand(2)})["velocity"]
+        wanted = whole.modules[COMPUTE](**{**inputs, "timestep": time.expand(2)})["velocity"]
         got = hoisted.modules[COMPUTE](latents=inputs["latents"], step_values=row)["velocity"]
         torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
-def test_slots_of_a_smaller_type_round_features_and_nothing_else(linear):
+def test_slots_of_a_smaller_type_round_features_and_nothing_else(linear_graphs):
     plain, small = (
-        run_passes(linear, engine_passes("latents", "timestep", ("prompt",), linear=True, hoist="none", slots=slots))
+        run_passes(linear_graphs, [engine_passes(IO, Stage.LINEAR, hoist="none", slots=slots)])
         for slots in (None, torch.float16)
     )
     inputs = {**example_inputs(), "delta": torch.tensor([-0.3, 0.2])}
@@ -288,8 +287,7 @@ def test_slots_of_a_smaller_type_round_features_and_nothing_else(linear):
 
 @torch.no_grad()
 def test_slots_of_the_output_cut_hold_velocities(toy_split):
-    graphs = Graphs({COMPUTE: toy_split.modules[COMPUTE]})
-    graphs = run_passes(graphs, engine_passes("latents", "timestep", ("prompt",), linear=False, slots=torch.float16))
+    graphs = run_passes(compute_only(toy_split), [engine_passes(IO, Stage.SPLIT, slots=torch.float16)])
     assert outputs(graphs.modules[COMPUTE])["velocity"].meta["val"].dtype == torch.float16
     given = random_run(1, 4, 2)
     velocities, row = given["features"].half(), given["coefficients"][0]
@@ -301,9 +299,8 @@ def test_slots_of_the_output_cut_hold_velocities(toy_split):
 
 @torch.no_grad()
 def test_what_half_precision_cannot_hold_becomes_the_largest_it_can(toy_split):
-    graphs = Graphs({COMPUTE: toy_split.modules[COMPUTE]})
-    passes = engine_passes("latents", "timestep", ("prompt",), linear=False, hoist="none", slots=torch.float16)
-    compute = copy.deepcopy(run_passes(graphs, passes).modules[COMPUTE])
+    passes = engine_passes(IO, Stage.SPLIT, hoist="none", slots=torch.float16)
+    compute = copy.deepcopy(run_passes(compute_only(toy_split), [passes]).modules[COMPUTE])
     next(value for name, value in compute.named_parameters() if name.endswith(".out.bias")).fill_(1e6)
     largest = compute(**example_inputs(), delta=torch.tensor([-0.3, 0.2]))["velocity"]
     assert torch.equal(largest, torch.full_like(largest, torch.finfo(torch.float16).max))

@@ -3,10 +3,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from toy_bundle import add_predictor, split_toy
+from toy_bundle import IO, split_toy
 
-from cachec.compiler.methods.taylor import Taylor
-from cachec.passes import engine_passes, graph_text, run_passes
+from cachec.compiler.graphs.prepare import engine, linear
+from cachec.passes import graph_text
 from cachec.runtime.abi import COMPUTE, FORECAST, PROLOGUE
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -17,14 +17,12 @@ def split_text(split, name):
     return graph_text(split.modules[name])
 
 
-def folded_text(split):
-    return graph_text(add_predictor(split, Taylor(1).predictor(None), 2).modules[FORECAST])
+def linear_text(split):
+    return graph_text(linear(split).modules[FORECAST])
 
 
 def engine_text(split, name):
-    linear = add_predictor(split, Taylor(1).predictor(None), 2)
-    graphs = run_passes(linear, engine_passes("latents", "timestep", ("prompt",), linear=True))
-    return graph_text(graphs.modules[name])
+    return graph_text(engine(linear(split), IO).modules[name])
 
 
 def cast_text():
@@ -34,7 +32,7 @@ def cast_text():
 TEXTS = {
     "compute": lambda split: split_text(split, COMPUTE),
     "forecast": lambda split: split_text(split, FORECAST),
-    "forecast-taylor-1": folded_text,
+    "forecast-linear": linear_text,
     "engine-prologue": lambda split: engine_text(split, PROLOGUE),
     "engine-compute": lambda split: engine_text(split, COMPUTE),
     "engine-forecast": lambda split: engine_text(split, FORECAST),

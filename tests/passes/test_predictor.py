@@ -3,12 +3,14 @@ import torch
 from toy import TOKENS, WIDTH, example_inputs
 from toy_bundle import SCHEDULE, SIGMAS, STEPS, add_predictor, captured, histories
 
+from cachec.compiler.graphs.prepare import linear
 from cachec.compiler.methods.base import Predictor
 from cachec.compiler.methods.lesa import LesaPredictor
 from cachec.compiler.methods.reuse import Reuse
 from cachec.compiler.methods.taylor import Taylor
-from cachec.passes import FoldStatic, InlinePredictor, run_passes
-from cachec.passes.base import placeholders
+from cachec.passes import InlinePredictor, linear_passes, run_passes
+from cachec.passes.base import outputs, placeholders
+from cachec.passes.fold_predictor import analyse, fold_predictor
 from cachec.runtime.abi import FORECAST
 from cachec.runtime.errors import PassError, PredictorError
 
@@ -41,6 +43,11 @@ def unfolded_inputs(module, past, step, history):
     return {name: values[name] for name in placeholders(module)}
 
 
+def fold(predictor, window, feeds_back=False):
+    parts = analyse(captured(predictor, window))
+    return fold_predictor(parts, torch.from_numpy(SIGMAS), histories(window, feeds_back=feeds_back))
+
+
 def random_past(window, batch, seed):
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(batch, TOKENS, WIDTH, generator=generator) for _ in range(window)]
@@ -49,21 +56,21 @@ def random_past(window, batch, seed):
 @every_predictor
 @torch.no_grad()
 def test_folded_equals_unfolded(toy_split, predictor, window, feeds_back):
-    folded = add_predictor(toy_split, predictor, window, feeds_back=feeds_back)
-    unfolded = add_predictor(toy_split, predictor, window, feeds_back=feeds_back, fold=False).modules[FORECAST]
-    linear = folded.modules[FORECAST]
+    rows = fold(predictor, window, feeds_back)
+    unfolded = add_predictor(toy_split, predictor, window).modules[FORECAST]
+    folded = linear(toy_split).modules[FORECAST]
     for step, history in histories(window, feeds_back=feeds_back).items():
         past = random_past(window, 2, seed=step)
         wanted = unfolded(**unfolded_inputs(unfolded, past, step, history))["velocity"]
-        row, bias = folded.rows.coefficients[step].float(), folded.rows.bias[step].float()
-        got = linear(features=torch.stack(past), coefficients=row[None], bias=bias, **tail_inputs(linear, 2))["velocity"]
+        row, bias = rows.coefficients[step].float(), rows.bias[step].float()
+        got = folded(features=torch.stack(past), coefficients=row[None], bias=bias, **tail_inputs(folded, 2))["velocity"]
         torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
 
 
 @every_predictor
 @torch.no_grad()
-def test_rows_say_what_the_predictor_does(toy_split, predictor, window, feeds_back):
-    rows = add_predictor(toy_split, predictor, window, feeds_back=feeds_back).rows
+def test_rows_say_what_the_predictor_does(predictor, window, feeds_back):
+    rows = fold(predictor, window, feeds_back)
     for step, history in histories(window, feeds_back=feeds_back).items():
         past = random_past(window, 2, seed=step)
         wanted = predictor(past, torch.tensor(history), torch.from_numpy(SIGMAS), torch.tensor(step))
@@ -72,8 +79,8 @@ def test_rows_say_what_the_predictor_does(toy_split, predictor, window, feeds_ba
 
 
 @every_predictor
-def test_rows_of_computed_steps_are_zero(toy_split, predictor, window, feeds_back):
-    rows = add_predictor(toy_split, predictor, window, feeds_back=feeds_back).rows
+def test_rows_of_computed_steps_are_zero(predictor, window, feeds_back):
+    rows = fold(predictor, window, feeds_back)
     computed, forecast = list(SCHEDULE.compute), list(SCHEDULE.forecast)
     assert not rows.coefficients[computed].any()
     assert not rows.bias[computed].any()
@@ -81,41 +88,67 @@ def test_rows_of_computed_steps_are_zero(toy_split, predictor, window, feeds_bac
 
 
 @pytest.mark.parametrize(("order", "row"), [(0, [1.0]), (1, [3.0, -2.0])])
-def test_rows_of_taylor_are_the_published_ones(toy_split, order, row):
-    rows = add_predictor(toy_split, Taylor(order).predictor(None), order + 1).rows
+def test_rows_of_taylor_are_the_published_ones(order, row):
+    rows = fold(Taylor(order).predictor(None), order + 1)
     assert rows.coefficients[5].tolist() == row  # two steps after step 3, which is one after step 2
     assert SCHEDULE.compute == (0, 2, 3, 6)
 
 
-@every_predictor
 @torch.no_grad()
-def test_the_folded_engine_takes_any_batch_and_any_number_of_slots(toy_split, predictor, window, feeds_back):
-    linear = add_predictor(toy_split, predictor, window, feeds_back=feeds_back).modules[FORECAST]
+def test_the_linear_forecast_takes_any_batch_and_any_number_of_slots(toy_split):
+    forecast = linear(toy_split).modules[FORECAST]
     for batch, slots in ((1, 1), (5, 4)):
         features = torch.stack(random_past(slots, batch, seed=0))
         inputs = {"features": features, "coefficients": torch.full((1, slots), 1 / slots), "bias": torch.tensor(0.1)}
-        assert linear(**inputs, **tail_inputs(linear, batch))["velocity"].shape == (batch, TOKENS, WIDTH)
+        assert forecast(**inputs, **tail_inputs(forecast, batch))["velocity"].shape == (batch, TOKENS, WIDTH)
 
 
-def test_the_folded_graph_has_nothing_of_the_kan_left(toy_split):
-    predictor = random_lesa()
-    unfolded = add_predictor(toy_split, predictor, 8, feeds_back=True, fold=False).modules[FORECAST]
-    folded = add_predictor(toy_split, predictor, 8, feeds_back=True).modules[FORECAST]
-    assert any("kans" in name for name in unfolded.state_dict())
-    assert {id(p) for p in folded.parameters()} == {id(p) for p in toy_split.modules[FORECAST].parameters()}
-    assert not any("kan" in name or "predictor" in name for name in folded.state_dict())
-    assert not placeholders(folded).keys() & {"sigmas", "step", "history_steps", "feature_0"}
+def test_the_linear_forecast_holds_the_tails_weights_and_nothing_else(toy_split):
+    forecast = linear(toy_split).modules[FORECAST]
+    assert {id(p) for p in forecast.parameters()} == {id(p) for p in toy_split.modules[FORECAST].parameters()}
+    assert set(placeholders(forecast)) == {"features", "coefficients", "bias", "timestep", "prompt"}
+
+
+class Scaled(torch.nn.Module):
+    """A graph from feature to feature."""
+
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = torch.nn.Parameter(torch.full((WIDTH,), factor))
+
+    def forward(self, feature):
+        return {"feature": feature * self.factor}
+
+
+@torch.no_grad()
+def test_features_are_kept_in_a_code_and_decoded_behind_the_sum(toy_split):
+    encode, decode = (torch.fx.symbolic_trace(Scaled(factor)) for factor in (4.0, 0.25))
+    for graph in (encode, decode):
+        feature = toy_split.modules["compute"].graph
+        (value,) = [n.meta["val"] for n in feature.nodes if n is outputs(toy_split.modules["compute"])["feature"]]
+        next(iter(graph.graph.nodes)).meta["val"] = value
+        outputs(graph)["feature"].meta["val"] = value
+    coded, plain = (run_passes(toy_split, [passes]) for passes in (linear_passes(encode, decode), linear_passes()))
+    inputs = example_inputs()
+    kept, feature = (graphs.modules["compute"](**inputs)["feature"] for graphs in (coded, plain))
+    assert torch.equal(kept, 4 * feature)
+    row = {"coefficients": torch.tensor([[0.5]]), "bias": torch.tensor(0.0)}
+    forecasts = [
+        graphs.modules[FORECAST](features=value[None], **row, **tail_inputs(graphs.modules[FORECAST], 2))["velocity"]
+        for graphs, value in ((coded, kept), (plain, feature))
+    ]
+    assert torch.equal(*forecasts)
+    assert {"encode_factor"} <= {name for name, _ in coded.modules["compute"].named_parameters()}
 
 
 def test_inlining_keeps_what_the_predictor_reads_as_inputs(toy_split):
-    names = placeholders(add_predictor(toy_split, Taylor(1).predictor(None), 2, fold=False).modules[FORECAST])
+    names = placeholders(add_predictor(toy_split, Taylor(1).predictor(None), 2).modules[FORECAST])
     assert set(names) == {"feature_0", "feature_1", "history_steps", "step", "timestep", "prompt"}
 
 
-@every_predictor
-def test_adding_a_predictor_leaves_the_split_alone(toy_split, predictor, window, feeds_back):
+def test_adding_a_predictor_leaves_the_split_alone(toy_split):
     before = list(placeholders(toy_split.modules[FORECAST]))
-    graphs = add_predictor(toy_split, predictor, window, feeds_back=feeds_back)
+    graphs = add_predictor(toy_split, random_lesa(), 8)
     assert list(placeholders(toy_split.modules[FORECAST])) == before
     assert graphs.modules["compute"](**example_inputs())["velocity"].shape == (2, TOKENS, WIDTH)
 
@@ -144,17 +177,16 @@ UNFOLDABLE = {
 
 
 @pytest.mark.parametrize("formula", UNFOLDABLE.values(), ids=UNFOLDABLE.keys())
-def test_a_predictor_that_is_not_one_number_per_feature_is_refused(toy_split, formula):
+def test_a_predictor_that_is_not_one_number_per_feature_is_refused(formula):
     with pytest.raises(PredictorError, match="--fold none"):
-        add_predictor(toy_split, Formula(formula), 2)
+        fold(Formula(formula), 2)
 
 
 @pytest.mark.parametrize("formula", UNFOLDABLE.values(), ids=UNFOLDABLE.keys())
 @torch.no_grad()
 def test_any_predictor_can_stay_in_the_engine(toy_split, formula):
     predictor = Formula(formula)
-    graphs = add_predictor(toy_split, predictor, 2, fold=False)
-    assert graphs.rows is None
+    graphs = add_predictor(toy_split, predictor, 2)
     past = random_past(2, 2, seed=0)
     module = graphs.modules[FORECAST]
     result = module(**unfolded_inputs(module, past, 4, (2, 1)))
@@ -163,16 +195,11 @@ def test_any_predictor_can_stay_in_the_engine(toy_split, formula):
     assert torch.equal(result["velocity"], tail(feature=result["feature"], **tail_inputs(tail, 2))["velocity"])
 
 
-def test_an_affine_predictor_with_a_bias_folds(toy_split):
-    rows = add_predictor(toy_split, Formula(lambda p, f0, f1: 1.5 * f0 - 0.5 * f1 + 0.25), 2).rows
+def test_an_affine_predictor_with_a_bias_folds():
+    rows = fold(Formula(lambda p, f0, f1: 1.5 * f0 - 0.5 * f1 + 0.25), 2)
     step = SCHEDULE.forecast[0]
     assert rows.coefficients[step].tolist() == pytest.approx([1.5, -0.5], abs=1e-12)
     assert rows.bias[step].item() == pytest.approx(0.25, abs=1e-12)
-
-
-def test_folding_needs_an_inlined_predictor(toy_split):
-    with pytest.raises(PassError, match="run inline_predictor first"):
-        run_passes(toy_split, [FoldStatic(torch.from_numpy(SIGMAS), histories(1))])
 
 
 def test_a_predictor_is_inlined_once(toy_split):

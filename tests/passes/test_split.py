@@ -13,6 +13,10 @@ from cachec.runtime.errors import PassError
 BEFORE_CUT = ", ".join(one.name for one in canonical_passes())
 
 
+def split_at(block):
+    return [canonical_passes(), split_passes(block)]
+
+
 @pytest.fixture(scope="module")
 def toy():
     return ToyDiT().eval()
@@ -25,7 +29,7 @@ def model(toy):
 
 @pytest.fixture(scope="module")
 def split(model):
-    return run_passes(model, split_passes(LAST_BLOCK))
+    return run_passes(model, split_at(LAST_BLOCK))
 
 
 def tail_inputs(split, inputs):
@@ -85,21 +89,21 @@ def test_compute_shares_every_parameter_with_the_model(toy, split):
 def test_running_passes_leaves_the_model_alone(model):
     module = model.modules[MODEL]
     text, code, state = graph_text(module), module.code, {k: id(v) for k, v in module.named_buffers()}
-    run_passes(model, split_passes(LAST_BLOCK))
+    run_passes(model, split_at(LAST_BLOCK))
     assert (graph_text(module), module.code) == (text, code)
     assert {k: id(v) for k, v in module.named_buffers()} == state
     assert torch.equal(module(**example_inputs())["velocity"], eager_velocity(example_inputs()))
 
 
 def test_running_passes_twice_gives_the_same_graphs(model, split):
-    again = run_passes(model, split_passes(LAST_BLOCK))
+    again = run_passes(model, split_at(LAST_BLOCK))
     assert {k: graph_text(m) for k, m in again.modules.items()} == {k: graph_text(m) for k, m in split.modules.items()}
 
 
 @torch.no_grad()
 def test_the_cut_may_be_after_an_earlier_block(model):
     inputs = example_inputs()
-    split = run_passes(model, split_passes("blocks.1"))
+    split = run_passes(model, split_at("blocks.1"))
     feature = split.modules[COMPUTE](**inputs)["feature"]
     velocity = split.modules[FORECAST](feature=feature, **tail_inputs(split, inputs))["velocity"]
     assert torch.equal(velocity, eager_velocity(inputs))
@@ -107,7 +111,7 @@ def test_the_cut_may_be_after_an_earlier_block(model):
 
 def test_a_block_that_the_tail_calls_into_again_is_refused(model):
     with pytest.raises(PassError, match=r"'blocks\.0' must hand one value to the tail, it hands over: \w+ .*, \w+ "):
-        run_passes(model, split_passes("blocks.0"))
+        run_passes(model, split_at("blocks.0"))
 
 
 @pytest.mark.parametrize("block", ["block.2", "blocks.3", "blocks.22"])
@@ -118,7 +122,7 @@ def test_an_unknown_block_is_refused_with_a_suggestion(model, block):
 
 def test_a_block_is_not_mistaken_for_one_whose_name_begins_like_it():
     toy = ToyDiT(num_blocks=11).eval()
-    split = run_passes(capture_model(toy, example_inputs()), split_passes("blocks.1"))
+    split = run_passes(capture_model(toy, example_inputs()), split_at("blocks.1"))
     kept = {id(parameter) for parameter in split.modules[FORECAST].parameters()}
     assert kept.isdisjoint(id(parameter) for parameter in toy.blocks[1].parameters())
     assert kept.issuperset(id(parameter) for block in toy.blocks[2:] for parameter in block.parameters())
@@ -156,7 +160,7 @@ def test_splitting_needs_the_cut(model):
 
 def test_an_error_names_the_failing_pass_and_those_before(model):
     with pytest.raises(PassError, match=rf"^pass 'find_cut' \(after {BEFORE_CUT}\): no node"):
-        run_passes(model, split_passes("nowhere"))
+        run_passes(model, split_at("nowhere"))
 
 
 def test_a_block_that_does_not_lead_to_the_output_is_refused():
@@ -171,4 +175,4 @@ def test_a_block_that_does_not_lead_to_the_output_is_refused():
 
     model = capture_model(Detour().eval(), {"latents": example_inputs()["latents"]})
     with pytest.raises(PassError, match="block 'idle'"):
-        run_passes(model, split_passes("idle"))
+        run_passes(model, split_at("idle"))

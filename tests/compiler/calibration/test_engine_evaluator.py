@@ -3,17 +3,16 @@
 import numpy as np
 import pytest
 from toy import example_inputs
-from toy_bundle import KEY, SIGMAS, STEPS, output_table
+from toy_bundle import IO, KEY, SIGMAS, STEPS, output_table
 
 import cachec
 from cachec.compiler.calibration.engine_evaluator import EngineEvaluator
 from cachec.compiler.calibration.graph_evaluator import GraphEvaluator
 from cachec.compiler.graphs.export import plan_engines
+from cachec.compiler.graphs.prepare import compute_only, engine
 from cachec.compiler.tables.lower import lower_advance
 from cachec.engines.eager import EagerEngine
 from cachec.engines.torch_device import TorchDevice
-from cachec.passes import Graphs, engine_passes, run_passes
-from cachec.runtime.abi import COMPUTE
 from cachec.runtime.engine import HOST
 from cachec.runtime.errors import InputError
 from cachec.runtime.session import Session
@@ -70,8 +69,7 @@ def test_other_numbers_are_played_without_binding_anew_and_forgotten_behind_them
 
 def test_engines_of_the_output_cut_answer_too_but_have_no_tail(toy_split, evaluators, given):
     (x, conditions), (_, graphs) = given, evaluators
-    compute = Graphs({COMPUTE: toy_split.modules[COMPUTE]})
-    prepared = run_passes(compute, engine_passes("latents", "timestep", ("prompt",), linear=False, hoist="none"))
+    prepared = engine(compute_only(toy_split), IO, hoist="none")
     plans = plan_engines(prepared, example_inputs(), "latents", STEPS)
     engines = {plan.name: EagerEngine(prepared.modules[plan.name], plan.signature, TorchDevice(HOST)) for plan in plans}
     built = EngineEvaluator(engines, graphs._io)

@@ -1,36 +1,37 @@
-"""Probing a predictor, against the passes that fold it."""
+"""Rows of predictors that are folded, against the predictors themselves."""
 
 import numpy as np
 import pytest
 import torch
 from toy_lesa import random_lesa, sigmas_of
 
-from cachec.compiler.graphs.capture import capture_predictor
+from cachec.compiler.methods import predictor as module
 from cachec.compiler.methods.lesa import Lesa
-from cachec.compiler.methods.predictor import probe_rows
+from cachec.compiler.methods.predictor import fold_rows
 from cachec.compiler.methods.taylor import Taylor
-from cachec.passes import DropAsserts, FoldStatic, Graphs
-from cachec.passes.base import outputs
-from cachec.runtime.abi import FEATURE, FORECAST, VELOCITY
 
 
-def folded_rows(method, predictor, histories, num_steps):
-    """Rows and bias as the passes find them: the predictor captured and folded."""
-    graph = capture_predictor(predictor, method.window, torch.randn(2, 3, 4), num_steps)
-    result = next(iter(reversed(graph.graph.nodes)))
-    result.args = ({VELOCITY: outputs(graph)[FEATURE], FEATURE: outputs(graph)[FEATURE]},)
-    graph.recompile()
-    graphs = DropAsserts().run(Graphs({FORECAST: graph})).graphs
-    rows = FoldStatic(torch.from_numpy(sigmas_of(num_steps)), histories).run(graphs).graphs.rows
-    return rows.coefficients.numpy(), rows.bias.numpy()
+@pytest.mark.parametrize("method", [Taylor(3), Lesa()], ids=["taylor", "lesa"])
+@torch.no_grad()
+def test_rows_are_what_the_predictor_does(method, monkeypatch):
+    graph = random_lesa(20) if isinstance(method, Lesa) else method.predictor(None)
+    monkeypatch.setattr(type(method), "predictor", lambda self, parameters: graph)
+    module._captured.cache_clear()
+    histories, sigmas = method.histories(method.interval(20, 5)), sigmas_of(20)
+    rows, bias = fold_rows(method, None, histories, sigmas)
+    module._captured.cache_clear()
+    for step, history in histories.items():
+        past = [torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(i)) for i in range(method.window)]
+        wanted = graph(past, torch.tensor(history), torch.from_numpy(sigmas).float(), torch.tensor(step))
+        got = np.einsum("w,w...->...", rows[step], torch.stack(past).numpy()) + bias[step]
+        np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("method", "predictor"), [(Taylor(3), Taylor(3).predictor(None)), (Lesa(), random_lesa(20))], ids=["taylor", "lesa"]
-)
-def test_probed_rows_are_the_folded_ones(method, predictor):
-    histories = method.histories(method.interval(20, 5))
-    for got, expected in zip(
-        probe_rows(predictor, histories, sigmas_of(20)), folded_rows(method, predictor, histories, 20), strict=True
-    ):
-        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+def test_a_predictor_is_captured_once_for_all_its_rows(monkeypatch):
+    module._captured.cache_clear()
+    captures, real = [], module.capture_predictor
+    monkeypatch.setattr(module, "capture_predictor", lambda *given: captures.append(given) or real(*given))
+    method = Taylor(1)
+    rows = [method.row(step, (step - 1, step - 2), sigmas_of(20), None) for step in (3, 4, 9)]
+    assert len(captures) == 1
+    np.testing.assert_allclose(rows, [[2, -1]] * 3, atol=1e-6)

@@ -1,0 +1,133 @@
+"""From a rewritten graph to a program of ``torch.export``, without tracing the graph again.
+
+``torch.export`` traces a module several times over, which takes ten times as long as all passes. The graphs are in its
+operators already: what they lack is its form (weights as inputs, names, a signature) and the symbolic sizes of this program.
+Both are taken from the export of a module that does nothing.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._dynamo.exc import UserError
+from torch._subclasses import FakeTensorMode
+from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import (
+    ExportGraphSignature,
+    InputKind,
+    InputSpec,
+    OutputKind,
+    OutputSpec,
+    TensorArgument,
+)
+
+from cachec.passes.base import fetch, outputs, placeholders
+from cachec.runtime.abi import BATCH, GROUPS, MAX_BATCH
+from cachec.runtime.errors import PassError
+
+MAX_SIZE = 1024  # of the symbolic axes beside the batch: slots, steps
+
+
+def export_program(
+    module: fx.GraphModule, inputs: Mapping[str, torch.Tensor], dynamic: Mapping[str, tuple[str, ...]]
+) -> ExportedProgram:
+    """The program of a rewritten graph, for an engine builder; it shares the graph's weights.
+
+    ``inputs`` are examples by name, in the order of the program's; ``dynamic`` names the leading, symbolic axes of each.
+
+    Raises:
+        PassError: the graph does not take these inputs, or fixes a symbolic size; with the reason.
+    """
+    shell = _export_shell(tuple(outputs(module)), inputs, dynamic)
+    given = {node.name: node.meta["val"] for node in shell.graph.nodes if node.op == "placeholder"}
+    mode = next(iter(given.values())).fake_mode
+    graph, signature = fx.Graph(), _Signature()
+    values = _weights_first(module, graph, signature, mode)
+    read = placeholders(module)
+    for name in inputs:
+        node = graph.placeholder(name)
+        node.meta["val"] = given[name]
+        values[read[name]] = node
+        signature.add(node, InputKind.USER_INPUT)
+    try:
+        _copy_calls(module, graph, values, mode)
+    except (RuntimeError, ValueError) as error:
+        raise PassError(f"the graph cannot be exported: {error}") from error
+    results = [values[node] for node in outputs(module).values()]
+    graph.output(tuple(results))
+    made = [OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(node.name), None) for node in results]
+    return ExportedProgram(
+        root=nn.Module(),
+        graph=graph,
+        graph_signature=ExportGraphSignature(signature.specs, made),
+        state_dict=signature.state,
+        range_constraints=shell.range_constraints,
+        module_call_graph=shell.module_call_graph,
+        example_inputs=((), dict(inputs)),
+    )
+
+
+def _export_shell(
+    results: tuple[str, ...], inputs: Mapping[str, torch.Tensor], dynamic: Mapping[str, tuple[str, ...]]
+) -> ExportedProgram:
+    """A program of these inputs and results that does nothing."""
+    names = {name for axes in dynamic.values() for name in axes if name != GROUPS}
+    dims = {name: Dim(name, min=1, max=MAX_BATCH if name == BATCH else MAX_SIZE) for name in names}
+    shapes = {name: {axis: dims[d] for axis, d in enumerate(dynamic[name]) if d in dims} for name in inputs}
+    graph = fx.Graph()
+    given = [graph.placeholder(name) for name in inputs]
+    graph.output({name: graph.call_function(torch.add, (given[0], number)) for number, name in enumerate(results)})
+    try:
+        with torch.no_grad():
+            shell = fx.GraphModule(nn.Module(), graph)
+            return torch.export.export(shell, (), dict(inputs), dynamic_shapes=shapes, strict=False)
+    except (RuntimeError, ValueError, UserError) as error:
+        raise PassError(f"torch.export cannot take these inputs: {error}") from error
+
+
+class _Signature:
+    """The inputs of a program as they are added, and the weights among them."""
+
+    def __init__(self) -> None:
+        self.specs: list[InputSpec] = []
+        self.state: dict[str, torch.Tensor] = {}
+
+    def add(self, node: fx.Node, kind: InputKind, target: str | None = None) -> None:
+        persistent = True if kind == InputKind.BUFFER else None
+        self.specs.append(InputSpec(kind, TensorArgument(node.name), target, persistent))
+
+
+def _weights_first(
+    module: fx.GraphModule, graph: fx.Graph, signature: _Signature, mode: FakeTensorMode
+) -> dict[fx.Node, fx.Node]:
+    """Inputs for the parameters, then for the buffers, as a program has them; by the node that read them."""
+    values: dict[fx.Node, fx.Node] = {}
+    read = [node for node in module.graph.nodes if node.op == "get_attr"]
+    held = {str(node.target): fetch(module, str(node.target)) for node in read}
+    made: dict[str, fx.Node] = {}
+    for kind, prefix in ((InputKind.PARAMETER, "p_"), (InputKind.BUFFER, "b_")):
+        for name, value in held.items():
+            if isinstance(value, nn.Parameter) == (kind == InputKind.PARAMETER):
+                made[name] = graph.placeholder(prefix + name.replace(".", "_"))
+                made[name].meta["val"] = mode.from_tensor(value, static_shapes=True)
+                signature.add(made[name], kind, name)
+                signature.state[name] = value
+    values.update({node: made[str(node.target)] for node in read})
+    return values
+
+
+def _copy_calls(module: fx.GraphModule, graph: fx.Graph, values: dict[fx.Node, fx.Node], mode: FakeTensorMode) -> None:
+    """Copy the calls, with the values that they give for this program's sizes."""
+
+    def value_of(node: fx.Node) -> Any:
+        return node.meta["val"]
+
+    with mode, torch.no_grad():
+        for node in module.graph.nodes:
+            if node.op != "call_function":
+                continue
+            values[node] = new = graph.node_copy(node, values.__getitem__)
+            args, kwargs = fx.node.map_arg((new.args, new.kwargs), value_of)
+            kept = {key: node.meta[key] for key in ("nn_module_stack",) if key in node.meta}
+            new.meta = {**kept, "val": node.target(*args, **kwargs)}

@@ -1,0 +1,89 @@
+"""The forecast that all linear methods share: a weighted sum of what computed steps left in the slots."""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from cachec.passes.base import Graphs, Pass, PassResult, emit, finish, inline, outputs, placeholders
+from cachec.runtime.abi import (
+    BATCH,
+    BIAS,
+    COEFFICIENTS,
+    COMPUTE,
+    FEATURE,
+    FEATURES,
+    FORECAST,
+    GROUPS,
+    SLOTS,
+    VELOCITY,
+)
+from cachec.runtime.errors import PassError
+
+aten = torch.ops.aten
+NUM_EXAMPLES = 2  # slots, in the values that nodes are noted with
+
+
+@dataclass(frozen=True, eq=False)
+class AddLinearForecast(Pass):
+    """Replace the forecast graph's input ``feature`` by ``decode(coefficients @ features + bias)``, summed in float32.
+
+    features [H, B, …], coefficients [G, H] with one group, bias scalar. ``encode`` and ``decode`` are graphs from ``feature``
+    to ``feature``, by default none: the former stands behind the cut in the compute graph, so that it is done once for every
+    feature that is kept, the latter in front of the tail. The sum is the cut from here on.
+    """
+
+    name: ClassVar[str] = "add_linear_forecast"
+    encode: fx.GraphModule | None = None
+    decode: fx.GraphModule | None = None
+
+    def requires(self, graphs: Graphs) -> None:
+        if FORECAST not in graphs.modules or FEATURE not in placeholders(graphs.modules[FORECAST]):
+            raise PassError("the forecast graph has no input 'feature'; run split_model first")
+
+    def run(self, graphs: Graphs) -> PassResult:
+        modules = dict(graphs.modules)
+        if self.encode is not None:
+            modules[COMPUTE] = _encoded(modules[COMPUTE], self.encode)
+        kept = outputs(modules[COMPUTE])[FEATURE].meta["val"]
+        modules[FORECAST], cut = _summed(modules[FORECAST], kept, self.decode)
+        axes = {**graphs.axes, FORECAST: {FEATURES: (SLOTS, BATCH), COEFFICIENTS: (GROUPS, SLOTS), BIAS: ()}}
+        return PassResult(replace(graphs, modules=modules, cut=cut, axes=axes), changed=True)
+
+
+def _encoded(module: fx.GraphModule, encode: fx.GraphModule) -> fx.GraphModule:
+    graph, attributes = fx.Graph(), dict[str, torch.Tensor]()
+    results = inline(graph, module, attributes)
+    (coded,) = inline(graph, encode, attributes, {FEATURE: results[FEATURE]}, prefix="encode_").values()
+    graph.output({**results, FEATURE: coded})
+    new = fx.GraphModule(attributes, graph)
+    finish(new)
+    return new
+
+
+def _summed(tail: fx.GraphModule, kept: torch.Tensor, decode: fx.GraphModule | None) -> tuple[fx.GraphModule, str]:
+    """The tail behind the weighted sum of values like ``kept``; and the name of that sum's node."""
+    graph, attributes = fx.Graph(), dict[str, torch.Tensor]()
+
+    def given(name: str, value: torch.Tensor) -> fx.Node:
+        node = graph.placeholder(name)
+        node.meta = {"val": value}
+        return node
+
+    features = given(FEATURES, kept.new_empty((NUM_EXAMPLES, *kept.shape)))
+    coefficients = given(COEFFICIENTS, kept.new_empty((1, NUM_EXAMPLES), dtype=torch.float32))
+    bias = given(BIAS, kept.new_empty((), dtype=torch.float32))
+    narrow = kept.dtype != torch.float32
+    wide = emit(features, aten.to.dtype, features, torch.float32) if narrow else features
+    row = emit(coefficients, aten.squeeze.dim, coefficients, 0)
+    summed = emit(features, aten.add.Tensor, emit(features, aten.tensordot.default, row, wide, [0], [0]), bias)
+    summed = emit(features, aten.to.dtype, summed, kept.dtype) if narrow else summed
+    feature = summed
+    if decode is not None:
+        (feature,) = inline(graph, decode, attributes, {FEATURE: summed}, prefix="decode_").values()
+    results = inline(graph, tail, attributes, {FEATURE: feature})
+    graph.output({VELOCITY: results[VELOCITY]})
+    new = fx.GraphModule(attributes, graph)
+    finish(new)
+    return new, summed.name
