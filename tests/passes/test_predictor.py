@@ -4,8 +4,8 @@ from toy import TOKENS, WIDTH, example_inputs
 from toy_bundle import SCHEDULE, SIGMAS, STEPS, add_predictor, captured, histories
 
 from cachec.compiler.graphs.prepare import linear
-from cachec.compiler.methods.base import Predictor
 from cachec.compiler.methods.lesa import LesaPredictor
+from cachec.compiler.methods.predictor import Predictor
 from cachec.compiler.methods.reuse import Reuse
 from cachec.compiler.methods.taylor import Taylor
 from cachec.passes import InlinePredictor, linear_passes, run_passes
