@@ -77,6 +77,29 @@ def test_a_session_that_finds_no_room_says_what_all_of_it_takes(monkeypatch):
         bind()
 
 
+class Elsewhere:
+    """A buffer of a device that is not the host's memory: its numbers cannot be looked at."""
+
+    def __init__(self, values):
+        self.values, self.shape, self.dtype = values, values.shape, values.dtype
+
+
+class Far(Host):
+    def owns(self, value):
+        return isinstance(value, Elsewhere) or super().owns(value)
+
+    def upload(self, value, buffer):
+        super().upload(value.values if isinstance(value, Elsewhere) else value, buffer)
+
+
+def test_buffers_of_the_device_are_checked_by_form_only():
+    binding = bind(device=Far())
+    binding.take_latents(Elsewhere(noise(1) * np.nan))
+    assert np.isnan(binding.noise).all()
+    with pytest.raises(InputError, match="'latents' has shape"):
+        binding.take_latents(Elsewhere(noise(1, 2)))
+
+
 def test_nothing_is_taken_unless_all_of_it_fits():
     binding = bind()
     with pytest.raises(InputError, match="'latents' has shape"):

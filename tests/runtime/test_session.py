@@ -135,6 +135,21 @@ def test_a_program_for_one_batch_refuses_others():
 
 
 @pytest.mark.parametrize("cut", KIND)
+def test_a_request_may_be_played_with_other_numbers(cut):
+    session, program = make_session(cut), make_program(cut)
+    told, rows = program.timesteps * np.float32(0.9), program.coefficients * np.float32(1.1)
+    other = Session(make_engines(), replace(program, coefficients=rows, timesteps=told), IO)
+    for _ in range(2):
+        session.take_numbers(coefficients=rows, timesteps=told)
+        np.testing.assert_array_equal(session.run(prompt(1), noise(1)), other.run(prompt(1), noise(1)))
+        session.take_numbers()
+        np.testing.assert_array_equal(session.run(prompt(1), noise(1)), run_alone(cut, 1))
+    session.take_numbers(timesteps=told)
+    assert np.abs(session.run(prompt(1), noise(1)) - run_alone(cut, 1)).max() > 1e-4
+    np.testing.assert_array_equal(session.program.timesteps, program.timesteps)
+
+
+@pytest.mark.parametrize("cut", KIND)
 def test_results_are_copies_and_inputs_stay_as_they_were(cut):
     session, conditions, start = make_session(cut), prompt(1), noise(1)
     result = session.run(conditions, start)

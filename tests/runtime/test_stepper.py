@@ -52,6 +52,16 @@ def test_edits_of_latents_between_steps_survive(cut, step):
 
 
 @pytest.mark.parametrize("cut", CUTS[:2])
+@pytest.mark.parametrize("done", [1, 5, 6])
+def test_a_request_that_is_dropped_halfway_leaves_nothing(cut, done):
+    stepper = make_stepper(cut)
+    stepper.begin(prompt(2))
+    for step in range(done):
+        stepper.velocity(step, noise(2))
+    np.testing.assert_array_equal(euler(stepper, 1)[-1], euler(make_stepper(cut), 1)[-1])
+
+
+@pytest.mark.parametrize("cut", CUTS[:2])
 def test_velocities_are_copies_that_later_steps_leave_alone(cut):
     stepper = make_stepper(cut)
     stepper.begin(prompt(1))
