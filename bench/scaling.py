@@ -17,12 +17,8 @@ from bench.pairs import Traced, summarise_calls
 from bench.peers import Request, make_peer, plain
 from bench.rows import session_run
 from bench.timing import repeat_for, settle, spread
-from cachec.compiler.graphs.build_engines import LooseSources, build_and_load
-from cachec.compiler.graphs.export import plan_engines
-from cachec.compiler.graphs.prepare import engine, linear, prepare
+from cachec.compiler.graphs.build_engines import linear_engines
 from cachec.compiler.tables.schedule import Schedule, uniform_schedule
-from cachec.engines import get_builder
-from cachec.runtime.engine import Engine
 from cachec.runtime.session import Session
 
 TOKENS = (64, 256, 1024, 4096)
@@ -56,8 +52,8 @@ def _measure_size(case: Case, budget: float) -> dict[str, Any]:
         spent = repeat_for(lambda peer=peer: peer.run(*request), budget)
         result[name] = spread([seconds / PEER_STEPS for seconds in spent])
     with ExitStack() as stack, tempfile.TemporaryDirectory() as out:
-        session = Session(_build_ort(case, Path(out), stack), case.program("hidden", Schedule(TOKEN_STEPS, TOKEN_COMPUTE)),
-                          case.model.io)  # fmt: skip
+        engines = linear_engines(case.model, case.settings, "ort", Path(out), stack)
+        session = Session(engines, case.program("hidden", Schedule(TOKEN_STEPS, TOKEN_COMPUTE)), case.model.io)
         session_run(session)(request)
         traced = Traced(session)
         repeat_for(lambda: traced(request), budget)
@@ -65,14 +61,6 @@ def _measure_size(case: Case, budget: float) -> dict[str, Any]:
         result["ort"] = {"median": calls["compute"] / 1e6}
         result["forecast run"] = {"median": calls["forecast"] / 1e6}
     return result
-
-
-def _build_ort(case: Case, out: Path, stack: ExitStack) -> Mapping[str, Engine]:
-    model, settings = case.model, case.settings
-    graphs = engine(linear(prepare(model, settings)), model.io)
-    plans = plan_engines(graphs, model.example_inputs(settings), model.io.latents, settings.steps)
-    engines = build_and_load(get_builder("ort"), LooseSources(plans, out), out)
-    return {name: stack.enter_context(engine) for name, engine in engines.items()}
 
 
 def measure_steps(case: Case, work: Path, *, quick: bool) -> dict[str, Any]:

@@ -8,9 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from cachec.compiler.graphs.build_engines import LooseSources, build_and_load
-from cachec.compiler.graphs.export import plan_engines
-from cachec.compiler.graphs.prepare import engine, linear, prepare
+from cachec.compiler.graphs.build_engines import linear_engines
 from cachec.compiler.methods import METHODS, get_method
 from cachec.compiler.methods.base import Method
 from cachec.compiler.methods.parameters import Parameters, find_pretrained
@@ -21,12 +19,10 @@ from cachec.compiler.tables.coefficients import AdvanceTable
 from cachec.compiler.tables.lower import lower, lower_uncached
 from cachec.compiler.tables.samplers import SOLVERS, solver_rows
 from cachec.compiler.tables.schedule import Schedule
-from cachec.engines import get_builder
-from cachec.runtime.abi import FEATURES, FORECAST
+from cachec.runtime.abi import COMPUTE, FEATURES, FORECAST
 from cachec.runtime.device import DeviceName
 from cachec.runtime.engine import Engine
 from cachec.runtime.errors import InputError, unknown_name
-from cachec.runtime.files import writing
 from cachec.runtime.program import UNCACHED, Program, ProgramKey, hash_sigmas
 from cachec.runtime.session import LoadedBundle, Session
 
@@ -130,7 +126,8 @@ def compared_rows(
 ) -> list[Row]:
     """A row for each entry, with as many computed steps as ``level`` has, or a trained method's own.
 
-    Engines that the bundle lacks are built in ``work`` and closed with ``stack``.
+    Engines that the bundle lacks, as its predictor is inside its own or it does not forecast, are built in the folder ``work``
+    and closed with ``stack``.
 
     Raises:
         InputError: a trained method has no predictor that fits, or a method does not fit the schedule.
@@ -138,7 +135,8 @@ def compared_rows(
     programs = {entry.name: _compared_program(entry, loaded.programs[level], loaded, model) for entry in entries}
     engines = loaded.engines
     if any(_forecasts(program) for program in programs.values()) and not _is_linear(engines):
-        engines = _build_linear(loaded, model, work, stack)
+        device = DeviceName.parse(engines[COMPUTE].device.name)
+        engines = linear_engines(model, settings_of(loaded.manifest), loaded.target.backend, work, stack, device)
     return [
         Row(
             entry.name,
@@ -195,15 +193,3 @@ def _trained(entry: Entry, method: Method, model: LoadedModel, settings: Setting
 
 def _is_linear(engines: Mapping[str, Engine]) -> bool:
     return FORECAST in engines and any(spec.name == FEATURES for spec in engines[FORECAST].signature.inputs)
-
-
-def _build_linear(loaded: LoadedBundle, model: LoadedModel, work: Path, stack: ExitStack) -> Mapping[str, Engine]:
-    """Engines that forecast linearly, for a bundle that has the predictor inside its own or does not forecast at all."""
-    settings, builder = settings_of(loaded.manifest), get_builder(loaded.target.backend)
-    graphs = engine(linear(prepare(model, settings)), model.io, velocities=False)
-    plans = plan_engines(graphs, model.example_inputs(settings), model.io.latents, settings.steps)
-    with writing(work):
-        work.mkdir(parents=True, exist_ok=True)
-    device = DeviceName.parse(loaded.engines["compute"].device.name)
-    engines = build_and_load(builder, LooseSources(plans, work), work, device)
-    return {name: stack.enter_context(engine) for name, engine in engines.items()}

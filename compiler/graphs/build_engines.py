@@ -8,7 +8,9 @@ from pathlib import Path
 
 from torch.export import ExportedProgram
 
-from cachec.compiler.graphs.export import EnginePlan
+from cachec.compiler.graphs.export import EnginePlan, plan_engines
+from cachec.compiler.graphs.prepare import engine, linear, prepare
+from cachec.compiler.models.base import LoadedModel, Settings
 from cachec.engines import get_builder
 from cachec.engines.build_target import build_into, seal_all
 from cachec.engines.onnx_files import build_onnx
@@ -109,7 +111,7 @@ def load_engines(
         log.warning("no target runs on %s here, so levels are measured with PyTorch, op by op", device)
         with temporary_folder() as folder:
             engines = build_and_load(get_builder("eager"), sources, folder, device)
-    return {name: stack.enter_context(engine) for name, engine in engines.items()}
+    return {name: stack.enter_context(one) for name, one in engines.items()}
 
 
 def build_and_load(
@@ -118,3 +120,14 @@ def build_and_load(
     """Engines that go into no bundle; their files lie in ``folder``."""
     files = builder.build(sources, folder, device=device, options=options)
     return builder.engine.load(files, sources.signatures, LoadOptions(device))
+
+
+def linear_engines(
+    model: LoadedModel, settings: Settings, backend: str, folder: Path, stack: ExitStack, device: DeviceName = HOST
+) -> dict[str, Engine]:
+    """Engines that all linear methods of the hidden cut share, for comparisons; closed with ``stack``, files in ``folder``."""
+    graphs = engine(linear(prepare(model, settings)), model.io)
+    plans = plan_engines(graphs, model.example_inputs(settings), model.io.latents, settings.steps)
+    sources = LooseSources(plans, folder, settings.dtype, settings.shape_bucket)
+    engines = build_and_load(get_builder(backend), sources, folder, device)
+    return {name: stack.enter_context(one) for name, one in engines.items()}

@@ -71,7 +71,7 @@ def test_engines_that_a_bundle_lacks_are_built_and_do_what_its_own_would(loaded,
     given = {"prompt": make_noise(1, (8,))[None]}, make_noise(0, (6, 8))[None]
     with ExitStack() as stack:
         rows = [
-            compared_rows(parse_against("plain,reuse"), one, ToyModel(), level="default", work=tmp_path / "work", stack=stack)
+            compared_rows(parse_against("plain,reuse"), one, ToyModel(), level="default", work=tmp_path, stack=stack)
             for one in (bare, loaded)
         ]
         (plain, reuse), (_, own) = rows
