@@ -36,8 +36,9 @@ from cachec.runtime.abi import (
 )
 from cachec.runtime.device import ALIGNMENT
 from cachec.runtime.errors import BundleError, InputError
+from cachec.runtime.instructions import Instruction
 from cachec.runtime.model_io import ModelIO
-from cachec.runtime.program import Instruction, Program
+from cachec.runtime.program import Program
 from cachec.runtime.specs import Array, Signature, TensorSpec, itemsize
 
 NOISE_BUFFER, TURNS, VELOCITY_BUFFER = "noise", ("latents/0", "latents/1"), "velocity"

@@ -13,8 +13,9 @@ from cachec.runtime.abi import FEATURE, FEATURES, FORECAST
 from cachec.runtime.binding import Binding
 from cachec.runtime.engine import Engine
 from cachec.runtime.errors import InputError
+from cachec.runtime.instructions import Compute, Forecast, Instruction
 from cachec.runtime.model_io import ModelIO
-from cachec.runtime.program import Compute, Forecast, Instruction, Program, ProgramKey, hash_sigmas
+from cachec.runtime.program import Program, ProgramKey, hash_sigmas
 from cachec.runtime.session import Session
 from cachec.runtime.specs import Array
 

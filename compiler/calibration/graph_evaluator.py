@@ -24,8 +24,9 @@ from cachec.runtime.abi import (
     history_name,
 )
 from cachec.runtime.errors import InputError
+from cachec.runtime.instructions import Instruction
 from cachec.runtime.model_io import ModelIO
-from cachec.runtime.program import Instruction, Program
+from cachec.runtime.program import Program
 from cachec.runtime.specs import Array
 
 Tensors = Mapping[str, torch.Tensor]

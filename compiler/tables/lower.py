@@ -7,7 +7,8 @@ import numpy as np
 from cachec.compiler.tables.coefficients import AdvanceTable, ForecastTable
 from cachec.compiler.tables.schedule import Schedule
 from cachec.runtime.abi import VELOCITY
-from cachec.runtime.program import KEPT, Advance, Compute, Cut, Forecast, Instruction, Predict, Program, ProgramKey
+from cachec.runtime.instructions import Advance, Compute, Forecast, Instruction, Predict
+from cachec.runtime.program import KEPT, Cut, Program, ProgramKey
 from cachec.runtime.specs import Array
 
 

@@ -4,9 +4,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from cachec.runtime.abi import ADVANCE, COMPUTE, FEATURE, FORECAST, VELOCITY
+from cachec.runtime.abi import FEATURE, VELOCITY
 from cachec.runtime.errors import BundleError
-from cachec.runtime.program import Advance, Compute, Forecast, Predict, Program, ProgramKey, hash_sigmas
+from cachec.runtime.instructions import Advance, Compute, Forecast, Predict
+from cachec.runtime.program import Program, ProgramKey, hash_sigmas
 
 STEPS = 4
 SIGMAS = np.linspace(1, 0, STEPS + 1, dtype=np.float32)
@@ -33,21 +34,6 @@ def make_output_program(**changes):
     out, share = ROWS[[0, 0, 2, 2]] * 2, np.zeros(STEPS, np.float32)
     fields = {"instructions": MOVES, "slots": {VELOCITY: 2}, "coefficients": ROWS, "rows_out": out, "share_out": share}
     return make_program(**{**fields, "cut": "output", **changes})
-
-
-def test_instructions_say_what_they_do():
-    compute, forecast, predict, advance = Compute(3, 1), Forecast((4, 5), 2), Predict(6, (1, 0), 2), Advance((0, 1), 1)
-    assert [one.graph for one in (compute, forecast, predict, advance)] == [COMPUTE, FORECAST, FORECAST, ADVANCE]
-    assert [one.steps for one in (compute, forecast, predict, advance)] == [(3,), (4, 5), (6,), (0, 1)]
-    assert [one.computes for one in (compute, forecast, predict, advance)] == [True, False, False, False]
-    assert [one.reads for one in (compute, forecast, predict, advance)] == [
-        {}, {FEATURE: (0, 1)}, {FEATURE: (1, 0)}, {VELOCITY: (0,)},
-    ]  # fmt: skip
-    assert [one.writes for one in (compute, forecast, predict, advance)] == [{FEATURE: 1}, {}, {FEATURE: 2}, {}]
-    assert [one.rows for one in (compute, forecast, predict, advance)] == [(), (4, 5), (), (0,)]
-    assert [one.moves for one in (compute, forecast, predict, advance)] == [(3,), (4, 5), (6,), (0, 1)]
-    assert (Compute(3, 1, VELOCITY).moves, Compute(3, 1, VELOCITY).writes, Compute(3).writes) == ((), {VELOCITY: 1}, {})
-    assert Compute(3, graph="unguided").graph == "unguided"
 
 
 def test_good_programs_are_accepted():

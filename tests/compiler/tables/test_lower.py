@@ -9,7 +9,8 @@ from cachec.compiler.tables.coefficients import AdvanceTable, collapse, compose
 from cachec.compiler.tables.lower import lower, lower_advance, lower_predictor, lower_table, lower_uncached
 from cachec.compiler.tables.schedule import Schedule, interval_schedule
 from cachec.runtime.abi import FEATURE, VELOCITY
-from cachec.runtime.program import Compute, ProgramKey, hash_sigmas
+from cachec.runtime.instructions import Compute
+from cachec.runtime.program import ProgramKey, hash_sigmas
 
 SIZE = 6
 SCHEDULES = {

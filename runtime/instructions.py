@@ -1,0 +1,190 @@
+"""Instructions: the engine calls that a program is made of. Each says what it does.
+
+Shapes: as ``program.py``.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+from cachec.runtime.abi import ADVANCE, COMPUTE, FEATURE, FORECAST, VELOCITY
+from cachec.runtime.errors import BundleError, shortened
+
+
+class Instruction(ABC):
+    """One engine call. It says what it does, so that nobody has to ask which instruction it is."""
+
+    op: ClassVar[str]
+    computes: ClassVar[bool] = False  # does it run the whole model?
+
+    @property
+    @abstractmethod
+    def graph(self) -> str:
+        """The engine that runs it."""
+
+    @property
+    @abstractmethod
+    def steps(self) -> tuple[int, ...]:
+        """The steps that it is about, in order."""
+
+    @property
+    def reads(self) -> Mapping[str, tuple[int, ...]]:
+        """Slots by kind, in the order in which the engine takes them. A kind is the name of the tensor that is kept."""
+        return {}
+
+    @property
+    def writes(self) -> Mapping[str, int]:
+        """The slot by kind."""
+        return {}
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """The rows of the program's coefficients that weigh what it reads; none where it weighs nothing."""
+        return ()
+
+    @property
+    def moves(self) -> tuple[int, ...]:
+        """The steps that the latents take; they stand at the end of the last one afterwards."""
+        return self.steps
+
+    def check(self) -> None:
+        """Raise ``BundleError`` unless its numbers are numbers, and each slot that it reads outlives it."""
+        read, written = [n for some in self.reads.values() for n in some], list(self.writes.values())
+        if not all(type(number) is int for number in (*self.steps, *read, *written)) or not isinstance(self.graph, str):
+            raise BundleError(f"program: {shortened(self)} does not read as an instruction")
+        for kind, slot in self.writes.items():
+            if slot in self.reads.get(kind, ()):
+                raise BundleError(f"program: steps {shortened(self.steps)} write {kind} slot {slot}, which they read")
+
+
+@dataclass(frozen=True)
+class Compute(Instruction):
+    """Run the whole model at ``step``; keep what it ``keeps`` in ``slot`` unless nothing reads it (``None``).
+
+    One that keeps the velocity is of the output cut, where the ``Advance`` behind it moves the latents.
+    """
+
+    op: ClassVar[str] = "compute"
+    computes: ClassVar[bool] = True
+    step: int
+    slot: int | None = None
+    keeps: str = FEATURE
+    graph: str = COMPUTE
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        return (self.step,)
+
+    @property
+    def writes(self) -> Mapping[str, int]:
+        return {} if self.slot is None else {self.keeps: self.slot}
+
+    @property
+    def moves(self) -> tuple[int, ...]:
+        return () if self.keeps == VELOCITY else self.steps
+
+
+@dataclass(frozen=True)
+class Forecast(Instruction):
+    """Forecast the steps of ``span`` linearly from the feature slots ``0 … num_slots - 1``.
+
+    Step ``s`` takes ``program.coefficients[s, :, :num_slots]`` and ``program.bias[s]``.
+    """
+
+    op: ClassVar[str] = "forecast"
+    span: tuple[int, ...]
+    num_slots: int
+    graph: str = FORECAST
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        return self.span
+
+    @property
+    def reads(self) -> Mapping[str, tuple[int, ...]]:
+        return {FEATURE: tuple(range(self.num_slots))}
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        return self.span
+
+
+@dataclass(frozen=True)
+class Predict(Instruction):
+    """Run the predictor inside the forecast engine at ``step`` on ``sources``, feature slots from newest to oldest.
+
+    The predicted feature goes to ``slot`` (``None``: nothing reads it).
+    """
+
+    op: ClassVar[str] = "predict"
+    step: int
+    sources: tuple[int, ...]
+    slot: int | None = None
+    graph: str = FORECAST
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        return (self.step,)
+
+    @property
+    def reads(self) -> Mapping[str, tuple[int, ...]]:
+        return {FEATURE: self.sources}
+
+    @property
+    def writes(self) -> Mapping[str, int]:
+        return {} if self.slot is None else {FEATURE: self.slot}
+
+
+@dataclass(frozen=True)
+class Advance(Instruction):
+    """Move the latents over ``span``, the first step of which was just computed: noise plus weighted velocities.
+
+    The weights are ``program.coefficients[span[0], :, :num_slots]`` over the velocity slots ``0 … num_slots - 1``.
+    """
+
+    op: ClassVar[str] = "advance"
+    span: tuple[int, ...]
+    num_slots: int
+    graph: str = ADVANCE
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        return self.span
+
+    @property
+    def reads(self) -> Mapping[str, tuple[int, ...]]:
+        return {VELOCITY: tuple(range(self.num_slots))}
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        return self.span[:1]
+
+
+_INSTRUCTIONS: dict[str, type[Compute | Forecast | Predict | Advance]] = {
+    kind.op: kind for kind in (Compute, Forecast, Predict, Advance)
+}
+
+
+def check_known(data: Mapping[str, Any], known: set[str], what: str) -> None:
+    """Raise ``BundleError`` if ``what`` of a program has other keys than the ``known`` ones."""
+    if unknown := sorted(map(str, set(data) - known)):
+        raise BundleError(
+            f"program: {what} says {shortened(unknown)}, which this cachec does not know: "
+            "install the cachec that wrote it, or compile the bundle again"
+        )
+
+
+def read_instruction(data: Mapping[str, Any]) -> Instruction:
+    """An instruction from JSON.
+
+    Raises:
+        BundleError: there is none of this kind, or it says what this one does not know.
+        TypeError, KeyError, AttributeError: it does not read as one.
+    """
+    kind = _INSTRUCTIONS.get(data["op"])
+    if kind is None:
+        raise BundleError(f"program: there is no instruction {shortened(data['op'])}; known are {', '.join(_INSTRUCTIONS)}")
+    check_known(data, {"op", *(field.name for field in fields(kind))}, f"instruction {kind.op!r}")
+    given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items() if k != "op"}
+    return kind(**given)
