@@ -1,9 +1,13 @@
 """Velocities for a sampler outside, on engines of numpy."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from numpy_engines import IO, SHAPE, SIGMAS, STEPS, load, make_engines, make_program, noise, play, prompt
 
+from cachec.compiler.tables.schedule import Schedule
+from cachec.runtime.abi import VELOCITY
 from cachec.runtime.device import Host
 from cachec.runtime.errors import EngineError, InputError
 from cachec.runtime.program import UNCACHED
@@ -59,6 +63,51 @@ def test_a_request_that_is_dropped_halfway_leaves_nothing(cut, done):
     for step in range(done):
         stepper.velocity(step, noise(2))
     np.testing.assert_array_equal(euler(stepper, 1)[-1], euler(make_stepper(cut), 1)[-1])
+
+
+EVERY = Schedule(STEPS, tuple(range(STEPS)))
+
+
+def test_programs_that_compute_every_step_may_be_begun_anywhere():
+    assert make_program(UNCACHED).stands_alone
+    alone = make_program("output", schedule=EVERY)
+    assert alone.stands_alone
+    out = alone.rows_out.copy()
+    out[5, 0, 3] = 0.1  # a step that looks back
+    assert not replace(alone, rows_out=out).stands_alone
+    assert not any(make_program(cut).stands_alone for cut in CUTS[:2])
+    for program in (make_program(UNCACHED), alone):
+        whole, late = (Stepper(make_engines(), program, IO) for _ in range(2))
+        whole.begin(prompt(1))
+        wanted = [whole.velocity(step, noise(step)) for step in range(STEPS)]
+        late.begin(prompt(1), first=5)
+        assert late.next_step == 5
+        np.testing.assert_array_equal([late.velocity(step, noise(step)) for step in range(5, STEPS)], wanted[5:])
+
+
+@pytest.mark.parametrize(("cut", "first"), [("hidden", 3), ("output", 1), (UNCACHED, STEPS), (UNCACHED, -1)])
+def test_others_begin_where_they_begin(cut, first):
+    stepper = make_stepper(cut)
+    stepper.begin(prompt(1), first=0)
+    with pytest.raises(InputError, match=f"the request begins at step {first}, but this program begins at step 0"):
+        stepper.begin(prompt(2), first=first)
+    assert stepper.next_step == 0
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_conditions_may_be_exchanged_between_computed_steps(cut):
+    """What is computed from then on answers to the new ones."""
+    stepper, other = make_stepper(cut), make_stepper(cut)
+    stepper.begin(prompt(1))
+    other.begin(prompt(2))
+    for step in range(2):
+        stepper.velocity(step, noise(step)), other.velocity(step, noise(step))
+    stepper.exchange(prompt(2))
+    assert stepper.next_step == 2
+    got, wanted = (one.velocity(2, noise(2)) for one in (stepper, other))
+    if cut == "output":  # the gap's mean velocity looks back as well
+        got, wanted = (one.slots[VELOCITY][1] for one in (stepper, other))
+    np.testing.assert_array_equal(got, wanted)
 
 
 @pytest.mark.parametrize("cut", CUTS[:2])
