@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cachec.compiler.drop_in import BACK, AcceleratedTransformer, Compiled
+from cachec.compiler.drop_in import AcceleratedTransformer, Compiled
 from cachec.compiler.frontend import (
     check,
     find_calibrations,
@@ -22,6 +22,7 @@ from cachec.compiler.frontend import (
 )
 from cachec.compiler.models.base import LoadedModel
 from cachec.compiler.request import Request
+from cachec.compiler.stand_in import BACK
 from cachec.engines.eager import EagerEngine
 from cachec.engines.inductor import InductorEngine
 from cachec.engines.torch_device import TorchDevice, neutral_modes

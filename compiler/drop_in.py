@@ -1,4 +1,4 @@
-"""The module that stands where a pipeline's transformer was. It believes nothing: each call says where the run is.
+"""The transformer of an accelerated pipeline. It believes nothing: each call says where the run is.
 
 What differs from what was compiled, or from what the run began with, is used where the program allows it, and else refused in
 that call, in words of the pipeline's user. ``B`` batch, ``T`` steps.
@@ -10,8 +10,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import MethodType
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +18,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import nn
 
 from cachec.compiler.fingerprint import Fingerprint
+from cachec.compiler.stand_in import BACK, StandIn
 from cachec.engines.torch_device import neutral_modes
 from cachec.runtime.abi import COMPUTE
 from cachec.runtime.engine import Engine
@@ -27,10 +27,8 @@ from cachec.runtime.model_io import ModelIO
 from cachec.runtime.program import Program
 from cachec.runtime.stepper import Stepper
 
-BACK = "set pipe.transformer = pipe.transformer.original"  # the way out of everything
 ROUNDING = 1e-5  # of timesteps in float32, whichever way they were calculated
 NOISE_LEVELS = 1e-5  # by which sigmas may differ
-READS = ("active_adapters", "get_memory_footprint", "num_parameters")  # methods of the original that only look
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,25 +58,14 @@ class _Run:
     expected: torch.Tensor | None = None
 
 
-def _refusal(name: str) -> Callable[..., NoReturn]:
-    def refuse(*_args: Any, **_keywords: Any) -> NoReturn:
-        raise InputError(
-            f"{name}() has no effect on an accelerated transformer, which runs what was compiled: {BACK}, call it there, and "
-            "accelerate it again"
-        )
-
-    return refuse
-
-
-class AcceleratedTransformer(nn.Module):
-    """Stands where the transformer was; what was there is ``original``, whose attributes can be read from this one.
+class AcceleratedTransformer(StandIn):
+    """Answers calls from engines and a program. ``original``: what stood there.
 
     Not thread-safe: calls at the same time are refused. A refusal ends the run; the next one starts as if it had not been.
     """
 
     def __init__(self, original: nn.Module, pipeline: Any, compiled: Compiled) -> None:
-        super().__init__()
-        self.original = original
+        super().__init__(original)
         self.program = compiled.program
         self._compiled = compiled
         self._pipeline = weakref.ref(pipeline)
@@ -281,6 +268,8 @@ class AcceleratedTransformer(nn.Module):
                 f"this run began under cache_context {run.context!r} and goes on under {self._context!r}, as negative_prompt "
                 f"with true_cfg_scale above 1 does: leave them out, or {BACK}"
             )
+        if not self._fingerprint.is_untouched:
+            raise InputError(f"weights were changed in place in the middle of a run: {BACK}, and accelerate it again")
         if not (changed := self._changed(run, conditions)):
             return run
         if step in self.program.compute_steps:
@@ -332,58 +321,6 @@ class AcceleratedTransformer(nn.Module):
     def _reset_stateful_cache(self, recurse: bool = True) -> None:
         """Pipelines call it when they are done."""
         self._run = None
-
-    # --- what else a module can do
-
-    def __getattr__(self, name: str) -> Any:
-        """Attributes of the original; its methods, unless they only look, are refused when they are called."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name.startswith("__") or "_modules" not in self.__dict__:
-                raise
-        value = getattr(super().__getattr__("original"), name)
-        is_method = isinstance(value, MethodType) and isinstance(value.__self__, nn.Module)
-        return _refusal(name) if is_method and name not in READS else value
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Refuses what belongs on the original: here it would have no effect."""
-        original = self.__dict__.get("_modules", {}).get("original")
-        if original is not None and name not in vars(self) and name != "original":
-            belongs = (vars(original), original._modules, original._parameters, original._buffers)
-            if any(name in some for some in belongs):
-                raise InputError(f"{name} of an accelerated transformer cannot be set: {BACK}, set it, and accelerate it again")
-        super().__setattr__(name, value)
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "AcceleratedTransformer":
-        """``to``, ``half``, ``cuda`` and the like end here: they may ask for what is so already."""
-        for parameter in self.original.parameters(recurse):
-            probe = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
-            wanted = fn(probe)
-            if (wanted.dtype, wanted.device) != (probe.dtype, probe.device):
-                raise InputError(
-                    f"an accelerated transformer stays {probe.dtype} on {probe.device} and cannot go to {wanted.dtype} on "
-                    f"{wanted.device}: {BACK}, move the pipeline, and accelerate it again"
-                )
-        return self
-
-    def train(self, mode: bool = True) -> "AcceleratedTransformer":
-        """As what was compiled, it is in evaluation mode for good."""
-        if mode:
-            _refusal("train")()
-        return self
-
-    load_state_dict: Any = _refusal("load_state_dict")
-    compile: Any = _refusal("compile")
-
-    def state_dict(self, *args: Any, **keywords: Any) -> Any:
-        return self.original.state_dict(*args, **keywords)
-
-    def __reduce_ex__(self, _protocol: Any) -> NoReturn:
-        raise InputError(
-            f"an accelerated transformer cannot be pickled or copied: its engines live in this process. {BACK} before, and "
-            "accelerate the copy"
-        )
 
 
 def _said(sizes: Mapping[str, Any]) -> str:

@@ -16,6 +16,7 @@ from diffusers import (
     FlowMatchLCMScheduler,
     FluxImg2ImgPipeline,
     FluxPipeline,
+    ModelMixin,
 )
 
 from cachec.compiler.accelerate import compile_in_memory
@@ -455,6 +456,14 @@ def test_weights_that_changed_since_are_refused_at_the_next_run(accelerated, cha
     refuses(pipeline, f"{CHANGES[change]}.* since this pipeline was accelerated")
 
 
+def test_weights_that_change_during_a_run_are_refused_at_once(accelerated):
+    def fuse(pipeline, step, timestep, given):
+        add_in_place(pipeline.transformer.original)
+        return given
+
+    refuses(accelerated(), "weights were changed in place in the middle of a run", callback_on_step_end=fuse)
+
+
 def test_the_same_module_has_not_changed(plain):
     before = Fingerprint.of(plain.transformer)
     run(plain)
@@ -467,6 +476,7 @@ def test_the_same_module_has_not_changed(plain):
 ])  # fmt: skip
 def test_methods_without_effect_are_refused_by_name(accelerated, name):
     transformer = accelerated().transformer
+    assert isinstance(transformer, ModelMixin)  # or pipelines would pass over it: pipe.set_adapters, pipe.fuse_lora
     assert hasattr(transformer, name)
     with pytest.raises(InputError, match=rf"{name}\(\) has no effect .* pipe.transformer = pipe.transformer.original"):
         getattr(transformer, name)()
