@@ -25,7 +25,7 @@ def _refusal(name: str) -> Callable[..., NoReturn]:
     return refuse
 
 
-class StandIn(ModelMixin):
+class StandIn(ModelMixin):  # type: ignore[misc]
     """What was there is ``original``, whose attributes can be read from this one.
 
     A ``ModelMixin`` because pipelines hand calls on to these only (``pipe.set_adapters``): here they are refused, not lost.

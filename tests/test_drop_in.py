@@ -69,10 +69,10 @@ def plain(whole):
 def compiled(whole):
     """``compiled(cut, every)``: engines, and the program that computes every step or only some."""
     made = {}
+    model = FluxModel(MODELS["tiny-flux"], with_parts(whole, copy.deepcopy(whole.transformer)))  # captured once for both cuts
 
     def get(cut, *, every):
         if cut not in made:
-            model = FluxModel(MODELS["tiny-flux"], with_parts(whole, copy.deepcopy(whole.transformer)))
             some, all_steps = (
                 make_request(model.spec, method=METHODS[cut], steps=STEPS, schedule=schedule, options={"order": "1"})
                 for schedule in ("0,1,3", "0,1,2,3")
