@@ -90,10 +90,11 @@ def _fit_request(model: LoadedModel, request: Request) -> Request:
         InputError: the method is fitted to runs of the model, which are made on the CPU, and the model is elsewhere.
     """
     name = model.device.type
-    if name != CPU and (request.needs_calibration or request.method.needs_training or request.verify_passes):
+    if name != CPU and (request.needs_calibration or request.method.needs_training or request.wish.graph.verify_passes):
         raise InputError(
             f"the pipeline is on {name}, but {request.method.name} with this schedule needs runs of the model, or checks, that "
             "are made on the CPU: name a method and a schedule that need none (taylor or adams with a budget)"
         )
     dtype = str(next(model.transformer.parameters()).dtype).removeprefix("torch.")
-    return replace(request, settings=replace(request.settings, dtype=dtype), velocities=True)
+    wish = replace(request.wish, graph=replace(request.wish.graph, velocities=True))  # which the drop-in hands out
+    return replace(request, wish=wish, settings=replace(request.settings, dtype=dtype))

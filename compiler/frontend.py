@@ -89,9 +89,9 @@ def check(model: LoadedModel, request: Request) -> Checked:
     parameters = None if training is None else _find_trained(model, request, training)
     if not request.needs_calibration:
         return Checked(parameters, training)
-    if request.calibration is not None:
-        return Checked(parameters, training, statistics=_read_statistics(model, request))
-    prompts = calibration_prompts(model.spec.prompts, request.prompts if request.retrain else None)
+    if (path := request.wish.fit.calibration) is not None:
+        return Checked(parameters, training, statistics=_read_statistics(model, request, path))
+    prompts = calibration_prompts(model.spec.prompts, request.prompts)
     return Checked(parameters, training, prompts=prompts if request.fits else prompts.only("measure"))
 
 
@@ -104,8 +104,8 @@ def training_of(spec: ModelSpec, request: Request) -> Training:
     """
     schedule = request.schedule
     assert schedule is not None, "goals of trained methods are schedules"
-    prompts = training_prompts(spec.prompts, request.prompts if request.retrain else None)
-    training = Training(request.method, schedule, request.settings, prompts, request.seed, request.interval)
+    prompts = training_prompts(spec.prompts, request.prompts)
+    training = Training(request.method, schedule, request.settings, prompts, request.wish.fit.seed, request.interval)
     training.check()
     return training
 
@@ -113,17 +113,16 @@ def training_of(spec: ModelSpec, request: Request) -> Training:
 def _find_trained(model: LoadedModel, request: Request, training: Training) -> Parameters | None:
     """Trained parameters: from the given file, or of those that ship."""
     wanted = training_facts(model, request.method, training.schedule, request.settings)
-    if request.predictor is not None:
-        parameters = load_predictor(request.predictor)
+    if (path := request.wish.fit.predictor) is not None:
+        parameters = load_predictor(path)
         check_fit(parameters, wanted)
-        return replace(parameters, origin=f"from {request.predictor}")
-    shipped = None if request.retrain else find_pretrained(request.method.name, wanted)
+        return replace(parameters, origin=f"from {path}")
+    shipped = None if request.prompts is not None else find_pretrained(request.method.name, wanted)
     return None if shipped is None else replace(shipped, origin=f"ships with cachec ({Path(shipped.origin).name})")
 
 
-def _read_statistics(model: LoadedModel, request: Request) -> Statistics:
-    assert request.calibration is not None
-    statistics = load_statistics(request.calibration)
+def _read_statistics(model: LoadedModel, request: Request, path: Path) -> Statistics:
+    statistics = load_statistics(path)
     check_statistics(statistics, calibration_facts(model, request.settings, request.reference_steps or None))
     if request.reference_steps is None and statistics.fine_latents is None:
         raise InputError(
@@ -164,7 +163,7 @@ def find_calibrations(model: LoadedModel, request: Request, checked: Checked, wo
         assert checked.prompts is not None
         fine = request.reference_steps or 0
         statistics = record_statistics(
-            model, evaluator, settings, checked.prompts, reference_steps=fine, seed=request.seed, work=work
+            model, evaluator, settings, checked.prompts, reference_steps=fine, seed=request.wish.fit.seed, work=work
         )
     return Calibrations.open(statistics, model, evaluator, settings)
 
@@ -179,9 +178,10 @@ def make_graphs(model: LoadedModel, request: Request, parameters: Parameters | N
     watch = observers(model, request)
     split = prepare(model, request.settings, watch)
     inputs = model.example_inputs(request.settings)
-    check_finite_run(split, inputs, request.settings.dtype, request.slots)
+    check_finite_run(split, inputs, request.settings.dtype, request.wish.graph.slots)
     plain = add_forecast(model, split, request, parameters, watch)
-    final = engine(plain, model.io, watch, hoist=request.hoist, merge=merge, velocities=request.velocities, slots=request.slots)
+    wish = request.wish.graph
+    final = engine(plain, model.io, watch, hoist=wish.hoist, merge=merge, velocities=wish.velocities, slots=wish.slots)
     return StepGraphs(plain, final)
 
 
@@ -204,7 +204,7 @@ def add_forecast(
         return compute_only(split)
     if schedule is None or not isinstance(method, PredictorMethod):
         return linear(split, watch)
-    if request.fold:
+    if request.folds:
         method.table(schedule, model.sampling(request.settings)[0], parameters)  # fails now, not behind the engines
         return linear(split, watch)
     predictor, steps = method.predictor(parameters), request.settings.steps
@@ -213,8 +213,9 @@ def add_forecast(
 
 def observers(model: LoadedModel, request: Request) -> list[Observer]:
     """What looks on, at all passes of a compilation."""
-    found: list[Observer] = [] if request.dump_graphs is None else [dump_to(request.dump_graphs)]
-    if request.verify_passes:
+    folder = request.wish.graph.dump_graphs
+    found: list[Observer] = [] if folder is None else [dump_to(folder)]
+    if request.wish.graph.verify_passes:
         found.append(verifier_for(model, request.settings))
     return found
 
@@ -233,7 +234,7 @@ def make_programs(
     """
     settings, method, schedule = request.settings, request.method, request.schedule
     sigmas, timesteps = model.sampling(settings)
-    key = ProgramKey(settings.steps, hash_sigmas(sigmas), settings.sizes, batch=request.batch)
+    key = ProgramKey(settings.steps, hash_sigmas(sigmas), settings.sizes, batch=request.wish.model.batch)
     programs = {UNCACHED: lower_uncached(replace(key, level=UNCACHED), sigmas, timesteps)}
     if schedule is not None and isinstance(method, PredictorMethod):
         return Programs(programs | {"default": _lower_predictor(model, request, method, schedule, parameters, key)})
@@ -247,7 +248,7 @@ def make_programs(
         parameters=parameters,
         to_fine=request.fits_fine,
         forecast_cost=cost,
-        seed=request.seed,
+        seed=request.wish.fit.seed,
     )
     plans = {goal.level: planner.plan(goal) for goal in request.goals}
     programs |= {level: plan.program for level, plan in plans.items()}
@@ -264,7 +265,7 @@ def _lower_predictor(
 ) -> Program:
     """The Program of a predictor on its one schedule: composed coefficients, or predictor calls if nothing is folded."""
     sigmas, timesteps = model.sampling(request.settings)
-    if not request.fold:
+    if not request.folds:
         return lower_predictor(
             schedule, method.window, feeds_back=method.feeds_back, key=key, sigmas=sigmas, timesteps=timesteps
         )

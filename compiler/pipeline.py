@@ -66,8 +66,8 @@ def compile_bundle(model: LoadedModel, request: Request, out: Path, *, force: bo
     Raises:
         CachecError: of the kind that fits; ``out`` is then as it was.
     """
-    for dtype in {request.settings.dtype, request.slots or request.settings.dtype}:
-        check_build(request.targets, dtype, request.device, request.build, max_batch=request.max_batch)
+    for dtype in {request.settings.dtype, request.wish.graph.slots or request.settings.dtype}:
+        check_build(request.targets, dtype, request.device, request.build, max_batch=request.wish.build.max_batch)
     with BundleWriter(out, force=force) as writer, _Clock(STAGES) as clock:
         checked = check(model, request)
         clock.lap()
@@ -142,7 +142,7 @@ def measure(
     found = measure_levels(model, request.settings, evaluator, programs.by_level, prompts)
     by = {"measured_by": f"{engines[COMPUTE].name} on {engines[COMPUTE].device.name}"}
     levels = {level: {**programs.facts.get(level, {}), **known, **by} for level, known in found.items()}
-    check_quality(levels, request.min_psnr)
+    check_quality(levels, request.wish.fit.min_psnr)
     for goal in request.goals:
         reached = levels[goal.level]["speedup"]
         if goal.speedup is not None and reached < goal.speedup:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cachec.compiler.calibration.prompts import default_prompts, read_prompts
+from cachec.compiler.calibration.prompts import read_prompts
 from cachec.compiler.methods import get_method
 from cachec.compiler.methods.base import Method, PredictorMethod
 from cachec.compiler.models.base import ModelSpec, Settings
@@ -18,7 +18,7 @@ from cachec.engines import BACKENDS, get_engine
 from cachec.engines.gpu import find_gpu
 from cachec.engines.targets import TargetName
 from cachec.passes import HOISTS
-from cachec.runtime.build_options import DEFAULTS, BuildOptions
+from cachec.runtime.build_options import BuildOptions
 from cachec.runtime.device import CUDA, DeviceName
 from cachec.runtime.engine import HOST
 from cachec.runtime.errors import CachecError, InputError, unknown_name
@@ -34,46 +34,39 @@ REFERENCE_FACTOR = 4  # steps of the fine reference, over those of the run
 
 @dataclass(frozen=True)
 class Request:
-    """What to compile. ``interval`` is recorded if the schedule came from one; ``fold`` is ``--fold static``.
+    """A wish, checked against itself and completed by the model's defaults.
 
-    ``retrain``: prompts were given, so a predictor that ships is not used. ``reference_steps`` 0: no fine reference;
-    ``None``: that of the calibration file.
-    ``min_psnr``: the build fails below it.
+    ``interval`` is recorded if the schedule came from one. ``prompts`` ``None``: those that ship; given ones mean that a
+    predictor that ships is not used. ``reference_steps`` 0: no fine reference; ``None``: that of the calibration file.
+    ``device`` is where engines are measured, and for ``aoti`` what they are built for.
     """
 
+    wish: Options
     method: Method
     goals: tuple[Goal, ...]
     settings: Settings
-    targets: tuple[TargetName, ...] = (TargetName("ort"),)
-    device: DeviceName = HOST
-    build: BuildOptions = DEFAULTS
-    max_batch: int = 1
-    interval: int | None = None
-    predictor: Path | None = None
-    calibration: Path | None = None
-    reference_steps: int | None = 0
-    min_psnr: float | None = None
-    prompts: Sequence[str] = ()
-    retrain: bool = False
-    seed: int = 0
-    batch: int | None = None
-    fold: bool = True
-    hoist: str = "all"
-    velocities: bool = True
-    slots: str | None = None
-    verify_passes: bool = False
-    dump_graphs: Path | None = None
+    prompts: Sequence[str] | None
+    targets: tuple[TargetName, ...]
+    device: DeviceName
+    build: BuildOptions
+    interval: int | None
+    reference_steps: int | None
 
     @property
     def schedule(self) -> Schedule | None:
         """The one fixed schedule, if nothing is searched."""
         return self.goals[0].schedule
 
+    @property
+    def folds(self) -> bool:
+        """Does the predictor become numbers?"""
+        return self.wish.graph.fold == FOLDS[0]
+
     def options_for(self, timing: Path) -> BuildOptions:
         """What builders are asked for; kernel timings are kept in the folder ``timing``."""
         schedule, steps = self.schedule, self.settings.steps
         computed = len(schedule.compute) if schedule is not None else steps // USUAL_STRIDE
-        sizes = size_ranges(steps, computed, batch=self.batch, max_batch=self.max_batch)
+        sizes = size_ranges(steps, computed, batch=self.wish.model.batch, max_batch=self.wish.build.max_batch)
         return replace(self.build, sizes=sizes, timing_cache=timing)
 
     @property
@@ -94,7 +87,7 @@ class Request:
     @property
     def needs_calibration(self) -> bool:
         """Are calibration runs looked at: for fits, searches, or a quality gate?"""
-        return self.fits or self.min_psnr is not None or self.calibration is not None
+        return self.fits or self.wish.fit.min_psnr is not None or self.wish.fit.calibration is not None
 
 
 def make_request(spec: ModelSpec, **given: Any) -> Request:
@@ -120,38 +113,17 @@ def check_wish(spec: ModelSpec, wish: Options) -> Request:
     goals, interval = make_goals(method, settings.steps, wish.schedule)
     _check_graph(method, goals, wish.graph)
     return Request(
+        wish=wish,
         method=method,
         goals=goals,
         settings=settings,
+        prompts=None if wish.fit.prompts is None else read_prompts(wish.fit.prompts),
         targets=targets,
         device=_choose_device(wish.build.device, targets),
         build=make_build_options(wish.build),
-        max_batch=wish.build.max_batch,
         interval=interval,
-        predictor=wish.fit.predictor,
-        calibration=wish.fit.calibration,
         reference_steps=_choose_reference(method, goals, settings.steps, wish.fit),
-        min_psnr=wish.fit.min_psnr,
-        prompts=find_prompts(spec, wish.fit),
-        retrain=wish.fit.prompts is not None,
-        seed=wish.fit.seed,
-        batch=wish.model.batch,
-        fold=wish.graph.fold == "static",
-        hoist=wish.graph.hoist,
-        velocities=wish.graph.velocities,
-        slots=wish.graph.slots,
-        verify_passes=wish.graph.verify_passes,
-        dump_graphs=wish.graph.dump_graphs,
     )
-
-
-def find_prompts(spec: ModelSpec, wish: FitWish) -> Sequence[str]:
-    """The given prompts, or those that ship for the model.
-
-    Raises:
-        InputError: the file is missing, or holds no prompt.
-    """
-    return default_prompts(spec.prompts, "train") if wish.prompts is None else read_prompts(wish.prompts)
 
 
 def _check_numbers(wish: Options) -> None:

@@ -1,6 +1,7 @@
 """Lists of passes, and running them: every contract is checked, before, between and after."""
 
 import itertools
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +12,8 @@ from torch import fx
 from cachec.passes.base import Equivalence, Graphs, Observer, Pass, PassResult, Stage
 from cachec.passes.stages import check_stage
 from cachec.runtime.errors import PassError, PredictorError
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,8 @@ def _run_one(graphs: Graphs, one: Pass, done: list[str], observers: Sequence[Obs
     except (PassError, PredictorError, RuntimeError) as error:
         kind = PredictorError if isinstance(error, PredictorError) else PassError
         raise kind(f"pass {one.name!r} (after {', '.join(done) or 'none'}): {error}") from error
+    sizes = ", ".join(f"{name} {len(module.graph.nodes)}" for name, module in result.graphs.modules.items())
+    log.info("pass %s: %s (nodes: %s)", one.name, "changed" if result.changed else "nothing to do", sizes)
     return result.graphs
 
 

@@ -107,7 +107,7 @@ def test_graphs_plans_and_programs_of_a_request(model, given, graphs):
     request = request_of(**given)
     made = make_graphs(model, request, None)
     assert {plan.name for plan in make_plans(model, request, made)} == graphs
-    programs = make_programs(model, request, made, {}, None, None)
+    programs = make_programs(model, request, {}, None, None)
     assert list(programs.by_level) == [UNCACHED, "default"]
     assert len(programs.by_level["default"].compute_steps) == 3
 
