@@ -67,6 +67,7 @@ class Verifier:
     values: dict[str, torch.Tensor]
     loaded: torch.dtype = torch.float32
     _tail: fx.GraphModule | None = field(default=None, init=False)
+    _num_levels: int = field(default=0, init=False)  # of the schedule; a pruned predictor may not read it any more
 
     @torch.no_grad()
     def __call__(self, index: int, one: Pass, result: PassResult) -> None:
@@ -128,8 +129,10 @@ class Verifier:
             yield "tail", _run(module, {**single, FEATURE: feature})[VELOCITY], computed[VELOCITY]
             yield "forecast", _run(module, {**single, FEATURE: _shifted(feature)})[VELOCITY], None
         elif history_name(0) in names:
+            if SIGMAS in names:
+                self._num_levels = int(names[SIGMAS].meta["val"].shape[0])
             past = {history_name(i): feature + i * SHIFT for i in range(len(names))}
-            made = _run(module, {**single, **past, **_schedule(names)})
+            made = _run(module, {**single, **past, **_schedule(names, self._num_levels)})
             yield "predicted feature", made[FEATURE], None
             tail = None if self._tail is None else _run(self._tail, {**known, FEATURE: made[FEATURE]})[VELOCITY]
             yield "predicted velocity", made[VELOCITY], tail
@@ -213,10 +216,9 @@ def _in_slots(feature: torch.Tensor) -> dict[str, torch.Tensor]:
     return {FEATURES: features, COEFFICIENTS: torch.tensor([row]), BIAS: torch.tensor(SHIFT)}
 
 
-def _schedule(names: Mapping[str, fx.Node]) -> dict[str, torch.Tensor]:
-    """What a predictor reads of the schedule, whose length its inputs tell."""
+def _schedule(names: Mapping[str, fx.Node], num_levels: int) -> dict[str, torch.Tensor]:
+    """What a predictor reads of a schedule of so many levels."""
     window = sum(history_name(i) in names for i in range(len(names)))
-    num_levels = int(names[SIGMAS].meta["val"].shape[0]) if SIGMAS in names else 2
     return {
         SIGMAS: torch.linspace(1, 0, num_levels),
         STEP: torch.tensor(min(window + 1, num_levels - 2)),
