@@ -79,7 +79,7 @@ def compiled(whole):
             )
             engines, programs = compile_in_memory(model, some, EagerEngine)
             if cut == "output":  # there the uncached program is not of its cut
-                computed = make_programs(model, all_steps, None, engines, None, None).by_level["default"]
+                computed = make_programs(model, all_steps, engines, None, None).by_level["default"]
             else:
                 computed = programs[UNCACHED]
             baked = {name: value for name, value in model.constants(some.settings).items() if name.endswith("_ids")}
