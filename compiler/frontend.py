@@ -27,7 +27,7 @@ from cachec.compiler.graphs.verify import verifier_for
 from cachec.compiler.methods.base import PredictorMethod
 from cachec.compiler.methods.parameters import Parameters, check_fit, find_pretrained, load_predictor
 from cachec.compiler.methods.training import Training, train_predictor, training_facts
-from cachec.compiler.models.base import LoadedModel, ModelSpec
+from cachec.compiler.models.base import LoadedModel, ModelSpec, Settings
 from cachec.compiler.planning.levels import forecast_cost
 from cachec.compiler.planning.planner import Calibrations, Planner
 from cachec.compiler.request import Request
@@ -133,9 +133,9 @@ def _read_statistics(model: LoadedModel, request: Request, path: Path) -> Statis
     return statistics
 
 
-def evaluator_of(model: LoadedModel, request: Request) -> GraphEvaluator:
+def evaluator_of(model: LoadedModel, settings: Settings) -> GraphEvaluator:
     """The float32 model on PyTorch, whatever the bundle's precision: what is trained, fitted and measured against."""
-    return GraphEvaluator(prepare(model, replace(request.settings, dtype="float32")), model.io)
+    return GraphEvaluator(prepare(model, replace(settings, dtype="float32")), model.io)
 
 
 def find_parameters(model: LoadedModel, request: Request, checked: Checked, work: Path | None) -> Parameters | None:
@@ -144,7 +144,7 @@ def find_parameters(model: LoadedModel, request: Request, checked: Checked, work
     if parameters is None and checked.training is not None:
         assert work is not None, "trainings keep checkpoints"
         log.warning("no trained %s predictor fits these settings: training one now", request.method.name)
-        parameters = train_predictor(model, evaluator_of(model, request), checked.training, work=work)
+        parameters = train_predictor(model, evaluator_of(model, request.settings), checked.training, work=work)
     log.info("predictor: %s", "none needed" if parameters is None else parameters.origin)
     return parameters
 
@@ -158,7 +158,7 @@ def find_calibrations(model: LoadedModel, request: Request, checked: Checked, wo
     settings, statistics = replace(request.settings, dtype="float32"), checked.statistics
     if statistics is None and checked.prompts is None:
         return None
-    evaluator = evaluator_of(model, request)
+    evaluator = evaluator_of(model, request.settings)
     if statistics is None:
         assert checked.prompts is not None
         fine = request.reference_steps or 0

@@ -33,7 +33,7 @@ def request_of(**given):
 @pytest.fixture(scope="module")
 def calibration(tmp_path_factory, model):
     path = tmp_path_factory.mktemp("calibration") / "toy.safetensors"
-    evaluator, uses = evaluator_of(model, request_of(method="taylor")), calibration_prompts("shapes", PROMPTS)
+    evaluator, uses = evaluator_of(model, SETTINGS), calibration_prompts("shapes", PROMPTS)
     save_statistics(record_statistics(model, evaluator, SETTINGS, uses, reference_steps=0, seed=0, work=None), path)
     return path
 
