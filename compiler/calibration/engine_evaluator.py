@@ -36,18 +36,14 @@ class EngineEvaluator(Evaluator):
     def evaluate(self, x: Array, t: Time, conditions: Conditions) -> tuple[Array, Array]:
         binding = self._bound(len(x))
         binding.take(conditions)
-        velocity, feature = np.empty_like(x), None
+        compute, velocities, features = binding.operations[0], [], []
         for told, rows in _by_time(t, len(x)):
             self._tell(binding, told)
             binding.take_latents(x)
-            compute = binding.operations[0]
             compute.call.run()
-            velocity[rows] = binding.device.download(compute.velocities[0])[rows]
-            found = binding.device.download(binding.slots[FEATURE])[0]
-            feature = found.copy() if feature is None else feature
-            feature[rows] = found[rows]
-        assert feature is not None  # there is a told time
-        return velocity, feature
+            velocities.append((rows, binding.device.download(compute.velocities[0])))
+            features.append((rows, binding.device.download(binding.slots[FEATURE])[0]))
+        return _joined(velocities), _joined(features)
 
     def tail(self, feature: Array, t: Time, conditions: Conditions) -> Array:
         if not self._has_tail:
@@ -55,16 +51,12 @@ class EngineEvaluator(Evaluator):
         binding = self._bound(len(feature))
         binding.take(conditions)
         binding.device.upload(np.ascontiguousarray(feature[None]), binding.slots[FEATURE])
-        velocity = None
+        forecast, velocities = binding.operations[1], []
         for told, rows in _by_time(t, len(feature)):
             self._tell(binding, told)
-            forecast = binding.operations[1]
             forecast.call.run()
-            found = binding.device.download(forecast.velocities[0])
-            velocity = found.copy() if velocity is None else velocity
-            velocity[rows] = found[rows]
-        assert velocity is not None  # there is a told time
-        return velocity
+            velocities.append((rows, binding.device.download(forecast.velocities[0])))
+        return _joined(velocities)
 
     def play(
         self, program: Program, noise: Array, conditions: Conditions, *, coefficients: Numbers = None, timesteps: Numbers = None
@@ -110,3 +102,11 @@ def _by_time(t: Time, batch: int) -> list[tuple[float, Array]]:
     """The different times that are told, and which rows of the batch each is for: a program tells all rows the same."""
     times = np.broadcast_to(np.asarray(t, np.float64), (batch,))
     return [(float(told), np.flatnonzero(times == told)) for told in np.unique(times)]
+
+
+def _joined(parts: list[tuple[Array, Array]]) -> Array:
+    """Each batch's own rows of it, float32 whatever the engines' precision."""
+    result = np.empty(parts[0][1].shape, np.float32)
+    for rows, values in parts:
+        result[rows] = values[rows]
+    return result
