@@ -50,7 +50,7 @@ class BatchForecast(Pass):
 
     def requires(self, graphs: Graphs) -> None:
         if FEATURES not in placeholders(graphs.modules[FORECAST]) or graphs.cut is None:
-            raise PassError("the forecast graph is not linear; run fold_static first")
+            raise PassError("the forecast graph is not linear; run add_linear_forecast first")
 
     def run(self, graphs: Graphs) -> PassResult:
         module = graphs.modules[FORECAST]

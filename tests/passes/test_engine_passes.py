@@ -205,7 +205,7 @@ def test_a_run_of_forecasts_equals_its_steps_one_by_one(linear_graphs, num_steps
 
 
 def test_only_linear_forecasts_come_in_runs(toy_split):
-    with pytest.raises(PassError, match="the forecast graph is not linear; run fold_static first"):
+    with pytest.raises(PassError, match="the forecast graph is not linear; run add_linear_forecast first"):
         run_passes(toy_split, [BatchForecast("latents", "timestep")])
 
 
