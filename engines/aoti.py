@@ -27,7 +27,7 @@ from torch.export.passes import move_to_device_pass
 
 from cachec.engines import torch_device
 from cachec.engines.torch_context import Tensors, TorchContext
-from cachec.engines.torch_device import device_of, is_out_of_memory
+from cachec.engines.torch_device import is_out_of_memory, take_options
 from cachec.engines.torch_files import archive
 
 FILE = "model.pt2"
@@ -48,8 +48,7 @@ class AotiEngine(Engine):
     def load(
         cls, files: Mapping[str, Path], signatures: Mapping[str, Signature], options: LoadOptions = ON_HOST
     ) -> dict[str, Self]:
-        if options.threads is not None:
-            torch.set_num_threads(options.threads)
+        there = take_options(options, signatures.values())
         path = next(iter(files.values()))
         on_gpu = options.device.kind == CUDA  # PyTorch's locks between threads cannot be captured as a CUDA graph
         try:
@@ -61,7 +60,6 @@ class AotiEngine(Engine):
         missing = files.keys() - runners.keys()
         if missing:
             raise BundleError(f"{path} holds no graph {', '.join(sorted(missing))}: compile the bundle again")
-        there = device_of(options.device, signatures.values())
         return {name: cls(runners[name], signatures[name], there) for name in files}
 
     def _context(self, native: Any, device: Device) -> ExecutionContext:

@@ -23,7 +23,7 @@ from torch.export.passes import move_to_device_pass
 
 from cachec.engines import torch_device
 from cachec.engines.torch_context import TorchContext
-from cachec.engines.torch_device import device_of, neutral_modes, watching_memory
+from cachec.engines.torch_device import neutral_modes, take_options, watching_memory
 from cachec.engines.torch_files import archive
 
 
@@ -36,9 +36,7 @@ class ProgramEngine(Engine):
     def load(
         cls, files: Mapping[str, Path], signatures: Mapping[str, Signature], options: LoadOptions = ON_HOST
     ) -> dict[str, Self]:
-        if options.threads is not None:
-            torch.set_num_threads(options.threads)
-        there = device_of(options.device, signatures.values())
+        there = take_options(options, signatures.values())
         with neutral_modes(there.name):
             return {name: cls(_load_module(path, there), signatures[name], there) for name, path in files.items()}
 

@@ -10,7 +10,7 @@ import torch
 from torch.utils.dlpack import from_dlpack
 
 from cachec.runtime.device import CPU, CUDA, Buffer, Device, DeviceName, Host, no_room
-from cachec.runtime.engine import Call
+from cachec.runtime.engine import Call, LoadOptions
 from cachec.runtime.errors import CachecError, EngineError, InputError
 from cachec.runtime.specs import BFLOAT16, Array, Signature, itemsize
 
@@ -111,6 +111,13 @@ def check_device(name: DeviceName) -> None:
         )
     if name.index >= torch.cuda.device_count():
         raise InputError(f"device is {name}, but there are {torch.cuda.device_count()} GPUs, counted from 0")
+
+
+def take_options(options: LoadOptions, signatures: Iterable[Signature]) -> Device:
+    """Set PyTorch's threads, and give the device that the buffers lie on. Raises as ``device_of``."""
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    return device_of(options.device, signatures)
 
 
 def device_of(name: DeviceName, signatures: Iterable[Signature]) -> Device:

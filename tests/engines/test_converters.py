@@ -1,7 +1,8 @@
 """Torch-TensorRT cannot be imported without a GPU: that it converts every operator of our graphs is looked up in its lists.
 
 Before it converts, Torch-TensorRT decomposes with torch's default table, less ``decompositions_disabled`` and attention, and
-with ``decompositions_enabled``. Some tests look at all graphs as they are, others decompose some and look at what is left.
+with ``decompositions_enabled``. The graphs are looked at as they are; what only decomposing makes convertible is decomposed
+on its own.
 """
 
 import json
@@ -9,15 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from torch._decomp import get_decompositions
-from toy import example_inputs
-from toy_bundle import IO, split_toy
 
-from cachec.compiler.graphs.export import plan_engines
-from cachec.compiler.graphs.prepare import compute_only, engine, linear, prepare
-from cachec.compiler.models import MODELS, load_model
-from cachec.compiler.request import make_request
-from cachec.passes import HOISTS
+from cachec.compiler.graphs.prepare import engine, linear, prepare
+from cachec.compiler.models import wrap_pipeline
+from cachec.compiler.models.base import Settings
 
 LISTS = json.loads((Path(__file__).parent.parent / "data" / "torch-tensorrt-2.13-ops.json").read_text())
 CONVERTERS, ENABLED, DISABLED = (LISTS[key] for key in ("converters", "decompositions_enabled", "decompositions_disabled"))
@@ -56,41 +54,24 @@ def targets(graphs):
 
 
 @pytest.fixture(scope="module")
-def flux():
-    """tiny-flux in float32: the model, its settings, and its graphs by cut."""
-    model = load_model(MODELS["tiny-flux"])
-    settings = make_request(MODELS["tiny-flux"], method="taylor").settings
-    split = prepare(model, settings)
-    return (
-        model,
-        settings,
-        {"hidden": linear(split), "output": compute_only(split)},
+def engines():
+    """Engine graphs of a small FLUX, both kinds of block, hoisted and not."""
+    shape = {"attention_head_dim": 32, "num_attention_heads": 2, "joint_attention_dim": 16, "pooled_projection_dim": 8}
+    transformer = FluxTransformer2DModel(
+        num_layers=1, num_single_layers=1, guidance_embeds=True, axes_dims_rope=(8, 12, 12), **shape
     )
+    parts = dict.fromkeys(("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+    pipeline = FluxPipeline(scheduler=FlowMatchEulerDiscreteScheduler(), transformer=transformer.eval(), **parts)
+    model, settings = wrap_pipeline(pipeline), Settings(64, 64, 8, 3.5, 10, "float32")
+    with torch.no_grad():
+        graphs = linear(prepare(model, settings))
+        return [engine(graphs, model.io, hoist=hoist) for hoist in ("none", "all")]
 
 
 @pytest.fixture(scope="module")
-def toy():
-    split = split_toy()
-    return {
-        "hidden": linear(split),
-        "output": compute_only(split),
-    }
-
-
-def toy_graphs(toy, cut, hoist):
-    return engine(toy[cut], IO, hoist=hoist)
-
-
-@pytest.fixture(scope="module")
-def used(flux, toy):
-    """Operators of all engine graphs: both models, both cuts, every hoist level."""
-    model, _, graphs = flux
-    found = set()
-    for hoist in HOISTS:
-        for cut in graphs:
-            found |= targets(module.graph for module in engine(graphs[cut], model.io, hoist=hoist).modules.values())
-            found |= targets(module.graph for module in toy_graphs(toy, cut, hoist).modules.values())
-    return found
+def used(engines):
+    """Operators of all of them."""
+    return targets(module.graph for graphs in engines for module in graphs.modules.values())
 
 
 def test_every_operator_is_converted_or_decomposed(used):
@@ -122,21 +103,14 @@ def decomposition_table():
     return {target: rule for target, rule in table.items() if target not in kept}
 
 
-def left_over(plans):
-    """What has no converter after decomposing."""
-    table = decomposition_table()
-    found = targets(plan.program.run_decompositions(table).graph for plan in plans)
-    return {names_of(target)[0] for target in found if converter_of(target) is None}
+def test_what_torch_decomposes_is_converted_then():
+    class All(torch.nn.Module):
+        def forward(self, x):
+            f = torch.nn.functional
+            y = f.rms_norm(f.layer_norm(f.silu(x), (8,)), (8,))
+            return f.scaled_dot_product_attention(y, y, y).flatten(1)
 
-
-@pytest.mark.parametrize("hoist", ["none", "all"])
-def test_decomposed_graphs_of_the_toy_are_converted(toy, hoist):
-    assert left_over(plan_engines(toy_graphs(toy, "hidden", hoist), example_inputs(), "latents", 10)) == set()
-
-
-def test_decomposed_graphs_of_tiny_flux_are_converted(flux):
-    model, settings, graphs = flux
-    plans = plan_engines(
-        engine(graphs["hidden"], model.io, hoist="none"), model.example_inputs(settings), model.io.latents, settings.steps
-    )
-    assert left_over(plans) == set()
+    program = torch.export.export(All(), (torch.ones(1, 2, 4, 8),)).run_decompositions({})
+    assert {names_of(target)[0] for target in targets([program.graph])} >= BY_TORCH.keys() - {"aten.flatten.using_ints"}
+    found = targets([program.run_decompositions(decomposition_table()).graph])
+    assert {names_of(target)[0] for target in found if converter_of(target) is None} == set()

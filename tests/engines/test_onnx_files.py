@@ -1,16 +1,22 @@
-"""ONNX files over one weights file: on a full disk, and behind links."""
+"""ONNX files over one weights file: their form, on a full disk, and behind links."""
 
+import hashlib
 from types import SimpleNamespace
 
 import numpy as np
+import onnx
 import onnx_ir
-import onnxruntime
 import pytest
 import torch
+from engine_toys import layer
 from full_disk import full_disk
 
-from cachec.engines.onnx_files import OPSET, build_onnx
+from cachec.engines import onnx_files, ort
+from cachec.engines.onnx_files import ALIGNMENT, OPSET, build_onnx
 from cachec.runtime.errors import OutputError
+
+
+SIDE = 32  # weights of 4096 bytes: they go into the shared file, the bias does not
 
 
 def product(*sizes):
@@ -55,6 +61,51 @@ def test_weights_are_found_behind_links_into_a_store(build, tmp_path):
     for number, file in enumerate([path, *tmp_path.glob("weights-*.bin")]):
         blob = file.rename(blobs / f"{number:064d}")
         (snapshot / file.name).symlink_to(blob)
-    session = onnxruntime.InferenceSession(snapshot / path.name)
+    ort._start_thread_pool(None)
+    session = ort.open_session(snapshot / path.name, [ort.CPU_PROVIDER])
     (result,) = session.run(None, {"x": np.ones((1, 40), np.float32)})
     np.testing.assert_array_equal(result, np.full((1, 40), 20, np.float32))
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Two graphs over the same weights; and the module."""
+    out, (module, plan) = tmp_path_factory.mktemp("onnx"), layer(SIDE)
+    names = ("compute", "forecast")
+    return module, build_onnx(dict.fromkeys(names, plan.program), dict.fromkeys(names, plan.signature), out), out
+
+
+def test_files_have_our_names_and_opset_and_no_paths_of_this_machine(files):
+    _, paths, out = files
+    assert paths == {name: out / f"{name}.onnx" for name in ("compute", "forecast")}
+    for path in paths.values():
+        onnx.checker.check_model(str(path), full_check=True)
+        model = onnx.load(path, load_external_data=False)
+        assert {entry.domain: entry.version for entry in model.opset_import}[""] == OPSET
+        assert [value.name for value in model.graph.input] == ["x"]
+        assert [value.name for value in model.graph.output] == ["y", "total"]
+        assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_param
+        assert b".py" not in path.read_bytes()
+
+
+def test_weights_are_stored_once_and_aligned_and_named_by_their_hash(files):
+    module, paths, out = files
+    (weights,) = out.glob("weights-*.bin")
+    content = weights.read_bytes()
+    assert weights.name == f"weights-{hashlib.sha256(content).hexdigest()[:16]}.bin"
+    assert len(content) == 4 * SIDE * SIDE
+    for path in paths.values():
+        model = onnx.load(path, load_external_data=False)
+        outside = [tensor for tensor in model.graph.initializer if tensor.external_data]
+        (place,) = [{entry.key: entry.value for entry in tensor.external_data} for tensor in outside]
+        assert place["location"] == weights.name
+        assert int(place["offset"]) % ALIGNMENT == 0
+    stored = np.frombuffer(content, np.float32).reshape(SIDE, SIDE)
+    wanted = module.layer.weight.detach().numpy()
+    assert any(np.array_equal(one, wanted) for one in (stored, stored.T))
+
+
+def test_without_the_exporter_the_extra_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(onnx_files.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(Exception, match=r"writing ONNX files needs 'onnx_ir', .*pip install 'cachec\[compile\]'"):
+        build_onnx({}, {}, tmp_path)
