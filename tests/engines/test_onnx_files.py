@@ -7,14 +7,12 @@ import numpy as np
 import onnx
 import onnx_ir
 import pytest
-import torch
 from engine_toys import layer
 from full_disk import full_disk
 
 from cachec.engines import onnx_files, ort
 from cachec.engines.onnx_files import ALIGNMENT, OPSET, build_onnx
 from cachec.runtime.errors import OutputError
-
 
 SIDE = 32  # weights of 4096 bytes: they go into the shared file, the bias does not
 
@@ -38,7 +36,7 @@ def build(monkeypatch, tmp_path):
     """Write the files of a model as if it had been exported."""
 
     def built(model):
-        monkeypatch.setattr(torch.onnx, "export", lambda *_, **__: SimpleNamespace(model=model))
+        monkeypatch.setattr(onnx_files, "_convert", lambda *_: model)
         signature = SimpleNamespace(inputs=(), outputs=())
         return build_onnx({"compute": None}, {"compute": signature}, tmp_path)["compute"]
 
