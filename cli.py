@@ -326,17 +326,21 @@ def list_command(what: str) -> None:
     elif what == "methods":
         from cachec.compiler.methods import METHODS, get_method
 
-        _table([(name, f"{get_method(name).cut} cut: {get_method(name).summary}") for name in METHODS])
+        def in_words(name: str) -> str:
+            return f"{get_method(name).cut} cut: {get_method(name).summary}"
+
+        _table([(name, _or_why_not(in_words, name)) for name in METHODS])
     else:
         from cachec.engines import BACKENDS, get_engine
 
-        rows = []
-        for name in BACKENDS:
-            try:
-                rows.append((name, get_engine(name).version()))
-            except CachecError as error:
-                rows.append((name, f"not available: {error}"))
-        _table(rows)
+        _table([(name, _or_why_not(lambda name: get_engine(name).version(), name)) for name in BACKENDS])
+
+
+def _or_why_not(describe: Callable[[str], str], name: str) -> str:
+    try:
+        return describe(name)
+    except CachecError as error:
+        return f"not available: {error}"
 
 
 def _table(rows: list[tuple[str, str]]) -> None:
