@@ -35,7 +35,10 @@ class SimplifyShapes(GraphPass):
         for node in places:
             if _is_idle(node):
                 node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
-            elif (args := _wanted(node)) is not None:
+                module.graph.erase_node(node)  # here: a dropout counts as random, and would be kept as dead code
+            elif (args := _wanted(node)) is not None and _sizes(tensors(args[0])[0]) == _sizes(tensors(node)[0]):
+                node.replace_all_uses_with(args[0])  # undone
+            elif args is not None:
                 node.target, node.args, node.kwargs = aten.reshape.default, args, {}
 
 
