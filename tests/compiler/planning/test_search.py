@@ -215,7 +215,7 @@ def test_nothing_found_has_a_better_neighbour():
         assert all(score(near) >= score(steps) for near in neighbours(steps, 20, (1, 2, 3)))
 
 
-def test_the_search_is_deterministic_from_its_seed():
+def test_the_search_is_deterministic_from_its_seed(quick):
     score, scored = random_score(1, 30), {0: [], 1: [], 2: []}
 
     def watched(run):
