@@ -152,7 +152,7 @@ def test_file_that_is_no_predictor_is_refused(tmp_path, toy_directory):
     (tmp_path / "p.safetensors").write_bytes(b"not a tensor")
     code, output = cachec("compile", toy_directory, "--predictor", tmp_path / "p.safetensors", "-o", tmp_path / "out")
     assert code == PredictorError.exit_code
-    assert "not a safetensors file" in output
+    assert "is not a predictor file, or is damaged" in output
 
 
 @pytest.mark.parametrize("changed", [["--steps", "28"], ["--interval", "2"]])
