@@ -1,6 +1,7 @@
 """Makes the helpers of this directory importable (``from toy import …``), in the tree and beside an installed wheel."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may need a network
 if "PYTEST_XDIST_WORKER" in os.environ:  # processes side by side must not fight over cores; what they start inherits it
     os.environ["OMP_NUM_THREADS"] = "1"
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in the background of a shell; tests and their children use it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path.append(str(Path(__file__).parent))
 sys.path.append(str(Path(__file__).parent / "engines"))  # its fakes
 sys.path.append(str(Path(__file__).parent.parent))  # bench/, where the source tree is there

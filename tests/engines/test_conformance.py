@@ -17,7 +17,7 @@ LEVELS = ("default", "output", UNCACHED)
 
 @pytest.fixture(scope="module", params=["eager", "ort"])
 def loaded(request, toys):
-    with cachec.load(toys, target=request.param, threads=1) as bundle:
+    with cachec.load(toys, target=request.param) as bundle:
         yield bundle
 
 
