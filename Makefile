@@ -5,10 +5,10 @@ READY := $(VENV)/.ready
 BUILD := reference/build
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo test check types wheel eval quality bench engines gpu reference clean
+.PHONY: help demo test test-slow check types wheel eval quality bench engines gpu reference clean
 
 help:  ## Say what can be made
-	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -22,8 +22,11 @@ demo: $(READY)  ## Compile tiny-flux with LESA and draw a comparison: demo/compa
 		-p "a yellow ring left of a purple striped cross on a grey background" \
 		-p "a green triangle above an orange square on a brown background"
 
-test: $(READY)  ## Run all tests, on the CPU, in two processes of one thread each
+test: $(READY)  ## Run the tests, on the CPU, in two processes of one thread each
 	$(BIN)/python -m pytest -n 2 --dist loadgroup --durations 10
+
+test-slow: $(READY)  ## Run the tests that build for minutes: TensorRT for RTX on tiny-flux, the benches' own
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m slow
 
 check: $(READY) types  ## Format, lint and types
 	$(BIN)/ruff format --check .

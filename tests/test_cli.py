@@ -17,6 +17,8 @@ from cachec.runtime.errors import (
     PredictorError,
 )
 
+pytestmark = pytest.mark.xdist_group("toy")
+
 
 @pytest.mark.parametrize(
     ("arguments", "message"),

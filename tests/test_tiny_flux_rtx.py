@@ -13,8 +13,7 @@ from cachec.runtime.sizes import size_ranges
 
 rtx = pytest.importorskip("tensorrt_rtx_bindings", reason="the extra rtx is not installed")
 ENGINES = {"prologue": 5e6, "compute": 10e6, "forecast": 3e5, "advance": 1e5}  # bytes, at least
-
-
+pytestmark = pytest.mark.slow
 TYPES = {"float32": rtx.DataType.FLOAT, "float16": rtx.DataType.HALF, "bfloat16": rtx.DataType.BF16}
 
 

@@ -17,6 +17,7 @@ def work(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_engines_are_built_and_reported(work):
     pytest.importorskip("tensorrt_rtx_bindings", reason="the extra rtx is not installed")
     root = engines.compile_case(cases.SHAPED, "float16", work, quick=True)

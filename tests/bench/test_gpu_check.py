@@ -12,7 +12,11 @@ import pytest
 speed_report = pytest.importorskip("bench.speed_report", reason="the source tree is not beside the tests")
 ROOT = Path(__file__).resolve().parents[2]
 
-pytestmark = pytest.mark.skipif(not (ROOT / "bench").is_dir(), reason="the source tree is not beside the tests")
+pytestmark = [
+    pytest.mark.skipif(not (ROOT / "bench").is_dir(), reason="the source tree is not beside the tests"),
+    pytest.mark.slow,
+    pytest.mark.xdist_group("gpu check"),
+]
 
 
 def check(*arguments, cwd=ROOT):

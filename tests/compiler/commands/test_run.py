@@ -9,6 +9,8 @@ from toy_product import run_cli, succeed
 
 from cachec.runtime.errors import InputError, OutputError
 
+pytestmark = pytest.mark.xdist_group("toy")
+
 PROMPTS = ["a red circle", "a blue ring"]
 
 
