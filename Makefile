@@ -23,10 +23,10 @@ demo: $(READY)  ## Compile tiny-flux with LESA and draw a comparison: demo/compa
 		-p "a green triangle above an orange square on a brown background"
 
 test: $(READY)  ## Run the tests, on the CPU, in two processes of one thread each
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --durations 10
+	$(BIN)/python -m pytest -n 2 --dist loadscope --durations 10
 
 test-slow: $(READY)  ## Run the tests that build for minutes: TensorRT for RTX on tiny-flux, the benches' own
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m slow
+	$(BIN)/python -m pytest -n 2 --dist loadscope -m slow
 
 check: $(READY) types  ## Format, lint and types
 	$(BIN)/ruff format --check .

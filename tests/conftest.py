@@ -17,6 +17,27 @@ sys.path.append(str(Path(__file__).parent / "engines"))  # its fakes
 sys.path.append(str(Path(__file__).parent.parent))  # bench/, where the source tree is there
 
 
+TOGETHER = (  # files whose tests share what is slow to make: of two processes, one makes it
+    {"test_cli.py", "test_compile.py", "test_report.py", "test_run.py", "test_toy.py"},
+    {"test_accelerate.py", "test_drop_in.py"},
+    *({name} for name in ("test_add_target.py", "test_aoti.py", "test_converters.py", "test_gpu_check.py")),
+    *({name} for name in ("test_gram_toy.py", "test_tiny_flux.py")),
+)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """All tests of such files go to one process; every other test to the next that is free."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            name = Path(nodeid.partition("::")[0]).name
+            return next((min(files) for files in TOGETHER if name in files), nodeid)
+
+    return Scheduling(config, log)
+
+
 @pytest.fixture(scope="session")
 def toy_split():
     from toy_bundle import split_toy

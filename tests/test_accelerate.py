@@ -10,8 +10,6 @@ from cachec.compiler.models import TINY_FLUX_DIR
 from cachec.runtime.abi import COMPUTE, FEATURE
 from cachec.runtime.errors import InputError
 
-pytestmark = pytest.mark.xdist_group("drop-in")
-
 STEPS = 12
 CALL = {
     "prompt": ["a large red striped circle at the left on a dark background", "a blue ring above a green square"],

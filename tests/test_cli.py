@@ -17,8 +17,6 @@ from cachec.runtime.errors import (
     PredictorError,
 )
 
-pytestmark = pytest.mark.xdist_group("toy")
-
 
 @pytest.mark.parametrize(
     ("arguments", "message"),

@@ -30,8 +30,6 @@ from cachec.engines.eager import EagerEngine
 from cachec.runtime.errors import EngineError, InputError
 from cachec.runtime.program import UNCACHED
 
-pytestmark = pytest.mark.xdist_group("drop-in")
-
 STEPS = 4
 CALL = {
     "prompt": "a blue ring",

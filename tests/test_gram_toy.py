@@ -18,8 +18,6 @@ from cachec.compiler.request import make_request
 from cachec.runtime.bundle import Bundle
 from cachec.runtime.errors import InputError, QualityError
 
-pytestmark = pytest.mark.xdist_group("gram toy")
-
 STEPS, FINE, NUM = 8, 16, 8
 DRAFT = {"polish": "0"}
 

@@ -17,8 +17,6 @@ from cachec.runtime.bundle import Bundle
 from cachec.runtime.noise import make_noise
 from cachec.runtime.program import UNCACHED
 
-pytestmark = pytest.mark.xdist_group("tiny-flux")
-
 PROMPT = "a large red circle at the left on a dark background"
 
 

@@ -17,8 +17,6 @@ from cachec.runtime.errors import InputError
 from cachec.runtime.noise import make_noise
 from cachec.runtime.program import UNCACHED
 
-pytestmark = pytest.mark.xdist_group("toy")
-
 PROMPTS = ["a red circle", "a blue ring"]
 
 

@@ -15,7 +15,6 @@ ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [
     pytest.mark.skipif(not (ROOT / "bench").is_dir(), reason="the source tree is not beside the tests"),
     pytest.mark.slow,
-    pytest.mark.xdist_group("gpu check"),
 ]
 
 

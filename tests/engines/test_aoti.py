@@ -14,8 +14,6 @@ from cachec.runtime.device import DeviceName
 from cachec.runtime.engine import LoadOptions
 from cachec.runtime.errors import BundleError, InputError
 
-pytestmark = pytest.mark.xdist_group("aoti")
-
 SIDE = 3000  # weights of 36 MB: above 32 MB, glibc keeps nothing that is freed (mallopt(3), M_MMAP_THRESHOLD)
 
 

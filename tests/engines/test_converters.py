@@ -17,8 +17,6 @@ from cachec.compiler.graphs.prepare import engine, linear, prepare
 from cachec.compiler.models import wrap_pipeline
 from cachec.compiler.models.base import Settings
 
-pytestmark = pytest.mark.xdist_group("converters")
-
 LISTS = json.loads((Path(__file__).parent.parent / "data" / "torch-tensorrt-2.13-ops.json").read_text())
 CONVERTERS, ENABLED, DISABLED = (LISTS[key] for key in ("converters", "decompositions_enabled", "decompositions_disabled"))
 

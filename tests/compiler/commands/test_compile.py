@@ -14,8 +14,6 @@ from cachec.runtime.errors import BundleError, MissingExtraError, OutputError
 from cachec.runtime.work import claim_work
 from cachec.runtime.write import BundleWriter
 
-pytestmark = pytest.mark.xdist_group("toy")
-
 
 @pytest.fixture
 def compile_toy(toy_directory, tmp_path):

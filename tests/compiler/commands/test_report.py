@@ -6,8 +6,6 @@ from toy_evaluation import LEVEL, MOVES, SCHEDULE, made_up_report
 from cachec.compiler.commands.report import environment, render_report, report_bundle, report_json
 from cachec.runtime.errors import InputError
 
-pytestmark = pytest.mark.xdist_group("toy")
-
 
 def test_json_has_rows_programs_and_errors():
     data = json.loads(render_report(made_up_report(), ".json"))

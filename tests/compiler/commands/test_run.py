@@ -9,8 +9,6 @@ from toy_product import run_cli, succeed
 
 from cachec.runtime.errors import InputError, OutputError
 
-pytestmark = pytest.mark.xdist_group("toy")
-
 PROMPTS = ["a red circle", "a blue ring"]
 
 
