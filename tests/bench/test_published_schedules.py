@@ -5,8 +5,10 @@ from itertools import combinations, pairwise
 import numpy as np
 import pytest
 
-from bench.published_schedules import cem_schedule, lemica_schedule, reuse_errors
 from cachec.runtime.errors import InputError
+
+published = pytest.importorskip("bench.published_schedules", reason="the source tree is not beside the tests")
+cem_schedule, lemica_schedule, reuse_errors = published.cem_schedule, published.lemica_schedule, published.reuse_errors
 
 NUM_PROMPTS, SIZE = 3, 7
 
