@@ -23,6 +23,7 @@ from onnx import TensorProto, helper
 
 from bench.bundles import bundle_path
 from bench.timing import spread, write_part
+from cachec.engines.ort import open_session
 from cachec.runtime.abi import COMPUTE
 from cachec.runtime.bundle import Bundle
 from cachec.runtime.errors import InputError
@@ -127,7 +128,7 @@ def intermediate_values(model: onnx.ModelProto, names: Sequence[str]) -> dict[st
     with tempfile.TemporaryDirectory() as folder:  # models above 2 GiB have their weights beside them
         path = Path(folder) / "model.onnx"
         onnx.save(shown, path, save_as_external_data=True, size_threshold=1024)
-        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        session = open_session(path, ["CPUExecutionProvider"])
         given = {one.name: _random(one) for one in session.get_inputs()}
         asked = [name for name in names if name not in given]
         return given | dict(zip(asked, session.run(asked, given), strict=True))

@@ -143,7 +143,8 @@ def _start_thread_pool(threads: int | None) -> None:
 
 
 def open_session(path: Path, providers: list[Any]) -> onnxruntime.InferenceSession:
-    """A session of an ONNX file; no other providers are tried than the given ones."""
+    """A session of an ONNX file, on the process's one thread pool; no other providers are tried than the given ones."""
+    _start_thread_pool(None)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.use_per_session_threads = False

@@ -1,9 +1,9 @@
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from cachec.engines.ort import open_session
 from cachec.runtime.errors import InputError
 
 products = pytest.importorskip("bench.products", reason="the source tree is not beside the tests")
@@ -59,9 +59,10 @@ def test_nothing_but_the_products_is_left_and_weights_stay_constants(made):
     ]
 
 
-def test_the_products_run_and_are_those_of_the_step(made):
+def test_the_products_run_and_are_those_of_the_step(made, tmp_path):
     onnx.checker.check_model(made, full_check=True)
-    session = onnxruntime.InferenceSession(made.SerializeToString(), providers=["CPUExecutionProvider"])
+    onnx.save(made, tmp_path / "products.onnx")
+    session = open_session(tmp_path / "products.onnx", ["CPUExecutionProvider"])
     given = {one.name: np.random.default_rng(1).random(one.shape, np.float32) for one in session.get_inputs()}
     first, *_, last = session.run(None, given)
     weights = {tensor.name: numpy_helper.to_array(tensor) for tensor in made.graph.initializer}
