@@ -17,25 +17,63 @@ sys.path.append(str(Path(__file__).parent / "engines"))  # its fakes
 sys.path.append(str(Path(__file__).parent.parent))  # bench/, where the source tree is there
 
 
-TOGETHER = (  # files whose tests share what is slow to make: of two processes, one makes it
-    {"test_cli.py", "test_compile.py", "test_report.py", "test_run.py", "test_toy.py"},
-    {"test_accelerate.py", "test_drop_in.py"},
-    *({name} for name in ("test_add_target.py", "test_aoti.py", "test_converters.py", "test_gpu_check.py")),
-    *({name} for name in ("test_gram_toy.py", "test_tiny_flux.py")),
+LONG = (  # files of more than a few seconds, the longest first; a line shares what is slow to make
+    ("test_toy.py", "test_run.py"),
+    ("test_tiny_flux.py",),
+    ("test_accelerate.py", "test_drop_in.py"),
+    ("test_cast_precision.py",),
+    ("test_gram_toy.py",),
+    ("test_conformance.py", "test_add_target.py"),
+    ("test_compile.py",),
+    ("test_train.py",),
+    ("test_aoti.py",),
+    ("test_pipeline.py",),
+    ("test_speed.py",),
+    ("test_frontend.py",),
+    ("test_converters.py",),
+    ("test_comparisons.py",),
+    ("test_cli.py",),
+    ("test_calibrate.py",),
+    ("test_engines.py",),
 )
+PLACES = {name: place for place, names in enumerate(LONG) for name in names}
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """All tests of such files go to one process; every other test to the next that is free."""
+    """Tests of a file go to one process, which makes what they share once; long files first, to end at the same time."""
     from xdist.scheduler import LoadScopeScheduling
 
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid):
-            name = Path(nodeid.partition("::")[0]).name
-            return next((min(files) for files in TOGETHER if name in files), nodeid)
+            file = nodeid.partition("::")[0]
+            place = PLACES.get(Path(file).name)
+            return file if place is None else LONG[place][0]
 
+    config.option.loadscopereorder = False  # by number of tests, which says little
     return Scheduling(config, log)
+
+
+def pytest_collection_modifyitems(items):
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=lambda item: PLACES.get(item.path.name, len(LONG)))
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory):
+    """``once(name, make)``: what ``make(path)`` puts at a path; made by the first process that wants it, for all."""
+    from cachec.runtime.work import holding
+
+    base = tmp_path_factory.getbasetemp()
+    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+
+    def get(name, make):
+        with holding(root / f"{name}.lock", f"another process makes {name}", wait=True):
+            if not (root / name).exists():
+                make(root / name)
+        return root / name
+
+    return get
 
 
 @pytest.fixture(scope="session")
@@ -46,10 +84,10 @@ def toy_split():
 
 
 @pytest.fixture(scope="session")
-def toy_bundle(tmp_path_factory, toy_split):
+def toy_bundle(once, toy_split):
     from toy_bundle import write_toy_bundle
 
-    return write_toy_bundle(toy_split, tmp_path_factory.mktemp("bundles") / "toy.cachec")
+    return once("toy.cachec", lambda out: write_toy_bundle(toy_split, out))
 
 
 @pytest.fixture(scope="session")
@@ -61,21 +99,30 @@ def toy_family():
 
 
 @pytest.fixture(scope="session")
-def toy_directory(tmp_path_factory, toy_family):
+def toy_directory(once, toy_family):
     """A pipeline directory of the toy, as ``cachec compile`` takes it."""
     from toy_model import save_toy
 
-    return save_toy(tmp_path_factory.mktemp("models") / "toy")
+    return once("toy", save_toy)
 
 
 @pytest.fixture(scope="session")
-def toy_predictor(tmp_path_factory, toy_directory):
-    """A predictor file: LESA, trained for moments, for 8 steps of which 0, 1, 2, 3 and 5 are computed."""
-    import cachec.compiler.commands.train as train
+def toy_training(once):
+    """What ``toy_predictor`` is trained with: for moments, for 8 steps of which 0, 1, 2, 3 and 5 are computed."""
+    from toy_product import TOY_SCHEDULE
 
-    out = tmp_path_factory.mktemp("predictors") / "toy.safetensors"
-    train.train_to_file(str(toy_directory), out, force=False, steps=8, interval=3, options={"max_rounds": "3"})
-    return out
+    from cachec.compiler.calibration.prompts import default_prompts
+
+    prompts = once("prompts.txt", lambda path: path.write_text("\n".join(default_prompts("shapes", "train")[:24])))
+    return [*TOY_SCHEDULE, "--set", "max_rounds=3", "--seed", "5", "--prompts", prompts]
+
+
+@pytest.fixture(scope="session")
+def toy_predictor(once, toy_directory, toy_training):
+    """A predictor file of LESA."""
+    from toy_product import succeed
+
+    return once("lesa.safetensors", lambda out: succeed("train", toy_directory, *toy_training, "-o", out))
 
 
 @pytest.fixture
@@ -96,10 +143,11 @@ def captures(toy_family):
 
 @pytest.fixture(scope="session")
 def toy_bundles(tmp_path_factory, toy_directory, toy_predictor):
-    """LESA on the toy: folded and not, on two back ends."""
+    """LESA on the toy: ``both`` for two back ends, and ``kept``, which is not folded."""
     from toy_product import TOY_SCHEDULE, succeed
 
     root = tmp_path_factory.mktemp("bundles")
-    for name, options in {"ort": [], "eager": ["--target", "eager"], "kept": ["--fold", "none", "--target", "eager"]}.items():
+    eager = ["--target", "eager"]
+    for name, options in {"both": ["--target", "ort", *eager], "kept": ["--fold", "none", *eager]}.items():
         succeed("compile", toy_directory, *TOY_SCHEDULE, "--predictor", toy_predictor, *options, "-o", root / name)
     return root

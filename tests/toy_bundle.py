@@ -3,6 +3,8 @@
 Hidden cut: Taylor of order 1, eager engines. Output cut: Adams-Bashforth with other time steps, any back end.
 """
 
+import functools
+
 import numpy as np
 import torch
 from toy import ToyDiT, example_inputs
@@ -40,8 +42,15 @@ KEY = ProgramKey(STEPS, hash_sigmas(SIGMAS), {"height": 6, "width": 8, "text_tok
 IO = ModelIO("latents", "timestep", ("prompt",))
 
 
+@functools.cache
+def captured_toy(*, head_axis):
+    """Passes never change what they are given, so that all share it."""
+    return run_passes(capture_model(ToyDiT(head_axis=head_axis).eval(), example_inputs()), [canonical_passes()])
+
+
+@functools.cache
 def split_toy(*, head_axis=False, dtype=torch.float32):
-    return split(ToyDiT(head_axis=head_axis).eval(), example_inputs(), LAST_BLOCK, dtype)
+    return run_passes(captured_toy(head_axis=head_axis), [cast_passes(dtype), split_passes(LAST_BLOCK)])
 
 
 def split(model, inputs, block, dtype=torch.float32):

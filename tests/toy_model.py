@@ -3,6 +3,7 @@
 Prompts are read as seeds; a picture is the latents of each token, mixed to colours by fixed weights.
 """
 
+import functools
 import json
 import zlib
 from types import SimpleNamespace
@@ -58,6 +59,7 @@ class ToyModel(Family):
         return ModelSpec(name, source, HEIGHT, WIDTH_PIXELS, text_tokens=1, guidance=1.0, prompts="shapes")
 
     @classmethod
+    @functools.cache  # a compilation captures a loaded model once: these stay loaded, so one directory is captured once
     def load(cls, spec, directory, *, with_transformer):
         transformer = None
         if with_transformer:

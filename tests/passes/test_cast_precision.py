@@ -1,22 +1,23 @@
-"""Precision in the graph: which type every value has, and that rounding costs less than in a model cast as a whole."""
+"""Precision in the graph: which type every value has, and that rounding costs less than in a model cast as a whole.
 
-import numpy as np
+Bundles in half precision are run in ``test_toy.py``.
+"""
+
+import functools
+
 import pytest
 import torch
 from torch import fx, nn
 from toy import TOKENS, WIDTH, ToyDiT, example_inputs
-from toy_bundle import IO, LAST_BLOCK, split, split_toy, toy_program, write_bundle
+from toy_bundle import IO, LAST_BLOCK, split, split_toy
 
-import cachec
 from cachec.compiler.graphs.capture import capture_model, named_model
 from cachec.compiler.graphs.export import plan_engines
 from cachec.compiler.graphs.prepare import engine, linear
-from cachec.compiler.methods.taylor import Taylor
 from cachec.passes import CastPrecision, canonical_passes, cast_passes, run_passes
 from cachec.passes.base import depends_on_inputs, fetch, outputs, placeholders
 from cachec.passes.cast_precision import NARROW, WIDE, operator_name
 from cachec.runtime.abi import COMPUTE, FORECAST, MODEL, PROLOGUE
-from cachec.runtime.noise import make_noise
 
 aten = torch.ops.aten
 LOW = (torch.bfloat16, torch.float16)
@@ -63,6 +64,13 @@ def cast(model, dtype, inputs=None):
     return run_passes(capture(model, inputs), [canonical_passes(), cast_passes(dtype)]).modules[MODEL]
 
 
+@functools.cache
+def split_whole(dtype):
+    """A toy that is cast as a whole, and its graphs."""
+    model = ToyDiT().eval().to(dtype)
+    return model, split(model, example_inputs(), LAST_BLOCK, dtype)
+
+
 @torch.no_grad()
 def run_engines(graphs, inputs, dtype):
     """The compute graph behind the prologue; all samples have one timestep."""
@@ -78,8 +86,9 @@ def run_engines(graphs, inputs, dtype):
 @torch.no_grad()
 def test_types_and_errors_of_the_toy(loaded, dtype):
     """After the split and in the engines' graphs; beside the model cast as a whole."""
-    exact, whole = ToyDiT().eval(), ToyDiT().eval().to(dtype)
-    graphs = split(exact if loaded == "float32" else whole, example_inputs(), LAST_BLOCK, dtype)
+    exact, (whole, graphs) = ToyDiT().eval(), split_whole(dtype)
+    if loaded == "float32":
+        graphs = split_toy(dtype=dtype)
     engines = engine(linear(graphs), IO)
     errors = {"whole": [], "split": [], "engines": []}
     for seed in range(3):
@@ -120,8 +129,8 @@ def test_float32_is_left_alone():
 
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 def test_weights_that_have_their_type_are_the_models_own(dtype):
-    model = ToyDiT().eval().to(dtype)
-    compute = split(model, example_inputs(), LAST_BLOCK, dtype).modules[COMPUTE]
+    model, graphs = split_whole(dtype)
+    compute = graphs.modules[COMPUTE]
     own = {id(parameter) for parameter in model.parameters()}
     added = {name.removeprefix("model.") for name, parameter in compute.named_parameters() if id(parameter) not in own}
     assert added == {"norm_out.weight_float32", "norm_out.bias_float32"}
@@ -163,6 +172,12 @@ class Rule(nn.Module):
 def inputs_of_rule():
     generator = torch.Generator().manual_seed(3)
     return {"x": torch.randn(2, TOKENS, WIDTH, generator=generator), "t": torch.rand(2, generator=generator)}
+
+
+@functools.cache
+def canonical_rule(body, dtype):
+    """Of a module that was loaded in ``dtype``."""
+    return run_passes(capture(Rule(body).to(dtype), inputs_of_rule()), [canonical_passes()])
 
 
 def attend_by_hand(rule, x, t):
@@ -242,13 +257,11 @@ RULES = {  # operator -> types of the values that it gives, in order
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 @pytest.mark.parametrize("body", RULES, ids=lambda body: body.__name__)
 def test_rules(body, dtype, loaded):
-    model = Rule(body).eval()
     inputs = inputs_of_rule()
     with torch.no_grad():
-        wanted = model(**inputs)
-    if loaded == "low":
-        model = model.to(dtype)
-    module = cast(model, dtype, inputs)
+        wanted = Rule(body)(**inputs)
+    graphs = canonical_rule(body, dtype if loaded == "low" else torch.float32)
+    module = run_passes(graphs, [cast_passes(dtype)]).modules[MODEL]
     got = run_typed(module, inputs, dtype)["velocity"]
     assert got.dtype == torch.float32
     assert ((got - wanted).norm() / wanted.norm()).item() < 4 * EPSILON[dtype]
@@ -264,7 +277,7 @@ def test_rules(body, dtype, loaded):
 @pytest.mark.parametrize("body", RULES, ids=lambda body: body.__name__)
 def test_casting_again_changes_nothing(body, dtype):
     inputs = inputs_of_rule()
-    graphs = run_passes(capture(Rule(body), inputs), [canonical_passes(), cast_passes(dtype)])
+    graphs = run_passes(canonical_rule(body, torch.float32), [cast_passes(dtype)])
     again = run_passes(graphs, [CastPrecision(dtype)])
     before, after = graphs.modules[MODEL], again.modules[MODEL]
     assert sorted(map(described, before.graph.nodes)) == sorted(map(described, after.graph.nodes))
@@ -311,22 +324,3 @@ def test_the_last_block_hands_over_one_value_in_low_precision():
         graphs = split_toy(dtype=dtype)
         assert outputs(graphs.modules[COMPUTE])["feature"].meta["val"].dtype == dtype
         assert placeholders(graphs.modules[FORECAST])["feature"].meta["val"].dtype == dtype
-
-
-# --- engines
-
-
-@pytest.mark.parametrize(
-    ("backend", "dtype", "distance"),
-    [("eager", torch.bfloat16, 2e-2), ("eager", torch.float16, 2e-3), ("ort", torch.float16, 2e-3)],
-)
-def test_bundles_follow_eager_float32(tmp_path, backend, dtype, distance):
-    method, latents = Taylor(order=1), []
-    conditions = {"prompt": np.stack([make_noise(100 + seed, (WIDTH,)) for seed in (1, 2)])}
-    for name, precision, target in (("wanted", torch.float32, "eager"), ("low", dtype, backend)):
-        graphs = linear(split_toy(head_axis=True, dtype=precision))
-        out = write_bundle(graphs, toy_program(), method, tmp_path / name, target)
-        with cachec.load(out) as bundle:
-            latents.append([bundle.denoise(conditions, [1, 2], level=level) for level in ("default", "uncached")])
-    for got, wanted in zip(latents[1], latents[0], strict=True):
-        assert 0 < np.linalg.norm(got - wanted) < distance * np.linalg.norm(wanted)

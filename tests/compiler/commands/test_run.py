@@ -13,25 +13,25 @@ PROMPTS = ["a red circle", "a blue ring"]
 
 
 def test_run_writes_pictures_and_does_not_replace_them(toy_bundles, tmp_path):
-    succeed("run", toy_bundles / "ort", "-p", PROMPTS[0], "-o", tmp_path / "one.png")
+    succeed("run", toy_bundles / "both", "-p", PROMPTS[0], "-o", tmp_path / "one.png")
     with Image.open(tmp_path / "one.png") as picture:
         assert picture.size == (24, 16)
         assert np.asarray(picture).std() > 5
-    assert run_cli("run", toy_bundles / "ort", "-p", PROMPTS[0], "-o", tmp_path / "one.png")[0] == OutputError.exit_code
-    succeed("run", toy_bundles / "ort", "-p", PROMPTS[0], "-p", PROMPTS[1], "-o", tmp_path / "x.png")
+    assert run_cli("run", toy_bundles / "both", "-p", PROMPTS[0], "-o", tmp_path / "one.png")[0] == OutputError.exit_code
+    succeed("run", toy_bundles / "both", "-p", PROMPTS[0], "-p", PROMPTS[1], "-o", tmp_path / "x.png")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["one.png", "x-1.png", "x-2.png"]
     assert (tmp_path / "x-1.png").read_bytes() == (tmp_path / "one.png").read_bytes()
 
 
 def test_compare_draws_one_sheet(toy_bundles, tmp_path):
-    output = succeed("run", toy_bundles / "ort", "-p", PROMPTS[0], "-p", PROMPTS[1], "-o", tmp_path / "sheet.png", "--compare")
+    output = succeed("run", toy_bundles / "both", "-p", PROMPTS[0], "-p", PROMPTS[1], "-o", tmp_path / "sheet.png", "--compare")
     assert "times as fast" in output
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.height > 2 * 16
 
 
 def test_a_profile_says_where_the_time_went(toy_bundles, tmp_path):
-    output = succeed("run", toy_bundles / "ort", "-p", "x", "-o", tmp_path / "x.png", "--profile", tmp_path / "trace.json")
+    output = succeed("run", toy_bundles / "both", "-p", "x", "-o", tmp_path / "x.png", "--profile", tmp_path / "trace.json")
     assert "compute" in output
     names = {event["name"] for event in json.loads((tmp_path / "trace.json").read_text())["traceEvents"]}
     assert {"prologue", "compute", "forecast"} <= names
@@ -46,7 +46,7 @@ def test_a_profile_says_where_the_time_went(toy_bundles, tmp_path):
     ],
 )
 def test_what_cannot_be_run_is_refused(toy_bundles, tmp_path, given, message):
-    code, output = run_cli("run", toy_bundles / "ort", "-p", "x", "-o", tmp_path / "x.png", *given)
+    code, output = run_cli("run", toy_bundles / "both", "-p", "x", "-o", tmp_path / "x.png", *given)
     assert code == InputError.exit_code
     assert message in output
     assert list(tmp_path.iterdir()) == []

@@ -4,30 +4,26 @@ import json
 
 import numpy as np
 import pytest
-from toy_product import TOY_SCHEDULE, killed, succeed
+from toy_product import killed, succeed
 
-from cachec.compiler.calibration.prompts import default_prompts
 from cachec.compiler.methods import lesa_training
 from cachec.compiler.methods.parameters import load_predictor
 
 
 @pytest.fixture
-def training(tmp_path, toy_directory):
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("\n".join(default_prompts("shapes", "train")[:24]))
-    return ["train", toy_directory, *TOY_SCHEDULE, "--set", "max_rounds=3", "--seed", "5", "--prompts", prompts]
+def training(toy_directory, toy_training):
+    return ["train", toy_directory, *toy_training]
 
 
-def test_a_killed_training_goes_on_to_the_same_result(tmp_path, training):
-    succeed(*training, "-o", tmp_path / "straight")
+def test_a_killed_training_goes_on_to_the_same_result(tmp_path, training, toy_predictor):
     killed(*training, "-o", tmp_path / "killed", at="cachec.compiler.methods.lesa_training:LesaTrainer._save*3", cwd=tmp_path)
     assert not (tmp_path / "killed").exists()
     succeed(*training, "-o", tmp_path / "killed")
-    first, second = load_predictor(tmp_path / "straight"), load_predictor(tmp_path / "killed")
+    first, second = load_predictor(toy_predictor), load_predictor(tmp_path / "killed")
     assert first.facts["updates"] == second.facts["updates"]
     for name, tensor in first.arrays.items():
         np.testing.assert_allclose(tensor, second.arrays[name], atol=1e-5)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["killed", "prompts.txt", "straight"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["killed"]
 
 
 def test_a_training_that_stops_improving_ends_by_itself(tmp_path, training, monkeypatch):
