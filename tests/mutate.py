@@ -2,17 +2,17 @@
 
 Single-line mutations of ``runtime/``, ``passes/`` and ``compiler/tables/``, drawn by a seed over all comparisons, constants,
 operators and statements, are made one at a time in a copy of the tree. Each is judged by the module's own test file
-(``tests/<path>/test_<module>.py``) and by the toy's end-to-end tests. Mutations that change nothing a caller could see are
-listed in ``mutate_equivalent.txt``, with the reason.
+(``tests/<path>/test_<module>.py``, or what ``SERVED`` says) and then, if that passes, by the toy's end-to-end tests. Mutations
+that change nothing a caller could see are listed in ``mutate_equivalent.txt``, with the reason.
 """
 
 import argparse
 import ast
 import concurrent.futures
 import copy
+import hashlib
 import os
 import queue
-import random
 import shutil
 import subprocess
 import sys
@@ -25,6 +25,20 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("runtime", "passes", "compiler/tables")
 END_TO_END = "tests/test_toy.py"
+SERVED = {  # modules without a test file of their name, by the file that tests them
+    "tests/engines/test_conformance.py": ("runtime/builder",),
+    "tests/passes/test_canonicalize.py": (
+        "passes/decomplexify", "passes/drop_asserts", "passes/expand_attention_masks", "passes/fold_constants",
+        "passes/replace_type_as", "passes/rewrite_bool_masked_fill",
+    ),
+    "tests/passes/test_engine_passes.py": (
+        "passes/__init__", "passes/add_advance", "passes/add_linear_forecast", "passes/batch_forecast", "passes/cast_slots",
+        "passes/fuse_sampler", "passes/hoist", "passes/share_subexpressions",
+    ),
+    "tests/passes/test_fold_predictor.py": ("passes/inline_predictor",),
+    "tests/passes/test_run.py": ("passes/base",),
+    "tests/passes/test_split_model.py": ("passes/find_cut",),
+}  # fmt: skip
 EQUIVALENT = Path(__file__).parent / "mutate_equivalent.txt"
 SEED, COUNT = 12, 60
 LIMIT = 600  # seconds; a mutation that makes the tests hang is noticed
@@ -137,20 +151,20 @@ def parses(lines: list[str]) -> bool:
 
 
 def draw(seed: int, count: int, root: Path = ROOT) -> list[Mutation]:
-    """The same for the same tree and seed."""
+    """Those whose hashes with the seed are least: after an edit of the tree most are drawn again."""
     files = sorted(path.relative_to(root).as_posix() for folder in FOLDERS for path in (root / folder).rglob("*.py"))
-    every = sorted({one for file in files for one in mutations_of(file, (root / file).read_text(encoding="utf-8"))})
-    return random.Random(seed).sample(every, min(count, len(every)))
+    every = {one.name: one for file in files for one in mutations_of(file, (root / file).read_text(encoding="utf-8"))}
+    ranks = {name: hashlib.sha256(f"{seed} {name}".encode()).digest() for name in every}
+    return [every[name] for name in sorted(every, key=lambda name: ranks[name])[:count]]
 
 
 def judges(file: str, *, own: bool) -> list[str]:
-    """The test files that judge a module; ``own``: without the toy's, if it has one of its name."""
+    """The test files that judge a module, the quicker first; ``own``: without the toy's, if there is another."""
     path = Path(file)
-    stem = path.parent.name if path.stem == "__init__" else path.stem
-    test = Path("tests", *path.parts[:-1], f"test_{stem}.py")
-    if not (ROOT / test).is_file():
-        return [END_TO_END]
-    return [str(test)] if own else [str(test), END_TO_END]
+    named = Path("tests", *path.parts[:-1], f"test_{path.stem}.py")
+    module = path.with_suffix("").as_posix()
+    tests = [named.as_posix()] if (ROOT / named).is_file() else [test for test, served in SERVED.items() if module in served]
+    return tests if tests and own else [*tests, END_TO_END]
 
 
 def copy_tree(folder: Path) -> Path:
@@ -192,13 +206,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--count", type=int, default=COUNT)
-    parser.add_argument("--only", type=int, action="append", help="the mutation of this number; may be given several times")
+    parser.add_argument("--only", action="append", help="mutations that say this; may be given several times")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--own", action="store_true", help="a first look, without the toy's end-to-end tests")
     parser.add_argument("--list", action="store_true", help="run nothing")
     given = parser.parse_args()
     drawn = list(enumerate(draw(given.seed, given.count), 1))
-    chosen = [(number, one) for number, one in drawn if given.only is None or number in given.only]
+    chosen = [(number, one) for number, one in drawn if not given.only or any(text in str(one) for text in given.only)]
     if given.list:
         print(*(f"{number:3} {one}" for number, one in chosen), sep="\n")
         return

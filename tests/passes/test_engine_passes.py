@@ -7,6 +7,7 @@ import torch
 from toy import TOKENS, WIDTH, ToyDiT, example_inputs
 from toy_bundle import IO, split
 
+import cachec.passes
 from cachec.compiler.graphs.prepare import compute_only, linear
 from cachec.passes import (
     AddAdvance,
@@ -45,6 +46,10 @@ def run_prologue(graphs, prompt, times):
 
 def weights(module):
     return {id(parameter) for parameter in module.parameters()}
+
+
+def test_all_that_the_room_offers_is_there():
+    assert [name for name in cachec.passes.__all__ if not hasattr(cachec.passes, name)] == []
 
 
 @torch.no_grad()

@@ -98,3 +98,15 @@ def test_dumps_are_numbered_through_all_lists(captured, tmp_path):
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names[:2] == ["00-drop_asserts.model.txt", "01-find_cut.model.txt"]
     assert names[-1] == f"03-prune.{FORECAST}.txt"
+
+
+def test_graphs_are_written_a_node_a_line_with_shapes():
+    graph = torch.fx.Graph()
+    value = graph.placeholder("x")
+    value.meta["val"] = torch.empty(2, 3)
+    graph.output(graph.call_function(torch.ops.aten.add.Tensor, (value, 1), {"alpha": 2}))
+    assert graph_text(torch.fx.GraphModule({}, graph)).splitlines() == [
+        "placeholder x = x() : [2, 3] float32",
+        "call_function add_tensor = aten.add.Tensor(x, 1, alpha=2)",
+        "output output = output(add_tensor)",
+    ]

@@ -28,6 +28,17 @@ def test_the_old_content_stays_when_writing_fails(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_who_interrupts_when_the_file_is_in_place_is_heard(tmp_path, monkeypatch):
+    def replace(*places, real=os.replace):
+        real(*places)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(KeyboardInterrupt):
+        write_file(tmp_path / "file", b"new")
+    assert (tmp_path / "file").read_bytes() == b"new"
+
+
 def test_a_link_is_replaced_and_not_what_it_points_to(tmp_path):
     (tmp_path / "blob").write_bytes(b"old")
     (tmp_path / "link").symlink_to(tmp_path / "blob")

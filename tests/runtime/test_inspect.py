@@ -1,3 +1,4 @@
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,17 @@ ENGINES = {name: Artifact(f"engines/{name}", signature) for name, signature in S
 
 
 def make_bundle(cut, **measured):
-    target = Target("numpy", "2", "linux", "any", "float32", "3x4", ENGINES, {"sm": [90], "driver": 13}, {"batch": (1, 2, 5)})
+    target = Target(
+        "numpy",
+        "2",
+        "linux",
+        "any",
+        "float32",
+        "3x4",
+        ENGINES,
+        {"sm": [90], "driver": 13},
+        {"batch": (1, 2, 5), "rows": (2, 3, 4)},
+    )
     manifest = SimpleNamespace(
         model={"name": "toy", "source": "tests", "weights_sha256": "a" * 64},
         method={"name": "line", "options": {"order": 1}, "fold": "static", "cut": cut, "predictor": None},
@@ -44,6 +55,35 @@ def test_levels_and_memory(cut, slots):
     assert text.startswith("4.0 MB for one sample at level default: weights 3.00 + slots 0.00 + step values 0.00 + activations")
 
 
+def test_memory_is_counted_in_bytes():
+    """Slots and step values of a toy are too small to show: here they have a thousand times the rows and columns."""
+    bundle = make_bundle("hidden")
+
+    def wide(specs):
+        return tuple(replace(spec, shape=tuple(d if isinstance(d, str) else 1000 * d for d in spec.shape)) for spec in specs)
+
+    bundle.target = replace(bundle.target, engines={
+        name: Artifact(one.path, replace(one.signature, outputs=wide(one.signature.outputs))) for name, one in ENGINES.items()
+    })  # fmt: skip
+    *_, (_, text) = describe_memory(bundle)
+    sizes = "weights 3.00 + slots 96.00 + step values 0.13 + activations at most 1.00"
+    assert text == f"100.1 MB for one sample at level default: {sizes}"
+
+
+@pytest.mark.parametrize(
+    ("facts", "said"),
+    [
+        ({"psnr_db": None}, "PSNR equal, loop 1.50 times as fast; 4 held-out prompts when compiled, by ort"),
+        ({"psnr_db": 30.123, "psnr_db_stderr": 0.5}, "PSNR 30.12 dB ± 0.50, loop 1.50 times as fast; 4 held"),
+        ({"psnr_db": 30, "psnr_db_fine": 20}, "PSNR 30.00 dB, loop 1.50 times as fast, 20.00 dB against the fine reference; 4"),
+    ],
+)
+def test_what_was_measured_is_said(facts, said):
+    rows = describe_levels(make_bundle("hidden", **facts, speedup=1.5, num_prompts=4, measured_by="ort"))
+    assert rows[-1][0] == ""
+    assert rows[-1][1].startswith(said)
+
+
 def test_a_bundle_in_words():
     rows = describe_bundle(make_bundle("hidden"), ["fits this machine"])
     text = "\n".join(f"{name}: {value}" for name, value in rows)
@@ -51,7 +91,7 @@ def test_a_bundle_in_words():
         "model: toy (tests), weights aaaaaaaaaaaaaaaa",
         "method: line (order=1), fold static",
         "setting: 4x3, 0 text tokens",
-        ": fits this machine\n: sizes batch 1 to 5\n: needs driver 13",
+        ": fits this machine\n: sizes batch 1 to 5, rows 2 to 4\n: needs driver 13",
         "  compute: engines/compute, 2.00 MB",
         "hoisted, compute: 7 nodes, 2.00 MFLOP, 1.00 MB of weights left the step",
         "size: 8.0 MB in 4 files",

@@ -50,3 +50,8 @@ def test_an_unknown_name_is_refused_with_the_nearest(names):
 def test_a_class_whose_package_is_missing_names_the_extra():
     with pytest.raises(MissingExtraError, match=r"thing 'far' needs 'no_such_package'.*pip install 'cachec\[compile\]'"):
         Registry("thing", "cachec.tests", {"far": "no_such_package.part:Thing"})["far"]
+
+
+def test_a_class_of_ours_that_is_not_there_is_no_missing_package():
+    with pytest.raises(ModuleNotFoundError, match="No module named 'cachec.nowhere'"):
+        Registry("thing", "cachec.tests", {"lost": "cachec.nowhere:Thing"})["lost"]
