@@ -235,6 +235,10 @@ def pad(rule, x, t):
     return torch.cat([x, torch.zeros(x.shape[0], 1, WIDTH, dtype=x.dtype)], 1)[:, 1:] + x
 
 
+def pad_in_float64(rule, x, t):
+    return torch.cat([x, torch.zeros(x.shape[0], 1, WIDTH, dtype=torch.float64)], 1)[:, 1:].to(x.dtype)
+
+
 L, F = "low", "float32"
 RULES = {  # operator -> types of the values that it gives, in order
     attend_by_hand: {"matmul": [L, L], "softmax": [F]},
@@ -290,12 +294,13 @@ def described(node):
     return str(node.target), str(value.dtype) if isinstance(value, torch.Tensor) else ""
 
 
-def test_float64_becomes_float32_also_where_nothing_else_changes():
+@pytest.mark.parametrize("body", [rotate_in_float64, pad_in_float64], ids=lambda body: body.__name__)
+def test_float64_becomes_float32_also_where_nothing_else_changes(body):
     inputs = inputs_of_rule()
-    module = cast(Rule(rotate_in_float64), torch.float32, inputs)
+    module = cast(Rule(body), torch.float32, inputs)
     assert {aten.to.dtype, aten._to_copy.default}.isdisjoint(node.target for node in module.graph.nodes)
     got = run_typed(module, inputs, torch.float32)["velocity"]
-    torch.testing.assert_close(got, Rule(rotate_in_float64)(**inputs), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(got, Rule(body)(**inputs), rtol=1e-5, atol=1e-6)
 
 
 def outgrow(rule, x, t):
