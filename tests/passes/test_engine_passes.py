@@ -259,10 +259,24 @@ class Expanded(torch.nn.Module):
         return self.out(torch.relu(self.blocks[0](x * (scale + scale)[:, None])))
 
 
+class Learned(Expanded):
+    """The modulation reads something learned, too, as often as there are samples."""
+
+    def __init__(self):
+        super().__init__()
+        self.modulation = torch.nn.Linear(2 * WIDTH, 2 * WIDTH)
+
+    def forward(self, latents, timestep, prompt):
+        learned = self.out.bias.expand(prompt.shape[0], WIDTH)
+        shift, scale = self.modulation(torch.cat([prompt * timestep[:, None], learned], 1)).chunk(2, dim=1)
+        return self.out(torch.relu(self.blocks[0](latents * scale[:, None] + shift[:, None])))
+
+
+@pytest.mark.parametrize("model", [Expanded, Learned])
 @torch.no_grad()
-def test_pieces_that_are_spread_or_added_to_themselves_are_cut_right():
+def test_a_modulation_is_hoisted_and_cut_right(model):
     inputs = example_inputs()
-    whole = split(Expanded().eval(), inputs, "blocks.0")
+    whole = split(model().eval(), inputs, "blocks.0")
     hoisted = run_passes(whole, [HOIST])
     made = run_prologue(hoisted, inputs["prompt"], TIMES)["compute_step_values"]
     for row, time in zip(made, TIMES, strict=True):
