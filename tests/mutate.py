@@ -216,7 +216,7 @@ def main() -> None:
     if given.list:
         print(*(f"{number:3} {one}" for number, one in chosen), sep="\n")
         return
-    equivalent = {line.split("  #")[0].strip() for line in EQUIVALENT.read_text(encoding="utf-8").splitlines()}
+    equivalent = {line.rpartition("  # ")[0] for line in EQUIVALENT.read_text(encoding="utf-8").splitlines()}
     with tempfile.TemporaryDirectory(prefix="cachec-mutate-") as work:
         free: queue.Queue[Path] = queue.Queue()
         for index in range(given.jobs):

@@ -209,6 +209,11 @@ def test_a_run_of_forecasts_equals_its_steps_one_by_one(linear_graphs, num_steps
     torch.testing.assert_close(got["next_latents"], x, atol=1e-5, rtol=1e-5)
 
 
+def test_no_node_tells_the_shape_of_one_step_where_there_are_several(linear_graphs):
+    forecast = run_passes(linear_graphs, [BatchForecast("latents", "timestep")]).modules[FORECAST]
+    assert [node for node in forecast.graph.nodes if "val" in node.meta] == []
+
+
 def test_only_linear_forecasts_come_in_runs(toy_split):
     with pytest.raises(PassError, match="the forecast graph is not linear; run add_linear_forecast first"):
         run_passes(toy_split, [BatchForecast("latents", "timestep")])

@@ -40,6 +40,8 @@ def test_good_programs_are_accepted():
     assert (make_program().compute_steps, make_program().capacity) == ((0, 1, 3), 2)
     assert (make_output_program().compute_steps, make_output_program().num_steps) == ((0, 2), STEPS)
     assert make_program(target_timesteps=SIGMAS[1:]).arrays().keys() - make_program().arrays().keys() == {"target_timesteps"}
+    reused = {"instructions": (Compute(0, 0), Forecast((1, 2, 3), 1)), "coefficients": np.ones((STEPS, 1, 1), np.float32)}
+    assert make_program(**reused, slots={FEATURE: 1}).capacity == 1
 
 
 @pytest.mark.parametrize(
