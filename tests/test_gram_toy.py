@@ -20,6 +20,7 @@ from cachec.runtime.errors import InputError, QualityError
 
 STEPS, FINE, NUM = 8, 16, 8
 DRAFT = {"polish": "0"}
+EAGER = {"steps": STEPS, "targets": "eager"}
 
 
 def run(*arguments):
@@ -43,7 +44,7 @@ def calibration(tmp_path_factory, toy_directory):
 def levels(tmp_path_factory, model, calibration):
     out = tmp_path_factory.mktemp("bundles") / "levels.cachec"
     request = make_request(
-        model.spec, method="gram", options=DRAFT, steps=STEPS, levels="fine,high,fast=25", calibration=calibration
+        model.spec, **EAGER, method="gram", options=DRAFT, levels="fine,high,fast=25", calibration=calibration
     )
     compile_bundle(model, request, out)
     return out
@@ -82,14 +83,12 @@ def test_every_level_runs_as_it_was_measured(levels, model, calibration):
 
 
 def test_a_failed_gate_leaves_nothing_and_levels_change_no_engine(levels, model, calibration, tmp_path):
-    request = make_request(
-        model.spec, method="gram", options=DRAFT, steps=STEPS, budget=2, calibration=calibration, min_psnr=200.0
-    )
+    request = make_request(model.spec, **EAGER, method="gram", options=DRAFT, budget=2, calibration=calibration, min_psnr=200.0)
     with pytest.raises(QualityError, match=r"level default reaches \d+\.\d+ dB on 16 held-out prompts, \d+\.\d+ dB below"):
         compile_bundle(model, request, tmp_path / "gated.cachec")
     assert list(tmp_path.iterdir()) == []
     engines = {n for n in Bundle.open(levels).manifest.files if n.startswith("engines/")}
-    request = make_request(model.spec, method="adams", steps=STEPS, budget=3, min_psnr=1.0)
+    request = make_request(model.spec, **EAGER, method="adams", budget=3, min_psnr=1.0)
     bundle = compile_bundle(model, request, tmp_path / "adams.cachec").bundle
     assert {n for n in bundle.manifest.files if n.startswith("engines/")} == engines  # files are named by their hash
     facts = bundle.manifest.facts  # nothing is fitted, so only the prompts to measure on were run

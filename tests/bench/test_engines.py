@@ -13,7 +13,7 @@ engines = pytest.importorskip("bench.engines", reason="the source tree is not be
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
     path = tmp_path_factory.mktemp("engines")
-    cases.write_weights(path / "weights", {**cases.SMALL_CONFIG, "num_layers": 1, "num_single_layers": 1})
+    cases.write_weights(path / "weights", {**cases.SMALL_CONFIG, "num_layers": 0, "num_single_layers": 2})
     return path
 
 

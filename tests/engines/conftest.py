@@ -11,7 +11,7 @@ sys.path.append(str(Path(__file__).parent))  # its helpers
 
 
 @pytest.fixture(scope="session")
-def toys(tmp_path_factory):
+def toys(once):
     """The toy for eager and ONNX Runtime: levels ``default`` (hidden cut), ``output`` (output cut) and ``uncached``."""
     from toy_bundle import KEY, SIGMAS, output_table, split_toy, toy_program, write_bundle
 
@@ -19,11 +19,11 @@ def toys(tmp_path_factory):
     from cachec.compiler.methods.taylor import Taylor
     from cachec.compiler.tables.lower import lower_advance
 
-    method = Taylor(order=1)
-    graphs = linear(split_toy(head_axis=True))
-    more = {"output": lower_advance(output_table(), KEY, SIGMAS, SIGMAS[:-1])}
-    out = tmp_path_factory.mktemp("toys") / "toy.cachec"
-    return write_bundle(graphs, toy_program(), method, out, ("ort", "eager"), more=more)
+    def make(out):
+        more = {"output": lower_advance(output_table(), KEY, SIGMAS, SIGMAS[:-1])}
+        write_bundle(linear(split_toy(head_axis=True)), toy_program(), Taylor(order=1), out, ("ort", "eager"), more=more)
+
+    return once("toys.cachec", make)
 
 
 @pytest.fixture(scope="session")
