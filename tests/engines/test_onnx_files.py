@@ -103,6 +103,11 @@ def test_weights_are_stored_once_and_aligned_and_named_by_their_hash(files):
     assert any(np.array_equal(one, wanted) for one in (stored, stored.T))
 
 
+def test_a_graph_that_is_written_again_has_the_same_bytes(files):
+    compute, forecast = (path.read_bytes() for path in files[1].values())  # each is exported by itself
+    assert compute == forecast
+
+
 def test_without_the_exporter_the_extra_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(onnx_files.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(Exception, match=r"writing ONNX files needs 'onnx_ir', .*pip install 'cachec\[compile\]'"):

@@ -14,7 +14,7 @@ from cachec.runtime.errors import BundleError, MissingExtraError, OutputError
 from cachec.runtime.work import claim_work
 from cachec.runtime.write import BundleWriter
 
-OPTIONS = ["--method", "reuse", "--steps", "4", "--schedule", "0,2", "--target", "eager"]
+OPTIONS = ["--method", "adams", "--steps", "4", "--schedule", "0,2", "--target", "eager"]
 
 
 @pytest.fixture
