@@ -1,5 +1,7 @@
 """A model that takes references joined to the state, and moves only part of what it gives."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from toy import TOKENS, ToyDiT, example_inputs
@@ -42,6 +44,15 @@ def test_the_graph_takes_the_state_and_its_parts_and_gives_what_moves_the_state(
 def test_nothing_is_changed_where_the_state_is_all(captured):
     plain = ModelIO("latents", "timestep", ("prompt",))
     assert run_passes(captured, [AssembleInput(plain)]) is captured
+
+
+def test_parts_are_joined_though_all_of_the_output_is_kept(captured):
+    io = replace(IO, output=None)
+    assert list(placeholders(run_passes(captured, [AssembleInput(io, SIZES)]).modules[MODEL]))[:3] == [
+        "latents",
+        "first",
+        "second",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from cachec.compiler.graphs.export import plan_engines
 from cachec.compiler.graphs.prepare import engine, linear
 from cachec.passes import CastPrecision, canonical_passes, cast_passes, run_passes
 from cachec.passes.base import depends_on_inputs, fetch, outputs, placeholders
-from cachec.passes.cast_precision import NARROW, WIDE, operator_name
+from cachec.passes.cast_precision import NARROW, SUMS, WIDE, operator_name
 from cachec.runtime.abi import COMPUTE, FORECAST, MODEL, PROLOGUE
 
 aten = torch.ops.aten
@@ -145,6 +145,10 @@ def test_the_model_stays_as_it_is_and_converted_weights_are_shared():
     assert all(compute[name] is parameter for name, parameter in forecast.items())
     shared = forecast["model.blocks.0.modulation.weight_bfloat16"]
     torch.testing.assert_close(shared.float(), model.blocks[0].modulation.weight, rtol=2**-8, atol=0)
+
+
+def test_operators_that_are_listed_exist():
+    assert [name for name in NARROW | WIDE | SUMS if not hasattr(aten, name)] == []
 
 
 # --- the rules, one module of a few lines each

@@ -102,6 +102,13 @@ def test_hoisting_leaves_the_graphs_it_was_given_alone(toy_split):
     assert {name: str(module.graph) for name, module in toy_split.modules.items()} == before
 
 
+def test_a_prologue_that_reads_latents_is_refused(toy_split):
+    hoisted = run_passes(toy_split, [HOIST])
+    wrong = hoisted.with_modules(**{**hoisted.modules, PROLOGUE: toy_split.modules[COMPUTE]})
+    with pytest.raises(PassError, match=r"the prologue reads \['latents', 'timestep'\], which change from step to step"):
+        HOIST.ensures(wrong)
+
+
 class Worded(torch.nn.Module):
     """Reads a prompt of several tokens by itself, and with the step."""
 
@@ -109,12 +116,12 @@ class Worded(torch.nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.embed = torch.nn.Linear(WIDTH, WIDTH)
-        self.words = torch.nn.Linear(WIDTH, WIDTH)
+        self.text = torch.nn.Sequential(torch.nn.Linear(WIDTH, WIDTH))
         self.blocks = torch.nn.ModuleList([torch.nn.Linear(WIDTH, WIDTH)])
         self.out = torch.nn.Linear(WIDTH, WIDTH)
 
     def forward(self, latents, timestep, words):
-        told = self.words(words)  # once per request
+        told = self.text(words)  # once per request
         mixed = torch.tanh(told * timestep[:, None, None])  # of all tokens at every step
         x = self.embed(latents) + mixed.mean(1, keepdim=True)
         return self.out(torch.relu(self.blocks[0](x)))
@@ -133,10 +140,10 @@ def test_values_of_the_request_are_made_once_and_tokens_are_not_kept_for_each_st
     inputs, split = worded
     hoisted = run_passes(split, [Hoist("timestep", ("words",), per_step=per_step)])
     made = hoisted.modules[PROLOGUE](words=inputs["words"])
-    assert {name: value.shape for name, value in made.items()} == {"compute_words": (2, 3, WIDTH)}
-    step = {"latents": inputs["latents"], "timestep": inputs["timestep"], "words": made["compute_words"]}
+    assert {name: value.shape for name, value in made.items()} == {"compute_text_0": (2, 3, WIDTH)}
+    step = {"latents": inputs["latents"], "timestep": inputs["timestep"], "text_0": made["compute_text_0"]}
     compute = hoisted.modules[COMPUTE]
-    assert names(compute) == {"latents", "timestep", "words"}
+    assert names(compute) == {"latents", "timestep", "text_0"}
     assert torch.equal(compute(**step)["velocity"], split.modules[COMPUTE](**inputs)["velocity"])
 
 
@@ -274,7 +281,7 @@ class Learned(Expanded):
     def forward(self, latents, timestep, prompt):
         learned = self.out.bias.expand(prompt.shape[0], WIDTH)
         shift, scale = self.modulation(torch.cat([prompt * timestep[:, None], learned], 1)).chunk(2, dim=1)
-        return self.out(torch.relu(self.blocks[0](latents * scale[:, None] + shift[:, None])))
+        return self.out(torch.relu(self.blocks[0](latents * (1 + scale[:, None]) + shift[:, None])))
 
 
 @pytest.mark.parametrize("model", [Expanded, Learned])
@@ -288,6 +295,18 @@ def test_a_modulation_is_hoisted_and_cut_right(model):
         wanted = whole.modules[COMPUTE](**{**inputs, "timestep": time.expand(2)})["velocity"]
         got = hoisted.modules[COMPUTE](latents=inputs["latents"], step_values=row)["velocity"]
         torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_the_one_of_a_scale_is_added_ahead():
+    compute = run_passes(split(Learned().eval(), example_inputs(), "blocks.0"), [HOIST]).modules[COMPUTE]
+    sums = [node for node in compute.graph.nodes if node.target is torch.ops.aten.add.Tensor]
+    assert [len(node.all_input_nodes) for node in sums] == [2]  # the shift
+
+
+def test_values_are_handed_over_in_the_type_they_are_made_in():
+    narrow = split(Learned().eval(), example_inputs(), "blocks.0", torch.float16)
+    compute = run_passes(narrow, [HOIST]).modules[COMPUTE]
+    assert placeholders(compute)["step_values"].meta["val"].dtype == torch.float16
 
 
 @torch.no_grad()
