@@ -156,7 +156,7 @@ def _drop_attributes(module: fx.GraphModule) -> None:
 
 def is_live(node: fx.Node) -> bool:
     """Does anything read it, or must it stay anyway?"""
-    return bool(node.users) or node.op in ("placeholder", "output") or node.is_impure()
+    return bool(node.users) or node.is_impure()  # as inputs and the output are
 
 
 def inline(

@@ -298,6 +298,12 @@ def described(node):
     return str(node.target), str(value.dtype) if isinstance(value, torch.Tensor) else ""
 
 
+def test_a_type_that_the_model_names_stays_wide():
+    module = cast(Rule(pad), torch.bfloat16, inputs_of_rule())
+    (zeros,) = (node for node in module.graph.nodes if operator_name(node) == "zeros")
+    assert (zeros.kwargs["dtype"], zeros.meta["val"].dtype) == (torch.float32, torch.float32)
+
+
 @pytest.mark.parametrize("body", [rotate_in_float64, pad_in_float64], ids=lambda body: body.__name__)
 def test_float64_becomes_float32_also_where_nothing_else_changes(body):
     inputs = inputs_of_rule()

@@ -83,6 +83,13 @@ def test_many_steps_hoisted_equal_each_step_to_rounding(toy_split, batch):
         torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
 
 
+def test_passes_say_that_they_changed_something(toy_split):
+    told = {}
+    watch = [lambda index, one, result: told.setdefault(one.name, result.changed)]
+    run_passes(linear(toy_split, observers=watch), [engine_passes(IO, Stage.LINEAR, slots=torch.float16)], observers=watch)
+    assert {name for name, changed in told.items() if not changed} <= {"prune"}  # others leave little to it
+
+
 def test_step_graphs_lose_inputs_and_weights(toy_split):
     hoisted = run_passes(toy_split, [HOIST])
     assert names(hoisted.modules[COMPUTE]) == {"latents", "step_values"}

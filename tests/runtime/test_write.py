@@ -169,6 +169,23 @@ def test_adding_to_a_bundle_of_links_touches_no_blob(tmp_path):
     assert_whole(out)
 
 
+def test_adding_removes_what_is_replaced(tmp_path):
+    """What the new manifest does not list, and what a killed process moved in; nothing of anybody else."""
+    out = tmp_path / "x.cachec"
+    build(out, "old")
+    (out / "engines" / "lost.plan").write_bytes(b"moved in, never listed")
+    (out / "notes.txt").write_text("mine")
+    with BundleAdder(out) as adder:
+        old = {name for name in adder.files if name.startswith(("engines/shared", "programs/1"))}
+        stay = adder.files.keys() - old
+        for name in old:
+            del adder.files[name]
+        name = adder.add_bytes("engines/added.plan", b"new")
+        adder.commit(manifest(adder, "old"))
+    assert (len(old), len(stay)) == (2, 3)
+    assert names_of(out) == {*stay, name, MANIFEST, "notes.txt"}
+
+
 def test_what_a_killed_process_collected_is_not_added(tmp_path):
     out = tmp_path / "x.cachec"
     build(out, "old")

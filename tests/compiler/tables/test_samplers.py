@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from cachec.compiler.tables.samplers import SOLVERS, diffusers_scheduler, solver_rows
-from cachec.runtime.errors import InputError
+from cachec.runtime.errors import InputError, PredictorError
 
 SHAPE = (2, 3, 4)
 
@@ -132,3 +132,12 @@ def test_unknown_solvers_are_refused_with_the_nearest_name():
 def test_noise_levels_that_do_not_fall_to_zero_are_refused(sigmas):
     with pytest.raises(InputError, match="must fall"):
         solver_rows("euler", np.array(sigmas))
+
+
+def test_a_solver_that_scales_the_noise_is_refused(monkeypatch):
+    import diffusers
+
+    real = diffusers.UniPCMultistepScheduler.step
+    monkeypatch.setattr(diffusers.UniPCMultistepScheduler, "step", lambda *given, **options: (2 * real(*given, **options)[0],))
+    with pytest.raises(PredictorError, match="diffusers' unipc does not keep the noise's share at 1"):
+        solver_rows("unipc", uniform(4))
