@@ -1,8 +1,8 @@
 """From a rewritten graph to a program of ``torch.export``, without tracing the graph again.
 
 ``torch.export`` traces a module several times over, which takes ten times as long as all passes. The graphs are in its
-operators already: what they lack is its form (weights as inputs, names, a signature) and the symbolic sizes of this program.
-Both are taken from the export of a module that does nothing.
+operators already: what they lack is its form (weights as inputs, names, a signature), which is taken from the export of a
+module that does nothing, and the values, with symbolic sizes, of nodes that passes made anew.
 """
 
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch._dynamo.exc import UserError
-from torch._subclasses import FakeTensorMode
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import (
     ExportGraphSignature,
@@ -21,6 +21,7 @@ from torch.export.graph_signature import (
     OutputSpec,
     TensorArgument,
 )
+from torch.utils import _pytree as pytree
 
 from cachec.passes.base import fetch, outputs, placeholders
 from cachec.runtime.abi import BATCH, GROUPS, MAX_BATCH
@@ -51,7 +52,7 @@ def export_program(
         values[read[name]] = node
         signature.add(node, InputKind.USER_INPUT)
     try:
-        _copy_calls(module, graph, values, mode)
+        _copy_calls(module, graph, values, _Known(given, module, dynamic, mode), mode)
     except (RuntimeError, ValueError) as error:
         raise PassError(f"the graph cannot be exported: {error}") from error
     results = [values[node] for node in outputs(module).values()]
@@ -86,6 +87,52 @@ def _export_shell(
         raise PassError(f"torch.export cannot take these inputs: {error}") from error
 
 
+class _Known:
+    """Values that nodes have from the capture, with the symbols of this program in place of those of the capture.
+
+    Sizes and types are right; strides may be those from before a value was hoisted. There are none unless all inputs have one,
+    and no axis is symbolic that was not in the capture.
+    """
+
+    def __init__(
+        self,
+        inputs: Mapping[str, torch.Tensor],
+        module: fx.GraphModule,
+        dynamic: Mapping[str, tuple[str, ...]],
+        mode: FakeTensorMode,
+    ) -> None:
+        self._mode = mode
+        self._symbols: dict[Any, Any] = {}
+        self._sizes: dict[Any, Any] = {}
+        old: dict[str, Any] = {name: node.meta.get("val") for name, node in placeholders(module).items()}
+        same = {value.fake_mode if isinstance(value, FakeTensor) else None for value in old.values()}
+        self._some = len(same) == 1 and None not in same and all(axes == (BATCH,) for axes in dynamic.values())
+        if self._some:
+            pairs: Any = [pair for name, value in inputs.items() for pair in zip(old[name].shape, value.shape, strict=True)]
+            self._symbols = {was.node.expr: now.node.expr for was, now in pairs if isinstance(was, torch.SymInt)}
+
+    def of(self, node: fx.Node) -> Any:
+        """The node's value, or ``None``."""
+        return pytree.tree_map(self._renamed, node.meta["val"]) if self._some and "val" in node.meta else None
+
+    def _renamed(self, value: Any) -> Any:
+        if isinstance(value, torch.SymInt):
+            return self._size(value)
+        with self._mode:
+            size, stride = ([self._size(one) for one in sizes] for sizes in (value.shape, value.stride()))
+            return torch.empty_strided(size, stride, dtype=value.dtype, device=value.device)
+
+    def _size(self, size: Any) -> Any:
+        if not isinstance(size, torch.SymInt):
+            return size
+        was = size.node.expr
+        if was not in self._sizes:
+            env: Any = self._mode.shape_env
+            now = was.xreplace(self._symbols)
+            self._sizes[was] = env.create_symintnode(now, hint=size.node.hint)
+        return self._sizes[was]
+
+
 class _Signature:
     """The inputs of a program as they are added, and the weights among them."""
 
@@ -110,14 +157,24 @@ def _weights_first(
         for name, value in held.items():
             if isinstance(value, nn.Parameter) == (kind == InputKind.PARAMETER):
                 made[name] = graph.placeholder(prefix + name.replace(".", "_"))
-                made[name].meta["val"] = mode.from_tensor(value, static_shapes=True)
+                made[name].meta["val"] = _fake(value, mode)
                 signature.add(made[name], kind, name)
                 signature.state[name] = value
     values.update({node: made[str(node.target)] for node in read})
     return values
 
 
-def _copy_calls(module: fx.GraphModule, graph: fx.Graph, values: dict[fx.Node, fx.Node], mode: FakeTensorMode) -> None:
+def _fake(value: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
+    """A weight as a value of ``mode``; it may be one of another mode already."""
+    if not isinstance(value, FakeTensor):
+        return mode.from_tensor(value, static_shapes=True)
+    with mode:
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+
+
+def _copy_calls(
+    module: fx.GraphModule, graph: fx.Graph, values: dict[fx.Node, fx.Node], known: _Known, mode: FakeTensorMode
+) -> None:
     """Copy the calls, with the values that they give for this program's sizes."""
 
     def value_of(node: fx.Node) -> Any:
@@ -128,6 +185,8 @@ def _copy_calls(module: fx.GraphModule, graph: fx.Graph, values: dict[fx.Node, f
             if node.op != "call_function":
                 continue
             values[node] = new = graph.node_copy(node, values.__getitem__)
-            args, kwargs = fx.node.map_arg((new.args, new.kwargs), value_of)
-            kept = {key: node.meta[key] for key in ("nn_module_stack",) if key in node.meta}
-            new.meta = {**kept, "val": node.target(*args, **kwargs)}
+            new.meta = {key: node.meta[key] for key in ("nn_module_stack",) if key in node.meta}
+            new.meta["val"] = known.of(node)
+            if new.meta["val"] is None:
+                args, kwargs = fx.node.map_arg((new.args, new.kwargs), value_of)
+                new.meta["val"] = node.target(*args, **kwargs)

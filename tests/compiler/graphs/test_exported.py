@@ -2,14 +2,15 @@
 
 import pytest
 import torch
+from torch.utils import _pytree as pytree
 from toy import TOKENS, WIDTH, example_inputs
 from toy_bundle import IO, STEPS
 
 from cachec.compiler.graphs.export import plan_engines
 from cachec.compiler.graphs.exported import export_program
 from cachec.compiler.graphs.prepare import engine, linear
-from cachec.passes.base import placeholders
-from cachec.runtime.abi import ADVANCE, COMPUTE
+from cachec.passes.base import copy_module, placeholders
+from cachec.runtime.abi import ADVANCE, BATCH, COMPUTE
 from cachec.runtime.errors import PassError
 
 
@@ -32,6 +33,23 @@ def test_programs_are_the_graphs_and_keep_their_sizes_open(graphs):
     five = {"latents": torch.randn(5, TOKENS, WIDTH), "delta": torch.randn(5), "step_values": torch.randn(5, 56)}
     (compute,) = [p for p in plan_engines(graphs, example_inputs(), "latents", STEPS) if p.name == COMPUTE]
     assert compute.program.module()(**five)["velocity"].shape == (5, TOKENS, WIDTH)
+
+
+def test_values_of_the_capture_are_those_that_the_graph_gives_with_the_symbols_of_its_program(graphs):
+    module = copy_module(graphs.modules[COMPUTE])
+    (known,) = [plan.program for plan in plan_engines(graphs, example_inputs(), "latents", STEPS) if plan.name == COMPUTE]
+    for node in placeholders(module).values():
+        node.meta.pop("val")  # so that every value is made anew
+    given = known.example_inputs[1]
+    made = export_program(module, given, dict.fromkeys(given, (BATCH,)))
+    values = [[str(pytree.tree_map(_facts, node.meta["val"])) for node in one.graph.nodes if "val" in node.meta]
+              for one in (known, made)]  # fmt: skip
+    assert values[0] == values[1]
+    assert known.range_constraints.keys() == made.range_constraints.keys()
+
+
+def _facts(value):
+    return (list(value.shape), value.dtype) if isinstance(value, torch.Tensor) else value
 
 
 def test_a_graph_that_fixes_an_open_size_is_refused(graphs):
