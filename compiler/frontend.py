@@ -24,6 +24,7 @@ from cachec.compiler.graphs.export import EnginePlan, plan_engines
 from cachec.compiler.graphs.finite import check_finite_run
 from cachec.compiler.graphs.prepare import compute_only, engine, inlined, linear, prepare
 from cachec.compiler.graphs.verify import verifier_for
+from cachec.compiler.graphs.weights import Values
 from cachec.compiler.methods.base import PredictorMethod
 from cachec.compiler.methods.parameters import Parameters, check_fit, find_pretrained, load_predictor
 from cachec.compiler.methods.training import Training, train_predictor, training_facts
@@ -135,7 +136,7 @@ def _read_statistics(model: LoadedModel, request: Request, path: Path) -> Statis
 
 def evaluator_of(model: LoadedModel, settings: Settings) -> GraphEvaluator:
     """The float32 model on PyTorch, whatever the bundle's precision: what is trained, fitted and measured against."""
-    return GraphEvaluator(prepare(model, replace(settings, dtype="float32")), model.io)
+    return GraphEvaluator(Values().graphs(prepare(model, replace(settings, dtype="float32"))), model.io)
 
 
 def find_parameters(model: LoadedModel, request: Request, checked: Checked, work: Path | None) -> Parameters | None:
@@ -178,7 +179,7 @@ def make_graphs(model: LoadedModel, request: Request, parameters: Parameters | N
     watch = observers(model, request)
     split = prepare(model, request.settings, watch)
     inputs = model.example_inputs(request.settings)
-    check_finite_run(split, inputs, request.settings.dtype, request.wish.graph.slots)
+    check_finite_run(Values().graphs(split), inputs, request.settings.dtype, request.wish.graph.slots)
     plain = add_forecast(model, split, request, parameters, watch)
     wish = request.wish.graph
     final = engine(plain, model.io, watch, hoist=wish.hoist, merge=merge, velocities=wish.velocities, slots=wish.slots)

@@ -1,19 +1,21 @@
-"""ONNX files at opset 23, all of a bundle over one weights file: what ONNX Runtime runs and TensorRT builds from."""
+"""ONNX files at opset 23, all of a bundle over one weights file: what ONNX Runtime runs and TensorRT builds from.
+
+Weights may be larger than memory: they are read, and what was made of them is evaluated, one by one while they are written.
+"""
 
 import hashlib
 import importlib.util
 import logging
-from collections.abc import Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import IO, TYPE_CHECKING, Any, Protocol
 
 from cachec.runtime.errors import missing_extra
 from cachec.runtime.files import writing
 from cachec.runtime.specs import Signature
 
 if TYPE_CHECKING:
+    import torch
     from torch.export import ExportedProgram
 
 log = logging.getLogger(__name__)
@@ -23,8 +25,26 @@ ALIGNMENT = 4096  # bytes; of tensors in the weights file, so that it can be map
 SHARED_FROM = 1024  # bytes; smaller tensors stay inside the ONNX file
 
 
-def build_onnx(programs: Mapping[str, "ExportedProgram"], signatures: Mapping[str, Signature], out: Path) -> dict[str, Path]:
-    """Write ``<name>.onnx`` per program plus one shared ``weights-<hash>.bin`` into ``out``."""
+class NamedWeights(Protocol):
+    """Values of weights that programs hold as fake tensors."""
+
+    def key(self, tensor: "torch.Tensor") -> Hashable:
+        """The same for weights of the same value."""
+
+    def pieces(self, tensor: "torch.Tensor") -> "Iterable[torch.Tensor]":
+        """The value, in tensors on the CPU that are to be joined along the first axis."""
+
+
+def build_onnx(
+    programs: Mapping[str, "ExportedProgram"],
+    signatures: Mapping[str, Signature],
+    out: Path,
+    weights: NamedWeights | None = None,
+) -> dict[str, Path]:
+    """Write ``<name>.onnx`` per program plus one shared ``weights-<hash>.bin`` into ``out``.
+
+    ``weights``: the values of what the programs hold as fake tensors, if they do.
+    """
     for package in ("onnx_ir", "onnxscript"):
         if importlib.util.find_spec(package) is None:
             raise missing_extra(package, "compile", "writing ONNX files")
@@ -34,12 +54,12 @@ def build_onnx(programs: Mapping[str, "ExportedProgram"], signatures: Mapping[st
         logging.getLogger(noisy).setLevel(logging.ERROR)
     models: dict[str, Any] = {}
     for name, program in programs.items():
-        models[name] = _convert(program, signatures[name])
+        models[name] = _convert(program, signatures[name], weights)
         _drop_metadata(models[name])
-    weights = _share_weights(models, out)
+    shared = _share_weights(models, out)
     paths = {}
     for name, model in models.items():
-        for value, tensor in weights[name].items():
+        for value, tensor in shared[name].items():
             model.graph.initializers[value].const_value = tensor
         paths[name] = out / f"{name}.onnx"
         with writing(paths[name]):
@@ -47,7 +67,7 @@ def build_onnx(programs: Mapping[str, "ExportedProgram"], signatures: Mapping[st
     return paths
 
 
-def _convert(program: "ExportedProgram", signature: Signature) -> Any:
+def _convert(program: "ExportedProgram", signature: Signature, weights: NamedWeights | None) -> Any:
     """The ONNX model of a program.
 
     ``torch.onnx`` traces a program anew to write it in operators that ONNX has functions for. The compiler's graphs are in
@@ -76,8 +96,33 @@ def _convert(program: "ExportedProgram", signature: Signature) -> Any:
         else:
             break
     model = exported.model  # type: ignore[union-attr]
+    _read_later(model, weights)
     _simplify(model)
     return model
+
+
+def _read_later(model: Any, weights: NamedWeights | None) -> None:
+    """Weights that are not in memory become tensors that are read when their values are wanted."""
+    import onnx_ir
+    from torch._subclasses import FakeTensor
+
+    from cachec.engines.onnx_weights import LateWeight
+
+    for name, value in model.graph.initializers.items():
+        tensor = getattr(value.const_value, "raw", None)
+        if isinstance(tensor, FakeTensor):
+            assert weights is not None, "programs without values come with their weights"
+            value.const_value = LateWeight(tensor, weights, value.const_value.dtype, name)
+    for node in list(model.graph):
+        given = node.inputs[0] if node.op_type == "Transpose" else None
+        if given is None or not isinstance(given.const_value, LateWeight):
+            continue
+        turned = given.const_value.transposed(node.attributes["perm"].as_ints())
+        result = node.outputs[0]
+        value = onnx_ir.Value(name=result.name, type=result.type, shape=turned.shape, const_value=turned)
+        onnx_ir.convenience.replace_all_uses_with(result, value)
+        model.graph.remove(node, safe=True)
+        model.graph.register_initializer(value)
 
 
 def _simplify(model: Any) -> None:
@@ -116,39 +161,60 @@ def _drop_metadata(model: Any) -> None:
 def _share_weights(models: Mapping[str, Any], out: Path) -> dict[str, dict[str, Any]]:
     """Write every large initializer once; returns external tensors by model and initializer name.
 
-    They go to the file one by one, so that no second copy of the model is in memory.
+    They go to the file one by one, so that no second copy of the model is in memory. Integers stay in the ONNX file: ONNX
+    Runtime reads sizes while it loads a graph, before it knows where external tensors lie.
     """
     import onnx_ir
 
-    places: dict[str, tuple[int, int]] = {}
-    wanted: dict[str, dict[str, tuple[Any, str]]] = {}
-    whole = hashlib.sha256()
-    unnamed = out / "weights.part"
-    with writing(unnamed), unnamed.open("wb") as file:
+    file = out / "weights.part"
+    wanted: dict[str, dict[str, Any]] = {}
+    with writing(file), file.open("wb") as stream:
+        written = _Weights(stream)
         for name, model in models.items():
-            wanted[name] = {}
-            for key, value in model.graph.initializers.items():
-                tensor = value.const_value
-                if tensor.nbytes < SHARED_FROM:
-                    continue
-                data = np.ascontiguousarray(tensor.numpy()).tobytes()
-                digest = hashlib.sha256(data).hexdigest()
-                if digest not in places:
-                    padding = b"\0" * (-file.tell() % ALIGNMENT)
-                    places[digest] = (file.tell() + len(padding), len(data))
-                    for part in (padding, data):
-                        whole.update(part)
-                        file.write(part)
-                wanted[name][key] = (tensor, digest)
-    file_name = f"weights-{whole.hexdigest()[:16]}.bin"
+            large = {key: value.const_value for key, value in model.graph.initializers.items() if _is_shared(value.const_value)}
+            wanted[name] = {key: (tensor, written.place(tensor)) for key, tensor in large.items()}
+    file_name = f"weights-{written.digest[:16]}.bin"
     with writing(out / file_name):
-        unnamed.rename(out / file_name)
+        file.rename(out / file_name)
     return {
         name: {
-            key: onnx_ir.ExternalTensor(
-                file_name, *places[digest], tensor.dtype, shape=tensor.shape, name=key, base_dir=str(out)
-            )
-            for key, (tensor, digest) in tensors.items()
+            key: onnx_ir.ExternalTensor(file_name, *place, tensor.dtype, shape=tensor.shape, name=key, base_dir=str(out))
+            for key, (tensor, place) in tensors.items()
         }
         for name, tensors in wanted.items()
     }
+
+
+def _is_shared(tensor: Any) -> bool:
+    return tensor.nbytes >= SHARED_FROM and not tensor.dtype.is_integer()
+
+
+class _Weights:
+    """A weights file that is being written: every tensor once, at a multiple of ``ALIGNMENT``."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream = stream
+        self._places: dict[Hashable, tuple[int, int]] = {}
+        self._hash = hashlib.sha256()
+
+    @property
+    def digest(self) -> str:
+        """Of all that was written."""
+        return self._hash.hexdigest()
+
+    def place(self, tensor: Any) -> tuple[int, int]:
+        """Where the tensor lies, from now on: its first byte, and how many."""
+        from cachec.engines.onnx_weights import contents, identity
+
+        key = identity(tensor)
+        if key not in self._places:
+            self._write(b"\0" * (-self._stream.tell() % ALIGNMENT))
+            begin = self._stream.tell()
+            for content in contents(tensor):
+                self._write(content)
+            self._places[key] = begin, self._stream.tell() - begin
+        return self._places[key]
+
+    def _write(self, content: Any) -> None:
+        self._hash.update(content)
+        self._stream.write(content)

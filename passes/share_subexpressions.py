@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import fx
+from torch._subclasses import FakeTensor
 
 from cachec.passes.base import GraphPass, fetch
 from cachec.runtime.abi import PROLOGUE
@@ -57,6 +58,6 @@ def _hashable(value: Any, same: Mapping[fx.Node, fx.Node]) -> Any:
 
 def _constant_key(value: torch.Tensor) -> Any:
     """The same tensor, or a table with the same numbers."""
-    if isinstance(value, torch.nn.Parameter):
+    if isinstance(value, torch.nn.Parameter | FakeTensor):  # which has no numbers
         return ("parameter", id(value))
     return ("table", value.dtype, tuple(value.shape), value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())

@@ -10,6 +10,7 @@ from torch.export import ExportedProgram
 
 from cachec.compiler.graphs.export import EnginePlan, plan_engines
 from cachec.compiler.graphs.prepare import engine, linear, prepare
+from cachec.compiler.graphs.weights import Values
 from cachec.compiler.models.base import LoadedModel, Settings
 from cachec.engines import get_builder
 from cachec.engines.build_target import build_into, seal_all
@@ -41,16 +42,20 @@ class _Planned(Sources):
         return self._files is not None
 
     def programs(self) -> Mapping[str, ExportedProgram]:
-        return {plan.name: plan.program for plan in self._plans}
+        values = Values()
+        return {plan.name: values.program(plan.program) for plan in self._plans}
 
     def onnx(self) -> Mapping[str, Path]:
         if self._files is None:
-            self._files = self._write_onnx()
+            self._files = self._place_onnx()
         return self._files
 
     @abstractmethod
-    def _write_onnx(self) -> dict[str, Path]:
-        """Write the files; returns them by name."""
+    def _place_onnx(self) -> dict[str, Path]:
+        """Write the files where they belong; returns them by name."""
+
+    def _write_onnx(self, folder: Path) -> dict[str, Path]:
+        return build_onnx({plan.name: plan.program for plan in self._plans}, self.signatures, folder, Values())
 
 
 class PlannedSources(_Planned):
@@ -60,9 +65,9 @@ class PlannedSources(_Planned):
         super().__init__(plans, precision, shape_bucket)
         self._writer = writer
 
-    def _write_onnx(self) -> dict[str, Path]:
+    def _place_onnx(self) -> dict[str, Path]:
         directory = self._writer.directory(f"engines/onnx-{self.precision}")
-        files = build_onnx(self.programs(), self.signatures, directory)
+        files = self._write_onnx(directory)
         sealed = {name: self._writer.staging / self._writer.seal(path) for name, path in files.items()}
         seal_all(self._writer, directory)
         return sealed
@@ -77,8 +82,8 @@ class LooseSources(_Planned):
         super().__init__(plans, precision, shape_bucket)
         self._folder = folder
 
-    def _write_onnx(self) -> dict[str, Path]:
-        return build_onnx(self.programs(), self.signatures, self._folder)
+    def _place_onnx(self) -> dict[str, Path]:
+        return self._write_onnx(self._folder)
 
 
 def build_targets(

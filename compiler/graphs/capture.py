@@ -12,6 +12,7 @@ from torch import fx, nn
 from torch._dynamo.exc import UserError
 from torch.export import Dim, ExportedProgram
 
+from cachec.compiler.graphs.weights import is_named
 from cachec.passes import Graphs, Stage
 from cachec.passes.base import copy_module
 from cachec.runtime.abi import BATCH, FEATURE, HISTORY_STEPS, MAX_BATCH, MODEL, SIGMAS, STEP, VELOCITY, history_name
@@ -48,7 +49,7 @@ def capture_model(model: nn.Module, inputs: Mapping[str, torch.Tensor], constant
 
     ``inputs`` are examples, batch first with at least two samples, pairwise distinct objects (``torch.export`` merges
     equal ones). ``constants`` are baked in: flags, and tensors that depend on the resolution only. The graph shares the
-    model's parameters.
+    model's parameters. Where they are fake, which have no values to compute with, nothing is compared.
 
     Raises:
         PassError: the model cannot be captured, or the graph does not compute exactly what the model does; on a GPU, up to
@@ -59,14 +60,19 @@ def capture_model(model: nn.Module, inputs: Mapping[str, torch.Tensor], constant
     wrapped = named_model(model, constants or {})
     module = _trace(wrapped, inputs, batched=inputs, outputs=(VELOCITY,))
     _strip_module_prefix(module, "model")
+    if not any(map(is_named, model.parameters())):
+        _compare(wrapped, module, inputs)
+    return Graphs({MODEL: module}, stage=Stage.CAPTURED)
+
+
+def _compare(model: nn.Module, module: fx.GraphModule, inputs: Mapping[str, torch.Tensor]) -> None:
     with torch.no_grad():
-        wanted, got = wrapped(dict(inputs))[VELOCITY], module(**inputs)[VELOCITY]
+        wanted, got = model(dict(inputs))[VELOCITY], module(**inputs)[VELOCITY]
     if not torch.equal(wanted.nan_to_num(), got.nan_to_num()):  # what is not finite is for others to refuse
         error = ((wanted - got).norm() / wanted.norm()).item()
         allowed = ROUNDING[next(model.parameters()).dtype]
         if wanted.is_cpu or not error <= allowed:  # GPUs may sum in another order from call to call
             raise PassError(f"the captured graph differs from the model, relatively by {error:.1e}")
-    return Graphs({MODEL: module}, stage=Stage.CAPTURED)
 
 
 def joined(inputs: Mapping[str, torch.Tensor], io: ModelIO) -> dict[str, torch.Tensor]:

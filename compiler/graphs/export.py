@@ -58,8 +58,7 @@ def plan_engines(graphs: Graphs, inputs: Mapping[str, torch.Tensor], latents: st
         times = {name: torch.linspace(1, 0.1, NUM_STEPS, device=device) for name in map(timesteps_of, (COMPUTE, FORECAST))}
         given = {name: {**inputs, **times}[name] for name in placeholders(prologue)}
         plans.append(plan_engine(PROLOGUE, prologue, given, graphs.axes))
-        with torch.no_grad():
-            hoisted = prologue(**given)
+        hoisted = {name: _example(value, device) for name, value in _results(prologue, plans[-1].program).items()}
     else:
         hoisted = {}
     compute = graphs.modules[COMPUTE]
@@ -91,11 +90,21 @@ def plan_engine(
     known = axes.get(name, {})
     ordered = {key: inputs[key] for key in placeholders(module)}
     program = export_program(module, ordered, {key: known.get(key, (BATCH,)) for key in ordered})
-    made_by = {node.name: node for node in program.graph.nodes}
-    results = zip(outputs(module), program.graph_signature.user_outputs, strict=True)
     given = tuple(_spec(key, value, known.get(key, (BATCH,))) for key, value in ordered.items())
-    made = tuple(_spec(key, made_by[str(node)].meta["val"], known.get(key, (BATCH,))) for key, node in results)
+    made = tuple(_spec(key, value, known.get(key, (BATCH,))) for key, value in _results(module, program).items())
     return EnginePlan(name, program, Signature(given, made))
+
+
+def _results(module: fx.GraphModule, program: ExportedProgram) -> dict[str, torch.Tensor]:
+    """What the program of a graph gives, by name: shapes and types."""
+    made_by = {node.name: node for node in program.graph.nodes}
+    names = zip(outputs(module), program.graph_signature.user_outputs, strict=True)
+    return {key: made_by[str(node)].meta["val"] for key, node in names}
+
+
+def _example(value: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Some numbers of the same shape, at the sizes of the examples."""
+    return torch.randn([int(size) for size in value.shape], device=device).to(value.dtype)
 
 
 def _forecast_inputs(

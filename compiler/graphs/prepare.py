@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from cachec.compiler.graphs.capture import capture_model, capture_predictor, joined
+from cachec.compiler.graphs.weights import named_module, recording
 from cachec.compiler.models.base import LoadedModel, Settings
 from cachec.passes import (
     Graphs,
@@ -37,11 +38,12 @@ def prepare(model: LoadedModel, settings: Settings, observers: Sequence[Observer
     """The compute graph and the forecast graph, the latter with the true feature as its input.
 
     The transformer is captured as it was loaded, and stays as it is: a pass brings the graph to the settings' precision. Done
-    once for each model, size and precision, and again if ``observers`` are to look on.
+    once for each model, size and precision, and again if ``observers`` are to look on. Weights of a model on disk are named,
+    not held (``weights.py``): whoever runs a graph gives it values first.
     """
     known, key = _SPLIT.setdefault(model, {}), _key(model, settings, settings.dtype)
     if key not in known or observers:
-        known[key] = run_passes(_capture(model, settings), model_passes(model, settings), observers=observers)
+        known[key] = _run(_capture(model, settings), model_passes(model, settings), observers)
     return known[key]
 
 
@@ -59,8 +61,18 @@ def _capture(model: LoadedModel, settings: Settings) -> Graphs:
     known, key = _CAPTURED.setdefault(model, {}), _key(model, settings, "its own")
     if key not in known:
         inputs, constants = model.example_inputs(settings), model.constants(settings)
-        known[key] = capture_model(model.transformer, joined(inputs, model.io), constants)
+        known[key] = capture_model(_module(model), joined(inputs, model.io), constants)
     return known[key]
+
+
+def _module(model: LoadedModel) -> nn.Module:
+    """What is captured: the transformer in memory, or one of the same configuration without values."""
+    return model.transformer if model.stored is None else named_module(model.stored)
+
+
+def _run(graphs: Graphs, passes: Sequence[PassList], observers: Sequence[Observer]) -> Graphs:
+    with recording():
+        return run_passes(graphs, passes, observers=observers)
 
 
 def _key(model: LoadedModel, settings: Settings, dtype: str) -> Key:
@@ -74,7 +86,7 @@ def compute_only(graphs: Graphs) -> Graphs:
 
 def linear(graphs: Graphs, observers: Sequence[Observer] = ()) -> Graphs:
     """Split graphs with the forecast that all linear methods share."""
-    return run_passes(graphs, [linear_passes()], observers=observers)
+    return _run(graphs, [linear_passes()], observers)
 
 
 def inlined(graphs: Graphs, predictor: nn.Module, *, window: int, num_steps: int, observers: Sequence[Observer] = ()) -> Graphs:
@@ -82,7 +94,7 @@ def inlined(graphs: Graphs, predictor: nn.Module, *, window: int, num_steps: int
     feature = outputs(graphs.modules[COMPUTE])[FEATURE].meta["val"]
     example = torch.zeros((2, *map(int, feature.shape[1:])), dtype=feature.dtype, device=feature.device)
     captured = capture_predictor(predictor.to(example.device), window, example, num_steps)
-    return run_passes(graphs, [inline_passes(captured)], observers=observers)
+    return _run(graphs, [inline_passes(captured)], observers)
 
 
 def engine(
@@ -103,4 +115,4 @@ def engine(
     """
     dtype = None if slots is None else getattr(torch, slots)
     passes = engine_passes(io, graphs.stage or Stage.SPLIT, hoist=hoist, merge=merge, velocities=velocities, slots=dtype)
-    return run_passes(graphs, [passes], observers=observers)
+    return _run(graphs, [passes], observers)

@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from cachec.compiler.graphs.capture import joined, named_model
+from cachec.compiler.graphs.weights import Values
 from cachec.compiler.models.base import LoadedModel, Settings
 from cachec.passes import Equivalence, Graphs, Pass, PassResult, compute_graphs
 from cachec.passes.base import placeholders, tensors
@@ -66,13 +67,14 @@ class Verifier:
     io: ModelIO
     values: dict[str, torch.Tensor]
     loaded: torch.dtype = torch.float32
+    _weights: Values = field(default_factory=Values, init=False)
     _tail: fx.GraphModule | None = field(default=None, init=False)
     _num_levels: int = field(default=0, init=False)  # of the schedule; a pruned predictor may not read it any more
 
     @torch.no_grad()
     def __call__(self, index: int, one: Pass, result: PassResult) -> None:
         allowed = self._allowed(one, result.graphs)
-        for name, value, new in self._play(result.graphs):
+        for name, value, new in self._play(self._weights.graphs(result.graphs)):
             wanted = self.values.get(name, new)
             if wanted is not None:
                 _compare(one, name, value, wanted, allowed)

@@ -19,6 +19,8 @@ if TYPE_CHECKING:  # text and pictures are made without torch where a family can
     import torch
     from torch import nn
 
+    from cachec.compiler.models.shards import Stored
+
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -91,6 +93,11 @@ class LoadedModel(ABC):
     @abstractmethod
     def transformer(self) -> "nn.Module":
         """Raises ``ModelUnavailableError`` if it was loaded without."""
+
+    @property
+    def stored(self) -> "Stored | None":
+        """The transformer's files, if it is as they say: then it is compiled from them, and need not be in memory."""
+        return None
 
     @property
     def device(self) -> "torch.device":

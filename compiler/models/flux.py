@@ -4,6 +4,7 @@ Cut: the image tokens after the last single block, before ``norm_out`` and ``pro
 """
 
 import hashlib
+import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,13 +17,14 @@ import diffusers
 import numpy as np
 import torch
 import transformers
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from diffusers.pipelines.flux import pipeline_flux
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import nn
 
 from cachec.compiler.models.base import Family, ModelSpec, Settings, lost_text
 from cachec.compiler.models.named import MODELS
+from cachec.compiler.models.shards import Stored
 from cachec.runtime.errors import InputError, ModelUnavailableError, shortened
 from cachec.runtime.files import hash_file
 from cachec.runtime.model_io import ModelIO
@@ -30,15 +32,19 @@ from cachec.runtime.specs import Array
 
 log = logging.getLogger(__name__)
 
+TRANSFORMER = "transformer"  # its folder
+
 
 class FluxModel(Family):
     """A FLUX pipeline; as loaded here it is on the CPU in float32."""
 
-    def __init__(self, spec: ModelSpec, pipeline: FluxPipeline, directory: Path | None = None) -> None:
+    def __init__(
+        self, spec: ModelSpec, pipeline: FluxPipeline, directory: Path | None = None, stored: Stored | None = None
+    ) -> None:
         self.check_scheduler(pipeline.scheduler)
         self.spec = spec
         self.pipeline: Any = pipeline
-        self._directory = directory
+        self._directory, self._stored = directory, stored
         self._told: set[str] = set()  # prompts that are cut, and that was said
 
     @classmethod
@@ -52,25 +58,44 @@ class FluxModel(Family):
     @classmethod
     def load(cls, spec: ModelSpec, directory: Path, *, with_transformer: bool) -> Self:
         _quiet_loading()
-        absent: dict[str, Any] = {} if with_transformer else {"transformer": None}
-        pipeline = FluxPipeline.from_pretrained(directory, local_files_only=True, **absent)
+        stored = _open_transformer(spec, directory / TRANSFORMER) if with_transformer else None
+        pipeline = FluxPipeline.from_pretrained(directory, local_files_only=True, transformer=None)
         pipeline.set_progress_bar_config(disable=True)
-        return cls(spec, pipeline, directory)
+        return cls(spec, pipeline, directory, stored)
 
     @property
     def transformer(self) -> nn.Module:
         if self.pipeline.transformer is None:
-            raise ModelUnavailableError(f"{self.spec.name} was loaded without its transformer")
+            if self._stored is None or self._directory is None:
+                raise ModelUnavailableError(f"{self.spec.name} was loaded without its transformer")
+            self.pipeline.transformer = FluxTransformer2DModel.from_pretrained(self._directory / TRANSFORMER)
         module: nn.Module = self.pipeline.transformer.eval()
         return module
 
     @property
+    def stored(self) -> Stored | None:
+        return self._stored
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu") if self.pipeline.transformer is None else super().device
+
+    @property
+    def _modules(self) -> Any:
+        """The transformer, with or without the values of its weights."""
+        return self.transformer if self._stored is None else self._stored.module
+
+    @property
+    def _config(self) -> Any:
+        return self._modules.config
+
+    @property
     def block(self) -> str:
-        return f"single_transformer_blocks.{len(self.transformer.single_transformer_blocks) - 1}"  # type: ignore[arg-type]
+        return f"single_transformer_blocks.{len(self._modules.single_transformer_blocks) - 1}"
 
     @property
     def io(self) -> ModelIO:
-        config: Any = self.transformer.config
+        config = self._config
         guidance = ("guidance",) if config.guidance_embeds else ()  # FLUX.1-schnell takes none
         conditions = ("encoder_hidden_states", "pooled_projections", *guidance)
         return ModelIO(latents="hidden_states", timestep="timestep", conditions=conditions)
@@ -80,13 +105,11 @@ class FluxModel(Family):
         if self._directory is None:
             tensors = sorted(self.transformer.state_dict().items())
             return hashlib.sha256(b"".join(hashlib.sha256(_raw(tensor)).digest() for _, tensor in tensors)).hexdigest()
-        files = sorted((self._directory / "transformer").glob("*.safetensors"))
-        if not files:
-            raise ModelUnavailableError(f"{self.spec.source} has no safetensors weights in transformer/: convert them first")
+        files = _weight_files(self.spec, self._directory / TRANSFORMER)
         return hashlib.sha256("".join(hash_file(file) for file in files).encode()).hexdigest()
 
     def example_inputs(self, settings: Settings, *, batch: int = 2) -> dict[str, torch.Tensor]:
-        config: Any = self.transformer.config
+        config = self._config
         generator = torch.Generator().manual_seed(0)
 
         def random(*shape: int) -> torch.Tensor:
@@ -205,6 +228,23 @@ class FluxModel(Family):
                 raise InputError(f"{axis} is {size}; {self.spec.name} takes multiples of {side} pixels")
         tokens: int = (settings.height // side) * (settings.width // side)
         return tokens
+
+
+def _open_transformer(spec: ModelSpec, folder: Path) -> Stored:
+    config = FluxTransformer2DModel.load_config(folder, local_files_only=True)
+    files = _weight_files(spec, folder)
+    return Stored.open(lambda: FluxTransformer2DModel.from_config(config), files, folder / "config.json")
+
+
+def _weight_files(spec: ModelSpec, folder: Path) -> list[Path]:
+    """The transformer's files: all that the index names, if there is one."""
+    if (index := folder / "diffusion_pytorch_model.safetensors.index.json").is_file():
+        named: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return sorted({folder / name for name in named.values()})
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ModelUnavailableError(f"{spec.source} has no safetensors weights in {TRANSFORMER}/: convert them first")
+    return files
 
 
 def _quiet_loading() -> None:

@@ -1,0 +1,215 @@
+"""Weights are named, not held: what a graph's weights are made of, and their values when they are wanted.
+
+The graphs of a model on disk hold fake parameters: shape and type, no values. What passes make of them (casts,
+concatenations, …) is recorded as an expression, and evaluated tensor by tensor where it is written to a file, or put where a
+graph runs. Weights in memory (of a module that was handed in, of a trained predictor) are their own values.
+"""
+
+from collections.abc import Hashable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from cachec.compiler.models.shards import Shards, Stored
+from cachec.passes import Graphs
+from cachec.passes.base import copy_module, fetch
+from cachec.runtime.errors import PassError
+
+aten = torch.ops.aten
+SAME = (aten.detach.default, aten.alias.default)  # give what they are given
+
+
+@dataclass(frozen=True, eq=False)
+class Expression:
+    """What a weight is: a stored tensor, ``shards`` and ``name``, or an operator on other expressions.
+
+    ``dtype``: a stored tensor is cast to it.
+    """
+
+    dtype: torch.dtype
+    shards: Shards | None = None
+    name: str = ""
+    operator: Any = None
+    args: tuple[Any, ...] = ()
+    kwargs: Any = None
+
+    @property
+    def key(self) -> Hashable:
+        """The same for expressions of the same value."""
+        if self.shards is not None:
+            return (id(self.shards), self.name, self.dtype)
+        return (str(self.operator), _key(self.args), _key(self.kwargs))
+
+    def pieces(self, device: torch.device) -> Iterator[torch.Tensor]:
+        """The value, as tensors to be joined along the first axis: what is joined by a pass need not be in memory whole."""
+        if self.operator is aten.cat.default and (len(self.args) == 1 or self.args[1] == 0):
+            for part in self.args[0]:
+                yield from part.pieces(device)
+        else:
+            yield self.value(device)
+
+    @torch.no_grad()
+    def value(self, device: torch.device) -> torch.Tensor:
+        """The tensor."""
+        if self.shards is not None:
+            return self.shards.read(self.name).to(device).to(self.dtype)
+        args, kwargs = pytree.tree_map_only(Expression, lambda one: one.value(device), (self.args, self.kwargs))
+        made: torch.Tensor = self.operator(*args, **kwargs)
+        return made
+
+
+_KNOWN = WeakTensorKeyDictionary()  # fake tensors, and the expression of each: a fact that does not change
+
+
+def expression(tensor: torch.Tensor) -> Expression:
+    """What a fake tensor is made of.
+
+    Raises:
+        PassError: it was made outside of :func:`recording`, from something other than named weights, or by an operator that
+            gives several.
+    """
+    if tensor not in _KNOWN:
+        raise PassError(f"a weight {list(tensor.shape)} {tensor.dtype} has no value: a pass made it of more than weights")
+    found: Expression = _KNOWN[tensor]
+    return found
+
+
+def is_named(tensor: Any) -> bool:
+    """Is it without a value of its own?"""
+    return isinstance(tensor, FakeTensor)
+
+
+def named_module(stored: Stored) -> nn.Module:
+    """The module with float32 parameters that are fake, and named after the tensors in its files; buffers are real."""
+    mode = FakeTensorMode()
+    for name, parameter in list(stored.module.named_parameters()):
+        if is_named(parameter):  # since it was captured in another size
+            continue
+        owner, _, last = name.rpartition(".")
+        with mode:
+            fake = nn.Parameter(torch.empty(parameter.shape, dtype=torch.float32), requires_grad=False)
+        _KNOWN[fake] = Expression(torch.float32, stored.shards, name)
+        setattr(stored.module.get_submodule(owner), last, fake)
+    return stored.module
+
+
+@contextmanager
+def recording() -> Iterator[None]:
+    """Within it, what is made of named weights has an expression, too."""
+    with _Recorder():  # type: ignore[no-untyped-call]
+        yield
+
+
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        made = func(*args, **kwargs)
+        if isinstance(made, FakeTensor):
+            given = [value for value in pytree.tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
+            if given and all(value in _KNOWN for value in given):
+                _KNOWN[made] = _made(func, args, kwargs, made.dtype)
+        return made
+
+
+def _made(operator: Any, args: Any, kwargs: Any, dtype: torch.dtype) -> Expression:
+    """The expression of what ``operator`` gives. A stored tensor that is cast is read in the new type."""
+    args, kwargs = pytree.tree_map_only(torch.Tensor, lambda value: _KNOWN[value], (tuple(args), kwargs))
+    first: Expression = args[0]  # or a list of them
+    if operator in SAME:
+        return first
+    if operator is aten._to_copy.default and first.shards is not None and _is_exact(first, dtype):
+        return replace(first, dtype=dtype)
+    return Expression(dtype, operator=operator, args=args, kwargs=kwargs)
+
+
+def _is_exact(stored: Expression, dtype: torch.dtype) -> bool:
+    """Does a cast on the way change nothing? What is stored fits into it, or is what is wanted in the end."""
+    assert stored.shards is not None
+    kept = stored.shards.places[stored.name].dtype
+    return torch.promote_types(kept, stored.dtype) == stored.dtype or kept == dtype
+
+
+def _key(value: Any) -> Hashable:
+    if isinstance(value, Expression):
+        return value.key
+    if isinstance(value, list | tuple):
+        return tuple(map(_key, value))
+    if isinstance(value, dict):
+        return tuple((name, _key(one)) for name, one in sorted(value.items()))
+    return repr(value)
+
+
+class Values:
+    """Values of weights on a device; each expression is evaluated once, and shared, as long as this object lives."""
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self._device = torch.device(device)
+        self._made: dict[Hashable, torch.Tensor] = {}
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The value of a weight; one in memory is itself, moved to the device."""
+        if not is_named(tensor):
+            return tensor if tensor.device == self._device else tensor.to(self._device)
+        what = expression(tensor)
+        if what.key not in self._made:
+            value = what.value(self._device)
+            self._made[what.key] = nn.Parameter(value, requires_grad=False) if isinstance(tensor, nn.Parameter) else value
+        return self._made[what.key]
+
+    def key(self, tensor: torch.Tensor) -> Hashable:
+        """The same for named weights of the same value."""
+        return expression(tensor).key
+
+    def pieces(self, tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+        """The value of a named weight, in tensors to be joined along the first axis; nothing of it is kept."""
+        return expression(tensor).pieces(self._device)
+
+    def graphs(self, graphs: Graphs) -> Graphs:
+        """The graphs with values in place of named weights."""
+        return replace(graphs, modules={name: self.module(module) for name, module in graphs.modules.items()})
+
+    def module(self, module: fx.GraphModule) -> fx.GraphModule:
+        """A graph with values in place of named weights; itself if it has none."""
+        read = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
+        named = [name for name in read if is_named(fetch(module, name))]
+        if not named:
+            return module
+        copy = copy_module(module)
+        for name in named:
+            owner, _, last = name.rpartition(".")
+            part = copy.get_submodule(owner)
+            value = self.of(fetch(module, name))
+            delattr(part, last)
+            if isinstance(value, nn.Parameter):
+                part.register_parameter(last, value)
+            else:
+                part.register_buffer(last, value)
+        return copy
+
+    def program(self, program: ExportedProgram) -> ExportedProgram:
+        """A program with values in place of named weights; itself if it has none."""
+        if not any(map(is_named, program.state_dict.values())):
+            return program
+        return with_state(program, {name: self.of(value) for name, value in program.state_dict.items()})
+
+
+def with_state(program: ExportedProgram, state: Mapping[str, torch.Tensor]) -> ExportedProgram:
+    """The same program with other weights."""
+    return ExportedProgram(
+        root=nn.Module(),
+        graph=program.graph,
+        graph_signature=program.graph_signature,
+        state_dict=dict(state),
+        range_constraints=program.range_constraints,
+        module_call_graph=program.module_call_graph,
+        example_inputs=program.example_inputs,
+        constants=program.constants,
+    )

@@ -1,0 +1,161 @@
+"""A transformer on disk: its weights in safetensors files are named, checked against the model, and read one by one.
+
+Only the headers are read beforehand. A tensor is read, not mapped: pages of a mapped file count as the process's own memory,
+and the files may be larger than that.
+"""
+
+import json
+import math
+import struct
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+
+from cachec.runtime.errors import ModelUnavailableError, shortened
+from cachec.runtime.files import reason_of
+
+TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+MAX_HEADER = 100 << 20  # bytes, as in the format's own library
+LENGTH = struct.Struct("<Q")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor lies: ``begin`` and ``size`` in bytes of ``file``."""
+
+    file: Path
+    begin: int
+    size: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, eq=False)
+class Shards:
+    """Tensors by name, in one file or many."""
+
+    places: Mapping[str, Place]
+
+    @classmethod
+    def open(cls, files: Sequence[Path]) -> Self:
+        """Read the headers of ``files``.
+
+        Raises:
+            ModelUnavailableError: a file is missing, damaged or truncated, or two hold a tensor of the same name.
+        """
+        places: dict[str, Place] = {}
+        for file in files:
+            for name, place in _header(file):
+                if name in places:
+                    raise ModelUnavailableError(f"{name} is in {places[name].file} and in {file}: remove one of them")
+                places[name] = place
+        return cls(places)
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor, on the CPU, in the type that it is stored in.
+
+        Raises:
+            ModelUnavailableError: its file is gone, or has become shorter.
+        """
+        place = self.places[name]
+        content = bytearray(place.size)
+        try:
+            with place.file.open("rb", buffering=0) as file:
+                file.seek(place.begin)
+                _fill(content, file)
+        except OSError as error:
+            raise ModelUnavailableError(f"{place.file} cannot be read: {reason_of(error)}") from error
+        return torch.frombuffer(content, dtype=place.dtype).reshape(place.shape) if content else torch.empty(place.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class Stored:
+    """A transformer on disk: the ``module``, its parameters without values, its buffers with theirs, and the weights' files."""
+
+    module: nn.Module
+    shards: Shards
+
+    @classmethod
+    def open(cls, build: Callable[[], nn.Module], files: Sequence[Path], configuration: Path) -> Self:
+        """Read the files' headers, and compare them with the module that ``build`` makes from ``configuration``.
+
+        Raises:
+            ModelUnavailableError: a file is missing, damaged or truncated, or its tensors are not the module's; names the first
+                that is missing, left over or of another shape.
+        """
+        shards = Shards.open(files)
+        with init_empty_weights(include_buffers=False):
+            module = build().eval()
+        _check_shapes(shards, {name: tensor.shape for name, tensor in module.state_dict().items()}, configuration)
+        for name, buffer in module.named_buffers():
+            if name in shards.places:
+                with torch.no_grad():
+                    buffer.copy_(shards.read(name))
+        return cls(module, shards)
+
+
+def _check_shapes(shards: Shards, shapes: Mapping[str, torch.Size], configuration: Path) -> None:
+    wrong = f"the weights do not fit {configuration}: "
+    for names, what in ((shapes.keys() - shards.places, "is missing"), (shards.places.keys() - shapes, "is not the model's")):
+        if names:
+            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+            raise ModelUnavailableError(f"{wrong}{min(names)} {what}{more}. Download them again")
+    for name, place in shards.places.items():
+        if place.shape != tuple(shapes[name]):
+            raise ModelUnavailableError(
+                f"{wrong}{name} in {place.file.name} is {list(place.shape)}, not {list(shapes[name])}. Download them again"
+            )
+
+
+def _fill(content: bytearray, file: Any) -> None:
+    view = memoryview(content)
+    while view:
+        count = file.readinto(view)
+        if not count:
+            raise OSError(f"it ends {len(view)} bytes early")
+        view = view[count:]
+
+
+def _header(file: Path) -> Iterable[tuple[str, Place]]:
+    """Tensors of one file."""
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            first = stream.read(LENGTH.size)
+            (length,) = LENGTH.unpack(first) if len(first) == LENGTH.size else (MAX_HEADER + 1,)
+            content = json.loads(stream.read(length)) if length <= min(size, MAX_HEADER) else None
+    except OSError as error:
+        raise ModelUnavailableError(f"{file} cannot be read: {reason_of(error)}") from error
+    except ValueError as error:
+        raise ModelUnavailableError(f"{file} is no safetensors file, or damaged: its header is no JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ModelUnavailableError(f"{file} is no safetensors file, or is cut off: its header is not whole")
+    start = LENGTH.size + length
+    for name, facts in content.items():
+        if name != "__metadata__":
+            yield name, _place(file, name, facts, start, size)
+
+
+def _place(file: Path, name: str, facts: Any, start: int, file_size: int) -> Place:
+    try:
+        begin, end = facts["data_offsets"]
+        shape, kind = tuple(map(int, facts["shape"])), str(facts["dtype"])
+        numel = math.prod(shape)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ModelUnavailableError(f"{file} is damaged: its header says of {name} {shortened(facts)}") from error
+    if kind not in TYPES:
+        raise ModelUnavailableError(
+            f"{name} in {file} is {kind}, which is a quantised or integer type: pass weights in {', '.join(TYPES)}"
+        )
+    if not 0 <= begin <= end or end - begin != numel * TYPES[kind].itemsize:
+        raise ModelUnavailableError(f"{file} is damaged: {name} of {list(shape)} {kind} has {end - begin} bytes")
+    if start + end > file_size:
+        raise ModelUnavailableError(
+            f"{file} is cut off: it has {file_size} bytes, and {name} ends at {start + end}. Get it again"
+        )
+    return Place(file, start + begin, end - begin, shape, TYPES[kind])
