@@ -179,7 +179,7 @@ def make_graphs(model: LoadedModel, request: Request, parameters: Parameters | N
     watch = observers(model, request)
     split = prepare(model, request.settings, watch)
     inputs = model.example_inputs(request.settings)
-    check_finite_run(Values().graphs(split), inputs, request.settings.dtype, request.wish.graph.slots)
+    check_finite_run(split, inputs, request.settings.dtype, request.wish.graph.slots)
     plain = add_forecast(model, split, request, parameters, watch)
     wish = request.wish.graph
     final = engine(plain, model.io, watch, hoist=wish.hoist, merge=merge, velocities=wish.velocities, slots=wish.slots)

@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from cachec.passes.base import Graphs, Pass, PassResult, emit, finish, inline, outputs, placeholders
+from cachec.passes.base import CAST, Graphs, Pass, PassResult, emit, finish, inline, outputs, placeholders
 from cachec.runtime.abi import (
     BATCH,
     BIAS,
@@ -75,10 +75,10 @@ def _summed(tail: fx.GraphModule, kept: torch.Tensor, decode: fx.GraphModule | N
     coefficients = given(COEFFICIENTS, kept.new_empty((1, NUM_EXAMPLES), dtype=torch.float32))
     bias = given(BIAS, kept.new_empty((), dtype=torch.float32))
     narrow = kept.dtype != torch.float32
-    wide = emit(features, aten.to.dtype, features, torch.float32) if narrow else features
+    wide = emit(features, CAST, features, dtype=torch.float32) if narrow else features
     row = emit(coefficients, aten.squeeze.dim, coefficients, 0)
     summed = emit(features, aten.add.Tensor, emit(features, aten.tensordot.default, row, wide, [0], [0]), bias)
-    summed = emit(features, aten.to.dtype, summed, kept.dtype) if narrow else summed
+    summed = emit(features, CAST, summed, dtype=kept.dtype) if narrow else summed
     feature = summed
     if decode is not None:
         (feature,) = inline(graph, decode, attributes, {FEATURE: summed}, prefix="decode_").values()

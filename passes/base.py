@@ -11,6 +11,8 @@ from torch import fx
 
 from cachec.runtime.abi import COMPUTE
 
+CAST = torch.ops.aten._to_copy.default  # to another type: the form that ONNX has a function for
+
 
 class Stage(Enum):
     """What the graphs are between two lists of passes; ``passes/stages.py`` says what holds then."""

@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from cachec.passes.base import Equivalence, Graphs, Pass, PassResult, backward_slice, fetch, finish, outputs, placeholders
+from cachec.passes.base import CAST, Equivalence, Graphs, Pass, PassResult, backward_slice, fetch, finish, outputs, placeholders
 from cachec.runtime.abi import (
     BATCH,
     BIAS,
@@ -86,12 +86,12 @@ def _batched(module: fx.GraphModule, cut: str, latents: str, per_step: list[str]
     dtype = feature.meta["val"].dtype
     shape = [int(size) for size in feature.meta["val"].shape[1:]]
     flat = call(aten.view.default, (inputs[FEATURES], [slots, -1]))
-    flat = flat if dtype == torch.float32 else call(aten.to.dtype, (flat, torch.float32))
+    flat = flat if dtype == torch.float32 else call(CAST, (flat,), {"dtype": torch.float32})
     rows = call(aten.squeeze.dim, (inputs[COEFFICIENTS], 1))
     summed = call(aten.mm.default, (rows, flat))
     forecast = call(aten.add.Tensor, (summed, call(aten.unsqueeze.default, (inputs[BIAS], 1))))
     forecast = call(aten.view.default, (forecast, [-1, *shape]))  # [n * B, …]
-    forecast = forecast if dtype == torch.float32 else call(aten.to.dtype, (forecast, dtype))
+    forecast = forecast if dtype == torch.float32 else call(CAST, (forecast,), {"dtype": dtype})
     size = call(aten.sym_size.int, (forecast, 0))
     values: dict[fx.Node, fx.Node] = {feature: forecast}
     attributes = {}

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from cachec.passes.base import Equivalence, GraphPass, Graphs, emit, fetch, outputs, tensors
+from cachec.passes.base import CAST, Equivalence, GraphPass, Graphs, emit, fetch, outputs, tensors
 from cachec.runtime.abi import MODEL
 from cachec.runtime.errors import PassError
 
@@ -117,7 +117,7 @@ class _Caster:
                 new = self._converted(node, dtype)
             else:
                 with graph.inserting_after(node) if shared else graph.inserting_before(reader):
-                    new = emit(node if shared else reader, aten.to.dtype, node, dtype)
+                    new = emit(node if shared else reader, CAST, node, dtype=dtype)
             self.changes += 1
             if not shared and node.op != "get_attr":
                 return new

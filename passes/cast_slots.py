@@ -7,6 +7,7 @@ import torch
 from torch import fx
 
 from cachec.passes.base import (
+    CAST,
     Equivalence,
     Graphs,
     Pass,
@@ -55,7 +56,7 @@ class CastSlots(Pass):
             value = results[kept]
             if self.dtype == torch.float16:  # some models' features are larger than it can hold
                 value = emit(value, aten.clamp.default, value, -HALF_MAX, HALF_MAX)
-            cast = emit(value, aten.to.dtype, value, self.dtype)
+            cast = emit(value, CAST, value, dtype=self.dtype)
         end.args = ({**results, kept: cast},)
         finish(module)
 
@@ -64,7 +65,7 @@ class CastSlots(Pass):
             if name in (FEATURES, VELOCITIES) or name.startswith(f"{FEATURE}_"):
                 readers = list(node.users)
                 with module.graph.inserting_after(node):
-                    cast = module.graph.call_function(aten.to.dtype, (node, dtype))
+                    cast = module.graph.call_function(CAST, (node,), {"dtype": dtype})
                 for reader in readers:
                     reader.replace_input_with(node, cast)
         finish(module)

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from cachec.passes.base import (
+    CAST,
     Equivalence,
     Graphs,
     Pass,
@@ -293,7 +294,7 @@ def _is_view(node: fx.Node) -> bool:
 
 def _is_widened(node: fx.Node) -> bool:
     """A cast that adds bytes: the narrow value is what is handed over."""
-    if node.target is not aten.to.dtype:
+    if node.target is not CAST:
         return False
     given, made = node.all_input_nodes[0].meta["val"], node.meta["val"]
     return bool(given.element_size() < made.element_size())

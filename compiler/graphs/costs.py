@@ -25,6 +25,12 @@ def hoisting_facts(before: Graphs, after: Graphs) -> dict[str, dict[str, int]]:
     return facts
 
 
+def run_costs(module: fx.GraphModule) -> tuple[int, int]:
+    """Bytes of weights, and FLOPs of linear layers of one run."""
+    found = _costs(module)
+    return found["weight_bytes"], found["flops"]
+
+
 def memory_facts(graphs: Graphs) -> dict[str, int]:
     """Bytes: of all weights, and the most activations of the compute graph that are alive at once.
 

@@ -104,7 +104,8 @@ def _results(module: fx.GraphModule, program: ExportedProgram) -> dict[str, torc
 
 def _example(value: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Some numbers of the same shape, at the sizes of the examples."""
-    return torch.randn([int(size) for size in value.shape], device=device).to(value.dtype)
+    sizes = [size.node.hint if isinstance(size, torch.SymInt) else size for size in value.shape]  # int() would fix them
+    return torch.randn(sizes, device=device).to(value.dtype)
 
 
 def _forecast_inputs(

@@ -1,23 +1,38 @@
 """Is what a graph computes finite? In a low precision large models leave its range, and pictures turn black."""
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import fx
 
+from cachec.compiler.graphs.costs import run_costs
+from cachec.compiler.graphs.weights import Values
 from cachec.passes import Graphs
 from cachec.runtime.abi import COMPUTE, FEATURE
 from cachec.runtime.errors import EngineError
+
+log = logging.getLogger(__name__)
+
+
+MAX_BYTES, MAX_FLOPS = 2 << 30, 1e12  # of weights, and of linear layers for one sample: seconds on a CPU
 
 
 def check_finite_run(graphs: Graphs, inputs: Mapping[str, torch.Tensor], precision: str, slots: str | None = None) -> None:
     """Run the compute graph on example ``inputs``; features must also be finite in the type ``slots`` that they are kept in.
 
+    Of a large model it is said that this is left out: it would take minutes and the whole model in memory.
+
     Raises:
         EngineError: something is NaN or infinite; says in which precision, and where first.
     """
-    compute = graphs.modules[COMPUTE]
+    size, flops = run_costs(graphs.modules[COMPUTE])
+    if size > MAX_BYTES or flops > MAX_FLOPS:
+        log.warning("no example run: %.1f GB of weights, %.1f TFLOP a sample. Look at the first picture, in %s",
+                    size / 1e9, flops / 1e12, precision)  # fmt: skip
+        return
+    compute = Values().module(graphs.modules[COMPUTE])
     with torch.no_grad():
         results = compute(**inputs)
     if not all(map(_is_finite, results.values())):
