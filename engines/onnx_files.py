@@ -3,6 +3,7 @@
 Weights may be larger than memory: they are read, and what was made of them is evaluated, one by one while they are written.
 """
 
+import functools
 import hashlib
 import importlib.util
 import logging
@@ -10,7 +11,7 @@ from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Protocol
 
-from cachec.runtime.errors import missing_extra
+from cachec.runtime.errors import in_one_line, missing_extra
 from cachec.runtime.files import writing
 from cachec.runtime.specs import Signature
 
@@ -77,28 +78,39 @@ def _convert(program: "ExportedProgram", signature: Signature, weights: NamedWei
 
     from cachec.engines.traced import TracedProgram
 
-    inputs, outputs = ([spec.name for spec in specs] for specs in (signature.inputs, signature.outputs))
-    for given in (TracedProgram.of(program), program):
-        try:
-            exported = torch.onnx.export(
-                given,
-                dynamo=True,
-                opset_version=OPSET,
-                input_names=inputs,
-                output_names=outputs,
-                optimize=False,
-                verbose=False,
-            )
-        except torch.onnx.OnnxExporterError as error:
-            if given is program:
-                raise
-            log.info("an operator has no ONNX function: %s", str(error).splitlines()[0])
-        else:
-            break
-    model = exported.model  # type: ignore[union-attr]
+    try:
+        model = _export(TracedProgram.of(program), signature)
+    except torch.onnx.OnnxExporterError as error:
+        log.info("an operator has no ONNX function: %s", in_one_line(error.__cause__ or error))
+        model = _export(program, signature)
     _read_later(model, weights)
     _simplify(model)
     return model
+
+
+def _export(program: "ExportedProgram", signature: Signature) -> Any:
+    """What ``torch.onnx.export`` does, which reads its library of ONNX functions anew, for a second, at every call."""
+    from torch.onnx._internal.exporter import _core
+
+    inputs, outputs = ([spec.name for spec in specs] for specs in (signature.inputs, signature.outputs))
+    exported = _core.export(
+        program,
+        registry=_functions(),
+        opset_version=OPSET,
+        input_names=inputs,
+        output_names=outputs,
+        optimize=False,
+        verbose=False,
+    )
+    return exported.model
+
+
+@functools.cache
+def _functions() -> Any:
+    """PyTorch's ONNX functions for its operators."""
+    from torch.onnx._internal.exporter import _registration
+
+    return _registration.ONNXRegistry.from_torchlib(opset_version=OPSET)
 
 
 def _read_later(model: Any, weights: NamedWeights | None) -> None:
