@@ -3,17 +3,18 @@
 Prompts are read as seeds; a picture is the latents of each token, mixed to colours by fixed weights.
 """
 
-import functools
 import json
 import zlib
+from functools import cache, partial
 from types import SimpleNamespace
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from toy import TOKENS, WIDTH, ToyDiT
 
 from cachec.compiler.models.base import Family, ModelSpec, Settings
+from cachec.compiler.models.shards import Stored
 from cachec.runtime.errors import InputError, ModelUnavailableError
 from cachec.runtime.files import hash_file
 from cachec.runtime.model_io import ModelIO
@@ -48,6 +49,7 @@ class ToyModel(Family):
     spec = ModelSpec("toy", "tests", HEIGHT, WIDTH_PIXELS, text_tokens=1, guidance=1.0, prompts="shapes")
     block = "blocks.2"
     io = ModelIO("latents", "timestep", ("prompt",))
+    stored = None
 
     def __init__(self, *, weights="a" * 64, scheduler=None, shift=1.0, pipeline=None, spec=None):
         self.pipeline = pipeline or ToyPipeline(ToyDiT(head_axis=True).eval(), scheduler)
@@ -59,13 +61,12 @@ class ToyModel(Family):
         return ModelSpec(name, source, HEIGHT, WIDTH_PIXELS, text_tokens=1, guidance=1.0, prompts="shapes")
 
     @classmethod
-    @functools.cache  # a compilation captures a loaded model once: these stay loaded, so one directory is captured once
+    @cache  # a compilation captures a loaded model once: these stay loaded, so one directory is captured once
     def load(cls, spec, directory, *, with_transformer):
-        transformer = None
+        model = cls.wrap(spec, ToyPipeline(None, origin=str(directory)), directory)
         if with_transformer:
-            transformer = ToyDiT(head_axis=True).eval()
-            transformer.load_state_dict(load_file(directory / WEIGHTS))
-        return cls.wrap(spec, ToyPipeline(transformer, origin=str(directory)), directory)
+            model.stored = Stored.open(partial(ToyDiT, head_axis=True), [directory / WEIGHTS], directory / "model_index.json")
+        return model
 
     @classmethod
     def wrap(cls, spec, pipeline, directory):
@@ -74,8 +75,17 @@ class ToyModel(Family):
     @property
     def transformer(self):
         if self.pipeline.transformer is None:
-            raise ModelUnavailableError(f"{self.spec.name} was loaded without its transformer")
+            if self.stored is None:
+                raise ModelUnavailableError(f"{self.spec.name} was loaded without its transformer")
+            self.pipeline.transformer = ToyDiT(head_axis=True).eval()
+            self.pipeline.transformer.load_state_dict(
+                {name: self.stored.shards.read(name) for name in self.stored.shards.places}
+            )
         return self.pipeline.transformer
+
+    @property
+    def device(self):
+        return torch.device("cpu")
 
     @property
     def weights_hash(self):

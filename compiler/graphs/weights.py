@@ -20,7 +20,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from cachec.compiler.models.shards import Shards, Stored
 from cachec.passes import Graphs
-from cachec.passes.base import copy_module, fetch
+from cachec.passes.base import CAST, copy_module, fetch
 from cachec.runtime.errors import PassError
 
 aten = torch.ops.aten
@@ -29,7 +29,7 @@ SAME = (aten.detach.default, aten.alias.default)  # give what they are given
 
 @dataclass(frozen=True, eq=False)
 class Expression:
-    """What a weight is: a stored tensor, ``shards`` and ``name``, or an operator on other expressions.
+    """What a weight is: a stored tensor, ``shards`` and ``name``, or an operator on expressions, tensors and other values.
 
     ``dtype``: a stored tensor is cast to it.
     """
@@ -62,6 +62,7 @@ class Expression:
         if self.shards is not None:
             return self.shards.read(self.name).to(device).to(self.dtype)
         args, kwargs = pytree.tree_map_only(Expression, lambda one: one.value(device), (self.args, self.kwargs))
+        args, kwargs = pytree.tree_map_only(torch.Tensor, lambda one: one.to(device), (args, kwargs))
         made: torch.Tensor = self.operator(*args, **kwargs)
         return made
 
@@ -73,11 +74,10 @@ def expression(tensor: torch.Tensor) -> Expression:
     """What a fake tensor is made of.
 
     Raises:
-        PassError: it was made outside of :func:`recording`, from something other than named weights, or by an operator that
-            gives several.
+        PassError: it was made outside of :func:`recording`, or by an operator that gives several.
     """
     if tensor not in _KNOWN:
-        raise PassError(f"a weight {list(tensor.shape)} {tensor.dtype} has no value: a pass made it of more than weights")
+        raise PassError(f"a weight {list(tensor.shape)} {tensor.dtype} has no value: it was not seen how a pass made it")
     found: Expression = _KNOWN[tensor]
     return found
 
@@ -89,7 +89,7 @@ def is_named(tensor: Any) -> bool:
 
 def named_module(stored: Stored) -> nn.Module:
     """The module with float32 parameters that are fake, and named after the tensors in its files; buffers are real."""
-    mode = FakeTensorMode()
+    mode = FakeTensorMode(allow_non_fake_inputs=True)  # as arguments of passes: tables
     for name, parameter in list(stored.module.named_parameters()):
         if is_named(parameter):  # since it was captured in another size
             continue
@@ -113,7 +113,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         made = func(*args, **kwargs)
         if isinstance(made, FakeTensor):
-            given = [value for value in pytree.tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
+            given = [value for value in pytree.tree_leaves((args, kwargs)) if is_named(value)]
             if given and all(value in _KNOWN for value in given):
                 _KNOWN[made] = _made(func, args, kwargs, made.dtype)
         return made
@@ -121,12 +121,12 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def _made(operator: Any, args: Any, kwargs: Any, dtype: torch.dtype) -> Expression:
     """The expression of what ``operator`` gives. A stored tensor that is cast is read in the new type."""
-    args, kwargs = pytree.tree_map_only(torch.Tensor, lambda value: _KNOWN[value], (tuple(args), kwargs))
-    first: Expression = args[0]  # or a list of them
-    if operator in SAME:
-        return first
-    if operator is aten._to_copy.default and first.shards is not None and _is_exact(first, dtype):
-        return replace(first, dtype=dtype)
+    args, kwargs = pytree.tree_map_only(FakeTensor, lambda value: _KNOWN[value], (tuple(args), kwargs))
+    if operator in (*SAME, CAST) and isinstance(first := args[0], Expression):
+        if operator in SAME:
+            return first
+        if first.shards is not None and _is_exact(first, dtype):
+            return replace(first, dtype=dtype)
     return Expression(dtype, operator=operator, args=args, kwargs=kwargs)
 
 
@@ -140,6 +140,8 @@ def _is_exact(stored: Expression, dtype: torch.dtype) -> bool:
 def _key(value: Any) -> Hashable:
     if isinstance(value, Expression):
         return value.key
+    if isinstance(value, torch.Tensor):
+        return id(value)  # which the expression holds
     if isinstance(value, list | tuple):
         return tuple(map(_key, value))
     if isinstance(value, dict):
