@@ -99,7 +99,7 @@ def canonical_passes(io: ModelIO | None = None, sizes: tuple[int, ...] = ()) -> 
             Prune(),
         ),
         Stage.CANONICAL,
-        Equivalence.EXACT,
+        Equivalence.ROUNDING,
     )
 
 
@@ -138,7 +138,7 @@ def inline_passes(predictor: fx.GraphModule) -> PassList:
             Prune(),
         ),
         Stage.INLINED,
-        Equivalence.EXACT,
+        Equivalence.ROUNDING,
     )
 
 

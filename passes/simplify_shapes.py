@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from cachec.passes.base import GraphPass, tensors
+from cachec.passes.base import Equivalence, GraphPass, tensors
 
 aten = torch.ops.aten
 SAME_VALUES = {  # of their first argument, if shape and type stay
@@ -27,6 +27,7 @@ class SimplifyShapes(GraphPass):
     """
 
     name: ClassVar[str] = "simplify_shapes"
+    equivalence: ClassVar[Equivalence] = Equivalence.ROUNDING  # copies lay values out anew, and products sum by layout
 
     def places(self, module: fx.GraphModule) -> list[fx.Node]:
         return [n for n in module.graph.nodes if n.op == "call_function" and (_is_idle(n) or _wanted(n) is not None)]

@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from cachec.compiler.graphs.capture import joined, named_model
+from cachec.compiler.graphs.prepare import engine, linear, prepare
 from cachec.compiler.graphs.weights import Values
 from cachec.compiler.models.base import LoadedModel, Settings
 from cachec.passes import Equivalence, Graphs, Pass, PassResult, compute_graphs
@@ -160,6 +161,31 @@ class Verifier:
         share, slots = torch.tensor([0.75]), torch.stack([size * velocity for size in sizes])
         given = {BASE: base, BASE_SHARE: share, VELOCITIES: slots, COEFFICIENTS: torch.tensor([row])}
         return "advanced", _run(module, given)[NEXT_LATENTS], share * base + velocity.float()
+
+
+LARGE = 1 << 30  # bytes of weights
+
+
+def is_large(model: LoadedModel) -> bool:
+    """Would it take long, or much memory, to run the model on the CPU?"""
+    places = model.stored.shards.places.values() if model.stored is not None else ()
+    return sum(place.size for place in places) > LARGE
+
+
+def verify_twin(model: LoadedModel, settings: Settings) -> None:
+    """Capture the model's thin twin, run all passes of the hidden cut on it, and compare after each. It takes seconds.
+
+    Raises:
+        PassError: a graph of it does not give what its module gives; names the pass.
+    """
+    thin = model.thin_twin(settings)
+    if thin is None:
+        log.info("%s has no thin twin to verify passes on", model.spec.name)
+        return
+    twin, small = thin
+    watch = [verifier_for(twin, small)]
+    engine(linear(prepare(twin, small, watch), watch), twin.io, watch)
+    log.info("verified capture and passes on a thin twin of %s", model.spec.name)
 
 
 def verifier_for(model: LoadedModel, settings: Settings) -> Verifier:

@@ -99,6 +99,13 @@ class LoadedModel(ABC):
         """The transformer's files, if it is as they say: then it is compiled from them, and need not be in memory."""
         return None
 
+    def thin_twin(self, settings: Settings) -> "tuple[LoadedModel, Settings] | None":
+        """A small model of the same make, with random weights, and small sizes for it: one block of each kind, few heads.
+
+        What capture and passes do to it, they do to this model. ``None``: a family has none.
+        """
+        return None
+
     @property
     def device(self) -> "torch.device":
         """Where the transformer is: example inputs and constants are there, too."""

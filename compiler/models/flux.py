@@ -20,7 +20,9 @@ import transformers
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from diffusers.pipelines.flux import pipeline_flux
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from safetensors import SafetensorError
 from torch import nn
+from transformers import CLIPTextModel, T5EncoderModel
 
 from cachec.compiler.models.base import Family, ModelSpec, Settings, lost_text
 from cachec.compiler.models.named import MODELS
@@ -33,6 +35,7 @@ from cachec.runtime.specs import Array
 log = logging.getLogger(__name__)
 
 TRANSFORMER = "transformer"  # its folder
+TEXT_ENCODERS = {"text_encoder": CLIPTextModel, "text_encoder_2": T5EncoderModel}
 
 
 class FluxModel(Family):
@@ -59,7 +62,8 @@ class FluxModel(Family):
     def load(cls, spec: ModelSpec, directory: Path, *, with_transformer: bool) -> Self:
         _quiet_loading()
         stored = _open_transformer(spec, directory / TRANSFORMER) if with_transformer else None
-        pipeline = FluxPipeline.from_pretrained(directory, local_files_only=True, transformer=None)
+        absent = dict.fromkeys(("transformer", *TEXT_ENCODERS))  # until they are wanted
+        pipeline = FluxPipeline.from_pretrained(directory, local_files_only=True, **absent)
         pipeline.set_progress_bar_config(disable=True)
         return cls(spec, pipeline, directory, stored)
 
@@ -108,6 +112,16 @@ class FluxModel(Family):
         files = _weight_files(self.spec, self._directory / TRANSFORMER)
         return hashlib.sha256("".join(hash_file(file) for file in files).encode()).hexdigest()
 
+    def thin_twin(self, settings: Settings) -> tuple[Self, Settings]:
+        config = {**self._config, "num_layers": 1, "num_single_layers": 1, "num_attention_heads": 2}
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            transformer = FluxTransformer2DModel.from_config(config)
+        parts = {name: getattr(self.pipeline, name) for name in ("scheduler", "vae", "tokenizer", "tokenizer_2")}
+        pipeline = FluxPipeline(**parts, **dict.fromkeys(TEXT_ENCODERS), transformer=transformer)
+        twin = type(self)(replace(self.spec, name=f"{self.spec.name}, thin"), pipeline)
+        return twin, replace(settings, height=2 * self._side, width=3 * self._side, text_tokens=min(5, settings.text_tokens))
+
     def example_inputs(self, settings: Settings, *, batch: int = 2) -> dict[str, torch.Tensor]:
         config = self._config
         generator = torch.Generator().manual_seed(0)
@@ -149,6 +163,7 @@ class FluxModel(Family):
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], settings: Settings, names: Sequence[str]) -> dict[str, Array]:
         self._tell_of_lost_text(prompts, settings.text_tokens)
+        self._load_text_encoders()
         with _not_said_twice():
             states, pooled, _ = self.pipeline.encode_prompt(
                 prompt=list(prompts), prompt_2=None, max_sequence_length=settings.text_tokens
@@ -159,6 +174,16 @@ class FluxModel(Family):
             "guidance": np.full(len(prompts), settings.guidance, np.float32),
         }
         return {name: conditions[name] for name in names}
+
+    def _load_text_encoders(self) -> None:
+        """Those that are not there yet: the larger one has gigabytes, and compiling may never want it."""
+        for name, kind in TEXT_ENCODERS.items():
+            if getattr(self.pipeline, name) is None and self._directory is not None:
+                try:
+                    encoder = kind.from_pretrained(self._directory / name, local_files_only=True)
+                except (OSError, ValueError, SafetensorError) as error:
+                    raise ModelUnavailableError(f"{name} of {self.spec.source} cannot be loaded: {error}") from error
+                self.pipeline.register_modules(**{name: encoder.eval()})
 
     def _tell_of_lost_text(self, prompts: Sequence[str], text_tokens: int) -> None:
         """Once for each prompt that is cut."""
