@@ -23,8 +23,8 @@ from cachec.compiler.calibration.uses import UsedPrompts, calibration_prompts, t
 from cachec.compiler.graphs.export import EnginePlan, plan_engines
 from cachec.compiler.graphs.finite import check_finite_run
 from cachec.compiler.graphs.prepare import compute_only, engine, inlined, linear, prepare
-from cachec.compiler.graphs.verify import is_large, verifier_for, verify_twin
-from cachec.compiler.graphs.weights import Values
+from cachec.compiler.graphs.verify import verifier_for, verify_twin
+from cachec.compiler.graphs.weights import Values, is_large
 from cachec.compiler.methods.base import PredictorMethod
 from cachec.compiler.methods.parameters import Parameters, check_fit, find_pretrained, load_predictor
 from cachec.compiler.methods.training import Training, train_predictor, training_facts
@@ -176,7 +176,7 @@ def make_graphs(model: LoadedModel, request: Request, parameters: Parameters | N
         PassError: a graph cannot be rewritten.
         EngineError: an example run of the model is not finite.
     """
-    if is_large(model) and not request.wish.graph.verify_passes:
+    if model.stored is not None and is_large(model.stored.module) and not request.wish.graph.verify_passes:
         verify_twin(model, request.settings)
     watch = observers(model, request)
     split = prepare(model, request.settings, watch)

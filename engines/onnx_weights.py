@@ -31,8 +31,8 @@ class LateWeight(onnx_ir.LazyTensor):  # type: ignore[misc]
 
     def transposed(self, axes: Sequence[int]) -> "LateWeight":
         """With its axes permuted."""
-        assert self.axes is None, "the exporter permutes once"
-        return LateWeight(self.fake, self.weights, self.dtype, None, tuple(axes))
+        old = range(len(axes)) if self.axes is None else self.axes
+        return LateWeight(self.fake, self.weights, self.dtype, None, tuple(old[axis] for axis in axes))
 
     @property
     def key(self) -> Hashable:

@@ -12,11 +12,11 @@ from torch import fx, nn
 from torch._dynamo.exc import UserError
 from torch.export import Dim, ExportedProgram
 
-from cachec.compiler.graphs.weights import is_named
+from cachec.compiler.graphs.weights import Values, is_large, is_named
 from cachec.passes import Graphs, Stage
 from cachec.passes.base import copy_module
 from cachec.runtime.abi import BATCH, FEATURE, HISTORY_STEPS, MAX_BATCH, MODEL, SIGMAS, STEP, VELOCITY, history_name
-from cachec.runtime.errors import PassError
+from cachec.runtime.errors import PassError, in_one_line
 from cachec.runtime.model_io import ModelIO
 
 ROUNDING = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-2}  # through a whole model, relative
@@ -49,7 +49,7 @@ def capture_model(model: nn.Module, inputs: Mapping[str, torch.Tensor], constant
 
     ``inputs`` are examples, batch first with at least two samples, pairwise distinct objects (``torch.export`` merges
     equal ones). ``constants`` are baked in: flags, and tensors that depend on the resolution only. The graph shares the
-    model's parameters. Where they are fake, which have no values to compute with, nothing is compared.
+    model's parameters. Of a large model whose weights are named, nothing is compared: see ``verify_twin``.
 
     Raises:
         PassError: the model cannot be captured, or the graph does not compute exactly what the model does; on a GPU, up to
@@ -60,14 +60,17 @@ def capture_model(model: nn.Module, inputs: Mapping[str, torch.Tensor], constant
     wrapped = named_model(model, constants or {})
     module = _trace(wrapped, inputs, batched=inputs, outputs=(VELOCITY,))
     _strip_module_prefix(module, "model")
-    if not any(map(is_named, model.parameters())):
+    if not any(map(is_named, model.parameters())) or not is_large(model):
         _compare(wrapped, module, inputs)
     return Graphs({MODEL: module}, stage=Stage.CAPTURED)
 
 
 def _compare(model: nn.Module, module: fx.GraphModule, inputs: Mapping[str, torch.Tensor]) -> None:
+    values = Values()
+    held = {name: values.of(parameter) for name, parameter in model.named_parameters() if is_named(parameter)}
     with torch.no_grad():
-        wanted, got = model(dict(inputs))[VELOCITY], module(**inputs)[VELOCITY]
+        wanted = torch.func.functional_call(model, held, (dict(inputs),))[VELOCITY]
+        got = values.module(module)(**inputs)[VELOCITY]
     if not torch.equal(wanted.nan_to_num(), got.nan_to_num()):  # what is not finite is for others to refuse
         error = ((wanted - got).norm() / wanted.norm()).item()
         allowed = ROUNDING[next(model.parameters()).dtype]
@@ -141,7 +144,8 @@ def _export(module: nn.Module, inputs: dict[str, torch.Tensor], shapes: Any) -> 
             program = torch.export.export(module, (inputs,), dynamic_shapes=(shapes,), strict=False)
             return program if all(map(_is_functional, program.graph.nodes)) else program.run_decompositions({})
     except (RuntimeError, ValueError, UserError) as error:
-        raise PassError(f"torch.export cannot capture {type(module).__name__}: {error}") from error
+        what = getattr(module, "model", module)
+        raise PassError(f"torch.export cannot capture {type(what).__name__}: {in_one_line(error)}") from error
 
 
 def _is_functional(node: fx.Node) -> bool:

@@ -49,7 +49,7 @@ def _costs(module: fx.GraphModule) -> dict[str, int]:
     return {
         "nodes": len(nodes),
         "flops": flops,
-        "weight_bytes": sum(map(_bytes, {id(p): p for p in module.parameters()}.values())),
+        "weight_bytes": sum(map(_bytes, {id(t): t for t in (*module.parameters(), *module.buffers())}.values())),
     }
 
 

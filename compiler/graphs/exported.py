@@ -90,8 +90,8 @@ def _export_shell(
 class _Known:
     """Values that nodes have from the capture, with the symbols of this program in place of those of the capture.
 
-    Sizes and types are right; strides may be those from before a value was hoisted. There are none unless all inputs have one,
-    and no axis is symbolic that was not in the capture.
+    Sizes and types are right; strides may be those from before a value was hoisted. Used only where all inputs were captured
+    together and the batch is the only symbolic axis.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class _Known:
         return pytree.tree_map(self._renamed, node.meta["val"]) if self._some and "val" in node.meta else None
 
     def _renamed(self, value: Any) -> Any:
-        if isinstance(value, torch.SymInt):
+        if not isinstance(value, torch.Tensor):
             return self._size(value)
         with self._mode:
             size, stride = ([self._size(one) for one in sizes] for sizes in (value.shape, value.stride()))

@@ -29,8 +29,11 @@ def check_finite_run(graphs: Graphs, inputs: Mapping[str, torch.Tensor], precisi
     """
     size, flops = run_costs(graphs.modules[COMPUTE])
     if size > MAX_BYTES or flops > MAX_FLOPS:
-        log.warning("no example run: %.1f GB of weights, %.1f TFLOP a sample. Look at the first picture, in %s",
-                    size / 1e9, flops / 1e12, precision)  # fmt: skip
+        log.warning(
+            "whether the model stays finite in %s was not tried, with %.1f GB of weights and %.1f TFLOP a sample: if the first "
+            "picture is black, compile with --dtype bfloat16 or float32",
+            *(precision, size / 1e9, flops / 1e12),
+        )
         return
     compute = Values().module(graphs.modules[COMPUTE])
     with torch.no_grad():
@@ -39,9 +42,9 @@ def check_finite_run(graphs: Graphs, inputs: Mapping[str, torch.Tensor], precisi
         finder = _Finder(compute)
         with torch.no_grad():
             finder.run(*(inputs[str(node.target)] for node in compute.graph.nodes if node.op == "placeholder"))
+        wider = "" if precision == "float32" else "take --dtype float32 or bfloat16, which have a larger range, or "
         raise EngineError(
-            f"in {precision} an example run of the model is not finite, first at {finder.first}: "
-            "compile with --dtype float32 or bfloat16, which have a larger range, or check the weights"
+            f"in {precision} an example run of the model is not finite, first at {finder.first}: {wider}check the weights"
         )
     if slots is not None and FEATURE in results and not _is_finite(results[FEATURE].to(getattr(torch, slots))):
         largest = results[FEATURE].abs().max().item()

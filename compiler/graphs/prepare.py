@@ -26,7 +26,7 @@ from cachec.passes.base import Observer, outputs
 from cachec.runtime.abi import COMPUTE, FEATURE
 from cachec.runtime.model_io import ModelIO
 
-Key = tuple[str, int, int, int, str]  # weights, sizes, precision
+Key = tuple[int, int, int, str]  # sizes, precision
 
 # Graphs of models that are still loaded. By the very object, too: two pipelines in memory may come from the same files and
 # have become different. Passes never change a graph that they are given, so that it can be shared.
@@ -41,7 +41,7 @@ def prepare(model: LoadedModel, settings: Settings, observers: Sequence[Observer
     once for each model, size and precision, and again if ``observers`` are to look on. Weights of a model on disk are named,
     not held (``weights.py``): whoever runs a graph gives it values first.
     """
-    known, key = _SPLIT.setdefault(model, {}), _key(model, settings, settings.dtype)
+    known, key = _SPLIT.setdefault(model, {}), _key(settings, settings.dtype)
     if key not in known or observers:
         known[key] = _run(_capture(model, settings), model_passes(model, settings), observers)
     return known[key]
@@ -58,7 +58,7 @@ def model_passes(model: LoadedModel, settings: Settings) -> list[PassList]:
 
 
 def _capture(model: LoadedModel, settings: Settings) -> Graphs:
-    known, key = _CAPTURED.setdefault(model, {}), _key(model, settings, "its own")
+    known, key = _CAPTURED.setdefault(model, {}), _key(settings, "its own")
     if key not in known:
         inputs, constants = model.example_inputs(settings), model.constants(settings)
         known[key] = capture_model(_module(model), joined(inputs, model.io), constants)
@@ -75,8 +75,8 @@ def _run(graphs: Graphs, passes: Sequence[PassList], observers: Sequence[Observe
         return run_passes(graphs, passes, observers=observers)
 
 
-def _key(model: LoadedModel, settings: Settings, dtype: str) -> Key:
-    return model.weights_hash, settings.height, settings.width, settings.text_tokens, dtype
+def _key(settings: Settings, dtype: str) -> Key:
+    return settings.height, settings.width, settings.text_tokens, dtype
 
 
 def compute_only(graphs: Graphs) -> Graphs:

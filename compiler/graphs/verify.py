@@ -163,15 +163,6 @@ class Verifier:
         return "advanced", _run(module, given)[NEXT_LATENTS], share * base + velocity.float()
 
 
-LARGE = 1 << 30  # bytes of weights
-
-
-def is_large(model: LoadedModel) -> bool:
-    """Would it take long, or much memory, to run the model on the CPU?"""
-    places = model.stored.shards.places.values() if model.stored is not None else ()
-    return sum(place.size for place in places) > LARGE
-
-
 def verify_twin(model: LoadedModel, settings: Settings) -> None:
     """Capture the model's thin twin, run all passes of the hidden cut on it, and compare after each. It takes seconds.
 

@@ -24,6 +24,7 @@ from cachec.passes.base import CAST, copy_module, fetch
 from cachec.runtime.errors import PassError
 
 aten = torch.ops.aten
+LARGE = 2 << 30  # bytes of weights in the type that they are captured in
 SAME = (aten.detach.default, aten.alias.default)  # give what they are given
 
 
@@ -85,6 +86,11 @@ def expression(tensor: torch.Tensor) -> Expression:
 def is_named(tensor: Any) -> bool:
     """Is it without a value of its own?"""
     return isinstance(tensor, FakeTensor)
+
+
+def is_large(module: nn.Module) -> bool:
+    """Would it take long, or much memory, to run the module on the CPU?"""
+    return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters()) > LARGE
 
 
 def named_module(stored: Stored) -> nn.Module:
@@ -154,17 +160,22 @@ class Values:
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self._device = torch.device(device)
-        self._made: dict[Hashable, torch.Tensor] = {}
+        self._made: dict[Hashable, tuple[Expression, torch.Tensor]] = {}  # keys hold while there is what they are of
+        self._parameters: dict[Hashable, nn.Parameter] = {}
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
         """The value of a weight; one in memory is itself, moved to the device."""
         if not is_named(tensor):
             return tensor if tensor.device == self._device else tensor.to(self._device)
         what = expression(tensor)
-        if what.key not in self._made:
-            value = what.value(self._device)
-            self._made[what.key] = nn.Parameter(value, requires_grad=False) if isinstance(tensor, nn.Parameter) else value
-        return self._made[what.key]
+        key = what.key
+        if key not in self._made:
+            self._made[key] = what, what.value(self._device)
+        if not isinstance(tensor, nn.Parameter):
+            return self._made[key][1]
+        if key not in self._parameters:
+            self._parameters[key] = nn.Parameter(self._made[key][1], requires_grad=False)
+        return self._parameters[key]
 
     def key(self, tensor: torch.Tensor) -> Hashable:
         """The same for named weights of the same value."""

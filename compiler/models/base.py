@@ -96,7 +96,7 @@ class LoadedModel(ABC):
 
     @property
     def stored(self) -> "Stored | None":
-        """The transformer's files, if it is as they say: then it is compiled from them, and need not be in memory."""
+        """The transformer's files, if its weights are exactly theirs: then it is compiled from them, and not held in memory."""
         return None
 
     def thin_twin(self, settings: Settings) -> "tuple[LoadedModel, Settings] | None":
@@ -124,7 +124,7 @@ class LoadedModel(ABC):
     @property
     @abstractmethod
     def weights_hash(self) -> str:
-        """SHA-256 over the transformer's weight files."""
+        """SHA-256 over the transformer's weight files; over its tensors, if it is in memory and not what its files say."""
 
     @abstractmethod
     def example_inputs(self, settings: Settings, *, batch: int = 2) -> "dict[str, torch.Tensor]":

@@ -26,7 +26,7 @@ from transformers import CLIPTextModel, T5EncoderModel
 
 from cachec.compiler.models.base import Family, ModelSpec, Settings, lost_text
 from cachec.compiler.models.named import MODELS
-from cachec.compiler.models.shards import Stored
+from cachec.compiler.models.shards import Shards, Stored
 from cachec.runtime.errors import InputError, ModelUnavailableError, shortened
 from cachec.runtime.files import hash_file
 from cachec.runtime.model_io import ModelIO
@@ -106,11 +106,27 @@ class FluxModel(Family):
 
     @cached_property
     def weights_hash(self) -> str:
-        if self._directory is None:
+        files = self._own_files()
+        if not files:
             tensors = sorted(self.transformer.state_dict().items())
             return hashlib.sha256(b"".join(hashlib.sha256(_raw(tensor)).digest() for _, tensor in tensors)).hexdigest()
-        files = _weight_files(self.spec, self._directory / TRANSFORMER)
         return hashlib.sha256("".join(hash_file(file) for file in files).encode()).hexdigest()
+
+    def _own_files(self) -> list[Path]:
+        """Files with the very weights of the transformer: one in memory may have become different from its own."""
+        if self._directory is None or not (folder := self._directory / TRANSFORMER).is_dir():
+            return []
+        if self._stored is not None:
+            return _weight_files(self.spec, folder)
+        try:
+            shards = Shards.open(files := _weight_files(self.spec, folder))
+        except ModelUnavailableError:  # the weights are in memory, and what lies beside is not looked for
+            return []
+        held = self.transformer.state_dict()
+        same = held.keys() == shards.places.keys() and all(
+            torch.equal(shards.read(name).to(value.dtype), value.cpu()) for name, value in held.items()
+        )
+        return files if same else []
 
     def thin_twin(self, settings: Settings) -> tuple[Self, Settings]:
         config = {**self._config, "num_layers": 1, "num_single_layers": 1, "num_attention_heads": 2}
@@ -263,10 +279,14 @@ def _open_transformer(spec: ModelSpec, folder: Path) -> Stored:
 
 def _weight_files(spec: ModelSpec, folder: Path) -> list[Path]:
     """The transformer's files: all that the index names, if there is one."""
-    if (index := folder / "diffusion_pytorch_model.safetensors.index.json").is_file():
-        named: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        return sorted({folder / name for name in named.values()})
-    files = sorted(folder.glob("*.safetensors"))
+    whole = folder / "diffusion_pytorch_model.safetensors"  # beside which there may be those of other precisions
+    if (index := whole.with_name(f"{whole.name}.index.json")).is_file():
+        try:
+            named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            return sorted(folder / name for name in named)
+        except (KeyError, AttributeError, TypeError, ValueError) as error:
+            raise ModelUnavailableError(f"{index} is damaged: it has no weight_map ({error!r}); download it again") from error
+    files = [whole] if whole.is_file() else sorted(folder.glob("*.safetensors"))
     if not files:
         raise ModelUnavailableError(f"{spec.source} has no safetensors weights in {TRANSFORMER}/: convert them first")
     return files

@@ -9,6 +9,7 @@ import math
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import index
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,7 +20,9 @@ from torch import nn
 from cachec.runtime.errors import ModelUnavailableError, shortened
 from cachec.runtime.files import reason_of
 
-TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+WEIGHT_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+TYPES = {**WEIGHT_TYPES, "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}  # of buffers, too
+AGAIN = "download it again"
 MAX_HEADER = 100 << 20  # bytes, as in the format's own library
 LENGTH = struct.Struct("<Q")
 
@@ -69,8 +72,9 @@ class Shards:
                 file.seek(place.begin)
                 _fill(content, file)
         except OSError as error:
-            raise ModelUnavailableError(f"{place.file} cannot be read: {reason_of(error)}") from error
-        return torch.frombuffer(content, dtype=place.dtype).reshape(place.shape) if content else torch.empty(place.shape)
+            raise ModelUnavailableError(f"{place.file} cannot be read: {reason_of(error)}; {AGAIN}") from error
+        whole = torch.frombuffer(content, dtype=place.dtype) if content else torch.empty(0, dtype=place.dtype)
+        return whole.reshape(place.shape)
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +95,7 @@ class Stored:
         shards = Shards.open(files)
         with init_empty_weights(include_buffers=False):
             module = build().eval()
-        _check_shapes(shards, {name: tensor.shape for name, tensor in module.state_dict().items()}, configuration)
+        _check(shards, module, configuration)
         for name, buffer in module.named_buffers():
             if name in shards.places:
                 with torch.no_grad():
@@ -99,12 +103,17 @@ class Stored:
         return cls(module, shards)
 
 
-def _check_shapes(shards: Shards, shapes: Mapping[str, torch.Size], configuration: Path) -> None:
+def _check(shards: Shards, module: nn.Module, configuration: Path) -> None:
     wrong = f"the weights do not fit {configuration}: "
+    shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
     for names, what in ((shapes.keys() - shards.places, "is missing"), (shards.places.keys() - shapes, "is not the model's")):
         if names:
             more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
             raise ModelUnavailableError(f"{wrong}{min(names)} {what}{more}. Download them again")
+    for name, _ in module.named_parameters():
+        if not (place := shards.places[name]).dtype.is_floating_point:
+            raise ModelUnavailableError(f"{name} in {place.file} is {place.dtype}: quantised weights cannot be compiled. "
+                                        f"Pass weights in {', '.join(WEIGHT_TYPES)}")  # fmt: skip
     for name, place in shards.places.items():
         if place.shape != tuple(shapes[name]):
             raise ModelUnavailableError(
@@ -132,9 +141,9 @@ def _header(file: Path) -> Iterable[tuple[str, Place]]:
     except OSError as error:
         raise ModelUnavailableError(f"{file} cannot be read: {reason_of(error)}") from error
     except ValueError as error:
-        raise ModelUnavailableError(f"{file} is no safetensors file, or damaged: its header is no JSON ({error})") from error
+        raise ModelUnavailableError(f"{file} is damaged: its header is no JSON ({error}); {AGAIN}") from error
     if not isinstance(content, dict):
-        raise ModelUnavailableError(f"{file} is no safetensors file, or is cut off: its header is not whole")
+        raise ModelUnavailableError(f"{file} is no safetensors file, or is cut off: its header is not whole; {AGAIN}")
     start = LENGTH.size + length
     for name, facts in content.items():
         if name != "__metadata__":
@@ -143,19 +152,15 @@ def _header(file: Path) -> Iterable[tuple[str, Place]]:
 
 def _place(file: Path, name: str, facts: Any, start: int, file_size: int) -> Place:
     try:
-        begin, end = facts["data_offsets"]
-        shape, kind = tuple(map(int, facts["shape"])), str(facts["dtype"])
-        numel = math.prod(shape)
+        begin, end = map(index, facts["data_offsets"])
+        shape, kind = tuple(map(index, facts["shape"])), str(facts["dtype"])
     except (KeyError, TypeError, ValueError) as error:
-        raise ModelUnavailableError(f"{file} is damaged: its header says of {name} {shortened(facts)}") from error
+        raise ModelUnavailableError(f"{file} is damaged: its header says of {name} {shortened(facts)}; {AGAIN}") from error
     if kind not in TYPES:
-        raise ModelUnavailableError(
-            f"{name} in {file} is {kind}, which is a quantised or integer type: pass weights in {', '.join(TYPES)}"
-        )
-    if not 0 <= begin <= end or end - begin != numel * TYPES[kind].itemsize:
-        raise ModelUnavailableError(f"{file} is damaged: {name} of {list(shape)} {kind} has {end - begin} bytes")
+        raise ModelUnavailableError(f"{name} in {file} is {kind}: quantised weights cannot be compiled. "
+                                    f"Pass weights in {', '.join(WEIGHT_TYPES)}")  # fmt: skip
+    if min(begin, *shape, 0) < 0 or end - begin != math.prod(shape) * TYPES[kind].itemsize:
+        raise ModelUnavailableError(f"{file} is damaged: {name} of {list(shape)} {kind} has {end - begin} bytes; {AGAIN}")
     if start + end > file_size:
-        raise ModelUnavailableError(
-            f"{file} is cut off: it has {file_size} bytes, and {name} ends at {start + end}. Get it again"
-        )
+        raise ModelUnavailableError(f"{file} is cut off: it has {file_size} bytes, and {name} ends at {start + end}; {AGAIN}")
     return Place(file, start + begin, end - begin, shape, TYPES[kind])

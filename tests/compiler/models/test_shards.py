@@ -56,6 +56,16 @@ def test_a_tensor_of_another_shape_is_refused(files):
         open_toy([files[0], files[0].with_name("c.safetensors")])
 
 
+def test_integers_are_values_of_buffers_and_not_of_weights(tmp_path):
+    state = ToyDiT().state_dict()
+    path = tmp_path / "x.safetensors"
+    save_file({**state, "positions": torch.ones(6, 1, dtype=torch.int64)}, path)
+    assert torch.equal(open_toy([path]).module.positions, torch.ones(6, 1))
+    save_file({**state, "out.bias": torch.ones(8, dtype=torch.uint8)}, path)
+    with pytest.raises(ModelUnavailableError, match="out.bias in .* is torch.uint8: quantised weights cannot be compiled"):
+        open_toy([path])
+
+
 def header(content, data=b""):
     text = content if isinstance(content, bytes) else json.dumps(content).encode()
     return struct.pack("<Q", len(text)) + text + data
@@ -69,9 +79,14 @@ def header(content, data=b""):
         (header(b"no json"), "its header is no JSON"),
         (header([1]), "its header is not whole"),
         (header({"x": {"dtype": "F32", "shape": [2]}}), "its header says of x"),
+        (header({"x": {"dtype": "F32", "shape": [1], "data_offsets": [0.0, 4]}}, bytes(4)), "its header says of x"),
+        (
+            header({"x": {"dtype": "F32", "shape": [-1], "data_offsets": [4, 0]}}, bytes(4)),
+            "x of .-1. F32 has -4 bytes",
+        ),
         (
             header({"x": {"dtype": "F8_E4M3", "shape": [2], "data_offsets": [0, 2]}}, b"ab"),
-            "x in .* is F8_E4M3, which is a quant",
+            "x in .* is F8_E4M3: quantised weights cannot",
         ),
         (header({"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 7]}}, bytes(7)), r"x of \[2\] F32 has 7 bytes"),
         (
