@@ -29,7 +29,6 @@ from cachec.compiler.calibration.runs import Sampling, encode_prompts, run_uncac
 from cachec.compiler.calibration.statistics import load_statistics, record_statistics, save_statistics
 from cachec.compiler.calibration.uses import UsedPrompts
 from cachec.compiler.graphs.prepare import prepare
-from cachec.compiler.graphs.weights import Values
 from cachec.compiler.methods import get_method
 from cachec.compiler.methods.base import Method
 from cachec.compiler.methods.gram_fit import fit_rows, polish
@@ -127,7 +126,7 @@ def open_setting(name: str, work: Path, *, steps: int, shift: float | None, num:
         scheduler = model.pipeline.scheduler
         model.pipeline.scheduler = scheduler.from_config(scheduler.config, use_dynamic_shifting=False, shift=shift)
     settings = Settings(spec.height, spec.width, spec.text_tokens, spec.guidance, steps, "float32")
-    evaluator = GraphEvaluator(Values().graphs(prepare(model, settings)), model.io)
+    evaluator = GraphEvaluator(prepare(model, settings), model.io)
     path = work / f"{name}.safetensors"
     reference_steps = FINE if name == "50 steps" else 0
     if not path.exists():

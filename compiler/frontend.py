@@ -24,7 +24,7 @@ from cachec.compiler.graphs.export import EnginePlan, plan_engines
 from cachec.compiler.graphs.finite import check_finite_run
 from cachec.compiler.graphs.prepare import compute_only, engine, inlined, linear, prepare
 from cachec.compiler.graphs.verify import verifier_for, verify_twin
-from cachec.compiler.graphs.weights import Values, is_large
+from cachec.compiler.graphs.weights import is_large
 from cachec.compiler.methods.base import PredictorMethod
 from cachec.compiler.methods.parameters import Parameters, check_fit, find_pretrained, load_predictor
 from cachec.compiler.methods.training import Training, train_predictor, training_facts
@@ -136,7 +136,7 @@ def _read_statistics(model: LoadedModel, request: Request, path: Path) -> Statis
 
 def evaluator_of(model: LoadedModel, settings: Settings) -> GraphEvaluator:
     """The float32 model on PyTorch, whatever the bundle's precision: what is trained, fitted and measured against."""
-    return GraphEvaluator(Values().graphs(prepare(model, replace(settings, dtype="float32"))), model.io)
+    return GraphEvaluator(prepare(model, replace(settings, dtype="float32")), model.io)
 
 
 def find_parameters(model: LoadedModel, request: Request, checked: Checked, work: Path | None) -> Parameters | None:

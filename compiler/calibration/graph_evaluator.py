@@ -1,6 +1,6 @@
-"""The evaluator of prepared graphs: PyTorch on the CPU, with gradients.
+"""The evaluator of prepared graphs: PyTorch on any device, with gradients.
 
-Shapes: as ``evaluator.py``.
+Shapes: as ``evaluator.py``. Noise, latents, conditions and results cross between host and device; nothing else does.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,8 +10,9 @@ import torch
 from torch import fx
 
 from cachec.compiler.calibration.evaluator import Conditions, Evaluator, Numbers, Time
+from cachec.compiler.graphs.weights import Values
 from cachec.passes import Graphs
-from cachec.passes.base import placeholders
+from cachec.passes.base import outputs, placeholders
 from cachec.runtime.abi import (
     ADVANCE,
     COMPUTE,
@@ -33,7 +34,7 @@ Tensors = Mapping[str, torch.Tensor]
 
 
 class GraphEvaluator(Evaluator):
-    """The split graphs: the whole model, and its tail behind the cut.
+    """The split graphs: the whole model, and its tail behind the cut, their weights on ``device``.
 
     ``inlined``: graphs with a predictor inside the forecast graph, for Programs that call one.
     """
@@ -41,22 +42,27 @@ class GraphEvaluator(Evaluator):
     name: ClassVar[str] = "PyTorch"
     differentiable: ClassVar[bool] = True
 
-    def __init__(self, split: Graphs, io: ModelIO, inlined: Graphs | None = None) -> None:
-        self._io = io
+    def __init__(
+        self, split: Graphs, io: ModelIO, inlined: Graphs | None = None, *, device: torch.device | str = "cpu"
+    ) -> None:
+        self._io, self._device = io, torch.device(device)
+        values = Values(self._device)
+        split = values.graphs(split)
+        inlined = None if inlined is None else values.graphs(inlined)
+        self._kept = outputs(split.modules[COMPUTE])[FEATURE].meta["val"].dtype  # the type of features
         self._compute, self._behind = split.modules[COMPUTE], split.modules[FORECAST]
         self._predictor = None if inlined is None else inlined.modules[FORECAST]
 
     @torch.no_grad()
     def evaluate(self, x: Array, t: Time, conditions: Conditions) -> tuple[Array, Array]:
-        latents = torch.from_numpy(x)
-        velocity, feature = self._evaluate(latents, _told(t, latents), _tensors(conditions))
-        return velocity.numpy(), feature.numpy()
+        latents = self._there(x)
+        velocity, feature = self._evaluate(latents, _told(t, latents), self._tensors(conditions))
+        return _back(velocity), _back(feature)
 
     @torch.no_grad()
     def tail(self, feature: Array, t: Time, conditions: Conditions) -> Array:
-        value = torch.from_numpy(feature)
-        velocity: Array = self._tail(value, _told(t, value), _tensors(conditions)).numpy()
-        return velocity
+        value = self._there(feature)
+        return _back(self._tail(value, _told(t, value), self._tensors(conditions)))
 
     def evaluate_with_gradients(
         self, x: torch.Tensor, t: torch.Tensor, conditions: Tensors
@@ -69,18 +75,24 @@ class GraphEvaluator(Evaluator):
     ) -> Array:
         rows = program.coefficients if coefficients is None else coefficients
         told = program.timesteps if timesteps is None else timesteps
-        loop = _Loop(self, program, torch.from_numpy(noise), _tensors(conditions), rows, told)
+        loop = _Loop(self, program, self._there(noise), self._tensors(conditions), rows, told)
         for instruction in program.instructions:
             loop.play(instruction)
-        final: Array = loop.latents.numpy()
-        return final
+        return _back(loop.latents)
+
+    def _there(self, value: Array) -> torch.Tensor:
+        return torch.from_numpy(value).to(self._device)
+
+    def _tensors(self, conditions: Conditions) -> dict[str, torch.Tensor]:
+        return {name: self._there(value) for name, value in conditions.items()}
 
     def _evaluate(self, x: torch.Tensor, t: torch.Tensor, conditions: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
         result = self._compute(**{self._io.latents: x, self._io.timestep: t, **conditions})
         return result[VELOCITY], result[FEATURE]
 
     def _tail(self, feature: torch.Tensor, t: torch.Tensor, conditions: Tensors) -> torch.Tensor:
-        velocity: torch.Tensor = _call(self._behind, {**conditions, self._io.timestep: t, FEATURE: feature})[VELOCITY]
+        given = {**conditions, self._io.timestep: t, FEATURE: feature.to(self._kept)}
+        velocity: torch.Tensor = _call(self._behind, given)[VELOCITY]
         return velocity
 
     def _predict(
@@ -107,7 +119,7 @@ class _Loop:
     ) -> None:
         self.latents = noise
         self._evaluator, self._conditions, self._noise = evaluator, conditions, noise
-        self._rows, self._bias = (torch.from_numpy(a).to(noise.dtype) for a in (coefficients[:, 0], program.bias))
+        self._rows, self._bias = (torch.from_numpy(a).to(noise) for a in (coefficients[:, 0], program.bias))
         self._sigmas, self._timesteps = program.sigmas, timesteps
         self._slots: dict[tuple[str, int], torch.Tensor] = {}
         self._kept: dict[tuple[str, int], int] = {}  # which step each slot is of
@@ -137,12 +149,16 @@ class _Loop:
 
     def _history(self, step: int, slots: Sequence[int]) -> Tensors:
         """What a predictor looks at, but for latents, told time and conditions."""
-        steps = torch.tensor([self._kept[FEATURE, slot] for slot in slots])
+        schedule = {
+            SIGMAS: torch.from_numpy(self._sigmas),
+            STEP: torch.tensor(step),
+            HISTORY_STEPS: torch.tensor([self._kept[FEATURE, slot] for slot in slots]),
+        }
         features = {history_name(i): self._slots[FEATURE, slot] for i, slot in enumerate(slots)}
-        return {**features, SIGMAS: torch.from_numpy(self._sigmas), STEP: torch.tensor(step), HISTORY_STEPS: steps}
+        return {**features, **{name: value.to(self._noise.device) for name, value in schedule.items()}}
 
     def _weighted(self, instruction: Instruction, step: int, kind: str) -> torch.Tensor:
-        values = torch.stack([self._slots[kind, slot] for slot in instruction.reads[kind]])
+        values = torch.stack([self._slots[kind, slot] for slot in instruction.reads[kind]]).to(self._rows.dtype)
         total: torch.Tensor = torch.tensordot(self._rows[step, : len(values)], values, 1)
         return total
 
@@ -160,9 +176,11 @@ def _call(module: fx.GraphModule, known: Tensors) -> Mapping[str, torch.Tensor]:
 
 
 def _told(t: Time, like: torch.Tensor) -> torch.Tensor:
-    """The told time as [B], in the precision of ``like`` [B, …]."""
-    return torch.as_tensor(t, dtype=like.dtype).expand(len(like)).clone()
+    """The told time as [B], in the precision of ``like`` [B, …] and where it is."""
+    return torch.as_tensor(t, dtype=like.dtype).to(like.device).expand(len(like)).clone()
 
 
-def _tensors(conditions: Conditions) -> dict[str, torch.Tensor]:
-    return {name: torch.from_numpy(value) for name, value in conditions.items()}
+def _back(value: torch.Tensor) -> Array:
+    """On the host, in float32."""
+    array: Array = value.float().cpu().numpy()
+    return array

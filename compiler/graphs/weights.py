@@ -162,11 +162,12 @@ class Values:
         self._device = torch.device(device)
         self._made: dict[Hashable, tuple[Expression, torch.Tensor]] = {}  # keys hold while there is what they are of
         self._parameters: dict[Hashable, nn.Parameter] = {}
+        self._moved: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by what they were, which is held
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
         """The value of a weight; one in memory is itself, moved to the device."""
         if not is_named(tensor):
-            return tensor if tensor.device == self._device else tensor.to(self._device)
+            return tensor if tensor.device == self._device else self._there(tensor)
         what = expression(tensor)
         key = what.key
         if key not in self._made:
@@ -190,22 +191,36 @@ class Values:
         return replace(graphs, modules={name: self.module(module) for name, module in graphs.modules.items()})
 
     def module(self, module: fx.GraphModule) -> fx.GraphModule:
-        """A graph with values in place of named weights; itself if it has none."""
-        read = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
-        named = [name for name in read if is_named(fetch(module, name))]
-        if not named:
+        """A graph with values in place of named weights, on the device; itself if it is that already."""
+        held = {str(node.target): fetch(module, str(node.target)) for node in module.graph.nodes if node.op == "get_attr"}
+        values = {name: self.of(tensor) for name, tensor in held.items() if isinstance(tensor, torch.Tensor)}
+        new = {name: value for name, value in values.items() if value is not held[name]}
+        if not new and not any(map(self._is_elsewhere, module.graph.nodes)):
             return module
         copy = copy_module(module)
-        for name in named:
+        for name, value in new.items():
             owner, _, last = name.rpartition(".")
             part = copy.get_submodule(owner)
-            value = self.of(fetch(module, name))
             delattr(part, last)
             if isinstance(value, nn.Parameter):
                 part.register_parameter(last, value)
             else:
                 part.register_buffer(last, value)
+        for node in filter(self._is_elsewhere, copy.graph.nodes):
+            node.kwargs = {**node.kwargs, "device": self._device}
+        copy.recompile()
         return copy
+
+    def _there(self, tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) not in self._moved:
+            moved = tensor.detach().to(self._device)
+            wanted = nn.Parameter(moved, requires_grad=False) if isinstance(tensor, nn.Parameter) else moved
+            self._moved[id(tensor)] = tensor, wanted
+        return self._moved[id(tensor)][1]
+
+    def _is_elsewhere(self, node: fx.Node) -> bool:
+        """Does it make a tensor on another device?"""
+        return node.kwargs.get("device") not in (None, self._device)
 
     def program(self, program: ExportedProgram) -> ExportedProgram:
         """A program with values in place of named weights; itself if it has none."""
