@@ -49,7 +49,8 @@ class GraphEvaluator(Evaluator):
         values = Values(self._device)
         split = values.graphs(split)
         inlined = None if inlined is None else values.graphs(inlined)
-        self._kept = outputs(split.modules[COMPUTE])[FEATURE].meta["val"].dtype  # the type of features
+        feature = outputs(split.modules[COMPUTE])[FEATURE].meta.get("val")
+        self._kept = torch.float32 if feature is None else feature.dtype  # graphs that were not captured are float32
         self._compute, self._behind = split.modules[COMPUTE], split.modules[FORECAST]
         self._predictor = None if inlined is None else inlined.modules[FORECAST]
 
