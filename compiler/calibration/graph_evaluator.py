@@ -30,6 +30,7 @@ from cachec.runtime.model_io import ModelIO
 from cachec.runtime.program import Program
 from cachec.runtime.specs import Array
 
+LOW = (torch.float16, torch.bfloat16)
 Tensors = Mapping[str, torch.Tensor]
 
 
@@ -50,7 +51,7 @@ class GraphEvaluator(Evaluator):
         split = values.graphs(split)
         inlined = None if inlined is None else values.graphs(inlined)
         feature = outputs(split.modules[COMPUTE])[FEATURE].meta.get("val")
-        self._kept = torch.float32 if feature is None else feature.dtype  # graphs that were not captured are float32
+        self._kept = None if feature is None else feature.dtype  # what graphs that were not captured give is taken as it is
         self._compute, self._behind = split.modules[COMPUTE], split.modules[FORECAST]
         self._predictor = None if inlined is None else inlined.modules[FORECAST]
 
@@ -92,7 +93,8 @@ class GraphEvaluator(Evaluator):
         return result[VELOCITY], result[FEATURE]
 
     def _tail(self, feature: torch.Tensor, t: torch.Tensor, conditions: Tensors) -> torch.Tensor:
-        given = {**conditions, self._io.timestep: t, FEATURE: feature.to(self._kept)}
+        feature = feature if self._kept is None else feature.to(self._kept)
+        given = {**conditions, self._io.timestep: t, FEATURE: feature}
         velocity: torch.Tensor = _call(self._behind, given)[VELOCITY]
         return velocity
 
@@ -182,6 +184,6 @@ def _told(t: Time, like: torch.Tensor) -> torch.Tensor:
 
 
 def _back(value: torch.Tensor) -> Array:
-    """On the host, in float32."""
-    array: Array = value.float().cpu().numpy()
+    """On the host; in float32 what numpy has no type for."""
+    array: Array = (value.float() if value.dtype in LOW else value).cpu().numpy()
     return array
