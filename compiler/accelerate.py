@@ -87,14 +87,11 @@ def _fit_request(model: LoadedModel, request: Request) -> Request:
     """The request in the transformer's own precision.
 
     Raises:
-        InputError: the method is fitted to runs of the model, which are made on the CPU, and the model is elsewhere.
+        InputError: passes are to be verified, which is done on the CPU, and the model is elsewhere.
     """
-    name = model.device.type
-    if name != CPU and (request.needs_calibration or request.method.needs_training or request.wish.graph.verify_passes):
-        raise InputError(
-            f"the pipeline is on {name}, but {request.method.name} with this schedule needs runs of the model, or checks, that "
-            "are made on the CPU: name a method and a schedule that need none (taylor or adams with a budget)"
-        )
+    device = DeviceName.parse(str(model.device))
+    if device.kind != CPU and request.wish.graph.verify_passes:
+        raise InputError(f"the pipeline is on {device}, but passes are verified on the CPU: move it there, or leave that out")
     dtype = str(next(model.transformer.parameters()).dtype).removeprefix("torch.")
     wish = replace(request.wish, graph=replace(request.wish.graph, velocities=True))  # which the drop-in hands out
-    return replace(request, wish=wish, settings=replace(request.settings, dtype=dtype))
+    return replace(request, wish=wish, device=device, settings=replace(request.settings, dtype=dtype))

@@ -31,12 +31,14 @@ from cachec.compiler.methods.training import Training, train_predictor, training
 from cachec.compiler.models.base import LoadedModel, ModelSpec, Settings
 from cachec.compiler.planning.levels import forecast_cost
 from cachec.compiler.planning.planner import Calibrations, Planner
-from cachec.compiler.request import Request
+from cachec.compiler.request import Request, evaluated_in
 from cachec.compiler.tables.lower import lower_predictor, lower_table, lower_uncached
 from cachec.compiler.tables.schedule import Schedule
+from cachec.engines.torch_device import check_device
 from cachec.passes import Graphs, dump_to
 from cachec.passes.base import Observer
-from cachec.runtime.engine import Engine
+from cachec.runtime.device import DeviceName
+from cachec.runtime.engine import HOST, Engine
 from cachec.runtime.errors import InputError
 from cachec.runtime.program import UNCACHED, Program, ProgramKey, hash_sigmas
 
@@ -124,7 +126,10 @@ def _find_trained(model: LoadedModel, request: Request, training: Training) -> P
 
 def _read_statistics(model: LoadedModel, request: Request, path: Path) -> Statistics:
     statistics = load_statistics(path)
-    check_statistics(statistics, calibration_facts(model, request.settings, request.reference_steps or None))
+    precision = evaluated_in(request.settings, request.device)
+    check_statistics(
+        statistics, calibration_facts(model, request.settings, request.reference_steps or None, precision=precision)
+    )
     if request.reference_steps is None and statistics.fine_latents is None:
         raise InputError(
             f"calibration {statistics.origin} has no fine reference, which level fine is fitted to: make one with "
@@ -134,9 +139,16 @@ def _read_statistics(model: LoadedModel, request: Request, path: Path) -> Statis
     return statistics
 
 
-def evaluator_of(model: LoadedModel, settings: Settings) -> GraphEvaluator:
-    """The float32 model on PyTorch, whatever the bundle's precision: what is trained, fitted and measured against."""
-    return GraphEvaluator(prepare(model, replace(settings, dtype="float32")), model.io)
+def evaluator_of(model: LoadedModel, settings: Settings, device: DeviceName = HOST) -> GraphEvaluator:
+    """The model under PyTorch on ``device``: what is trained, fitted and measured against (``request.evaluated_in``).
+
+    Raises:
+        InputError: PyTorch has no such device here.
+    """
+    check_device(device)
+    precision = evaluated_in(settings, device)
+    split = prepare(model, replace(settings, dtype=precision))
+    return GraphEvaluator(split, model.io, device=str(device), precision=precision)
 
 
 def find_parameters(model: LoadedModel, request: Request, checked: Checked, work: Path | None) -> Parameters | None:
@@ -145,7 +157,7 @@ def find_parameters(model: LoadedModel, request: Request, checked: Checked, work
     if parameters is None and checked.training is not None:
         assert work is not None, "trainings keep checkpoints"
         log.warning("no trained %s predictor fits these settings: training one now", request.method.name)
-        parameters = train_predictor(model, evaluator_of(model, request.settings), checked.training, work=work)
+        parameters = train_predictor(model, evaluator_of(model, request.settings, request.device), checked.training, work=work)
     log.info("predictor: %s", "none needed" if parameters is None else parameters.origin)
     return parameters
 
@@ -159,7 +171,7 @@ def find_calibrations(model: LoadedModel, request: Request, checked: Checked, wo
     settings, statistics = replace(request.settings, dtype="float32"), checked.statistics
     if statistics is None and checked.prompts is None:
         return None
-    evaluator = evaluator_of(model, request.settings)
+    evaluator = evaluator_of(model, request.settings, request.device)
     if statistics is None:
         assert checked.prompts is not None
         fine = request.reference_steps or 0

@@ -32,7 +32,7 @@ class ModelSettings:
     width: int | None = option(None, "Pixels; default from the model.", also=("train", "calibrate"))
     text_tokens: int | None = option(None, "Length of the text sequence; default from the model.", also=("train", "calibrate"))
     guidance: float | None = option(None, "Guidance scale; default from the model.", also=("train", "calibrate"))
-    dtype: str = option("float32", "float32, float16 or bfloat16.")
+    dtype: str = option("float32", "float32, float16 or bfloat16.", also=("train", "calibrate"))
     batch: int | None = option(None, "Accept batches of this size only; default any.")
 
 
@@ -75,8 +75,9 @@ class BuildWish:
         "--target", "--backend",
     )  # fmt: skip
     device: str | None = option(
-        None, "cpu, cuda or cuda:1: measure there, aoti builds for it; default cpu, or cuda if all targets are."
-    )
+        None, "cpu, cuda or cuda:1: run the model and measure there, aoti builds for it; default cpu, or cuda for its targets.",
+        also=("train", "calibrate"),
+    )  # fmt: skip
     strip_weights: bool = option(
         False, "TensorRT: engines without weights, which the bundle then has once.", also=("add-target",)
     )

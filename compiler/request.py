@@ -19,7 +19,7 @@ from cachec.engines.gpu import find_gpu
 from cachec.engines.targets import TargetName
 from cachec.passes import HOISTS
 from cachec.runtime.build_options import BuildOptions
-from cachec.runtime.device import CUDA, DeviceName
+from cachec.runtime.device import CPU, CUDA, DeviceName
 from cachec.runtime.engine import HOST
 from cachec.runtime.errors import CachecError, InputError, unknown_name
 from cachec.runtime.noise import check_seed
@@ -88,6 +88,14 @@ class Request:
     def needs_calibration(self) -> bool:
         """Are calibration runs looked at: for fits, searches, or a quality gate?"""
         return self.fits or self.wish.fit.min_psnr is not None or self.wish.fit.calibration is not None
+
+
+def evaluated_in(settings: Settings, device: DeviceName) -> str:
+    """The precision that the model is run in to be fitted to: float32 on the CPU, that of the settings on a GPU.
+
+    There it has the kernels for it, and a model of real size has no room in float32.
+    """
+    return "float32" if device.kind == CPU else settings.dtype
 
 
 def make_request(spec: ModelSpec, **given: Any) -> Request:

@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
+from cachec.runtime.device import CPU
 from cachec.runtime.errors import InputError
 from cachec.runtime.program import Program
 from cachec.runtime.specs import Array
@@ -22,13 +23,16 @@ Numbers = Array | None  # in place of a Program's own, where given
 
 
 class Evaluator(ABC):
-    """A model on some device. Speaks numpy, in the model's own precision (float32 wherever pictures are made).
+    """A model on some device. Speaks numpy; what numpy has no type for is handed out in float32.
 
-    ``differentiable``: :meth:`evaluate_with_gradients` can be asked for.
+    ``differentiable``: :meth:`evaluate_with_gradients` can be asked for, on ``device``. ``precision``: what it computes
+    in.
     """
 
     name: ClassVar[str]
     differentiable: ClassVar[bool] = False
+    device: str = CPU
+    precision: str = "float32"
 
     @abstractmethod
     def evaluate(self, x: Array, t: Time, conditions: Conditions) -> tuple[Array, Array]:

@@ -24,6 +24,7 @@ from cachec.runtime.abi import (
     VELOCITY,
     history_name,
 )
+from cachec.runtime.device import CPU
 from cachec.runtime.errors import InputError
 from cachec.runtime.instructions import Instruction
 from cachec.runtime.model_io import ModelIO
@@ -35,7 +36,7 @@ Tensors = Mapping[str, torch.Tensor]
 
 
 class GraphEvaluator(Evaluator):
-    """The split graphs: the whole model, and its tail behind the cut, their weights on ``device``.
+    """The split graphs, of ``precision``: the whole model, and its tail behind the cut, their weights on ``device``.
 
     ``inlined``: graphs with a predictor inside the forecast graph, for Programs that call one.
     """
@@ -44,8 +45,9 @@ class GraphEvaluator(Evaluator):
     differentiable: ClassVar[bool] = True
 
     def __init__(
-        self, split: Graphs, io: ModelIO, inlined: Graphs | None = None, *, device: torch.device | str = "cpu"
+        self, split: Graphs, io: ModelIO, inlined: Graphs | None = None, *, device: str = CPU, precision: str = "float32"
     ) -> None:
+        self.device, self.precision = device, precision
         self._io, self._device = io, torch.device(device)
         values = Values(self._device)
         split = values.graphs(split)

@@ -80,9 +80,15 @@ class CalibrationCost:
         )
 
 
-def calibration_facts(model: LoadedModel, settings: Settings, reference_steps: int | None) -> dict[str, str]:
-    """What statistics must be of, to be used with these settings; ``reference_steps`` ``None``: with any reference."""
+def calibration_facts(
+    model: LoadedModel, settings: Settings, reference_steps: int | None, *, precision: str = "float32"
+) -> dict[str, str]:
+    """What statistics must be of, to be used with these settings.
+
+    ``reference_steps`` ``None``: with any reference. ``precision``: what the model computed in.
+    """
     facts = {
+        "precision": precision,
         "weights_sha256": model.weights_hash,
         "steps": str(settings.steps),
         "sampler": type(model.pipeline.scheduler).__name__,
@@ -142,7 +148,8 @@ def record_statistics(
     cost = calibration_cost(latents, feature, settings, num, reference_steps)
     log.warning("calibration on %d prompts: %s", num, cost)
     facts = {
-        **calibration_facts(model, settings, reference_steps),
+        **calibration_facts(model, settings, reference_steps, precision=evaluator.precision),
+        "device": evaluator.device,
         "model": model.spec.name,
         "seed": str(seed),
         "num_prompts": str(num),

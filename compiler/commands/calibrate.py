@@ -9,6 +9,7 @@ from cachec.compiler.calibration.statistics import check_reference, record_stati
 from cachec.compiler.calibration.uses import MIN_PROMPTS, NUM_CALIBRATION, Use, calibration_prompts
 from cachec.compiler.models import find_model, load_model
 from cachec.compiler.options import make_settings, read_options
+from cachec.runtime.device import CPU, DeviceName
 from cachec.runtime.errors import InputError, need
 from cachec.runtime.files import check_file
 from cachec.runtime.noise import check_seed
@@ -30,11 +31,16 @@ def calibrate_to_file(
     """
     need("torch", "diffusers", "transformers", extra="compile", purpose="calibrating on a model's graphs")
     from cachec.compiler.frontend import evaluator_of
+    from cachec.compiler.request import evaluated_in
 
     wish, spec = read_options(options, "calibrate"), find_model(source)
     seed, reference_steps, own = wish.fit.seed, wish.fit.reference_steps or 0, wish.fit.prompts is not None
     check_seed(seed)
-    settings = make_settings(spec, wish.model)
+    settings, device = make_settings(spec, wish.model), DeviceName.parse(wish.build.device or CPU)
+    if evaluated_in(settings, device) != settings.dtype:
+        raise InputError(
+            f"dtype is {settings.dtype}, but on the CPU models are run in float32: use --device cuda, or leave it out"
+        )
     listed = default_prompts(spec.prompts, "train") if wish.fit.prompts is None else read_prompts(wish.fit.prompts)
     if num < MIN_PROMPTS:
         raise InputError(f"num is {num}; calibration needs at least {MIN_PROMPTS} prompts, to fit on and to choose by")
@@ -46,7 +52,13 @@ def calibrate_to_file(
     model = load_model(spec)
     work = out.with_name(out.name + ".parts")
     statistics = record_statistics(
-        model, evaluator_of(model, settings), settings, chosen, reference_steps=reference_steps, seed=seed, work=work
+        model,
+        evaluator_of(model, settings, device),
+        settings,
+        chosen,
+        reference_steps=reference_steps,
+        seed=seed,
+        work=work,
     )
     save_statistics(statistics, out)
     remove_work(work)

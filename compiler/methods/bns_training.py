@@ -22,8 +22,9 @@ def train_rows(calibration: Calibration, schedule: Schedule, *, updates: int, ba
         InputError: the loss is not finite.
     """
     nodes = calibration.sigmas[[*schedule.compute, schedule.num_steps]]
-    rows = torch.from_numpy(adams_bashforth(nodes, 2)).float().requires_grad_()
-    timesteps = torch.from_numpy(node_timesteps(calibration, schedule)).float()
+    device = calibration.evaluator.device
+    rows = torch.from_numpy(adams_bashforth(nodes, 2)).float().to(device).requires_grad_()
+    timesteps = torch.from_numpy(node_timesteps(calibration, schedule)).float().to(device)
     optimizer = torch.optim.Adam([rows], lr=rate)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, updates)
     generator = torch.Generator().manual_seed(seed)
@@ -38,13 +39,16 @@ def train_rows(calibration: Calibration, schedule: Schedule, *, updates: int, ba
             optimizer.step()
             decay.step()
             bar.set_postfix_str(f"{-10 * loss.item() / np.log(10):.2f} dB")
-    result: Array = rows.detach().double().tril().numpy()
+    result: Array = rows.detach().cpu().double().tril().numpy()
     return result
 
 
 def _loss(calibration: Calibration, rows: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-    noise, reference = (torch.from_numpy(value) for value in (calibration.noise(), calibration.latents(calibration.num_steps)))
-    conditions = {name: torch.from_numpy(value) for name, value in calibration.all_conditions().items()}
+    def there(value: Array) -> torch.Tensor:
+        return torch.from_numpy(value).to(rows.device)
+
+    noise, reference = there(calibration.noise()), there(calibration.latents(calibration.num_steps))
+    conditions = {name: there(value) for name, value in calibration.all_conditions().items()}
     x, velocities = noise, []
     for i, timestep in enumerate(timesteps):
         velocities.append(calibration.evaluator.evaluate_with_gradients(x, timestep, conditions)[0])

@@ -57,11 +57,12 @@ class LesaTrainer:
 
     def __init__(self, data: TrainingData, *, max_rounds: int) -> None:
         torch.manual_seed(data.seed)
-        self.predictor = LesaPredictor(data.schedule.num_steps)
+        self._device = data.evaluator.device
+        self.predictor = LesaPredictor(data.schedule.num_steps).to(self._device)
         self.state = TrainingState()
         self._best = self._weights()
         self._evaluator, self._timesteps = data.evaluator, data.sampling.timesteps
-        self._sigmas = torch.from_numpy(data.sampling.sigmas)
+        self._sigmas = self._there(data.sampling.sigmas)
         self._train, self._held_out = data.train, data.held_out
         self._schedule, self._seed, self._max_rounds = data.schedule, data.seed, max_rounds
         self._path = data.work / "lesa.checkpoint"
@@ -81,7 +82,7 @@ class LesaTrainer:
                 bar.update()
                 bar.set_postfix_str(self._summary())
                 self._save()
-        return {name: weights.numpy() for name, weights in self._best.items()}
+        return {name: weights.cpu().numpy() for name, weights in self._best.items()}
 
     def facts(self) -> dict[str, str]:
         """How the training went, for the predictor file."""
@@ -123,18 +124,18 @@ class LesaTrainer:
 
     def _teacher_loss(self, batch: Trajectories, step: int) -> torch.Tensor:
         history = self._schedule.history(step, max(WINDOWS), feeds_back=True)
-        true = torch.from_numpy(batch.features)
+        true = self._there(batch.features)
         return (self._predict([true[:, past] for past in history], step) - true[:, step]).abs().mean()
 
     def _closed_loop(self, batch: Trajectories, *, learn: bool) -> Array:
         """One run of the cached model on ``batch``; with ``learn``, an update at each forecast. Returns the latents."""
-        x, true = batch.noise, torch.from_numpy(batch.features)
+        x, true = batch.noise, self._there(batch.features)
         history: deque[torch.Tensor] = deque(maxlen=max(WINDOWS))
         computed = set(self._schedule.compute)
         for step in range(self._schedule.num_steps):
             if step in computed:
                 velocity, computed_feature = self._evaluator.evaluate(x, self._timesteps[step], batch.conditions)
-                feature = torch.from_numpy(computed_feature)
+                feature = self._there(computed_feature)
             else:
                 features = list(history) + [history[-1]] * (max(WINDOWS) - len(history))
                 with torch.set_grad_enabled(learn):
@@ -142,15 +143,19 @@ class LesaTrainer:
                     if learn:
                         self._update((feature - true[:, step]).abs().mean())
                 feature = feature.detach()
-                velocity = self._evaluator.tail(feature.numpy(), self._timesteps[step], batch.conditions)
+                velocity = self._evaluator.tail(feature.cpu().numpy(), self._timesteps[step], batch.conditions)
             history.appendleft(feature)
             x = x + (self._sigmas[step + 1] - self._sigmas[step]).item() * velocity
         return x
 
     def _predict(self, features: list[torch.Tensor], step: int) -> torch.Tensor:
         steps = torch.zeros(len(features), dtype=torch.int64)
-        result: torch.Tensor = self.predictor(features, steps, self._sigmas, torch.tensor(step))
+        numbers = steps.to(self._device), self._sigmas, torch.tensor(step).to(self._device)
+        result: torch.Tensor = self.predictor(features, *numbers)
         return result
+
+    def _there(self, values: Array) -> torch.Tensor:
+        return torch.from_numpy(values).to(self._device)
 
     def _update(self, loss: torch.Tensor) -> None:
         self._optimizer.zero_grad()
@@ -218,7 +223,7 @@ class LesaTrainer:
         write_file(self._path, buffer.getvalue())
 
     def _load(self) -> None:
-        content = torch.load(self._path, weights_only=True)
+        content = torch.load(self._path, weights_only=True, map_location=self._device)
         self.state = TrainingState(**json.loads(content["state"]))
         self.predictor.load_state_dict(content["predictor"])
         self._best = content["best"]

@@ -39,6 +39,8 @@ def data(calibration, tmp_path, monkeypatch):
 class SingleEvaluator:
     """The toy's evaluator in float32, as models are."""
 
+    device = "cpu"
+
     def __init__(self, calibration):
         self._inner = calibration.evaluator
 
