@@ -112,3 +112,21 @@ def test_without_the_exporter_the_extra_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(onnx_files.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(Exception, match=r"writing ONNX files needs 'onnx_ir', .*pip install 'cachec\[compile\]'"):
         build_onnx({}, {}, tmp_path)
+
+
+def test_sizes_stay_in_the_graph_however_many_they_are(build):
+    """ONNX Runtime reads them while it loads a graph: "Cannot parse data from external tensors", says it of others."""
+    parts = 150
+    x = onnx_ir.Value(name="x", shape=onnx_ir.Shape([1, parts]), type=onnx_ir.TensorType(onnx_ir.DataType.FLOAT))
+    sizes = onnx_ir.Value(name="sizes", const_value=onnx_ir.tensor(np.ones(parts, np.int64), name="sizes"))
+    cut = onnx_ir.node("Split", [x, sizes], {"axis": 1}, num_outputs=parts)
+    joined = onnx_ir.node("Concat", cut.outputs[::-1], {"axis": 1})
+    last = joined.outputs[0]
+    last.name, last.type = "y", x.type
+    for number, value in enumerate(cut.outputs):
+        value.name = f"part{number}"
+    graph = onnx_ir.Graph([x], [last], nodes=[cut, joined], initializers=[sizes], name="g", opset_imports={"": OPSET})
+    path = build(onnx_ir.Model(graph, ir_version=10))
+    ort._start_thread_pool(None)
+    (result,) = ort.open_session(path, [ort.CPU_PROVIDER]).run(None, {"x": np.arange(parts, dtype=np.float32)[None]})
+    np.testing.assert_array_equal(result[0], np.arange(parts)[::-1])
