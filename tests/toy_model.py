@@ -83,6 +83,9 @@ class ToyModel(Family):
             )
         return self.pipeline.transformer
 
+    def thin_twin(self, settings):
+        return ToyModel(pipeline=ToyPipeline(ToyDiT(head_axis=True).eval())), settings
+
     @property
     def device(self):
         return torch.device("cpu")

@@ -7,9 +7,10 @@ import pytest
 import torch
 from toy import ToyDiT, example_inputs
 from toy_bundle import IO, LAST_BLOCK, captured
+from toy_model import SETTINGS, ToyModel
 
 from cachec.compiler.graphs.capture import capture_model
-from cachec.compiler.graphs.verify import Verifier
+from cachec.compiler.graphs.verify import Verifier, verify_twin
 from cachec.compiler.methods.taylor import Taylor
 from cachec.passes import (
     Equivalence,
@@ -131,3 +132,10 @@ def test_a_pass_that_may_round_may_not_do_more(graphs):
     run_passes(graphs[Stage.SPLIT], [Rounding(COMPUTE, FEATURE, nudged)], observers=[watch])
     with pytest.raises(PassError, match="allowed is 1e-05"):
         run_passes(graphs[Stage.SPLIT], [Rounding(COMPUTE, FEATURE, rounded)], observers=[watch])
+
+
+def test_a_thin_twin_shows_a_pass_that_is_wrong(monkeypatch):
+    verify_twin(ToyModel(), SETTINGS)
+    monkeypatch.setattr(Prune, "run", lambda _, graphs: Wrong(next(iter(graphs.modules)), VELOCITY, grown).run(graphs))
+    with pytest.raises(PassError, match="pass 'prune' .*: velocity differs by"):
+        verify_twin(ToyModel(), SETTINGS)

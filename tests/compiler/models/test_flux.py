@@ -1,9 +1,16 @@
-"""FLUX pipelines: what is said of prompts that are cut."""
+"""FLUX pipelines: their files, their thin twins, and what is said of prompts that are cut."""
+
+import json
+import shutil
 
 import pytest
+import torch
 
-from cachec.compiler.models import MODELS, load_model
+from cachec.compiler.models import MODELS, TINY_FLUX_DIR, find_model, load_model
 from cachec.compiler.models.base import Settings
+from cachec.runtime.errors import ModelUnavailableError
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 LONG = "a large red striped circle at the left of a dark background and a small blue cross at the right"
 
@@ -42,3 +49,53 @@ def test_the_pipelines_own_words_are_not_repeated(model, caplog):
 def test_a_prompt_that_fits_is_not_spoken_of(model, caplog):
     encode(model, ["a small red circle at the left on a dark background"], 16)
     assert not caplog.records
+
+
+def test_a_thin_twin_has_a_block_of_each_kind_and_leaves_the_model_alone():
+    model = load_model(MODELS["tiny-flux"])
+    settings, state = Settings(64, 64, 16, 3.5, 4, "bfloat16"), torch.get_rng_state()
+    twin, small = model.thin_twin(settings)
+    assert torch.equal(torch.get_rng_state(), state)
+    config = twin.transformer.config
+    assert (config.num_layers, config.num_single_layers, config.num_attention_heads) == (1, 1, 2)
+    assert config.guidance_embeds == model.io.conditions.__contains__("guidance")
+    assert twin.example_inputs(small)["hidden_states"].shape == (2, 6, config.in_channels)
+    assert small.dtype == "bfloat16"
+    assert model.pipeline.transformer is None  # nothing of it was loaded
+
+
+@pytest.fixture
+def directory(tmp_path):
+    """tiny-flux in a directory of its own, with links for its weights."""
+    shutil.copytree(TINY_FLUX_DIR, tmp_path / "m", ignore=shutil.ignore_patterns("*.safetensors"))
+    for path in TINY_FLUX_DIR.glob("*/*.safetensors"):
+        (tmp_path / "m" / path.parent.name / path.name).symlink_to(path)
+    return tmp_path / "m"
+
+
+def test_weights_of_another_precision_beside_the_models_are_not_taken(directory):
+    known = load_model(MODELS["tiny-flux"]).weights_hash
+    (directory / "transformer" / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"of another precision")
+    assert load_model(find_model(str(directory))).weights_hash == known
+
+
+def test_weights_that_changed_in_memory_are_not_those_of_the_files(directory):
+    loaded = load_model(find_model(str(directory)))
+    pipeline = loaded.pipeline
+    assert loaded.transformer is pipeline.transformer  # loads it
+    wrapped = type(loaded).wrap(loaded.spec, pipeline, directory)
+    assert wrapped.weights_hash == loaded.weights_hash
+    with torch.no_grad():
+        pipeline.transformer.proj_out.bias += 1
+    changed = type(loaded).wrap(loaded.spec, pipeline, directory)
+    assert changed.weights_hash != loaded.weights_hash
+
+
+def test_an_index_without_its_map_or_a_shard_that_is_missing_is_named(directory):
+    index = directory / "transformer" / f"{WEIGHTS}.index.json"
+    index.write_text(json.dumps({"metadata": {}}))
+    with pytest.raises(ModelUnavailableError, match="index.json is damaged: it has no weight_map"):
+        load_model(find_model(str(directory)))
+    index.write_text(json.dumps({"weight_map": {"proj_out.bias": "part-2.safetensors"}}))
+    with pytest.raises(ModelUnavailableError, match="part-2.safetensors cannot be read: No such file"):
+        load_model(find_model(str(directory)))
