@@ -7,7 +7,8 @@ import functools
 import hashlib
 import importlib.util
 import logging
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Protocol
 
@@ -36,6 +37,21 @@ class NamedWeights(Protocol):
         """The value, in tensors on the CPU that are to be joined along the first axis."""
 
 
+@contextmanager
+def _only_errors(*names: str) -> Iterator[None]:
+    """Let loggers say errors only, for as long as it lasts."""
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(max(logging.ERROR, logger.level))
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+@_only_errors("torch.onnx", "onnxscript", "onnx_ir")  # they tell of every pattern that they do not apply
 def build_onnx(
     programs: Mapping[str, "ExportedProgram"],
     signatures: Mapping[str, Signature],
@@ -51,8 +67,6 @@ def build_onnx(
             raise missing_extra(package, "compile", "writing ONNX files")
     import onnx_ir
 
-    for noisy in ("torch.onnx", "onnxscript", "onnx_ir"):  # they tell of every pattern that they do not apply
-        logging.getLogger(noisy).setLevel(logging.ERROR)
     models: dict[str, Any] = {}
     for name, program in programs.items():
         models[name] = _convert(program, signatures[name], weights)

@@ -19,7 +19,7 @@ from cachec.passes.drop_asserts import DropAsserts
 from cachec.passes.expand_attention_masks import ExpandAttentionMasks
 from cachec.passes.find_cut import FindCut
 from cachec.passes.fold_constants import FoldConstants
-from cachec.passes.fold_predictor import PredictorRows, fold_predictor
+from cachec.passes.fold_predictor import BindingTimes, binding_times, fold_step
 from cachec.passes.fuse_sampler import FuseSampler
 from cachec.passes.hoist import Hoist
 from cachec.passes.inline_predictor import InlinePredictor
@@ -40,6 +40,7 @@ __all__ = [
     "AddLinearForecast",
     "AssembleInput",
     "BatchForecast",
+    "BindingTimes",
     "CastPrecision",
     "CastSlots",
     "Decomplexify",
@@ -57,7 +58,6 @@ __all__ = [
     "Pass",
     "PassList",
     "PassResult",
-    "PredictorRows",
     "Prune",
     "ReplaceTypeAs",
     "RewriteBoolMaskedFill",
@@ -65,13 +65,14 @@ __all__ = [
     "SimplifyShapes",
     "SplitModel",
     "Stage",
+    "binding_times",
     "canonical_passes",
     "cast_passes",
     "check_stage",
     "compute_graphs",
     "dump_to",
     "engine_passes",
-    "fold_predictor",
+    "fold_step",
     "graph_text",
     "inline_passes",
     "linear_passes",

@@ -234,6 +234,11 @@ def tensors(node: fx.Node) -> list[torch.Tensor]:
     return [one for one in values if isinstance(one, torch.Tensor)]
 
 
+def sizes_by_name(value: torch.Tensor) -> list[str]:
+    """Of all axes; comparing symbolic sizes themselves would pin them down."""
+    return list(map(str, value.shape))
+
+
 def fetch(module: fx.GraphModule, target: str) -> Any:
     """The parameter, buffer or constant that a ``get_attr`` node names."""
     value: Any = module

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from cachec.passes.base import CAST, Equivalence, GraphPass, Graphs, emit, fetch, outputs, tensors
+from cachec.passes.base import CAST, Equivalence, GraphPass, Graphs, emit, fetch, outputs, sizes_by_name, tensors
 from cachec.runtime.abi import MODEL
 from cachec.runtime.errors import PassError
 
@@ -136,7 +136,7 @@ class _Caster:
         if operator_name(node) not in SUMS:
             return False
         values = [value.meta["val"] for value in inputs]
-        return any(value.dtype == self.dtype and _sizes(value) == _sizes(node.meta["val"]) for value in values)
+        return any(value.dtype == self.dtype and sizes_by_name(value) == sizes_by_name(node.meta["val"]) for value in values)
 
     def _named_type(self, value: Any, name: str) -> Any:
         """An argument that may be a type: that of what ``name`` gives."""
@@ -189,11 +189,6 @@ def _floats(node: fx.Node) -> list[torch.Tensor]:
 
 def _is_float(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), torch.Tensor) and bool(_floats(node))
-
-
-def _sizes(value: torch.Tensor) -> list[str]:
-    """By name, as comparing symbolic sizes would pin them down."""
-    return list(map(str, value.shape))
 
 
 def _evaluated(node: fx.Node) -> Any:

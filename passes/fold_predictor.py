@@ -1,4 +1,7 @@
-"""Binding-time analysis of a predictor: what depends on the schedule only is evaluated, the rest must be a weighted sum."""
+"""Binding-time analysis of a predictor: what depends on the schedule only is evaluated, the rest must be a weighted sum.
+
+An analysis, and no pass: it stands in no list. ``compiler/methods/predictor.py`` makes rows of numbers with it.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,36 +11,12 @@ import torch
 from torch import fx
 
 from cachec.passes.base import backward_slice, fetch, outputs, placeholders
-from cachec.runtime.abi import FEATURE, HISTORY_STEPS, SIGMAS, STEP, history_name
+from cachec.runtime.abi import FEATURE, HISTORY_STEPS, SIGMAS, STEP, history_name, history_window
 from cachec.runtime.errors import PredictorError
 
 PROBE_SCALES = (1.0, 1e4)  # of the random features: a predictor may be linear near zero only
 PROBE_TOKENS = 16
 TOLERANCE = 1e-6
-
-
-@dataclass(frozen=True, eq=False)
-class PredictorRows:
-    """A folded predictor: at step ``s`` it is ``sum_m coefficients[s, m] history_m + bias[s]``, newest first, float64."""
-
-    coefficients: torch.Tensor
-    bias: torch.Tensor
-
-
-def fold_predictor(parts: "BindingTimes", sigmas: torch.Tensor, histories: Mapping[int, tuple[int, ...]]) -> PredictorRows:
-    """Coefficients [T, W] and bias [T] of an analysed predictor; zero at steps without a history.
-
-    ``sigmas`` [T + 1]; ``histories``: which steps each forecast looks at, newest first.
-
-    Raises:
-        PredictorError: it is no affine combination of the features with the same numbers for every element.
-    """
-    num_steps = len(sigmas) - 1
-    coefficients = torch.zeros(num_steps, len(parts.history), dtype=torch.float64)
-    bias = torch.zeros(num_steps, dtype=torch.float64)
-    for step, history in histories.items():
-        coefficients[step], bias[step] = fold_step(parts, sigmas, step, history)
-    return PredictorRows(coefficients, bias)
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,12 +30,10 @@ class BindingTimes:
     result: fx.Node
 
 
-def analyse(predictor: fx.GraphModule) -> BindingTimes:
+def binding_times(predictor: fx.GraphModule) -> BindingTimes:
     """Split the nodes that lead to the predicted feature by what they depend on."""
     inputs = placeholders(predictor)
-    history: list[fx.Node] = []
-    while history_name(len(history)) in inputs:
-        history.append(inputs[history_name(len(history))])
+    history = [inputs[history_name(i)] for i in range(history_window(inputs))]
     result = outputs(predictor)[FEATURE]
     needed = backward_slice([result])
     touched, static, dynamic = set(history), [], []

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from cachec.passes.base import Equivalence, GraphPass, tensors
+from cachec.passes.base import Equivalence, GraphPass, sizes_by_name, tensors
 
 aten = torch.ops.aten
 SAME_VALUES = {  # of their first argument, if shape and type stay
@@ -37,7 +37,7 @@ class SimplifyShapes(GraphPass):
             if _is_idle(node):
                 node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
                 module.graph.erase_node(node)  # here: a dropout counts as random, and would be kept as dead code
-            elif (args := _wanted(node)) is not None and _sizes(tensors(args[0])[0]) == _sizes(tensors(node)[0]):
+            elif (args := _wanted(node)) is not None and sizes_by_name(tensors(args[0])[0]) == sizes_by_name(tensors(node)[0]):
                 node.replace_all_uses_with(args[0])  # undone
             elif args is not None:
                 node.target, node.args, node.kwargs = aten.reshape.default, args, {}
@@ -49,7 +49,7 @@ def _is_idle(node: fx.Node) -> bool:
     if node.target not in SAME_VALUES:
         return False
     (given,), (made,) = tensors(node.args[0]), tensors(node)  # type: ignore[arg-type]
-    return given.dtype == made.dtype and given.device == made.device and _sizes(given) == _sizes(made)
+    return given.dtype == made.dtype and given.device == made.device and sizes_by_name(given) == sizes_by_name(made)
 
 
 def _wanted(node: fx.Node) -> tuple[Any, ...] | None:
@@ -64,8 +64,3 @@ def _wanted(node: fx.Node) -> tuple[Any, ...] | None:
         return None
     args = (source, sizes)
     return None if node.target is aten.reshape.default and node.args == args else args
-
-
-def _sizes(value: torch.Tensor) -> list[str]:
-    """By name, as comparing symbolic sizes would pin them down."""
-    return list(map(str, value.shape))

@@ -3,6 +3,9 @@
 ``B`` batch, ``T`` steps, ``S`` slots, ``H`` of them written, ``G`` groups, ``n`` forecasts of one call, ``W`` window.
 """
 
+import re
+from collections.abc import Iterable
+
 MODEL = "model"  # the captured transformer, before it is split
 COMPUTE = "compute"  # one step of the whole model; a program may use several such graphs
 FORECAST = "forecast"  # all forecasts between two computed steps, or one call of a predictor
@@ -46,6 +49,12 @@ def timesteps_of(graph: str) -> str:
 def history_name(index: int) -> str:
     """Input name of the ``index``-th newest feature of an unfolded forecast engine."""
     return f"{FEATURE}_{index}"
+
+
+def history_window(names: Iterable[str]) -> int:
+    """W of an unfolded forecast graph with these inputs, of which the oldest feature counts. 0: it reads no history."""
+    numbered = [int(found[1]) for name in names if (found := re.fullmatch(rf"{FEATURE}_(\d+)", name))]
+    return max(numbered, default=-1) + 1
 
 
 def hoisted_name(graph: str, name: str) -> str:

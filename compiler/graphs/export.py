@@ -8,7 +8,7 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from cachec.compiler.graphs.exported import export_program
-from cachec.passes import Graphs
+from cachec.passes import Graphs, compute_graphs
 from cachec.passes.base import outputs, placeholders
 from cachec.runtime.abi import (
     ADVANCE,
@@ -31,6 +31,7 @@ from cachec.runtime.abi import (
     VELOCITIES,
     VELOCITY,
     history_name,
+    history_window,
     hoisted_name,
     timesteps_of,
 )
@@ -49,24 +50,26 @@ class EnginePlan:
 
 
 def plan_engines(graphs: Graphs, inputs: Mapping[str, torch.Tensor], latents: str, num_steps: int) -> list[EnginePlan]:
-    """Plans for all engines; ``inputs`` are example inputs of the model, ``latents`` the name of one."""
+    """Plans for all engines; ``inputs`` are example inputs of the model, ``latents`` the name of one.
+
+    Raises:
+        PassError: a graph cannot be exported.
+    """
     device = inputs[latents].device
     known = {**inputs, DELTA: torch.full((len(inputs[latents]),), -0.1, device=device)}
     plans = []
     if PROLOGUE in graphs.modules:
         prologue = graphs.modules[PROLOGUE]
-        times = {name: torch.linspace(1, 0.1, NUM_STEPS, device=device) for name in map(timesteps_of, (COMPUTE, FORECAST))}
+        times = {name: torch.linspace(1, 0.1, NUM_STEPS, device=device) for name in map(timesteps_of, graphs.modules)}
         given = {name: {**inputs, **times}[name] for name in placeholders(prologue)}
         plans.append(plan_engine(PROLOGUE, prologue, given, graphs.axes))
         hoisted = {name: _example(value, device) for name, value in _results(prologue, plans[-1].program).items()}
     else:
         hoisted = {}
+    for owner in compute_graphs(graphs):
+        given = known | _single(graphs, owner, hoisted)
+        plans.append(plan_engine(owner, graphs.modules[owner], given, graphs.axes))
     compute = graphs.modules[COMPUTE]
-    for name in placeholders(compute):
-        if (label := hoisted_name(COMPUTE, name)) in hoisted:
-            known[name] = hoisted[label][0] if len(graphs.axes[PROLOGUE][label]) > 1 else hoisted[label]
-    given = {name: known[name] for name in placeholders(compute)}
-    plans.append(plan_engine(COMPUTE, compute, given, graphs.axes))
     if FORECAST in graphs.modules:
         feature = outputs(compute)[FEATURE].meta["val"]
         shape = [len(inputs[latents]), *map(int, feature.shape[1:])]
@@ -86,7 +89,7 @@ def plan_engines(graphs: Graphs, inputs: Mapping[str, torch.Tensor], latents: st
 def plan_engine(
     name: str, module: fx.GraphModule, inputs: Mapping[str, torch.Tensor], axes: Mapping[str, Mapping[str, tuple[str, ...]]]
 ) -> EnginePlan:
-    """Export one graph; ``inputs`` are example values of exactly its inputs, in any order."""
+    """Export one graph; ``inputs`` are example values of its inputs, in any order, among others."""
     known = axes.get(name, {})
     ordered = {key: inputs[key] for key in placeholders(module)}
     program = export_program(module, ordered, {key: known.get(key, (BATCH,)) for key in ordered})
@@ -108,6 +111,15 @@ def _example(value: torch.Tensor, device: torch.device) -> torch.Tensor:
     return torch.randn(sizes, device=device).to(value.dtype)
 
 
+def _single(graphs: Graphs, owner: str, hoisted: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What the prologue made for one step of a graph, by the graph's names."""
+    found = {}
+    for name in placeholders(graphs.modules[owner]):
+        if (label := hoisted_name(owner, name)) in hoisted:
+            found[name] = hoisted[label][0] if len(graphs.axes[PROLOGUE][label]) > 1 else hoisted[label]
+    return found
+
+
 def _forecast_inputs(
     graphs: Graphs,
     inputs: Mapping[str, torch.Tensor],
@@ -117,7 +129,7 @@ def _forecast_inputs(
 ) -> dict[str, torch.Tensor]:
     module, axes = graphs.modules[FORECAST], graphs.axes[FORECAST]
     names = placeholders(module)
-    window = sum(history_name(i) in names for i in range(len(names)))
+    window = history_window(names)
     examples = {
         **inputs,
         FEATURES: torch.stack([feature + i for i in range(NUM_SLOTS)]),

@@ -37,6 +37,7 @@ from cachec.runtime.abi import (
     VELOCITIES,
     VELOCITY,
     history_name,
+    history_window,
     hoisted_name,
     timesteps_of,
 )
@@ -131,10 +132,10 @@ class Verifier:
             self._tail = module
             yield "tail", _run(module, {**single, FEATURE: feature})[VELOCITY], computed[VELOCITY]
             yield "forecast", _run(module, {**single, FEATURE: _shifted(feature)})[VELOCITY], None
-        elif history_name(0) in names:
+        elif history_window(names):
             if SIGMAS in names:
                 self._num_levels = int(names[SIGMAS].meta["val"].shape[0])
-            past = {history_name(i): feature + i * SHIFT for i in range(len(names))}
+            past = {history_name(i): feature + i * SHIFT for i in range(history_window(names))}
             made = _run(module, {**single, **past, **_schedule(names, self._num_levels)})
             yield "predicted feature", made[FEATURE], None
             tail = None if self._tail is None else _run(self._tail, {**known, FEATURE: made[FEATURE]})[VELOCITY]
@@ -237,7 +238,7 @@ def _in_slots(feature: torch.Tensor) -> dict[str, torch.Tensor]:
 
 def _schedule(names: Mapping[str, fx.Node], num_levels: int) -> dict[str, torch.Tensor]:
     """What a predictor reads of a schedule of so many levels."""
-    window = sum(history_name(i) in names for i in range(len(names)))
+    window = history_window(names)
     return {
         SIGMAS: torch.linspace(1, 0, num_levels),
         STEP: torch.tensor(min(window + 1, num_levels - 2)),

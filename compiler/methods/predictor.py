@@ -14,7 +14,7 @@ from torch import nn
 
 from cachec.compiler.graphs.capture import capture_predictor
 from cachec.compiler.methods.parameters import Parameters
-from cachec.passes.fold_predictor import BindingTimes, analyse, fold_step
+from cachec.passes import BindingTimes, binding_times, fold_step
 from cachec.runtime.specs import Array
 
 if TYPE_CHECKING:
@@ -64,4 +64,4 @@ def _folded_step(
 def _captured(method: "PredictorMethod", parameters: Parameters | None, num_steps: int) -> BindingTimes:
     """The predictor as a graph of small features: searches ask for thousands of its rows."""
     predictor = method.predictor(parameters).float().cpu()
-    return analyse(capture_predictor(predictor, method.window, torch.zeros(2, 4, 3), num_steps))
+    return binding_times(capture_predictor(predictor, method.window, torch.zeros(2, 4, 3), num_steps))

@@ -1,6 +1,7 @@
 """ONNX files over one weights file: their form, on a full disk, and behind links."""
 
 import hashlib
+import logging
 from types import SimpleNamespace
 
 import numpy as np
@@ -106,6 +107,22 @@ def test_weights_are_stored_once_and_aligned_and_named_by_their_hash(files):
 def test_a_graph_that_is_written_again_has_the_same_bytes(files):
     compute, forecast = (path.read_bytes() for path in files[1].values())  # each is exported by itself
     assert compute == forecast
+
+
+def test_what_libraries_may_say_is_as_before(build):
+    loggers = {name: logging.getLogger(name) for name in ("onnx_ir", "onnxscript")}
+    before = {name: logger.level for name, logger in loggers.items()}
+    try:
+        loggers["onnx_ir"].setLevel(logging.CRITICAL)
+        loggers["onnxscript"].setLevel(logging.DEBUG)
+        with onnx_files._only_errors(*loggers):
+            assert [logger.level for logger in loggers.values()] == [logging.CRITICAL, logging.ERROR]
+        with full_disk(), pytest.raises(OutputError):
+            build(product(40))
+        assert [logger.level for logger in loggers.values()] == [logging.CRITICAL, logging.DEBUG]
+    finally:
+        for name, level in before.items():
+            loggers[name].setLevel(level)
 
 
 def test_without_the_exporter_the_extra_is_named(monkeypatch, tmp_path):

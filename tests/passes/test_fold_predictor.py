@@ -8,9 +8,8 @@ from cachec.compiler.methods.lesa import LesaPredictor
 from cachec.compiler.methods.predictor import Predictor
 from cachec.compiler.methods.reuse import Reuse
 from cachec.compiler.methods.taylor import Taylor
-from cachec.passes import InlinePredictor, linear_passes, run_passes
+from cachec.passes import InlinePredictor, binding_times, fold_step, linear_passes, run_passes
 from cachec.passes.base import outputs, placeholders
-from cachec.passes.fold_predictor import analyse, fold_predictor
 from cachec.runtime.abi import FORECAST
 from cachec.runtime.errors import PassError, PredictorError
 
@@ -44,8 +43,9 @@ def unfolded_inputs(module, past, step, history):
 
 
 def fold(predictor, window, feeds_back=False):
-    parts = analyse(captured(predictor, window))
-    return fold_predictor(parts, torch.from_numpy(SIGMAS), histories(window, feeds_back=feeds_back))
+    """The row [W] and the bias of every forecast, by step."""
+    parts, sigmas = binding_times(captured(predictor, window)), torch.from_numpy(SIGMAS)
+    return {step: fold_step(parts, sigmas, step, past) for step, past in histories(window, feeds_back=feeds_back).items()}
 
 
 def random_past(window, batch, seed):
@@ -62,7 +62,7 @@ def test_folded_equals_unfolded(toy_split, predictor, window, feeds_back):
     for step, history in histories(window, feeds_back=feeds_back).items():
         past = random_past(window, 2, seed=step)
         wanted = unfolded(**unfolded_inputs(unfolded, past, step, history))["velocity"]
-        row, bias = rows.coefficients[step].float(), rows.bias[step].float()
+        row, bias = rows[step][0].float(), torch.tensor(rows[step][1])
         got = folded(features=torch.stack(past), coefficients=row[None], bias=bias, **tail_inputs(folded, 2))["velocity"]
         torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
 
@@ -74,23 +74,15 @@ def test_rows_say_what_the_predictor_does(predictor, window, feeds_back):
     for step, history in histories(window, feeds_back=feeds_back).items():
         past = random_past(window, 2, seed=step)
         wanted = predictor(past, torch.tensor(history), torch.from_numpy(SIGMAS), torch.tensor(step))
-        got = torch.einsum("w,w...->...", rows.coefficients[step].float(), torch.stack(past)) + rows.bias[step].float()
+        row, bias = rows[step]
+        got = torch.einsum("w,w...->...", row.float(), torch.stack(past)) + bias
         torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
-
-
-@every_predictor
-def test_rows_of_computed_steps_are_zero(predictor, window, feeds_back):
-    rows = fold(predictor, window, feeds_back)
-    computed, forecast = list(SCHEDULE.compute), list(SCHEDULE.forecast)
-    assert not rows.coefficients[computed].any()
-    assert not rows.bias[computed].any()
-    assert rows.coefficients[forecast].any(dim=1).all()
 
 
 @pytest.mark.parametrize(("order", "row"), [(0, [1.0]), (1, [3.0, -2.0])])
 def test_rows_of_taylor_are_the_published_ones(order, row):
     rows = fold(Taylor(order).predictor(None), order + 1)
-    assert rows.coefficients[5].tolist() == row  # two steps after step 3, which is one after step 2
+    assert rows[5][0].tolist() == row  # two steps after step 3, which is one after step 2
     assert SCHEDULE.compute == (0, 2, 3, 6)
 
 
@@ -197,9 +189,9 @@ def test_any_predictor_can_stay_in_the_engine(toy_split, formula):
 
 def test_an_affine_predictor_with_a_bias_folds():
     rows = fold(Formula(lambda p, f0, f1: 1.5 * f0 - 0.5 * f1 + 0.25), 2)
-    step = SCHEDULE.forecast[0]
-    assert rows.coefficients[step].tolist() == pytest.approx([1.5, -0.5], abs=1e-12)
-    assert rows.bias[step].item() == pytest.approx(0.25, abs=1e-12)
+    row, bias = rows[SCHEDULE.forecast[0]]
+    assert row.tolist() == pytest.approx([1.5, -0.5], abs=1e-12)
+    assert bias == pytest.approx(0.25, abs=1e-12)
 
 
 def test_a_predictor_is_inlined_once(toy_split):

@@ -20,6 +20,14 @@ def test_names_that_are_put_together():
     assert (abi.history_name(2), abi.hoisted_name("forecast", "text")) == ("feature_2", "forecast_text")
 
 
+@pytest.mark.parametrize(
+    ("names", "window"),
+    [(["feature_0", "feature_1", "step"], 2), (["feature_2", "feature_0"], 3), (["feature", "features", "3", "prompt_1"], 0)],
+)
+def test_the_window_is_counted_to_the_oldest_feature(names, window):
+    assert abi.history_window(names) == window
+
+
 @pytest.mark.parametrize("module", ["plan", "program", "binding", "session", "stepper", "sizes"])
 def test_names_are_written_in_one_place(module):
     text = re.sub(r'""".*?"""|#[^\n]*|: ClassVar\[str\] = "\w+"', "", (RUNTIME / f"{module}.py").read_text(), flags=re.S)

@@ -27,6 +27,9 @@ def test_rows_are_what_the_predictor_does(method, monkeypatch):
     monkeypatch.setattr(type(method), "predictor", lambda self, parameters: graph)
     histories, sigmas = method.histories(method.interval(20, 5)), sigmas_of(20)
     rows, bias = fold_rows(method, None, histories, sigmas)
+    computed = sorted(set(range(20)) - histories.keys())
+    assert not rows[computed].any()
+    assert not bias[computed].any()
     for step, history in histories.items():
         past = [torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(i)) for i in range(method.window)]
         wanted = graph(past, torch.tensor(history), torch.from_numpy(sigmas).float(), torch.tensor(step))
