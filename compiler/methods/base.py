@@ -1,8 +1,9 @@
 """What a method is: a way to forecast at a cut, and the facts that compiling it needs.
 
-Two kinds of method. A :class:`PredictorMethod` is a graph of past features, inlined into the forecast graph and folded to
-numbers by the passes. A :class:`TableMethod` states its numbers directly. Either way the result is a table:
-a ``ForecastTable`` on the hidden cut, an ``AdvanceTable`` on the output cut (``compiler/tables/coefficients.py``).
+Two kinds of method. A :class:`PredictorMethod` is a graph of past features; ``predictor.py`` folds it to numbers (with
+``passes/fold_predictor.py``, an analysis that stands in no list of passes). A :class:`TableMethod` states its numbers directly.
+Either way the result is a table: a ``ForecastTable`` on the hidden cut, an ``AdvanceTable`` on the output cut
+(``compiler/tables/coefficients.py``). With ``--fold none`` there is none: a pass inlines the predictor into the forecast graph.
 
 Shapes: ``B`` batch, ``L`` tokens, ``D`` channels, ``T`` steps, ``K`` computed steps, ``W`` window, ``P`` prompts.
 """

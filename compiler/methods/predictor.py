@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Predictor(nn.Module, ABC):
-    """The graph that is inlined: a function of past features and of the schedule, without state of its own."""
+    """What is folded, or inlined: a function of past features and of the schedule, without state of its own."""
 
     @abstractmethod
     def forward(
