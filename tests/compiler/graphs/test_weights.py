@@ -27,50 +27,47 @@ def stored(tmp_path_factory):
     return Stored.open(partial(ToyDiT, head_axis=True), [path], "config.json")
 
 
-def split(module, dtype):
-    with recording():
-        passes = [canonical_passes(), cast_passes(dtype), split_passes(LAST_BLOCK)]
-        return run_passes(capture_model(module, example_inputs()), passes)
-
-
 @pytest.fixture(scope="module")
-def in_memory():
-    """The same toy, its values in memory."""
-    return ToyDiT(head_axis=True).eval().to(torch.bfloat16).float()
+def captured(stored):
+    """The toy from its files, and the same with its values in memory."""
+    held = ToyDiT(head_axis=True).eval().to(torch.bfloat16).float()
+    return capture_model(named_module(stored), example_inputs()), capture_model(held, example_inputs())
 
 
-def weights_of(graphs):
-    return [value for module in graphs.modules.values() for value in module.parameters()]
+def split(graphs, dtype):
+    with recording():
+        return run_passes(graphs, [canonical_passes(), cast_passes(dtype), split_passes(LAST_BLOCK)])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_graphs_of_named_weights_are_those_of_the_module_bit_by_bit(stored, in_memory, dtype):
-    named, held = split(named_module(stored), dtype), split(in_memory, dtype)
-    assert all(map(is_named, weights_of(named)))
-    inputs = example_inputs()
-    for graphs in ((named, held), (engine(linear(named), IO), engine(linear(held), IO))):
-        values = Values()
-        for name in (COMPUTE, PROLOGUE):
-            if name not in graphs[0].modules:
-                continue
-            programs = (
-                [plan_engines(one, inputs, "latents", STEPS) for one in graphs] if PROLOGUE in graphs[0].modules else None
-            )
-            given = inputs if programs is None else next(p.program.example_inputs[1] for p in programs[0] if p.name == name)
-            got, wanted = values.module(graphs[0].modules[name])(**given), graphs[1].modules[name](**given)
-            assert all(torch.equal(got[key], wanted[key]) for key in wanted)
+def assert_equal(named, held, inputs):
+    assert all(map(is_named, named.parameters()))
+    got, wanted = Values().module(named)(**inputs), held(**inputs)
+    assert got.keys() == wanted.keys()
+    assert all(torch.equal(got[name], wanted[name]) for name in wanted)
 
 
-def test_a_weight_that_two_graphs_read_is_evaluated_once(stored):
-    real = Values().graphs(split(named_module(stored), torch.bfloat16))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_graphs_of_named_weights_are_those_of_the_module_bit_by_bit(captured, dtype):
+    named, held = (split(graphs, dtype).modules[COMPUTE] for graphs in captured)
+    assert_equal(named, held, example_inputs())
+
+
+def test_so_are_those_that_engines_are_built_from(captured):
+    named, held = (engine(linear(split(graphs, torch.bfloat16)), IO) for graphs in captured)
+    (plan,) = [plan for plan in plan_engines(named, example_inputs(), "latents", STEPS) if plan.name == PROLOGUE]
+    assert_equal(named.modules[PROLOGUE], held.modules[PROLOGUE], plan.program.example_inputs[1])
+
+
+def test_a_weight_that_two_graphs_read_is_evaluated_once(captured):
+    real = Values().graphs(split(captured[0], torch.bfloat16))
     compute, forecast = (dict(real.modules[name].named_parameters()) for name in (COMPUTE, FORECAST))
     shared = compute.keys() & forecast.keys()
     assert shared
     assert all(compute[name] is forecast[name] for name in shared)
 
 
-def test_what_is_stored_in_the_wanted_type_is_read_as_it_is(stored):
-    weight = split(named_module(stored), torch.bfloat16).modules[COMPUTE].get_parameter("model.out.weight_bfloat16")
+def test_what_is_stored_in_the_wanted_type_is_read_as_it_is(captured):
+    weight = split(captured[0], torch.bfloat16).modules[COMPUTE].get_parameter("model.out.weight_bfloat16")
     assert (expression(weight).name, expression(weight).dtype) == ("out.weight", torch.bfloat16)
 
 
