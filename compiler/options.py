@@ -15,7 +15,7 @@ from cachec.compiler.models.base import ModelSpec, Settings
 from cachec.runtime.build_options import BuildOptions
 from cachec.runtime.errors import InputError, unknown_name
 
-Command = Literal["compile", "train", "calibrate", "add-target"]
+Command = Literal["compile", "train", "calibrate", "encode", "add-target"]
 
 
 def option(default: Any, help: str, *flags: str, also: tuple[Command, ...] = (), metavar: str | None = None) -> Any:  # noqa: A002
@@ -28,10 +28,12 @@ class ModelSettings:
     """Sizes and precision; ``None`` is what the model's family says."""
 
     steps: int = option(50, "Sampling steps.", also=("train", "calibrate"))
-    height: int | None = option(None, "Pixels; default from the model.", also=("train", "calibrate"))
-    width: int | None = option(None, "Pixels; default from the model.", also=("train", "calibrate"))
-    text_tokens: int | None = option(None, "Length of the text sequence; default from the model.", also=("train", "calibrate"))
-    guidance: float | None = option(None, "Guidance scale; default from the model.", also=("train", "calibrate"))
+    height: int | None = option(None, "Pixels; default from the model.", also=("train", "calibrate", "encode"))
+    width: int | None = option(None, "Pixels; default from the model.", also=("train", "calibrate", "encode"))
+    text_tokens: int | None = option(
+        None, "Length of the text sequence; default from the model.", also=("train", "calibrate", "encode")
+    )
+    guidance: float | None = option(None, "Guidance scale; default from the model.", also=("train", "calibrate", "encode"))
     dtype: str = option("float32", "float32, float16 or bfloat16.", also=("train", "calibrate"))
     batch: int | None = option(None, "Accept batches of this size only; default any.")
 
@@ -57,7 +59,7 @@ class FitWish:
     """What methods are fitted to, and how good they must be."""
 
     prompts: Path | None = option(
-        None, "Training and calibration prompts, one a line; a default list ships.", also=("train", "calibrate")
+        None, "Training and calibration prompts, one a line; a default list ships.", also=("train", "calibrate", "encode")
     )
     seed: int = option(0, "Of the noise that fits and searches see.", also=("train", "calibrate"))
     predictor: Path | None = option(None, "Trained predictor file, from cachec train.")
