@@ -15,7 +15,9 @@ from cachec.compiler.models.base import ModelSpec, Settings
 from cachec.runtime.build_options import BuildOptions
 from cachec.runtime.errors import InputError, unknown_name
 
-Command = Literal["compile", "train", "calibrate", "encode", "add-target"]
+Command = Literal["compile", "train", "calibrate", "plan", "add-target"]
+
+EVERYWHERE: tuple[Command, ...] = ("train", "calibrate", "plan")  # besides compile, for options of the model's sizes
 
 
 def option(default: Any, help: str, *flags: str, also: tuple[Command, ...] = (), metavar: str | None = None) -> Any:  # noqa: A002
@@ -27,15 +29,13 @@ def option(default: Any, help: str, *flags: str, also: tuple[Command, ...] = (),
 class ModelSettings:
     """Sizes and precision; ``None`` is what the model's family says."""
 
-    steps: int = option(50, "Sampling steps.", also=("train", "calibrate"))
-    height: int | None = option(None, "Pixels; default from the model.", also=("train", "calibrate", "encode"))
-    width: int | None = option(None, "Pixels; default from the model.", also=("train", "calibrate", "encode"))
-    text_tokens: int | None = option(
-        None, "Length of the text sequence; default from the model.", also=("train", "calibrate", "encode")
-    )
-    guidance: float | None = option(None, "Guidance scale; default from the model.", also=("train", "calibrate", "encode"))
-    dtype: str = option("float32", "float32, float16 or bfloat16.", also=("train", "calibrate"))
-    batch: int | None = option(None, "Accept batches of this size only; default any.")
+    steps: int = option(50, "Sampling steps.", also=EVERYWHERE)
+    height: int | None = option(None, "Pixels; default from the model.", also=EVERYWHERE)
+    width: int | None = option(None, "Pixels; default from the model.", also=EVERYWHERE)
+    text_tokens: int | None = option(None, "Length of the text sequence; default from the model.", also=EVERYWHERE)
+    guidance: float | None = option(None, "Guidance scale; default from the model.", also=EVERYWHERE)
+    dtype: str = option("float32", "float32, float16 or bfloat16.", also=EVERYWHERE)
+    batch: int | None = option(None, "Accept batches of this size only; default any.", also=("plan",))
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,9 @@ class ScheduleWish:
         None, "Option of the method, as order=2.", "--set", also=("train",), metavar="K=V"
     )
     interval: int | None = option(None, "Compute every N-th step, by the method's published rule.", also=("train",))
-    budget: int | None = option(None, "Compute K steps: searched for fitted methods, else evenly spread.", also=("train",))
+    budget: int | None = option(
+        None, "Compute K steps: searched for fitted methods, else evenly spread.", also=("train", "plan")
+    )
     schedule: str | None = option(None, "uniform, interval, search, or the steps to compute, as 0,1,2,9,16.", also=("train",))
     levels: str | None = option(None, "Several levels in one bundle: fine,high,balanced,fast, or a PSNR in dB each: fast=30.")
     target_psnr: float | None = option(None, "As few computed steps as reach this PSNR in dB against the uncached run.")
@@ -59,7 +61,7 @@ class FitWish:
     """What methods are fitted to, and how good they must be."""
 
     prompts: Path | None = option(
-        None, "Training and calibration prompts, one a line; a default list ships.", also=("train", "calibrate", "encode")
+        None, "Training and calibration prompts, one a line; a default list ships.", also=("train", "calibrate")
     )
     seed: int = option(0, "Of the noise that fits and searches see.", also=("train", "calibrate"))
     predictor: Path | None = option(None, "Trained predictor file, from cachec train.")
@@ -199,3 +201,9 @@ def make_settings(spec: ModelSpec, wish: ModelSettings) -> Settings:
     given = {name: getattr(wish, name) for name in ("height", "width", "text_tokens", "guidance")}
     known = {name: getattr(spec, name) if value is None else value for name, value in given.items()}
     return Settings(**known, steps=wish.steps, dtype=wish.dtype)
+
+
+def check_batch(batch: int | None) -> None:
+    """Raise ``InputError`` unless requests can have so many samples; ``None`` is any number."""
+    if batch is not None and batch < 1:
+        raise InputError(f"batch is {batch}; it must be at least 1")

@@ -14,6 +14,7 @@ from cachec.compiler.calibration.engine_evaluator import EngineEvaluator
 from cachec.compiler.frontend import (
     Checked,
     Programs,
+    StepGraphs,
     check,
     find_calibrations,
     find_parameters,
@@ -26,6 +27,7 @@ from cachec.compiler.graphs.costs import hoisting_facts, memory_facts
 from cachec.compiler.manifest import make_manifest
 from cachec.compiler.methods.parameters import Parameters, predictor_bytes
 from cachec.compiler.models.base import LoadedModel
+from cachec.compiler.planning.estimate import estimate
 from cachec.compiler.planning.levels import check_quality, measure_levels
 from cachec.compiler.planning.planner import Calibrations
 from cachec.compiler.request import Request
@@ -101,6 +103,7 @@ def _compile(
         parameters = find_parameters(model, request, checked, works.get("training"))
         clock.lap()
         graphs = make_graphs(model, request, parameters)
+        _tell_costs(model, request, graphs)
         clock.lap()
         plans = make_plans(model, request, graphs)
         clock.lap()
@@ -127,6 +130,12 @@ def _compile(
         timing = keep_timing(writer, works["timing"])
         writer.commit(make_manifest(model, request, writer, targets, files, parameters, timing, facts))
     return parameters
+
+
+def _tell_costs(model: LoadedModel, request: Request, graphs: StepGraphs) -> None:
+    batch = request.wish.model.batch or 1
+    found = estimate(graphs.plain, graphs.engine, model.spec, request.settings, budget=request.computed, batch=batch)
+    log.info("plan: %s", found.short)
 
 
 def measure(

@@ -11,7 +11,7 @@ from cachec.compiler.calibration.prompts import read_prompts
 from cachec.compiler.methods import get_method
 from cachec.compiler.methods.base import Method, PredictorMethod
 from cachec.compiler.models.base import ModelSpec, Settings
-from cachec.compiler.options import FitWish, GraphWish, Options, make_build_options, make_settings, read_options
+from cachec.compiler.options import FitWish, GraphWish, Options, check_batch, make_build_options, make_settings, read_options
 from cachec.compiler.planning.goals import Goal, make_goals
 from cachec.compiler.tables.schedule import Schedule
 from cachec.engines import BACKENDS, get_engine
@@ -62,11 +62,16 @@ class Request:
         """Does the predictor become numbers?"""
         return self.wish.graph.fold == FOLDS[0]
 
+    @property
+    def computed(self) -> int:
+        """How many steps are computed: of the schedule, or a usual number where it is yet to be found."""
+        return max(1, self.settings.steps // USUAL_STRIDE) if self.schedule is None else len(self.schedule.compute)
+
     def options_for(self, timing: Path) -> BuildOptions:
         """What builders are asked for; kernel timings are kept in the folder ``timing``."""
-        schedule, steps = self.schedule, self.settings.steps
-        computed = len(schedule.compute) if schedule is not None else steps // USUAL_STRIDE
-        sizes = size_ranges(steps, computed, batch=self.wish.model.batch, max_batch=self.wish.build.max_batch)
+        sizes = size_ranges(
+            self.settings.steps, self.computed, batch=self.wish.model.batch, max_batch=self.wish.build.max_batch
+        )
         return replace(self.build, sizes=sizes, timing_cache=timing)
 
     @property
@@ -138,8 +143,7 @@ def _check_numbers(wish: Options) -> None:
     batch, max_batch, min_psnr = wish.model.batch, wish.build.max_batch, wish.fit.min_psnr
     check_seed(wish.fit.seed)
     check_max_batch(max_batch)
-    if batch is not None and batch < 1:
-        raise InputError(f"batch is {batch}; it must be at least 1")
+    check_batch(batch)
     if batch is not None and max_batch != 1:
         raise InputError(f"batch {batch} and max-batch {max_batch} contradict each other: give one")
     if min_psnr is not None and not (math.isfinite(min_psnr) and min_psnr > 0):

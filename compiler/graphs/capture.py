@@ -12,7 +12,7 @@ from torch import fx, nn
 from torch._dynamo.exc import UserError
 from torch.export import Dim, ExportedProgram
 
-from cachec.compiler.graphs.weights import Values, is_large, is_named
+from cachec.compiler.graphs.weights import Values, has_values, is_large, is_named
 from cachec.passes import Graphs, Stage
 from cachec.passes.base import copy_module
 from cachec.runtime.abi import BATCH, FEATURE, HISTORY_STEPS, MAX_BATCH, MODEL, SIGMAS, STEP, VELOCITY, history_name
@@ -49,7 +49,8 @@ def capture_model(model: nn.Module, inputs: Mapping[str, torch.Tensor], constant
 
     ``inputs`` are examples, batch first with at least two samples, pairwise distinct objects (``torch.export`` merges
     equal ones). ``constants`` are baked in: flags, and tensors that depend on the resolution only. The graph shares the
-    model's parameters. Of a large model whose weights are named, nothing is compared: see ``verify_twin``.
+    model's parameters. Of a large model whose weights are named, nothing is compared (see ``verify_twin``), nor of one without
+    weights.
 
     Raises:
         PassError: the model cannot be captured, or the graph does not compute exactly what the model does; on a GPU, up to
@@ -60,7 +61,7 @@ def capture_model(model: nn.Module, inputs: Mapping[str, torch.Tensor], constant
     wrapped = named_model(model, constants or {})
     module = _trace(wrapped, inputs, batched=inputs, outputs=(VELOCITY,))
     _strip_module_prefix(module, "model")
-    if not any(map(is_named, model.parameters())) or not is_large(model):
+    if not any(map(is_named, model.parameters())) or (has_values(model) and not is_large(model)):
         _compare(wrapped, module, inputs)
     return Graphs({MODEL: module}, stage=Stage.CAPTURED)
 

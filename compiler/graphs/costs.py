@@ -3,18 +3,21 @@
 All figures are for a batch of one.
 """
 
+import math
+from collections.abc import Hashable
+
 import torch
 from torch import fx
 
+from cachec.compiler.graphs.flops import run_flops, sizes_of
+from cachec.compiler.graphs.weights import expression, is_named
 from cachec.passes import Graphs
 from cachec.passes.base import outputs, placeholders
-from cachec.runtime.abi import COMPUTE, FORECAST, PROLOGUE
-
-LINEAR = torch.ops.aten.linear.default
+from cachec.runtime.abi import COMPUTE, FORECAST, PROLOGUE, hoisted_name, steps_of
 
 
 def hoisting_facts(before: Graphs, after: Graphs) -> dict[str, dict[str, int]]:
-    """By step graph: nodes, FLOPs of linear layers, and bytes of weights that left it. Empty without a prologue."""
+    """By step graph: nodes, FLOPs, and bytes of weights that left it. Empty without a prologue."""
     if PROLOGUE not in after.modules:
         return {}
     facts = {}
@@ -26,7 +29,7 @@ def hoisting_facts(before: Graphs, after: Graphs) -> dict[str, dict[str, int]]:
 
 
 def run_costs(module: fx.GraphModule) -> tuple[int, int]:
-    """Bytes of weights, and FLOPs of linear layers of one run."""
+    """Bytes of weights, and FLOPs of one run."""
     found = _costs(module)
     return found["weight_bytes"], found["flops"]
 
@@ -43,23 +46,44 @@ def memory_facts(graphs: Graphs) -> dict[str, int]:
     return {"weights": sum(weights.values()), "activations": _peak(graphs.modules[COMPUTE])}
 
 
+def parameter_counts(plain: Graphs, engine: Graphs) -> dict[str, int]:
+    """Parameters of the model's body and of its tail, from the graphs as they were split; ``hoisted``: held by the prologue."""
+    whole, tail = (_parameters(plain.modules[name]) if name in plain.modules else {} for name in (COMPUTE, FORECAST))
+    body = sum(count for key, count in whole.items() if key not in tail)
+    prologue = engine.modules.get(PROLOGUE)
+    held = {} if prologue is None else {id(one): one.numel() for one in (*prologue.parameters(), *prologue.buffers())}
+    return {"body": body, "tail": sum(tail.values()), "hoisted": sum(held.values())}
+
+
+def step_value_bytes(graphs: Graphs, computed: int) -> int:
+    """Bytes of what the prologue leaves for so many computed steps; the one modulation of a forecast is not counted."""
+    axes = graphs.axes.get(PROLOGUE, {})
+    labels = {hoisted_name(COMPUTE, name): node for name, node in placeholders(graphs.modules[COMPUTE]).items()}
+    return sum(
+        output_bytes(node) * (computed if steps_of(COMPUTE) in axes[label] else 1)
+        for label, node in labels.items()
+        if label in axes
+    )
+
+
+def output_bytes(node: fx.Node) -> int:
+    """Bytes of a node's value."""
+    value = node.meta.get("val")
+    return math.prod(sizes_of(value)) * value.element_size() if isinstance(value, torch.Tensor) else 0
+
+
+def _parameters(module: fx.GraphModule) -> dict[Hashable, int]:
+    """Numbers of elements, by what is the same for equal ones."""
+    return {expression(one).key if is_named(one) else id(one): one.numel() for one in module.parameters()}
+
+
 def _costs(module: fx.GraphModule) -> dict[str, int]:
     nodes = [node for node in module.graph.nodes if node.op == "call_function"]
-    flops = sum(_linear_flops(node) for node in nodes if node.target is LINEAR)
     return {
         "nodes": len(nodes),
-        "flops": flops,
+        "flops": run_flops(module),
         "weight_bytes": sum(map(_bytes, {id(t): t for t in (*module.parameters(), *module.buffers())}.values())),
     }
-
-
-def _linear_flops(node: fx.Node) -> int:
-    """2 x in x out for each row of a linear layer."""
-    value, given = node.meta.get("val"), node.args[0]
-    if not isinstance(value, torch.Tensor) or not isinstance(given, fx.Node):
-        return 0
-    rows = _numel(value) // int(value.shape[-1])
-    return 2 * rows * int(value.shape[-1]) * int(given.meta["val"].shape[-1])
 
 
 def _peak(module: fx.GraphModule) -> int:
@@ -69,27 +93,14 @@ def _peak(module: fx.GraphModule) -> int:
             last[value] = node
     ends = {node: [value for value, reader in last.items() if reader is node] for node in set(last.values())}
     kept = set(outputs(module).values())
-    alive = peak = sum(_value_bytes(node) for node in placeholders(module).values())
+    alive = peak = sum(output_bytes(node) for node in placeholders(module).values())
     for node in module.graph.nodes:
         if node.op != "call_function":
             continue
-        alive += _value_bytes(node)
+        alive += output_bytes(node)
         peak = max(peak, alive)
-        alive -= sum(_value_bytes(value) for value in ends.get(node, []) if value.op == "call_function" and value not in kept)
+        alive -= sum(output_bytes(value) for value in ends.get(node, []) if value.op == "call_function" and value not in kept)
     return peak
-
-
-def _value_bytes(node: fx.Node) -> int:
-    value = node.meta.get("val")
-    return _numel(value) * value.element_size() if isinstance(value, torch.Tensor) else 0
-
-
-def _numel(value: torch.Tensor) -> int:
-    """Elements for a batch of one."""
-    total = 1
-    for size in value.shape:
-        total *= 1 if isinstance(size, torch.SymInt) else int(size)
-    return total
 
 
 def _bytes(tensor: torch.Tensor) -> int:

@@ -16,7 +16,7 @@ from cachec.runtime.errors import EngineError
 log = logging.getLogger(__name__)
 
 
-MAX_BYTES, MAX_FLOPS = 2 << 30, 1e12  # of weights, and of linear layers for one sample: seconds on a CPU
+MAX_BYTES, MAX_FLOPS = 2 << 30, 1e12  # of weights, and for one sample: seconds on a CPU
 
 
 def check_finite_run(graphs: Graphs, inputs: Mapping[str, torch.Tensor], precision: str, slots: str | None = None) -> None:

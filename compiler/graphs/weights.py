@@ -88,6 +88,12 @@ def is_named(tensor: Any) -> bool:
     return isinstance(tensor, FakeTensor)
 
 
+def has_values(module: nn.Module) -> bool:
+    """Can the module be run: are all its weights in memory, or in files?"""
+    named = [_KNOWN[one] for one in module.parameters() if is_named(one)]
+    return all(one.shards is None or one.name in one.shards.places for one in named)
+
+
 def is_large(module: nn.Module) -> bool:
     """Would it take long, or much memory, to run the module on the CPU?"""
     return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters()) > LARGE
@@ -139,7 +145,10 @@ def _made(operator: Any, args: Any, kwargs: Any, dtype: torch.dtype) -> Expressi
 def _is_exact(stored: Expression, dtype: torch.dtype) -> bool:
     """Does a cast on the way change nothing? What is stored fits into it, or is what is wanted in the end."""
     assert stored.shards is not None
-    kept = stored.shards.places[stored.name].dtype
+    place = stored.shards.places.get(stored.name)
+    if place is None:  # nothing is read that could be rounded
+        return True
+    kept = place.dtype
     return torch.promote_types(kept, stored.dtype) == stored.dtype or kept == dtype
 
 

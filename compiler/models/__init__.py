@@ -7,11 +7,11 @@ from typing import Any
 from safetensors import SafetensorError
 
 from cachec.compiler.models.base import Family, LoadedModel, ModelSpec
-from cachec.compiler.models.named import MODELS, TINY_FLUX_DIR
+from cachec.compiler.models.named import MODELS, PUBLISHED, TINY_FLUX_DIR
 from cachec.runtime.errors import InputError, ModelUnavailableError, unknown_name
 from cachec.runtime.registry import Registry
 
-__all__ = ["FAMILIES", "MODELS", "TINY_FLUX_DIR", "find_model", "load_model", "wrap_pipeline"]
+__all__ = ["FAMILIES", "MODELS", "TINY_FLUX_DIR", "find_model", "load_model", "outline_model", "wrap_pipeline"]
 
 INDEX = "model_index.json"
 
@@ -51,6 +51,27 @@ def load_model(spec: ModelSpec, *, with_transformer: bool = True) -> LoadedModel
         return family.load(spec, directory, with_transformer=with_transformer)
     except (OSError, ValueError, SafetensorError) as error:
         raise ModelUnavailableError(f"{spec.source} cannot be loaded: {error}") from error
+
+
+def outline_model(model: str) -> LoadedModel:
+    """A model from its configuration alone: a short name, a directory, or a Hub id whose configuration ships. No network.
+
+    Raises:
+        InputError: it is none of these, with the nearest name; or no family knows this kind of pipeline.
+        ModelUnavailableError: a configuration is missing or damaged.
+    """
+    named = MODELS.get(model)
+    source = model if named is None else named.source
+    directory = PUBLISHED.get(source, Path(source))
+    if not directory.is_dir():
+        raise unknown_name("model", model, [*MODELS, *PUBLISHED, "or a directory with its configuration files"])
+    family = _find_family(directory, model)
+    name = source if source in PUBLISHED else directory.resolve().name
+    spec = named or family.make_spec(name, source if source in PUBLISHED else str(directory.resolve()))
+    try:
+        return family.outline(spec, directory)
+    except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
+        raise ModelUnavailableError(f"the configuration of {model} cannot be read: {error}") from error
 
 
 def wrap_pipeline(pipeline: Any) -> LoadedModel:

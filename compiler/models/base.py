@@ -177,6 +177,14 @@ class Family(LoadedModel):
         """Load the pipeline in ``directory``, on the CPU in float32; without its transformer for text and pictures alone."""
 
     @classmethod
+    def outline(cls, spec: ModelSpec, directory: Path) -> Self:
+        """The pipeline for questions that its configuration answers: what its graphs are like. By default it is loaded.
+
+        A family that needs no weights for it can plan a model that is not there.
+        """
+        return cls.load(spec, directory, with_transformer=True)
+
+    @classmethod
     @abstractmethod
     def wrap(cls, spec: ModelSpec, pipeline: Any, directory: Path | None) -> Self:
         """A pipeline that is in memory already; ``directory`` has its files, if that is known."""

@@ -17,8 +17,7 @@ import diffusers
 import numpy as np
 import torch
 import transformers
-from accelerate import init_empty_weights
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from diffusers.pipelines.flux import pipeline_flux
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from safetensors import SafetensorError
@@ -49,7 +48,6 @@ class FluxModel(Family):
         self.spec = spec
         self.pipeline: Any = pipeline
         self._directory, self._stored = directory, stored
-        self._described: nn.Module | None = None
         self._told: set[str] = set()  # prompts that are cut, and that was said
 
     @classmethod
@@ -67,6 +65,17 @@ class FluxModel(Family):
         absent = dict.fromkeys(("transformer", *TEXT_ENCODERS))  # until they are wanted
         pipeline = FluxPipeline.from_pretrained(directory, local_files_only=True, **absent)
         pipeline.set_progress_bar_config(disable=True)
+        return cls(spec, pipeline, directory, stored)
+
+    @classmethod
+    def outline(cls, spec: ModelSpec, directory: Path) -> Self:
+        config = FluxTransformer2DModel.load_config(directory / TRANSFORMER, local_files_only=True)
+        stored = Stored.outline(lambda: FluxTransformer2DModel.from_config(config))
+        absent = dict.fromkeys(("transformer", "vae", *TEXT_ENCODERS, "tokenizer", "tokenizer_2"))
+        pipeline = FluxPipeline(scheduler=_scheduler(directory / "scheduler"), **absent)
+        if (directory / "vae").is_dir():  # else that of FLUX.1
+            widths = AutoencoderKL.load_config(directory / "vae", local_files_only=True)["block_out_channels"]
+            pipeline.vae_scale_factor = 2 ** (len(widths) - 1)
         return cls(spec, pipeline, directory, stored)
 
     @property
@@ -88,16 +97,8 @@ class FluxModel(Family):
 
     @property
     def _modules(self) -> Any:
-        """The transformer, with or without the values of its weights; what it would be, if it was loaded without."""
-        if self._stored is not None:
-            return self._stored.module
-        if self.pipeline.transformer is not None or self._directory is None:
-            return self.transformer
-        if self._described is None:
-            config = FluxTransformer2DModel.load_config(self._directory / TRANSFORMER, local_files_only=True)
-            with init_empty_weights():
-                self._described = FluxTransformer2DModel.from_config(config)
-        return self._described
+        """The transformer, with or without the values of its weights."""
+        return self.transformer if self._stored is None else self._stored.module
 
     @property
     def _config(self) -> Any:
@@ -285,6 +286,11 @@ def _open_transformer(spec: ModelSpec, folder: Path) -> Stored:
     config = FluxTransformer2DModel.load_config(folder, local_files_only=True)
     files = _weight_files(spec, folder)
     return Stored.open(lambda: FluxTransformer2DModel.from_config(config), files, folder / "config.json")
+
+
+def _scheduler(folder: Path) -> Any:
+    config = FlowMatchEulerDiscreteScheduler.load_config(folder, local_files_only=True)
+    return getattr(diffusers, config["_class_name"]).from_config(config)
 
 
 def _weight_files(spec: ModelSpec, folder: Path) -> list[Path]:

@@ -40,7 +40,7 @@ class Place:
 
 @dataclass(frozen=True, eq=False)
 class Shards:
-    """Tensors by name, in one file or many."""
+    """Tensors by name, in one file or many; in none, of a model of which only the configuration is there."""
 
     places: Mapping[str, Place]
 
@@ -63,9 +63,11 @@ class Shards:
         """The tensor, on the CPU, in the type that it is stored in.
 
         Raises:
-            ModelUnavailableError: its file is gone, or has become shorter.
+            ModelUnavailableError: its file is gone, or has become shorter, or there never was one.
         """
-        place = self.places[name]
+        place = self.places.get(name)
+        if place is None:
+            raise ModelUnavailableError(f"{name} has no values: of this model only the configuration was given")
         content = bytearray(place.size)
         try:
             with place.file.open("rb", buffering=0) as file:
@@ -93,14 +95,19 @@ class Stored:
                 that is missing, left over or of another shape.
         """
         shards = Shards.open(files)
-        with init_empty_weights(include_buffers=False):
-            module = build().eval()
+        module = cls.outline(build).module
         _check(shards, module, configuration)
         for name, buffer in module.named_buffers():
             if name in shards.places:
                 with torch.no_grad():
                     buffer.copy_(shards.read(name))
         return cls(module, shards)
+
+    @classmethod
+    def outline(cls, build: Callable[[], nn.Module]) -> Self:
+        """The module that ``build`` makes, without files: for what shapes tell. Its weights can be named, and not be read."""
+        with init_empty_weights(include_buffers=False):
+            return cls(build().eval(), Shards({}))
 
 
 def _check(shards: Shards, module: nn.Module, configuration: Path) -> None:

@@ -1,0 +1,38 @@
+"""``cachec plan``: what a model will take, from its configuration alone."""
+
+from typing import TYPE_CHECKING, Any
+
+from cachec.runtime.errors import need
+from cachec.runtime.sizes import USUAL_STRIDE
+
+if TYPE_CHECKING:
+    from cachec.compiler.planning.estimate import Estimate
+    from cachec.compiler.planning.gpus import GpuFigures
+
+
+def plan_model(source: str, *, gpu: str | None = None, **options: Any) -> "tuple[Estimate, tuple[GpuFigures, ...]]":
+    """What the model ``source`` takes, and the GPUs to say it for: one, or all that are known.
+
+    ``options`` are those that ``cachec.compiler.options`` declares for it. No weights are read, and no network is asked.
+
+    Raises:
+        InputError: no such model or GPU, with those that there are; or an option is out of range.
+        ModelUnavailableError: a configuration is missing or damaged.
+    """
+    need("torch", "diffusers", "transformers", extra="compile", purpose="planning")
+    from cachec.compiler.graphs.prepare import engine, linear, prepare
+    from cachec.compiler.models import outline_model
+    from cachec.compiler.options import check_batch, make_settings, read_options
+    from cachec.compiler.planning.estimate import estimate
+    from cachec.compiler.planning.gpus import get_gpus
+    from cachec.compiler.tables.schedule import uniform_schedule
+
+    wish, gpus = read_options(options, "plan"), get_gpus(gpu)
+    steps, budget, batch = wish.model.steps, wish.schedule.budget, wish.model.batch
+    check_batch(batch)
+    model = outline_model(source)
+    settings = make_settings(model.spec, wish.model)
+    schedule = uniform_schedule(steps, max(1, steps // USUAL_STRIDE) if budget is None else budget)
+    plain = linear(prepare(model, settings))
+    built = engine(plain, model.io)
+    return estimate(plain, built, model.spec, settings, budget=len(schedule.compute), batch=batch or 1), gpus

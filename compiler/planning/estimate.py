@@ -1,0 +1,185 @@
+"""What a compilation, its calibration and its engines will take, and what can be won: read off graphs, before anything runs.
+
+Shapes and counts are facts, seconds are floors: a GPU at its published peak, which no program reaches.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+from cachec.compiler.calibration.uses import NUM_CALIBRATION
+from cachec.compiler.graphs.costs import memory_facts, output_bytes, parameter_counts, run_costs, step_value_bytes
+from cachec.compiler.models.base import ModelSpec, Settings
+from cachec.compiler.planning.gpus import GpuFigures, find_measured
+from cachec.engines.tensorrt import DISK, HOST_MEMORY
+from cachec.passes import Graphs
+from cachec.passes.base import outputs
+from cachec.runtime.abi import COMPUTE, FEATURE, FORECAST, VELOCITY
+from cachec.runtime.specs import itemsize
+
+COMPILE_MEMORY = 1.3e9  # bytes, whatever the model's size: weights are streamed. FLUX.1-dev took 1.25e9; bench/sizes.py
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Sizes are bytes. ``parameters`` by part (``hoisted`` are of the two others), ``nodes`` by graph.
+
+    ``computed`` and ``forecast`` are FLOPs of one step of the whole model, nothing hoisted, as others count them. They,
+    ``feature`` and ``velocity`` (what a slot of the hidden and of the output cut holds) and ``activations`` are of one sample.
+    ``step_values``: what the prologue leaves for a request.
+    """
+
+    CUTS: ClassVar = ("hidden", "output")
+
+    spec: ModelSpec
+    settings: Settings
+    budget: int
+    batch: int
+    nodes: Mapping[str, int]
+    parameters: Mapping[str, int]
+    weights: int
+    activations: int
+    step_values: int
+    feature: int
+    velocity: int
+    computed: int
+    forecast: int
+
+    @property
+    def model_flops(self) -> int:
+        """Of a request with all steps computed."""
+        return self.batch * self.settings.steps * self.computed
+
+    def run_flops(self, cut: str) -> int:
+        """Of a request with ``budget`` steps computed. On the output cut a forecast is a sum of a few latents."""
+        forecast = self.forecast if cut == "hidden" else 0
+        return self.batch * (self.budget * self.computed + (self.settings.steps - self.budget) * forecast)
+
+    def slots(self, cut: str) -> int:
+        """Bytes if every computed step is kept: most methods keep fewer."""
+        return self.batch * self.budget * (self.feature if cut == "hidden" else self.velocity)
+
+    def gpu_memory(self, cut: str) -> int:
+        """Bytes of the transformer at work, without text encoders and VAE."""
+        return self.weights + self.slots(cut) + self.batch * self.activations + self.step_values
+
+    @property
+    def features_of_prompt(self) -> int:
+        """Bytes of one prompt's features at all steps, of all tokens, in float32: as calibration records them."""
+        return self.settings.steps * self.feature // itemsize(self.settings.dtype) * itemsize("float32")
+
+    @property
+    def build_memory(self) -> float:
+        """Bytes of the host that a build of TensorRT takes at most."""
+        return HOST_MEMORY[0] + HOST_MEMORY[1] * self.weights
+
+    @property
+    def build_disk(self) -> float:
+        """Bytes of TensorRT's engines at most."""
+        return DISK[0] + DISK[1] * self.weights
+
+    @property
+    def total(self) -> int:
+        """Parameters of the model."""
+        return self.parameters["body"] + self.parameters["tail"]
+
+    @property
+    def needed(self) -> int:
+        """Bytes of GPU memory, on either cut."""
+        return max(map(self.gpu_memory, self.CUTS))
+
+    @property
+    def short(self) -> str:
+        """In one line."""
+        return (
+            f"{in_count(self.total)} parameters, {in_bytes(self.weights)}; a computed step is {in_flops(self.computed)}; with "
+            f"{self.budget} of {self.settings.steps} computed at best {self.ratio('output'):.2f} times fewer FLOPs; at work "
+            f"{in_bytes(self.needed)} of memory"
+        )
+
+    def ratio(self, cut: str) -> float:
+        """How many times fewer FLOPs a request takes than one with all steps computed."""
+        return self.model_flops / self.run_flops(cut)
+
+    def on(self, gpu: GpuFigures) -> dict[str, Any]:
+        """On one GPU, in seconds: what its peak allows at best; whether the transformer fits; what others measured."""
+        settings = self.settings
+        measured = find_measured(self.spec.source, settings.height, settings.width, gpu.name)
+        return {
+            "step": self.batch * self.computed / gpu.peak,
+            "request": self.run_flops("output") / gpu.peak,
+            "all_computed": self.model_flops / gpu.peak,
+            "fits": self.needed <= gpu.memory,
+            "measured": None if measured is None else asdict(measured),
+            "source": gpu.source,
+        }
+
+    def to_json(self, gpus: tuple[GpuFigures, ...]) -> dict[str, Any]:
+        """Everything, with names and in units that do not change: bytes, FLOPs, seconds."""
+        cuts = {
+            cut: {
+                "slots": self.slots(cut),
+                "flops": self.run_flops(cut),
+                "ratio_of_flops": self.ratio(cut),
+            }
+            for cut in self.CUTS
+        }
+        names = ("budget", "batch", "nodes", "parameters", "weights", "activations", "step_values", "feature", "velocity")
+        return {
+            "model": self.spec.source,
+            "settings": asdict(self.settings),
+            **{name: getattr(self, name) for name in names},
+            "step_flops": {"computed": self.computed, "forecast": self.forecast},
+            "cuts": cuts,
+            "gpu_memory": self.needed,
+            "floor": {gpu.name: self.on(gpu) for gpu in gpus},
+            "compile": {"memory": COMPILE_MEMORY, "disk": self.weights},
+            "calibration": {"prompts": NUM_CALIBRATION, "features_of_prompt": self.features_of_prompt},
+            "tensorrt_build": {"memory": self.build_memory, "disk": self.build_disk},
+        }
+
+
+def estimate(plain: Graphs, engine: Graphs, spec: ModelSpec, settings: Settings, *, budget: int, batch: int) -> Estimate:
+    """Read it off the graphs as the passes leave them, ``plain``, and as engines are built from them.
+
+    Without a forecast graph, as on the output cut, what concerns one is 0.
+    """
+    results = outputs(plain.modules[COMPUTE])
+    memory = memory_facts(engine)
+    return Estimate(
+        spec=spec,
+        settings=settings,
+        budget=budget,
+        batch=batch,
+        nodes={name: len(module.graph.nodes) for name, module in engine.modules.items()},
+        parameters=parameter_counts(plain, engine),
+        weights=memory["weights"],
+        activations=memory["activations"],
+        step_values=batch * step_value_bytes(engine, budget),
+        feature=output_bytes(results[FEATURE]),
+        velocity=output_bytes(results[VELOCITY]),
+        computed=run_costs(plain.modules[COMPUTE])[1],
+        forecast=run_costs(plain.modules[FORECAST])[1] if FORECAST in plain.modules else 0,
+    )
+
+
+def in_bytes(size: float) -> str:
+    """As people write it."""
+    return f"{_scaled(size, 2)}B"
+
+
+def in_flops(count: float) -> str:
+    """As people write it."""
+    return f"{_scaled(count, 2)}FLOP"
+
+
+def in_count(count: int) -> str:
+    """As people write it."""
+    return f"{count / 1e9:.2f} billion" if count >= 1e9 else f"{count / 1e6:.2f} million"
+
+
+def _scaled(value: float, digits: int) -> str:
+    scale, prefix = next(
+        (s, p) for s, p in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1, "")) if value >= s or s == 1
+    )
+    return f"{value / scale:.{digits}f} {prefix}"

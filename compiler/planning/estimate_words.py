@@ -1,0 +1,60 @@
+"""An estimate as a table in words."""
+
+from collections.abc import Iterator, Sequence
+
+from cachec.compiler.calibration.uses import NUM_CALIBRATION
+from cachec.compiler.planning.estimate import COMPILE_MEMORY, Estimate, in_bytes, in_count, in_flops
+from cachec.compiler.planning.gpus import GpuFigures
+
+
+def describe_estimate(found: Estimate, gpus: Sequence[GpuFigures]) -> list[tuple[str, str]]:
+    """Rows: what there is, what a request takes, how fast it can be on ``gpus``, and what making the engines takes."""
+    return [*_model_rows(found), *_request_rows(found), *(_gpu_row(found, gpu) for gpu in gpus), *_making_rows(found)]
+
+
+def _model_rows(found: Estimate) -> Iterator[tuple[str, str]]:
+    settings, parts = found.settings, {name: in_count(count) for name, count in found.parameters.items()}
+    sizes = f"{settings.width}x{settings.height}, {settings.text_tokens} text tokens"
+    held = f"the prologue, once a request, reads {parts['hoisted']} of them"
+    yield "model", f"{found.spec.portable_source}, {sizes}, {settings.dtype}, batch {found.batch}"
+    yield "steps", f"{settings.steps}, {found.budget} of them computed"
+    yield "graphs", ", ".join(f"{name} {count} nodes" for name, count in found.nodes.items())
+    yield "parameters", f"{in_count(found.total)}: body {parts['body']}, tail {parts['tail']}; {held}"
+    yield "weights", in_bytes(found.weights)
+
+
+def _request_rows(found: Estimate) -> Iterator[tuple[str, str]]:
+    each = {"hidden": in_bytes(found.batch * found.feature), "output": in_bytes(found.batch * found.velocity)}
+    slots = [f"{cut} cut {in_bytes(found.slots(cut))}, of {each[cut]} each" for cut in found.CUTS]
+    ratios = [f"{found.ratio(cut):.2f} times fewer on the {cut} cut" for cut in found.CUTS]
+    yield "slots at most", "; ".join(slots)
+    yield "activations at most", in_bytes(found.batch * found.activations)
+    yield "step values", in_bytes(found.step_values)
+    yield "memory at work", f"{in_bytes(found.needed)}: all of these; text encoders and VAE come on top"
+    yield "FLOPs of a step", f"computed {in_flops(found.computed)}, forecast {in_flops(found.forecast)} on the hidden cut"
+    yield "FLOPs of a request", f"{in_flops(found.model_flops)} with all steps computed; {', '.join(ratios)}"
+    yield "", "a ratio of FLOPs bounds the speed-up from above; it is none"
+
+
+def _gpu_row(found: Estimate, gpu: GpuFigures) -> tuple[str, str]:
+    facts = found.on(gpu)
+    step, some, every = (_in_seconds(facts[name]) for name in ("step", "request", "all_computed"))
+    text = f"a computed step {step}, a request {some} ({every} with all steps computed)"
+    if not facts["fits"]:
+        text += f"; does not fit into its {in_bytes(gpu.memory)}"
+    if (measured := facts["measured"]) is not None and found.batch == 1:
+        share = facts["step"] / measured["seconds"]
+        text += f"; a step was measured at {_in_seconds(measured['seconds'])}, {share:.0%} of peak ({measured['where']})"
+    return f"floor on {gpu.name}", f"{text}; estimate, by {gpu.peak / 1e12:.0f} TFLOP/s of dense bfloat16"
+
+
+def _making_rows(found: Estimate) -> Iterator[tuple[str, str]]:
+    count = NUM_CALIBRATION * found.settings.steps
+    features = f"all features of one prompt {in_bytes(found.features_of_prompt)}"
+    yield "compile", f"{in_bytes(COMPILE_MEMORY)} of memory, weights are streamed; {in_bytes(found.weights)} of disk"
+    yield "calibration", f"{NUM_CALIBRATION} prompts, {count} evaluations, {in_flops(count * found.computed)}; {features}"
+    yield "TensorRT build", f"up to {in_bytes(found.build_memory)} of memory and {in_bytes(found.build_disk)} of disk"
+
+
+def _in_seconds(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
