@@ -123,6 +123,7 @@ def _parse_pairs(context: click.Context, parameter: click.Parameter, given: tupl
 
 
 _force = click.option("--force", is_flag=True, help="Replace the output if it exists.")
+_num = click.option("--num", type=int, default=32, show_default=True, help="How many of the prompts.")
 _run_options = _options(
     click.option("--device", help="cpu, cuda, or cuda:1 for the second GPU; default the best that a target fits."),
     click.option("--target", help="Use this target of the bundle only, as tensorrt or ort-cpu; default the best that fits."),
@@ -180,6 +181,20 @@ def add_target_command(bundle: Path, names: tuple[str, ...], device: str | None,
     )
 
 
+@main.command("encode")
+@_talking
+@click.argument("model")
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Conditions file (safetensors).")
+@_num
+@_declared("encode")
+@_force
+def encode_command(model: str, out: Path, num: int, force: bool, **given: Any) -> None:
+    """Encode prompts by MODEL's text encoders, for cachec calibrate on a machine that has a bundle only."""
+    from cachec.compiler.commands.encode import encode_to_file
+
+    _table(encode_to_file(model, out, num=num, force=force, **given))
+
+
 @main.command("plan", context_settings={"default_map": {"dtype": "bfloat16"}})
 @_talking
 @click.argument("model")
@@ -202,7 +217,7 @@ def plan_command(model: str, gpu: str | None, as_json: bool, **given: Any) -> No
 @_talking
 @click.argument("model")
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Calibration file (safetensors).")
-@click.option("--num", type=int, default=32, show_default=True, help="How many of the prompts.")
+@_num
 @_declared("calibrate")
 @_force
 def calibrate_command(model: str, out: Path, num: int, force: bool, **given: Any) -> None:

@@ -15,9 +15,10 @@ from cachec.compiler.models.base import ModelSpec, Settings
 from cachec.runtime.build_options import BuildOptions
 from cachec.runtime.errors import InputError, unknown_name
 
-Command = Literal["compile", "train", "calibrate", "plan", "add-target"]
+Command = Literal["compile", "train", "calibrate", "encode", "plan", "add-target"]
 
-EVERYWHERE: tuple[Command, ...] = ("train", "calibrate", "plan")  # besides compile, for options of the model's sizes
+RUNS: tuple[Command, ...] = ("train", "calibrate", "plan")  # besides compile, for options of whole runs
+SIZES: tuple[Command, ...] = (*RUNS, "encode")  # and for those of what goes in
 
 
 def option(default: Any, help: str, *flags: str, also: tuple[Command, ...] = (), metavar: str | None = None) -> Any:  # noqa: A002
@@ -29,12 +30,12 @@ def option(default: Any, help: str, *flags: str, also: tuple[Command, ...] = (),
 class ModelSettings:
     """Sizes and precision; ``None`` is what the model's family says."""
 
-    steps: int = option(50, "Sampling steps.", also=EVERYWHERE)
-    height: int | None = option(None, "Pixels; default from the model.", also=EVERYWHERE)
-    width: int | None = option(None, "Pixels; default from the model.", also=EVERYWHERE)
-    text_tokens: int | None = option(None, "Length of the text sequence; default from the model.", also=EVERYWHERE)
-    guidance: float | None = option(None, "Guidance scale; default from the model.", also=EVERYWHERE)
-    dtype: str = option("float32", "float32, float16 or bfloat16.", also=EVERYWHERE)
+    steps: int = option(50, "Sampling steps.", also=RUNS)
+    height: int | None = option(None, "Pixels; default from the model.", also=SIZES)
+    width: int | None = option(None, "Pixels; default from the model.", also=SIZES)
+    text_tokens: int | None = option(None, "Length of the text sequence; default from the model.", also=SIZES)
+    guidance: float | None = option(None, "Guidance scale; default from the model.", also=SIZES)
+    dtype: str = option("float32", "float32, float16 or bfloat16.", also=RUNS)
     batch: int | None = option(None, "Accept batches of this size only; default any.", also=("plan",))
 
 
@@ -61,7 +62,7 @@ class FitWish:
     """What methods are fitted to, and how good they must be."""
 
     prompts: Path | None = option(
-        None, "Training and calibration prompts, one a line; a default list ships.", also=("train", "calibrate")
+        None, "Training and calibration prompts, one a line; a default list ships.", also=("train", "calibrate", "encode")
     )
     seed: int = option(0, "Of the noise that fits and searches see.", also=("train", "calibrate"))
     predictor: Path | None = option(None, "Trained predictor file, from cachec train.")

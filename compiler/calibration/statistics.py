@@ -5,8 +5,6 @@ Per prompt, not pooled: cross-validation, standard errors and resuming need them
 Shapes: ``P`` prompts, ``T`` steps, ``R`` steps of the fine reference, ``L`` tokens, ``D`` channels; latents [P, …].
 """
 
-import hashlib
-import json
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -152,10 +150,7 @@ def record_statistics(
         "device": evaluator.device,
         "model": model.spec.name,
         "seed": str(seed),
-        "num_prompts": str(num),
-        "prompts_sha256": hashlib.sha256("\n".join(prompts.prompts).encode()).hexdigest(),
-        "prompts": json.dumps(list(prompts.prompts)),
-        "uses": json.dumps(list(prompts.uses)),
+        **prompts.facts,
         "feature_tokens": str(cost.feature_tokens),
         "format": FILE.format,
     }
@@ -259,7 +254,7 @@ def _from_arrays(arrays: Mapping[str, Array], facts: Mapping[str, str], origin: 
         feature_gram=arrays["feature_gram"],
         fine_latents=arrays.get("fine_latents"),
         fine_velocity_gram=arrays.get("fine_velocity_gram"),
-        prompts=UsedPrompts(tuple(json.loads(facts["prompts"])), tuple(json.loads(facts["uses"]))),
+        prompts=UsedPrompts.from_facts(facts),
         facts=facts,
         origin=origin,
     )

@@ -1,10 +1,13 @@
 """What each prompt is for: to fit on, to choose among fits, or to say how good the chosen one is."""
 
-from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, get_args
 
-from cachec.compiler.calibration.prompts import default_prompts, split_prompts
+from cachec.compiler.calibration.prompts import default_prompts, read_prompts, split_prompts
 from cachec.compiler.models.base import check_prompts
 from cachec.runtime.errors import InputError
 
@@ -39,6 +42,27 @@ class UsedPrompts:
         if missing := [use for use in uses if not self.places(use)]:
             raise InputError(f"calibration {origin} has no prompts to {' or to '.join(missing)}: make one with more prompts")
 
+    @property
+    def facts(self) -> dict[str, str]:
+        """What files of them say: how many, which by a hash, and all of it in words."""
+        return {
+            "num_prompts": str(len(self.prompts)),
+            "prompts_sha256": hashlib.sha256("\n".join(self.prompts).encode()).hexdigest(),
+            "prompts": json.dumps(list(self.prompts)),
+            "uses": json.dumps(list(self.uses)),
+        }
+
+    @classmethod
+    def from_facts(cls, facts: Mapping[str, str]) -> "UsedPrompts":
+        """Those of a file; ``KeyError``, ``ValueError`` or ``TypeError`` if it does not say them."""
+        return cls(tuple(json.loads(facts["prompts"])), tuple(json.loads(facts["uses"])))
+
+    @property
+    def in_words(self) -> str:
+        """How many there are for each use."""
+        words: Mapping[Use, str] = {"fit": "fit on", "stop": "choose by", "measure": "measure on"}
+        return ", ".join(f"{len(self.places(use))} to {text}" for use, text in words.items())
+
     def only(self, *uses: Use) -> "UsedPrompts":
         """The prompts of some uses."""
         kept = [place for place, use in enumerate(self.uses) if use in uses]
@@ -59,6 +83,21 @@ def calibration_prompts(name: str, given: Sequence[str] | None, num: int = NUM_C
     uses: list[Use] = ["stop" if place % STOP_EVERY == STOP_EVERY - 1 else "fit" for place in range(len(listed))]
     measured = default_prompts(name, "measure")[:NUM_MEASURE]
     return _checked(UsedPrompts((*listed, *measured), (*uses, *_all("measure", measured))))
+
+
+def choose_prompts(name: str, file: Path | None, num: int | None) -> UsedPrompts:
+    """The first ``num`` prompts of ``file``, or of the shipped list ``name``, for a calibration; ``None`` is the usual number.
+
+    Raises:
+        InputError: there are too few, or ``file`` cannot be read.
+    """
+    num = NUM_CALIBRATION if num is None else num
+    listed = default_prompts(name, "train") if file is None else read_prompts(file)
+    if num < MIN_PROMPTS:
+        raise InputError(f"num is {num}; calibration needs at least {MIN_PROMPTS} prompts, to fit on and to choose by")
+    if num > len(listed):
+        raise InputError(f"num is {num}, but there are only {len(listed)} prompts: give more with --prompts")
+    return calibration_prompts(name, None if file is None else listed[:num], num)
 
 
 def training_prompts(name: str, given: Sequence[str] | None) -> UsedPrompts:

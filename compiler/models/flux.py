@@ -17,6 +17,7 @@ import diffusers
 import numpy as np
 import torch
 import transformers
+from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from diffusers.pipelines.flux import pipeline_flux
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
@@ -48,6 +49,7 @@ class FluxModel(Family):
         self.spec = spec
         self.pipeline: Any = pipeline
         self._directory, self._stored = directory, stored
+        self._described: nn.Module | None = None
         self._told: set[str] = set()  # prompts that are cut, and that was said
 
     @classmethod
@@ -97,8 +99,16 @@ class FluxModel(Family):
 
     @property
     def _modules(self) -> Any:
-        """The transformer, with or without the values of its weights."""
-        return self.transformer if self._stored is None else self._stored.module
+        """The transformer, with or without the values of its weights; what it would be, if it was loaded without."""
+        if self._stored is not None:
+            return self._stored.module
+        if self.pipeline.transformer is not None or self._directory is None:
+            return self.transformer
+        if self._described is None:
+            config = FluxTransformer2DModel.load_config(self._directory / TRANSFORMER, local_files_only=True)
+            with init_empty_weights():
+                self._described = FluxTransformer2DModel.from_config(config)
+        return self._described
 
     @property
     def _config(self) -> Any:

@@ -46,7 +46,7 @@ def test_a_command_takes_its_own_options_only():
         read_options({"levels": "high"}, "train")
 
 
-@pytest.mark.parametrize("command", ["compile", "train", "calibrate", "add-target"])
+@pytest.mark.parametrize("command", ["compile", "train", "calibrate", "encode", "add-target"])
 def test_the_command_line_has_a_flag_for_every_option(command):
     known = {parameter.name: parameter for parameter in main.commands[command].params}
     for _, one, _ in declared(command):
