@@ -20,6 +20,7 @@ from cachec.compiler.calibration.statistics import (
     record_statistics,
 )
 from cachec.compiler.calibration.uses import UsedPrompts, calibration_prompts, training_prompts
+from cachec.compiler.graphs.costs import samples_at_once
 from cachec.compiler.graphs.export import EnginePlan, plan_engines
 from cachec.compiler.graphs.finite import check_finite_run
 from cachec.compiler.graphs.prepare import compute_only, engine, inlined, linear, prepare
@@ -148,7 +149,7 @@ def evaluator_of(model: LoadedModel, settings: Settings, device: DeviceName = HO
     check_device(device)
     precision = evaluated_in(settings, device)
     split = prepare(model, replace(settings, dtype=precision))
-    return GraphEvaluator(split, model.io, device=str(device), precision=precision)
+    return GraphEvaluator(split, model.io, device=str(device), precision=precision, max_batch=samples_at_once(split))
 
 
 def find_parameters(model: LoadedModel, request: Request, checked: Checked, work: Path | None) -> Parameters | None:

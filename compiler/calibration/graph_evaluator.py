@@ -3,9 +3,10 @@
 Shapes: as ``evaluator.py``. Noise, latents, conditions and results cross between host and device; nothing else does.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import fx
 
@@ -38,16 +39,24 @@ Tensors = Mapping[str, torch.Tensor]
 class GraphEvaluator(Evaluator):
     """The split graphs, of ``precision``: the whole model, and its tail behind the cut, their weights on ``device``.
 
-    ``inlined``: graphs with a predictor inside the forecast graph, for Programs that call one.
+    ``inlined``: graphs with a predictor inside the forecast graph, for Programs that call one. ``max_batch``: samples that are
+    run at once; more are run piece by piece.
     """
 
     name: ClassVar[str] = "PyTorch"
     differentiable: ClassVar[bool] = True
 
     def __init__(
-        self, split: Graphs, io: ModelIO, inlined: Graphs | None = None, *, device: str = CPU, precision: str = "float32"
+        self,
+        split: Graphs,
+        io: ModelIO,
+        inlined: Graphs | None = None,
+        *,
+        device: str = CPU,
+        precision: str = "float32",
+        max_batch: int | None = None,
     ) -> None:
-        self.device, self.precision = device, precision
+        self.device, self.precision, self._max_batch = device, precision, max_batch
         self._io, self._device = io, torch.device(device)
         values = Values(self._device)
         split = values.graphs(split)
@@ -59,14 +68,21 @@ class GraphEvaluator(Evaluator):
 
     @torch.no_grad()
     def evaluate(self, x: Array, t: Time, conditions: Conditions) -> tuple[Array, Array]:
-        latents = self._there(x)
-        velocity, feature = self._evaluate(latents, _told(t, latents), self._tensors(conditions))
-        return _back(velocity), _back(feature)
+        def piece(rows: slice) -> tuple[Array, ...]:
+            latents = self._there(x[rows])
+            made = self._evaluate(latents, _told(_of(t, rows), latents), self._tensors(conditions, rows))
+            return tuple(map(_back, made))
+
+        velocity, feature = self._in_pieces(len(x), piece)
+        return velocity, feature
 
     @torch.no_grad()
     def tail(self, feature: Array, t: Time, conditions: Conditions) -> Array:
-        value = self._there(feature)
-        return _back(self._tail(value, _told(t, value), self._tensors(conditions)))
+        def piece(rows: slice) -> tuple[Array, ...]:
+            value = self._there(feature[rows])
+            return (_back(self._tail(value, _told(_of(t, rows), value), self._tensors(conditions, rows))),)
+
+        return self._in_pieces(len(feature), piece)[0]
 
     def evaluate_with_gradients(
         self, x: torch.Tensor, t: torch.Tensor, conditions: Tensors
@@ -79,16 +95,26 @@ class GraphEvaluator(Evaluator):
     ) -> Array:
         rows = program.coefficients if coefficients is None else coefficients
         told = program.timesteps if timesteps is None else timesteps
-        loop = _Loop(self, program, self._there(noise), self._tensors(conditions), rows, told)
-        for instruction in program.instructions:
-            loop.play(instruction)
-        return _back(loop.latents)
+
+        def piece(some: slice) -> tuple[Array, ...]:
+            loop = _Loop(self, program, self._there(noise[some]), self._tensors(conditions, some), rows, told)
+            for instruction in program.instructions:
+                loop.play(instruction)
+            return (_back(loop.latents),)
+
+        return self._in_pieces(len(noise), piece)[0]
+
+    def _in_pieces(self, batch: int, run: Callable[[slice], tuple[Array, ...]]) -> tuple[Array, ...]:
+        """``run`` on some samples after the other, and the results as one."""
+        size = self._max_batch or batch
+        parts = [run(slice(start, start + size)) for start in range(0, batch, size)]
+        return parts[0] if len(parts) == 1 else tuple(map(np.concatenate, zip(*parts, strict=True)))
 
     def _there(self, value: Array) -> torch.Tensor:
         return torch.from_numpy(value).to(self._device)
 
-    def _tensors(self, conditions: Conditions) -> dict[str, torch.Tensor]:
-        return {name: self._there(value) for name, value in conditions.items()}
+    def _tensors(self, conditions: Conditions, rows: slice) -> dict[str, torch.Tensor]:
+        return {name: self._there(value[rows]) for name, value in conditions.items()}
 
     def _evaluate(self, x: torch.Tensor, t: torch.Tensor, conditions: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
         result = self._compute(**{self._io.latents: x, self._io.timestep: t, **conditions})
@@ -183,6 +209,11 @@ def _call(module: fx.GraphModule, known: Tensors) -> Mapping[str, torch.Tensor]:
 def _told(t: Time, like: torch.Tensor) -> torch.Tensor:
     """The told time as [B], in the precision of ``like`` [B, …] and where it is."""
     return torch.as_tensor(t, dtype=like.dtype).to(like.device).expand(len(like)).clone()
+
+
+def _of(t: Time, rows: slice) -> Time:
+    """The told time of some samples."""
+    return t[rows] if isinstance(t, np.ndarray) and t.ndim else t
 
 
 def _back(value: torch.Tensor) -> Array:

@@ -19,6 +19,7 @@ from cachec.runtime.noise import NUM_SEEDS, make_noise
 from cachec.runtime.specs import Array
 
 CHUNK = 16  # prompts a batch
+MAX_TRAINING_BYTES = 4 << 30  # of features in memory
 TRAINING_SEED_BASE = NUM_SEEDS  # training noise has seeds from here on; people's seeds are smaller
 SEEDS_A_RUN = 4096  # of training noise, for each seed that a user may choose
 
@@ -54,16 +55,20 @@ class WantedRun:
 
 @dataclass(frozen=True, eq=False)
 class Trajectories:
-    """``noise`` and ``final`` latents [P, …], ``features`` [P, T, L, D] at the cut, ``conditions`` by name [P, …]."""
+    """``noise`` and ``final`` latents [P, …], ``features`` [P, T, N, D] at the cut, ``conditions`` by name [P, …].
+
+    ``tokens`` [N] says of which of the L tokens the features are, in order.
+    """
 
     noise: Array
     final: Array
     features: Array
     conditions: Conditions
+    tokens: Array
 
     def select(self, index: Array) -> "Trajectories":
         conditions = {name: value[index] for name, value in self.conditions.items()}
-        return Trajectories(self.noise[index], self.final[index], self.features[index], conditions)
+        return Trajectories(self.noise[index], self.final[index], self.features[index], conditions, self.tokens)
 
 
 def run_uncached(evaluator: Evaluator, sampling: Sampling, noise: Array, conditions: Conditions) -> Iterator[RunStep]:
@@ -141,19 +146,44 @@ def encode_prompts(model: LoadedModel, prompts: Sequence[str], settings: Setting
     return {name: np.concatenate([part[name] for part in parts]) for name in model.io.conditions}
 
 
+def some_tokens(num_tokens: int, wanted: int) -> Array:
+    """Which tokens' features are kept, in order: the same for every batch and every run."""
+    tokens: Array = np.sort(np.random.default_rng(0).permutation(num_tokens)[:wanted])
+    return tokens
+
+
 def record_trajectories(
-    model: LoadedModel, evaluator: Evaluator, settings: Settings, prompts: Sequence[str], *, seed: int, work: Path
+    model: LoadedModel,
+    evaluator: Evaluator,
+    settings: Settings,
+    prompts: Sequence[str],
+    *,
+    seed: int,
+    work: Path,
+    max_bytes: int = MAX_TRAINING_BYTES,
 ) -> Trajectories:
-    """Run the uncached model once per prompt, and keep every step's feature. Resumable in ``work``."""
+    """Run the uncached model once per prompt, and keep every step's feature. Resumable in ``work``.
+
+    Of long sequences only as many tokens are kept as take ``max_bytes`` in all. What is fitted to them has one number a step
+    for all tokens, so some of them stand for all.
+    """
 
     def keep(steps: Iterator[RunStep]) -> dict[str, Array]:
-        run = list(steps)
-        return {"final": run[-1].latents, "features": np.stack([step.feature for step in run], axis=1)}
+        def kept(step: RunStep) -> tuple[Array, Array]:
+            bytes_each = len(prompts) * settings.steps * step.feature[0, 0].nbytes
+            tokens = some_tokens(step.feature.shape[1], max(1, max_bytes // bytes_each))
+            return step.feature[:, tokens], tokens
+
+        found = [(step.latents, *kept(step)) for step in steps]
+        latents, _, tokens = found[-1]
+        features = np.stack([feature for _, feature, _ in found], axis=1)
+        return {"final": latents, "features": features, "tokens": np.tile(tokens, (len(latents), 1))}
 
     wanted = WantedRun(Sampling(*model.sampling(settings)), keep)
     title, seeds = f"uncached runs of {len(prompts)} prompts", training_seeds(seed, len(prompts))
     runs = record_runs(model, evaluator, settings, prompts, [wanted], seeds=seeds, work=work, title=title)
-    return Trajectories(runs["noise"], runs["final"], runs["features"], encode_prompts(model, prompts, settings))
+    conditions = encode_prompts(model, prompts, settings)
+    return Trajectories(runs["noise"], runs["final"], runs["features"], conditions, runs["tokens"][0])
 
 
 def check_finite(values: Array, prompts: Sequence[str], start: int, step: int) -> None:

@@ -22,6 +22,7 @@ from cachec.compiler.calibration.runs import (
     WantedRun,
     measuring_seeds,
     record_runs,
+    some_tokens,
     training_seeds,
 )
 from cachec.compiler.calibration.uses import UsedPrompts
@@ -154,7 +155,7 @@ def record_statistics(
         "feature_tokens": str(cost.feature_tokens),
         "format": FILE.format,
     }
-    runs = [WantedRun(Sampling(*model.sampling(settings)), _keeper(_some_tokens(cost)))]
+    runs = [WantedRun(Sampling(*model.sampling(settings)), _keeper(some_tokens(cost.num_tokens, cost.feature_tokens)))]
     if reference_steps:
         runs.append(WantedRun(Sampling(*model.sampling(replace(settings, steps=reference_steps))), _keep_fine))
     claimed = {**facts, "chunk": str(cost.chunk)}  # batches of another size would not line up
@@ -178,12 +179,6 @@ def _seeds(prompts: UsedPrompts, seed: int) -> list[int]:
     measured = set(prompts.places("measure"))
     fitting, measuring = (iter(seeds(seed, len(prompts.prompts))) for seeds in (training_seeds, measuring_seeds))
     return [next(measuring if place in measured else fitting) for place in range(len(prompts.prompts))]
-
-
-def _some_tokens(cost: CalibrationCost) -> Array:
-    """Which tokens' features are kept, in order."""
-    tokens: Array = np.sort(np.random.default_rng(0).permutation(cost.num_tokens)[: cost.feature_tokens])
-    return tokens
 
 
 def _keeper(tokens: Array) -> Callable[[Iterator[RunStep]], dict[str, Array]]:

@@ -13,7 +13,9 @@ from cachec.compiler.graphs.flops import run_flops, sizes_of
 from cachec.compiler.graphs.weights import expression, is_named
 from cachec.passes import Graphs
 from cachec.passes.base import outputs, placeholders
-from cachec.runtime.abi import COMPUTE, FORECAST, PROLOGUE, hoisted_name, steps_of
+from cachec.runtime.abi import COMPUTE, FEATURE, FORECAST, PROLOGUE, hoisted_name, steps_of
+
+MAX_FEATURE = 256 << 20  # bytes in float32; activations take some ten times as much
 
 
 def hoisting_facts(before: Graphs, after: Graphs) -> dict[str, dict[str, int]]:
@@ -32,6 +34,12 @@ def run_costs(module: fx.GraphModule) -> tuple[int, int]:
     """Bytes of weights, and FLOPs of one run."""
     found = _costs(module)
     return found["weight_bytes"], found["flops"]
+
+
+def samples_at_once(split: Graphs) -> int:
+    """How many samples of a split model are run at once: as many as have ``MAX_FEATURE`` bytes of features, at least one."""
+    feature = outputs(split.modules[COMPUTE])[FEATURE].meta["val"]
+    return int(max(1, MAX_FEATURE // (4 * math.prod(map(int, feature.shape[1:])))))
 
 
 def memory_facts(graphs: Graphs) -> dict[str, int]:

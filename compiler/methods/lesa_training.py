@@ -141,7 +141,8 @@ class LesaTrainer:
                 with torch.set_grad_enabled(learn):
                     feature = self._predict(features, step)
                     if learn:
-                        self._update((feature - true[:, step]).abs().mean())
+                        seen = feature if len(batch.tokens) == feature.shape[1] else feature[:, batch.tokens]
+                        self._update((seen - true[:, step]).abs().mean())
                 feature = feature.detach()
                 velocity = self._evaluator.tail(feature.cpu().numpy(), self._timesteps[step], batch.conditions)
             history.appendleft(feature)

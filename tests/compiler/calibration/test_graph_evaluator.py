@@ -5,6 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from toy import example_inputs
+from toy_bundle import IO as TOY_IO
+from toy_bundle import toy_program
 from toy_calibration import IO, make_calibration, make_evaluator
 
 from cachec.compiler.calibration.graph_evaluator import GraphEvaluator
@@ -50,6 +53,18 @@ def test_a_told_time_is_one_number_or_one_each(calibration):
         np.testing.assert_allclose(velocity[row], alone[0], rtol=1e-12)
         np.testing.assert_allclose(feature[row], its_feature[0], rtol=1e-12)
     np.testing.assert_allclose(evaluator.tail(feature, times, conditions), velocity, rtol=1e-12)
+
+
+def test_many_samples_are_run_piece_by_piece(toy_split):
+    x, t, conditions = (value.numpy() for value in example_inputs(batch=5).values())
+    whole, pieces = GraphEvaluator(toy_split, TOY_IO), GraphEvaluator(toy_split, TOY_IO, max_batch=2)
+    for told in (t, 0.5):
+        velocity, feature = whole.evaluate(x, told, {"prompt": conditions})
+        for got, wanted in zip(pieces.evaluate(x, told, {"prompt": conditions}), (velocity, feature), strict=True):
+            np.testing.assert_allclose(got, wanted, atol=1e-6)
+        np.testing.assert_allclose(pieces.tail(feature, told, {"prompt": conditions}), velocity, atol=1e-6)
+    played = [one.play(toy_program(), x, {"prompt": conditions}) for one in (whole, pieces)]
+    np.testing.assert_allclose(*played, atol=1e-5)
 
 
 def test_the_hidden_cut_is_played_with_the_tail_at_its_steps(calibration):

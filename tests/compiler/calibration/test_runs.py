@@ -124,6 +124,17 @@ def test_trajectories_hold_every_feature_and_go_on_where_they_were(model, evalua
     np.testing.assert_array_equal(again.features, runs.features)
 
 
+def test_of_many_tokens_some_stand_for_all(model, evaluator, tmp_path):
+    settings = replace(SETTINGS, steps=3)
+    whole, some = (
+        record_trajectories(model, evaluator, settings, PROMPTS, seed=1, work=tmp_path / str(size), max_bytes=size)
+        for size in (10**6, 5 * 3 * WIDTH * 4 * 2)
+    )
+    assert (whole.tokens.tolist(), len(some.tokens)) == (list(range(TOKENS)), 2)
+    np.testing.assert_array_equal(some.features, whole.features[:, :, some.tokens])
+    np.testing.assert_array_equal(some.final, whole.final)
+
+
 def test_no_noise_is_for_people_and_for_fits_or_for_fits_and_measurements():
     fitted, measured = training_seeds(3, 300), measuring_seeds(3, 64)
     assert min(*fitted, *measured) >= NUM_SEEDS

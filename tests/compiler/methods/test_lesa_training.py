@@ -29,6 +29,7 @@ def data(calibration, tmp_path, monkeypatch):
         calibration.latents(STEPS).astype(np.float32),
         features.reshape(8, STEPS, *noise.shape[1:]).astype(np.float32),
         calibration.all_conditions(),
+        np.arange(noise.shape[1]),
     )
     train, held_out = (single.select(np.array(index)) for index in (range(6), (6, 7)))
     return TrainingData(
