@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from cachec.compiler.options import BuildWish, Command, declared, make_build_options, plain_type
 from cachec.runtime.errors import CachecError, InputError
@@ -65,6 +66,12 @@ def _talking(function: Any) -> Any:
 @_talking
 def main() -> None:
     """Compile a diffusion transformer into a bundle that computes few steps and forecasts the rest."""
+
+
+def _said(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What was given, and not left at its default."""
+    context = click.get_current_context()
+    return {name: value for name, value in given.items() if context.get_parameter_source(name) != ParameterSource.DEFAULT}
 
 
 def _is_news(noise: str, record: logging.LogRecord) -> bool:
@@ -215,16 +222,20 @@ def plan_command(model: str, gpu: str | None, as_json: bool, **given: Any) -> No
 
 @main.command("calibrate")
 @_talking
-@click.argument("model")
+@click.argument("source", metavar="MODEL|BUNDLE")
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Calibration file (safetensors).")
+@click.option("--conditions", type=click.Path(path_type=Path), help="Encoded prompts for a bundle, from cachec encode.")
 @_num
 @_declared("calibrate")
 @_force
-def calibrate_command(model: str, out: Path, num: int, force: bool, **given: Any) -> None:
-    """Run MODEL uncached on some prompts and keep what fits and searches need. Interrupted, the same command goes on."""
+def calibrate_command(source: str, out: Path, **given: Any) -> None:
+    """Run a model uncached on some prompts and keep what fits and searches need. Interrupted, the same command goes on.
+
+    A bundle is run on its own engines, without torch, on the prompts of --conditions.
+    """
     from cachec.compiler.commands.calibrate import calibrate_to_file
 
-    _table(calibrate_to_file(model, out, num=num, force=force, **given))
+    _table(calibrate_to_file(source, out, **_said(given)))
 
 
 @main.command("train")

@@ -16,6 +16,7 @@ import numpy as np
 
 from bench.quality import NUM_FIT, open_setting
 from cachec.compiler.calibration.calibration import Calibration, open_calibration, relative_errors
+from cachec.compiler.calibration.runs import Subject
 from cachec.compiler.calibration.statistics import record_statistics
 from cachec.compiler.calibration.uses import UsedPrompts
 from cachec.compiler.methods.gram_fit import fit_rows, node_timesteps, polish
@@ -150,14 +151,12 @@ def shifted(work: Path) -> dict[str, Any]:
     """Fits on captions of other colours, shapes and places, or of the same; 8 of 50 steps."""
     setting = open_setting("50 steps", work, steps=50, shift=None, num=64)
     sets = {"warm": _captions(WARM, ROUND, HERE), "cold": _captions(COLD, ANGULAR, THERE)}
-    opened = {}
+    opened, subject = {}, Subject.of(setting.model, setting.settings)
     for name, captions in sets.items():
         seed = 1 if name == "warm" else 2
         used, parts = UsedPrompts(tuple(captions), ("fit",) * len(captions)), work / f"shift {name}.parts"
-        statistics = record_statistics(
-            setting.model, setting.evaluator, setting.settings, used, reference_steps=0, seed=seed, work=parts
-        )
-        opened[name] = open_calibration(statistics, setting.model, setting.evaluator, setting.settings)
+        statistics = record_statistics(subject, setting.evaluator, used, reference_steps=0, seed=seed, work=parts)
+        opened[name] = open_calibration(statistics, subject, setting.evaluator)
     held_out = opened["cold"].select(range(NUM_FIT, 2 * NUM_FIT))
     rows = json.loads((work / "rows 50 steps.json").read_text())
     schedule = Schedule(50, tuple(rows["50 steps|8|gram|searched"]["steps"]))

@@ -25,7 +25,7 @@ from cachec.compiler.calibration.evaluator import Evaluator
 from cachec.compiler.calibration.graph_evaluator import GraphEvaluator
 from cachec.compiler.calibration.metrics import psnr_db
 from cachec.compiler.calibration.prompts import default_prompts
-from cachec.compiler.calibration.runs import Sampling, encode_prompts, run_uncached
+from cachec.compiler.calibration.runs import Sampling, Subject, run_uncached
 from cachec.compiler.calibration.statistics import load_statistics, record_statistics, save_statistics
 from cachec.compiler.calibration.uses import UsedPrompts
 from cachec.compiler.graphs.prepare import prepare
@@ -126,26 +126,26 @@ def open_setting(name: str, work: Path, *, steps: int, shift: float | None, num:
         scheduler = model.pipeline.scheduler
         model.pipeline.scheduler = scheduler.from_config(scheduler.config, use_dynamic_shifting=False, shift=shift)
     settings = Settings(spec.height, spec.width, spec.text_tokens, spec.guidance, steps, "float32")
-    evaluator = GraphEvaluator(prepare(model, settings), model.io)
+    evaluator, subject = GraphEvaluator(prepare(model, settings), model.io), Subject.of(model, settings)
     path = work / f"{name}.safetensors"
     reference_steps = FINE if name == "50 steps" else 0
     if not path.exists():
         prompts = default_prompts("shapes", "train")[: 64 if reference_steps else NUM_FIT]
         parts = work / f"{name}.parts"
         used = UsedPrompts(tuple(prompts), ("fit",) * len(prompts))
-        statistics = record_statistics(model, evaluator, settings, used, reference_steps=reference_steps, seed=0, work=parts)
+        statistics = record_statistics(subject, evaluator, used, reference_steps=reference_steps, seed=0, work=parts)
         save_statistics(statistics, path)
     statistics = load_statistics(path)
     prompts = default_prompts("shapes", "eval")[:num]
-    conditions = encode_prompts(model, prompts, settings)
+    conditions = subject.encode(prompts)
     noise = np.stack([make_noise(seed, tuple(statistics.noise.shape[1:])) for seed in range(num)])
     results = {}
     for count in (steps, FINE):
         sampling = Sampling(*model.sampling(replace(settings, steps=count)))
         results[count] = _uncached(evaluator, sampling, noise, conditions, work / f"{name}-{count}-{num}.npy")
     return Setting(
-        name, model, settings, open_calibration(statistics, model, evaluator, settings),
-        open_calibration(statistics, model, evaluator, settings, fine=True) if reference_steps else None,
+        name, model, settings, open_calibration(statistics, subject, evaluator),
+        open_calibration(statistics, subject, evaluator, fine=True) if reference_steps else None,
         evaluator, conditions, noise, results[steps],
         list(model.decode(results[steps], settings)), list(model.decode(results[FINE], settings)),
     )  # fmt: skip

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cachec.compiler.calibration.graph_evaluator import GraphEvaluator
+from cachec.compiler.calibration.runs import Subject
 from cachec.compiler.calibration.statistics import (
     Statistics,
     calibration_facts,
@@ -129,7 +130,7 @@ def _read_statistics(model: LoadedModel, request: Request, path: Path) -> Statis
     statistics = load_statistics(path)
     precision = evaluated_in(request.settings, request.device)
     check_statistics(
-        statistics, calibration_facts(model, request.settings, request.reference_steps or None, precision=precision)
+        statistics, calibration_facts(Subject.of(model, request.settings), request.reference_steps or None, precision=precision)
     )
     if request.reference_steps is None and statistics.fine_latents is None:
         raise InputError(
@@ -169,7 +170,7 @@ def find_calibrations(model: LoadedModel, request: Request, checked: Checked, wo
     Raises:
         InputError: a run gives NaN or infinity.
     """
-    settings, statistics = replace(request.settings, dtype="float32"), checked.statistics
+    subject, statistics = Subject.of(model, request.settings), checked.statistics
     if statistics is None and checked.prompts is None:
         return None
     evaluator = evaluator_of(model, request.settings, request.device)
@@ -177,9 +178,9 @@ def find_calibrations(model: LoadedModel, request: Request, checked: Checked, wo
         assert checked.prompts is not None
         fine = request.reference_steps or 0
         statistics = record_statistics(
-            model, evaluator, settings, checked.prompts, reference_steps=fine, seed=request.wish.fit.seed, work=work
+            subject, evaluator, checked.prompts, reference_steps=fine, seed=request.wish.fit.seed, work=work
         )
-    return Calibrations.open(statistics, model, evaluator, settings)
+    return Calibrations.open(statistics, subject, evaluator)
 
 
 def make_graphs(model: LoadedModel, request: Request, parameters: Parameters | None, *, merge: bool = True) -> StepGraphs:

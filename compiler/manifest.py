@@ -43,6 +43,7 @@ def make_manifest(
             "interval": request.interval,
             "seed": request.wish.fit.seed,
             "cut": model.block,
+            "sampler": model.sampler,
             "prompts": model.spec.prompts,
         },
         noise=GENERATOR,

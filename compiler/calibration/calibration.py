@@ -10,10 +10,9 @@ from functools import cached_property
 import numpy as np
 
 from cachec.compiler.calibration.evaluator import Conditions, Evaluator
-from cachec.compiler.calibration.runs import CHUNK, Sampling, check_finite, encode_prompts
+from cachec.compiler.calibration.runs import CHUNK, Sampling, Subject, check_finite
 from cachec.compiler.calibration.statistics import Statistics
 from cachec.compiler.calibration.uses import Use
-from cachec.compiler.models.base import LoadedModel, Settings
 from cachec.compiler.tables.coefficients import Table
 from cachec.compiler.tables.lower import lower
 from cachec.runtime.errors import InputError
@@ -148,8 +147,9 @@ class Calibration:
 
     def _in_chunks(self, evaluate: Callable[[slice], Array], step: int) -> Array:
         parts = []
-        for start in range(0, self.num_prompts, CHUNK):
-            rows = slice(start, start + CHUNK)
+        chunk = min(CHUNK, self.evaluator.max_batch)
+        for start in range(0, self.num_prompts, chunk):
+            rows = slice(start, start + chunk)
             parts.append(evaluate(rows))
             check_finite(parts[-1], [self.statistics.prompts.prompts[i] for i in self.index[rows]], start, step)
         return np.concatenate(parts)
@@ -170,21 +170,18 @@ def decibels(errors: Array) -> float:
     return float(np.mean(-20 * np.log10(np.maximum(errors, 1e-12))))
 
 
-def open_calibration(
-    statistics: Statistics, model: LoadedModel, evaluator: Evaluator, settings: Settings, *, fine: bool = False
-) -> Calibration:
-    """Statistics with an evaluator of the model that they were made with, in float32.
+def open_calibration(statistics: Statistics, subject: Subject, evaluator: Evaluator, *, fine: bool = False) -> Calibration:
+    """Statistics with an evaluator of the model that they were made with.
 
     Raises:
         InputError: ``fine`` is asked for, and the statistics have no fine reference.
     """
-    settings = replace(settings, dtype="float32")
+    sampling = subject.own_sampling
     if fine:
         if statistics.fine_latents is None:
             raise InputError(
                 f"calibration {statistics.origin} has no fine reference: make one with cachec calibrate --reference-steps"
             )
-        settings = replace(settings, steps=statistics.fine_latents.shape[1])
+        sampling = subject.sampling(statistics.fine_latents.shape[1])
     prompts = statistics.prompts.prompts
-    conditions, index = encode_prompts(model, prompts, settings), np.arange(len(prompts))
-    return Calibration(statistics, evaluator, Sampling(*model.sampling(settings)), conditions, index, fine)
+    return Calibration(statistics, evaluator, sampling, subject.encode(prompts), np.arange(len(prompts)), fine)

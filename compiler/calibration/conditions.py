@@ -3,7 +3,7 @@
 Shapes: ``P`` prompts.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,10 +11,15 @@ import numpy as np
 
 from cachec.compiler.calibration.evaluator import Conditions
 from cachec.compiler.calibration.facts_file import FactsFile
+from cachec.compiler.calibration.runs import Sampling, Subject
 from cachec.compiler.calibration.uses import UsedPrompts
-from cachec.compiler.models.base import Settings
-from cachec.runtime.errors import InputError
+from cachec.compiler.models.base import Settings, settings_of
+from cachec.runtime.abi import BATCH, COMPUTE
+from cachec.runtime.errors import BundleError, InputError, shortened
 from cachec.runtime.files import write_file
+from cachec.runtime.program import UNCACHED
+from cachec.runtime.session import LoadedBundle
+from cachec.runtime.specs import Array
 
 FILE = FactsFile("conditions", "cachec-conditions-1", "cachec encode", InputError)
 
@@ -28,9 +33,55 @@ class EncodedPrompts:
     facts: Mapping[str, str]
     origin: str
 
+    def encode(self, prompts: Sequence[str]) -> dict[str, Array]:
+        """Conditions by name of some of the prompts.
+
+        Raises:
+            InputError: one is not among them.
+        """
+        places = {prompt: place for place, prompt in enumerate(self.prompts.prompts)}
+        if missing := [prompt for prompt in prompts if prompt not in places]:
+            raise InputError(
+                f"conditions {self.origin} lack {len(missing)} of {len(prompts)} prompts, such as {shortened(missing[0])}: "
+                f"make some of the same prompts with {FILE.command}"
+            )
+        rows = [places[prompt] for prompt in prompts]
+        return {name: values[rows] for name, values in self.conditions.items()}
+
     def check(self, name: str, settings: Settings) -> None:
         """Raise ``InputError`` unless these are conditions of the model ``name`` with these settings."""
         FILE.check(self.facts, conditions_facts(name, settings), self.origin)
+
+
+def subject_of_bundle(bundle: LoadedBundle, encoded: EncodedPrompts) -> Subject:
+    """The model that a bundle was compiled from: it runs on the bundle's own noise levels, and knows ``encoded`` prompts.
+
+    Raises:
+        InputError: the conditions are of another model or of other settings.
+        BundleError: the bundle does not name its sampler.
+    """
+    manifest, uncached, settings = bundle.manifest, bundle.programs[UNCACHED], settings_of(bundle.manifest)
+    if "sampler" not in manifest.settings:
+        raise BundleError("the bundle does not say which sampler it is for: compile it again")
+    encoded.check(manifest.model["name"], settings)
+
+    def sampling(steps: int) -> Sampling:
+        if steps != uncached.num_steps:
+            raise InputError(
+                f"the bundle has the noise levels of its own {uncached.num_steps} steps, not those of {steps}, which take the "
+                "model's sampler: calibrate the model itself for them"
+            )
+        return Sampling(uncached.sigmas, uncached.timesteps)
+
+    return Subject(
+        name=manifest.model["name"],
+        weights_hash=manifest.model["weights_sha256"],
+        sampler=manifest.settings["sampler"],
+        settings=settings,
+        latent_shape=bundle.engines[COMPUTE].signature.input(bundle.io.latents).resolve({BATCH: 1})[1:],
+        sampling=sampling,
+        encode=encoded.encode,
+    )
 
 
 def conditions_facts(name: str, settings: Settings) -> dict[str, str]:

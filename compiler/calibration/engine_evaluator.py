@@ -9,15 +9,16 @@ from typing import ClassVar
 import numpy as np
 
 from cachec.compiler.calibration.evaluator import Conditions, Evaluator, Numbers, Time
-from cachec.runtime.abi import FEATURE, FEATURES, FORECAST
+from cachec.runtime.abi import BATCH, COMPUTE, FEATURE, FEATURES, FORECAST, MAX_BATCH
 from cachec.runtime.binding import Binding
+from cachec.runtime.device import CPU
 from cachec.runtime.engine import Engine
 from cachec.runtime.errors import InputError
 from cachec.runtime.instructions import Compute, Forecast, Instruction
 from cachec.runtime.model_io import ModelIO
-from cachec.runtime.program import Program, ProgramKey, hash_sigmas
-from cachec.runtime.session import Session
-from cachec.runtime.specs import Array
+from cachec.runtime.program import UNCACHED, Program, ProgramKey, hash_sigmas
+from cachec.runtime.session import LoadedBundle, Session
+from cachec.runtime.specs import Array, itemsize
 
 
 class EngineEvaluator(Evaluator):
@@ -25,13 +26,43 @@ class EngineEvaluator(Evaluator):
 
     name: ClassVar[str] = "a built engine"
 
-    def __init__(self, engines: Mapping[str, Engine], io: ModelIO) -> None:
+    def __init__(
+        self,
+        engines: Mapping[str, Engine],
+        io: ModelIO,
+        *,
+        device: str = CPU,
+        precision: str = "float32",
+        max_batch: int = MAX_BATCH,
+    ) -> None:
         self._engines, self._io = engines, io
+        self.device, self.precision, self.max_batch = device, precision, max_batch
         forecast = engines.get(FORECAST)
         self._has_tail = forecast is not None and FEATURES in {spec.name for spec in forecast.signature.inputs}
         self._played: Program | None = None
         self._sessions: dict[int, Session] = {}
         self._bindings: dict[int, Binding] = {}
+
+    @classmethod
+    def of(cls, bundle: LoadedBundle) -> "EngineEvaluator":
+        """The engines of an opened bundle.
+
+        Raises:
+            InputError: they take batches of one size only, or store features in fewer bits than they compute in.
+        """
+        target, compute = bundle.target, bundle.engines[COMPUTE]
+        if (batch := bundle.programs[UNCACHED].key.batch) is not None:
+            raise InputError(f"the bundle takes batches of {batch} only: compile one without --batch")
+        kept = next((spec.dtype for spec in compute.signature.outputs if spec.name == FEATURE), target.precision)
+        if itemsize(kept) < itemsize(target.precision):
+            raise InputError(f"the bundle stores features in {kept}, which rounds them: compile one without --slots")
+        return cls(
+            bundle.engines,
+            bundle.io,
+            device=str(compute.device.name),
+            precision=target.precision,
+            max_batch=target.sizes.get(BATCH, (MAX_BATCH,))[-1],
+        )
 
     def evaluate(self, x: Array, t: Time, conditions: Conditions) -> tuple[Array, Array]:
         binding = self._bound(len(x))

@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
+from cachec.runtime.abi import MAX_BATCH
 from cachec.runtime.device import CPU
 from cachec.runtime.errors import InputError
 from cachec.runtime.program import Program
@@ -26,13 +27,14 @@ class Evaluator(ABC):
     """A model on some device. Speaks numpy; what numpy has no type for is handed out in float32.
 
     ``differentiable``: :meth:`evaluate_with_gradients` can be asked for, on ``device``. ``precision``: what it computes
-    in.
+    in. ``max_batch``: the most samples that it takes at once.
     """
 
     name: ClassVar[str]
     differentiable: ClassVar[bool] = False
     device: str = CPU
     precision: str = "float32"
+    max_batch: int = MAX_BATCH
 
     @abstractmethod
     def evaluate(self, x: Array, t: Time, conditions: Conditions) -> tuple[Array, Array]:

@@ -4,7 +4,7 @@ Shapes: ``P`` prompts, ``T`` steps, ``L`` tokens, ``D`` channels of the feature;
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +34,45 @@ class Sampling:
     @property
     def num_steps(self) -> int:
         return len(self.timesteps)
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """What is run: a model with its settings, wherever it is evaluated. In float32, as references are.
+
+    ``sampling`` of a number of steps; ``encode`` gives conditions of prompts, by name [P, …]; ``latent_shape`` without batch.
+    """
+
+    name: str
+    weights_hash: str
+    sampler: str
+    settings: Settings
+    latent_shape: tuple[int, ...]
+    sampling: Callable[[int], Sampling]
+    encode: Callable[[Sequence[str]], dict[str, Array]]
+
+    @classmethod
+    def of(cls, model: LoadedModel, settings: Settings) -> "Subject":
+        """A loaded model, which encodes prompts itself.
+
+        Raises:
+            InputError: a size is none of the model's.
+        """
+        settings = replace(settings, dtype="float32")
+        return cls(
+            name=model.spec.name,
+            weights_hash=model.weights_hash,
+            sampler=model.sampler,
+            settings=settings,
+            latent_shape=tuple(model.example_inputs(settings)[model.io.latents].shape[1:]),
+            sampling=lambda steps: Sampling(*model.sampling(replace(settings, steps=steps))),
+            encode=lambda prompts: encode_prompts(model, prompts, settings),
+        )
+
+    @property
+    def own_sampling(self) -> Sampling:
+        """That of the settings' steps."""
+        return self.sampling(self.settings.steps)
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,9 +120,8 @@ def run_uncached(evaluator: Evaluator, sampling: Sampling, noise: Array, conditi
 
 
 def record_runs(
-    model: LoadedModel,
+    subject: Subject,
     evaluator: Evaluator,
-    settings: Settings,
     prompts: Sequence[str],
     wanted: Sequence[WantedRun],
     *,
@@ -100,7 +138,6 @@ def record_runs(
     Raises:
         InputError: a run gives NaN or infinity.
     """
-    shape = tuple(model.example_inputs(settings)[model.io.latents].shape[1:])
     evaluations = sum(one.sampling.num_steps for one in wanted)
     chunks: list[dict[str, Array]] = []
     with tqdm(total=len(prompts) * evaluations, desc=title, unit="evaluation", disable=None) as bar:
@@ -111,8 +148,8 @@ def record_runs(
                 chunks.append(load_file(path))
                 bar.update(len(some) * evaluations)
                 continue
-            noise = np.stack([make_noise(seed, shape) for seed in seeds[start : start + chunk]])
-            conditions, result = model.encode(some, settings, model.io.conditions), {"noise": noise}
+            noise = np.stack([make_noise(seed, subject.latent_shape) for seed in seeds[start : start + chunk]])
+            conditions, result = subject.encode(some), {"noise": noise}
             for one in wanted:
                 steps = _watched(run_uncached(evaluator, one.sampling, noise, conditions), some, start, bar)
                 result |= one.keep(steps)
@@ -153,9 +190,8 @@ def some_tokens(num_tokens: int, wanted: int) -> Array:
 
 
 def record_trajectories(
-    model: LoadedModel,
+    subject: Subject,
     evaluator: Evaluator,
-    settings: Settings,
     prompts: Sequence[str],
     *,
     seed: int,
@@ -170,7 +206,7 @@ def record_trajectories(
 
     def keep(steps: Iterator[RunStep]) -> dict[str, Array]:
         def kept(step: RunStep) -> tuple[Array, Array]:
-            bytes_each = len(prompts) * settings.steps * step.feature[0, 0].nbytes
+            bytes_each = len(prompts) * subject.settings.steps * step.feature[0, 0].nbytes
             tokens = some_tokens(step.feature.shape[1], max(1, max_bytes // bytes_each))
             return step.feature[:, tokens], tokens
 
@@ -179,11 +215,10 @@ def record_trajectories(
         features = np.stack([feature for _, feature, _ in found], axis=1)
         return {"final": latents, "features": features, "tokens": np.tile(tokens, (len(latents), 1))}
 
-    wanted = WantedRun(Sampling(*model.sampling(settings)), keep)
+    wanted = WantedRun(subject.own_sampling, keep)
     title, seeds = f"uncached runs of {len(prompts)} prompts", training_seeds(seed, len(prompts))
-    runs = record_runs(model, evaluator, settings, prompts, [wanted], seeds=seeds, work=work, title=title)
-    conditions = encode_prompts(model, prompts, settings)
-    return Trajectories(runs["noise"], runs["final"], runs["features"], conditions, runs["tokens"][0])
+    runs = record_runs(subject, evaluator, prompts, [wanted], seeds=seeds, work=work, title=title)
+    return Trajectories(runs["noise"], runs["final"], runs["features"], subject.encode(prompts), runs["tokens"][0])
 
 
 def check_finite(values: Array, prompts: Sequence[str], start: int, step: int) -> None:

@@ -9,7 +9,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ from cachec.compiler.calibration.evaluator import Evaluator
 from cachec.compiler.calibration.facts_file import FactsFile
 from cachec.compiler.calibration.runs import (
     RunStep,
-    Sampling,
+    Subject,
     WantedRun,
     measuring_seeds,
     record_runs,
@@ -26,9 +26,11 @@ from cachec.compiler.calibration.runs import (
     training_seeds,
 )
 from cachec.compiler.calibration.uses import UsedPrompts
-from cachec.compiler.models.base import LoadedModel, Settings
+from cachec.compiler.models.base import Settings
+from cachec.runtime.abi import MAX_BATCH
 from cachec.runtime.errors import InputError
 from cachec.runtime.files import write_file
+from cachec.runtime.noise import make_noise
 from cachec.runtime.program import hash_sigmas
 from cachec.runtime.specs import Array
 from cachec.runtime.work import claim_work
@@ -79,20 +81,18 @@ class CalibrationCost:
         )
 
 
-def calibration_facts(
-    model: LoadedModel, settings: Settings, reference_steps: int | None, *, precision: str = "float32"
-) -> dict[str, str]:
+def calibration_facts(subject: Subject, reference_steps: int | None, *, precision: str = "float32") -> dict[str, str]:
     """What statistics must be of, to be used with these settings.
 
     ``reference_steps`` ``None``: with any reference. ``precision``: what the model computed in.
     """
     facts = {
         "precision": precision,
-        "weights_sha256": model.weights_hash,
-        "steps": str(settings.steps),
-        "sampler": type(model.pipeline.scheduler).__name__,
-        "sigmas": hash_sigmas(model.sampling(settings)[0]),
-        **{name: str(getattr(settings, name)) for name in ("height", "width", "text_tokens", "guidance")},
+        "weights_sha256": subject.weights_hash,
+        "steps": str(subject.settings.steps),
+        "sampler": subject.sampler,
+        "sigmas": hash_sigmas(subject.own_sampling.sigmas),
+        **{name: str(getattr(subject.settings, name)) for name in ("height", "width", "text_tokens", "guidance")},
     }
     return facts if reference_steps is None else {**facts, "reference_steps": str(reference_steps)}
 
@@ -104,9 +104,17 @@ def check_reference(steps: int, reference: int) -> None:
 
 
 def calibration_cost(
-    latents: tuple[int, ...], feature: tuple[int, ...], settings: Settings, num: int, reference: int
+    latents: tuple[int, ...],
+    feature: tuple[int, ...],
+    settings: Settings,
+    num: int,
+    reference: int,
+    *,
+    max_batch: int = MAX_BATCH,
 ) -> CalibrationCost:
     """The cost of ``num`` prompts whose latents and features [L, D] have these shapes; ``reference`` 0: no fine one.
+
+    ``max_batch``: that the model takes.
 
     Raises:
         InputError: the fine reference is not finer than the run.
@@ -114,7 +122,7 @@ def calibration_cost(
     check_reference(settings.steps, reference)
     num_tokens, channels = feature[0], math.prod(feature[1:])
     token_bytes = settings.steps * channels * 4
-    chunk = int(min(MAX_CHUNK, num, max(1, MAX_FEATURE_BYTES // (token_bytes * num_tokens))))
+    chunk = int(min(MAX_CHUNK, max_batch, num, max(1, MAX_FEATURE_BYTES // (token_bytes * num_tokens))))
     tokens = int(min(num_tokens, max(1, MAX_FEATURE_BYTES // (token_bytes * chunk))))
     size, runs = math.prod(latents), settings.steps + reference
     features = chunk * tokens * token_bytes + 2 * settings.steps * tokens * channels * 8  # one prompt at a time in float64
@@ -124,9 +132,8 @@ def calibration_cost(
 
 
 def record_statistics(
-    model: LoadedModel,
+    subject: Subject,
     evaluator: Evaluator,
-    settings: Settings,
     prompts: UsedPrompts,
     *,
     reference_steps: int,
@@ -141,37 +148,36 @@ def record_statistics(
         InputError: a run gives NaN or infinity, or ``work`` holds another calibration.
         OutputError: another process calibrates in ``work``, or it cannot be written.
     """
-    settings = replace(settings, dtype="float32")
-    latents, feature = _example_shapes(model, evaluator, settings)
-    num = len(prompts.prompts)
-    cost = calibration_cost(latents, feature, settings, num, reference_steps)
+    num, feature = len(prompts.prompts), _feature_shape(subject, evaluator, prompts.prompts[0])
+    cost = calibration_cost(
+        subject.latent_shape, feature, subject.settings, num, reference_steps, max_batch=evaluator.max_batch
+    )
     log.warning("calibration on %d prompts: %s", num, cost)
     facts = {
-        **calibration_facts(model, settings, reference_steps, precision=evaluator.precision),
+        **calibration_facts(subject, reference_steps, precision=evaluator.precision),
         "device": evaluator.device,
-        "model": model.spec.name,
+        "model": subject.name,
         "seed": str(seed),
         **prompts.facts,
         "feature_tokens": str(cost.feature_tokens),
         "format": FILE.format,
     }
-    runs = [WantedRun(Sampling(*model.sampling(settings)), _keeper(some_tokens(cost.num_tokens, cost.feature_tokens)))]
+    runs = [WantedRun(subject.own_sampling, _keeper(some_tokens(cost.num_tokens, cost.feature_tokens)))]
     if reference_steps:
-        runs.append(WantedRun(Sampling(*model.sampling(replace(settings, steps=reference_steps))), _keep_fine))
+        runs.append(WantedRun(subject.sampling(reference_steps), _keep_fine))
     claimed = {**facts, "chunk": str(cost.chunk)}  # batches of another size would not line up
     with nullcontext() if work is None else claim_work(work, "calibration", claimed):
         arrays = record_runs(
-            model, evaluator, settings, prompts.prompts, runs,
+            subject, evaluator, prompts.prompts, runs,
             seeds=_seeds(prompts, seed), chunk=cost.chunk, work=work, title="calibrating",
         )  # fmt: skip
     return _from_arrays(arrays, facts, "made now")
 
 
-def _example_shapes(model: LoadedModel, evaluator: Evaluator, settings: Settings) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of one prompt's latents and of its feature [L, D]."""
-    inputs = {name: np.asarray(value) for name, value in model.example_inputs(settings).items()}
-    x, t = inputs.pop(model.io.latents), inputs.pop(model.io.timestep)
-    return x.shape[1:], evaluator.evaluate(x, t, inputs)[1].shape[1:]
+def _feature_shape(subject: Subject, evaluator: Evaluator, prompt: str) -> tuple[int, ...]:
+    """Shape [L, D] of one prompt's feature."""
+    x, t = make_noise(0, subject.latent_shape)[None], float(subject.own_sampling.timesteps[0])
+    return evaluator.evaluate(x, t, subject.encode([prompt]))[1].shape[1:]
 
 
 def _seeds(prompts: UsedPrompts, seed: int) -> list[int]:

@@ -1,12 +1,20 @@
 """``cachec calibrate``: statistics of uncached runs, into a file."""
 
+from contextlib import ExitStack
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from cachec.compiler.calibration.conditions import load_conditions, subject_of_bundle
+from cachec.compiler.calibration.engine_evaluator import EngineEvaluator
+from cachec.compiler.calibration.evaluator import Evaluator
+from cachec.compiler.calibration.runs import Subject
 from cachec.compiler.calibration.statistics import check_reference, record_statistics, save_statistics
-from cachec.compiler.calibration.uses import choose_prompts
+from cachec.compiler.calibration.uses import UsedPrompts, choose_prompts
 from cachec.compiler.models import find_model, load_model
-from cachec.compiler.options import make_settings, read_options
+from cachec.compiler.options import ModelSettings, Options, make_settings, read_options
+from cachec.engines import open_bundle
+from cachec.runtime.bundle import MANIFEST
 from cachec.runtime.device import CPU, DeviceName
 from cachec.runtime.errors import InputError, need
 from cachec.runtime.files import check_file
@@ -14,48 +22,104 @@ from cachec.runtime.noise import check_seed
 from cachec.runtime.work import remove_work
 
 
-def calibrate_to_file(
-    source: str, out: Path, *, num: int | None = None, force: bool = False, **options: Any
-) -> list[tuple[str, str]]:
-    """Calibrate the model ``source`` into ``out``; finished batches lie beside it until it is done.
+@dataclass(frozen=True, eq=False)
+class Calibrated:
+    """What is run, on what, and on which prompts."""
 
-    ``options`` are those that ``cachec.compiler.options`` declares for it. Returns the rows of a short table.
+    subject: Subject
+    evaluator: Evaluator
+    prompts: UsedPrompts
+
+
+def calibrate_to_file(
+    source: str,
+    out: Path,
+    *,
+    num: int | None = None,
+    conditions: Path | None = None,
+    force: bool = False,
+    **options: Any,
+) -> list[tuple[str, str]]:
+    """Calibrate ``source``, a model or a bundle, into ``out``; finished batches lie beside it until it is done.
+
+    A bundle runs on its own engines, without torch, on ``conditions`` that ``cachec encode`` made. ``options`` are those that
+    ``cachec.compiler.options`` declares for it. Returns the rows of a short table.
 
     Raises:
         InputError: there are too few prompts, or an option cannot be used.
         OutputError: ``out`` exists and ``force`` is not given, or cannot be written.
     """
+    wish = read_options(options, "calibrate")
+    seed, reference_steps = wish.fit.seed, wish.fit.reference_steps or 0
+    check_seed(seed)
+    check_file(out, force=force)
+    with ExitStack() as stack:
+        if (Path(source) / MANIFEST).is_file():
+            _check_bundled(wish, num, [name for name in options if name in SETTLED])
+            what = _of_bundle(stack, Path(source), wish, conditions)
+        elif conditions is not None:
+            raise InputError(f"{source} is a model, which encodes its prompts itself: leave --conditions out, or give a bundle")
+        else:
+            what = _of_model(source, wish, num)
+        work = out.with_name(out.name + ".parts")
+        statistics = record_statistics(
+            what.subject, what.evaluator, what.prompts, reference_steps=reference_steps, seed=seed, work=work
+        )
+    save_statistics(statistics, out)
+    remove_work(work)
+    return [
+        ("calibration", str(out)),
+        ("prompts", what.prompts.in_words),
+        ("steps", f"{what.subject.settings.steps}" + (f", fine reference {reference_steps}" if reference_steps else "")),
+        ("size", f"{out.stat().st_size / 1e6:.1f} MB"),
+    ]
+
+
+def _of_model(source: str, wish: Options, num: int | None) -> Calibrated:
+    """A model on its graphs."""
     need("torch", "diffusers", "transformers", extra="compile", purpose="calibrating on a model's graphs")
     from cachec.compiler.frontend import evaluator_of
     from cachec.compiler.request import evaluated_in
 
-    wish, spec = read_options(options, "calibrate"), find_model(source)
-    seed, reference_steps = wish.fit.seed, wish.fit.reference_steps or 0
-    check_seed(seed)
+    spec = find_model(source)
     settings, device = make_settings(spec, wish.model), DeviceName.parse(wish.build.device or CPU)
     if evaluated_in(settings, device) != settings.dtype:
         raise InputError(
             f"dtype is {settings.dtype}, but on the CPU models are run in float32: use --device cuda, or leave it out"
         )
-    chosen = choose_prompts(spec.prompts, wish.fit.prompts, num)
-    check_reference(settings.steps, reference_steps)
-    check_file(out, force=force)
+    prompts = choose_prompts(spec.prompts, wish.fit.prompts, num)
+    check_reference(settings.steps, wish.fit.reference_steps or 0)
     model = load_model(spec)
-    work = out.with_name(out.name + ".parts")
-    statistics = record_statistics(
-        model,
-        evaluator_of(model, settings, device),
-        settings,
-        chosen,
-        reference_steps=reference_steps,
-        seed=seed,
-        work=work,
-    )
-    save_statistics(statistics, out)
-    remove_work(work)
-    return [
-        ("calibration", str(out)),
-        ("prompts", chosen.in_words),
-        ("steps", f"{settings.steps}" + (f", fine reference {reference_steps}" if reference_steps else "")),
-        ("size", f"{out.stat().st_size / 1e6:.1f} MB"),
-    ]
+    return Calibrated(Subject.of(model, settings), evaluator_of(model, settings, device), prompts)
+
+
+SETTLED = tuple(one.name for one in fields(ModelSettings))  # when a bundle was compiled
+
+
+def _check_bundled(wish: Options, num: int | None, settled: list[str]) -> None:
+    """Raise ``InputError`` for options that a bundle does not leave open; ``settled`` are those of them that were given."""
+    if wish.fit.prompts is not None or num is not None:
+        given = "num" if wish.fit.prompts is None else "prompts"
+        raise InputError(
+            f"--{given} cannot be used with a bundle, which has no text encoders: encode them first, with cachec encode MODEL "
+            f"--{given} …, and give the result as --conditions"
+        )
+    if settled:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in settled)
+        raise InputError(
+            f"{names} cannot be used with a bundle: its settings are those that it was compiled with. Leave it out"
+        )
+    if wish.fit.reference_steps:
+        raise InputError(
+            f"reference-steps is {wish.fit.reference_steps}, but a bundle has the noise levels of its own steps only: "
+            "calibrate the model itself for a fine reference"
+        )
+
+
+def _of_bundle(stack: ExitStack, root: Path, wish: Options, conditions: Path | None) -> Calibrated:
+    """A bundle on its own engines, which stay open with ``stack``."""
+    if conditions is None:
+        raise InputError("a bundle has no text encoders: give --conditions, which cachec encode makes of prompts")
+    encoded = load_conditions(conditions)
+    bundle = stack.enter_context(open_bundle(root, device=wish.build.device))
+    return Calibrated(subject_of_bundle(bundle, encoded), EngineEvaluator.of(bundle), encoded.prompts)

@@ -3,13 +3,13 @@
 import hashlib
 import importlib.metadata
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from cachec.compiler.calibration.evaluator import Evaluator
-from cachec.compiler.calibration.runs import Sampling, record_trajectories
+from cachec.compiler.calibration.runs import Subject, record_trajectories
 from cachec.compiler.calibration.uses import UsedPrompts
 from cachec.compiler.methods.base import Method, PredictorMethod, TrainingData
 from cachec.compiler.methods.parameters import Parameters
@@ -75,13 +75,13 @@ def train_predictor(model: LoadedModel, evaluator: Evaluator, training: Training
         OutputError: another process trains in ``work``, or it cannot be written.
     """
     method, prompts, seed = training.check(), training.prompts, training.seed
-    settings = replace(training.settings, dtype="float32")
-    known = {**training_facts(model, method, training.schedule, settings), "options": json.dumps(method.options())}
+    subject = Subject.of(model, training.settings)
+    known = {**training_facts(model, method, training.schedule, subject.settings), "options": json.dumps(method.options())}
     digest = hashlib.sha256("\n".join(prompts.prompts).encode()).hexdigest()
     with claim_work(work, "training", {**known, "prompts": digest, "seed": str(seed)}):
-        runs = record_trajectories(model, evaluator, settings, prompts.prompts, seed=seed, work=work)
+        runs = record_trajectories(subject, evaluator, prompts.prompts, seed=seed, work=work)
         train, held_out = (runs.select(np.array(prompts.places(use))) for use in ("fit", "stop"))
-        data = TrainingData(evaluator, Sampling(*model.sampling(settings)), train, held_out, training.schedule, seed, work)
+        data = TrainingData(evaluator, subject.own_sampling, train, held_out, training.schedule, seed, work)
         arrays, found = method.fit(data)
     facts = {
         **known,

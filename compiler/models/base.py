@@ -112,6 +112,11 @@ class LoadedModel(ABC):
         return next(self.transformer.parameters()).device
 
     @property
+    def sampler(self) -> str:
+        """What the pipeline's sampler is called."""
+        return type(self.pipeline.scheduler).__name__
+
+    @property
     @abstractmethod
     def block(self) -> str:
         """Path of the last block of the body, as in ``transformer.named_modules()``."""

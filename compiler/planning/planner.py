@@ -13,6 +13,7 @@ import numpy as np
 from cachec.compiler.calibration.calibration import Calibration, open_calibration
 from cachec.compiler.calibration.evaluator import Evaluator
 from cachec.compiler.calibration.metrics import mean, psnr_db
+from cachec.compiler.calibration.runs import Subject
 from cachec.compiler.calibration.statistics import Statistics
 from cachec.compiler.methods.base import Method
 from cachec.compiler.methods.parameters import Parameters
@@ -59,12 +60,12 @@ class Calibrations:
         return {name: text for name, text in self.coarse.statistics.facts.items() if name not in ("prompts", "uses")}
 
     @classmethod
-    def open(cls, statistics: Statistics, model: LoadedModel, evaluator: Evaluator, settings: Settings) -> "Calibrations":
+    def open(cls, statistics: Statistics, subject: Subject, evaluator: Evaluator) -> "Calibrations":
         """``evaluator`` is of the float32 model that the statistics are of."""
         fine = None
         if statistics.fine_latents is not None:
-            fine = open_calibration(statistics, model, evaluator, settings, fine=True)
-        return cls(open_calibration(statistics, model, evaluator, settings), fine)
+            fine = open_calibration(statistics, subject, evaluator, fine=True)
+        return cls(open_calibration(statistics, subject, evaluator), fine)
 
 
 class Planner:

@@ -9,6 +9,7 @@ from toy_model import SETTINGS, ToyModel
 
 from cachec.compiler.calibration.calibration import decibels, open_calibration, relative_errors
 from cachec.compiler.calibration.graph_evaluator import GraphEvaluator
+from cachec.compiler.calibration.runs import Subject
 from cachec.compiler.calibration.statistics import record_statistics
 from cachec.compiler.calibration.uses import UsedPrompts
 from cachec.compiler.tables.coefficients import AdvanceTable
@@ -81,12 +82,12 @@ def test_velocities_of_many_prompts_are_those_of_each(calibration, monkeypatch):
 @pytest.fixture
 def opened(toy_split):
     model = ToyModel()
-    evaluator = GraphEvaluator(toy_split, model.io)
-    statistics = record_statistics(model, evaluator, SETTINGS, PROMPTS, reference_steps=8, seed=0, work=None)
+    evaluator, subject = GraphEvaluator(toy_split, model.io), Subject.of(model, replace(SETTINGS, dtype="float16"))
+    statistics = record_statistics(subject, evaluator, PROMPTS, reference_steps=8, seed=0, work=None)
 
     def make(**options):
         changed = replace(statistics, **options.pop("statistics", {}))
-        return open_calibration(changed, model, evaluator, replace(SETTINGS, dtype="float16"), **options)
+        return open_calibration(changed, subject, evaluator, **options)
 
     return make
 

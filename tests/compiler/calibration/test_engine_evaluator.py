@@ -1,5 +1,7 @@
 """Built engines of the toy bundle against its graphs."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from toy import example_inputs
@@ -13,8 +15,10 @@ from cachec.compiler.graphs.prepare import compute_only, engine
 from cachec.compiler.tables.lower import lower_advance
 from cachec.engines.eager import EagerEngine
 from cachec.engines.torch_device import TorchDevice
+from cachec.runtime.abi import BATCH, MAX_BATCH
 from cachec.runtime.engine import HOST
 from cachec.runtime.errors import InputError
+from cachec.runtime.program import UNCACHED
 from cachec.runtime.session import Session
 
 
@@ -35,6 +39,23 @@ def given(loaded):
     shape = loaded.session().latent_shape[1:]
     x, prompt = generator.standard_normal((3, *shape)), generator.standard_normal((3, shape[-1]))
     return x.astype(np.float32), {"prompt": prompt.astype(np.float32)}
+
+
+def test_an_opened_bundle_says_what_its_engines_compute_in_and_take(loaded):
+    target = replace(loaded.target, sizes={BATCH: (1, 1, 3)})
+    evaluator = EngineEvaluator.of(replace(loaded, target=target))
+    assert (evaluator.device, evaluator.precision, evaluator.max_batch) == ("cpu", "float32", 3)
+    assert EngineEvaluator.of(replace(loaded, target=replace(target, sizes={}))).max_batch == MAX_BATCH
+
+
+def test_a_bundle_that_cannot_tell_what_the_model_does_is_refused(loaded):
+    uncached = loaded.programs[UNCACHED]
+    fixed = replace(loaded, programs={UNCACHED: replace(uncached, key=replace(uncached.key, batch=2))})
+    with pytest.raises(InputError, match="takes batches of 2 only: compile one without --batch"):
+        EngineEvaluator.of(fixed)
+    finer = replace(loaded, target=replace(loaded.target, precision="float64"))
+    with pytest.raises(InputError, match="stores features in float32, which rounds them: compile one without --slots"):
+        EngineEvaluator.of(finer)
 
 
 @pytest.mark.parametrize("t", [0.37, np.array([0.9, 0.2, 0.9])], ids=["one for all", "one each"])

@@ -11,6 +11,7 @@ from cachec.compiler.calibration import runs as module
 from cachec.compiler.calibration.graph_evaluator import GraphEvaluator
 from cachec.compiler.calibration.runs import (
     Sampling,
+    Subject,
     WantedRun,
     encode_prompts,
     measuring_seeds,
@@ -41,9 +42,10 @@ def record(model, evaluator):
         def keep(steps):
             return {"final": list(steps)[-1].latents}
 
-        wanted = [WantedRun(Sampling(*model.sampling(SETTINGS)), keep)]
+        subject = Subject.of(model, SETTINGS)
+        wanted = [WantedRun(subject.own_sampling, keep)]
         seeds = range(len(prompts))
-        return record_runs(model, evaluator, SETTINGS, prompts, wanted, seeds=seeds, chunk=chunk, work=work, title="recording")
+        return record_runs(subject, evaluator, prompts, wanted, seeds=seeds, chunk=chunk, work=work, title="recording")
 
     return recorded
 
@@ -112,7 +114,8 @@ def test_nan_in_the_middle_of_a_run_names_that_step(record, evaluator, monkeypat
 
 def test_trajectories_hold_every_feature_and_go_on_where_they_were(model, evaluator, tmp_path):
     settings = replace(SETTINGS, steps=3)
-    runs = record_trajectories(model, evaluator, settings, PROMPTS, seed=1, work=tmp_path)
+    subject = Subject.of(model, settings)
+    runs = record_trajectories(subject, evaluator, PROMPTS, seed=1, work=tmp_path)
     assert runs.features.shape == (5, 3, TOKENS, WIDTH)
     sampling, noise = Sampling(*model.sampling(settings)), make_noise(training_seeds(1, 5)[2], (TOKENS, WIDTH))[None]
     steps = list(run_uncached(evaluator, sampling, noise, model.encode([PROMPTS[2]], settings, ["prompt"])))
@@ -120,14 +123,14 @@ def test_trajectories_hold_every_feature_and_go_on_where_they_were(model, evalua
     np.testing.assert_allclose(some.final, steps[-1].latents, atol=1e-5)
     np.testing.assert_allclose(some.features[0], np.concatenate([step.feature for step in steps]), atol=1e-5)
     np.testing.assert_array_equal(some.conditions["prompt"], model.encode([PROMPTS[2]], settings, ["prompt"])["prompt"])
-    again = record_trajectories(model, None, settings, PROMPTS, seed=1, work=tmp_path)  # nothing is evaluated
+    again = record_trajectories(subject, None, PROMPTS, seed=1, work=tmp_path)  # nothing is evaluated
     np.testing.assert_array_equal(again.features, runs.features)
 
 
 def test_of_many_tokens_some_stand_for_all(model, evaluator, tmp_path):
     settings = replace(SETTINGS, steps=3)
     whole, some = (
-        record_trajectories(model, evaluator, settings, PROMPTS, seed=1, work=tmp_path / str(size), max_bytes=size)
+        record_trajectories(Subject.of(model, settings), evaluator, PROMPTS, seed=1, work=tmp_path / str(size), max_bytes=size)
         for size in (10**6, 5 * 3 * WIDTH * 4 * 2)
     )
     assert (whole.tokens.tolist(), len(some.tokens)) == (list(range(TOKENS)), 2)

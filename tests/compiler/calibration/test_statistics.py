@@ -11,7 +11,7 @@ from toy_model import SETTINGS, ToyModel
 
 import cachec.compiler.calibration.statistics as module
 from cachec.compiler.calibration.graph_evaluator import GraphEvaluator
-from cachec.compiler.calibration.runs import Sampling, measuring_seeds, run_uncached, training_seeds
+from cachec.compiler.calibration.runs import Sampling, Subject, measuring_seeds, run_uncached, training_seeds
 from cachec.compiler.calibration.statistics import (
     ARRAYS,
     FILE,
@@ -32,6 +32,12 @@ PROMPTS = UsedPrompts(("a circle", "a ring", "a cross", "a star", "a square"), (
 STEPS, FINE = SETTINGS.steps, 8
 
 
+def subject_of(model, **changed):
+    """The toy with its own settings, or with some that it would not take."""
+    subject = Subject.of(model, SETTINGS)
+    return replace(subject, settings=replace(subject.settings, **changed))
+
+
 @pytest.fixture(scope="module")
 def model():
     return ToyModel()
@@ -50,7 +56,7 @@ def small_batches(monkeypatch):
 @pytest.fixture
 def record(model, evaluator):
     def recorded(prompts=PROMPTS, settings=SETTINGS, *, model=model, fine=FINE, seed=0, work=None):
-        return record_statistics(model, evaluator, settings, prompts, reference_steps=fine, seed=seed, work=work)
+        return record_statistics(Subject.of(model, settings), evaluator, prompts, reference_steps=fine, seed=seed, work=work)
 
     return recorded
 
@@ -183,26 +189,26 @@ def test_a_work_directory_that_cannot_be_made_is_an_error_of_the_output(record, 
 
 
 @pytest.mark.parametrize(
-    ("other", "settings", "reason"),
+    ("subject", "reason"),
     [
-        (ToyModel(weights="b" * 64), SETTINGS, "weights_sha256 is aaaa.*, wanted bbbb"),
-        (ToyModel(), replace(SETTINGS, steps=8), "steps is 4, wanted 8"),
-        (ToyModel(scheduler=object()), SETTINGS, "sampler is FlowEuler, wanted object"),
-        (ToyModel(shift=0.5), SETTINGS, "sigmas is [0-9a-f]{16}, wanted [0-9a-f]{16}"),
-        (ToyModel(), replace(SETTINGS, height=12), "height is 16, wanted 12"),
-        (ToyModel(), replace(SETTINGS, width=16), "width is 24, wanted 16"),
-        (ToyModel(), replace(SETTINGS, text_tokens=2), "text_tokens is 1, wanted 2"),
-        (ToyModel(), replace(SETTINGS, guidance=3.5), "guidance is 1.0, wanted 3.5"),
+        (subject_of(ToyModel(weights="b" * 64)), "weights_sha256 is aaaa.*, wanted bbbb"),
+        (subject_of(ToyModel(), steps=8), "steps is 4, wanted 8"),
+        (subject_of(ToyModel(scheduler=object())), "sampler is FlowEuler, wanted object"),
+        (subject_of(ToyModel(shift=0.5)), "sigmas is [0-9a-f]{16}, wanted [0-9a-f]{16}"),
+        (subject_of(ToyModel(), height=12), "height is 16, wanted 12"),
+        (subject_of(ToyModel(), width=16), "width is 24, wanted 16"),
+        (subject_of(ToyModel(), text_tokens=2), "text_tokens is 1, wanted 2"),
+        (subject_of(ToyModel(), guidance=3.5), "guidance is 1.0, wanted 3.5"),
     ],
     ids=["weights", "steps", "sampler", "noise levels", "height", "width", "text", "guidance"],
 )
-def test_statistics_of_something_else_are_refused_with_the_reason(statistics, other, settings, reason):
+def test_statistics_of_something_else_are_refused_with_the_reason(statistics, subject, reason):
     with pytest.raises(InputError, match=f"calibration made now is of something else: .*{reason}.*cachec calibrate"):
-        check_statistics(statistics, calibration_facts(other, settings, None))
+        check_statistics(statistics, calibration_facts(subject, None))
 
 
 def test_all_reasons_are_given_and_only_those(record):
-    wanted = calibration_facts(ToyModel(shift=0.5), replace(SETTINGS, height=12), FINE)
+    wanted = calibration_facts(subject_of(ToyModel(shift=0.5), height=12), FINE)
     with pytest.raises(InputError) as error:
         check_statistics(record(PROMPTS.only("stop")), wanted)
     assert [part.split(" is ")[0] for part in str(error.value).split("else: ")[1].split("; ")] == ["sigmas", "height"]
@@ -210,16 +216,16 @@ def test_all_reasons_are_given_and_only_those(record):
 
 def test_statistics_of_the_same_are_accepted_with_any_or_the_right_reference(record, model):
     statistics = record(PROMPTS.only("stop"))
-    check_statistics(statistics, calibration_facts(model, SETTINGS, None))
-    check_statistics(statistics, calibration_facts(model, SETTINGS, FINE))
+    check_statistics(statistics, calibration_facts(subject_of(model), None))
+    check_statistics(statistics, calibration_facts(subject_of(model), FINE))
     with pytest.raises(InputError, match="reference_steps is 8, wanted 16"):
-        check_statistics(statistics, calibration_facts(model, SETTINGS, 16))
+        check_statistics(statistics, calibration_facts(subject_of(model), 16))
     with pytest.raises(InputError, match="weights_sha256 is unknown"):
-        check_statistics(replace(statistics, facts={}), calibration_facts(model, SETTINGS, None))
+        check_statistics(replace(statistics, facts={}), calibration_facts(subject_of(model), None))
 
 
 def test_facts_name_the_noise_levels(model):
-    assert calibration_facts(model, SETTINGS, None)["sigmas"] == hash_sigmas(model.sampling(SETTINGS)[0])
+    assert calibration_facts(subject_of(model), None)["sigmas"] == hash_sigmas(model.sampling(SETTINGS)[0])
 
 
 @pytest.fixture
