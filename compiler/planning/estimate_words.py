@@ -41,7 +41,7 @@ def _gpu_row(found: Estimate, gpu: GpuFigures) -> tuple[str, str]:
     step, some, every = (_in_seconds(facts[name]) for name in ("step", "request", "all_computed"))
     text = f"a computed step {step}, a request {some} ({every} with all steps computed)"
     if not facts["fits"]:
-        text += f"; does not fit into its {in_bytes(gpu.memory)}"
+        text += f"; needs more than its {in_bytes(gpu.memory)}"
     if (measured := facts["measured"]) is not None and found.batch == 1:
         share = facts["step"] / measured["seconds"]
         text += f"; a step was measured at {_in_seconds(measured['seconds'])}, {share:.0%} of peak ({measured['where']})"

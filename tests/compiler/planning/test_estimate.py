@@ -44,8 +44,8 @@ def test_a_request_is_its_computed_steps_and_on_the_hidden_cut_its_forecasts(fou
 
 def test_a_gpu_that_is_too_small_is_said_to_be(found):
     small = replace(GPU, memory=found.needed - 1)
-    assert "does not fit" in dict(describe_estimate(found, [small]))["floor on H100"]
-    assert "does not fit" not in dict(describe_estimate(found, [replace(GPU, memory=found.needed)]))["floor on H100"]
+    assert "needs more than its" in dict(describe_estimate(found, [small]))["floor on H100"]
+    assert "needs more than its" not in dict(describe_estimate(found, [replace(GPU, memory=found.needed)]))["floor on H100"]
 
 
 def test_a_measurement_stands_beside_the_floor_of_one_sample(found):
