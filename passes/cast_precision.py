@@ -1,5 +1,6 @@
 """Low precision, written into the graph: every cast is a node."""
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -87,6 +88,7 @@ class _Caster:
     dtype: torch.dtype
     changes: int = 0
     _made: dict[tuple[Any, torch.dtype], fx.Node] = field(default_factory=dict)  # shared casts, converted attributes
+    _known: dict[Hashable, Any] = field(default_factory=dict)  # what calls give: large models repeat theirs by the thousand
 
     def visit(self, node: fx.Node) -> None:
         name, inputs = operator_name(node), [value for value in node.all_input_nodes if _is_float(value)]
@@ -102,7 +104,7 @@ class _Caster:
         self.changes += wanted != given
         node.args, node.kwargs = wanted
         if self.changes and _floats(node):
-            node.meta["val"] = _evaluated(node)
+            node.meta["val"] = self._evaluated(node)
         if stream and len(inputs) > 1 and self.dtype == torch.float16:
             self._keep_finite(node)
 
@@ -162,6 +164,17 @@ class _Caster:
         made.meta = {**node.meta, "val": node.meta["val"].to(dtype)}
         return made
 
+    def _evaluated(self, node: fx.Node) -> Any:
+        """What ``node`` gives, as far as shapes and types go."""
+        if not any(isinstance(value.meta.get("val"), torch.Tensor | list | tuple) for value in node.all_input_nodes):
+            made = node.meta["val"]  # a value that is made from sizes
+            return made.to(node.kwargs.get("dtype") or made.dtype)
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda value: value.meta["val"])
+        key = (node.target, _kind(args), tuple((name, _kind(value)) for name, value in kwargs.items()))
+        if key not in self._known:
+            self._known[key] = node.target(*args, **kwargs)  # type: ignore[operator]
+        return self._known[key]
+
     def _keep_finite(self, node: fx.Node) -> None:
         """Clamp a sum, unless that is done already."""
         if all(user.target is aten.clamp.default for user in node.users):
@@ -191,10 +204,10 @@ def _is_float(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), torch.Tensor) and bool(_floats(node))
 
 
-def _evaluated(node: fx.Node) -> Any:
-    """What ``node`` gives, as far as shapes and types go."""
-    if not any(isinstance(value.meta.get("val"), torch.Tensor | list | tuple) for value in node.all_input_nodes):
-        made = node.meta["val"]  # a value that is made from sizes
-        return made.to(node.kwargs.get("dtype") or made.dtype)
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda value: value.meta["val"])
-    return node.target(*args, **kwargs)  # type: ignore[operator]
+def _kind(value: Any) -> Hashable:
+    """The same for arguments of which an operator makes results of the same shape and type."""
+    if isinstance(value, torch.Tensor):
+        return (value.dtype, value.device, *(str(size) for size in (*value.shape, *value.stride())))
+    if isinstance(value, list | tuple):
+        return tuple(map(_kind, value))
+    return f"{type(value).__name__} {value}"

@@ -339,3 +339,18 @@ def test_the_last_block_hands_over_one_value_in_low_precision():
         graphs = split_toy(dtype=dtype)
         assert outputs(graphs.modules[COMPUTE])["feature"].meta["val"].dtype == dtype
         assert placeholders(graphs.modules[FORECAST])["feature"].meta["val"].dtype == dtype
+
+
+@torch.no_grad()
+def test_values_are_noted_as_a_run_gives_them_also_where_calls_repeat():
+    module, inputs = cast(ToyDiT(), torch.bfloat16), example_inputs()
+
+    class Compared(fx.Interpreter):
+        def run_node(self, n):
+            value, noted = super().run_node(n), n.meta.get("val")
+            if isinstance(value, torch.Tensor) and n.op == "call_function":
+                sizes = [len(value) if isinstance(size, torch.SymInt) else size for size in noted.shape]
+                assert (noted.dtype, sizes) == (value.dtype, list(value.shape)), n
+            return value
+
+    Compared(module).run(*(inputs[name] for name in placeholders(module)))
