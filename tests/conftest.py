@@ -14,6 +14,7 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in the background of
     signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path.append(str(Path(__file__).parent))
 sys.path.append(str(Path(__file__).parent / "engines"))  # its fakes
+sys.path.append(str(Path(__file__).parent / "passes"))  # its small models
 sys.path.append(str(Path(__file__).parent.parent))  # bench/, where the source tree is there
 
 

@@ -28,18 +28,9 @@ FOLDERS = ("runtime", "passes", "compiler/tables")
 END_TO_END = "tests/test_toy.py"
 SERVED = {  # modules without a test file of their name, by the file that tests them
     "tests/engines/test_conformance.py": ("runtime/builder",),
-    "tests/passes/test_canonicalize.py": (
-        "passes/decomplexify", "passes/drop_asserts", "passes/expand_attention_masks", "passes/fold_constants",
-        "passes/replace_type_as", "passes/rewrite_bool_masked_fill",
-    ),
-    "tests/passes/test_engine_passes.py": (
-        "passes/__init__", "passes/add_advance", "passes/add_linear_forecast", "passes/batch_forecast", "passes/cast_slots",
-        "passes/fuse_sampler", "passes/hoist", "passes/share_subexpressions",
-    ),
-    "tests/passes/test_fold_predictor.py": ("passes/inline_predictor",),
+    "tests/passes/test_passes.py": ("passes/__init__",),
     "tests/passes/test_run.py": ("passes/base",),
-    "tests/passes/test_split_model.py": ("passes/find_cut",),
-}  # fmt: skip
+}
 EQUIVALENT = Path(__file__).parent / "mutate_equivalent.txt"
 SEED, COUNT = 12, 60
 LIMIT = 600  # seconds; a mutation that makes the tests hang is noticed

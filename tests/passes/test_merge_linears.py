@@ -6,9 +6,10 @@ import torch
 from torch import nn
 from toy import TOKENS, WIDTH, example_inputs
 from toy_bundle import split
+from toy_runs import HOIST, TIMES, run_prologue
 
 from cachec.passes import MergeLinears, run_passes
-from cachec.runtime.abi import COMPUTE, FORECAST
+from cachec.runtime.abi import COMPUTE, FORECAST, PROLOGUE
 
 aten = torch.ops.aten
 
@@ -77,3 +78,15 @@ def test_weights_that_are_values_stay():
 
     captured = capture_model(Computed().eval(), inputs)
     assert run_passes(captured, [MergeLinears()]) is captured
+
+
+@torch.no_grad()
+def test_neighbouring_linears_become_one(toy_split):
+    hoisted = run_passes(toy_split, [HOIST])
+    merged = run_passes(hoisted, [MergeLinears()])
+    linear = torch.ops.aten.linear.default
+    count = [sum(n.target is linear for n in g.modules[PROLOGUE].graph.nodes) for g in (hoisted, merged)]
+    assert count[1] < count[0]
+    inputs = example_inputs()
+    for name, value in run_prologue(hoisted, inputs["prompt"], TIMES).items():
+        torch.testing.assert_close(run_prologue(merged, inputs["prompt"], TIMES)[name], value, atol=1e-6, rtol=1e-6)

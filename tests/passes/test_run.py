@@ -110,3 +110,9 @@ def test_graphs_are_written_a_node_a_line_with_shapes():
         "call_function add_tensor = aten.add.Tensor(x, 1, alpha=2)",
         "output output = output(add_tensor)",
     ]
+
+
+def test_an_error_names_the_failing_pass_and_those_before(captured):
+    before = ", ".join(one.name for one in canonical_passes())
+    with pytest.raises(PassError, match=rf"^pass 'find_cut' \(after {before}\): no node"):
+        run_passes(captured, [canonical_passes(), split_passes("nowhere")])

@@ -1,6 +1,7 @@
 """What changes nothing goes; reshapes in a row become one."""
 
 import torch
+from small_models import capture, leaves_its_input_alone, rewrites_once_and_keeps_the_result_exactly, run_one, squeeze, targets
 from torch import nn
 from toy import TOKENS, WIDTH, example_inputs
 
@@ -51,3 +52,16 @@ def test_what_changes_something_stays():
     assert aten.expand.default in simplified(lambda x: x + x[:, :1].expand(-1, TOKENS, -1))
     assert aten.slice.Tensor in simplified(lambda x: x * x[:, :1])
     assert aten.to.dtype in simplified(lambda x: x.double().sin().float())
+
+
+def test_it_rewrites_once_and_keeps_the_result_exactly():
+    rewrites_once_and_keeps_the_result_exactly(SimplifyShapes(), squeeze, aten.squeeze.dim, None)
+
+
+def test_it_leaves_its_input_alone():
+    leaves_its_input_alone(SimplifyShapes(), squeeze, aten.squeeze.dim)
+
+
+def test_a_real_squeeze_stays():
+    graphs, _ = run_one(capture(lambda tiny, x, y: x[:, None].squeeze(1) + y), SimplifyShapes())
+    assert aten.squeeze.dim in targets(graphs)
