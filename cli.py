@@ -2,26 +2,19 @@
 
 import json
 import logging
-import os
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import Field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 from click.core import ParameterSource
 
+from cachec.compiler.commands.messages import set_up_messages
 from cachec.compiler.options import BuildWish, Command, declared, make_build_options, plain_type
 from cachec.runtime.errors import CachecError, InputError
 
 log = logging.getLogger("cachec")
-
-_NOISE = {  # logger -> what it says that is no news: nothing here draws with torchvision, and cut prompts are named by cachec
-    "transformers.utils.import_utils": "requires torchvision (not installed)",
-    "transformers.tokenization_utils_base": "Token indices sequence length is longer",
-}
 
 
 class _Group(click.Group):
@@ -74,22 +67,9 @@ def _said(given: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in given.items() if context.get_parameter_source(name) != ParameterSource.DEFAULT}
 
 
-def _is_news(noise: str, record: logging.LogRecord) -> bool:
-    return noise not in record.getMessage()
-
-
 def start() -> None:
     """The console script: one-line messages, without what libraries are known to say for nothing."""
-    logging.basicConfig(format="%(message)s", level=logging.ERROR)
-    log.setLevel(os.environ.get("CACHEC_LOG_LEVEL", "WARNING").upper())
-    logging.captureWarnings(capture=True)
-    logging.getLogger("py.warnings").setLevel(logging.WARNING)
-    warnings.formatwarning = lambda message, category, *_: f"{category.__name__}: {' '.join(str(message).split())}"
-    for category in (DeprecationWarning, PendingDeprecationWarning, FutureWarning):  # to those who write code
-        warnings.simplefilter("ignore", category)
-    for name, noise in _NOISE.items():
-        logging.getLogger(name).addFilter(partial(_is_news, noise))
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    set_up_messages()
     main()
 
 
@@ -186,6 +166,26 @@ def add_target_command(bundle: Path, names: tuple[str, ...], device: str | None,
             *[(f"  {name}", f"{path}, {sizes[path] / 1e6:.2f} MB") for name, path in engines],
         ]
     )
+
+
+@main.command("add-level")
+@_talking
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("stats", type=click.Path(path_type=Path))
+@click.option("--conditions", type=click.Path(path_type=Path), help="Encoded prompts of STATS: then no torch is needed.")
+@click.option("--budget", type=int, help="Compute K steps, which are searched.")
+@click.option("--target-psnr", type=float, help="As few computed steps as reach this PSNR in dB; not with --conditions.")
+@click.option("--method", help="Method of the bundle's cut; default gram or gram-hidden.")
+@click.option("--set", "options", multiple=True, callback=_parse_pairs, metavar="K=V", help="Option of the method.")
+@click.option("--name", help="What the level is called; default budget-K or psnr-D.")
+@click.option("--seed", default=0, show_default=True, help="Of the search.")
+@click.option("--device", help="cpu, cuda, or cuda:1 for the second GPU; default the best that a target fits.")
+@click.option("--force", is_flag=True, help="Replace a level of this name.")
+def add_level_command(bundle: Path, stats: Path, **given: Any) -> None:
+    """Search, fit and measure another level for BUNDLE, from the calibration file STATS, on the bundle's own engines."""
+    from cachec.compiler.commands.add_level import add_level
+
+    _table(add_level(bundle, stats, **given))
 
 
 @main.command("encode")

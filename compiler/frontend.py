@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cachec.compiler.calibration.graph_evaluator import GraphEvaluator
-from cachec.compiler.calibration.runs import Subject
+from cachec.compiler.calibration.runs import Sampling, Subject
 from cachec.compiler.calibration.statistics import (
     Statistics,
     calibration_facts,
@@ -255,12 +255,12 @@ def make_programs(
     programs = {UNCACHED: lower_uncached(replace(key, level=UNCACHED), sigmas, timesteps)}
     if schedule is not None and isinstance(method, PredictorMethod):
         return Programs(programs | {"default": _lower_predictor(model, request, method, schedule, parameters, key)})
-    cost = forecast_cost(engines, programs[UNCACHED], model) if request.wants_speed else 0.0
+    cost = forecast_cost(engines, programs[UNCACHED], model.io) if request.wants_speed else 0.0
     planner = Planner(
-        model,
         method,
-        settings,
         calibrations,
+        sampling=lambda steps: Sampling(*model.sampling(replace(settings, steps=steps))),
+        decode=lambda latents: model.decode(latents, settings),
         key=key,
         parameters=parameters,
         to_fine=request.fits_fine,

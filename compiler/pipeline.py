@@ -148,7 +148,7 @@ def measure(
         InputError: a run gives NaN or infinity.
     """
     evaluator, prompts = EngineEvaluator(engines, model.io), calibrations.coarse.of("measure")
-    found = measure_levels(model, request.settings, evaluator, programs.by_level, prompts)
+    found = measure_levels(lambda latents: model.decode(latents, request.settings), evaluator, programs.by_level, prompts)
     by = {"measured_by": f"{engines[COMPUTE].name} on {engines[COMPUTE].device.name}"}
     levels = {level: {**programs.facts.get(level, {}), **known, **by} for level, known in found.items()}
     check_quality(levels, request.wish.fit.min_psnr)

@@ -86,14 +86,15 @@ def _tensor_bytes(spec: TensorSpec, sizes: Mapping[str, int]) -> int:
     return math.prod(spec.resolve(sizes)) * itemsize(spec.dtype)
 
 
-def describe_levels(bundle: Bundle) -> list[tuple[str, str]]:
-    """Rows about each level but the uncached one: its steps, its slots, and what was measured when it was compiled."""
+def describe_levels(bundle: Bundle, *, only: str | None = None) -> list[tuple[str, str]]:
+    """Rows about each level but the uncached one: its steps, its slots, and what was measured; of ``only`` one, if given."""
     rows, measured = [], bundle.manifest.facts.get("levels", {})
     for level in bundle.manifest.programs:
-        if level == UNCACHED:
+        if level == UNCACHED or only not in (None, level):
             continue
-        program = bundle.program(level)
-        rows.append((f"level {level}", f"computes {len(program.compute_steps)} of {program.num_steps} steps"))
+        program, facts = bundle.program(level), measured.get(level, {})
+        own = f", by {facts['method']}" if "method" in facts else ""
+        rows.append((f"level {level}", f"computes {len(program.compute_steps)} of {program.num_steps} steps{own}"))
         rows.append(("", schedule_strip(program)))
         rows.append(("", ", ".join(map(str, program.compute_steps))))
         size = _slot_bytes(bundle, program) / 1e6
@@ -101,8 +102,7 @@ def describe_levels(bundle: Bundle) -> list[tuple[str, str]]:
             f"{count} slots of {_slot_spec(bundle, program, kind).dtype}" for kind, count in program.slots.items()
         )
         rows.append(("", f"{kinds or 'no slots'}, {size:.2f} MB a sample"))
-        facts = measured.get(level, {})
-        if "psnr_db" in facts:
+        if "measured_by" in facts:
             rows.append(("", _measured(facts)))
     return rows
 
@@ -112,10 +112,11 @@ def _measured(facts: Mapping[str, Any]) -> str:
         value, error = facts[name], facts.get(f"{name}_stderr")
         return "equal" if value is None else f"{value:.2f} dB" + ("" if error is None else f" ± {error:.2f}")
 
-    text = f"PSNR {decibels('psnr_db')}, loop {facts['speedup']:.2f} times as fast"
+    near = f"PSNR {decibels('psnr_db')}" if "psnr_db" in facts else f"latents off by {100 * facts['latent_error']:.2f} %"
+    text = f"{near}, loop {facts['speedup']:.2f} times as fast"
     if "psnr_db_fine" in facts:
         text += f", {decibels('psnr_db_fine')} against the fine reference"
-    return f"{text}; {facts['num_prompts']} held-out prompts when compiled, by {facts['measured_by']}"
+    return f"{text}; {facts['num_prompts']} held-out prompts, by {facts['measured_by']}"
 
 
 def schedule_strip(program: Program) -> str:

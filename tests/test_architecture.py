@@ -136,6 +136,7 @@ WITHOUT_TORCH = (  # what runs bundles, and what calibrates on built engines
     "cachec.runtime.inspect",
     "cachec.compiler.commands.run",
     "cachec.compiler.commands.calibrate",
+    "cachec.compiler.commands.add_level",
     "cachec.compiler.calibration.engine_evaluator",
     "cachec.compiler.methods.gram",
     "cachec.compiler.planning.levels",

@@ -116,5 +116,5 @@ def test_the_command_line_takes_a_level_and_shows_its_figures(levels, tmp_path):
     assert "Did you mean 'fast'" in result.output
     result = run("inspect", levels)
     assert "level fast" in result.output
-    assert "16 held-out prompts when compiled" in result.output
+    assert "16 held-out prompts, by" in result.output
     assert json.loads(run("inspect", levels, "--json").output)["programs"]["fast"]["cut"] == "output"

@@ -1,5 +1,6 @@
 """The toy on a machine that serves: a bundle and encoded prompts, and no torch."""
 
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -9,14 +10,15 @@ import pytest
 from toy_product import run_cli, succeed
 
 import cachec
-from cachec.compiler.calibration.calibration import open_calibration
+from cachec.compiler.calibration.calibration import open_calibration, relative_errors
 from cachec.compiler.calibration.conditions import load_conditions, subject_of_bundle
 from cachec.compiler.calibration.engine_evaluator import EngineEvaluator
-from cachec.compiler.calibration.statistics import load_statistics
+from cachec.compiler.calibration.statistics import load_statistics, save_statistics
 from cachec.compiler.frontend import check
 from cachec.compiler.models import find_model, load_model
 from cachec.compiler.request import make_request
-from cachec.runtime.errors import BundleError, InputError
+from cachec.runtime.bundle import Bundle
+from cachec.runtime.errors import BundleError, InputError, OutputError
 
 STEPS = ("--steps", "8")
 PROMPTS = [f"a circle of size {size}" for size in range(10)]
@@ -144,3 +146,79 @@ def test_a_bundle_that_does_not_name_its_sampler_is_refused(bundle, conditions):
         older = replace(loaded, manifest=replace(loaded.manifest, settings=settings))
         with pytest.raises(BundleError, match="does not say which sampler it is for: compile it again"):
             subject_of_bundle(older, load_conditions(conditions))
+
+
+@pytest.fixture
+def copy(tmp_path, bundle):
+    return shutil.copytree(bundle, tmp_path / "b.cachec")
+
+
+def level_facts(root):
+    return Bundle.open(root, verify=True).manifest.facts["levels"]
+
+
+def test_a_level_is_added_without_torch_and_no_engine_changes(copy, bundle, stats, conditions):
+    output = served("add-level", copy, stats, "--conditions", conditions, "--budget", 3, "--set", "polish=0")
+    assert "level budget-3  computes 3 of 8 steps, by gram" in output
+    before, after = Bundle.open(bundle).manifest, Bundle.open(copy, verify=True).manifest
+    assert after.targets == before.targets
+    assert {name: after.files[name] for name in before.files} == before.files
+    facts = level_facts(copy)["budget-3"]
+    assert "psnr_db" not in facts
+    assert (facts["method"], facts["options"], facts["computed"]) == ("gram", {"polish": 0}, 3)
+    measured = load_statistics(stats).prompts.only("measure").prompts
+    assert facts["num_prompts"] == len(measured)
+    with cachec.load(copy) as loaded:
+        calibration = open_calibration(
+            load_statistics(stats), subject_of_bundle(loaded, load_conditions(conditions)), EngineEvaluator.of(loaded)
+        ).of("measure")
+        final, wanted = calibration.play(loaded.programs["budget-3"]), calibration.latents(8)
+        assert relative_errors(final, wanted).mean() == pytest.approx(facts["latent_error"], rel=1e-3)
+        assert loaded.default_level == "default"
+
+
+def test_with_its_model_a_level_is_added_for_a_psnr_and_replaced_by_force(copy, stats):
+    succeed("add-level", copy, stats, "--target-psnr", 20, "--name", "near", "--set", "polish=0")
+    facts, files = level_facts(copy)["near"], Bundle.open(copy).manifest.programs["near"]
+    assert facts["goal"] == "PSNR of 20 dB"
+    assert facts["psnr_db"] is None or facts["psnr_db"] > 10
+    given = ["--budget", 7, "--name", "near", "--method", "l2p"]
+    code, output = run_cli("add-level", copy, stats, *given)
+    assert code == OutputError.exit_code
+    assert "has a level near already: pass --force" in output
+    succeed("add-level", copy, stats, *given, "--force")
+    assert (level_facts(copy)["near"]["method"], level_facts(copy)["near"]["computed"]) == ("l2p", 7)
+    assert not any((copy / name).exists() for name in files.values())
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([], "nothing is asked for: give --budget or --target-psnr"),
+        (["--budget", 3, "--target-psnr", 30], "--budget and --target-psnr contradict each other"),
+        (["--budget", 9], "budget is 9; it must lie between 1 and the number of steps, 8"),
+        (["--budget", 3, "--method", "lesa"], "lesa works on the hidden cut, and the bundle's engines are of the output cut"),
+        (["--budget", 3, "--method", "bns"], "bns takes the model's graphs to make a level of: give it to cachec compile"),
+        (["--budget", 3, "--name", "uncached"], "level 'uncached' is reserved"),
+        (["--budget", 3, "--name", "a/b"], "level 'a/b' is not a name"),
+        (["--target-psnr", 30, "--conditions", "c"], "--target-psnr is of pictures"),
+        (["--budget", 3, "--conditions", "c"], "conditions c does not exist: make one with cachec encode"),
+        (["--budget", 3, "--seed", -1], "seed is -1"),
+    ],
+)
+def test_a_level_that_cannot_be_is_refused_and_the_bundle_stays(copy, stats, given, message):
+    before = sorted(copy.rglob("*"))
+    code, output = run_cli("add-level", copy, stats, *given)
+    assert code == InputError.exit_code
+    assert message in output
+    assert sorted(copy.rglob("*")) == before
+
+
+def test_a_calibration_of_something_else_makes_no_level(tmp_path, copy, stats, conditions):
+    statistics = load_statistics(stats)
+    other = {name: text for name, text in statistics.facts.items() if name != "format"} | {"guidance": "7.0"}
+    save_statistics(replace(statistics, facts=other), tmp_path / "other")
+    code, output = run_cli("add-level", copy, tmp_path / "other", "--conditions", conditions, "--budget", 3)
+    assert code == InputError.exit_code
+    assert "guidance is 7.0, wanted 1.0" in output
+    assert "budget-3" not in Bundle.open(copy).manifest.programs

@@ -3,7 +3,7 @@
 Shapes: ``P`` prompts.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,16 +54,25 @@ class EncodedPrompts:
 
 
 def subject_of_bundle(bundle: LoadedBundle, encoded: EncodedPrompts) -> Subject:
-    """The model that a bundle was compiled from: it runs on the bundle's own noise levels, and knows ``encoded`` prompts.
+    """The model that a bundle was compiled from, where it knows ``encoded`` prompts only.
 
     Raises:
         InputError: the conditions are of another model or of other settings.
         BundleError: the bundle does not name its sampler.
     """
-    manifest, uncached, settings = bundle.manifest, bundle.programs[UNCACHED], settings_of(bundle.manifest)
+    encoded.check(bundle.manifest.model["name"], settings_of(bundle.manifest))
+    return subject_on_grid(bundle, encoded.encode)
+
+
+def subject_on_grid(bundle: LoadedBundle, encode: Callable[[Sequence[str]], dict[str, Array]]) -> Subject:
+    """The model that a bundle was compiled from, on the bundle's own noise levels; ``encode`` gives conditions of prompts.
+
+    Raises:
+        BundleError: the bundle does not name its sampler.
+    """
+    manifest, uncached = bundle.manifest, bundle.programs[UNCACHED]
     if "sampler" not in manifest.settings:
         raise BundleError("the bundle does not say which sampler it is for: compile it again")
-    encoded.check(manifest.model["name"], settings)
 
     def sampling(steps: int) -> Sampling:
         if steps != uncached.num_steps:
@@ -77,10 +86,10 @@ def subject_of_bundle(bundle: LoadedBundle, encoded: EncodedPrompts) -> Subject:
         name=manifest.model["name"],
         weights_hash=manifest.model["weights_sha256"],
         sampler=manifest.settings["sampler"],
-        settings=settings,
+        settings=settings_of(manifest),
         latent_shape=bundle.engines[COMPUTE].signature.input(bundle.io.latents).resolve({BATCH: 1})[1:],
         sampling=sampling,
-        encode=encoded.encode,
+        encode=encode,
     )
 
 

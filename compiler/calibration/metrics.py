@@ -2,7 +2,7 @@
 
 import importlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,6 +12,8 @@ import numpy as np
 
 from cachec.runtime.errors import InputError, missing_extra
 from cachec.runtime.specs import Array
+
+Decode = Callable[[Array], Array]  # latents [P, …] to pictures [P, H, W, 3]
 
 LPIPS_BACKBONE = "alexnet-owt-7be5be79.pth"  # torchvision's, as torchmetrics asks for it
 

@@ -131,10 +131,9 @@ def parse_levels(text: str) -> tuple[Goal, ...]:
     goals: list[Goal] = []
     for part in text.split(","):
         name, equals, figure = part.strip().partition("=")
-        if not name.replace("-", "").replace("_", "").isalnum():
-            raise InputError(f"level {name!r} is not a name: use letters, digits, - and _")
-        if name in RESERVED or name in [goal.level for goal in goals]:
-            raise InputError(f"level {name!r} is {'reserved' if name in RESERVED else 'there twice'}: choose another name")
+        check_level_name(name)
+        if name in [goal.level for goal in goals]:
+            raise InputError(f"level {name!r} is there twice: choose another name")
         if name == OLD_FINE:
             raise InputError(f"level {OLD_FINE} is called {FINE} now: it is fitted to a finer run, and equals none")
         if not equals and name not in LEVELS:
@@ -146,6 +145,14 @@ def parse_levels(text: str) -> tuple[Goal, ...]:
             continue
         goals.append(Goal(name, psnr=_positive(f"level {name}", _number(name, figure) if equals else LEVELS[name], "dB")))
     return tuple(goals)
+
+
+def check_level_name(name: str) -> None:
+    """Raise ``InputError`` unless a level may be called so."""
+    if not name.replace("-", "").replace("_", "").isalnum():
+        raise InputError(f"level {name!r} is not a name: use letters, digits, - and _")
+    if name in RESERVED:
+        raise InputError(f"level {name!r} is reserved: choose another name")
 
 
 def _number(name: str, text: str) -> float:

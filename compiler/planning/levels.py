@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,9 +10,8 @@ import numpy as np
 
 from cachec.compiler.calibration.calibration import Calibration
 from cachec.compiler.calibration.evaluator import Evaluator
-from cachec.compiler.calibration.metrics import latent_rel_l2, psnr_db, ssim, summarize_metric
+from cachec.compiler.calibration.metrics import Decode, latent_rel_l2, psnr_db, ssim, summarize_metric
 from cachec.compiler.calibration.runs import check_finite
-from cachec.compiler.models.base import LoadedModel, Settings
 from cachec.compiler.tables.coefficients import ForecastTable
 from cachec.compiler.tables.lower import lower_table
 from cachec.compiler.tables.schedule import Schedule
@@ -29,16 +29,16 @@ TIMED_PROMPTS = 3
 
 
 def measure_levels(
-    model: LoadedModel,
-    settings: Settings,
+    decode: Decode | None,
     evaluator: Evaluator,
     programs: Mapping[str, Program],
     measured: Calibration,
 ) -> dict[str, dict[str, Any]]:
     """Facts by level, against the uncached float32 run: PSNR and SSIM of pictures, relative error of latents; loop speed-up.
 
-    ``psnr_db_fine`` is against the fine reference, where there is one. ``evaluator`` is of the bundle's own engines,
-    ``measured`` are prompts that nothing was fitted to or chosen by. ``programs`` include the uncached one.
+    ``psnr_db_fine`` is against the fine reference, where there is one; without ``decode`` nothing is of pictures.
+    ``evaluator`` is of the bundle's own engines, ``measured`` are prompts that nothing was fitted to or chosen by.
+    ``programs`` include the uncached one.
 
     Raises:
         InputError: a run gives NaN or infinity.
@@ -47,19 +47,20 @@ def measure_levels(
     references = {"psnr_db": statistics.latents[index, -1]}
     if statistics.fine_latents is not None:
         references["psnr_db_fine"] = statistics.fine_latents[index, -1]
-    wanted = {name: list(model.decode(latents, settings)) for name, latents in references.items()}
+    wanted = {} if decode is None else {name: list(decode(latents)) for name, latents in references.items()}
     seconds, facts = dict[str, list[float]](), dict[str, dict[str, Any]]()
     for level, program in programs.items():
         runs = _timed_runs(evaluator, program, measured, most=TIMED_PROMPTS if level == UNCACHED else None)
         seconds[level] = [spent for _, spent in runs]
         if level == UNCACHED:
             continue
-        scores: dict[str, list[float]] = {name: [] for name in (*references, "ssim", "latent_error")}
+        scores = defaultdict[str, list[float]](list)
         for number, (latents, _) in enumerate(runs):
-            picture = model.decode(latents, settings)[0]
-            for name, pictures in wanted.items():
-                scores[name].append(psnr_db(picture, pictures[number]))
-            scores["ssim"].append(ssim(picture, wanted["psnr_db"][number]))
+            if decode is not None:
+                picture = decode(latents)[0]
+                for name, pictures in wanted.items():
+                    scores[name].append(psnr_db(picture, pictures[number]))
+                scores["ssim"].append(ssim(picture, wanted["psnr_db"][number]))
             scores["latent_error"].append(latent_rel_l2(latents[0], references["psnr_db"][number]))
         facts[level] = {"num_prompts": len(runs)}
         for name, values in scores.items():
@@ -86,7 +87,7 @@ def _timed_runs(evaluator: Evaluator, program: Program, measured: Calibration, m
     return runs[1:]
 
 
-def forecast_cost(engines: Mapping[str, Engine], program: Program, model: LoadedModel) -> float:
+def forecast_cost(engines: Mapping[str, Engine], program: Program, io: ModelIO) -> float:
     """The time of a forecast over that of a computed step, medians, 1 at most; 0 without a forecast engine.
 
     ``program`` is the uncached one.
@@ -97,8 +98,8 @@ def forecast_cost(engines: Mapping[str, Engine], program: Program, model: Loaded
     if not half:
         return 0.0
     table = ForecastTable(Schedule(program.num_steps, tuple(range(half))), *_last_feature(program.num_steps, half))
-    session = Session(engines, lower_table(table, program.key, program.sigmas, program.timesteps), model.io, batch=batch)
-    conditions = {name: np.zeros(s.resolve({BATCH: batch}), s.dtype) for name, s in _conditions(engines, model.io).items()}
+    session = Session(engines, lower_table(table, program.key, program.sigmas, program.timesteps), io, batch=batch)
+    conditions = {name: np.zeros(s.resolve({BATCH: batch}), s.dtype) for name, s in _conditions(engines, io).items()}
     seconds: dict[bool, list[float]] = {True: [], False: []}
     for _ in range(2):  # the first round warms up
         session.begin(conditions, np.zeros(session.latent_shape, np.float32))

@@ -5,19 +5,18 @@ Shapes: ``T`` steps, ``P`` prompts.
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from cachec.compiler.calibration.calibration import Calibration, open_calibration
 from cachec.compiler.calibration.evaluator import Evaluator
-from cachec.compiler.calibration.metrics import mean, psnr_db
-from cachec.compiler.calibration.runs import Subject
+from cachec.compiler.calibration.metrics import Decode, mean, psnr_db
+from cachec.compiler.calibration.runs import Sampling, Subject
 from cachec.compiler.calibration.statistics import Statistics
 from cachec.compiler.methods.base import Method
 from cachec.compiler.methods.parameters import Parameters
-from cachec.compiler.models.base import LoadedModel, Settings
 from cachec.compiler.planning.goals import Goal, budget_for_speedup, smallest_budget
 from cachec.compiler.planning.search import search_schedule
 from cachec.compiler.tables.lower import lower
@@ -72,7 +71,8 @@ class Planner:
     """Chooses schedules and fits a method to them. Keeps what it has found, so that goals share searches.
 
     It fits on the calibration's prompts to fit on, and chooses by those to stop by. ``key`` is that of the Programs on the
-    sampler's grid; ``to_fine``: fits go to the fine reference; ``forecast_cost``: a forecast's time over a computed step's.
+    sampler's grid, ``sampling`` gives other grids by their steps; ``decode`` makes pictures, for goals that are a PSNR.
+    ``to_fine``: fits go to the fine reference; ``forecast_cost``: a forecast's time over a computed step's.
 
     Raises:
         InputError: the method needs gradients, and the calibration's evaluator gives none.
@@ -80,18 +80,18 @@ class Planner:
 
     def __init__(
         self,
-        model: LoadedModel,
         method: Method,
-        settings: Settings,
         calibrations: Calibrations | None,
         *,
+        sampling: Callable[[int], Sampling],
+        decode: Decode | None,
         key: ProgramKey,
         parameters: Parameters | None,
         to_fine: bool,
         forecast_cost: float,
         seed: int,
     ) -> None:
-        self._model, self._method, self._settings, self._calibrations = model, method, settings, calibrations
+        self._method, self._calibrations, self._sampling, self._decode = method, calibrations, sampling, decode
         self._key, self._parameters, self._to_fine = key, parameters, to_fine
         self._forecast_cost, self._seed = forecast_cost, seed
         if method.needs_gradients and calibrations is not None:
@@ -113,7 +113,7 @@ class Planner:
             return self._fit(goal, self._search(goal.budget, fine), fine)
         if goal.speedup is not None:
             least = self._method.min_budget
-            budget = budget_for_speedup(goal.speedup, self._settings.steps, self._forecast_cost, least=least)
+            budget = budget_for_speedup(goal.speedup, self._key.steps, self._forecast_cost, least=least)
             return self._fit(goal, self._search(budget, fine), fine)
         return self._reach(goal, fine)
 
@@ -130,9 +130,9 @@ class Planner:
             return reached(self._fit(goal, self._search(budget, fine), fine, draft=True))
 
         least = self._method.min_budget
-        budget, tried = smallest_budget(draft, target, least, self._settings.steps), set[int]()
+        budget, tried = smallest_budget(draft, target, least, self._key.steps), set[int]()
         plan = self._fit(goal, self._search(budget, fine), fine)
-        while reached(plan) < target and budget < self._settings.steps:  # the draft was better by luck
+        while reached(plan) < target and budget < self._key.steps:  # the draft was better by luck
             tried.add(budget)
             budget += 1
             plan = self._fit(goal, self._search(budget, fine), fine)
@@ -155,7 +155,8 @@ class Planner:
 
     def _fit(self, goal: Goal, schedule: Schedule, fine: bool, *, draft: bool = False) -> LevelPlan:
         method, parameters = self._method.draft() if draft else self._method, self._parameters
-        sigmas, timesteps = self._model.sampling(replace(self._settings, steps=schedule.num_steps))
+        sampling = self._sampling(schedule.num_steps)
+        sigmas, timesteps = sampling.sigmas, sampling.timesteps
         if method.needs_calibration:
             parameters = method.calibrate(self._calibration(fine).of("fit"), schedule)
         table = method.table(schedule, sigmas.astype(np.float64), parameters)
@@ -179,10 +180,12 @@ class Planner:
 
     def _psnr(self, latents: Array, *, against_fine: bool) -> float:
         """Mean in dB over the prompts to choose by; infinite where all pictures are equal."""
+        if self._decode is None:
+            raise InputError("a PSNR is one of pictures, and there is nothing to decode latents with: ask for a budget")
         if against_fine not in self._references:
             chosen_by = self._calibration(against_fine).of("stop")
             final = chosen_by.latents(chosen_by.num_steps)
-            self._references[against_fine] = list(self._model.decode(final, self._settings))
-        pictures = self._model.decode(latents, self._settings)
+            self._references[against_fine] = list(self._decode(final))
+        pictures = self._decode(latents)
         value = mean([psnr_db(a, b) for a, b in zip(pictures, self._references[against_fine], strict=True)]).value
         return math.inf if value is None else value

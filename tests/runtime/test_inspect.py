@@ -73,9 +73,10 @@ def test_memory_is_counted_in_bytes():
 @pytest.mark.parametrize(
     ("facts", "said"),
     [
-        ({"psnr_db": None}, "PSNR equal, loop 1.50 times as fast; 4 held-out prompts when compiled, by ort"),
+        ({"psnr_db": None}, "PSNR equal, loop 1.50 times as fast; 4 held-out prompts, by ort"),
         ({"psnr_db": 30.123, "psnr_db_stderr": 0.5}, "PSNR 30.12 dB ± 0.50, loop 1.50 times as fast; 4 held"),
         ({"psnr_db": 30, "psnr_db_fine": 20}, "PSNR 30.00 dB, loop 1.50 times as fast, 20.00 dB against the fine reference; 4"),
+        ({"latent_error": 0.0123}, "latents off by 1.23 %, loop 1.50 times as fast; 4 held-out prompts, by ort"),
     ],
 )
 def test_what_was_measured_is_said(facts, said):

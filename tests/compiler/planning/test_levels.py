@@ -1,7 +1,5 @@
 """Levels measured by an evaluator on prompts of their own, and the gate."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 from toy_calibration import make_calibration, sampling_of
@@ -19,7 +17,7 @@ from cachec.runtime.program import UNCACHED, ProgramKey, hash_sigmas
 STEPS = 8
 
 
-def decode(latents, settings):
+def decode(latents):
     """Pictures [P, 8, 10, 3] of latents: each element is a patch."""
     tiles = np.kron(latents, np.ones((1, 2, 2)))
     return np.repeat(0.5 + 0.1 * tiles[..., None], 3, axis=-1) * np.array([1.0, 0.8, 0.6])
@@ -43,7 +41,14 @@ def programs(measured):
 
 
 def measure(measured, programs):
-    return measure_levels(SimpleNamespace(decode=decode), None, measured.evaluator, programs, measured)
+    return measure_levels(decode, measured.evaluator, programs, measured)
+
+
+def test_without_pictures_figures_are_of_latents_alone(measured, programs):
+    whole = measure(measured, programs)["fast"]
+    alone = measure_levels(None, measured.evaluator, programs, measured)["fast"]
+    assert set(alone) == {name for name in whole if "psnr" not in name and "ssim" not in name}
+    assert alone["latent_error"] == whole["latent_error"]
 
 
 def test_figures_are_those_of_pictures_and_latents_of_each_prompt(measured, programs):
@@ -51,15 +56,15 @@ def test_figures_are_those_of_pictures_and_latents_of_each_prompt(measured, prog
     assert set(facts) == {"fast"}
     final, fine = measured.latents(STEPS), measured.statistics.fine_latents[measured.index, -1]
     latents = measured.play(programs["fast"])
-    psnr = [psnr_db(a, b) for a, b in zip(decode(latents, None), decode(final, None), strict=True)]
-    to_fine = [psnr_db(a, b) for a, b in zip(decode(latents, None), decode(fine, None), strict=True)]
+    psnr = [psnr_db(a, b) for a, b in zip(decode(latents), decode(final), strict=True)]
+    to_fine = [psnr_db(a, b) for a, b in zip(decode(latents), decode(fine), strict=True)]
     errors = [latent_rel_l2(a, b) for a, b in zip(latents, final, strict=True)]
     known = facts["fast"]
     assert known["num_prompts"] == 3
     assert known["psnr_db"] == pytest.approx(np.mean(psnr), abs=1e-3)
     assert known["psnr_db_min"] == pytest.approx(min(psnr), abs=1e-3)
     assert known["psnr_db_fine"] == pytest.approx(np.mean(to_fine), abs=1e-3)
-    similar = [ssim(a, b) for a, b in zip(decode(latents, None), decode(final, None), strict=True)]
+    similar = [ssim(a, b) for a, b in zip(decode(latents), decode(final), strict=True)]
     assert known["ssim_min"] == pytest.approx(min(similar), abs=1e-5)
     assert known["latent_error"] == pytest.approx(np.mean(errors), abs=1e-6)
     assert known["latent_error_max"] == pytest.approx(max(errors), abs=1e-6)
@@ -99,5 +104,5 @@ def test_the_gate_names_the_level_and_what_is_missing():
 def test_the_cost_of_a_forecast_is_measured_on_engines_that_leave_the_prompt_to_the_prologue(toy_bundle):
     with cachec.load(toy_bundle) as loaded:
         assert "prompt" not in {spec.name for spec in loaded.engines["compute"].signature.inputs}
-        cost = forecast_cost(loaded.engines, loaded.programs[UNCACHED], SimpleNamespace(io=loaded.io))
+        cost = forecast_cost(loaded.engines, loaded.programs[UNCACHED], loaded.io)
         assert 0 < cost <= 1

@@ -1,12 +1,8 @@
 """The planner on the calibration toy: what a goal becomes, on which prompts it is fitted, and by which it is chosen."""
 
-from dataclasses import replace
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 from toy_calibration import make_calibration, sampling_of
-from toy_model import SETTINGS
 
 import cachec.compiler.planning.planner as module
 import cachec.compiler.planning.search as search
@@ -24,14 +20,9 @@ DRAFT = Gram(polish=0)
 KEY = ProgramKey(STEPS, hash_sigmas(sampling_of(STEPS).sigmas), {"height": 4})
 
 
-def decode(latents, settings):
+def decode(latents):
     """Pictures [P, 4, 5, 1] of latents."""
     return 0.5 + 0.1 * latents[..., None]
-
-
-MODEL = SimpleNamespace(
-    sampling=lambda settings: (sampling_of(settings.steps).sigmas, sampling_of(settings.steps).timesteps), decode=decode
-)
 
 
 @pytest.fixture(autouse=True)
@@ -50,10 +41,8 @@ def calibrations():
 @pytest.fixture
 def make(calibrations):
     def planner(method=DRAFT, calibrations=calibrations, *, to_fine=False, cost=0.0):
-        settings = replace(SETTINGS, steps=STEPS)
-        return Planner(
-            MODEL, method, settings, calibrations, key=KEY, parameters=None, to_fine=to_fine, forecast_cost=cost, seed=0
-        )
+        given = {"key": KEY, "parameters": None, "to_fine": to_fine, "forecast_cost": cost, "seed": 0}
+        return Planner(method, calibrations, sampling=sampling_of, decode=decode, **given)
 
     return planner
 
@@ -61,7 +50,7 @@ def make(calibrations):
 def psnr(calibration, program):
     """By hand, mean in dB over the prompts to stop by."""
     chosen = calibration.of("stop")
-    pictures, wanted = (decode(x, None) for x in (chosen.play(program), chosen.latents(chosen.num_steps)))
+    pictures, wanted = (decode(x) for x in (chosen.play(program), chosen.latents(chosen.num_steps)))
     return np.mean([-10 * np.log10(np.mean((a - b) ** 2)) for a, b in zip(pictures, wanted, strict=True)])
 
 
@@ -129,10 +118,10 @@ def test_level_fine_is_as_close_to_the_finer_run_as_the_uncached_run(make, calib
     assert plan.program.num_steps == FINE
     assert plan.facts()["target"] == "fine reference"
     stop = calibrations.fine.of("stop")
-    wanted = decode(stop.latents(FINE), None)
+    wanted = decode(stop.latents(FINE))
 
     def close(latents):
-        return np.mean([-10 * np.log10(np.mean((a - b) ** 2)) for a, b in zip(decode(latents, None), wanted, strict=True)])
+        return np.mean([-10 * np.log10(np.mean((a - b) ** 2)) for a, b in zip(decode(latents), wanted, strict=True)])
 
     assert close(stop.play(plan.program)) >= close(calibrations.coarse.of("stop").latents(STEPS))
 
@@ -155,3 +144,11 @@ def test_a_method_that_needs_gradients_is_refused_before_anything_runs(make, cal
     monkeypatch.setattr(type(calibrations.coarse.evaluator), "differentiable", False)
     with pytest.raises(InputError, match="bns needs gradients of the model"):
         make(Bns())
+
+
+def test_a_psnr_takes_pictures(calibrations):
+    given = {"key": KEY, "parameters": None, "to_fine": False, "forecast_cost": 0.0, "seed": 0}
+    planner = Planner(DRAFT, calibrations, sampling=sampling_of, decode=None, **given)
+    assert len(planner.plan(Goal(budget=3)).program.compute_steps) == 3
+    with pytest.raises(InputError, match="there is nothing to decode latents with: ask for a budget"):
+        planner.plan(Goal(psnr=20.0))
