@@ -27,7 +27,6 @@ ROOT = Path(__file__).parent.parent
 FOLDERS = ("runtime", "passes", "compiler/tables")
 END_TO_END = "tests/test_toy.py"
 SERVED = {  # modules without a test file of their name, by the file that tests them
-    "tests/engines/test_conformance.py": ("runtime/builder",),
     "tests/passes/test_passes.py": ("passes/__init__",),
     "tests/passes/test_run.py": ("passes/base",),
 }

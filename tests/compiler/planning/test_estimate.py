@@ -1,23 +1,12 @@
 """Estimates of the toy, against its shapes."""
 
-from dataclasses import replace
-
 import pytest
 from toy import TOKENS, WIDTH, ToyDiT
-from toy_model import SETTINGS, ToyModel
+from toy_model import ToyModel
 
-from cachec.compiler.graphs.prepare import compute_only, engine, linear
+from cachec.compiler.graphs.prepare import compute_only, engine
 from cachec.compiler.planning.estimate import estimate, in_bytes, in_count, in_flops
-from cachec.compiler.planning.estimate_words import describe_estimate
-from cachec.compiler.planning.gpus import MEASURED, GpuFigures, get_gpus
-
-GPU = GpuFigures("H100", 1e6, 1e9, "nowhere")
-
-
-@pytest.fixture(scope="module")
-def found(toy_split):
-    plain = linear(toy_split)
-    return estimate(plain, engine(plain, ToyModel.io), ToyModel.spec, replace(SETTINGS, steps=8), budget=2, batch=3)
+from cachec.compiler.planning.gpus import get_gpus
 
 
 def test_sizes_are_the_toys(found):
@@ -34,26 +23,12 @@ def test_sizes_are_the_toys(found):
     assert found.needed == found.weights + found.slots("hidden") + 3 * found.activations + found.step_values
 
 
-def test_a_request_is_its_computed_steps_and_on_the_hidden_cut_its_forecasts(found):
+def test_a_request_is_its_computed_steps_and_on_the_hidden_cut_its_forecasts(found, gpu):
     assert 0 < found.forecast < found.computed / 3
     assert found.ratio("output") == 4
     assert found.run_flops("hidden") - found.run_flops("output") == 3 * 6 * found.forecast
-    assert found.on(GPU)["step"] == 3 * found.computed / 1e9
-    assert found.on(GPU)["all_computed"] == pytest.approx(8 * found.on(GPU)["step"])
-
-
-def test_a_gpu_that_is_too_small_is_said_to_be(found):
-    small = replace(GPU, memory=found.needed - 1)
-    assert "needs more than its" in dict(describe_estimate(found, [small]))["floor on H100"]
-    assert "needs more than its" not in dict(describe_estimate(found, [replace(GPU, memory=found.needed)]))["floor on H100"]
-
-
-def test_a_measurement_stands_beside_the_floor_of_one_sample(found):
-    known = MEASURED[0]
-    spec, settings = replace(found.spec, source=known.source), replace(found.settings, height=1024, width=1024)
-    same = replace(found, spec=spec, settings=settings, batch=1, computed=round(0.5 * known.seconds * GPU.peak))
-    assert "a step was measured at 129 ms, 50% of peak (sglang" in dict(describe_estimate(same, [GPU]))["floor on H100"]
-    assert "measured" not in dict(describe_estimate(replace(same, batch=2), [GPU]))["floor on H100"]
+    assert found.on(gpu)["step"] == 3 * found.computed / 1e9
+    assert found.on(gpu)["all_computed"] == pytest.approx(8 * found.on(gpu)["step"])
 
 
 def test_without_a_forecast_graph_the_rest_is_as_it_was(found, toy_split):

@@ -1,0 +1,20 @@
+"""What stands in the table of an estimate."""
+
+from dataclasses import replace
+
+from cachec.compiler.planning.estimate_words import describe_estimate
+from cachec.compiler.planning.gpus import MEASURED
+
+
+def test_a_gpu_that_is_too_small_is_said_to_be(found, gpu):
+    small = replace(gpu, memory=found.needed - 1)
+    assert "needs more than its" in dict(describe_estimate(found, [small]))["floor on H100"]
+    assert "needs more than its" not in dict(describe_estimate(found, [replace(gpu, memory=found.needed)]))["floor on H100"]
+
+
+def test_a_measurement_stands_beside_the_floor_of_one_sample(found, gpu):
+    known = MEASURED[0]
+    spec, settings = replace(found.spec, source=known.source), replace(found.settings, height=1024, width=1024)
+    same = replace(found, spec=spec, settings=settings, batch=1, computed=round(0.5 * known.seconds * gpu.peak))
+    assert "a step was measured at 129 ms, 50% of peak (sglang" in dict(describe_estimate(same, [gpu]))["floor on H100"]
+    assert "measured" not in dict(describe_estimate(replace(same, batch=2), [gpu]))["floor on H100"]
