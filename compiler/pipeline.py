@@ -184,3 +184,4 @@ class _Clock:
         self._bar.update()
         if len(self.seconds) < len(self._stages):
             self._bar.set_description(self._stages[len(self.seconds)])
+            log.info("%s …", self._stages[len(self.seconds)])
