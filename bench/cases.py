@@ -18,7 +18,7 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from diffusers import FluxTransformer2DModel
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 
 from bench.peers import Request, Subject, bare_subject, make_peer, make_requests, open_subject, plain
 from bench.timing import part_arguments, write_part
@@ -133,6 +133,10 @@ class FluxShaped(LoadedModel):
     @property
     def block(self) -> str:
         return f"single_transformer_blocks.{len(self._transformer.single_transformer_blocks) - 1}"
+
+    @property
+    def sampler(self) -> str:
+        return FlowMatchEulerDiscreteScheduler.__name__
 
     @property
     def io(self) -> ModelIO:
