@@ -19,7 +19,7 @@ def test_the_page_has_a_row_each_and_the_law_of_those_meant_for_it():
     compiled = {"seconds": 60.0, "stages": {"graphs": 30.0}, "bundle_bytes": 10**9}
     some = [row for row in sizes.ROWS if row.law]
     results = [
-        Result(
+        sizes.Result(
             row.name,
             row.blocks,
             "bfloat16",
