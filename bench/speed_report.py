@@ -58,7 +58,7 @@ def _setting(data: Data) -> str:
     machines = sorted({f"{f['threads']} threads on {f['cores']} cores, {f['cpu']}, {f['memory_gib']} GiB" for f in found})
     versions = sorted({", ".join(f"{name} {version}" for name, version in f["versions"].items()) for f in found})
     pythons = sorted({facts["python"] for facts in found})
-    minutes = sum(part["wall_seconds"] for part in data["parts"].values()) / 60
+    minutes = sum(part.get("wall_seconds", 0.0) for part in data["parts"].values()) / 60
     quick = " **A quick run of the code with small sizes: these are no results.**" if data["quick"] else ""
     return (
         f"`make bench` (`python -m bench.speed`): {len(found)} parts, a process each, one after the other, "

@@ -1,4 +1,4 @@
-"""Do the tests notice wrong code? ``python -m tests.mutate``; not part of the suite, and it takes half an hour.
+"""Do the tests notice wrong code? ``python -m tests.mutate``; not part of the suite: it runs test files for a long time.
 
 Single-line mutations of ``runtime/``, ``passes/`` and ``compiler/tables/``, drawn by a seed over all comparisons, constants,
 operators and statements, are made one at a time in a copy of the tree. Each is judged by the module's own test file
