@@ -32,8 +32,8 @@ from cachec.compiler.graphs.prepare import prepare
 from cachec.compiler.methods import get_method
 from cachec.compiler.methods.base import Method
 from cachec.compiler.methods.gram_fit import fit_rows, polish
-from cachec.compiler.methods.parameters import Parameters, find_pretrained
-from cachec.compiler.methods.training import training_facts
+from cachec.compiler.methods.parameters import Parameters
+from cachec.compiler.methods.training import find_shipped
 from cachec.compiler.models import find_model, load_model
 from cachec.compiler.models.base import LoadedModel, Settings
 from cachec.compiler.planning.search import (
@@ -304,8 +304,7 @@ def bench_lesa(bench: Bench, folder: Path | None) -> None:
     method = get_method("lesa").with_options({})
     for interval in (5, 7, 8, 10):
         schedule = method.interval(setting.num_steps, interval)
-        wanted = training_facts(setting.model, method, schedule, setting.settings)
-        parameters = find_pretrained(method.name, wanted)
+        parameters = find_shipped(setting.model, method, schedule, setting.settings)
         path = None if folder is None else folder / f"lesa-{interval}.safetensors"
         if parameters is None and path is not None and path.exists():
             parameters = load_predictor(path)

@@ -28,8 +28,8 @@ from cachec.compiler.graphs.prepare import compute_only, engine, inlined, linear
 from cachec.compiler.graphs.verify import verifier_for, verify_twin
 from cachec.compiler.graphs.weights import is_large
 from cachec.compiler.methods.base import PredictorMethod
-from cachec.compiler.methods.parameters import Parameters, check_fit, find_pretrained, load_predictor
-from cachec.compiler.methods.training import Training, train_predictor, training_facts
+from cachec.compiler.methods.parameters import Parameters, check_fit, load_predictor
+from cachec.compiler.methods.training import Training, find_shipped, train_predictor, training_facts
 from cachec.compiler.models.base import LoadedModel, ModelSpec, Settings
 from cachec.compiler.planning.levels import forecast_cost
 from cachec.compiler.planning.planner import Calibrations, Planner
@@ -117,12 +117,12 @@ def training_of(spec: ModelSpec, request: Request) -> Training:
 
 def _find_trained(model: LoadedModel, request: Request, training: Training) -> Parameters | None:
     """Trained parameters: from the given file, or of those that ship."""
-    wanted = training_facts(model, request.method, training.schedule, request.settings)
+    wanted = (model, request.method, training.schedule, request.settings)
     if (path := request.wish.fit.predictor) is not None:
         parameters = load_predictor(path)
-        check_fit(parameters, wanted)
+        check_fit(parameters, training_facts(*wanted))
         return replace(parameters, origin=f"from {path}")
-    shipped = None if request.prompts is not None else find_pretrained(request.method.name, wanted)
+    shipped = None if request.prompts is not None else find_shipped(*wanted)
     return None if shipped is None else replace(shipped, origin=f"ships with cachec ({Path(shipped.origin).name})")
 
 

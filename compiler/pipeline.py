@@ -70,7 +70,7 @@ def compile_bundle(model: LoadedModel, request: Request, out: Path, *, force: bo
     """
     for dtype in {request.settings.dtype, request.wish.graph.slots or request.settings.dtype}:
         check_build(request.targets, dtype, request.device, request.build, max_batch=request.wish.build.max_batch)
-    with BundleWriter(out, force=force) as writer, _Clock(STAGES) as clock:
+    with model.hashing_weights(), BundleWriter(out, force=force) as writer, _Clock(STAGES) as clock:
         checked = check(model, request)
         clock.lap()
         works = _works(out, checked)

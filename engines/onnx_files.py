@@ -9,6 +9,7 @@ import importlib.util
 import logging
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Protocol
 
@@ -25,6 +26,15 @@ log = logging.getLogger(__name__)
 OPSET = 23
 ALIGNMENT = 4096  # bytes; of tensors in the weights file, so that it can be mapped
 SHARED_FROM = 1024  # bytes; smaller tensors stay inside the ONNX file
+
+
+@dataclass(frozen=True)
+class OnnxFiles:
+    """What was written: a file per ``graph``, and one of ``weights`` with its ``weights_sha256``."""
+
+    graphs: Mapping[str, Path]
+    weights: Path
+    weights_sha256: str
 
 
 class NamedWeights(Protocol):
@@ -57,7 +67,7 @@ def build_onnx(
     signatures: Mapping[str, Signature],
     out: Path,
     weights: NamedWeights | None = None,
-) -> dict[str, Path]:
+) -> OnnxFiles:
     """Write ``<name>.onnx`` per program plus one shared ``weights-<hash>.bin`` into ``out``.
 
     ``weights``: the values of what the programs hold as fake tensors, if they do.
@@ -71,15 +81,12 @@ def build_onnx(
     for name, program in programs.items():
         models[name] = _convert(program, signatures[name], weights)
         _drop_metadata(models[name])
-    shared = _share_weights(models, out)
-    paths = {}
+    file, digest = _share_weights(models, out)
+    paths = {name: out / f"{name}.onnx" for name in models}
     for name, model in models.items():
-        for value, tensor in shared[name].items():
-            model.graph.initializers[value].const_value = tensor
-        paths[name] = out / f"{name}.onnx"
         with writing(paths[name]):
             onnx_ir.save(model, paths[name])
-    return paths
+    return OnnxFiles(paths, file, digest)
 
 
 def _convert(program: "ExportedProgram", signature: Signature, weights: NamedWeights | None) -> Any:
@@ -184,8 +191,8 @@ def _drop_metadata(model: Any) -> None:
         value.metadata_props.clear()
 
 
-def _share_weights(models: Mapping[str, Any], out: Path) -> dict[str, dict[str, Any]]:
-    """Write every large initializer once; returns external tensors by model and initializer name.
+def _share_weights(models: Mapping[str, Any], out: Path) -> tuple[Path, str]:
+    """Write every large initializer once, and make it an external tensor; returns the file and its SHA-256.
 
     They go to the file one by one, so that no second copy of the model is in memory. Integers stay in the ONNX file: ONNX
     Runtime reads sizes while it loads a graph, before it knows where external tensors lie.
@@ -199,16 +206,15 @@ def _share_weights(models: Mapping[str, Any], out: Path) -> dict[str, dict[str, 
         for name, model in models.items():
             large = {key: value.const_value for key, value in model.graph.initializers.items() if _is_shared(value.const_value)}
             wanted[name] = {key: (tensor, written.place(tensor)) for key, tensor in large.items()}
-    file_name = f"weights-{written.digest[:16]}.bin"
-    with writing(out / file_name):
-        file.rename(out / file_name)
-    return {
-        name: {
-            key: onnx_ir.ExternalTensor(file_name, *place, tensor.dtype, shape=tensor.shape, name=key, base_dir=str(out))
-            for key, (tensor, place) in tensors.items()
-        }
-        for name, tensors in wanted.items()
-    }
+    named = out / f"weights-{written.digest[:16]}.bin"
+    with writing(named):
+        file.rename(named)
+    for name, tensors in wanted.items():
+        for key, (tensor, place) in tensors.items():
+            models[name].graph.initializers[key].const_value = onnx_ir.ExternalTensor(
+                named.name, *place, tensor.dtype, shape=tensor.shape, name=key, base_dir=str(out)
+            )
+    return named, written.digest
 
 
 def _is_shared(tensor: Any) -> bool:

@@ -258,7 +258,7 @@ def _check_file(path: Path, entry: Mapping[str, Any], *, verify: bool) -> None:
     if _hash_bundled(path) != entry["sha256"]:
         raise BundleError(f"{shown} does not match its SHA-256: it was altered or damaged. Compile the bundle again")
     if stat.st_size > LARGE_FILE_BYTES:
-        _remember_hash(known_as, entry["sha256"])
+        _remember(known_as, entry["sha256"])
 
 
 def _hash_bundled(path: Path) -> str:
@@ -287,7 +287,13 @@ def _known_hashes() -> dict[str, str]:
     return known if isinstance(known, dict) else {}
 
 
-def _remember_hash(key: str, digest: str) -> None:
+def remember_hash(path: Path, entry: Mapping[str, Any]) -> None:
+    """A file with this ``entry`` in a manifest was hashed: if it is large, that need not be done again on this machine."""
+    if entry["bytes"] > LARGE_FILE_BYTES:
+        _remember(_memory_key(path), entry["sha256"])
+
+
+def _remember(key: str, digest: str) -> None:
     try:
         write_file(_memory_file(), json.dumps({**_known_hashes(), key: digest}).encode())
     except OutputError as error:  # a read-only home: the file is hashed again next time

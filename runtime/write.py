@@ -12,7 +12,7 @@ from typing import Any, Self
 
 from safetensors.numpy import save
 
-from cachec.runtime.bundle import FORMAT, MANIFEST, Bundle, Manifest, is_inside
+from cachec.runtime.bundle import FORMAT, MANIFEST, Bundle, Manifest, is_inside, remember_hash
 from cachec.runtime.errors import OutputError
 from cachec.runtime.files import hash_file, write_file, writing
 from cachec.runtime.program import Program
@@ -41,10 +41,13 @@ class Collector(ABC):
             path.mkdir(parents=True, exist_ok=True)
         return path
 
-    def seal(self, path: Path) -> str:
-        """Name a collected file by its hash and list it; returns its name in the bundle."""
+    def seal(self, path: Path, digest: str | None = None) -> str:
+        """Name a collected file by its hash and list it; returns its name in the bundle.
+
+        ``digest``: its SHA-256, if it is known: large files are hashed while they are written.
+        """
         with writing(path):
-            digest = hash_file(path)
+            digest = digest or hash_file(path)
             named = path if digest[:16] in path.name else path.with_name(f"{path.stem}-{digest[:16]}{path.suffix}")
             path.rename(named)
             name = self.name_of(named)
@@ -84,6 +87,7 @@ class Collector(ABC):
                 target = self.out / name
                 self._make_folder(target.parent)
                 os.replace(self.staging / name, target)
+                remember_hash(target, self.files[name])
             for left in self.out.glob(f".{MANIFEST}.*"):  # by who was killed here
                 left.unlink()
             write_file(self.out / MANIFEST, json.dumps(manifest.to_json(), indent=1).encode())

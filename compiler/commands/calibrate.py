@@ -90,7 +90,9 @@ def _of_model(source: str, wish: Options, num: int | None) -> Calibrated:
     prompts = choose_prompts(spec.prompts, wish.fit.prompts, num)
     check_reference(settings.steps, wish.fit.reference_steps or 0)
     model = load_model(spec)
-    return Calibrated(Subject.of(model, settings), evaluator_of(model, settings, device), prompts)
+    with model.hashing_weights():
+        evaluator = evaluator_of(model, settings, device)
+        return Calibrated(Subject.of(model, settings), evaluator, prompts)
 
 
 SETTLED = tuple(one.name for one in fields(ModelSettings))  # when a bundle was compiled

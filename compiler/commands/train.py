@@ -33,7 +33,9 @@ def train_to_file(source: str, out: Path, *, force: bool, **options: Any) -> lis
     check_file(out, force=force)
     work = out.with_name(out.name + ".training")
     model = load_model(spec)
-    parameters = train_predictor(model, evaluator_of(model, request.settings, request.device), training, work=work)
+    with model.hashing_weights():
+        evaluator = evaluator_of(model, request.settings, request.device)
+        parameters = train_predictor(model, evaluator, training, work=work)
     write_file(out, predictor_bytes(parameters))
     remove_work(work)
     facts = [(name, text) for name, text in parameters.facts.items() if name != "curve" and len(text) < 80]

@@ -11,8 +11,8 @@ import numpy as np
 from cachec.compiler.graphs.build_engines import linear_engines
 from cachec.compiler.methods import METHODS, get_method
 from cachec.compiler.methods.base import Method
-from cachec.compiler.methods.parameters import Parameters, find_pretrained
-from cachec.compiler.methods.training import training_facts
+from cachec.compiler.methods.parameters import Parameters
+from cachec.compiler.methods.training import find_shipped
 from cachec.compiler.models.base import LoadedModel, Settings, settings_of
 from cachec.compiler.planning.goals import PLAIN
 from cachec.compiler.tables.coefficients import AdvanceTable
@@ -182,7 +182,7 @@ def _solver_program(name: str, model: LoadedModel, settings: Settings, key: Prog
 def _trained(entry: Entry, method: Method, model: LoadedModel, settings: Settings) -> tuple[Schedule, Parameters]:
     interval = method.default_interval if entry.interval is None else entry.interval
     schedule = method.interval(settings.steps, interval)
-    parameters = find_pretrained(method.name, training_facts(model, method, schedule, settings))
+    parameters = find_shipped(model, method, schedule, settings)
     if parameters is None:
         raise InputError(
             f"--against {entry.name}: no {method.name} predictor ships for {model.spec.name} with {settings.steps} steps, "

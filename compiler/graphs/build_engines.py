@@ -13,8 +13,8 @@ from cachec.compiler.graphs.prepare import engine, linear, prepare
 from cachec.compiler.graphs.weights import Values
 from cachec.compiler.models.base import LoadedModel, Settings
 from cachec.engines import get_builder
-from cachec.engines.build_target import build_into, seal_all
-from cachec.engines.onnx_files import build_onnx
+from cachec.engines.build_target import build_into
+from cachec.engines.onnx_files import OnnxFiles, build_onnx
 from cachec.engines.targets import ONNX_TARGET, TargetName, find_fit
 from cachec.runtime.build_options import DEFAULTS, BuildOptions
 from cachec.runtime.builder import EngineBuilder, Sources
@@ -54,7 +54,7 @@ class _Planned(Sources):
     def _place_onnx(self) -> dict[str, Path]:
         """Write the files where they belong; returns them by name."""
 
-    def _write_onnx(self, folder: Path) -> dict[str, Path]:
+    def _write_onnx(self, folder: Path) -> OnnxFiles:
         return build_onnx({plan.name: plan.program for plan in self._plans}, self.signatures, folder, Values())
 
 
@@ -68,8 +68,8 @@ class PlannedSources(_Planned):
     def _place_onnx(self) -> dict[str, Path]:
         directory = self._writer.directory(f"engines/onnx-{self.precision}")
         files = self._write_onnx(directory)
-        sealed = {name: self._writer.staging / self._writer.seal(path) for name, path in files.items()}
-        seal_all(self._writer, directory)
+        sealed = {name: self._writer.staging / self._writer.seal(path) for name, path in files.graphs.items()}
+        self._writer.seal(files.weights, files.weights_sha256)
         return sealed
 
 
@@ -83,7 +83,7 @@ class LooseSources(_Planned):
         self._folder = folder
 
     def _place_onnx(self) -> dict[str, Path]:
-        return self._write_onnx(self._folder)
+        return dict(self._write_onnx(self._folder).graphs)
 
 
 def build_targets(

@@ -1,6 +1,6 @@
 """What a fit or a training leaves behind, and the file of a trained predictor: safetensors, with facts as metadata."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +9,7 @@ from cachec.runtime.errors import PredictorError
 from cachec.runtime.specs import Array
 
 FILE = FactsFile("predictor", "cachec-predictor-1", "cachec train", PredictorError)
+WEIGHTS = "weights_sha256"  # the fact that is the hash of a model's weights
 PRETRAINED = Path(__file__).parent / "pretrained"
 
 
@@ -43,10 +44,14 @@ def check_fit(parameters: Parameters, wanted: Mapping[str, str]) -> None:
     FILE.check(parameters.facts, wanted, parameters.origin)
 
 
-def find_pretrained(method: str, wanted: Mapping[str, str]) -> Parameters | None:
-    """A predictor of a method that ships with the package and fits, if there is one."""
+def find_pretrained(method: str, wanted: Mapping[str, str], weights: Callable[[], str]) -> Parameters | None:
+    """A predictor of a method that ships with the package and fits, if there is one.
+
+    ``weights``: the hash of the model's, which is asked for only if everything else fits: it takes long.
+    """
     for path in sorted(PRETRAINED.glob(f"{method}-*.safetensors")):
         parameters = load_predictor(path)
-        if all(parameters.facts.get(name) == value for name, value in wanted.items()):
+        fits = all(parameters.facts.get(name) == value for name, value in wanted.items())
+        if fits and parameters.facts.get(WEIGHTS) == weights():
             return parameters
     return None

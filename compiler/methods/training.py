@@ -12,7 +12,7 @@ from cachec.compiler.calibration.evaluator import Evaluator
 from cachec.compiler.calibration.runs import Subject, record_trajectories
 from cachec.compiler.calibration.uses import UsedPrompts
 from cachec.compiler.methods.base import Method, PredictorMethod, TrainingData
-from cachec.compiler.methods.parameters import Parameters
+from cachec.compiler.methods.parameters import WEIGHTS, Parameters, find_pretrained
 from cachec.compiler.models.base import LoadedModel, Settings
 from cachec.compiler.tables.schedule import Schedule
 from cachec.runtime.errors import InputError, PredictorError
@@ -54,9 +54,18 @@ class Training:
 
 def training_facts(model: LoadedModel, method: Method, schedule: Schedule, settings: Settings) -> dict[str, str]:
     """What a predictor must have been trained for to be used with these settings."""
+    return {**_schedule_facts(model, method, schedule, settings), WEIGHTS: model.weights_hash}
+
+
+def find_shipped(model: LoadedModel, method: Method, schedule: Schedule, settings: Settings) -> Parameters | None:
+    """The predictor for these settings that ships with the package, if there is one."""
+    return find_pretrained(method.name, _schedule_facts(model, method, schedule, settings), lambda: model.weights_hash)
+
+
+def _schedule_facts(model: LoadedModel, method: Method, schedule: Schedule, settings: Settings) -> dict[str, str]:
+    """What is known at once: all but which weights the model has."""
     return {
         "method": method.name,
-        "weights_sha256": model.weights_hash,
         "steps": str(settings.steps),
         "schedule": ",".join(map(str, schedule.compute)),
         "sigmas": hash_sigmas(model.sampling(settings)[0]),

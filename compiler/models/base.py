@@ -6,6 +6,7 @@ Shapes: ``B`` batch, ``T`` steps.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -130,6 +131,10 @@ class LoadedModel(ABC):
     @abstractmethod
     def weights_hash(self) -> str:
         """SHA-256 over the transformer's weight files; over its tensors, if it is in memory and not what its files say."""
+
+    def hashing_weights(self) -> AbstractContextManager[None]:
+        """Within it, ``weights_hash`` is made beside other work, if that takes long: it may be asked for late."""
+        return nullcontext()
 
     @abstractmethod
     def example_inputs(self, settings: Settings, *, batch: int = 2) -> "dict[str, torch.Tensor]":

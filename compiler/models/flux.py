@@ -29,7 +29,8 @@ from cachec.compiler.models.base import Family, ModelSpec, Settings, lost_text
 from cachec.compiler.models.named import MODELS
 from cachec.compiler.models.shards import Shards, Stored
 from cachec.runtime.errors import InputError, ModelUnavailableError, shortened
-from cachec.runtime.files import hash_file
+from cachec.runtime.files import hash_file, reason_of
+from cachec.runtime.hashing import hashing
 from cachec.runtime.model_io import ModelIO
 from cachec.runtime.specs import Array
 
@@ -50,6 +51,7 @@ class FluxModel(Family):
         self.pipeline: Any = pipeline
         self._directory, self._stored = directory, stored
         self._described: nn.Module | None = None
+        self._digests: Callable[[], list[str]] | None = None  # of the weights' files, if they are being made
         self._told: set[str] = set()  # prompts that are cut, and that was said
 
     @classmethod
@@ -131,14 +133,29 @@ class FluxModel(Family):
         if not files:
             tensors = sorted(self.transformer.state_dict().items())
             return hashlib.sha256(b"".join(hashlib.sha256(_raw(tensor)).digest() for _, tensor in tensors)).hexdigest()
-        return hashlib.sha256("".join(hash_file(file) for file in files).encode()).hexdigest()
+        try:
+            digests = [hash_file(file) for file in files] if self._digests is None else self._digests()
+        except OSError as error:
+            raise ModelUnavailableError(f"the weights of {self.spec.source} cannot be read: {reason_of(error)}") from error
+        return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+    @contextmanager
+    def hashing_weights(self) -> Iterator[None]:
+        if self._stored is None or "weights_hash" in vars(self):
+            yield
+            return
+        with hashing(self._own_files()) as self._digests:
+            try:
+                yield
+            finally:
+                self._digests = None
 
     def _own_files(self) -> list[Path]:
         """Files with the very weights of the transformer: one in memory may have become different from its own."""
+        if self._stored is not None:
+            return list(self._stored.shards.files)
         if self._directory is None or not (folder := self._directory / TRANSFORMER).is_dir():
             return []
-        if self._stored is not None:
-            return _weight_files(self.spec, folder)
         try:
             shards = Shards.open(files := _weight_files(self.spec, folder))
         except ModelUnavailableError:  # the weights are in memory, and what lies beside is not looked for

@@ -40,9 +40,10 @@ class Place:
 
 @dataclass(frozen=True, eq=False)
 class Shards:
-    """Tensors by name, in one file or many; in none, of a model of which only the configuration is there."""
+    """Tensors by name, in ``files``; in none, of a model of which only the configuration is there."""
 
     places: Mapping[str, Place]
+    files: Sequence[Path] = ()
 
     @classmethod
     def open(cls, files: Sequence[Path]) -> Self:
@@ -57,7 +58,7 @@ class Shards:
                 if name in places:
                     raise ModelUnavailableError(f"{name} is in {places[name].file} and in {file}: remove one of them")
                 places[name] = place
-        return cls(places)
+        return cls(places, files)
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor, on the CPU, in the type that it is stored in.

@@ -39,7 +39,7 @@ def build(monkeypatch, tmp_path):
     def built(model):
         monkeypatch.setattr(onnx_files, "_convert", lambda *_: model)
         signature = SimpleNamespace(inputs=(), outputs=())
-        return build_onnx({"compute": None}, {"compute": signature}, tmp_path)["compute"]
+        return build_onnx({"compute": None}, {"compute": signature}, tmp_path).graphs["compute"]
 
     return built
 
@@ -71,7 +71,7 @@ def files(tmp_path_factory):
     """Two graphs over the same weights; and the module."""
     out, (module, plan) = tmp_path_factory.mktemp("onnx"), layer(SIDE)
     names = ("compute", "forecast")
-    return module, build_onnx(dict.fromkeys(names, plan.program), dict.fromkeys(names, plan.signature), out), out
+    return module, build_onnx(dict.fromkeys(names, plan.program), dict.fromkeys(names, plan.signature), out).graphs, out
 
 
 def test_files_have_our_names_and_opset_and_no_paths_of_this_machine(files):

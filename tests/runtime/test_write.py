@@ -1,5 +1,6 @@
 """Bundles are made by several at once, replaced where they are links, and left alone by what fails."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -67,6 +68,31 @@ def test_two_builders_of_one_bundle_work_apart(tmp_path):
             first.commit(manifest(first, "first"))
     assert Bundle.open(out).manifest.model["name"] == "second"
     assert_whole(out)
+
+
+def test_what_was_hashed_while_it_was_written_is_not_hashed_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("CACHEC_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("cachec.runtime.bundle.LARGE_FILE_BYTES", 64)
+    hashed = []
+    for module in ("write", "bundle"):
+        monkeypatch.setattr(f"cachec.runtime.{module}.hash_file", lambda path: hashed.append(path.name) or hash_file(path))
+    with BundleWriter(tmp_path / "x.cachec", force=False) as writer:
+        weights = writer.directory("engines") / "weights.bin"
+        weights.write_bytes(content := bytes(65))
+        name = writer.seal(weights, hashlib.sha256(content).hexdigest())
+        writer.add_bytes("programs/small.json", b"")
+        writer.commit(manifest(writer))
+    assert name == f"engines/weights-{hashlib.sha256(content).hexdigest()[:16]}.bin"
+    assert hashed == ["small.json"]
+    Bundle.open(tmp_path / "x.cachec")
+    assert hashed == ["small.json", Path(only(writer.files, "programs")).name]
+    Bundle.open(tmp_path / "x.cachec", verify=True)
+    assert len(hashed) == 4
+
+
+def only(names, start):
+    (name,) = [name for name in names if name.startswith(start)]
+    return name
 
 
 def test_builds_that_replace_each_other_leave_one_whole_bundle(tmp_path):

@@ -5,7 +5,7 @@ from cachec.compiler.methods import parameters as module
 from cachec.compiler.methods.parameters import Parameters, check_fit, find_pretrained, load_predictor, predictor_bytes
 from cachec.runtime.errors import PredictorError
 
-KNOWN = Parameters({"rows": np.arange(6.0).reshape(2, 3)}, {"method": "m", "steps": "4"}, "now")
+KNOWN = Parameters({"rows": np.arange(6.0).reshape(2, 3)}, {"method": "m", "steps": "4", "weights_sha256": "aa"}, "now")
 
 
 @pytest.fixture
@@ -30,6 +30,11 @@ def test_a_predictor_of_something_else_is_refused():
 
 def test_a_shipped_predictor_is_found_by_method_and_facts(written, monkeypatch):
     monkeypatch.setattr(module, "PRETRAINED", written.parent)
-    assert find_pretrained("m", {"steps": "4"}).origin == str(written)
-    assert find_pretrained("m", {"steps": "5"}) is None
-    assert find_pretrained("other", {"steps": "4"}) is None
+    assert find_pretrained("m", {"steps": "4"}, lambda: "aa").origin == str(written)
+    assert find_pretrained("m", {"steps": "4"}, lambda: "ab") is None
+    assert find_pretrained("other", {"steps": "4"}, lambda: "aa") is None
+
+
+def test_weights_are_hashed_only_if_all_else_fits(written, monkeypatch):
+    monkeypatch.setattr(module, "PRETRAINED", written.parent)
+    assert find_pretrained("m", {"steps": "5"}, lambda: pytest.fail("it takes long")) is None

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import threading
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -77,6 +79,20 @@ def test_weights_of_another_precision_beside_the_models_are_not_taken(directory)
     known = load_model(MODELS["tiny-flux"]).weights_hash
     (directory / "transformer" / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"of another precision")
     assert load_model(find_model(str(directory))).weights_hash == known
+
+
+def test_weights_are_hashed_beside_other_work_with_the_same_result(directory):
+    known, model = load_model(MODELS["tiny-flux"]).weights_hash, load_model(find_model(str(directory)))
+    with model.hashing_weights():
+        assert [thread for thread in threading.enumerate() if thread.name.startswith("hashing")]
+        assert model.weights_hash == known
+    weights = directory / "transformer" / WEIGHTS
+    for hashed in (nullcontext, type(model).hashing_weights):
+        model = load_model(find_model(str(directory)))
+        moved = weights.rename(weights.with_suffix(".moved"))
+        with hashed(model), pytest.raises(ModelUnavailableError, match="the weights of .* cannot be read: No such file"):
+            _ = model.weights_hash
+        moved.rename(weights)
 
 
 def test_weights_that_changed_in_memory_are_not_those_of_the_files(directory):
