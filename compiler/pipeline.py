@@ -5,6 +5,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,7 +23,7 @@ from cachec.compiler.frontend import (
     make_plans,
     make_programs,
 )
-from cachec.compiler.graphs.build_engines import PlannedSources, build_targets, load_engines
+from cachec.compiler.graphs.build_engines import PlannedSources, build_targets, load_engines, unfinished_weights
 from cachec.compiler.graphs.costs import hoisting_facts, memory_facts
 from cachec.compiler.manifest import make_manifest
 from cachec.compiler.methods.parameters import Parameters, predictor_bytes
@@ -85,7 +86,7 @@ def compile_bundle(model: LoadedModel, request: Request, out: Path, *, force: bo
 
 def _works(out: Path, checked: Checked) -> dict[str, Path]:
     """Folders beside the bundle, from which the same compilation goes on if this one is interrupted."""
-    used = {"timing": True, "training": checked.trains, "calibration": checked.prompts is not None}
+    used = {"timing": True, "weights": True, "training": checked.trains, "calibration": checked.prompts is not None}
     return {name: out.with_name(f"{out.name}.{name}") for name, is_used in used.items() if is_used}
 
 
@@ -107,7 +108,8 @@ def _compile(
         clock.lap()
         plans = make_plans(model, request, graphs)
         clock.lap()
-        sources = PlannedSources(plans, writer, request.settings.dtype, request.settings.shape_bucket)
+        unfinished = partial(unfinished_weights, model, works["weights"])
+        sources = PlannedSources(plans, writer, request.settings.dtype, request.settings.shape_bucket, unfinished)
         targets = build_targets(request.targets, sources, writer, request.device, request.options_for(works["timing"]))
         measured = request.wants_speed or request.needs_calibration
         engines = load_engines(targets, sources, writer, stack, request.device) if measured else {}

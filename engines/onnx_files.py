@@ -4,15 +4,15 @@ Weights may be larger than memory: they are read, and what was made of them is e
 """
 
 import functools
-import hashlib
 import importlib.util
 import logging
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
+from cachec.engines.weights_file import Unfinished, WeightsFile
 from cachec.runtime.errors import in_one_line, missing_extra
 from cachec.runtime.files import writing
 from cachec.runtime.specs import Signature
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 OPSET = 23
-ALIGNMENT = 4096  # bytes; of tensors in the weights file, so that it can be mapped
 SHARED_FROM = 1024  # bytes; smaller tensors stay inside the ONNX file
 
 
@@ -41,7 +40,7 @@ class NamedWeights(Protocol):
     """Values of weights that programs hold as fake tensors."""
 
     def key(self, tensor: "torch.Tensor") -> Hashable:
-        """The same for weights of the same value."""
+        """The same for weights of the same value, in all processes, and so is its ``repr``."""
 
     def pieces(self, tensor: "torch.Tensor") -> "Iterable[torch.Tensor]":
         """The value, in tensors on the CPU that are to be joined along the first axis."""
@@ -67,10 +66,15 @@ def build_onnx(
     signatures: Mapping[str, Signature],
     out: Path,
     weights: NamedWeights | None = None,
+    unfinished: Unfinished | None = None,
 ) -> OnnxFiles:
     """Write ``<name>.onnx`` per program plus one shared ``weights-<hash>.bin`` into ``out``.
 
-    ``weights``: the values of what the programs hold as fake tensors, if they do.
+    ``weights``: the values of what the programs hold as fake tensors, if they do. ``unfinished``: where the weights are until
+    all are written; by default in ``out``.
+
+    Raises:
+        OutputError: the disk has no room for them, or they cannot be written.
     """
     for package in ("onnx_ir", "onnxscript"):
         if importlib.util.find_spec(package) is None:
@@ -81,7 +85,7 @@ def build_onnx(
     for name, program in programs.items():
         models[name] = _convert(program, signatures[name], weights)
         _drop_metadata(models[name])
-    file, digest = _share_weights(models, out)
+    file, digest = _share_weights(models, out, unfinished or Unfinished(out, {}))
     paths = {name: out / f"{name}.onnx" for name in models}
     for name, model in models.items():
         with writing(paths[name]):
@@ -191,7 +195,7 @@ def _drop_metadata(model: Any) -> None:
         value.metadata_props.clear()
 
 
-def _share_weights(models: Mapping[str, Any], out: Path) -> tuple[Path, str]:
+def _share_weights(models: Mapping[str, Any], out: Path, unfinished: Unfinished) -> tuple[Path, str]:
     """Write every large initializer once, and make it an external tensor; returns the file and its SHA-256.
 
     They go to the file one by one, so that no second copy of the model is in memory. Integers stay in the ONNX file: ONNX
@@ -199,54 +203,23 @@ def _share_weights(models: Mapping[str, Any], out: Path) -> tuple[Path, str]:
     """
     import onnx_ir
 
-    file = out / "weights.part"
-    wanted: dict[str, dict[str, Any]] = {}
-    with writing(file), file.open("wb") as stream:
-        written = _Weights(stream)
-        for name, model in models.items():
-            large = {key: value.const_value for key, value in model.graph.initializers.items() if _is_shared(value.const_value)}
-            wanted[name] = {key: (tensor, written.place(tensor)) for key, tensor in large.items()}
-    named = out / f"weights-{written.digest[:16]}.bin"
-    with writing(named):
-        file.rename(named)
-    for name, tensors in wanted.items():
-        for key, (tensor, place) in tensors.items():
-            models[name].graph.initializers[key].const_value = onnx_ir.ExternalTensor(
-                named.name, *place, tensor.dtype, shape=tensor.shape, name=key, base_dir=str(out)
-            )
-    return named, written.digest
+    from cachec.engines.onnx_weights import contents, identity
+
+    initializers = [
+        (model, key, value.const_value) for model in models.values() for key, value in model.graph.initializers.items()
+    ]
+    wanted = [(model, key, tensor, identity(tensor)) for model, key, tensor in initializers if _is_shared(tensor)]
+    once = {what: tensor for _, _, tensor, what in wanted}
+    with WeightsFile(unfinished) as file:
+        file.expect(tensor.nbytes for tensor in once.values())
+        places = {what: file.place(what, contents(tensor)) for what, tensor in once.items()}
+        named = file.finish(out)
+    for model, key, tensor, what in wanted:
+        model.graph.initializers[key].const_value = onnx_ir.ExternalTensor(
+            named.name, *places[what], tensor.dtype, shape=tensor.shape, name=key, base_dir=str(out)
+        )
+    return named, file.digest
 
 
 def _is_shared(tensor: Any) -> bool:
     return tensor.nbytes >= SHARED_FROM and not tensor.dtype.is_integer()
-
-
-class _Weights:
-    """A weights file that is being written: every tensor once, at a multiple of ``ALIGNMENT``."""
-
-    def __init__(self, stream: IO[bytes]) -> None:
-        self._stream = stream
-        self._places: dict[Hashable, tuple[int, int]] = {}
-        self._hash = hashlib.sha256()
-
-    @property
-    def digest(self) -> str:
-        """Of all that was written."""
-        return self._hash.hexdigest()
-
-    def place(self, tensor: Any) -> tuple[int, int]:
-        """Where the tensor lies, from now on: its first byte, and how many."""
-        from cachec.engines.onnx_weights import contents, identity
-
-        key = identity(tensor)
-        if key not in self._places:
-            self._write(b"\0" * (-self._stream.tell() % ALIGNMENT))
-            begin = self._stream.tell()
-            for content in contents(tensor):
-                self._write(content)
-            self._places[key] = begin, self._stream.tell() - begin
-        return self._places[key]
-
-    def _write(self, content: Any) -> None:
-        self._hash.update(content)
-        self._stream.write(content)

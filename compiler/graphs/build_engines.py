@@ -1,8 +1,9 @@
 """From engine plans to engine files in a bundle, and loaded engines."""
 
+import importlib.metadata
 import logging
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -16,12 +17,14 @@ from cachec.engines import get_builder
 from cachec.engines.build_target import build_into
 from cachec.engines.onnx_files import OnnxFiles, build_onnx
 from cachec.engines.targets import ONNX_TARGET, TargetName, find_fit
+from cachec.engines.weights_file import Unfinished
 from cachec.runtime.build_options import DEFAULTS, BuildOptions
 from cachec.runtime.builder import EngineBuilder, Sources
 from cachec.runtime.bundle import Target
 from cachec.runtime.device import DeviceName
 from cachec.runtime.engine import HOST, Engine, LoadOptions
 from cachec.runtime.files import temporary_folder
+from cachec.runtime.work import claim_work
 from cachec.runtime.write import Collector
 
 log = logging.getLogger(__name__)
@@ -54,23 +57,45 @@ class _Planned(Sources):
     def _place_onnx(self) -> dict[str, Path]:
         """Write the files where they belong; returns them by name."""
 
-    def _write_onnx(self, folder: Path) -> OnnxFiles:
-        return build_onnx({plan.name: plan.program for plan in self._plans}, self.signatures, folder, Values())
+    def _write_onnx(self, folder: Path, unfinished: Unfinished | None = None) -> OnnxFiles:
+        programs = {plan.name: plan.program for plan in self._plans}
+        return build_onnx(programs, self.signatures, folder, Values(), unfinished)
 
 
 class PlannedSources(_Planned):
-    """The graphs of a compilation. ONNX files go into the bundle."""
+    """The graphs of a compilation. ONNX files go into the bundle.
 
-    def __init__(self, plans: Sequence[EnginePlan], writer: Collector, precision: str, shape_bucket: str) -> None:
+    ``unfinished``: where the weights are until all are written, on the bundle's disk, for an interrupted compilation to go on.
+    It is asked for when they are written.
+    """
+
+    def __init__(
+        self,
+        plans: Sequence[EnginePlan],
+        writer: Collector,
+        precision: str,
+        shape_bucket: str,
+        unfinished: Callable[[], Unfinished] | None = None,
+    ) -> None:
         super().__init__(plans, precision, shape_bucket)
-        self._writer = writer
+        self._writer, self._unfinished = writer, unfinished
 
     def _place_onnx(self) -> dict[str, Path]:
         directory = self._writer.directory(f"engines/onnx-{self.precision}")
-        files = self._write_onnx(directory)
+        with ExitStack() as stack:
+            unfinished = None if self._unfinished is None else self._unfinished()
+            if unfinished is not None:
+                stack.enter_context(claim_work(unfinished.folder, "weights file"))
+            files = self._write_onnx(directory, unfinished)
         sealed = {name: self._writer.staging / self._writer.seal(path) for name, path in files.graphs.items()}
         self._writer.seal(files.weights, files.weights_sha256)
         return sealed
+
+
+def unfinished_weights(model: LoadedModel, folder: Path) -> Unfinished:
+    """The place in ``folder`` for a weights file of ``model``: another one is none that could be gone on with."""
+    versions = {name: importlib.metadata.version(name) for name in ("cachec", "torch")}
+    return Unfinished(folder, {"weights_sha256": model.weights_hash, **versions})
 
 
 class LooseSources(_Planned):

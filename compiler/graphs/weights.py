@@ -5,6 +5,7 @@ concatenations, …) is recorded as an expression, and evaluated tensor by tenso
 graph runs. Weights in memory (of a module that was handed in, of a trained predictor) are their own values.
 """
 
+import hashlib
 from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -44,9 +45,9 @@ class Expression:
 
     @property
     def key(self) -> Hashable:
-        """The same for expressions of the same value."""
+        """The same for expressions of the same value; its ``repr`` is the same in all processes that open the same files."""
         if self.shards is not None:
-            return (id(self.shards), self.name, self.dtype)
+            return (*map(str, self.shards.files), self.name, self.dtype)
         return (str(self.operator), _key(self.args), _key(self.kwargs))
 
     def pieces(self, device: torch.device) -> Iterator[torch.Tensor]:
@@ -156,7 +157,8 @@ def _key(value: Any) -> Hashable:
     if isinstance(value, Expression):
         return value.key
     if isinstance(value, torch.Tensor):
-        return id(value)  # which the expression holds
+        content = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        return (hashlib.sha256(content.data).hexdigest(), tuple(value.shape), value.dtype)
     if isinstance(value, list | tuple):
         return tuple(map(_key, value))
     if isinstance(value, dict):
@@ -188,7 +190,7 @@ class Values:
         return self._parameters[key]
 
     def key(self, tensor: torch.Tensor) -> Hashable:
-        """The same for named weights of the same value."""
+        """The same for named weights of the same value, in all processes."""
         return expression(tensor).key
 
     def pieces(self, tensor: torch.Tensor) -> Iterator[torch.Tensor]:

@@ -15,6 +15,7 @@ from cachec.engines.tensorrt import DISK, HOST_MEMORY
 from cachec.passes import Graphs
 from cachec.passes.base import outputs
 from cachec.runtime.abi import COMPUTE, FEATURE, FORECAST, VELOCITY
+from cachec.runtime.room import in_bytes, scaled
 from cachec.runtime.specs import itemsize
 
 COMPILE_MEMORY = 1.3e9  # bytes, whatever the model's size: weights are streamed. FLUX.1-dev took 1.25e9; bench/sizes.py
@@ -163,23 +164,11 @@ def estimate(plain: Graphs, engine: Graphs, spec: ModelSpec, settings: Settings,
     )
 
 
-def in_bytes(size: float) -> str:
-    """As people write it."""
-    return f"{_scaled(size, 2)}B"
-
-
 def in_flops(count: float) -> str:
     """As people write it."""
-    return f"{_scaled(count, 2)}FLOP"
+    return f"{scaled(count)}FLOP"
 
 
 def in_count(count: int) -> str:
     """As people write it."""
     return f"{count / 1e9:.2f} billion" if count >= 1e9 else f"{count / 1e6:.2f} million"
-
-
-def _scaled(value: float, digits: int) -> str:
-    scale, prefix = next(
-        (s, p) for s, p in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1, "")) if value >= s or s == 1
-    )
-    return f"{value / scale:.{digits}f} {prefix}"

@@ -3,8 +3,9 @@
 from collections.abc import Iterator, Sequence
 
 from cachec.compiler.calibration.uses import NUM_CALIBRATION
-from cachec.compiler.planning.estimate import COMPILE_MEMORY, Estimate, in_bytes, in_count, in_flops
+from cachec.compiler.planning.estimate import COMPILE_MEMORY, Estimate, in_count, in_flops
 from cachec.compiler.planning.gpus import GpuFigures
+from cachec.runtime.room import in_bytes
 
 
 def describe_estimate(found: Estimate, gpus: Sequence[GpuFigures]) -> list[tuple[str, str]]:

@@ -3,8 +3,11 @@
 import pytest
 from toy_model import ToyModel
 
+from cachec.compiler.models import find_model, load_model
 from cachec.compiler.pipeline import compile_bundle
 from cachec.compiler.request import make_request
+from cachec.engines import onnx_files, onnx_weights
+from cachec.runtime.bundle import Bundle
 
 
 @pytest.fixture
@@ -23,3 +26,29 @@ def test_one_compilation_captures_once_whatever_it_needs(tmp_path, prompts, capt
     assert result.predictor_origin == "trained now"
     assert result.bundle.manifest.facts["levels"]["default"]["psnr_db"] > 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "prompts.txt"]
+
+
+def test_a_compilation_that_was_interrupted_in_the_weights_goes_on_there(tmp_path, toy_directory, monkeypatch, caplog):
+    monkeypatch.setattr(onnx_files, "SHARED_FROM", 64)  # bytes: else nearly all of the toy is in the graphs
+    model, written, stop_at = load_model(find_model(str(toy_directory))), [], 9
+    request = make_request(model.spec, method="adams", steps=4, schedule="0,2")
+    contents = onnx_weights.contents
+
+    def counted(tensor):
+        if len(written) == stop_at:
+            raise KeyboardInterrupt
+        written.append(tensor)
+        yield from contents(tensor)
+
+    monkeypatch.setattr(onnx_weights, "contents", counted)
+    with pytest.raises(KeyboardInterrupt):
+        compile_bundle(model, request, tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.weights"]
+    before, stop_at = len(written), None
+    compile_bundle(model, request, tmp_path / "out")
+    together = len(written)
+    assert "continues: " in caplog.text
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    whole = compile_bundle(model, request, tmp_path / "whole").bundle.manifest.files
+    assert together == len(written) - together > before == 9  # nothing was written twice
+    assert Bundle.open(tmp_path / "out").manifest.files == whole

@@ -12,7 +12,8 @@ from engine_toys import layer
 from full_disk import full_disk
 
 from cachec.engines import onnx_files, ort
-from cachec.engines.onnx_files import ALIGNMENT, OPSET, build_onnx
+from cachec.engines.onnx_files import OPSET, build_onnx
+from cachec.engines.weights_file import ALIGNMENT
 from cachec.runtime.errors import OutputError
 
 SIDE = 32  # weights of 4096 bytes: they go into the shared file, the bias does not
