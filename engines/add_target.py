@@ -54,15 +54,16 @@ def add_targets(
     max_batch: int = 1,
     force: bool = False,
     options: BuildOptions = DEFAULTS,
+    apart: bool = False,
 ) -> tuple[Bundle, list[Target]]:
-    """Build targets into the bundle at ``root``.
+    """Build targets into the bundle at ``root``; ``apart``: in processes of their own.
 
     Interrupted, it leaves the bundle as it was, but for the kernel timings, from which the next build goes on.
 
     Raises:
         InputError: a target cannot be built here, or an option is out of range.
         OutputError: the bundle has this target already, or another process is adding to it.
-        EngineError: the builder fails.
+        EngineError: the builder fails, or what it takes is not there.
     """
     check_max_batch(max_batch)
     wanted = [TargetName.parse(name, BACKENDS) for name in names]
@@ -82,7 +83,7 @@ def add_targets(
         replaced = _check_planned(bundle, planned, force=force)
         _unpack_timing(bundle, folder)
         try:
-            added = [build_into(writer, sources, name, device=there, options=build) for name in wanted]
+            added = [build_into(writer, sources, name, device=there, options=build, apart=apart) for name in wanted]
         except BaseException:
             _keep_timing_alone(writer, folder)
             raise

@@ -4,9 +4,11 @@ import logging
 import platform
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from cachec.engines.backends import get_builder
+from cachec.engines.build_apart import build_apart
 from cachec.engines.targets import TargetName
 from cachec.runtime.build_options import BuildOptions, in_words
 from cachec.runtime.builder import Sources
@@ -39,21 +41,31 @@ def plan_target(sources: Sources, name: TargetName, *, device: DeviceName, optio
 
 
 def build_into(
-    writer: Collector, sources: Sources, name: TargetName, *, device: DeviceName = HOST, options: BuildOptions
+    writer: Collector,
+    sources: Sources,
+    name: TargetName,
+    *,
+    device: DeviceName = HOST,
+    options: BuildOptions,
+    apart: bool = False,
 ) -> Target:
     """Build a target's engines into the bundle that ``writer`` collects, and name their files by their hashes.
 
-    Options that the back end does not take are for other targets.
+    Options that the back end does not take are for other targets. ``apart``: in a process of its own, what
+    may take all memory.
 
     Raises:
         InputError: the back end cannot build for this device, precision or options here.
-        EngineError: its library fails.
+        EngineError: its library fails, or what it takes is not there.
     """
     target = plan_target(sources, name, device=device, options=options)
     builder = get_builder(name.backend)
     own = options.only(builder.options)
-    directory = writer.directory(f"engines/{name}-{sources.precision}")
-    files = builder.build(sources, directory, device=device_for(name, device), options=own)
+    directory, there = writer.directory(f"engines/{name}-{sources.precision}"), device_for(name, device)
+    if builder.apart:
+        builder.check_room(onnx_bytes(sources), directory, there, own)
+    build = partial(build_apart, builder) if apart and builder.apart else builder.build
+    files = build(sources, directory, device=there, options=own)
     sealed = {path: writer.seal(path) for path in sorted(set(files.values()))}  # several engines may be in one file
     seal_all(writer, directory)
     return replace(
@@ -61,6 +73,12 @@ def build_into(
         engines={key: Artifact(sealed[path], sources.signatures[key]) for key, path in files.items()},
         weights={key: writer.name_of(path) for key, path in sources.onnx().items()} if own.strip else {},
     )
+
+
+def onnx_bytes(sources: Sources) -> int:
+    """Of the ONNX files and their weights."""
+    folders = {path.parent for path in sources.onnx().values()}
+    return sum(path.stat().st_size for folder in folders for path in folder.iterdir() if path.suffix in (".onnx", ".bin"))
 
 
 def check_build(

@@ -21,13 +21,15 @@ from cachec.runtime.builder import EngineBuilder, Sources
 from cachec.runtime.device import CUDA, Device, DeviceName
 from cachec.runtime.engine import HOST, ON_HOST, Engine, ExecutionContext, LoadOptions
 from cachec.runtime.errors import BundleError, EngineError, InputError
+from cachec.runtime.host_memory import free_memory
 from cachec.runtime.specs import BFLOAT16, Signature
 
 log = logging.getLogger(__name__)
 
 LONG_BUILD = 500e6  # bytes of weights; builds of more take minutes, and say first what they need
 BFLOAT16_FROM = 80  # compute capability
-HOST_MEMORY, DISK = (0.4e9, 3.0), (1e7, 1.1)  # a build takes at most: bytes, and bytes per byte of weights; bench/ENGINES.md
+DISK = (1e7, 1.1)  # engines take at most: bytes, and bytes per byte of weights; bench/ENGINES.md
+HOST_MEMORY = (0.4e9, 2.1)  # building them takes: bytes, and bytes per byte of engines, measured with TensorRT for RTX
 
 
 class TensorRTFamily(Engine):
@@ -147,10 +149,38 @@ class PlanBuilder(EngineBuilder):
 class OnnxPlanBuilder(PlanBuilder):
     """Builds from ONNX files."""
 
+    apart = True
+
     def check_build(self, device: DeviceName, precision: str, options: BuildOptions) -> None:
         if not self.vendor.gpus:
             self.engine.check_target(device, precision)
         self.vendor.check_builder()
+
+    def check_room(self, weights: float, out: Path, device: DeviceName, options: BuildOptions) -> None:
+        gpu = None if self.vendor.gpus else find_gpu(device)
+        size, memory = plan_bytes(weights), build_memory(weights)
+        disk = 0.0 if options.strip else size
+        there, free = free_memory(), shutil.disk_usage(out).free
+        log.log(
+            logging.WARNING if weights > LONG_BUILD else logging.INFO,
+            "building for %s takes up to %.2f GB of memory%s and %.2f GB of disk (%.1f GB are free)",
+            self.engine.name, memory / 1e9, "" if there is None else f" ({there / 1e9:.1f} GB are free)",
+            disk / 1e9, free / 1e9,
+        )  # fmt: skip
+        if there is not None and memory > there:
+            raise EngineError(
+                f"building for {self.engine.name} takes about {memory / 1e9:.1f} GB of memory, and {there / 1e9:.1f} GB are "
+                "free: stop other programs, add swap, or run cachec add-target on a larger machine"
+            )
+        if disk > free:
+            raise EngineError(
+                f"the engines take about {disk / 1e9:.1f} GB, and the disk has {free / 1e9:.1f} GB left: make room"
+            )
+        if gpu is not None and size > gpu.free_bytes:
+            raise EngineError(
+                f"the engines take about {size / 1e9:.1f} GB of the GPU's memory, and {gpu.name} has "
+                f"{gpu.free_bytes / 1e9:.1f} GB free: stop what else uses it, or take a larger GPU"
+            )
 
     def build(
         self, sources: Sources, out: Path, *, device: DeviceName = HOST, options: BuildOptions = DEFAULTS
@@ -158,7 +188,6 @@ class OnnxPlanBuilder(PlanBuilder):
         from cachec.engines.tensorrt_from_onnx import PlanFromOnnx
 
         onnx = sources.onnx()
-        check_room(onnx, out, options)
         if options.compatibility != DEFAULTS.compatibility:
             log.warning(
                 "hardware compatibility %s costs some speed: some kernels and fusions are left out", options.compatibility
@@ -204,24 +233,14 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split(".") if part.isdigit())
 
 
-def check_room(onnx: Mapping[str, Path], out: Path, options: BuildOptions) -> None:
-    """Say what a build will take, and refuse it if the disk has not so much.
+def plan_bytes(weights: float) -> float:
+    """Bytes of the engines at most, of a model with so many bytes of weights."""
+    return DISK[0] + DISK[1] * weights
 
-    Raises:
-        EngineError: the disk is too full.
-    """
-    folders = {path.parent for path in onnx.values()}
-    weights = sum(path.stat().st_size for folder in folders for path in folder.iterdir() if path.suffix in (".onnx", ".bin"))
-    memory, disk = (base + share * weights for base, share in (HOST_MEMORY, DISK))
-    disk = 0 if options.strip else disk
-    free = shutil.disk_usage(out).free
-    log.log(
-        logging.WARNING if weights > LONG_BUILD else logging.INFO,
-        "building takes up to %.2f GB of memory and %.2f GB of disk (%.1f GB are free)",
-        memory / 1e9, disk / 1e9, free / 1e9,
-    )  # fmt: skip
-    if disk > free:
-        raise EngineError(f"the engines take about {disk / 1e9:.1f} GB, and the disk has {free / 1e9:.1f} GB left: make room")
+
+def build_memory(weights: float) -> float:
+    """Bytes of the host's memory that building them takes at most."""
+    return HOST_MEMORY[0] + HOST_MEMORY[1] * plan_bytes(weights)
 
 
 ENGINE = TensorRTEngine

@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from tqdm import tqdm
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     import tensorrt as trt
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 COMPATIBILITY = {"same-capability": "SAME_COMPUTE_CAPABILITY", "ampere-plus": "AMPERE_PLUS"}
 
@@ -52,8 +54,7 @@ class PlanFromOnnx:
             EngineError: the parser rejects a node, or the builder fails; with the library's reasons.
         """
         start = time.perf_counter()
-        with self.place():
-            draft = self.prepare(name, onnx, signature)
+        draft = in_thread(partial(self._prepare_here, name, onnx, signature), threading.Event())
         with self._timings(draft.config):
             plan = self._run(draft, name)
         if plan is None:
@@ -141,19 +142,17 @@ class PlanFromOnnx:
             write_file(self.timing, memoryview(config.get_timing_cache().serialize()))
 
     def _run(self, draft: "Draft", name: str) -> "trt.IHostMemory | None":
-        """Build in a thread, so that this one hears Ctrl-C; the builder then stops at its next step."""
+        """Build; Ctrl-C stops the builder at its next step."""
         cancelled = threading.Event()
         draft.config.progress_monitor = make_monitor(self.library, name, cancelled)
-        with ThreadPoolExecutor(1) as pool:
-            try:
-                plan: trt.IHostMemory | None = pool.submit(self._run_here, draft).result()
-            except KeyboardInterrupt:
-                cancelled.set()
-                raise
-        return plan
+        return in_thread(partial(self._run_here, draft), cancelled)
+
+    def _prepare_here(self, name: str, onnx: Path, signature: Signature) -> "Draft":
+        with self.place():  # each thread begins with the first GPU
+            return self.prepare(name, onnx, signature)
 
     def _run_here(self, draft: "Draft") -> "trt.IHostMemory | None":
-        with self.place():  # each thread begins with the first GPU
+        with self.place():
             return draft.builder.build_serialized_network(draft.network, draft.config)
 
 
@@ -165,6 +164,19 @@ class Draft:
     network: "trt.INetworkDefinition"
     config: "trt.IBuilderConfig"
     profile: "trt.IOptimizationProfile"
+
+
+def in_thread(work: Callable[[], T], cancelled: threading.Event) -> T:
+    """What ``work`` returns, done in a thread, so that this one hears Ctrl-C; ``cancelled`` is then set, and the thread ends.
+
+    In a thread that the library calls back into, it would swallow what Ctrl-C raises.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            return pool.submit(work).result()
+        except KeyboardInterrupt:
+            cancelled.set()
+            raise
 
 
 def make_monitor(library: ModuleType, name: str, cancelled: threading.Event) -> "trt.IProgressMonitor":

@@ -43,10 +43,13 @@ class EngineBuilder(ABC):
     """Builds what ``engine`` runs. Keeps nothing between builds.
 
     ``device_bound``: what it builds runs only on the kind of device that it was built for. ``bounded``: it takes symbolic sizes
-    only in the ranges that it was built for. ``options``: those of ``BuildOptions`` that it takes; others it ignores.
+    only in the ranges that it was built for. ``apart``: it builds from ONNX files alone, takes memory and time, and may crash,
+    so that whoever has more to lose builds in a process of its own. ``options``: those of ``BuildOptions`` that it takes; it
+    ignores others.
     """
 
     bounded: ClassVar[bool] = False
+    apart: ClassVar[bool] = False
 
     def __init__(self, engine: type[Engine], *, device_bound: bool = False, options: frozenset[str] = frozenset()) -> None:
         self.engine = engine
@@ -56,6 +59,12 @@ class EngineBuilder(ABC):
     def check_build(self, device: DeviceName, precision: str, options: BuildOptions) -> None:
         """Raise ``InputError`` unless engines can be built here, for ``device``, with these options."""
         self.engine.check_target(device, precision)
+
+    def check_room(self, weights: float, out: Path, device: DeviceName, options: BuildOptions) -> None:
+        """Raise ``EngineError`` if what a build into ``out`` takes is not there; with how much. ``weights``: bytes.
+
+        Called before one begins. Says nothing of back ends whose builds take no more than the compilation.
+        """
 
     def needs(self, device: DeviceName, options: BuildOptions) -> dict[str, Any]:
         """What a machine must have to run engines that are built here for ``device``, beside version and precision."""

@@ -11,7 +11,7 @@ from cachec.compiler.calibration.uses import NUM_CALIBRATION
 from cachec.compiler.graphs.costs import memory_facts, output_bytes, parameter_counts, run_costs, step_value_bytes
 from cachec.compiler.models.base import ModelSpec, Settings
 from cachec.compiler.planning.gpus import GpuFigures, find_measured
-from cachec.engines.tensorrt import DISK, HOST_MEMORY
+from cachec.engines.tensorrt import build_memory, plan_bytes
 from cachec.passes import Graphs
 from cachec.passes.base import outputs
 from cachec.runtime.abi import COMPUTE, FEATURE, FORECAST, VELOCITY
@@ -72,12 +72,12 @@ class Estimate:
     @property
     def build_memory(self) -> float:
         """Bytes of the host that a build of TensorRT takes at most."""
-        return HOST_MEMORY[0] + HOST_MEMORY[1] * self.weights
+        return build_memory(self.weights)
 
     @property
     def build_disk(self) -> float:
         """Bytes of TensorRT's engines at most."""
-        return DISK[0] + DISK[1] * self.weights
+        return plan_bytes(self.weights)
 
     @property
     def total(self) -> int:

@@ -12,7 +12,7 @@ from fake_tensorrt import Fake
 import cachec
 from cachec.engines import get_builder
 from cachec.engines.add_target import add_targets
-from cachec.engines.tensorrt import TensorRTEngine, check_room, runs_on
+from cachec.engines.tensorrt import TensorRTEngine, build_memory, plan_bytes, runs_on
 from cachec.runtime.build_options import DEFAULTS, BuildOptions
 from cachec.runtime.device import DeviceName
 from cachec.runtime.errors import BundleError, EngineError, InputError
@@ -122,12 +122,43 @@ def test_compute_capabilities(capability, needs, runs):
     assert runs_on(capability, needs) == runs
 
 
-def test_a_build_that_the_disk_has_no_room_for_is_refused(tmp_path, monkeypatch, caplog):
-    (tmp_path / "compute.onnx").write_bytes(b"0" * 1000)
+def set_room(monkeypatch, *, memory, disk):
     usage = namedtuple("usage", "free")
-    monkeypatch.setattr("shutil.disk_usage", lambda path: usage(5e6))
-    onnx = {"compute": tmp_path / "compute.onnx"}
-    with caplog.at_level(logging.INFO), pytest.raises(EngineError, match=r"take about 0.0 GB, and the disk has 0.0 GB left"):
-        check_room(onnx, tmp_path, DEFAULTS)
-    assert "building takes up to 0.40 GB of memory and 0.01 GB of disk" in caplog.text
-    check_room(onnx, tmp_path, BuildOptions(strip=True))
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage(disk))
+    monkeypatch.setattr("cachec.engines.tensorrt.free_memory", lambda: memory)
+
+
+@pytest.mark.parametrize(
+    ("memory", "disk", "message"),
+    [
+        (3.9e9, 3e9, r"tensorrt takes about 4.0 GB of memory, and 3.9 GB are free: .* add-target on a larger machine"),
+        (4.1e9, 1e9, r"the engines take about 1.7 GB, and the disk has 1.0 GB left"),
+        (None, 3e9, r"take about 1.7 GB of the GPU's memory, and Fake GPU has 0.3 GB free"),
+    ],
+)
+def test_a_build_that_there_is_no_room_for_is_refused_with_what_it_takes(tmp_path, trt, monkeypatch, memory, disk, message):
+    set_room(monkeypatch, memory=memory, disk=disk)
+    with pytest.raises(EngineError, match=message):
+        get_builder("tensorrt").check_room(1.55e9, tmp_path, GPU, DEFAULTS)
+
+
+def test_what_a_build_takes_is_said_and_stripped_engines_take_no_disk(tmp_path, trt, monkeypatch, caplog):
+    set_room(monkeypatch, memory=5e9, disk=1e6)
+    with caplog.at_level(logging.INFO):
+        get_builder("tensorrt").check_room(1e8, tmp_path, GPU, BuildOptions(strip=True))
+    assert "takes up to 0.65 GB of memory (5.0 GB are free) and 0.00 GB of disk" in caplog.text
+
+
+def test_add_target_asks_before_it_builds(bundle, trt, monkeypatch):
+    set_room(monkeypatch, memory=1e6, disk=1e12)
+    trt.calls.clear()
+    with pytest.raises(EngineError, match="takes about 0.4 GB of memory, and 0.0 GB are free"):
+        add_targets(bundle, ["tensorrt"])
+    assert not trt.called("Builder", "create_network")
+
+
+def test_the_law_holds_for_what_was_measured():
+    """bench/ENGINES.md: bytes of ONNX files, of all engines, and of memory at the peak."""
+    for weights, engines, peak in [(31.2e6, 39.5e6, 0.47e9), (657.7e6, 666.9e6, 1.80e9), (329.3e6, 340.1e6, 1.13e9)]:
+        assert engines <= plan_bytes(weights) <= 1.15 * engines
+        assert peak <= build_memory(weights) <= 1.1 * peak
