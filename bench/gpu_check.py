@@ -2,8 +2,9 @@
 
 Run from a source tree; nothing needs to be installed but torch >= 2.11, diffusers, transformers, safetensors, numpy, click and
 tqdm. What else is missing, or fails, is named in the JSON with its reason, and the rest goes on. Models: tiny-flux in float32,
-and random weights of FLUX.1-dev's shape in bfloat16 at 1024 and 512 pixels; where memory or time forbid, with fewer blocks of
-full width, which the JSON and the terminal say.
+and random weights of FLUX.1-dev's shape in bfloat16; where memory or time forbid, with fewer blocks of full width, which the
+JSON and the terminal say. On the latter, calibration and LESA's training run too. All of it takes an hour; ``--models``,
+``--blocks``, ``--steps``, ``--pixels`` and ``--minutes`` choose less.
 
 Rows take turns; seconds are of the denoise loop with the device synchronised before and after, medians with quartiles. Parity
 is the relative L2 distance of a row's uncached latents from diffusers eager's; that of ``torch.compile`` beside it says what
@@ -27,6 +28,7 @@ import click
 import torch
 
 import bench.find_package  # noqa: F401  before anything of cachec
+from bench.gpu_fits import fit_case
 from bench.gpu_rows import (
     Case,
     Engines,
@@ -65,13 +67,18 @@ MARGIN = 6e9  # bytes for activations, buffers and recordings beside the weights
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured: numbers of steps, computed steps, runs of each row, and the back ends."""
+    """What is measured: numbers of steps, computed steps, runs of each row, and the back ends.
+
+    ``prompts`` to calibrate on, on models whose weights are random, and ``updates`` of LESA's training; 0 for neither.
+    """
 
     steps: tuple[int, ...]
     budgets: tuple[int, ...]
     repeats: int
     backends: tuple[str, ...]
     compiled: bool
+    prompts: int = 0
+    updates: int = 0
 
 
 @dataclass(eq=False)
@@ -90,6 +97,8 @@ class Report:
         start, entry = time.monotonic(), dict[str, Any](section=name)
         self.data["sections"].append(entry)
         result = None
+        if torch.cuda.is_initialized():
+            torch.cuda.reset_peak_memory_stats()
         try:
             if self.minutes_left() > 0:
                 result = work()
@@ -110,6 +119,8 @@ class Report:
             raise
         finally:
             entry["seconds"] = round(time.monotonic() - start, 1)
+            if torch.cuda.is_initialized():
+                entry["peak_bytes"] = torch.cuda.max_memory_allocated()
             print(f"{name}: {entry['status']} ({entry['seconds']} s) {entry.get('reason', '')[:200]}", flush=True)
             self.write()
         return result
@@ -143,12 +154,16 @@ def check_case(case: Case, plan: Plan, report: Report) -> None:
         built = report.attempt(name, lambda backend=backend: build_engines(case, backend))
         if built is not None:
             engines[backend] = built
-    for steps in plan.steps:
+    for number, steps in enumerate(plan.steps):
         name = f"{case.name}: measure {steps} steps"
         rows = report.attempt(name, lambda steps=steps: _check_steps(case, engines, plan, steps, report))
         entry["rows"] += rows or []
         report.write()
         gc.collect()
+        if number == 0 and plan.prompts:
+            fitted = replace(case, settings=replace(case.settings, steps=steps))
+            name = f"{case.name}: calibrate and train"
+            entry["fits"] = report.attempt(name, lambda fitted=fitted: fit_case(fitted, prompts=plan.prompts, updates=plan.updates))
     for built in engines.values():
         built.close()
 
@@ -275,41 +290,58 @@ def machine(device: torch.device) -> dict[str, Any]:
     return facts
 
 
+def _numbers(_: click.Context, __: click.Parameter, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise click.BadParameter(f"{text!r} is no list of whole numbers, such as 28,50") from error
+
+
 @click.command()
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), required=True, help="JSON file.")
 @click.option("--device", "device_name", default="cuda", show_default=True, help="cuda, cuda:1, or cpu.")
-@click.option("--minutes", default=30.0, show_default=True, help="Stop measuring after these; models shrink to fit.")
+@click.option("--minutes", default=60.0, show_default=True, help="Stop measuring after these; models shrink to fit.")
 @click.option("--repeats", default=5, show_default=True, help="Timed runs of each row.")
 @click.option("--backends", "--backend", default="inductor,aoti,ort,tensorrt", show_default=True, help="Of cachec; also eager.")
+@click.option("--models", default="tiny,flux", show_default=True, help="tiny-flux, FLUX's shape.")
+@click.option("--blocks", default="19,38", show_default=True, callback=_numbers, help="Double and single blocks, at most.")
+@click.option("--pixels", default="1024,512", show_default=True, callback=_numbers, help="Sizes of FLUX's shape.")
+@click.option("--steps", default="28,50", show_default=True, callback=_numbers, help="Numbers of steps.")
+@click.option("--budgets", default="8,10", show_default=True, callback=_numbers, help="Numbers of computed steps.")
+@click.option("--prompts", default=16, show_default=True, help="To calibrate on, with FLUX's shape; 0 for none.")
+@click.option("--updates", default=200, show_default=True, help="Of LESA's training.")
 @click.option("--small", is_flag=True, help="A very small model, to see whether this program works.")
-def main(out: Path, device_name: str, minutes: float, repeats: int, backends: str, small: bool) -> None:
+def main(
+    out: Path,
+    device_name: str,
+    minutes: float,
+    repeats: int,
+    backends: str,
+    models: str,
+    blocks: tuple[int, ...],
+    pixels: tuple[int, ...],
+    steps: tuple[int, ...],
+    budgets: tuple[int, ...],
+    prompts: int,
+    updates: int,
+    small: bool,
+) -> None:
     warnings.filterwarnings("ignore")
-    device = torch.device(str(DeviceName.parse(device_name)))
-    if device.type == "cpu" and not small:
-        raise click.ClickException("the models are too large for a CPU: add --small, or take bench.speed")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise click.ClickException("torch.cuda.is_available() is False: there is no GPU, or torch is a CPU build")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    device = _open_device(device_name, small=small)
     chosen = tuple(name.strip() for name in backends.split(",") if name.strip())
+    plan = Plan(steps, budgets, repeats, chosen, compiled=True, prompts=prompts, updates=updates)
     report = Report(out, time.monotonic() + 60 * minutes, {"sections": [], "cases": []})
     report.data["setting"] = {**machine(device), "small": small, "minutes": minutes, "started": time.strftime("%F %T")}
     if small:
-        plan = Plan(steps=(6,), budgets=(4,), repeats=repeats, backends=chosen, compiled=False)
         report.skip("tiny-flux", "--small")
         report.skip("torch.compile", "--small")
-        check_random(64, plan, report, device, [(1, 1)])
+        short = replace(plan, steps=(6,), budgets=(4,), compiled=False, prompts=min(prompts, 4), updates=min(updates, 6))
+        check_random(64, short, report, device, [(1, 1)])
     else:
-        plan = Plan(steps=(28, 50), budgets=(7, 10), repeats=repeats, backends=chosen, compiled=True)
-        tiny = report.attempt("tiny-flux: load", lambda: open_tiny(device, 50))
-        if tiny is not None:
-            report.attempt("tiny-flux", lambda: check_case(tiny, replace(plan, steps=(50,)), report), raise_memory=False)
-            tiny.close()
-        for pixels in (1024, 512):
-            check_random(pixels, plan, report, device, BLOCKS)
-        written = tuple(name for name in chosen if name not in IN_MEMORY)
-        if written and any(case["weight_bytes"] > FILES_UP_TO for case in report.data["cases"]):
-            check_random(1024, replace(plan, steps=(28,), backends=written), report, device, BLOCKS[FEWER:])
+        if "tiny" in models.split(","):
+            _check_tiny(plan, report, device)
+        if "flux" in models.split(","):
+            _check_flux(plan, report, device, (blocks[0], blocks[-1]), pixels)
     synchronize(device)
     report.data["setting"]["finished"] = time.strftime("%F %T")
     report.write()
@@ -318,6 +350,37 @@ def main(out: Path, device_name: str, minutes: float, repeats: int, backends: st
     print(f"wrote {out}; failed: {', '.join(failed) or 'nothing'}; too far apart: {', '.join(apart) or 'nothing'}")
     if failed or apart:
         raise SystemExit(1)
+
+
+def _open_device(name: str, *, small: bool) -> torch.device:
+    device = torch.device(str(DeviceName.parse(name)))
+    if device.type == "cpu" and not small:
+        raise click.ClickException("the models are too large for a CPU: add --small, or take bench.speed")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise click.ClickException("torch.cuda.is_available() is False: there is no GPU, or torch is a CPU build")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+def _check_tiny(plan: Plan, report: Report, device: torch.device) -> None:
+    steps = max(plan.steps)
+    tiny = report.attempt("tiny-flux: load", lambda: open_tiny(device, steps))
+    if tiny is not None:
+        only = replace(plan, steps=(steps,), prompts=0)
+        report.attempt("tiny-flux", lambda: check_case(tiny, only, report), raise_memory=False)
+        tiny.close()
+
+
+def _check_flux(plan: Plan, report: Report, device: torch.device, blocks: tuple[int, int], pixels: Sequence[int]) -> None:
+    """FLUX's shape with at most so many blocks; what writes files gets a model that they are small enough for."""
+    sizes = [blocks, *(fewer for fewer in BLOCKS if fewer < blocks)]
+    for number, side in enumerate(pixels):
+        check_random(side, plan if number == 0 else replace(plan, prompts=0), report, device, sizes)
+    written = tuple(name for name in plan.backends if name not in IN_MEMORY)
+    if written and any(case["weight_bytes"] > FILES_UP_TO for case in report.data["cases"]):
+        less = replace(plan, steps=plan.steps[:1], backends=written, prompts=0)
+        check_random(pixels[0], less, report, device, [fewer for fewer in sizes if fewer in BLOCKS[FEWER:]])
 
 
 if __name__ == "__main__":

@@ -13,8 +13,10 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 
 from bench.peers import (
+    FIRST_BLOCK_THRESHOLDS,
     Peer,
     cache_dit,
+    first_block_cache,
     grid,
     make_peer,
     open_subject,
@@ -208,13 +210,14 @@ def build_engines(case: Case, backend: str) -> Engines:
 
 
 def peer_rows(case: Case, steps: int, budgets: Sequence[int], *, compiled: bool) -> Iterator[Maker]:
-    """Diffusers eager and compiled, diffusers' TaylorSeer, and cache-dit for each number of computed steps."""
+    """Diffusers eager and compiled, diffusers' own caches, and cache-dit for each number of computed steps."""
     subject = open_subject(case.model, case.settings)
     transformer = subject.transformer
     yield Maker("diffusers", lambda: _peer_row(case, make_peer(plain(), subject, num_steps=steps)))
     if compiled:
         yield Maker("torch.compile", lambda: _peer_row(case, _compiled_peer(case, steps), family="torch.compile"))
-    yield Maker("diffusers TaylorSeer", lambda: _peer_row(case, make_peer(taylorseer(), subject, num_steps=steps)))
+    for recipe in (taylorseer(), first_block_cache(FIRST_BLOCK_THRESHOLDS[0])):
+        yield Maker(recipe.name, lambda recipe=recipe: _peer_row(case, make_peer(recipe, subject, num_steps=steps)))
     for budget in budgets:
         schedule = _cache_dit_schedule(steps, budget)
 

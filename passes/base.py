@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 
 from cachec.runtime.abi import COMPUTE
 
@@ -191,8 +192,17 @@ def emit(like: fx.Node, op: Any, *args: Any, **kwargs: Any) -> fx.Node:
     """Add a call at the graph's insertion point, with the metadata of ``like`` and the value that ``op`` gives."""
     node = like.graph.call_function(op, args, kwargs)
     values = fx.node.map_arg((args, kwargs), lambda argument: argument.meta["val"])
-    node.meta = {**like.meta, "val": op(*values[0], **values[1])}
+    node.meta = {**like.meta, "val": shape_of(op, *values[0], **values[1])}
     return node
+
+
+def shape_of(op: Any, *args: Any, **kwargs: Any) -> Any:
+    """What ``op`` gives for the values of nodes: shapes and types.
+
+    Through Python's dispatcher: C++ takes no symbolic sizes in operators that are made of others, before torch 2.13.
+    """
+    with enable_python_dispatcher():
+        return op(*args, **kwargs)
 
 
 def depends_on_inputs(module: fx.GraphModule) -> set[fx.Node]:

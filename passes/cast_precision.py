@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from cachec.passes.base import CAST, Equivalence, GraphPass, Graphs, emit, fetch, outputs, sizes_by_name, tensors
+from cachec.passes.base import CAST, Equivalence, GraphPass, Graphs, emit, fetch, outputs, shape_of, sizes_by_name, tensors
 from cachec.runtime.abi import MODEL
 from cachec.runtime.errors import PassError
 
@@ -172,7 +172,7 @@ class _Caster:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda value: value.meta["val"])
         key = (node.target, _kind(args), tuple((name, _kind(value)) for name, value in kwargs.items()))
         if key not in self._known:
-            self._known[key] = node.target(*args, **kwargs)  # type: ignore[operator]
+            self._known[key] = shape_of(node.target, *args, **kwargs)
         return self._known[key]
 
     def _keep_finite(self, node: fx.Node) -> None:

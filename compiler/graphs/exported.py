@@ -23,7 +23,7 @@ from torch.export.graph_signature import (
 )
 from torch.utils import _pytree as pytree
 
-from cachec.passes.base import fetch, outputs, placeholders
+from cachec.passes.base import fetch, outputs, placeholders, shape_of
 from cachec.runtime.abi import BATCH, GROUPS, MAX_BATCH
 from cachec.runtime.errors import PassError
 
@@ -189,4 +189,4 @@ def _copy_calls(
             new.meta["val"] = known.of(node)
             if new.meta["val"] is None:
                 args, kwargs = fx.node.map_arg((new.args, new.kwargs), value_of)
-                new.meta["val"] = node.target(*args, **kwargs)
+                new.meta["val"] = shape_of(node.target, *args, **kwargs)

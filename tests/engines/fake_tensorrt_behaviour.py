@@ -183,7 +183,7 @@ def take_model(fake: Fake, self: Any, model: onnx.ModelProto, path: str) -> bool
         if node.op_type in fake.unsupported:
             text = "Plugin not found, are the plugin name, version, and namespace correct?"
             parser_error(fake, self, "UNSUPPORTED_NODE", text, node=place, name=node.name, operator=node.op_type)
-    initializers = {tensor.name for tensor in model.graph.initializer}
+    initializers = {one.name for one in model.graph.initializer}
     ends = {
         "inputs": [value for value in model.graph.input if value.name not in initializers],
         "outputs": [*model.graph.output],
