@@ -163,7 +163,9 @@ def check_case(case: Case, plan: Plan, report: Report) -> None:
         if number == 0 and plan.prompts:
             fitted = replace(case, settings=replace(case.settings, steps=steps))
             name = f"{case.name}: calibrate and train"
-            entry["fits"] = report.attempt(name, lambda fitted=fitted: fit_case(fitted, prompts=plan.prompts, updates=plan.updates))
+            entry["fits"] = report.attempt(
+                name, lambda fitted=fitted: fit_case(fitted, prompts=plan.prompts, updates=plan.updates)
+            )
     for built in engines.values():
         built.close()
 
