@@ -14,6 +14,7 @@ from cachec.compiler.calibration.calibration import open_calibration, relative_e
 from cachec.compiler.calibration.conditions import load_conditions, subject_of_bundle
 from cachec.compiler.calibration.engine_evaluator import EngineEvaluator
 from cachec.compiler.calibration.statistics import load_statistics, save_statistics
+from cachec.compiler.commands import add_level
 from cachec.compiler.frontend import check
 from cachec.compiler.models import find_model, load_model
 from cachec.compiler.request import make_request
@@ -214,11 +215,21 @@ def test_a_level_that_cannot_be_is_refused_and_the_bundle_stays(copy, stats, giv
     assert sorted(copy.rglob("*")) == before
 
 
-def test_a_calibration_of_something_else_makes_no_level(tmp_path, copy, stats, conditions):
+@pytest.mark.parametrize(("name", "value", "wanted"), [("guidance", "7.0", "1.0"), ("precision", "bfloat16", "float32")])
+def test_a_calibration_of_something_else_makes_no_level(tmp_path, copy, stats, conditions, name, value, wanted):
     statistics = load_statistics(stats)
-    other = {name: text for name, text in statistics.facts.items() if name != "format"} | {"guidance": "7.0"}
+    other = {fact: text for fact, text in statistics.facts.items() if fact != "format"} | {name: value}
     save_statistics(replace(statistics, facts=other), tmp_path / "other")
     code, output = run_cli("add-level", copy, tmp_path / "other", "--conditions", conditions, "--budget", 3)
     assert code == InputError.exit_code
-    assert "guidance is 7.0, wanted 1.0" in output
+    assert f"{name} is {value}, wanted {wanted}" in output
     assert "budget-3" not in Bundle.open(copy).manifest.programs
+
+
+def test_engines_in_low_precision_take_a_calibration_in_float32_and_that_is_said(bundle, stats, conditions, caplog):
+    with cachec.load(bundle) as loaded:
+        subject = subject_of_bundle(loaded, load_conditions(conditions))
+    add_level._check_statistics(load_statistics(stats), subject, "float32")
+    assert not caplog.records
+    add_level._check_statistics(load_statistics(stats), subject, "bfloat16")
+    assert "is fitted to runs in float32, which" in caplog.text

@@ -3,6 +3,7 @@
 No engine is touched: engines take any schedule of their cut, and a level is numbers only.
 """
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,6 +31,8 @@ from cachec.runtime.noise import check_seed
 from cachec.runtime.program import UNCACHED, Program
 from cachec.runtime.session import LoadedBundle
 from cachec.runtime.write import BundleAdder
+
+log = logging.getLogger(__name__)
 
 USUAL = {"output": "gram", "hidden": "gram-hidden"}  # method, by cut
 
@@ -78,7 +81,7 @@ def add_level(
         statistics = load_statistics(stats)
         with open_bundle(root, device=device) as bundle:
             reference = _reference(bundle, conditions)
-            _check_statistics(statistics, reference.subject)
+            _check_statistics(statistics, reference.subject, bundle.target.precision)
             program, facts = _make(bundle, statistics, reference, chosen, goal, seed)
         _commit(writer, goal.level, program, {**facts, "method": chosen.name, "options": chosen.options()})
     return [("bundle", str(root)), *describe_levels(Bundle.open(root), only=goal.level)]
@@ -125,10 +128,15 @@ def _reference(bundle: LoadedBundle, conditions: Path | None) -> Reference:
     return Reference(subject, lambda latents: model.decode(latents, settings))
 
 
-def _check_statistics(statistics: Statistics, subject: Subject) -> None:
-    """Raise ``InputError`` unless the runs are of this model and these settings; they may be of another precision."""
-    wanted = calibration_facts(subject, None)
-    check_statistics(statistics, {name: text for name, text in wanted.items() if name != "precision"})
+def _check_statistics(statistics: Statistics, subject: Subject, precision: str) -> None:
+    """Raise ``InputError`` unless the runs are of this model and these settings, and in the engines' ``precision``.
+
+    Runs in float32 are taken for engines of any: they are what those come near to.
+    """
+    exact = statistics.facts.get("precision") == "float32"
+    check_statistics(statistics, calibration_facts(subject, None, precision="float32" if exact else precision))
+    if exact and precision != "float32":
+        log.warning("the level is fitted to runs in float32, which %s has, for engines in %s", statistics.origin, precision)
     statistics.prompts.check(("fit", "stop", "measure"), statistics.origin)
 
 

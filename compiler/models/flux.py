@@ -6,6 +6,7 @@ Cut: the image tokens after the last single block, before ``norm_out`` and ``pro
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -37,6 +38,8 @@ from cachec.runtime.specs import Array
 log = logging.getLogger(__name__)
 
 TRANSFORMER = "transformer"  # its folder
+OTHER_FORMATS = (".bin", ".ckpt", ".gguf", ".msgpack", ".pt", ".pth")  # of weights
+NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d+)-of-(?P<count>\d+)\.safetensors")  # name of a shard
 TEXT_ENCODERS = {"text_encoder": CLIPTextModel, "text_encoder_2": T5EncoderModel}
 
 
@@ -331,8 +334,22 @@ def _weight_files(spec: ModelSpec, folder: Path) -> list[Path]:
             raise ModelUnavailableError(f"{index} is damaged: it has no weight_map ({error!r}); download it again") from error
     files = [whole] if whole.is_file() else sorted(folder.glob("*.safetensors"))
     if not files:
-        raise ModelUnavailableError(f"{spec.source} has no safetensors weights in {TRANSFORMER}/: convert them first")
+        others = sorted(path.name for path in folder.iterdir() if path.suffix in OTHER_FORMATS)
+        wrong = f"only {others[0]}, and cachec reads safetensors: save them in that format" if others else "none: download them"
+        raise ModelUnavailableError(f"of the weights of {spec.source}, {folder} has {wrong}")
+    _check_numbered(files)
     return files
+
+
+def _check_numbered(files: Sequence[Path]) -> None:
+    """Raise ``ModelUnavailableError`` if shards say that there are more of them than there are."""
+    named = [(NUMBERED.fullmatch(path.name), path) for path in files]
+    for stem, count in {(found["stem"], found["count"]) for found, _ in named if found is not None}:
+        there = {int(found["number"]) for found, _ in named if found is not None and found["stem"] == stem}
+        if missing := sorted(set(range(1, int(count) + 1)) - there):
+            name = f"{stem}-{missing[0]:0{len(count)}d}-of-{count}.safetensors"
+            more = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise ModelUnavailableError(f"{files[0].with_name(name)} is missing{more}: download it again")
 
 
 def _quiet_loading() -> None:

@@ -107,6 +107,21 @@ def test_weights_that_changed_in_memory_are_not_those_of_the_files(directory):
     assert changed.weights_hash != loaded.weights_hash
 
 
+def test_what_is_wrong_with_weights_that_are_not_there_is_said(directory):
+    folder = directory / "transformer"
+    weights = (folder / WEIGHTS).rename(folder / "diffusion_pytorch_model-00002-of-00003.safetensors")
+    with pytest.raises(ModelUnavailableError, match=r"model-00001-of-00003.safetensors is missing, and 1 more: download it"):
+        load_model(find_model(str(directory)))
+    weights.unlink()
+    with pytest.raises(ModelUnavailableError, match=r"of the weights of .*, .*/transformer has none: download them"):
+        load_model(find_model(str(directory)))
+    (folder / "diffusion_pytorch_model.bin").touch()
+    with pytest.raises(
+        ModelUnavailableError, match=r"has only diffusion_pytorch_model.bin, and cachec reads safetensors: save"
+    ):
+        load_model(find_model(str(directory)))
+
+
 def test_an_index_without_its_map_or_a_shard_that_is_missing_is_named(directory):
     index = directory / "transformer" / f"{WEIGHTS}.index.json"
     index.write_text(json.dumps({"metadata": {}}))
