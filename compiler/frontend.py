@@ -21,7 +21,7 @@ from cachec.compiler.calibration.statistics import (
     record_statistics,
 )
 from cachec.compiler.calibration.uses import UsedPrompts, calibration_prompts, training_prompts
-from cachec.compiler.graphs.costs import samples_at_once
+from cachec.compiler.graphs.costs import memory_facts, samples_at_once
 from cachec.compiler.graphs.export import EnginePlan, plan_engines
 from cachec.compiler.graphs.finite import check_finite_run
 from cachec.compiler.graphs.prepare import compute_only, engine, inlined, linear, prepare
@@ -33,6 +33,7 @@ from cachec.compiler.methods.training import Training, find_shipped, train_predi
 from cachec.compiler.models.base import LoadedModel, ModelSpec, Settings
 from cachec.compiler.planning.levels import forecast_cost
 from cachec.compiler.planning.planner import Calibrations, Planner
+from cachec.compiler.planning.room import check_evaluation
 from cachec.compiler.request import Request, evaluated_in
 from cachec.compiler.tables.lower import lower_predictor, lower_table, lower_uncached
 from cachec.compiler.tables.schedule import Schedule
@@ -88,7 +89,16 @@ def check(model: LoadedModel, request: Request) -> Checked:
     Raises:
         InputError: a size is none of the model's, too few prompts were given, or a calibration is of something else.
         PredictorError: a predictor was trained for something else.
+        EngineError: the model is to be run, and its weights have no room on the device.
     """
+    checked = _check_given(model, request)
+    if checked.trains or request.needs_calibration:
+        check_device(request.device)
+        check_evaluation(model, evaluated_in(request.settings, request.device), request.device)
+    return checked
+
+
+def _check_given(model: LoadedModel, request: Request) -> Checked:
     model.example_inputs(request.settings)  # which knows the model's sizes
     training = training_of(model.spec, request) if request.method.needs_training else None
     parameters = None if training is None else _find_trained(model, request, training)
@@ -146,11 +156,15 @@ def evaluator_of(model: LoadedModel, settings: Settings, device: DeviceName = HO
 
     Raises:
         InputError: PyTorch has no such device here.
+        EngineError: it has no room there.
     """
     check_device(device)
     precision = evaluated_in(settings, device)
+    check_evaluation(model, precision, device)
     split = prepare(model, replace(settings, dtype=precision))
-    return GraphEvaluator(split, model.io, device=str(device), precision=precision, max_batch=samples_at_once(split))
+    room = check_evaluation(model, precision, device, memory_facts(split)["activations"])
+    most = samples_at_once(split) if room is None else min(samples_at_once(split), room)
+    return GraphEvaluator(split, model.io, device=str(device), precision=precision, max_batch=most)
 
 
 def find_parameters(model: LoadedModel, request: Request, checked: Checked, work: Path | None) -> Parameters | None:
@@ -200,6 +214,13 @@ def make_graphs(model: LoadedModel, request: Request, parameters: Parameters | N
     wish = request.wish.graph
     final = engine(plain, model.io, watch, hoist=wish.hoist, merge=merge, velocities=wish.velocities, slots=wish.slots)
     return StepGraphs(plain, final)
+
+
+def plan_graphs(model: LoadedModel, request: Request) -> StepGraphs:
+    """What :func:`make_graphs` gives for the forecast of all linear methods: what sizes tell, before a predictor is trained."""
+    split, wish = prepare(model, request.settings), request.wish.graph
+    plain = compute_only(split) if request.method.cut == "output" else linear(split)
+    return StepGraphs(plain, engine(plain, model.io, hoist=wish.hoist, velocities=wish.velocities, slots=wish.slots))
 
 
 def make_plans(model: LoadedModel, request: Request, graphs: StepGraphs) -> list[EnginePlan]:

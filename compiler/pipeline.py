@@ -22,6 +22,7 @@ from cachec.compiler.frontend import (
     make_graphs,
     make_plans,
     make_programs,
+    plan_graphs,
 )
 from cachec.compiler.graphs.build_engines import PlannedSources, build_targets, load_engines, unfinished_weights
 from cachec.compiler.graphs.costs import hoisting_facts, memory_facts
@@ -31,6 +32,7 @@ from cachec.compiler.models.base import LoadedModel
 from cachec.compiler.planning.estimate import estimate
 from cachec.compiler.planning.levels import check_quality, measure_levels
 from cachec.compiler.planning.planner import Calibrations
+from cachec.compiler.planning.room import check_compile
 from cachec.compiler.request import Request
 from cachec.engines.build_target import check_build, keep_timing
 from cachec.runtime.abi import COMPUTE
@@ -73,8 +75,9 @@ def compile_bundle(model: LoadedModel, request: Request, out: Path, *, force: bo
         check_build(request.targets, dtype, request.device, request.build, max_batch=request.wish.build.max_batch)
     with model.hashing_weights(), BundleWriter(out, force=force) as writer, _Clock(STAGES) as clock:
         checked = check(model, request)
-        clock.lap()
         works = _works(out, checked)
+        check_compile(model, request.settings, request.targets, out, works["weights"])
+        clock.lap()
         try:
             parameters = _compile(model, request, checked, writer, works, clock)
         except QualityError:  # another attempt asks for something else, so nothing is kept for it
@@ -101,10 +104,13 @@ def _compile(
     """Everything after the checks; returns the trained parameters."""
     with ExitStack() as stack:
         stack.enter_context(claim_work(works["timing"], "compilation"))
+        if checked.trains:  # which takes longer than graphs made twice
+            _tell_costs(model, request, plan_graphs(model, request))
         parameters = find_parameters(model, request, checked, works.get("training"))
         clock.lap()
         graphs = make_graphs(model, request, parameters)
-        _tell_costs(model, request, graphs)
+        if not checked.trains:
+            _tell_costs(model, request, graphs)
         clock.lap()
         plans = make_plans(model, request, graphs)
         clock.lap()
@@ -137,7 +143,7 @@ def _compile(
 def _tell_costs(model: LoadedModel, request: Request, graphs: StepGraphs) -> None:
     batch = request.wish.model.batch or 1
     found = estimate(graphs.plain, graphs.engine, model.spec, request.settings, budget=request.computed, batch=batch)
-    log.info("plan: %s", found.short)
+    log.warning("plan: %s", found.short)
 
 
 def measure(

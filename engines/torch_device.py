@@ -11,7 +11,7 @@ from torch.utils.dlpack import from_dlpack
 
 from cachec.runtime.device import CPU, CUDA, Buffer, Device, DeviceName, Host, no_room
 from cachec.runtime.engine import Call, LoadOptions
-from cachec.runtime.errors import CachecError, EngineError, InputError
+from cachec.runtime.errors import CachecError, EngineError, InputError, in_one_line
 from cachec.runtime.specs import BFLOAT16, Array, Signature, itemsize
 
 
@@ -113,6 +113,13 @@ def check_device(name: DeviceName) -> None:
         raise InputError(f"device is {name}, but there are {torch.cuda.device_count()} GPUs, counted from 0")
 
 
+def free_bytes(name: DeviceName) -> int:
+    """Bytes of a GPU that PyTorch can give: what nobody has, and what it holds itself and does not use."""
+    there = torch.device(str(name))
+    held = torch.cuda.memory_reserved(there) - torch.cuda.memory_allocated(there)
+    return int(torch.cuda.mem_get_info(there)[0]) + held
+
+
 def take_options(options: LoadOptions, signatures: Iterable[Signature]) -> Device:
     """Set PyTorch's threads, and give the device that the buffers lie on. Raises as ``device_of``."""
     if options.threads is not None:
@@ -161,11 +168,10 @@ def watching_memory(what: str) -> Iterator[None]:
     """Turn PyTorch's errors about memory, which say how much was wanted, into an ``EngineError`` about ``what``."""
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        reason = str(error).splitlines()[0]
-        raise EngineError(f"there is no memory for {what}: {reason}. Take a smaller batch or size") from error
+        raise EngineError(f"there is no memory for {what}: {in_one_line(error)}. Take a smaller batch or size") from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -12,6 +12,7 @@ from torch import fx
 
 from cachec.compiler.calibration.evaluator import Conditions, Evaluator, Numbers, Time
 from cachec.compiler.graphs.weights import Values
+from cachec.engines.torch_device import watching_memory
 from cachec.passes import Graphs
 from cachec.passes.base import outputs, placeholders
 from cachec.runtime.abi import (
@@ -59,8 +60,9 @@ class GraphEvaluator(Evaluator):
         self.device, self.precision, self._max_batch = device, precision, max_batch
         self._io, self._device = io, torch.device(device)
         values = Values(self._device)
-        split = values.graphs(split)
-        inlined = None if inlined is None else values.graphs(inlined)
+        with watching_memory(f"the model's weights in {precision} on {device}"):
+            split = values.graphs(split)
+            inlined = None if inlined is None else values.graphs(inlined)
         feature = outputs(split.modules[COMPUTE])[FEATURE].meta.get("val")
         self._kept = None if feature is None else feature.dtype  # what graphs that were not captured give is taken as it is
         self._compute, self._behind = split.modules[COMPUTE], split.modules[FORECAST]
@@ -87,7 +89,8 @@ class GraphEvaluator(Evaluator):
     def evaluate_with_gradients(
         self, x: torch.Tensor, t: torch.Tensor, conditions: Tensors
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._evaluate(x, t.expand(len(x)), conditions)
+        with watching_memory(f"{len(x)} samples of the model with gradients, in {self.precision} on {self.device}"):
+            return self._evaluate(x, t.expand(len(x)), conditions)
 
     @torch.no_grad()
     def play(
@@ -107,7 +110,8 @@ class GraphEvaluator(Evaluator):
     def _in_pieces(self, batch: int, run: Callable[[slice], tuple[Array, ...]]) -> tuple[Array, ...]:
         """``run`` on some samples after the other, and the results as one."""
         size = self._max_batch or batch
-        parts = [run(slice(start, start + size)) for start in range(0, batch, size)]
+        with watching_memory(f"{min(size, batch)} samples of the model in {self.precision} on {self.device}"):
+            parts = [run(slice(start, start + size)) for start in range(0, batch, size)]
         return parts[0] if len(parts) == 1 else tuple(map(np.concatenate, zip(*parts, strict=True)))
 
     def _there(self, value: Array) -> torch.Tensor:

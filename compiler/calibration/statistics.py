@@ -32,6 +32,7 @@ from cachec.runtime.errors import InputError
 from cachec.runtime.files import write_file
 from cachec.runtime.noise import make_noise
 from cachec.runtime.program import hash_sigmas
+from cachec.runtime.room import check_disk, check_memory
 from cachec.runtime.specs import Array
 from cachec.runtime.work import claim_work
 
@@ -131,6 +132,19 @@ def calibration_cost(
     return CalibrationCost(chunk, tokens, num_tokens, memory, file, num * runs)
 
 
+def check_room(cost: CalibrationCost, work: Path | None) -> None:
+    """Is there room for the records in memory, and on the disk of ``work``, where they lie in batches beside the whole file?
+
+    Raises:
+        OutputError: the disk is too full.
+        EngineError: there is too little memory.
+    """
+    check_memory(cost.memory_bytes, "recording the calibration", "take fewer prompts or steps, or a machine with more")
+    if work is not None:
+        there = sum(path.stat().st_size for path in work.glob("*")) if work.is_dir() else 0
+        check_disk(work, 2 * cost.file_bytes - there, "the calibration", "take fewer prompts, or another place")
+
+
 def record_statistics(
     subject: Subject,
     evaluator: Evaluator,
@@ -153,6 +167,7 @@ def record_statistics(
         subject.latent_shape, feature, subject.settings, num, reference_steps, max_batch=evaluator.max_batch
     )
     log.warning("calibration on %d prompts: %s", num, cost)
+    check_room(cost, work)
     facts = {
         **calibration_facts(subject, reference_steps, precision=evaluator.precision),
         "device": evaluator.device,

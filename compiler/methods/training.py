@@ -15,6 +15,7 @@ from cachec.compiler.methods.base import Method, PredictorMethod, TrainingData
 from cachec.compiler.methods.parameters import WEIGHTS, Parameters, find_pretrained
 from cachec.compiler.models.base import LoadedModel, Settings
 from cachec.compiler.tables.schedule import Schedule
+from cachec.engines.torch_device import watching_memory
 from cachec.runtime.errors import InputError, PredictorError
 from cachec.runtime.program import hash_sigmas
 from cachec.runtime.work import claim_work
@@ -91,7 +92,8 @@ def train_predictor(model: LoadedModel, evaluator: Evaluator, training: Training
         runs = record_trajectories(subject, evaluator, prompts.prompts, seed=seed, work=work)
         train, held_out = (runs.select(np.array(prompts.places(use))) for use in ("fit", "stop"))
         data = TrainingData(evaluator, subject.own_sampling, train, held_out, training.schedule, seed, work)
-        arrays, found = method.fit(data)
+        with watching_memory(f"training {method.name} on {evaluator.device}"):
+            arrays, found = method.fit(data)
     facts = {
         **known,
         **found,

@@ -95,7 +95,8 @@ class Estimate:
         return (
             f"{in_count(self.total)} parameters, {in_bytes(self.weights)}; a computed step is {in_flops(self.computed)}; with "
             f"{self.budget} of {self.settings.steps} computed at best {self.ratio('output'):.2f} times fewer FLOPs; at work "
-            f"{in_bytes(self.needed)} of memory"
+            f"{in_bytes(self.needed)} of memory; compiling takes {in_bytes(COMPILE_MEMORY)} of memory and "
+            f"{in_bytes(self.weights)} of disk"
         )
 
     def ratio(self, cut: str) -> float:

@@ -52,3 +52,21 @@ def test_a_compilation_that_was_interrupted_in_the_weights_goes_on_there(tmp_pat
     whole = compile_bundle(model, request, tmp_path / "whole").bundle.manifest.files
     assert together == len(written) - together > before == 9  # nothing was written twice
     assert Bundle.open(tmp_path / "out").manifest.files == whole
+
+
+@pytest.mark.parametrize(
+    ("options", "first"), [({"method": "adams", "schedule": "0,2"}, 1), ({"method": "lesa", "interval": 2, "steps": 8}, 2)]
+)
+def test_the_plan_is_said_before_anything_is_trained(tmp_path, toy_directory, monkeypatch, caplog, options, first):
+    def trained(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cachec.compiler.frontend.train_predictor", trained)
+    monkeypatch.setattr("cachec.compiler.pipeline.make_plans", trained)
+    model = load_model(find_model(str(toy_directory)))
+    with pytest.raises(KeyboardInterrupt):
+        compile_bundle(model, make_request(model.spec, **{"steps": 4, **options}), tmp_path / "out")
+    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert said[0].startswith("plan: 0.00 million parameters, ")
+    assert "compiling takes 1.30 GB of memory and " in said[0]
+    assert len(said) == first

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from cachec.engines.torch_device import TorchDevice, as_tensor, device_of, is_out_of_memory
+from cachec.engines.torch_device import TorchDevice, as_tensor, device_of, is_out_of_memory, watching_memory
 from cachec.runtime.device import DeviceName, Host
-from cachec.runtime.errors import InputError
+from cachec.runtime.errors import EngineError, InputError
 from cachec.runtime.specs import Signature, TensorSpec
 
 CPU = DeviceName("cpu")
@@ -54,6 +54,13 @@ def test_arrays_become_tensors_on_the_same_memory():
 def test_a_gpu_that_is_not_there_is_named():
     with pytest.raises(InputError, match=r"device is cuda:0, but torch.cuda.is_available\(\) is False"):
         TorchDevice(DeviceName("cuda"))
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 20 GiB."), MemoryError()])
+def test_what_there_is_no_memory_for_is_said(error):
+    wanted = "there is no memory for 3 samples: (CUDA out of memory. Tried to allocate 20 GiB.|MemoryError). Take a smaller"
+    with pytest.raises(EngineError, match=wanted), watching_memory("3 samples"):
+        raise error
 
 
 def test_which_errors_are_about_memory():

@@ -17,7 +17,7 @@ from cachec.compiler.tables.lower import lower_predictor
 from cachec.compiler.tables.schedule import Schedule
 from cachec.passes import Graphs
 from cachec.runtime.abi import COMPUTE, FEATURE, FORECAST, HISTORY_STEPS, SIGMAS, STEP, VELOCITY, history_name
-from cachec.runtime.errors import InputError
+from cachec.runtime.errors import EngineError, InputError
 from cachec.runtime.program import Program, ProgramKey, hash_sigmas
 
 STEPS = 12
@@ -65,6 +65,20 @@ def test_many_samples_are_run_piece_by_piece(toy_split):
         np.testing.assert_allclose(pieces.tail(feature, told, {"prompt": conditions}), velocity, atol=1e-6)
     played = [one.play(toy_program(), x, {"prompt": conditions}) for one in (whole, pieces)]
     np.testing.assert_allclose(*played, atol=1e-5)
+
+
+def test_what_runs_out_of_memory_says_what_it_was(toy_split, monkeypatch):
+    evaluator = GraphEvaluator(toy_split, TOY_IO, max_batch=2)
+
+    def without_memory(*_):
+        raise torch.OutOfMemoryError("tried to allocate 20 GiB")
+
+    monkeypatch.setattr(evaluator, "_evaluate", without_memory)
+    x, t, prompt = example_inputs(batch=3).values()
+    with pytest.raises(EngineError, match="no memory for 2 samples of the model in float32 on cpu: tried to allocate 20 GiB"):
+        evaluator.evaluate(x.numpy(), t.numpy(), {"prompt": prompt.numpy()})
+    with pytest.raises(EngineError, match="no memory for 3 samples of the model with gradients, in float32 on cpu"):
+        evaluator.evaluate_with_gradients(x, t, {"prompt": prompt})
 
 
 def test_the_hidden_cut_is_played_with_the_tail_at_its_steps(calibration):

@@ -1,7 +1,9 @@
 """Calibration statistics on the toy DiT: what is in a calibration, how it is resumed, saved, read, and refused."""
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,7 +26,7 @@ from cachec.compiler.calibration.statistics import (
     save_statistics,
 )
 from cachec.compiler.calibration.uses import UsedPrompts
-from cachec.runtime.errors import InputError, OutputError
+from cachec.runtime.errors import EngineError, InputError, OutputError
 from cachec.runtime.noise import make_noise
 from cachec.runtime.program import hash_sigmas
 
@@ -284,6 +286,21 @@ def test_a_cost_says_how_large_the_file_gets(record):
     tensors = sum(value.nbytes for value in arrays_of(statistics).values())
     assert cost.file_bytes == tensors
     assert cost.evaluations == 5 * (STEPS + FINE)
+
+
+def test_what_has_no_room_is_refused_before_anything_is_run(record, tmp_path, monkeypatch):
+    size = 2 * calibration_cost((TOKENS, WIDTH), (TOKENS, WIDTH), SETTINGS, 5, FINE).file_bytes
+    for free, error in ((size - 1, OutputError), (size, None)):
+        monkeypatch.setattr("shutil.disk_usage", lambda path, free=free: SimpleNamespace(free=free))
+        with (
+            nullcontext()
+            if error is None
+            else pytest.raises(error, match="the calibration takes .* of disk, and .* take fewer")
+        ):
+            record(work=tmp_path / "work")
+    monkeypatch.setattr("cachec.runtime.room.free_memory", lambda: 100)
+    with pytest.raises(EngineError, match="recording the calibration takes .* of memory, and this machine has 100.00 B free"):
+        record()
 
 
 def test_a_place_that_cannot_be_written_is_an_error_of_the_output(record, tmp_path):
