@@ -4,7 +4,6 @@ Importing this file loads neither library, so that it can be asked what is missi
 """
 
 import logging
-import shutil
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -21,7 +20,7 @@ from cachec.runtime.builder import EngineBuilder, Sources
 from cachec.runtime.device import CUDA, Device, DeviceName
 from cachec.runtime.engine import HOST, ON_HOST, Engine, ExecutionContext, LoadOptions
 from cachec.runtime.errors import BundleError, EngineError, InputError
-from cachec.runtime.host_memory import free_memory
+from cachec.runtime.room import check_disk, check_memory, in_bytes
 from cachec.runtime.specs import BFLOAT16, Signature
 
 log = logging.getLogger(__name__)
@@ -158,28 +157,16 @@ class OnnxPlanBuilder(PlanBuilder):
 
     def check_room(self, weights: float, out: Path, device: DeviceName, options: BuildOptions) -> None:
         gpu = None if self.vendor.gpus else find_gpu(device)
-        size, memory = plan_bytes(weights), build_memory(weights)
+        size, memory, what = plan_bytes(weights), build_memory(weights), f"building for {self.engine.name}"
         disk = 0.0 if options.strip else size
-        there, free = free_memory(), shutil.disk_usage(out).free
-        log.log(
-            logging.WARNING if weights > LONG_BUILD else logging.INFO,
-            "building for %s takes up to %.2f GB of memory%s and %.2f GB of disk (%.1f GB are free)",
-            self.engine.name, memory / 1e9, "" if there is None else f" ({there / 1e9:.1f} GB are free)",
-            disk / 1e9, free / 1e9,
-        )  # fmt: skip
-        if there is not None and memory > there:
-            raise EngineError(
-                f"building for {self.engine.name} takes about {memory / 1e9:.1f} GB of memory, and {there / 1e9:.1f} GB are "
-                "free: stop other programs, add swap, or run cachec add-target on a larger machine"
-            )
-        if disk > free:
-            raise EngineError(
-                f"the engines take about {disk / 1e9:.1f} GB, and the disk has {free / 1e9:.1f} GB left: make room"
-            )
+        level = logging.WARNING if weights > LONG_BUILD else logging.INFO
+        log.log(level, "%s takes up to %s of memory and %s of disk", what, in_bytes(memory), in_bytes(disk))
+        check_memory(memory, what, "stop other programs, or run cachec add-target on a larger machine")
+        check_disk(out, disk, what)
         if gpu is not None and size > gpu.free_bytes:
             raise EngineError(
-                f"the engines take about {size / 1e9:.1f} GB of the GPU's memory, and {gpu.name} has "
-                f"{gpu.free_bytes / 1e9:.1f} GB free: stop what else uses it, or take a larger GPU"
+                f"{what} takes {in_bytes(size)} of the GPU's memory, and {gpu.name} has {in_bytes(gpu.free_bytes)} free: stop "
+                "what else uses it, or take a larger GPU"
             )
 
     def build(

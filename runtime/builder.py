@@ -61,9 +61,13 @@ class EngineBuilder(ABC):
         self.engine.check_target(device, precision)
 
     def check_room(self, weights: float, out: Path, device: DeviceName, options: BuildOptions) -> None:
-        """Raise ``EngineError`` if what a build into ``out`` takes is not there; with how much. ``weights``: bytes.
+        """Raise an error if what a build into ``out`` takes is not there; with how much. ``weights``: bytes.
 
-        Called before one begins. Says nothing of back ends whose builds take no more than the compilation.
+        Called before one begins. Here: of back ends whose builds take no more than the compilation.
+
+        Raises:
+            EngineError: memory is short, of the host or of the GPU.
+            OutputError: the disk is.
         """
 
     def needs(self, device: DeviceName, options: BuildOptions) -> dict[str, Any]:

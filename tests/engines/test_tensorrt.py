@@ -15,7 +15,7 @@ from cachec.engines.add_target import add_targets
 from cachec.engines.tensorrt import TensorRTEngine, build_memory, plan_bytes, runs_on
 from cachec.runtime.build_options import DEFAULTS, BuildOptions
 from cachec.runtime.device import DeviceName
-from cachec.runtime.errors import BundleError, EngineError, InputError
+from cachec.runtime.errors import BundleError, EngineError, InputError, OutputError
 
 GPU = DeviceName("cuda")
 
@@ -125,20 +125,20 @@ def test_compute_capabilities(capability, needs, runs):
 def set_room(monkeypatch, *, memory, disk):
     usage = namedtuple("usage", "free")
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage(disk))
-    monkeypatch.setattr("cachec.engines.tensorrt.free_memory", lambda: memory)
+    monkeypatch.setattr("cachec.runtime.room.free_memory", lambda: memory)
 
 
 @pytest.mark.parametrize(
     ("memory", "disk", "message"),
     [
-        (3.9e9, 3e9, r"tensorrt takes about 4.0 GB of memory, and 3.9 GB are free: .* add-target on a larger machine"),
-        (4.1e9, 1e9, r"the engines take about 1.7 GB, and the disk has 1.0 GB left"),
-        (None, 3e9, r"take about 1.7 GB of the GPU's memory, and Fake GPU has 0.3 GB free"),
+        (3.9e9, 3e9, r"tensorrt takes 4.00 GB of memory, and this machine has 3.90 GB free: .* add-target on a larger machine"),
+        (4.1e9, 1e9, r"tensorrt takes 1.72 GB of disk, and .* has 1.00 GB left"),
+        (None, 3e9, r"tensorrt takes 1.72 GB of the GPU's memory, and .* has 268.44 MB free"),
     ],
 )
 def test_a_build_that_there_is_no_room_for_is_refused_with_what_it_takes(tmp_path, trt, monkeypatch, memory, disk, message):
     set_room(monkeypatch, memory=memory, disk=disk)
-    with pytest.raises(EngineError, match=message):
+    with pytest.raises((EngineError, OutputError), match=message):
         get_builder("tensorrt").check_room(1.55e9, tmp_path, GPU, DEFAULTS)
 
 
@@ -146,13 +146,13 @@ def test_what_a_build_takes_is_said_and_stripped_engines_take_no_disk(tmp_path, 
     set_room(monkeypatch, memory=5e9, disk=1e6)
     with caplog.at_level(logging.INFO):
         get_builder("tensorrt").check_room(1e8, tmp_path, GPU, BuildOptions(strip=True))
-    assert "takes up to 0.65 GB of memory (5.0 GB are free) and 0.00 GB of disk" in caplog.text
+    assert "takes up to 652.00 MB of memory and 0.00 B of disk" in caplog.text
 
 
 def test_add_target_asks_before_it_builds(bundle, trt, monkeypatch):
     set_room(monkeypatch, memory=1e6, disk=1e12)
     trt.calls.clear()
-    with pytest.raises(EngineError, match="takes about 0.4 GB of memory, and 0.0 GB are free"):
+    with pytest.raises(EngineError, match=r"takes 4\d\d.\d\d MB of memory, and this machine has 1.00 MB free"):
         add_targets(bundle, ["tensorrt"])
     assert not trt.called("Builder", "create_network")
 
