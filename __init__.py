@@ -42,7 +42,7 @@ def compile_model(model: str, out: str | Path, *, method: str = "lesa", force: b
     ``targets``, ``height``, ``width``, ``guidance``, ``dtype``, ``predictor``, ``prompts``, ``seed``, ….
 
     Raises:
-        CachecError: of the kind that fits; nothing is left at ``out``.
+        CachecError: of the kind that fits; nothing is left at ``out``, or a bundle that lacks only TensorRT's engines.
     """
     from cachec.compiler.commands.compile import compile_to_bundle
 

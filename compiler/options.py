@@ -145,6 +145,16 @@ def read_options(given: Mapping[str, Any], command: Command = "compile") -> Opti
     return Options(**{one.name: one.type(**values[one.name]) for one in fields(Options)})  # type: ignore[operator]
 
 
+def as_flags(group: Any, command: Command) -> list[str]:
+    """What gives ``command`` those options of a group that are not at their defaults."""
+    flags: list[str] = []
+    for one in fields(group):
+        value = getattr(group, one.name)
+        if command in one.metadata["commands"] and value != one.default:
+            flags += [f"--{one.name.replace('_', '-')}", *([] if value is True else [str(value)])]
+    return flags
+
+
 def plain_type(kind: Any) -> Any:
     """The type of a value that is given: ``int`` of ``int | None``, ``tuple`` of ``tuple[str, …]``."""
     kinds = [one for one in typing.get_args(kind) if one is not type(None)] if type(None) in typing.get_args(kind) else [kind]

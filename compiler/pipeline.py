@@ -7,14 +7,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from tqdm import tqdm
 
-from cachec.compiler.calibration.engine_evaluator import EngineEvaluator
 from cachec.compiler.frontend import (
     Checked,
-    Programs,
     StepGraphs,
     check,
     find_calibrations,
@@ -24,20 +22,26 @@ from cachec.compiler.frontend import (
     make_programs,
     plan_graphs,
 )
-from cachec.compiler.graphs.build_engines import PlannedSources, build_targets, load_engines, unfinished_weights
+from cachec.compiler.graphs.build_engines import (
+    PlannedSources,
+    build_targets,
+    load_engines,
+    unfinished_weights,
+    warn_unless_any_runs,
+)
 from cachec.compiler.graphs.costs import hoisting_facts, memory_facts
+from cachec.compiler.late_targets import Made, add_late_targets
 from cachec.compiler.manifest import make_manifest
-from cachec.compiler.methods.parameters import Parameters, predictor_bytes
+from cachec.compiler.measuring import measure
+from cachec.compiler.methods.parameters import predictor_bytes
 from cachec.compiler.models.base import LoadedModel
 from cachec.compiler.planning.estimate import estimate
-from cachec.compiler.planning.levels import check_quality, measure_levels
-from cachec.compiler.planning.planner import Calibrations
+from cachec.compiler.planning.levels import check_quality
 from cachec.compiler.planning.room import check_compile
 from cachec.compiler.request import Request
-from cachec.engines.build_target import check_build, keep_timing
-from cachec.runtime.abi import COMPUTE
+from cachec.engines import get_builder
+from cachec.engines.build_target import check_build, device_for, keep_timing
 from cachec.runtime.bundle import Bundle
-from cachec.runtime.engine import Engine
 from cachec.runtime.errors import QualityError
 from cachec.runtime.work import claim_work, remove_work
 from cachec.runtime.write import BundleWriter
@@ -69,22 +73,27 @@ def compile_bundle(model: LoadedModel, request: Request, out: Path, *, force: bo
     """Compile ``model`` into a bundle at ``out``.
 
     Raises:
-        CachecError: of the kind that fits; ``out`` is then as it was.
+        CachecError: of the kind that fits; ``out`` is then as it was, or a bundle that lacks only targets which are built late.
     """
     for dtype in {request.settings.dtype, request.wish.graph.slots or request.settings.dtype}:
         check_build(request.targets, dtype, request.device, request.build, max_batch=request.wish.build.max_batch)
-    with model.hashing_weights(), BundleWriter(out, force=force) as writer, _Clock(STAGES) as clock:
-        checked = check(model, request)
-        works = _works(out, checked)
-        check_compile(model, request.settings, request.targets, out, works["weights"])
-        clock.lap()
-        try:
-            parameters = _compile(model, request, checked, writer, works, clock)
-        except QualityError:  # another attempt asks for something else, so nothing is kept for it
-            _remove(works)
-            raise
-    _remove(works)
-    return Compilation(Bundle.open(out), "none needed" if parameters is None else parameters.origin, clock.seconds)
+    with _Clock((*STAGES, *(["late targets"] if request.late else []))) as clock:
+        with model.hashing_weights(), BundleWriter(out, force=force) as writer:
+            checked = check(model, request)
+            works = _works(out, checked)
+            check_compile(model, request.settings, request.targets, out, works["weights"])
+            clock.lap()
+            try:
+                made = _compile(model, request, checked, writer, works, clock)
+            except QualityError:  # another attempt asks for something else, so nothing is kept for it
+                _remove(works)
+                raise
+        _remove(works)
+        bundle = add_late_targets(model, request, out, made)
+        if request.late:
+            clock.lap()
+    warn_unless_any_runs(bundle.manifest.targets)
+    return Compilation(bundle, "none needed" if made.parameters is None else made.parameters.origin, clock.seconds)
 
 
 def _works(out: Path, checked: Checked) -> dict[str, Path]:
@@ -100,31 +109,32 @@ def _remove(works: Mapping[str, Path]) -> None:
 
 def _compile(
     model: LoadedModel, request: Request, checked: Checked, writer: BundleWriter, works: Mapping[str, Path], clock: "_Clock"
-) -> Parameters | None:
-    """Everything after the checks; returns the trained parameters."""
+) -> Made:
+    """Everything after the checks, but for the late targets."""
     with ExitStack() as stack:
         stack.enter_context(claim_work(works["timing"], "compilation"))
         if checked.trains:  # which takes longer than graphs made twice
-            _tell_costs(model, request, plan_graphs(model, request))
+            _tell_costs(model, request, plan_graphs(model, request), writer)
         parameters = find_parameters(model, request, checked, works.get("training"))
         clock.lap()
         graphs = make_graphs(model, request, parameters)
         if not checked.trains:
-            _tell_costs(model, request, graphs)
+            _tell_costs(model, request, graphs, writer)
         clock.lap()
         plans = make_plans(model, request, graphs)
         clock.lap()
         unfinished = partial(unfinished_weights, model, works["weights"])
         sources = PlannedSources(plans, writer, request.settings.dtype, request.settings.shape_bucket, unfinished)
-        targets = build_targets(request.targets, sources, writer, request.device, request.options_for(works["timing"]))
-        measured = request.wants_speed or request.needs_calibration
-        engines = load_engines(targets, sources, writer, stack, request.device) if measured else {}
+        options = request.options_for(works["timing"])
+        targets = build_targets(request.targets, sources, writer, request.device, options, late=request.late)
+        engines = load_engines(targets, sources, writer, stack, request.device) if request.measures else {}
         clock.lap()
         calibrations = find_calibrations(model, request, checked, works.get("calibration"))
         clock.lap()
         programs = make_programs(model, request, engines, calibrations, parameters)
         clock.lap()
         levels = programs.facts if calibrations is None else measure(model, request, engines, programs, calibrations)
+        check_quality(levels, request.wish.fit.min_psnr)
         clock.lap()
         files = {level: writer.add_program(level, program) for level, program in programs.by_level.items()}
         if parameters is not None:
@@ -137,34 +147,17 @@ def _compile(
         }
         timing = keep_timing(writer, works["timing"])
         writer.commit(make_manifest(model, request, writer, targets, files, parameters, timing, facts))
-    return parameters
+    return Made(parameters, calibrations, programs)
 
 
-def _tell_costs(model: LoadedModel, request: Request, graphs: StepGraphs) -> None:
+def _tell_costs(model: LoadedModel, request: Request, graphs: StepGraphs, writer: BundleWriter) -> None:
+    """Say what it takes; raise an error if there is no room to build the late targets, which would be seen at the very end."""
     batch = request.wish.model.batch or 1
     found = estimate(graphs.plain, graphs.engine, model.spec, request.settings, budget=request.computed, batch=batch)
     log.warning("plan: %s", found.short)
-
-
-def measure(
-    model: LoadedModel, request: Request, engines: Mapping[str, Engine], programs: Programs, calibrations: Calibrations
-) -> dict[str, dict[str, Any]]:
-    """Facts by level: those that were known, and what is measured on prompts that nothing was fitted to.
-
-    Raises:
-        QualityError: a level is below the gate.
-        InputError: a run gives NaN or infinity.
-    """
-    evaluator, prompts = EngineEvaluator(engines, model.io), calibrations.coarse.of("measure")
-    found = measure_levels(lambda latents: model.decode(latents, request.settings), evaluator, programs.by_level, prompts)
-    by = {"measured_by": f"{engines[COMPUTE].name} on {engines[COMPUTE].device.name}"}
-    levels = {level: {**programs.facts.get(level, {}), **known, **by} for level, known in found.items()}
-    check_quality(levels, request.wish.fit.min_psnr)
-    for goal in request.goals:
-        reached = levels[goal.level]["speedup"]
-        if goal.speedup is not None and reached < goal.speedup:
-            log.warning("level %s: %.2f times as fast was measured, %g was asked for", goal.level, reached, goal.speedup)
-    return levels
+    for name in request.late:
+        builder, device = get_builder(name.backend), device_for(name, request.device)
+        builder.check_room(found.weights, writer.staging, device, request.build.only(builder.options))
 
 
 class _Clock:

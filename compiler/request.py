@@ -14,7 +14,7 @@ from cachec.compiler.models.base import ModelSpec, Settings
 from cachec.compiler.options import FitWish, GraphWish, Options, check_batch, make_build_options, make_settings, read_options
 from cachec.compiler.planning.goals import Goal, make_goals
 from cachec.compiler.tables.schedule import Schedule
-from cachec.engines import BACKENDS, get_engine
+from cachec.engines import BACKENDS, get_builder, get_engine
 from cachec.engines.gpu import find_gpu
 from cachec.engines.targets import TargetName
 from cachec.passes import HOISTS
@@ -75,6 +75,11 @@ class Request:
         return replace(self.build, sizes=sizes, timing_cache=timing)
 
     @property
+    def late(self) -> tuple[TargetName, ...]:
+        """Targets that are built when the bundle is there without them, for what they take is much, and may end a process."""
+        return tuple(name for name in self.targets if get_builder(name.backend).apart)
+
+    @property
     def fits_fine(self) -> bool:
         """Are all levels fitted to the fine reference? If one is, only that one is."""
         return bool(self.reference_steps) and not any(goal.fine for goal in self.goals)
@@ -93,6 +98,11 @@ class Request:
     def needs_calibration(self) -> bool:
         """Are calibration runs looked at: for fits, searches, or a quality gate?"""
         return self.fits or self.wish.fit.min_psnr is not None or self.wish.fit.calibration is not None
+
+    @property
+    def measures(self) -> bool:
+        """Are engines run?"""
+        return self.wants_speed or self.needs_calibration
 
 
 def evaluated_in(settings: Settings, device: DeviceName) -> str:

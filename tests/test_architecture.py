@@ -32,6 +32,8 @@ ROOMS = (
     ("evaluation",),
     ("request",),
     ("frontend", "manifest"),
+    ("measuring",),
+    ("late_targets",),
     ("pipeline", "accelerate"),
     ("commands",),
 )

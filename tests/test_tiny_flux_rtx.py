@@ -51,7 +51,7 @@ def test_compile_builds_engines_and_inspect_shows_them(tmp_path, caplog, dtype):
     assert result.exit_code == 0, result.output
     assert ("nothing of this bundle runs on this machine" in caplog.text) == (dtype == "bfloat16")
     bundle = Bundle.open(out, verify=True)
-    engines, onnx = bundle.manifest.targets
+    onnx, engines = bundle.manifest.targets
     assert (engines.backend, engines.version, engines.precision) == ("tensorrt-rtx", rtx.__version__, dtype)
     assert (onnx.backend, onnx.precision) == ("ort", dtype)
     check_networks(out, onnx, dtype)

@@ -17,7 +17,7 @@ def compile_to_bundle(source: str, out: Path | None, *, force: bool, **options: 
     ``options`` are those that ``cachec.compiler.options`` declares.
 
     Raises:
-        CachecError: of the kind that fits; nothing is left at ``out``.
+        CachecError: of the kind that fits; nothing is left at ``out``, or a bundle that lacks only TensorRT's engines.
     """
     need("torch", "diffusers", "transformers", extra="compile", purpose="compiling")
     from cachec.compiler.pipeline import compile_bundle

@@ -112,16 +112,26 @@ class LooseSources(_Planned):
 
 
 def build_targets(
-    names: Sequence[TargetName], sources: PlannedSources, writer: Collector, device: DeviceName, options: BuildOptions
+    names: Sequence[TargetName],
+    sources: PlannedSources,
+    writer: Collector,
+    device: DeviceName,
+    options: BuildOptions,
+    *,
+    late: Sequence[TargetName] = (),
 ) -> tuple[Target, ...]:
-    """Build all targets into the bundle; with the ONNX target at the end if others were built from its files."""
-    targets = [build_into(writer, sources, name, device=device, options=options) for name in names]
-    if sources.wrote_onnx and not any(target.backend == ONNX_TARGET.backend for target in targets):
+    """Build all targets but the ``late`` ones into the bundle; with the ONNX target at the end if others are built from it."""
+    targets = [build_into(writer, sources, name, device=device, options=options) for name in names if name not in late]
+    if (late or sources.wrote_onnx) and not any(target.backend == ONNX_TARGET.backend for target in targets):
         targets.append(build_into(writer, sources, ONNX_TARGET, device=device, options=options))
+    return tuple(targets)
+
+
+def warn_unless_any_runs(targets: Sequence[Target]) -> None:
+    """Say it if nothing of a bundle runs here, and why."""
     fits = [find_fit(target) for target in targets]
     if not any(fit.fits for fit in fits):
         log.warning("nothing of this bundle runs on this machine: %s", "; ".join(f"{fit.target}: {fit.reason}" for fit in fits))
-    return tuple(targets)
 
 
 def load_engines(

@@ -7,7 +7,7 @@ import pytest
 from click.testing import CliRunner
 
 from cachec.cli import main
-from cachec.compiler.options import Options, declared, read_options
+from cachec.compiler.options import BuildWish, Options, as_flags, declared, read_options
 from cachec.runtime.errors import InputError
 
 
@@ -69,3 +69,9 @@ def test_flags_become_values(monkeypatch):
         CliRunner().invoke(main, ["compile", "m"], catch_exceptions=False)
     assert taken.pop("force") is False
     assert read_options(taken) == Options()
+
+
+def test_flags_give_another_command_the_same_options():
+    wish = BuildWish(targets=("tensorrt",), device="cuda:1", strip_weights=True, workspace=2.5, max_batch=4)
+    assert as_flags(wish, "add-target") == ["--strip-weights", "--workspace", "2.5", "--max-batch", "4"]
+    assert as_flags(BuildWish(), "add-target") == []
