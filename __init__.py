@@ -5,8 +5,9 @@ from typing import Any
 
 from cachec.runtime.errors import CachecError, InputError
 from cachec.runtime.session import LoadedBundle, Session
+from cachec.runtime.version import VERSION
 
-__version__ = "0.1.0"
+__version__ = VERSION
 __all__ = [
     "CachecError", "LoadedBundle", "Session", "__version__", "accelerate", "compile_model", "load", "register_family",
     "register_method",

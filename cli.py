@@ -13,6 +13,7 @@ from click.core import ParameterSource
 from cachec.compiler.commands.messages import set_up_messages
 from cachec.compiler.options import BuildWish, Command, declared, make_build_options, plain_type
 from cachec.runtime.errors import CachecError, InputError
+from cachec.runtime.version import VERSION
 
 log = logging.getLogger("cachec")
 
@@ -55,7 +56,7 @@ def _talking(function: Any) -> Any:
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="cachec")
+@click.version_option(VERSION)
 @_talking
 def main() -> None:
     """Compile a diffusion transformer into a bundle that computes few steps and forecasts the rest."""

@@ -9,6 +9,7 @@ from cachec.compiler.models.base import LoadedModel
 from cachec.compiler.request import Request
 from cachec.runtime.bundle import Manifest, Target
 from cachec.runtime.noise import GENERATOR
+from cachec.runtime.version import VERSION
 from cachec.runtime.write import BundleWriter
 
 
@@ -52,7 +53,7 @@ def make_manifest(
         files=writer.files,
         timing=timing,
         facts={
-            "made_by": f"cachec {importlib.metadata.version('cachec')}",
+            "made_by": f"cachec {VERSION}",
             "torch": importlib.metadata.version("torch"),
             **facts,
         },

@@ -24,6 +24,7 @@ from cachec.runtime.bundle import Target
 from cachec.runtime.device import DeviceName
 from cachec.runtime.engine import HOST, Engine, LoadOptions
 from cachec.runtime.files import temporary_folder
+from cachec.runtime.version import VERSION
 from cachec.runtime.work import claim_work
 from cachec.runtime.write import Collector
 
@@ -94,7 +95,7 @@ class PlannedSources(_Planned):
 
 def unfinished_weights(model: LoadedModel, folder: Path) -> Unfinished:
     """The place in ``folder`` for a weights file of ``model``: another one is none that could be gone on with."""
-    versions = {name: importlib.metadata.version(name) for name in ("cachec", "torch")}
+    versions = {"cachec": VERSION, "torch": importlib.metadata.version("torch")}
     return Unfinished(folder, {"weights_sha256": model.weights_hash, **versions})
 
 

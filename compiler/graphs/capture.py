@@ -67,7 +67,7 @@ def capture_model(model: nn.Module, inputs: Mapping[str, torch.Tensor], constant
 
 
 def _compare(model: nn.Module, module: fx.GraphModule, inputs: Mapping[str, torch.Tensor]) -> None:
-    values = Values()
+    values = Values(next(iter(inputs.values())).device)
     held = {name: values.of(parameter) for name, parameter in model.named_parameters() if is_named(parameter)}
     with torch.no_grad():
         wanted = torch.func.functional_call(model, held, (dict(inputs),))[VELOCITY]

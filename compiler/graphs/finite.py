@@ -35,7 +35,7 @@ def check_finite_run(graphs: Graphs, inputs: Mapping[str, torch.Tensor], precisi
             *(precision, size / 1e9, flops / 1e12),
         )
         return
-    compute = Values().module(graphs.modules[COMPUTE])
+    compute = Values(next(iter(inputs.values())).device).module(graphs.modules[COMPUTE])
     with torch.no_grad():
         results = compute(**inputs)
     if not all(map(_is_finite, results.values())):

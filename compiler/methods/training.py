@@ -18,6 +18,7 @@ from cachec.compiler.tables.schedule import Schedule
 from cachec.engines.torch_device import watching_memory
 from cachec.runtime.errors import InputError, PredictorError
 from cachec.runtime.program import hash_sigmas
+from cachec.runtime.version import VERSION
 from cachec.runtime.work import claim_work
 
 
@@ -102,7 +103,7 @@ def train_predictor(model: LoadedModel, evaluator: Evaluator, training: Training
         "seed": str(seed),
         "num_prompts": str(len(prompts.prompts)),
         "prompts_sha256": digest,
-        "made_by": f"cachec {importlib.metadata.version('cachec')}",
+        "made_by": f"cachec {VERSION}",
         "torch": importlib.metadata.version("torch"),
     }
     return Parameters(arrays, {name: _text(value) for name, value in facts.items()}, "trained now")
