@@ -10,28 +10,13 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from cachec.compiler.commands.groups import Group
 from cachec.compiler.commands.messages import set_up_messages
 from cachec.compiler.options import BuildWish, Command, declared, make_build_options, plain_type
 from cachec.runtime.errors import CachecError, InputError
 from cachec.runtime.version import VERSION
 
 log = logging.getLogger("cachec")
-
-
-class _Group(click.Group):
-    """Prints a ``CachecError`` in one line and exits with its code; ``--debug`` shows the traceback."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except CachecError as error:
-            if log.isEnabledFor(logging.DEBUG):
-                raise
-            click.echo(f"error: {error}", err=True)
-            ctx.exit(error.exit_code)
-        except KeyboardInterrupt:
-            click.echo("interrupted", err=True)
-            ctx.exit(130)
 
 
 def _talk(level: int) -> Callable[[click.Context, click.Parameter, bool], None]:
@@ -55,7 +40,7 @@ def _talking(function: Any) -> Any:
     return function
 
 
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(VERSION)
 @_talking
 def main() -> None:

@@ -24,7 +24,6 @@ log = logging.getLogger(__name__)
 
 ALIGNMENT = 4096  # bytes; of tensors in the weights file, so that it can be mapped
 CHUNK = 1 << 20  # bytes that are read at once
-GOES_ON = "choose another place. Tensors that are whole are kept for the same command"
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ class WeightsFile:
     def __init__(self, unfinished: Unfinished) -> None:
         self._path, self._notes_path = (unfinished.folder / name for name in ("weights.part", "weights.notes"))
         self._header = _line(unfinished.facts)
-        self._hash, self._end = hashlib.sha256(), 0
+        self._hash, self._end, self._size = hashlib.sha256(), 0, 0
         self._left: deque[_Note] = deque()
         self._has_whole = False  # is at least one tensor there?
         self._stack = ExitStack()
@@ -100,7 +99,8 @@ class WeightsFile:
         if there:
             log.warning("continues: %s of %s of weights are there", in_bytes(there), in_bytes(size))
         what = "the rest of the weights file" if there else "the weights file"
-        check_disk(self._path.parent, size - there, what, GOES_ON)
+        self._size = size
+        check_disk(self._path.parent, size - there, what, self._advice)
 
     def place(self, tensor: Hashable, contents: Iterable[Any]) -> tuple[int, int]:
         """Where a tensor lies: its first byte, and how many. ``tensor`` is the same, in all processes, for the same values.
@@ -166,8 +166,16 @@ class WeightsFile:
         self._notes.write(line)
         self._notes.flush()
 
+    @property
+    def _advice(self) -> str:
+        kept = max(self._end, self._left[-1].end if self._left else 0)
+        goes_on = (
+            f". {in_bytes(kept)} of {in_bytes(self._size)} are kept, and the same command goes on with them" if kept else ""
+        )
+        return f"choose another place{goes_on}"
+
     def _writing(self) -> AbstractContextManager[None]:
-        return writing(self._path, advice=GOES_ON)
+        return writing(self._path, advice=self._advice)
 
 
 def _read_notes(path: Path, header: bytes) -> tuple[int, deque[_Note]]:

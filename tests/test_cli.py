@@ -189,6 +189,12 @@ def test_what_is_no_device_is_refused(toy_bundle, device):
     assert f"device is {device!r}; use cpu, cuda" in output
 
 
+def test_a_device_is_given_once(toy_bundle, tmp_path):
+    code, output = cachec("run", toy_bundle, "-p", "x", "-p", "y", "-o", tmp_path / "x.png", "--device", "cuda", "--device=cpu")
+    assert code == InputError.exit_code
+    assert output == "error: --device is given twice, and one is taken: leave the other out\n"
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there_is_refused(toy_bundle):
     code, output = cachec("run", toy_bundle, "-p", "x", "-o", "x.png", "--device", "cuda")

@@ -3,15 +3,21 @@
 ``B`` batch (symbolic), everything else static: one resolution and one text length per bundle.
 """
 
+import linecache
 import operator
 from collections.abc import Iterable, Mapping
+from pathlib import Path
+from traceback import walk_tb
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch._dynamo.exc import UserError
 from torch.export import Dim, ExportedProgram
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+from torch.utils import _pytree as pytree
 
+from cachec.compiler.graphs.finite import place_of
 from cachec.compiler.graphs.weights import Values, has_values, is_large, is_named
 from cachec.passes import Graphs, Stage
 from cachec.passes.base import copy_module
@@ -140,13 +146,33 @@ def _trace(
 
 
 def _export(module: nn.Module, inputs: dict[str, torch.Tensor], shapes: Any) -> ExportedProgram:
+    what = getattr(module, "model", module)
     try:
         with torch.no_grad():
             program = torch.export.export(module, (inputs,), dynamic_shapes=(shapes,), strict=False)
-            return program if all(map(_is_functional, program.graph.nodes)) else program.run_decompositions({})
+            program = program if all(map(_is_functional, program.graph.nodes)) else program.run_decompositions({})
     except (RuntimeError, ValueError, UserError) as error:
-        what = getattr(module, "model", module)
-        raise PassError(f"torch.export cannot capture {type(what).__name__}: {in_one_line(error)}") from error
+        reason = in_one_line(error)
+        raise PassError(f"torch.export cannot capture {type(what).__name__}{_place_in(what, error)}: {reason}") from error
+    for node in program.graph.nodes:
+        if any(map(free_unbacked_symbols, pytree.tree_leaves(node.meta.get("val")))):
+            wrong = f"sizes or numbers in it depend on values of tensors, first at {place_of(node)}"
+            raise PassError(f"{type(what).__name__} cannot be captured: {wrong}")
+    return program
+
+
+def _place_in(model: nn.Module, error: BaseException) -> str:
+    """Which module of ``model``, and which line, an error of tracing comes from; nothing if it is from elsewhere."""
+    paths = {id(part): path for path, part in model.named_modules()}
+    seen: BaseException | None = error
+    while seen is not None:
+        frames = [(frame, line) for frame, line in walk_tb(seen.__traceback__) if id(frame.f_locals.get("self")) in paths]
+        if frames:
+            frame, line = frames[-1]
+            path, file = paths[id(frame.f_locals["self"])], frame.f_code.co_filename
+            return f" at {path or 'its forward'}, {Path(file).name}:{line} ({linecache.getline(file, line).strip()})"
+        seen = seen.__cause__ or seen.__context__
+    return ""
 
 
 def _is_functional(node: fx.Node) -> bool:

@@ -66,11 +66,12 @@ class _Finder(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
         if not self._found and n.op == "call_function" and isinstance(result, torch.Tensor) and not _is_finite(result):
-            self._found, self.first = True, _place(n)
+            self._found, self.first = True, place_of(n)
         return result
 
 
-def _place(node: fx.Node) -> str:
+def place_of(node: fx.Node) -> str:
+    """A node as people find it: its name, its operator, and where in the model that is."""
     stack = node.meta.get("nn_module_stack") or {}
     path = next(reversed([path for path, _ in stack.values()]), "") if stack else ""
     return f"{node.name} ({node.target}{f' in {path}' if path else ''})"

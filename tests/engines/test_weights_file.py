@@ -132,7 +132,10 @@ def test_a_second_interruption_keeps_what_both_wrote(interrupted, tmp_path, want
 
 
 def test_a_full_disk_is_said_and_what_is_there_is_kept(tmp_path, wanted, monkeypatch):
-    with full_disk(60_000), pytest.raises(OutputError, match=r"File too large. .*that are whole are kept for the same command"):
+    with (
+        full_disk(60_000),
+        pytest.raises(OutputError, match=r"File too large. .*place. 58.75 kB of 193.82 kB are kept, and the same"),
+    ):
         write(tmp_path / "work", tmp_path)
     usage = namedtuple("usage", "free")
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage(10_000))

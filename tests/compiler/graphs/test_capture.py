@@ -88,6 +88,32 @@ def test_a_model_that_cannot_be_captured_is_refused_with_the_reason():
         capture_model(Branches(WIDTH, WIDTH).eval(), {"latents": example_inputs()["latents"]})
 
 
+class Reads(nn.Linear):
+    def forward(self, latents):
+        return latents if self.weight.sum() > 0 else -latents
+
+
+class Counts(nn.Linear):
+    def forward(self, latents):
+        return latents + self.weight.nonzero().sum()
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (
+            Reads,
+            r"cannot capture Sequential at 1, test_capture.py:\d+ \(return latents if self.weight.*\): Could",
+        ),
+        (Counts, r"Sequential cannot be captured: sizes or numbers .* first at nonzero \(aten.nonzero.default in .*1\)"),
+    ],
+)
+def test_where_a_model_cannot_be_captured_without_values_is_said(kind, message):
+    model = nn.Sequential(nn.Identity(), kind(WIDTH, WIDTH)).eval()
+    with pytest.raises(PassError, match=message):
+        capture_model(model, {"input": example_inputs()["latents"]})
+
+
 @torch.no_grad()
 def test_a_captured_predictor_is_the_predictor():
     predictor = Taylor(1).predictor(None)
