@@ -76,7 +76,8 @@ class BuildWish:
     """What is built, and for which machine."""
 
     targets: tuple[str, ...] = option(
-        ("ort",), "What to build: cachec list backends; bound to a device as ort-cuda. May be given several times.",
+        ("ort",), "What to build: cachec list backends; bound to a device as ort-cuda. May be given several times. "
+        "auto: build and time all that run on the device, and keep the fastest.",
         "--target", "--backend",
     )  # fmt: skip
     device: str | None = option(

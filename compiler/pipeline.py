@@ -1,15 +1,11 @@
 """The story of a compilation: check, train, capture and rewrite, build, calibrate, search and fit, measure, write."""
 
 import logging
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Self
-
-from tqdm import tqdm
 
 from cachec.compiler.frontend import (
     Checked,
@@ -24,6 +20,7 @@ from cachec.compiler.frontend import (
 )
 from cachec.compiler.graphs.build_engines import (
     PlannedSources,
+    build_fastest,
     build_targets,
     load_engines,
     unfinished_weights,
@@ -39,25 +36,16 @@ from cachec.compiler.planning.estimate import estimate
 from cachec.compiler.planning.levels import check_quality
 from cachec.compiler.planning.room import check_compile
 from cachec.compiler.request import Request
+from cachec.compiler.stages import STAGES, Clock
 from cachec.engines import get_builder
 from cachec.engines.build_target import check_build, device_for, keep_timing
+from cachec.engines.fastest import find_usable
 from cachec.runtime.bundle import Bundle
-from cachec.runtime.errors import QualityError
+from cachec.runtime.errors import EngineError, OutputError, QualityError
 from cachec.runtime.work import claim_work, remove_work
 from cachec.runtime.write import BundleWriter
 
 log = logging.getLogger(__name__)
-
-STAGES = (
-    "check",
-    "trained predictor",
-    "graphs",
-    "engine plans",
-    "build engines",
-    "calibration",
-    "schedules and coefficients",
-    "measure",
-)
 
 
 @dataclass(frozen=True)
@@ -75,16 +63,16 @@ def compile_bundle(model: LoadedModel, request: Request, out: Path, *, force: bo
     Raises:
         CachecError: of the kind that fits; ``out`` is then as it was, or a bundle that lacks only targets which are built late.
     """
-    for dtype in {request.settings.dtype, request.wish.graph.slots or request.settings.dtype}:
-        check_build(request.targets, dtype, request.device, request.build, max_batch=request.wish.build.max_batch)
-    with _Clock((*STAGES, *(["late targets"] if request.late else []))) as clock:
+    request, left_out = check_targets(model, request, out)
+    with Clock((*STAGES, *(["late targets"] if request.late else []))) as clock:
         with model.hashing_weights(), BundleWriter(out, force=force) as writer:
             checked = check(model, request)
             works = _works(out, checked)
-            check_compile(model, request.settings, request.targets, out, works["weights"])
+            if not request.auto:
+                check_compile(model, request.settings, request.targets, out, works["weights"])
             clock.lap()
             try:
-                made = _compile(model, request, checked, writer, works, clock)
+                made = _compile(model, request, checked, writer, works, clock, left_out)
             except QualityError:  # another attempt asks for something else, so nothing is kept for it
                 _remove(works)
                 raise
@@ -94,6 +82,27 @@ def compile_bundle(model: LoadedModel, request: Request, out: Path, *, force: bo
             clock.lap()
     warn_unless_any_runs(bundle.manifest.targets)
     return Compilation(bundle, "none needed" if made.parameters is None else made.parameters.origin, clock.seconds)
+
+
+def check_targets(model: LoadedModel, request: Request, out: Path) -> tuple[Request, dict[str, str]]:
+    """The request with the targets that can be built here. Where the fastest is wanted, the others are left out, with reasons.
+
+    Raises:
+        InputError: a target that is asked for cannot be built, or none of them all.
+    """
+    dtypes = {request.settings.dtype, request.wish.graph.slots or request.settings.dtype}
+    most, left_out = request.wish.build.max_batch, dict[str, str]()
+    if not request.auto:
+        for dtype in dtypes:
+            check_build(request.targets, dtype, request.device, request.build, max_batch=most)
+        return request, left_out
+    names, left_out = find_usable(request.targets, dtypes, request.device, request.build, max_batch=most)
+    for name in names:
+        try:
+            check_compile(model, request.settings, [name], out, out)
+        except (EngineError, OutputError) as error:
+            left_out[str(name)] = str(error)
+    return replace(request, targets=tuple(name for name in names if str(name) not in left_out)), left_out
 
 
 def _works(out: Path, checked: Checked) -> dict[str, Path]:
@@ -108,7 +117,13 @@ def _remove(works: Mapping[str, Path]) -> None:
 
 
 def _compile(
-    model: LoadedModel, request: Request, checked: Checked, writer: BundleWriter, works: Mapping[str, Path], clock: "_Clock"
+    model: LoadedModel,
+    request: Request,
+    checked: Checked,
+    writer: BundleWriter,
+    works: Mapping[str, Path],
+    clock: Clock,
+    left_out: Mapping[str, str],
 ) -> Made:
     """Everything after the checks, but for the late targets."""
     with ExitStack() as stack:
@@ -125,8 +140,11 @@ def _compile(
         clock.lap()
         unfinished = partial(unfinished_weights, model, works["weights"])
         sources = PlannedSources(plans, writer, request.settings.dtype, request.settings.shape_bucket, unfinished)
-        options = request.options_for(works["timing"])
-        targets = build_targets(request.targets, sources, writer, request.device, options, late=request.late)
+        options, chosen = request.options_for(works["timing"]), {}
+        if request.auto:
+            targets, chosen["auto"] = build_fastest(request.targets, sources, writer, request.device, options, left_out)
+        else:
+            targets = build_targets(request.targets, sources, writer, request.device, options, late=request.late)
         engines = load_engines(targets, sources, writer, stack, request.device) if request.measures else {}
         clock.lap()
         calibrations = find_calibrations(model, request, checked, works.get("calibration"))
@@ -144,6 +162,7 @@ def _compile(
             "calibration": {} if calibrations is None else calibrations.facts,
             "hoisted": hoisting_facts(graphs.plain, graphs.engine),
             "memory": memory_facts(graphs.engine),
+            **chosen,
         }
         timing = keep_timing(writer, works["timing"])
         writer.commit(make_manifest(model, request, writer, targets, files, parameters, timing, facts))
@@ -158,31 +177,3 @@ def _tell_costs(model: LoadedModel, request: Request, graphs: StepGraphs, writer
     for name in request.late:
         builder, device = get_builder(name.backend), device_for(name, request.device)
         builder.check_room(found.weights, writer.staging, device, request.build.only(builder.options))
-
-
-class _Clock:
-    """Seconds by stage, with a progress bar over the stages on a terminal; a context manager."""
-
-    def __init__(self, stages: Sequence[str]) -> None:
-        self.seconds: dict[str, float] = {}
-        self._stages = stages
-        self._bar = tqdm(total=len(stages), unit="stage", desc=stages[0], disable=None, leave=False)
-        self._last = time.perf_counter()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
-
-    def lap(self) -> None:
-        """The current stage is done."""
-        now = time.perf_counter()
-        stage = self._stages[len(self.seconds)]
-        self.seconds[stage] = now - self._last
-        self._last = now
-        log.info("%s: %.1f s", stage, self.seconds[stage])
-        self._bar.update()
-        if len(self.seconds) < len(self._stages):
-            self._bar.set_description(self._stages[len(self.seconds)])
-            log.info("%s …", self._stages[len(self.seconds)])

@@ -11,10 +11,20 @@ from cachec.compiler.calibration.prompts import read_prompts
 from cachec.compiler.methods import get_method
 from cachec.compiler.methods.base import Method, PredictorMethod
 from cachec.compiler.models.base import ModelSpec, Settings
-from cachec.compiler.options import FitWish, GraphWish, Options, check_batch, make_build_options, make_settings, read_options
+from cachec.compiler.options import (
+    BuildWish,
+    FitWish,
+    GraphWish,
+    Options,
+    check_batch,
+    make_build_options,
+    make_settings,
+    read_options,
+)
 from cachec.compiler.planning.goals import Goal, make_goals
 from cachec.compiler.tables.schedule import Schedule
 from cachec.engines import BACKENDS, get_builder, get_engine
+from cachec.engines.fastest import AUTO, candidates
 from cachec.engines.gpu import find_gpu
 from cachec.engines.targets import TargetName
 from cachec.passes import HOISTS
@@ -75,8 +85,15 @@ class Request:
         return replace(self.build, sizes=sizes, timing_cache=timing)
 
     @property
+    def auto(self) -> bool:
+        """Is only the fastest of the targets wanted?"""
+        return AUTO in self.wish.build.targets
+
+    @property
     def late(self) -> tuple[TargetName, ...]:
         """Targets that are built when the bundle is there without them, for what they take is much, and may end a process."""
+        if self.auto:
+            return ()
         return tuple(name for name in self.targets if get_builder(name.backend).apart)
 
     @property
@@ -129,7 +146,7 @@ def check_wish(spec: ModelSpec, wish: Options) -> Request:
         InputError: an option is out of range, or contradicts another.
     """
     _check_numbers(wish)
-    targets = _read_targets(wish.build.targets)
+    targets, device = _choose_targets(wish.build)
     method = get_method(wish.schedule.method).with_options(wish.schedule.options or {})
     settings = make_settings(spec, wish.model)
     _check_files(method, wish.fit)
@@ -142,7 +159,7 @@ def check_wish(spec: ModelSpec, wish: Options) -> Request:
         settings=settings,
         prompts=None if wish.fit.prompts is None else read_prompts(wish.fit.prompts),
         targets=targets,
-        device=_choose_device(wish.build.device, targets),
+        device=device,
         build=make_build_options(wish.build),
         interval=interval,
         reference_steps=_choose_reference(method, goals, settings.steps, wish.fit),
@@ -167,6 +184,17 @@ def _check_files(method: Method, wish: FitWish) -> None:
         raise InputError(f"method {method.name!r} has no trained predictor, so --predictor {wish.predictor} cannot be used")
     if wish.calibration is not None and wish.prompts is not None and not method.needs_training:
         raise InputError("--calibration and --prompts contradict each other: a given calibration has its prompts")
+
+
+def _choose_targets(wish: BuildWish) -> tuple[tuple[TargetName, ...], DeviceName]:
+    """The targets, all that can be looked at for ``auto``, and the device to measure on."""
+    if AUTO not in wish.targets:
+        targets = _read_targets(wish.targets)
+        return targets, _choose_device(wish.device, targets)
+    if len(wish.targets) > 1:
+        raise InputError(f"target auto takes the fastest of all: leave {', '.join(n for n in wish.targets if n != AUTO)} out")
+    device = _choose_device(wish.device, ())
+    return candidates(device), device
 
 
 def _read_targets(names: tuple[str, ...]) -> tuple[TargetName, ...]:

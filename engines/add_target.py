@@ -11,6 +11,7 @@ from typing import Any
 
 from cachec.engines.backends import BACKENDS, FROM_ONNX
 from cachec.engines.build_target import build_into, check_build, keep_timing, plan_target
+from cachec.engines.fastest import AUTO
 from cachec.engines.targets import ONNX_TARGET, TargetName, parse_device
 from cachec.runtime.build_options import DEFAULTS, BuildOptions
 from cachec.runtime.builder import Sources
@@ -66,6 +67,10 @@ def add_targets(
         EngineError: the builder fails, or what it takes is not there.
     """
     check_max_batch(max_batch)
+    if AUTO in names:
+        raise InputError(
+            f"target {AUTO} is for cachec compile: what a bundle's ONNX files cannot become cannot be looked at here"
+        )
     wanted = [TargetName.parse(name, BACKENDS) for name in names]
     there = parse_device(device) or DeviceName(CUDA)
     if there.kind != CUDA:

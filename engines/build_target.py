@@ -2,19 +2,19 @@
 
 import logging
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from cachec.engines.backends import get_builder
 from cachec.engines.build_apart import build_apart
-from cachec.engines.targets import TargetName
+from cachec.engines.targets import Fit, TargetName
 from cachec.runtime.build_options import BuildOptions, in_words
 from cachec.runtime.builder import Sources
 from cachec.runtime.bundle import ANY_DEVICE, Artifact, Target
 from cachec.runtime.device import DeviceName
-from cachec.runtime.engine import HOST
+from cachec.runtime.engine import HOST, Engine, LoadOptions
 from cachec.runtime.errors import InputError
 from cachec.runtime.work import LOCK
 from cachec.runtime.write import Collector
@@ -73,6 +73,14 @@ def build_into(
         engines={key: Artifact(sealed[path], sources.signatures[key]) for key, path in files.items()},
         weights={key: writer.name_of(path) for key, path in sources.onnx().items()} if own.strip else {},
     )
+
+
+def load_collected(fit: Fit, sources: Sources, writer: Collector) -> Mapping[str, Engine]:
+    """The engines of a target that fits, from files that are not in the bundle yet."""
+    assert fit.backend is not None, "it fits"
+    files = {name: writer.staging / artifact.path for name, artifact in fit.target.engines.items()}
+    weights = {name: writer.staging / path for name, path in fit.target.weights.items()}
+    return fit.backend.load(files, sources.signatures, LoadOptions(fit.device, weights=weights, needs=fit.target.needs))
 
 
 def onnx_bytes(sources: Sources) -> int:

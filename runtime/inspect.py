@@ -31,7 +31,7 @@ def describe_bundle(bundle: Bundle, fits: Sequence[str] = ()) -> list[tuple[str,
         rows += [("", text) for text in (*fits[index : index + 1], *_target_facts(target))]
         for name, artifact in target.engines.items():
             rows.append((f"  {name}", f"{artifact.path}, {manifest.files[artifact.path]['bytes'] / 1e6:.2f} MB"))
-    rows += describe_memory(bundle)
+    rows += [*describe_choice(bundle), *describe_memory(bundle)]
     total = sum(entry["bytes"] for entry in manifest.files.values())
     rows.append(("size", f"{total / 1e6:.1f} MB in {len(manifest.files)} files, all hashes match"))
     return rows
@@ -48,6 +48,24 @@ def _target_facts(target: Target) -> list[str]:
     if target.weights:
         facts.append("without weights, which are loaded from the bundle's ONNX files")
     return facts
+
+
+def describe_choice(bundle: Bundle) -> list[tuple[str, str]]:
+    """Rows about what ``--target auto`` measured, the fastest first, and what it left out."""
+    if (facts := bundle.manifest.facts.get("auto")) is None:
+        return []
+    rows = [("measured", f"on {facts['device']}: {facts['kept']} is kept")]
+    for name, row in facts["targets"].items():
+        graphs = ", ".join(f"{graph} {in_seconds(seconds)}" for graph, seconds in row["seconds"].items())
+        took, built, loaded = (in_seconds(row[f"{what}_seconds"]) for what in ("request", "build", "load"))
+        times = f"{row['ratio']:.2f} times as long as the kept one"
+        rows.append((f"  {name}", f"{times}; a request {took} ({graphs}); built in {built}, loaded in {loaded}"))
+    return rows + [(f"  {name}", f"left out: {reason}") for name, reason in facts["failed"].items()]
+
+
+def in_seconds(seconds: float) -> str:
+    """As people write it."""
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
 
 
 def describe_memory(bundle: Bundle) -> list[tuple[str, str]]:

@@ -54,6 +54,13 @@ class Collector(ABC):
             self.files[name] = {"bytes": named.stat().st_size, "sha256": digest}
         return name
 
+    def drop(self, name: str) -> None:
+        """Remove what was collected in the directory ``name``, if anything was."""
+        with writing(self.staging):
+            if (self.staging / name).is_dir():
+                shutil.rmtree(self.staging / name)
+        self.files = {file: entry for file, entry in self.files.items() if not file.startswith(f"{name}/")}
+
     def add_bytes(self, name: str, content: bytes) -> str:
         """Collect a file with ``content``; returns its name in the bundle."""
         path = self.staging / name

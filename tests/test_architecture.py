@@ -24,7 +24,7 @@ MAY_IMPORT = {
 }
 # rooms of the compiler, low to high; those of one line know nothing of each other. Files beside the rooms are rooms, too.
 ROOMS = (
-    ("models", "tables", "fingerprint"),
+    ("models", "tables", "fingerprint", "stages"),
     ("graphs", "options", "stand_in"),
     ("calibration", "drop_in"),
     ("methods",),

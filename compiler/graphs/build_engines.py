@@ -6,6 +6,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from torch.export import ExportedProgram
 
@@ -14,7 +15,9 @@ from cachec.compiler.graphs.prepare import engine, linear, prepare
 from cachec.compiler.graphs.weights import Values
 from cachec.compiler.models.base import LoadedModel, Settings
 from cachec.engines import get_builder
-from cachec.engines.build_target import build_into
+from cachec.engines.backends import FROM_ONNX
+from cachec.engines.build_target import build_into, load_collected
+from cachec.engines.fastest import keep_fastest
 from cachec.engines.onnx_files import OnnxFiles, build_onnx
 from cachec.engines.targets import ONNX_TARGET, TargetName, find_fit
 from cachec.engines.weights_file import Unfinished
@@ -128,6 +131,28 @@ def build_targets(
     return tuple(targets)
 
 
+def build_fastest(
+    names: Sequence[TargetName],
+    sources: PlannedSources,
+    writer: Collector,
+    device: DeviceName,
+    options: BuildOptions,
+    failed: Mapping[str, str],
+) -> tuple[tuple[Target, ...], dict[str, Any]]:
+    """Build the fastest of these back ends, as ``build_targets`` would have built it alone; and what was measured.
+
+    Raises:
+        EngineError: none can be built and run.
+    """
+    target, facts = keep_fastest(names, sources, writer, device, options, failed)
+    if target.backend == ONNX_TARGET.backend:
+        return (target,), facts
+    if target.backend in FROM_ONNX:
+        return (target, build_into(writer, sources, ONNX_TARGET, device=device, options=options)), facts
+    writer.drop(f"engines/onnx-{sources.precision}")
+    return (target,), facts
+
+
 def warn_unless_any_runs(targets: Sequence[Target]) -> None:
     """Say it if nothing of a bundle runs here, and why."""
     fits = [find_fit(target) for target in targets]
@@ -141,11 +166,7 @@ def load_engines(
     """Engines to measure with, closed with ``stack``: those of the first target that runs on ``device`` here, else eager's."""
     for fit in (find_fit(target, device) for target in targets):
         if fit.backend is not None:
-            files = {name: writer.staging / artifact.path for name, artifact in fit.target.engines.items()}
-            weights = {name: writer.staging / path for name, path in fit.target.weights.items()}
-            engines: Mapping[str, Engine] = fit.backend.load(
-                files, sources.signatures, LoadOptions(device, weights=weights, needs=fit.target.needs)
-            )
+            engines = load_collected(fit, sources, writer)
             break
         log.info("%s does not run on %s here: %s", fit.target, device, fit.reason)
     else:

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from cachec.compiler.calibration.uses import NUM_CALIBRATION
 from cachec.compiler.planning.estimate import COMPILE_MEMORY, Estimate, in_count, in_flops
 from cachec.compiler.planning.gpus import GpuFigures
+from cachec.runtime.inspect import in_seconds
 from cachec.runtime.room import in_bytes
 
 
@@ -39,13 +40,13 @@ def _request_rows(found: Estimate) -> Iterator[tuple[str, str]]:
 
 def _gpu_row(found: Estimate, gpu: GpuFigures) -> tuple[str, str]:
     facts = found.on(gpu)
-    step, some, every = (_in_seconds(facts[name]) for name in ("step", "request", "all_computed"))
+    step, some, every = (in_seconds(facts[name]) for name in ("step", "request", "all_computed"))
     text = f"a computed step {step}, a request {some} ({every} with all steps computed)"
     if not facts["fits"]:
         text += f"; needs more than its {in_bytes(gpu.memory)}"
     if (measured := facts["measured"]) is not None and found.batch == 1:
         share = facts["step"] / measured["seconds"]
-        text += f"; a step was measured at {_in_seconds(measured['seconds'])}, {share:.0%} of peak ({measured['where']})"
+        text += f"; a step was measured at {in_seconds(measured['seconds'])}, {share:.0%} of peak ({measured['where']})"
     return f"floor on {gpu.name}", f"{text}; estimate, by {gpu.peak / 1e12:.0f} TFLOP/s of dense bfloat16"
 
 
@@ -55,7 +56,3 @@ def _making_rows(found: Estimate) -> Iterator[tuple[str, str]]:
     yield "compile", f"{in_bytes(COMPILE_MEMORY)} of memory, weights are streamed; {in_bytes(found.weights)} of disk"
     yield "calibration", f"{NUM_CALIBRATION} prompts, {count} evaluations, {in_flops(count * found.computed)}; {features}"
     yield "TensorRT build", f"up to {in_bytes(found.build_memory)} of memory and {in_bytes(found.build_disk)} of disk"
-
-
-def _in_seconds(seconds: float) -> str:
-    return f"{seconds:.2f} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"

@@ -62,6 +62,7 @@ def test_bundles_without_onnx_files_cannot_be_added_to(bundle):
     ("names", "options", "message"),
     [
         (["tensort"], {}, "unknown target 'tensort'. Did you mean 'tensorrt'"),
+        (["auto"], {}, "target auto is for cachec compile"),
         (["aoti"], {}, "target aoti is not built from the ONNX files in a bundle"),
         (["tensorrt-cpu"], {}, "runs on cuda only"),
         (["ort-tensorrt"], {"options": BuildOptions(strip=True)}, "stripped weights is for none of the targets ort-tensorrt"),
