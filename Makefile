@@ -12,7 +12,7 @@ help:  ## Say what can be made
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[cpu,compile,rtx,dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[cpu,compile,rtx,ray,dev]'
 	touch $(READY)
 
 demo: $(READY)  ## Compile tiny-flux with LESA and draw a comparison: demo/comparison.png
@@ -25,7 +25,7 @@ demo: $(READY)  ## Compile tiny-flux with LESA and draw a comparison: demo/compa
 test: $(READY)  ## Run the tests, on the CPU, in two processes of one thread each
 	$(BIN)/python -m pytest -n 2 --dist loadscope --durations 10
 
-test-slow: $(READY)  ## Run the tests that build for minutes: TensorRT for RTX on tiny-flux, the benches' own
+test-slow: $(READY)  ## Run the tests that build for minutes: TensorRT for RTX on tiny-flux, workers on Ray, the benches' own
 	$(BIN)/python -m pytest -n 2 --dist loadscope -m slow
 
 check: $(READY) types  ## Format, lint and types
@@ -59,7 +59,7 @@ quality: $(READY)  ## Every method at every budget: bench/QUALITY.md (about two 
 	$(BIN)/python -m bench.quality_report --date $$(date +%F)
 
 bench: $(READY)  ## Speed beside the peers in one run: bench/RESULTS.md (under an hour on two idle cores)
-	$(BIN)/python -m pip install --quiet --editable '.[cpu,compile,rtx,dev,bench]'
+	$(BIN)/python -m pip install --quiet --editable '.[cpu,compile,rtx,ray,dev,bench]'
 	$(BIN)/python -m bench.speed
 
 engines: $(READY)  ## Engines of TensorRT for RTX and errors of low precision: bench/ENGINES.md (a quarter of an hour)

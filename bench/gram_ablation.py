@@ -16,7 +16,7 @@ import numpy as np
 
 from bench.quality import NUM_FIT, open_setting
 from cachec.compiler.calibration.calibration import Calibration, open_calibration, relative_errors
-from cachec.compiler.calibration.runs import Subject
+from cachec.compiler.calibration.runs import Subject, recording_here
 from cachec.compiler.calibration.statistics import record_statistics
 from cachec.compiler.calibration.uses import UsedPrompts
 from cachec.compiler.methods.gram_fit import fit_rows, node_timesteps, polish
@@ -155,7 +155,9 @@ def shifted(work: Path) -> dict[str, Any]:
     for name, captions in sets.items():
         seed = 1 if name == "warm" else 2
         used, parts = UsedPrompts(tuple(captions), ("fit",) * len(captions)), work / f"shift {name}.parts"
-        statistics = record_statistics(subject, setting.evaluator, used, reference_steps=0, seed=seed, work=parts)
+        statistics = record_statistics(
+            subject, recording_here(subject, setting.evaluator), used, reference_steps=0, seed=seed, work=parts
+        )
         opened[name] = open_calibration(statistics, subject, setting.evaluator)
     held_out = opened["cold"].select(range(NUM_FIT, 2 * NUM_FIT))
     rows = json.loads((work / "rows 50 steps.json").read_text())

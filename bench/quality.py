@@ -25,7 +25,7 @@ from cachec.compiler.calibration.evaluator import Evaluator
 from cachec.compiler.calibration.graph_evaluator import GraphEvaluator
 from cachec.compiler.calibration.metrics import psnr_db
 from cachec.compiler.calibration.prompts import default_prompts
-from cachec.compiler.calibration.runs import Sampling, Subject, run_uncached
+from cachec.compiler.calibration.runs import Sampling, Subject, recording_here, run_uncached
 from cachec.compiler.calibration.statistics import load_statistics, record_statistics, save_statistics
 from cachec.compiler.calibration.uses import UsedPrompts
 from cachec.compiler.graphs.prepare import prepare
@@ -133,7 +133,9 @@ def open_setting(name: str, work: Path, *, steps: int, shift: float | None, num:
         prompts = default_prompts("shapes", "train")[: 64 if reference_steps else NUM_FIT]
         parts = work / f"{name}.parts"
         used = UsedPrompts(tuple(prompts), ("fit",) * len(prompts))
-        statistics = record_statistics(subject, evaluator, used, reference_steps=reference_steps, seed=0, work=parts)
+        statistics = record_statistics(
+            subject, recording_here(subject, evaluator), used, reference_steps=reference_steps, seed=0, work=parts
+        )
         save_statistics(statistics, path)
     statistics = load_statistics(path)
     prompts = default_prompts("shapes", "eval")[:num]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cachec.compiler.calibration.graph_evaluator import GraphEvaluator
-from cachec.compiler.calibration.runs import Sampling, Subject
+from cachec.compiler.calibration.runs import Sampling, Subject, recording_here
 from cachec.compiler.calibration.statistics import (
     Statistics,
     calibration_facts,
@@ -190,9 +190,9 @@ def find_calibrations(model: LoadedModel, request: Request, checked: Checked, wo
     evaluator = evaluator_of(model, request.settings, request.device)
     if statistics is None:
         assert checked.prompts is not None
-        fine = request.reference_steps or 0
+        fine, here = request.reference_steps or 0, recording_here(subject, evaluator)
         statistics = record_statistics(
-            subject, evaluator, checked.prompts, reference_steps=fine, seed=request.wish.fit.seed, work=work
+            subject, here, checked.prompts, reference_steps=fine, seed=request.wish.fit.seed, work=work
         )
     return Calibrations.open(statistics, subject, evaluator)
 

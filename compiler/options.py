@@ -15,15 +15,27 @@ from cachec.compiler.models.base import ModelSpec, Settings
 from cachec.runtime.build_options import BuildOptions
 from cachec.runtime.errors import InputError, unknown_name
 
-Command = Literal["compile", "train", "calibrate", "encode", "plan", "add-target"]
+Command = Literal["compile", "train", "calibrate", "eval", "encode", "plan", "add-target"]
 
 RUNS: tuple[Command, ...] = ("train", "calibrate", "plan")  # besides compile, for options of whole runs
 SIZES: tuple[Command, ...] = (*RUNS, "encode")  # and for those of what goes in
+BY_PROMPT: tuple[Command, ...] = ("train", "calibrate", "eval")  # what runs many prompts that know nothing of each other
 
 
-def option(default: Any, help: str, *flags: str, also: tuple[Command, ...] = (), metavar: str | None = None) -> Any:  # noqa: A002
-    """A field of a group. ``flags``: others than ``--its-name``; ``also``: commands that take it besides ``compile``."""
-    return field(default=default, metadata={"help": help, "flags": flags, "commands": ("compile", *also), "metavar": metavar})
+def option(
+    default: Any,
+    help: str,  # noqa: A002
+    *flags: str,
+    also: tuple[Command, ...] = (),
+    only: tuple[Command, ...] = (),
+    metavar: str | None = None,
+) -> Any:
+    """A field of a group. ``flags``: others than ``--its-name``.
+
+    ``also``: commands that take it besides ``compile``; ``only``: those that take it where ``compile`` does not.
+    """
+    commands = only or ("compile", *also)
+    return field(default=default, metadata={"help": help, "flags": flags, "commands": commands, "metavar": metavar})
 
 
 @dataclass(frozen=True)
@@ -99,6 +111,19 @@ class BuildWish:
 
 
 @dataclass(frozen=True)
+class WorkersWish:
+    """Who runs the prompts; by default this process does."""
+
+    workers: str | None = option(
+        None, "Run the prompts on Ray: ray on this machine, ray:HOST:PORT or ray:auto on a cluster.",
+        only=BY_PROMPT, metavar="ray[:ADDRESS]",
+    )  # fmt: skip
+    devices: str | None = option(
+        None, "Run the prompts in a process for each device, as cuda:0,cuda:1.", only=BY_PROMPT, metavar="A,B"
+    )
+
+
+@dataclass(frozen=True)
 class GraphWish:
     """What the graphs are like."""
 
@@ -119,6 +144,7 @@ class Options:
     fit: FitWish = FitWish()
     build: BuildWish = BuildWish()
     graph: GraphWish = GraphWish()
+    workers: WorkersWish = WorkersWish()
 
 
 def declared(command: Command) -> Iterator[tuple[str, Field[Any], Any]]:

@@ -87,7 +87,7 @@ def subject_on_grid(bundle: LoadedBundle, encode: Callable[[Sequence[str]], dict
         weights_hash=manifest.model["weights_sha256"],
         sampler=manifest.settings["sampler"],
         settings=settings_of(manifest),
-        latent_shape=bundle.engines[COMPUTE].signature.input(bundle.io.latents).resolve({BATCH: 1})[1:],
+        latent_shape=bundle.target.engines[COMPUTE].signature.input(bundle.io.latents).resolve({BATCH: 1})[1:],
         sampling=sampling,
         encode=encode,
     )

@@ -12,9 +12,10 @@ from safetensors.numpy import load_file, save
 from tqdm import tqdm
 
 from cachec.compiler.calibration.evaluator import Conditions, Evaluator
+from cachec.compiler.calibration.workers import Alone, Kept, Team, Tick, Tool, do_pieces
 from cachec.compiler.models.base import LoadedModel, Settings
+from cachec.runtime.device import DeviceName
 from cachec.runtime.errors import InputError
-from cachec.runtime.files import write_file
 from cachec.runtime.noise import NUM_SEEDS, make_noise
 from cachec.runtime.specs import Array
 
@@ -119,9 +120,61 @@ def run_uncached(evaluator: Evaluator, sampling: Sampling, noise: Array, conditi
         yield RunStep(x, velocity, feature)
 
 
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Prompts that are run together, from number ``start`` on; ``seeds`` are of their noise, and runs as ``wanted``."""
+
+    start: int
+    prompts: Sequence[str]
+    seeds: Sequence[int]
+    wanted: Sequence[WantedRun]
+
+
+@dataclass(frozen=True)
+class RecorderFacts:
+    """What recorders that work together have in common: the model, the kind of device, what it computes in, and how much."""
+
+    weights_hash: str
+    device: str
+    precision: str
+    max_batch: int
+
+
+class Recorder(Tool[RecorderFacts, Batch, dict[str, Array]]):
+    """The uncached model, run on batches of prompts: what each run keeps, and its ``noise``. Ticks once an evaluation."""
+
+    def __init__(self, subject: Subject, evaluator: Evaluator) -> None:
+        self._subject, self._evaluator = subject, evaluator
+
+    @property
+    def facts(self) -> RecorderFacts:
+        one = self._evaluator
+        return RecorderFacts(self._subject.weights_hash, DeviceName.parse(one.device).kind, one.precision, one.max_batch)
+
+    def do(self, task: Batch, tick: Tick) -> dict[str, Array]:
+        """Run one batch.
+
+        Raises:
+            InputError: a run gives NaN or infinity.
+        """
+        noise = np.stack([make_noise(seed, self._subject.latent_shape) for seed in task.seeds])
+        conditions, result = self._subject.encode(task.prompts), {"noise": noise}
+        for one in task.wanted:
+            steps = run_uncached(self._evaluator, one.sampling, noise, conditions)
+            result |= one.keep(_watched(steps, task, tick))
+        return result
+
+
+Recorders = Team[RecorderFacts, Batch, dict[str, Array]]
+
+
+def recording_here(subject: Subject, evaluator: Evaluator) -> Recorders:
+    """This process alone."""
+    return Alone(Recorder(subject, evaluator))
+
+
 def record_runs(
-    subject: Subject,
-    evaluator: Evaluator,
+    recorders: Recorders,
     prompts: Sequence[str],
     wanted: Sequence[WantedRun],
     *,
@@ -137,32 +190,32 @@ def record_runs(
 
     Raises:
         InputError: a run gives NaN or infinity.
+        EngineError: all workers died.
     """
-    evaluations = sum(one.sampling.num_steps for one in wanted)
-    chunks: list[dict[str, Array]] = []
+    starts = range(0, len(prompts), chunk)
+    batches = [Batch(at, prompts[at : at + chunk], seeds[at : at + chunk], wanted) for at in starts]
+    pieces = {f"runs-{batch.start:04d}.safetensors": batch for batch in batches}
+    evaluations, finished = sum(one.sampling.num_steps for one in wanted), 0
     with tqdm(total=len(prompts) * evaluations, desc=title, unit="evaluation", disable=None) as bar:
-        for start in range(0, len(prompts), chunk):
-            path = None if work is None else work / f"runs-{start:04d}.safetensors"
-            some = prompts[start : start + chunk]
-            if path is not None and path.exists():
-                chunks.append(load_file(path))
-                bar.update(len(some) * evaluations)
-                continue
-            noise = np.stack([make_noise(seed, subject.latent_shape) for seed in seeds[start : start + chunk]])
-            conditions, result = subject.encode(some), {"noise": noise}
-            for one in wanted:
-                steps = _watched(run_uncached(evaluator, one.sampling, noise, conditions), some, start, bar)
-                result |= one.keep(steps)
-            chunks.append(result)
-            if path is not None:
-                write_file(path, save({name: np.asarray(value, order="C") for name, value in result.items()}))
+
+        def done(name: str) -> None:
+            nonlocal finished
+            finished += len(pieces[name].prompts) * evaluations
+            bar.update(finished - bar.n)
+
+        chunks = do_pieces(recorders, pieces, Kept(work, _content, load_file), tick=bar.update, done=done)
     return {name: np.concatenate([one[name] for one in chunks]) for name in chunks[0]}
 
 
-def _watched(steps: Iterator[RunStep], prompts: Sequence[str], start: int, bar: "tqdm[None]") -> Iterator[RunStep]:
+def _content(arrays: dict[str, Array]) -> bytes:
+    content: bytes = save({name: np.asarray(value, order="C") for name, value in arrays.items()})
+    return content
+
+
+def _watched(steps: Iterator[RunStep], batch: Batch, tick: Tick) -> Iterator[RunStep]:
     for number, step in enumerate(steps):
-        check_finite(step.velocity, prompts, start, number)
-        bar.update(len(prompts))
+        check_finite(step.velocity, batch.prompts, batch.start, number)
+        tick(len(batch.prompts))
         yield step
 
 
@@ -189,35 +242,54 @@ def some_tokens(num_tokens: int, wanted: int) -> Array:
     return tokens
 
 
+@dataclass(frozen=True)
+class KeepFeatures:
+    """Final latents and every step's feature, of as many tokens as take ``max_bytes`` for all runs: prompts times steps."""
+
+    num_features: int
+    max_bytes: int
+
+    def __call__(self, steps: Iterator[RunStep]) -> dict[str, Array]:
+        features = []
+        for step in steps:
+            tokens = some_tokens(
+                step.feature.shape[1], max(1, self.max_bytes // (self.num_features * step.feature[0, 0].nbytes))
+            )
+            features.append(step.feature[:, tokens])
+        final = step.latents
+        return {"final": final, "features": np.stack(features, axis=1), "tokens": np.tile(tokens, (len(final), 1))}
+
+
+def record_features(
+    subject: Subject,
+    recorders: Recorders,
+    prompts: Sequence[str],
+    *,
+    seed: int,
+    work: Path,
+    max_bytes: int = MAX_TRAINING_BYTES,
+) -> dict[str, Array]:
+    """Run the uncached model once per prompt, and keep every step's feature. Resumable in ``work``.
+
+    Of long sequences only as many tokens are kept as take ``max_bytes`` in all. What is fitted to them has one number a step
+    for all tokens, so some of them stand for all.
+    """
+    wanted = WantedRun(subject.own_sampling, KeepFeatures(len(prompts) * subject.settings.steps, max_bytes))
+    title, seeds = f"uncached runs of {len(prompts)} prompts", training_seeds(seed, len(prompts))
+    return record_runs(recorders, prompts, [wanted], seeds=seeds, work=work, title=title)
+
+
 def record_trajectories(
     subject: Subject,
-    evaluator: Evaluator,
+    recorders: Recorders,
     prompts: Sequence[str],
     *,
     seed: int,
     work: Path,
     max_bytes: int = MAX_TRAINING_BYTES,
 ) -> Trajectories:
-    """Run the uncached model once per prompt, and keep every step's feature. Resumable in ``work``.
-
-    Of long sequences only as many tokens are kept as take ``max_bytes`` in all. What is fitted to them has one number a step
-    for all tokens, so some of them stand for all.
-    """
-
-    def keep(steps: Iterator[RunStep]) -> dict[str, Array]:
-        def kept(step: RunStep) -> tuple[Array, Array]:
-            bytes_each = len(prompts) * subject.settings.steps * step.feature[0, 0].nbytes
-            tokens = some_tokens(step.feature.shape[1], max(1, max_bytes // bytes_each))
-            return step.feature[:, tokens], tokens
-
-        found = [(step.latents, *kept(step)) for step in steps]
-        latents, _, tokens = found[-1]
-        features = np.stack([feature for _, feature, _ in found], axis=1)
-        return {"final": latents, "features": features, "tokens": np.tile(tokens, (len(latents), 1))}
-
-    wanted = WantedRun(subject.own_sampling, keep)
-    title, seeds = f"uncached runs of {len(prompts)} prompts", training_seeds(seed, len(prompts))
-    runs = record_runs(subject, evaluator, prompts, [wanted], seeds=seeds, work=work, title=title)
+    """What :func:`record_features` records, with the prompts' conditions."""
+    runs = record_features(subject, recorders, prompts, seed=seed, work=work, max_bytes=max_bytes)
     return Trajectories(runs["noise"], runs["final"], runs["features"], subject.encode(prompts), runs["tokens"][0])
 
 

@@ -7,17 +7,19 @@ Shapes: ``P`` prompts, ``T`` steps, ``R`` steps of the fine reference, ``L`` tok
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from cachec.compiler.calibration.evaluator import Evaluator
 from cachec.compiler.calibration.facts_file import FactsFile
 from cachec.compiler.calibration.runs import (
+    Batch,
+    Recorders,
     RunStep,
+    Sampling,
     Subject,
     WantedRun,
     measuring_seeds,
@@ -30,7 +32,6 @@ from cachec.compiler.models.base import Settings
 from cachec.runtime.abi import MAX_BATCH
 from cachec.runtime.errors import InputError
 from cachec.runtime.files import write_file
-from cachec.runtime.noise import make_noise
 from cachec.runtime.program import hash_sigmas
 from cachec.runtime.room import check_disk, check_memory
 from cachec.runtime.specs import Array
@@ -147,7 +148,7 @@ def check_room(cost: CalibrationCost, work: Path | None) -> None:
 
 def record_statistics(
     subject: Subject,
-    evaluator: Evaluator,
+    recorders: Recorders,
     prompts: UsedPrompts,
     *,
     reference_steps: int,
@@ -161,38 +162,46 @@ def record_statistics(
     Raises:
         InputError: a run gives NaN or infinity, or ``work`` holds another calibration.
         OutputError: another process calibrates in ``work``, or it cannot be written.
+        EngineError: all workers died, or theirs is another model.
     """
-    num, feature = len(prompts.prompts), _feature_shape(subject, evaluator, prompts.prompts[0])
-    cost = calibration_cost(
-        subject.latent_shape, feature, subject.settings, num, reference_steps, max_batch=evaluator.max_batch
-    )
+    of, num = recorders.facts, len(prompts.prompts)
+    feature = _feature_shape(subject, recorders, prompts.prompts[0])
+    cost = calibration_cost(subject.latent_shape, feature, subject.settings, num, reference_steps, max_batch=of.max_batch)
     log.warning("calibration on %d prompts: %s", num, cost)
     check_room(cost, work)
     facts = {
-        **calibration_facts(subject, reference_steps, precision=evaluator.precision),
-        "device": evaluator.device,
+        **calibration_facts(subject, reference_steps, precision=of.precision),
+        "device": of.device,
         "model": subject.name,
         "seed": str(seed),
         **prompts.facts,
         "feature_tokens": str(cost.feature_tokens),
         "format": FILE.format,
     }
-    runs = [WantedRun(subject.own_sampling, _keeper(some_tokens(cost.num_tokens, cost.feature_tokens)))]
+    runs = [WantedRun(subject.own_sampling, KeepGrams(some_tokens(cost.num_tokens, cost.feature_tokens)))]
     if reference_steps:
-        runs.append(WantedRun(subject.sampling(reference_steps), _keep_fine))
+        runs.append(WantedRun(subject.sampling(reference_steps), keep_fine))
     claimed = {**facts, "chunk": str(cost.chunk)}  # batches of another size would not line up
     with nullcontext() if work is None else claim_work(work, "calibration", claimed):
         arrays = record_runs(
-            subject, evaluator, prompts.prompts, runs,
+            recorders, prompts.prompts, runs,
             seeds=_seeds(prompts, seed), chunk=cost.chunk, work=work, title="calibrating",
         )  # fmt: skip
     return _from_arrays(arrays, facts, "made now")
 
 
-def _feature_shape(subject: Subject, evaluator: Evaluator, prompt: str) -> tuple[int, ...]:
-    """Shape [L, D] of one prompt's feature."""
-    x, t = make_noise(0, subject.latent_shape)[None], float(subject.own_sampling.timesteps[0])
-    return evaluator.evaluate(x, t, subject.encode([prompt]))[1].shape[1:]
+def _feature_shape(subject: Subject, recorders: Recorders, prompt: str) -> tuple[int, ...]:
+    """Shape [L, D] of one prompt's feature, after one step."""
+    own = subject.own_sampling
+    look = WantedRun(Sampling(own.sigmas[:2], own.timesteps[:1]), keep_shape)
+    ((_, found),) = recorders.do([Batch(0, (prompt,), (0,), (look,))])
+    return tuple(map(int, found["shape"]))
+
+
+def keep_shape(steps: Iterator[RunStep]) -> dict[str, Array]:
+    """The shape of one feature."""
+    (step,) = steps
+    return {"shape": np.array(step.feature.shape[1:])}
 
 
 def _seeds(prompts: UsedPrompts, seed: int) -> list[int]:
@@ -202,9 +211,14 @@ def _seeds(prompts: UsedPrompts, seed: int) -> list[int]:
     return [next(measuring if place in measured else fitting) for place in range(len(prompts.prompts))]
 
 
-def _keeper(tokens: Array) -> Callable[[Iterator[RunStep]], dict[str, Array]]:
-    def keep(steps: Iterator[RunStep]) -> dict[str, Array]:
-        run = [(step.latents, step.velocity, step.feature[:, tokens]) for step in steps]
+@dataclass(frozen=True, eq=False)
+class KeepGrams:
+    """Latents and inner products of a run, of features those of some ``tokens``."""
+
+    tokens: Array
+
+    def __call__(self, steps: Iterator[RunStep]) -> dict[str, Array]:
+        run = [(step.latents, step.velocity, step.feature[:, self.tokens]) for step in steps]
         latents, velocities, features = zip(*run, strict=True)
         return {
             "latents": np.stack(latents, axis=1),
@@ -212,10 +226,9 @@ def _keeper(tokens: Array) -> Callable[[Iterator[RunStep]], dict[str, Array]]:
             "feature_gram": gram(features),
         }
 
-    return keep
 
-
-def _keep_fine(steps: Iterator[RunStep]) -> dict[str, Array]:
+def keep_fine(steps: Iterator[RunStep]) -> dict[str, Array]:
+    """Latents and inner products of velocities of the fine reference."""
     latents, velocities = zip(*((step.latents, step.velocity) for step in steps), strict=True)
     return {"fine_latents": np.stack(latents, axis=1), "fine_velocity_gram": gram(velocities)}
 

@@ -1,33 +1,39 @@
 """``cachec calibrate``: statistics of uncached runs, into a file."""
 
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from cachec.compiler.calibration.conditions import load_conditions, subject_of_bundle
+from cachec.compiler.calibration.crew import choose_crew, first_device
 from cachec.compiler.calibration.engine_evaluator import EngineEvaluator
-from cachec.compiler.calibration.evaluator import Evaluator
-from cachec.compiler.calibration.runs import Subject
+from cachec.compiler.calibration.runs import Recorders, Subject, recording_here
 from cachec.compiler.calibration.statistics import check_reference, record_statistics, save_statistics
 from cachec.compiler.calibration.uses import UsedPrompts, choose_prompts
+from cachec.compiler.calibration.workers import at_work
+from cachec.compiler.commands.recipes import BundleRecorder, ModelRecorder
 from cachec.compiler.models import find_model, load_model
 from cachec.compiler.options import ModelSettings, Options, make_settings, read_options
 from cachec.engines import open_bundle
-from cachec.runtime.bundle import MANIFEST
+from cachec.engines.gpu import find_gpu
+from cachec.runtime.bundle import MANIFEST, Bundle
 from cachec.runtime.device import CPU, DeviceName
 from cachec.runtime.errors import InputError, need
 from cachec.runtime.files import check_file
 from cachec.runtime.noise import check_seed
+from cachec.runtime.program import UNCACHED
+from cachec.runtime.session import LoadedBundle
 from cachec.runtime.work import remove_work
 
 
 @dataclass(frozen=True, eq=False)
 class Calibrated:
-    """What is run, on what, and on which prompts."""
+    """What is run, by whom, and on which prompts."""
 
     subject: Subject
-    evaluator: Evaluator
+    recorders: Recorders
     prompts: UsedPrompts
 
 
@@ -53,17 +59,17 @@ def calibrate_to_file(
     seed, reference_steps = wish.fit.seed, wish.fit.reference_steps or 0
     check_seed(seed)
     check_file(out, force=force)
-    with ExitStack() as stack:
-        if (Path(source) / MANIFEST).is_file():
-            _check_bundled(wish, num, [name for name in options if name in SETTLED])
-            what = _of_bundle(stack, Path(source), wish, conditions)
-        elif conditions is not None:
-            raise InputError(f"{source} is a model, which encodes its prompts itself: leave --conditions out, or give a bundle")
-        else:
-            what = _of_model(source, wish, num)
-        work = out.with_name(out.name + ".parts")
+    if (Path(source) / MANIFEST).is_file():
+        _check_bundled(wish, num, [name for name in options if name in SETTLED])
+        opened = _of_bundle(Path(source), wish, conditions)
+    elif conditions is not None:
+        raise InputError(f"{source} is a model, which encodes its prompts itself: leave --conditions out, or give a bundle")
+    else:
+        opened = _of_model(source, wish, num)
+    work = out.with_name(out.name + ".parts")
+    with opened as what:
         statistics = record_statistics(
-            what.subject, what.evaluator, what.prompts, reference_steps=reference_steps, seed=seed, work=work
+            what.subject, what.recorders, what.prompts, reference_steps=reference_steps, seed=seed, work=work
         )
     save_statistics(statistics, out)
     remove_work(work)
@@ -75,14 +81,17 @@ def calibrate_to_file(
     ]
 
 
-def _of_model(source: str, wish: Options, num: int | None) -> Calibrated:
+@contextmanager
+def _of_model(source: str, wish: Options, num: int | None) -> Iterator[Calibrated]:
     """A model on its graphs."""
     need("torch", "diffusers", "transformers", extra="compile", purpose="calibrating on a model's graphs")
     from cachec.compiler.frontend import evaluator_of
     from cachec.compiler.request import evaluated_in
+    from cachec.engines.torch_device import check_device
 
+    crew = choose_crew(wish.workers, wish.build.device, check_device, default=CPU)
     spec = find_model(source)
-    settings, device = make_settings(spec, wish.model), DeviceName.parse(wish.build.device or CPU)
+    settings, device = make_settings(spec, wish.model), DeviceName.parse(first_device(wish.workers, wish.build.device) or CPU)
     if evaluated_in(settings, device) != settings.dtype:
         raise InputError(
             f"dtype is {settings.dtype}, but on the CPU models are run in float32: use --device cuda, or leave it out"
@@ -90,9 +99,14 @@ def _of_model(source: str, wish: Options, num: int | None) -> Calibrated:
     prompts = choose_prompts(spec.prompts, wish.fit.prompts, num)
     check_reference(settings.steps, wish.fit.reference_steps or 0)
     model = load_model(spec)
-    with model.hashing_weights():
-        evaluator = evaluator_of(model, settings, device)
-        return Calibrated(Subject.of(model, settings), evaluator, prompts)
+    if crew is None:
+        with model.hashing_weights():
+            evaluator = evaluator_of(model, settings, device)
+            subject = Subject.of(model, settings)
+        yield Calibrated(subject, recording_here(subject, evaluator), prompts)
+        return
+    with model.hashing_weights(), at_work(crew, ModelRecorder(spec.portable_source, settings)) as recorders:
+        yield Calibrated(Subject.of(model, settings), recorders, prompts)
 
 
 SETTLED = tuple(one.name for one in fields(ModelSettings))  # when a bundle was compiled
@@ -118,10 +132,24 @@ def _check_bundled(wish: Options, num: int | None, settled: list[str]) -> None:
         )
 
 
-def _of_bundle(stack: ExitStack, root: Path, wish: Options, conditions: Path | None) -> Calibrated:
-    """A bundle on its own engines, which stay open with ``stack``."""
+@contextmanager
+def _of_bundle(root: Path, wish: Options, conditions: Path | None) -> Iterator[Calibrated]:
+    """A bundle on its own engines."""
     if conditions is None:
         raise InputError("a bundle has no text encoders: give --conditions, which cachec encode makes of prompts")
-    encoded = load_conditions(conditions)
-    bundle = stack.enter_context(open_bundle(root, device=wish.build.device))
-    return Calibrated(subject_of_bundle(bundle, encoded), EngineEvaluator.of(bundle), encoded.prompts)
+    crew, encoded = choose_crew(wish.workers, wish.build.device, _check_gpu), load_conditions(conditions)
+    if crew is None:
+        with open_bundle(root, device=wish.build.device) as bundle:
+            subject = subject_of_bundle(bundle, encoded)
+            yield Calibrated(subject, recording_here(subject, EngineEvaluator.of(bundle)), encoded.prompts)
+        return
+    closed = Bundle.open(root)  # and no engine of it, which may not fit this machine
+    unloaded = LoadedBundle(closed.manifest, {UNCACHED: closed.program(UNCACHED)}, {}, closed.target)
+    subject = subject_of_bundle(unloaded, encoded)
+    with at_work(crew, BundleRecorder(root.resolve(), conditions.resolve())) as recorders:
+        yield Calibrated(subject, recorders, encoded.prompts)
+
+
+def _check_gpu(device: DeviceName) -> None:
+    if device.kind != CPU:
+        find_gpu(device)

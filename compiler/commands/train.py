@@ -1,9 +1,15 @@
 """``cachec train``: a predictor, into a file."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from cachec.compiler.calibration.crew import choose_crew, first_device
+from cachec.compiler.calibration.workers import at_work
+from cachec.compiler.commands.recipes import ModelRecorder
 from cachec.compiler.models import find_model, load_model
+from cachec.compiler.options import read_options
+from cachec.runtime.device import CPU
 from cachec.runtime.errors import PredictorError, need
 from cachec.runtime.files import check_file, write_file
 from cachec.runtime.work import remove_work
@@ -12,7 +18,8 @@ from cachec.runtime.work import remove_work
 def train_to_file(source: str, out: Path, *, force: bool, **options: Any) -> list[tuple[str, str]]:
     """Train a method's predictor for the model ``source`` into ``out``, with work files beside it until it is done.
 
-    ``options`` are those that ``cachec.compiler.options`` declares for it. Returns the rows of a short table.
+    ``options`` are those that ``cachec.compiler.options`` declares for it. Workers record the model's runs; the training itself
+    is done here, on ``--device`` or the first of ``--devices``. Returns the rows of a short table.
 
     Raises:
         PredictorError: the method has nothing to train.
@@ -22,17 +29,25 @@ def train_to_file(source: str, out: Path, *, force: bool, **options: Any) -> lis
     need("torch", "diffusers", "transformers", extra="compile", purpose="training")
     from cachec.compiler.frontend import evaluator_of, training_of
     from cachec.compiler.methods.parameters import predictor_bytes
-    from cachec.compiler.methods.training import train_predictor
-    from cachec.compiler.request import make_request
+    from cachec.compiler.methods.training import record_for_training, train_predictor
+    from cachec.compiler.request import check_wish
+    from cachec.engines.torch_device import check_device
 
-    spec = find_model(source)
-    request = make_request(spec, **options)
+    spec, wish = find_model(source), read_options(options, "train")
+    crew = choose_crew(wish.workers, wish.build.device, check_device, default=CPU)
+    device = first_device(wish.workers, wish.build.device)
+    request = check_wish(spec, replace(wish, build=replace(wish.build, device=device)))
+    check_device(request.device)
     if not request.method.needs_training:
         raise PredictorError(f"method {request.method.name!r} has nothing to train: compile it as it is")
     training = training_of(spec, request)
     check_file(out, force=force)
     work = out.with_name(out.name + ".training")
     model = load_model(spec)
+    if crew is not None:
+        recipe = ModelRecorder(spec.portable_source, request.settings)
+        with model.hashing_weights(), at_work(crew, recipe) as recorders:
+            record_for_training(model, recorders, training, work=work)
     with model.hashing_weights():
         evaluator = evaluator_of(model, request.settings, request.device)
         parameters = train_predictor(model, evaluator, training, work=work)

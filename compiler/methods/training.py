@@ -9,7 +9,14 @@ from pathlib import Path
 import numpy as np
 
 from cachec.compiler.calibration.evaluator import Evaluator
-from cachec.compiler.calibration.runs import Subject, record_trajectories
+from cachec.compiler.calibration.runs import (
+    RecorderFacts,
+    Recorders,
+    Subject,
+    record_features,
+    record_trajectories,
+    recording_here,
+)
 from cachec.compiler.calibration.uses import UsedPrompts
 from cachec.compiler.methods.base import Method, PredictorMethod, TrainingData
 from cachec.compiler.methods.parameters import WEIGHTS, Parameters, find_pretrained
@@ -75,10 +82,15 @@ def _schedule_facts(model: LoadedModel, method: Method, schedule: Schedule, sett
     }
 
 
-def train_predictor(model: LoadedModel, evaluator: Evaluator, training: Training, *, work: Path) -> Parameters:
-    """Train in float32, whatever the bundle's precision; ``evaluator`` is of the float32 model.
+def record_for_training(model: LoadedModel, recorders: Recorders, training: Training, *, work: Path) -> None:
+    """Let others record what :func:`train_predictor` then finds in ``work``. Raises as it does."""
+    subject, prompts = Subject.of(model, training.settings), training.prompts.prompts
+    with claim_work(work, "training", _claimed(model, training, recorders.facts)):
+        record_features(subject, recorders, prompts, seed=training.seed, work=work)
 
-    Work files go to ``work``; a rerun goes on from them.
+
+def train_predictor(model: LoadedModel, evaluator: Evaluator, training: Training, *, work: Path) -> Parameters:
+    """Train on ``evaluator``'s device, on runs in its precision. Work files go to ``work``; a rerun goes on from them.
 
     Raises:
         PredictorError: the method has nothing to train.
@@ -87,26 +99,41 @@ def train_predictor(model: LoadedModel, evaluator: Evaluator, training: Training
     """
     method, prompts, seed = training.check(), training.prompts, training.seed
     subject = Subject.of(model, training.settings)
-    known = {**training_facts(model, method, training.schedule, subject.settings), "options": json.dumps(method.options())}
-    digest = hashlib.sha256("\n".join(prompts.prompts).encode()).hexdigest()
-    with claim_work(work, "training", {**known, "prompts": digest, "seed": str(seed)}):
-        runs = record_trajectories(subject, evaluator, prompts.prompts, seed=seed, work=work)
+    recorders = recording_here(subject, evaluator)
+    with claim_work(work, "training", _claimed(model, training, recorders.facts)):
+        runs = record_trajectories(subject, recorders, prompts.prompts, seed=seed, work=work)
         train, held_out = (runs.select(np.array(prompts.places(use))) for use in ("fit", "stop"))
         data = TrainingData(evaluator, subject.own_sampling, train, held_out, training.schedule, seed, work)
         with watching_memory(f"training {method.name} on {evaluator.device}"):
             arrays, found = method.fit(data)
     facts = {
-        **known,
+        **_known(model, training),
         **found,
         "model": model.spec.name,
         "interval": "none" if training.interval is None else str(training.interval),
         "seed": str(seed),
         "num_prompts": str(len(prompts.prompts)),
-        "prompts_sha256": digest,
+        "prompts_sha256": _digest(training),
         "made_by": f"cachec {VERSION}",
         "torch": importlib.metadata.version("torch"),
     }
     return Parameters(arrays, {name: _text(value) for name, value in facts.items()}, "trained now")
+
+
+def _known(model: LoadedModel, training: Training) -> dict[str, str]:
+    """What the predictor is for, and how the method is set."""
+    facts = training_facts(model, training.method, training.schedule, training.settings)
+    return {**facts, "options": json.dumps(training.method.options())}
+
+
+def _digest(training: Training) -> str:
+    return hashlib.sha256("\n".join(training.prompts.prompts).encode()).hexdigest()
+
+
+def _claimed(model: LoadedModel, training: Training, of: RecorderFacts) -> dict[str, str]:
+    """What an unfinished training must be of to be gone on with, whoever recorded it."""
+    made = {"prompts": _digest(training), "seed": str(training.seed), "device": of.device, "precision": of.precision}
+    return {**_known(model, training), **made}
 
 
 def _text(value: object) -> str:

@@ -3,7 +3,7 @@
 import pytest
 from toy_model import SETTINGS, ToyModel
 
-from cachec.compiler.calibration.runs import Subject
+from cachec.compiler.calibration.runs import Subject, recording_here
 from cachec.compiler.calibration.statistics import record_statistics, save_statistics
 from cachec.compiler.calibration.uses import calibration_prompts
 from cachec.compiler.frontend import check, evaluator_of, find_calibrations, make_graphs, make_plans, make_programs
@@ -36,7 +36,8 @@ def calibration(tmp_path_factory, model):
     path = tmp_path_factory.mktemp("calibration") / "toy.safetensors"
     evaluator, uses = evaluator_of(model, SETTINGS), calibration_prompts("shapes", PROMPTS)
     subject = Subject.of(model, SETTINGS)
-    save_statistics(record_statistics(subject, evaluator, uses, reference_steps=0, seed=0, work=None), path)
+    here = recording_here(subject, evaluator)
+    save_statistics(record_statistics(subject, here, uses, reference_steps=0, seed=0, work=None), path)
     return path
 
 

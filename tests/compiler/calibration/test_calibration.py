@@ -9,7 +9,7 @@ from toy_model import SETTINGS, ToyModel
 
 from cachec.compiler.calibration.calibration import decibels, open_calibration, relative_errors
 from cachec.compiler.calibration.graph_evaluator import GraphEvaluator
-from cachec.compiler.calibration.runs import Subject
+from cachec.compiler.calibration.runs import Subject, recording_here
 from cachec.compiler.calibration.statistics import record_statistics
 from cachec.compiler.calibration.uses import UsedPrompts
 from cachec.compiler.tables.coefficients import AdvanceTable
@@ -83,7 +83,7 @@ def test_velocities_of_many_prompts_are_those_of_each(calibration, monkeypatch):
 def opened(toy_split):
     model = ToyModel()
     evaluator, subject = GraphEvaluator(toy_split, model.io), Subject.of(model, replace(SETTINGS, dtype="float16"))
-    statistics = record_statistics(subject, evaluator, PROMPTS, reference_steps=8, seed=0, work=None)
+    statistics = record_statistics(subject, recording_here(subject, evaluator), PROMPTS, reference_steps=8, seed=0, work=None)
 
     def make(**options):
         changed = replace(statistics, **options.pop("statistics", {}))

@@ -17,6 +17,7 @@ from cachec.compiler.calibration.runs import (
     measuring_seeds,
     record_runs,
     record_trajectories,
+    recording_here,
     run_uncached,
     training_seeds,
 )
@@ -45,7 +46,9 @@ def record(model, evaluator):
         subject = Subject.of(model, SETTINGS)
         wanted = [WantedRun(subject.own_sampling, keep)]
         seeds = range(len(prompts))
-        return record_runs(subject, evaluator, prompts, wanted, seeds=seeds, chunk=chunk, work=work, title="recording")
+        return record_runs(
+            recording_here(subject, evaluator), prompts, wanted, seeds=seeds, chunk=chunk, work=work, title="recording"
+        )
 
     return recorded
 
@@ -115,7 +118,7 @@ def test_nan_in_the_middle_of_a_run_names_that_step(record, evaluator, monkeypat
 def test_trajectories_hold_every_feature_and_go_on_where_they_were(model, evaluator, tmp_path):
     settings = replace(SETTINGS, steps=3)
     subject = Subject.of(model, settings)
-    runs = record_trajectories(subject, evaluator, PROMPTS, seed=1, work=tmp_path)
+    runs = record_trajectories(subject, recording_here(subject, evaluator), PROMPTS, seed=1, work=tmp_path)
     assert runs.features.shape == (5, 3, TOKENS, WIDTH)
     sampling, noise = Sampling(*model.sampling(settings)), make_noise(training_seeds(1, 5)[2], (TOKENS, WIDTH))[None]
     steps = list(run_uncached(evaluator, sampling, noise, model.encode([PROMPTS[2]], settings, ["prompt"])))
@@ -123,14 +126,16 @@ def test_trajectories_hold_every_feature_and_go_on_where_they_were(model, evalua
     np.testing.assert_allclose(some.final, steps[-1].latents, atol=1e-5)
     np.testing.assert_allclose(some.features[0], np.concatenate([step.feature for step in steps]), atol=1e-5)
     np.testing.assert_array_equal(some.conditions["prompt"], model.encode([PROMPTS[2]], settings, ["prompt"])["prompt"])
-    again = record_trajectories(subject, None, PROMPTS, seed=1, work=tmp_path)  # nothing is evaluated
+    again = record_trajectories(subject, recording_here(subject, None), PROMPTS, seed=1, work=tmp_path)  # nothing is evaluated
     np.testing.assert_array_equal(again.features, runs.features)
 
 
 def test_of_many_tokens_some_stand_for_all(model, evaluator, tmp_path):
     settings = replace(SETTINGS, steps=3)
+    subject = Subject.of(model, settings)
+    here = recording_here(subject, evaluator)
     whole, some = (
-        record_trajectories(Subject.of(model, settings), evaluator, PROMPTS, seed=1, work=tmp_path / str(size), max_bytes=size)
+        record_trajectories(subject, here, PROMPTS, seed=1, work=tmp_path / str(size), max_bytes=size)
         for size in (10**6, 5 * 3 * WIDTH * 4 * 2)
     )
     assert (whole.tokens.tolist(), len(some.tokens)) == (list(range(TOKENS)), 2)

@@ -13,7 +13,14 @@ from toy_model import SETTINGS, ToyModel
 
 import cachec.compiler.calibration.statistics as module
 from cachec.compiler.calibration.graph_evaluator import GraphEvaluator
-from cachec.compiler.calibration.runs import Sampling, Subject, measuring_seeds, run_uncached, training_seeds
+from cachec.compiler.calibration.runs import (
+    Sampling,
+    Subject,
+    measuring_seeds,
+    recording_here,
+    run_uncached,
+    training_seeds,
+)
 from cachec.compiler.calibration.statistics import (
     ARRAYS,
     FILE,
@@ -58,7 +65,9 @@ def small_batches(monkeypatch):
 @pytest.fixture
 def record(model, evaluator):
     def recorded(prompts=PROMPTS, settings=SETTINGS, *, model=model, fine=FINE, seed=0, work=None):
-        return record_statistics(Subject.of(model, settings), evaluator, prompts, reference_steps=fine, seed=seed, work=work)
+        subject = Subject.of(model, settings)
+        here = recording_here(subject, evaluator)
+        return record_statistics(subject, here, prompts, reference_steps=fine, seed=seed, work=work)
 
     return recorded
 

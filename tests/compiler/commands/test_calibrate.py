@@ -7,7 +7,7 @@ from toy_model import SETTINGS
 import cachec.compiler.calibration.statistics as statistics
 from cachec.compiler.calibration import runs
 from cachec.compiler.calibration.graph_evaluator import GraphEvaluator
-from cachec.compiler.calibration.runs import Subject
+from cachec.compiler.calibration.runs import Subject, recording_here
 from cachec.compiler.calibration.statistics import load_statistics, record_statistics
 from cachec.compiler.calibration.uses import calibration_prompts
 from cachec.compiler.commands.calibrate import calibrate_to_file
@@ -41,7 +41,8 @@ def test_the_file_is_all_that_is_left(calibrate, tmp_path, toy_directory, toy_sp
     toy = load_model(find_model(str(toy_directory)))
     prompts = calibration_prompts("shapes", PROMPTS[:8])
     evaluator = GraphEvaluator(toy_split, toy.io)
-    made = record_statistics(Subject.of(toy, SETTINGS), evaluator, prompts, reference_steps=8, seed=0, work=None)
+    subject = Subject.of(toy, SETTINGS)
+    made = record_statistics(subject, recording_here(subject, evaluator), prompts, reference_steps=8, seed=0, work=None)
     assert (read.prompts, read.facts) == (prompts, made.facts)
     np.testing.assert_allclose(read.latents, made.latents, atol=1e-5)
     np.testing.assert_allclose(read.fine_velocity_gram, made.fine_velocity_gram, rtol=1e-5, atol=1e-5)
@@ -55,7 +56,7 @@ def test_what_is_interrupted_goes_on_where_it_was(calibrate, tmp_path, monkeypat
 
     def interrupted(seed, shape):
         noises.append(seed)
-        if len(noises) == 4:
+        if len(noises) == 5:
             raise KeyboardInterrupt
         return real(seed, shape)
 
@@ -67,7 +68,7 @@ def test_what_is_interrupted_goes_on_where_it_was(calibrate, tmp_path, monkeypat
         calibrate(seed=1)
     calibrate()
     assert files(tmp_path) == ["c"]
-    assert len(noises) == 3 + 1 + 5  # the first batch was not made again
+    assert len(noises) == 3 + 3 + 1 + 5  # three looks at the model; the first batch was not made again
 
 
 @pytest.mark.parametrize(

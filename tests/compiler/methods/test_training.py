@@ -34,7 +34,8 @@ TRAINING = Training(Counting(), SCHEDULE, SETTINGS, PROMPTS, seed=3, interval=2)
 
 def test_a_method_is_trained_on_prompts_to_fit_on_and_stopped_by_others(toy_split, tmp_path):
     model = ToyModel()
-    parameters = train_predictor(model, GraphEvaluator(toy_split, model.io), TRAINING, work=tmp_path / "work")
+    evaluator = GraphEvaluator(toy_split, model.io)
+    parameters = train_predictor(model, evaluator, TRAINING, work=tmp_path / "work")
     assert parameters.arrays["features"].shape == (4, *np.asarray(model.example_inputs(SETTINGS)["latents"]).shape[1:])
     facts = parameters.facts
     assert facts["held_out"] == "1"
@@ -47,7 +48,7 @@ def test_a_method_is_trained_on_prompts_to_fit_on_and_stopped_by_others(toy_spli
     known = training_facts(model, TRAINING.method, SCHEDULE, SETTINGS)
     assert {name: facts[name] for name in known if name != "steps"} == {n: v for n, v in known.items() if n != "steps"}
     with pytest.raises(InputError, match="work holds an unfinished training with other settings"):
-        train_predictor(model, None, replace(TRAINING, seed=4), work=tmp_path / "work")
+        train_predictor(model, evaluator, replace(TRAINING, seed=4), work=tmp_path / "work")
     assert json.loads((tmp_path / "work" / "training.json").read_text())["seed"] == "3"
 
 

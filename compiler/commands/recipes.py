@@ -1,0 +1,51 @@
+"""How workers open what commands run: a model on its graphs, or a bundle on its engines, each in a process of its own."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from cachec.compiler.calibration.conditions import load_conditions, subject_of_bundle
+from cachec.compiler.calibration.engine_evaluator import EngineEvaluator
+from cachec.compiler.calibration.runs import Batch, Recorder, RecorderFacts, Subject
+from cachec.compiler.calibration.workers import Place, Recipe
+from cachec.compiler.commands.messages import set_up_messages
+from cachec.compiler.models import find_model, load_model
+from cachec.compiler.models.base import Settings
+from cachec.engines import open_bundle
+from cachec.runtime.device import CPU, DeviceName
+from cachec.runtime.specs import Array
+
+
+@dataclass(frozen=True)
+class ModelRecorder(Recipe[RecorderFacts, Batch, dict[str, Array]]):
+    """A model by name or directory, with these settings."""
+
+    source: str
+    settings: Settings
+
+    @contextmanager
+    def open(self, place: Place) -> Iterator[Recorder]:
+        from cachec.compiler.frontend import evaluator_of
+
+        set_up_messages()
+        model, device = load_model(find_model(self.source)), DeviceName.parse(place.device or CPU)
+        with model.hashing_weights():
+            evaluator = evaluator_of(model, self.settings, device)
+            subject = Subject.of(model, self.settings)
+        yield Recorder(subject, evaluator)
+
+
+@dataclass(frozen=True)
+class BundleRecorder(Recipe[RecorderFacts, Batch, dict[str, Array]]):
+    """A bundle, on prompts that a conditions file has."""
+
+    root: Path
+    conditions: Path
+
+    @contextmanager
+    def open(self, place: Place) -> Iterator[Recorder]:
+        set_up_messages()
+        encoded = load_conditions(self.conditions)
+        with open_bundle(self.root, device=place.device, threads=place.threads) as bundle:
+            yield Recorder(subject_of_bundle(bundle, encoded), EngineEvaluator.of(bundle))
