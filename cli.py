@@ -274,24 +274,21 @@ _evaluation_options = _options(
 @_talking
 @click.argument("bundle", type=click.Path(path_type=Path))
 @_evaluation_options
+@_declared("eval")
 @click.option("--num", default=32, show_default=True, help="How many prompts.")
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the table here, too.")
+@click.option(
+    "--json", "json_file", type=click.Path(path_type=Path), help="Write the table here, too; interrupted, it goes on."
+)
 @click.option("--force", is_flag=True, help="Replace the JSON file if it exists.")
 def eval_command(bundle: Path, json_file: Path | None, force: bool, **rest: Any) -> None:
     """Measure every level of BUNDLE beside the uncached run, other methods, and plain solvers.
 
     --against is a list such as taylor:1,lesa,plain,ab2,unipc. The number behind a method is its order.
     """
-    from cachec.compiler.commands.report import evaluate_bundle
+    from cachec.compiler.commands.report import evaluate_to_file
     from cachec.compiler.evaluation.words import format_table
-    from cachec.runtime.files import check_file, write_file
 
-    if json_file is not None:
-        check_file(json_file, force=force)
-    evaluation = evaluate_bundle(bundle, **rest)
-    click.echo(format_table(evaluation))
-    if json_file is not None:
-        write_file(json_file, json.dumps(evaluation.to_json(), indent=1).encode())
+    click.echo(format_table(evaluate_to_file(bundle, json_file, force=force, **rest)))
 
 
 @main.command("report")

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from cachec.engines import cuda_runtime
-from cachec.runtime.device import DeviceName
+from cachec.runtime.device import CUDA, DeviceName
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,12 @@ def find_gpu(device: DeviceName) -> Gpu:
     major, minor = cuda_runtime.compute_capability(index)
     memory = cuda_runtime.memory_bytes(index)
     return Gpu(cuda_runtime.gpu_name(index), 10 * major + minor, *memory, cuda_runtime.driver_version())
+
+
+def check_gpu(device: DeviceName) -> None:
+    """Raise as :func:`find_gpu` if ``device`` is a GPU that is not there."""
+    if device.kind == CUDA:
+        find_gpu(device)
 
 
 def cuda_text(version: tuple[int, int]) -> str:

@@ -2,8 +2,9 @@
 
 import numpy as np
 
+from cachec.compiler.evaluation.bench import KeptPrompt, Shown
 from cachec.compiler.evaluation.error_by_step import ErrorCurve
-from cachec.compiler.evaluation.evaluate import Evaluation, KeptPrompt, Shown
+from cachec.compiler.evaluation.evaluate import Evaluation
 from cachec.compiler.evaluation.summary import Measured, summarize
 from cachec.compiler.evaluation.words import Report
 from cachec.compiler.methods.taylor import Taylor

@@ -63,13 +63,12 @@ class RayCrew(Crew):
 
         self._connect(ray)
         try:
-            yield Actors(ray, recipe, self._shares(ray))
+            yield Actors(ray, recipe, self.shares(ray))
         finally:
             ray.shutdown()  # ends the actors, too
 
     def _connect(self, ray: Any) -> None:
-        # a cluster of its own listens to this machine only
-        own = {"address": "local", "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+        own = {"address": "local", "include_dashboard": False}
         given = own if self.address is None else {"address": self.address}
         try:
             ray.init(**given, logging_level=logging.ERROR)
@@ -77,7 +76,7 @@ class RayCrew(Crew):
             where = "on this machine" if self.address is None else f"at {self.address}"
             raise InputError(f"Ray cannot be used {where}: {in_one_line(error)}") from error
 
-    def _shares(self, ray: Any) -> list["Share"]:
+    def shares(self, ray: Any) -> list["Share"]:
         """What every worker gets.
 
         Raises:

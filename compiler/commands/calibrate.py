@@ -17,7 +17,7 @@ from cachec.compiler.commands.recipes import BundleRecorder, ModelRecorder
 from cachec.compiler.models import find_model, load_model
 from cachec.compiler.options import ModelSettings, Options, make_settings, read_options
 from cachec.engines import open_bundle
-from cachec.engines.gpu import find_gpu
+from cachec.engines.gpu import check_gpu
 from cachec.runtime.bundle import MANIFEST, Bundle
 from cachec.runtime.device import CPU, DeviceName
 from cachec.runtime.errors import InputError, need
@@ -137,7 +137,7 @@ def _of_bundle(root: Path, wish: Options, conditions: Path | None) -> Iterator[C
     """A bundle on its own engines."""
     if conditions is None:
         raise InputError("a bundle has no text encoders: give --conditions, which cachec encode makes of prompts")
-    crew, encoded = choose_crew(wish.workers, wish.build.device, _check_gpu), load_conditions(conditions)
+    crew, encoded = choose_crew(wish.workers, wish.build.device, check_gpu), load_conditions(conditions)
     if crew is None:
         with open_bundle(root, device=wish.build.device) as bundle:
             subject = subject_of_bundle(bundle, encoded)
@@ -148,8 +148,3 @@ def _of_bundle(root: Path, wish: Options, conditions: Path | None) -> Iterator[C
     subject = subject_of_bundle(unloaded, encoded)
     with at_work(crew, BundleRecorder(root.resolve(), conditions.resolve())) as recorders:
         yield Calibrated(subject, recorders, encoded.prompts)
-
-
-def _check_gpu(device: DeviceName) -> None:
-    if device.kind != CPU:
-        find_gpu(device)

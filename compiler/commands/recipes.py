@@ -1,4 +1,4 @@
-"""How workers open what commands run: a model on its graphs, or a bundle on its engines, each in a process of its own."""
+"""How workers open what is calibrated: a model on its graphs, or a bundle on its engines, each in a process of its own."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -5,28 +5,57 @@ import importlib.metadata
 import json
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from cachec.compiler.calibration.crew import choose_crew
 from cachec.compiler.calibration.prompts import default_prompts, read_prompts
+from cachec.compiler.calibration.workers import Place, Recipe, at_work
+from cachec.compiler.commands.messages import set_up_messages
+from cachec.compiler.evaluation.bench import Bench, BenchFacts, PromptResult, PromptTask, open_bench
 from cachec.compiler.evaluation.comparisons import compared_level, parse_against
-from cachec.compiler.evaluation.evaluate import Evaluation, evaluate
+from cachec.compiler.evaluation.evaluate import Evaluation, evaluate, measure
 from cachec.compiler.evaluation.page import render_page
 from cachec.compiler.evaluation.plots import coefficients_of
 from cachec.compiler.evaluation.words import Report, render_markdown
 from cachec.compiler.models import find_model, load_model
 from cachec.compiler.models.base import check_prompts
+from cachec.compiler.options import WorkersWish
 from cachec.engines import open_bundle
-from cachec.runtime.bundle import Bundle
+from cachec.engines.gpu import check_gpu
+from cachec.runtime.bundle import Bundle, Manifest
 from cachec.runtime.errors import InputError
 from cachec.runtime.files import check_file, write_file
 from cachec.runtime.inspect import describe_bundle
 from cachec.runtime.noise import check_seed
 from cachec.runtime.program import Program
+from cachec.runtime.work import remove_work
 
 FORMATS = (".html", ".md", ".json")
+
+
+@dataclass(frozen=True)
+class BundleBench(Recipe[BenchFacts, PromptTask, PromptResult]):
+    """How a worker opens a bundle and its model, to be measured beside what ``against`` names."""
+
+    root: Path
+    source: str
+    against: str
+    level: str | None
+    target: str | None
+
+    @contextmanager
+    def open(self, place: Place) -> Iterator[Bench]:
+        set_up_messages()
+        with open_bundle(self.root, device=place.device, target=self.target, threads=place.threads) as loaded:
+            model = load_model(find_model(self.source))
+            with open_bench(loaded, model, against=self.against, level=self.level) as bench:
+                yield bench
 
 
 def evaluate_bundle(
@@ -41,25 +70,63 @@ def evaluate_bundle(
     device: str | None = None,
     target: str | None = None,
     keep_pictures: int = 0,
+    wish: WorkersWish = WorkersWish(),  # noqa: B008  # frozen
+    work: Path | None = None,
 ) -> Evaluation:
     """Evaluate a bundle on the first ``num`` prompts of ``file``, or of the list that ships for its model.
 
+    ``wish`` says who measures them. What was measured before an interruption lies in ``work``, if that is given.
+
     Raises:
         InputError: there are fewer prompts than asked for, or an option cannot be used.
+        MissingExtraError: a package that is wanted is not installed.
     """
     if num < 1:
         raise InputError(f"num is {num}; it must be at least 1")
     check_seed(seed)
     parse_against(against)
+    if (crew := choose_crew(wish, device, check_gpu)) is not None:
+        manifest = Bundle.open(bundle).manifest
+        spec, prompts = find_model(source or manifest.model["source"]), _read_prompts(manifest, file, num)
+        with at_work(crew, BundleBench(bundle.resolve(), spec.portable_source, against, level, target)) as benches:
+            return measure(benches, manifest, prompts, seed=seed, against=against, work=work)
     with open_bundle(bundle, device=device, target=target) as loaded:
         level = compared_level(loaded, level)
         spec = find_model(source or loaded.manifest.model["source"])
-        prompts = read_prompts(file) if file else default_prompts(loaded.manifest.settings["prompts"], "eval")
-        check_prompts(prompts)
-        if num > len(prompts):
-            raise InputError(f"num is {num}, but there are only {len(prompts)} prompts: give more with --prompts")
-        model = load_model(spec)
-        return evaluate(loaded, model, prompts[:num], seed=seed, against=against, level=level, keep_pictures=keep_pictures)
+        prompts = _read_prompts(loaded.manifest, file, num)
+        return evaluate(
+            loaded, load_model(spec), prompts,
+            seed=seed, against=against, level=level, keep_pictures=keep_pictures, work=work,
+        )  # fmt: skip
+
+
+def _read_prompts(manifest: Manifest, file: Path | None, num: int) -> list[str]:
+    prompts = read_prompts(file) if file else default_prompts(manifest.settings["prompts"], "eval")
+    check_prompts(prompts)
+    if num > len(prompts):
+        raise InputError(f"num is {num}, but there are only {len(prompts)} prompts: give more with --prompts")
+    return list(prompts[:num])
+
+
+def evaluate_to_file(
+    bundle: Path, out: Path | None, *, force: bool, workers: str | None, devices: str | None, **options: Any
+) -> Evaluation:
+    """Evaluate a bundle (``options`` as for :func:`evaluate_bundle`), into the JSON file ``out`` if one is given.
+
+    What was measured lies beside that file until it is done.
+
+    Raises:
+        OutputError: ``out`` exists and ``force`` is not given, or cannot be written.
+    """
+    wish, work = WorkersWish(workers, devices), None
+    if out is not None:
+        check_file(out, force=force)
+        work = out.with_name(out.name + ".parts")
+    evaluation = evaluate_bundle(bundle, wish=wish, work=work, **options)
+    if out is not None and work is not None:
+        write_file(out, json.dumps(evaluation.to_json(), indent=1).encode())
+        remove_work(work)
+    return evaluation
 
 
 def report_bundle(bundle: Path, out: Path, *, pictures: int, force: bool, **options: Any) -> Report:

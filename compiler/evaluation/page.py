@@ -9,7 +9,8 @@ from typing import Any
 
 from PIL import Image
 
-from cachec.compiler.evaluation.evaluate import Evaluation, KeptPrompt, Shown
+from cachec.compiler.evaluation.bench import KeptPrompt, Shown
+from cachec.compiler.evaluation.evaluate import Evaluation
 from cachec.compiler.evaluation.pictures import to_image
 from cachec.compiler.evaluation.plots import plot_coefficients, plot_errors, plot_quality, plot_schedules
 from cachec.compiler.evaluation.words import HEADER, MEANINGS, Report, decibels, headline, table_cells, table_notes

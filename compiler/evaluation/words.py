@@ -117,6 +117,8 @@ def table_notes(evaluation: Evaluation) -> list[str]:
         "seconds are medians; speed-ups are ratios of loop medians.",
         f"LPIPS: {setting['lpips']}.",
     ]
+    if "workers" in setting:
+        notes.append(f"{setting['workers']} workers measured side by side: seconds are longer where they share a machine.")
     probe = setting["probe"]
     if probe is None:
         notes.append("Attributes: not available: this model has no probe.")

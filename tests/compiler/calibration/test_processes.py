@@ -1,35 +1,31 @@
 """Workers as processes: the same results as of one, also when one of them is killed at work."""
 
-import numpy as np
 import pytest
-from toy_workers import PROMPTS, ToyRecorder, record, toy_evaluator, toy_subject
+from toy_workers import FormulaRecorder, check_death
 
 from cachec.compiler.calibration.processes import ProcessCrew
-from cachec.compiler.calibration.runs import recording_here
 from cachec.compiler.calibration.workers import Place, at_work
-from cachec.runtime.errors import InputError
+from cachec.runtime.errors import EngineError, InputError
 
-TWO = ProcessCrew((Place("cpu"), Place("cpu")))  # of two devices there would be one each
+ONE = ProcessCrew((Place("cpu"),))
+TWO = ProcessCrew((Place("cpu"), Place("cpu")))  # a user gives two devices
 
 
-def test_a_killed_process_is_replaced_by_the_other_and_results_are_those_of_one(tmp_path, caplog):
-    with at_work(TWO, ToyRecorder(mark=tmp_path / "died")) as recorders:
-        made = record(recorders, tmp_path / "work")
-        assert recorders.size == 1
-    assert (tmp_path / "died").exists()
+def test_what_a_killed_process_had_is_done_by_the_other(tmp_path, caplog):
+    with at_work(TWO, FormulaRecorder(mark=tmp_path / "died")) as recorders:
+        check_death(recorders, tmp_path)
     assert "was killed by SIGKILL: its prompts go to the other" in caplog.text
-    alone = record(recording_here(toy_subject(), toy_evaluator()), None)
-    assert made.keys() == alone.keys()
-    assert len(made["final"]) == len(PROMPTS)
-    for name, values in alone.items():
-        np.testing.assert_allclose(made[name], values, atol=1e-6)
-    again = record(recording_here(toy_subject(), None), tmp_path / "work")  # one process goes on from what they left
-    np.testing.assert_array_equal(again["final"], made["final"])
 
 
 def test_what_a_process_cannot_open_is_said_here():
-    with (
-        pytest.raises(InputError, match="no such model"),
-        at_work(ProcessCrew((Place("cpu"),)), ToyRecorder(refused="no such model")),
-    ):
+    with pytest.raises(InputError, match="no such model"), at_work(ONE, FormulaRecorder(refused="no such model")):
         pass
+
+
+def test_the_last_ones_death_is_the_end(tmp_path):
+    with (
+        pytest.raises(EngineError, match=r"the last one, cpu \(process \d+\), was killed by SIGKILL"),
+        at_work(ONE, FormulaRecorder(mark=tmp_path / "died")) as recorders,
+    ):
+        check_death(recorders, tmp_path)
+    assert len(list((tmp_path / "work").iterdir())) == 1  # what it had finished

@@ -3,7 +3,8 @@ import pytest
 from toy_bundle import SCHEDULE, STEPS
 from toy_model import SETTINGS, ToyModel
 
-from cachec.compiler.evaluation.evaluate import FINE_STEPS, evaluate
+from cachec.compiler.evaluation.bench import FINE_STEPS
+from cachec.compiler.evaluation.evaluate import evaluate
 from cachec.compiler.planning.goals import DIFFUSERS
 from cachec.runtime.errors import InputError
 from cachec.runtime.program import UNCACHED
