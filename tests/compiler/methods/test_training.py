@@ -8,10 +8,11 @@ import pytest
 from toy_model import SETTINGS, ToyModel
 
 from cachec.compiler.calibration.graph_evaluator import GraphEvaluator
+from cachec.compiler.calibration.runs import Subject, recording_here
 from cachec.compiler.calibration.uses import UsedPrompts
 from cachec.compiler.methods.lesa import Lesa
 from cachec.compiler.methods.taylor import Taylor
-from cachec.compiler.methods.training import Training, train_predictor, training_facts
+from cachec.compiler.methods.training import Training, record_for_training, train_predictor, training_facts
 from cachec.compiler.tables.schedule import Schedule
 from cachec.runtime.errors import InputError, PredictorError
 
@@ -50,6 +51,15 @@ def test_a_method_is_trained_on_prompts_to_fit_on_and_stopped_by_others(toy_spli
     with pytest.raises(InputError, match="work holds an unfinished training with other settings"):
         train_predictor(model, evaluator, replace(TRAINING, seed=4), work=tmp_path / "work")
     assert json.loads((tmp_path / "work" / "training.json").read_text())["seed"] == "3"
+
+
+def test_what_others_recorded_is_not_run_again(toy_split, tmp_path, monkeypatch):
+    model = ToyModel()
+    evaluator = GraphEvaluator(toy_split, model.io)
+    record_for_training(model, recording_here(Subject.of(model, SETTINGS), evaluator), TRAINING, work=tmp_path / "work")
+    monkeypatch.setattr(evaluator, "evaluate", None)
+    parameters = train_predictor(model, evaluator, TRAINING, work=tmp_path / "work")
+    assert parameters.arrays["features"].shape[0] == SETTINGS.steps
 
 
 @pytest.mark.parametrize(
