@@ -18,7 +18,7 @@ from bench.gpu_rows import Case
 from bench.peers import synchronize
 from cachec.compiler.calibration.evaluator import Conditions, Evaluator, Numbers, Time
 from cachec.compiler.calibration.graph_evaluator import GraphEvaluator
-from cachec.compiler.calibration.runs import Sampling, Subject, record_trajectories
+from cachec.compiler.calibration.runs import Sampling, Subject, record_trajectories, recording_here
 from cachec.compiler.calibration.statistics import record_statistics
 from cachec.compiler.calibration.uses import Use, UsedPrompts
 from cachec.compiler.graphs.costs import samples_at_once
@@ -165,7 +165,9 @@ def _prompts(num: int, first: int) -> UsedPrompts:
 
 
 def _calibrate(subject: Subject, evaluator: Counted, prompts: int) -> dict[str, Any]:
-    statistics = record_statistics(subject, evaluator, _prompts(prompts, 0), reference_steps=0, seed=0, work=None)
+    statistics = record_statistics(
+        subject, recording_here(subject, evaluator), _prompts(prompts, 0), reference_steps=0, seed=0, work=None
+    )
     gram = statistics.velocity_gram
     return {"feature_tokens": int(statistics.facts["feature_tokens"]), "finite": bool(np.isfinite(gram).all())}
 
@@ -176,7 +178,7 @@ def _train(subject: Subject, evaluator: Counted, prompts: int, updates: int) -> 
     rounds = max(1, round(updates / 2 / len(schedule.forecast)))
     with tempfile.TemporaryDirectory(prefix="cachec-") as folder:
         start = time.perf_counter()
-        runs = record_trajectories(subject, evaluator, used.prompts, seed=0, work=Path(folder))
+        runs = record_trajectories(subject, recording_here(subject, evaluator), used.prompts, seed=0, work=Path(folder))
         recorded = time.perf_counter() - start
         train, held_out = (runs.select(np.array(used.places(use))) for use in ("fit", "stop"))
         data = TrainingData(evaluator, subject.own_sampling, train, held_out, schedule, 0, Path(folder))

@@ -5,7 +5,6 @@ what a worker had that dies goes to another. Workers are started by ``processes.
 by ``ray_actors.py``, on a cluster.
 """
 
-import importlib.metadata
 import logging
 from abc import ABC, abstractmethod
 from collections import deque
@@ -17,6 +16,7 @@ from typing import Any, Generic, TypeVar
 
 from cachec.runtime.errors import CachecError, EngineError
 from cachec.runtime.files import write_file
+from cachec.runtime.version import VERSION
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +96,7 @@ class Worker:
         """Make the tool; its facts, and the version of this package."""
         try:
             self._tool = self._stack.enter_context(recipe.open(place))
-            return Made((importlib.metadata.version("cachec"), self._tool.facts))
+            return Made((VERSION, self._tool.facts))
         except CachecError as error:
             return Failed(error)
 
