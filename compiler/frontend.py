@@ -33,7 +33,7 @@ from cachec.compiler.methods.training import Training, find_shipped, train_predi
 from cachec.compiler.models.base import LoadedModel, ModelSpec, Settings
 from cachec.compiler.planning.levels import forecast_cost
 from cachec.compiler.planning.planner import Calibrations, Planner
-from cachec.compiler.planning.room import check_evaluation
+from cachec.compiler.planning.room import check_evaluation, check_training
 from cachec.compiler.request import Request, evaluated_in
 from cachec.compiler.tables.lower import lower_predictor, lower_table, lower_uncached
 from cachec.compiler.tables.schedule import Schedule
@@ -167,13 +167,23 @@ def evaluator_of(model: LoadedModel, settings: Settings, device: DeviceName = HO
     return GraphEvaluator(split, model.io, device=str(device), precision=precision, max_batch=most)
 
 
+def training_evaluator(model: LoadedModel, request: Request, training: Training, work: Path) -> GraphEvaluator:
+    """What a predictor is trained on, if what is recorded for it has room in ``work``. Raises as ``evaluator_of``."""
+    precision = evaluated_in(request.settings, request.device)
+    check_device(request.device)
+    check_evaluation(model, precision, request.device)
+    check_training(model, replace(request.settings, dtype=precision), len(training.prompts.prompts), work)
+    return evaluator_of(model, request.settings, request.device)
+
+
 def find_parameters(model: LoadedModel, request: Request, checked: Checked, work: Path | None) -> Parameters | None:
     """The method's trained parameters; they are trained now (resumable in ``work``) if there are none."""
     parameters = checked.parameters
     if parameters is None and checked.training is not None:
         assert work is not None, "trainings keep checkpoints"
         log.warning("no trained %s predictor fits these settings: training one now", request.method.name)
-        parameters = train_predictor(model, evaluator_of(model, request.settings, request.device), checked.training, work=work)
+        evaluator = training_evaluator(model, request, checked.training, work)
+        parameters = train_predictor(model, evaluator, checked.training, work=work)
     log.info("predictor: %s", "none needed" if parameters is None else parameters.origin)
     return parameters
 

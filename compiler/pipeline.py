@@ -34,7 +34,7 @@ from cachec.compiler.methods.parameters import predictor_bytes
 from cachec.compiler.models.base import LoadedModel
 from cachec.compiler.planning.estimate import estimate
 from cachec.compiler.planning.levels import check_quality
-from cachec.compiler.planning.room import check_compile
+from cachec.compiler.planning.room import check_calibration, check_compile
 from cachec.compiler.request import Request
 from cachec.compiler.stages import STAGES, Clock
 from cachec.engines import get_builder
@@ -70,6 +70,9 @@ def compile_bundle(model: LoadedModel, request: Request, out: Path, *, force: bo
             works = _works(out, checked)
             if not request.auto:
                 check_compile(model, request.settings, request.targets, out, works["weights"])
+            if checked.prompts is not None:
+                fine, num = request.reference_steps or 0, len(checked.prompts.prompts)
+                check_calibration(model, request.settings, num, fine, works["calibration"])
             clock.lap()
             try:
                 made = _compile(model, request, checked, writer, works, clock, left_out)

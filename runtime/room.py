@@ -18,6 +18,11 @@ def check_disk(place: Path, needed: float, what: str, advice: str = "choose anot
         )
 
 
+def bytes_in(folder: Path) -> int:
+    """Of all files in a folder, which need not exist."""
+    return sum(path.stat().st_size for path in folder.rglob("*")) if folder.is_dir() else 0
+
+
 def check_memory(needed: float, what: str, advice: str) -> None:
     """Raise ``EngineError`` unless ``needed`` bytes of this machine's memory are free, as far as that is known."""
     free = free_memory()

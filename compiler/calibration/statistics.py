@@ -33,7 +33,7 @@ from cachec.runtime.abi import MAX_BATCH
 from cachec.runtime.errors import InputError
 from cachec.runtime.files import write_file
 from cachec.runtime.program import hash_sigmas
-from cachec.runtime.room import check_disk, check_memory
+from cachec.runtime.room import bytes_in, check_disk, check_memory
 from cachec.runtime.specs import Array
 from cachec.runtime.work import claim_work
 
@@ -142,8 +142,7 @@ def check_room(cost: CalibrationCost, work: Path | None) -> None:
     """
     check_memory(cost.memory_bytes, "recording the calibration", "take fewer prompts or steps, or a machine with more")
     if work is not None:
-        there = sum(path.stat().st_size for path in work.glob("*")) if work.is_dir() else 0
-        check_disk(work, 2 * cost.file_bytes - there, "the calibration", "take fewer prompts, or another place")
+        check_disk(work, 2 * cost.file_bytes - bytes_in(work), "the calibration", "take fewer prompts, or another place")
 
 
 def record_statistics(

@@ -59,14 +59,14 @@ def calibrate_to_file(
     seed, reference_steps = wish.fit.seed, wish.fit.reference_steps or 0
     check_seed(seed)
     check_file(out, force=force)
+    work = out.with_name(out.name + ".parts")
     if (Path(source) / MANIFEST).is_file():
         _check_bundled(wish, num, [name for name in options if name in SETTLED])
         opened = _of_bundle(Path(source), wish, conditions)
     elif conditions is not None:
         raise InputError(f"{source} is a model, which encodes its prompts itself: leave --conditions out, or give a bundle")
     else:
-        opened = _of_model(source, wish, num)
-    work = out.with_name(out.name + ".parts")
+        opened = _of_model(source, wish, num, work)
     with opened as what:
         statistics = record_statistics(
             what.subject, what.recorders, what.prompts, reference_steps=reference_steps, seed=seed, work=work
@@ -82,10 +82,11 @@ def calibrate_to_file(
 
 
 @contextmanager
-def _of_model(source: str, wish: Options, num: int | None) -> Iterator[Calibrated]:
+def _of_model(source: str, wish: Options, num: int | None, work: Path) -> Iterator[Calibrated]:
     """A model on its graphs."""
     need("torch", "diffusers", "transformers", extra="compile", purpose="calibrating on a model's graphs")
     from cachec.compiler.frontend import evaluator_of
+    from cachec.compiler.planning.room import check_calibration
     from cachec.compiler.request import evaluated_in
     from cachec.engines.torch_device import check_device
 
@@ -99,6 +100,7 @@ def _of_model(source: str, wish: Options, num: int | None) -> Iterator[Calibrate
     prompts = choose_prompts(spec.prompts, wish.fit.prompts, num)
     check_reference(settings.steps, wish.fit.reference_steps or 0)
     model = load_model(spec)
+    check_calibration(model, settings, len(prompts.prompts), wish.fit.reference_steps or 0, work)
     if crew is None:
         with model.hashing_weights():
             evaluator = evaluator_of(model, settings, device)

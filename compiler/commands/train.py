@@ -27,7 +27,7 @@ def train_to_file(source: str, out: Path, *, force: bool, **options: Any) -> lis
         OutputError: ``out`` exists and ``force`` is not given, or cannot be written.
     """
     need("torch", "diffusers", "transformers", extra="compile", purpose="training")
-    from cachec.compiler.frontend import evaluator_of, training_of
+    from cachec.compiler.frontend import training_evaluator, training_of
     from cachec.compiler.methods.parameters import predictor_bytes
     from cachec.compiler.methods.training import record_for_training, train_predictor
     from cachec.compiler.request import check_wish
@@ -49,7 +49,7 @@ def train_to_file(source: str, out: Path, *, force: bool, **options: Any) -> lis
         with model.hashing_weights(), at_work(crew, recipe) as recorders:
             record_for_training(model, recorders, training, work=work)
     with model.hashing_weights():
-        evaluator = evaluator_of(model, request.settings, request.device)
+        evaluator = training_evaluator(model, request, training, work)
         parameters = train_predictor(model, evaluator, training, work=work)
     write_file(out, predictor_bytes(parameters))
     remove_work(work)

@@ -3,19 +3,25 @@
 Sizes are bytes. What is certain are weights: those of a model in memory are there already and count as nothing.
 """
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from cachec.compiler.calibration.runs import MAX_TRAINING_BYTES
+from cachec.compiler.calibration.statistics import calibration_cost, check_room
+from cachec.compiler.graphs.prepare import prepare
 from cachec.compiler.graphs.weights import is_large
 from cachec.compiler.models.base import LoadedModel, Settings
 from cachec.compiler.planning.estimate import COMPILE_MEMORY
 from cachec.engines.backends import FROM_ONNX
 from cachec.engines.targets import ONNX_TARGET, TargetName
 from cachec.engines.torch_device import free_bytes
+from cachec.passes.base import outputs
+from cachec.runtime.abi import COMPUTE, FEATURE
 from cachec.runtime.device import CPU, DeviceName
 from cachec.runtime.errors import EngineError
 from cachec.runtime.host_memory import free_memory
-from cachec.runtime.room import check_disk, check_memory, in_bytes
+from cachec.runtime.room import bytes_in, check_disk, check_memory, in_bytes
 from cachec.runtime.specs import itemsize
 
 
@@ -36,13 +42,32 @@ def check_compile(model: LoadedModel, settings: Settings, targets: Sequence[Targ
     weights = weight_bytes(model, settings.dtype)
     others = {name.backend for name in targets} - {ONNX_TARGET.backend, *FROM_ONNX}  # each has the weights in files of its own
     shared = any(name.backend not in others for name in targets)
-    left = sum(path.stat().st_size for path in work.rglob("*")) if work.is_dir() else 0
-    check_disk(out.parent, weights * (len(others) + shared) - left, "the bundle")
+    check_disk(out.parent, weights * (len(others) + shared) - bytes_in(work), "the bundle")
     if model.stored is not None and is_large(model.stored.module):
         what = f"compiling to {', '.join(map(str, targets))}"
         check_memory(
             COMPILE_MEMORY + (weights if others else 0), what, "stop other programs, or compile with --target ort alone"
         )
+
+
+def check_calibration(model: LoadedModel, settings: Settings, prompts: int, reference: int, work: Path) -> None:
+    """Is there room for the records of a calibration, whatever the model's features are like? As ``statistics.check_room``."""
+    latents = model.example_inputs(settings)[model.io.latents].shape[1:]
+    check_room(calibration_cost(tuple(latents), (1, 1), settings, prompts, reference), work)
+
+
+def check_training(model: LoadedModel, settings: Settings, prompts: int, work: Path) -> None:
+    """Is there room for the features that a training records: on the disk of ``work``, and in memory while they are joined?
+
+    Raises:
+        OutputError: the disk is too full.
+        EngineError: there is too little memory.
+    """
+    feature = outputs(prepare(model, settings).modules[COMPUTE])[FEATURE].meta["val"]
+    all_tokens = prompts * settings.steps * math.prod(map(int, feature.shape[1:])) * itemsize("float32")
+    size = min(MAX_TRAINING_BYTES, all_tokens)
+    check_memory(2 * size, "recording the runs to train on", "give fewer prompts, or take a machine with more")
+    check_disk(work, size - bytes_in(work), "recording the runs to train on", "give fewer prompts, or another place with -o")
 
 
 def check_evaluation(model: LoadedModel, precision: str, device: DeviceName, activations: int = 0) -> int | None:

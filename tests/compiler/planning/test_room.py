@@ -3,13 +3,15 @@
 from collections import namedtuple
 
 import pytest
-from toy import ToyDiT
+from toy import TOKENS, WIDTH, ToyDiT
 from toy_model import SETTINGS, ToyModel
 
 from cachec.compiler import frontend
+from cachec.compiler.commands.calibrate import calibrate_to_file
 from cachec.compiler.models import find_model, load_model
+from cachec.compiler.pipeline import compile_bundle
 from cachec.compiler.planning import room
-from cachec.compiler.planning.room import check_compile, check_evaluation, weight_bytes
+from cachec.compiler.planning.room import check_compile, check_evaluation, check_training, weight_bytes
 from cachec.compiler.request import make_request
 from cachec.engines import torch_device
 from cachec.engines.targets import TargetName
@@ -83,6 +85,35 @@ def test_a_request_that_runs_the_model_is_refused_before_it_is_captured(model, m
     with pytest.raises(EngineError, match="running the model in float32 takes"):
         frontend.evaluator_of(model, SETTINGS)
     assert not captures
+
+
+def test_records_have_room_before_anything_is_captured_or_run(model, tmp_path, monkeypatch, captures):
+    usage = namedtuple("usage", "free")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage(1000))
+    options = {"method": "gram", "budget": 2, "steps": 4}
+    with pytest.raises(OutputError, match="the bundle takes"):
+        compile_bundle(model, make_request(model.spec, **options), tmp_path / "out")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage(20_000))
+    with pytest.raises(
+        OutputError, match="the calibration takes .* kB of disk, and .* has 20.00 kB left: .* take fewer prompts"
+    ):
+        compile_bundle(model, make_request(model.spec, **options), tmp_path / "out")
+    with pytest.raises(OutputError, match="the calibration takes"):
+        calibrate_to_file(str(model.spec.source), tmp_path / "stats", steps=4)
+    assert not captures
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_training_has_room_for_the_features_that_it_keeps(model, tmp_path, monkeypatch):
+    size = 10 * SETTINGS.steps * TOKENS * WIDTH * 4
+    monkeypatch.setattr("shutil.disk_usage", lambda path: namedtuple("usage", "free")(size - 8))
+    with pytest.raises(OutputError, match="recording the runs to train on takes"):
+        check_training(model, SETTINGS, 10, tmp_path / "work")
+    monkeypatch.setattr(room, "MAX_TRAINING_BYTES", size - 8)
+    check_training(model, SETTINGS, 10, tmp_path / "work")
+    monkeypatch.setattr("cachec.runtime.room.free_memory", lambda: 2 * size - 17)
+    with pytest.raises(EngineError, match="recording the runs to train on takes"):
+        check_training(model, SETTINGS, 10, tmp_path / "work")
 
 
 def test_samples_are_run_as_many_at_once_as_have_room(model, monkeypatch):
