@@ -243,12 +243,12 @@ class _Calls:
 
     def __init__(self, engines: Mapping[str, Engine], sizes: Mapping[str, SizeRange]) -> None:
         self._device = next(iter(engines.values())).device.for_session()
+        self._kept: list[object] = []  # libraries know addresses only
         self._calls: dict[str, Call] = {name: self._bind(engine, sizes) for name, engine in engines.items()}
         self._quick = False
         for _ in range(3):  # compiles, allocates, records: what happens only once
             self._quick = sum(self.timed().values()) < QUICK
-        for name, call in self._calls.items():
-            self._calls[name] = self._device.record(call.run) or call
+        self._calls = {name: self._recorded(name, call) for name, call in self._calls.items()}
 
     def _bind(self, engine: Engine, sizes: Mapping[str, SizeRange]) -> Call:
         random = np.random.default_rng(0)
@@ -258,7 +258,17 @@ class _Calls:
         shapes = {name: tuple(buffer.shape) for name, buffer in inputs.items()}
         if (scratch := context.scratch_bytes(shapes)) > 0:
             context.scratch = self._device.empty((scratch,), "uint8")
-        return context.bind(inputs, outputs)
+        call = context.bind(inputs, outputs)
+        self._kept += [context, inputs, outputs, call]
+        return call
+
+    def _recorded(self, name: str, call: Call) -> Call:
+        """As sessions make it: from a recording, where there can be one."""
+        try:
+            return self._device.record(call.run) or call
+        except EngineError as error:
+            log.info("calls of %s are timed one by one: %s", name, error)
+            return call
 
     def timed(self) -> dict[str, float]:
         """Seconds of each call."""

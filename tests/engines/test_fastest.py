@@ -1,19 +1,22 @@
 """Timing back ends against each other: who is compared, how often engines are called, what is dropped."""
 
 from itertools import count
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from cachec.engines import fastest
+from cachec.engines.add_target import BundledSources
 from cachec.engines.fastest import count_calls, find_usable, keep_fastest
 from cachec.engines.targets import TargetName
 from cachec.runtime.build_options import DEFAULTS, BuildOptions
-from cachec.runtime.device import Host
+from cachec.runtime.device import DeviceName, Host
 from cachec.runtime.engine import HOST
-from cachec.runtime.errors import InputError
+from cachec.runtime.errors import EngineError, InputError
 from cachec.runtime.sizes import size_ranges
 from cachec.runtime.specs import Signature, TensorSpec
+from cachec.runtime.write import BundleAdder
 
 SIZES = size_ranges(50, 10)
 NAMES = tuple(map(TargetName, "abcd"))
@@ -101,7 +104,20 @@ def test_back_ends_that_cannot_run_here_are_known_before_anything_is_built():
         find_usable(names, ["float32"], HOST, BuildOptions(workspace=1))
 
 
-def test_quick_calls_are_warmed_up_and_inputs_have_their_sizes():
+class Recording(Host):
+    """Records calls, or cannot."""
+
+    def __init__(self, recorded):
+        self.recorded = recorded
+
+    def record(self, work):
+        if self.recorded is None:
+            raise EngineError("they cannot be captured")
+        return SimpleNamespace(run=lambda: (self.recorded.append(1), work()))
+
+
+@pytest.mark.parametrize("recorded", [None, []])
+def test_quick_calls_are_warmed_up_and_recorded_and_inputs_have_their_sizes(recorded):
     runs = count()
 
     class Context:
@@ -119,8 +135,25 @@ def test_quick_calls_are_warmed_up_and_inputs_have_their_sizes():
 
     inputs = (TensorSpec("x", ("batch", "slots", 3), "float16"), TensorSpec("n", (), "int64"))
     signature = Signature(inputs, (TensorSpec("y", ("batch",), "float32"),))
-    engine = SimpleNamespace(device=Host(), signature=signature, context=lambda device: Context())
+    engine = SimpleNamespace(device=Recording(recorded), signature=signature, context=lambda device: Context())
     calls = fastest._Calls({"compute": engine}, SIZES)
     before = next(runs)
     calls.timed()
     assert next(runs) - before == 3
+    assert recorded in (None, [1, 1])
+
+
+def test_tensorrt_is_timed_on_its_gpu_from_recordings(bundle, trt, cuda, monkeypatch):
+    monkeypatch.setattr(
+        "cachec.engines.build_target.build_apart", lambda builder, *given, **more: builder.build(*given, **more)
+    )
+    options = BuildOptions(sizes=size_ranges(8, 4))
+    with BundleAdder(bundle) as writer:
+        sources = BundledSources(writer.bundle)
+        target, facts = keep_fastest([TargetName("tensorrt")], sources, writer, DeviceName("cuda"), options, {})
+        assert {path.name for path in (writer.staging / "engines").rglob("*.plan")} == {
+            Path(artifact.path).name for artifact in target.engines.values()
+        }
+    assert facts["targets"]["tensorrt"]["seconds"].keys() == target.engines.keys()
+    assert facts["device"] == "cuda:0"
+    assert cuda.names().count("cudaGraphLaunch") >= 5 * len(target.engines)
