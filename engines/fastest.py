@@ -72,7 +72,7 @@ def find_usable(
 
 @dataclass(eq=False)
 class _Contender:
-    """A target that was built; ``seconds`` are medians by graph, of the last comparison."""
+    """A target that was built; ``seconds`` are medians by graph, ``beside`` what it was compared with: both the last time."""
 
     name: TargetName
     target: Target
@@ -85,6 +85,8 @@ class _Contender:
     calls: "_Calls | None" = None
     load_seconds: float = 0.0
     seconds: Mapping[str, float] | None = None
+    beside: "_Contender | None" = None
+    beside_seconds: float = 0.0
 
     def load(self) -> "_Calls":
         """Load the engines and make all calls that happen only once, unless that was done."""
@@ -110,10 +112,12 @@ class _Contender:
     def row(self, ratio: float) -> dict[str, Any]:
         """What the manifest says of it."""
         seconds = self.seconds or {}
+        beside = None if self.beside is None else {"name": str(self.beside.name), "request_seconds": self.beside_seconds}
         return {
             "version": self.target.version,
             "ratio": round(ratio, 3),
             "request_seconds": _request_seconds(seconds, self.sizes),
+            "beside": beside,
             "seconds": dict(seconds),
             "build_seconds": round(self.build_seconds, 2),
             "load_seconds": round(self.load_seconds, 2),
@@ -193,6 +197,9 @@ def _compare(best: _Contender | None, new: _Contender) -> float:
         raise
     for side, found in zip(sides, rounds, strict=True):
         side.seconds = _medians(found)
+    if best is not None:
+        for side, other in ((best, new), (new, best)):
+            side.beside, side.beside_seconds = other, _request_seconds(other.seconds or {}, new.sizes)
     times = [[_request_seconds(one, new.sizes) for one in found] for found in rounds]
     if len({len(one) for one in times}) == 1:
         return statistics.median(b / a for a, b in zip(times[0], times[-1], strict=True))

@@ -58,6 +58,8 @@ def describe_choice(bundle: Bundle) -> list[tuple[str, str]]:
     for name, row in facts["targets"].items():
         graphs = ", ".join(f"{graph} {in_seconds(seconds)}" for graph, seconds in row["seconds"].items())
         took, built, loaded = (in_seconds(row[f"{what}_seconds"]) for what in ("request", "build", "load"))
+        if (beside := row["beside"]) is not None:  # what else the machine did differs from one comparison to the next
+            took += f" beside {in_seconds(beside['request_seconds'])} on {beside['name']}"
         times = f"{row['ratio']:.2f} times as long as the kept one"
         rows.append((f"  {name}", f"{times}; a request {took} ({graphs}); built in {built}, loaded in {loaded}"))
     return rows + [(f"  {name}", f"left out: {reason}") for name, reason in facts["failed"].items()]

@@ -83,6 +83,7 @@ def test_ratios_are_to_the_kept_one_through_all_comparisons(race, alone):
     assert ratios == pytest.approx({"d": 1.0, "b": 2.0, "a": 4.0, "c": 8.0}, rel=1e-3)
     assert list(ratios) == ["d", "b", "a", "c"]
     assert facts["targets"]["d"]["request_seconds"] == pytest.approx(5.0, rel=1e-3)
+    assert facts["targets"]["c"]["beside"] == {"name": "b", "request_seconds": pytest.approx(10.0, rel=1e-3)}
     turns = heard[3:9]  # of a and b
     assert (sorted(turns) == turns or sorted(turns, reverse=True) == turns) == alone
 
