@@ -40,7 +40,9 @@ def fresh_folder(parent: Path, prefix: str) -> Iterator[Path]:
                 _remove_left(path)
         folder = Path(tempfile.mkdtemp(dir=parent, prefix=prefix))
     try:
-        with holding(folder / LOCK, f"another process took {folder}"):
+        with holding(
+            folder / LOCK, f"another process took {folder}", wait=True
+        ):  # who looks for left ones may have it just now
             yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
