@@ -58,7 +58,7 @@ class WeightsFile:
         self._header = _line(unfinished.facts)
         self._hash, self._end, self._size = hashlib.sha256(), 0, 0
         self._left: deque[_Note] = deque()
-        self._has_whole = False  # is at least one tensor there?
+        self._whole = 0  # bytes, up to the end of the last tensor that is there
         self._stack = ExitStack()
 
     @property
@@ -72,9 +72,10 @@ class WeightsFile:
             notes, self._left = _read_notes(self._notes_path, self._header)
             self._stream = stack.enter_context(self._path.open("r+b" if self._left and self._path.exists() else "w+b"))
             self._notes = stack.enter_context(self._notes_path.open("r+b" if self._left else "w+b"))
-            self._notes.seek(notes)
-            self._notes.truncate()
-            if not self._left:
+            if self._left:
+                self._notes.seek(notes)
+                self._notes.truncate()
+            else:
                 self._note(self._header)
             self._stack = stack.pop_all()
         return self
@@ -84,7 +85,7 @@ class WeightsFile:
             try:
                 self._stack.close()
             finally:
-                if not self._has_whole and not self._left:  # there is nothing to go on from
+                if not self._whole and not self._left:  # there is nothing to go on from
                     for path in (self._path, self._notes_path):
                         path.unlink(missing_ok=True)
 
@@ -116,7 +117,7 @@ class WeightsFile:
                     self._write(content)
                 self._stream.flush()
                 self._note(_line({"what": what, "end": self._end, "sha256": self.digest}))
-            self._has_whole = True
+            self._whole = self._end
         return begin, self._end - begin
 
     def finish(self, folder: Path) -> Path:
@@ -168,7 +169,7 @@ class WeightsFile:
 
     @property
     def _advice(self) -> str:
-        kept = max(self._end, self._left[-1].end if self._left else 0)
+        kept = max(self._whole, self._left[-1].end if self._left else 0)
         goes_on = (
             f". {in_bytes(kept)} of {in_bytes(self._size)} are kept, and the same command goes on with them" if kept else ""
         )

@@ -131,6 +131,16 @@ def test_a_second_interruption_keeps_what_both_wrote(interrupted, tmp_path, want
     assert asked == list(TENSORS)[20:]
 
 
+def test_a_process_that_was_killed_before_anything_was_whole_is_no_hindrance(interrupted, tmp_path):
+    notes = interrupted / "weights.notes"
+    header = notes.read_bytes().splitlines(keepends=True)[0]
+    notes.write_bytes(header)
+    with pytest.raises(KeyboardInterrupt):
+        write(interrupted, tmp_path, stop_at="blocks.2", how=interrupt)
+    assert notes.read_bytes().startswith(header)
+    assert write(interrupted, tmp_path)[2] == list(TENSORS)[2:]
+
+
 def test_a_full_disk_is_said_and_what_is_there_is_kept(tmp_path, wanted, monkeypatch):
     with (
         full_disk(60_000),
