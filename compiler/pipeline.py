@@ -102,7 +102,7 @@ def check_targets(model: LoadedModel, request: Request, out: Path) -> tuple[Requ
     names, left_out = find_usable(request.targets, dtypes, request.device, request.build, max_batch=most)
     for name in names:
         try:
-            check_compile(model, request.settings, [name], out, out)
+            check_compile(model, request.settings, [name], out, _work(out, "weights"))
         except (EngineError, OutputError) as error:
             left_out[str(name)] = str(error)
     return replace(request, targets=tuple(name for name in names if str(name) not in left_out)), left_out
@@ -111,7 +111,11 @@ def check_targets(model: LoadedModel, request: Request, out: Path) -> tuple[Requ
 def _works(out: Path, checked: Checked) -> dict[str, Path]:
     """Folders beside the bundle, from which the same compilation goes on if this one is interrupted."""
     used = {"timing": True, "weights": True, "training": checked.trains, "calibration": checked.prompts is not None}
-    return {name: out.with_name(f"{out.name}.{name}") for name, is_used in used.items() if is_used}
+    return {name: _work(out, name) for name, is_used in used.items() if is_used}
+
+
+def _work(out: Path, name: str) -> Path:
+    return out.with_name(f"{out.name}.{name}")
 
 
 def _remove(works: Mapping[str, Path]) -> None:
