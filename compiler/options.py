@@ -115,7 +115,7 @@ class WorkersWish:
     """Who runs the prompts; by default this process does."""
 
     workers: str | None = option(
-        None, "Run the prompts on Ray: ray on this machine, ray:HOST:PORT or ray:auto on a cluster.",
+        None, "Run the prompts on Ray: ray on this machine, or ray:HOST:PORT on that cluster.",
         only=BY_PROMPT, metavar="ray[:ADDRESS]",
     )  # fmt: skip
     devices: str | None = option(

@@ -31,7 +31,7 @@ def choose_crew(
         return None
     how, _, address = wish.workers.partition(":")
     if how != RAY or (":" in wish.workers and not address):
-        raise InputError(f"workers is {wish.workers!r}; use ray, ray:HOST:PORT of a cluster, or ray:auto for this machine's")
+        raise InputError(f"workers is {wish.workers!r}; use ray, or ray:HOST:PORT of a cluster")
     crew = RayCrew(address or None, default if device is None else _read_kind(device))
     crew.check()
     return crew

@@ -19,12 +19,11 @@ log = logging.getLogger(__name__)
 
 CORES = 4  # of a worker on the CPU; all that a machine has if it has fewer
 SECONDS_TO_ANSWER = 5.0  # for a cluster
-AUTO = "auto"  # Ray's word for the cluster that runs on this machine
 
 
 @dataclass(frozen=True)
 class RayCrew(Crew):
-    """Actors of the cluster at ``address``, ``host:port`` or ``auto``; ``None``: of one on this machine, for this work only.
+    """Actors of the cluster at ``address``, ``host:port``; ``None``: of one on this machine, for this work only.
 
     ``kind`` of device, ``cpu`` or ``cuda``; ``None``: GPUs if there are any.
     """
@@ -41,13 +40,11 @@ class RayCrew(Crew):
             InputError: the address is none, or nobody answers there.
         """
         need("ray", extra="ray", purpose="--workers ray")
-        if self.address in (None, AUTO):
+        if self.address is None:
             return
-        host, _, port = str(self.address).rpartition(":")
+        host, _, port = self.address.rpartition(":")
         if not host or not (port.isascii() and port.isdigit() and 0 < int(port) < 2**16):
-            raise InputError(
-                f"--workers ray:{self.address} names no cluster: write ray:HOST:PORT, or ray:auto for this machine's"
-            )
+            raise InputError(f"--workers ray:{self.address} names no cluster: write ray:HOST:PORT")
         try:
             socket.create_connection((host.strip("[]"), int(port)), SECONDS_TO_ANSWER).close()
         except OSError as error:
@@ -85,7 +82,7 @@ class RayCrew(Crew):
         nodes = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
         gpus = [node for node, has in nodes.items() for _ in range(int(has.get("GPU", 0)))]
         if self.kind == CUDA and not gpus:
-            raise InputError(f"device is cuda, but the Ray cluster has {len(nodes)} machines without a GPU: use --device cpu")
+            raise InputError("device is cuda, but no machine of the Ray cluster has a GPU: use --device cpu")
         if gpus and self.kind != CPU:
             return [Share(node, {"num_gpus": 1, "num_cpus": 0}, Place(self.kind)) for node in gpus]
         shares = []
@@ -94,7 +91,7 @@ class RayCrew(Crew):
             count = max(1, cores // self.cores) if cores else 0
             shares += [Share(node, {"num_cpus": cores // count}, Place(self.kind, cores // count)) for _ in range(count)]
         if not shares:
-            raise InputError(f"the Ray cluster has {len(nodes)} machines without a core: start them with ray start --num-cpus")
+            raise InputError("no machine of the Ray cluster has a core for Ray: start them with ray start --num-cpus")
         return shares
 
 

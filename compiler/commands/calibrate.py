@@ -13,7 +13,7 @@ from cachec.compiler.calibration.runs import Recorders, Subject, recording_here
 from cachec.compiler.calibration.statistics import check_reference, record_statistics, save_statistics
 from cachec.compiler.calibration.uses import UsedPrompts, choose_prompts
 from cachec.compiler.calibration.workers import at_work
-from cachec.compiler.commands.recipes import BundleRecorder, ModelRecorder
+from cachec.compiler.commands.recipes import BundleRecorder, ModelRecorder, check_torch_device
 from cachec.compiler.models import find_model, load_model
 from cachec.compiler.options import ModelSettings, Options, make_settings, read_options
 from cachec.engines import open_bundle
@@ -85,12 +85,11 @@ def calibrate_to_file(
 def _of_model(source: str, wish: Options, num: int | None, work: Path) -> Iterator[Calibrated]:
     """A model on its graphs."""
     need("torch", "diffusers", "transformers", extra="compile", purpose="calibrating on a model's graphs")
+    crew = choose_crew(wish.workers, wish.build.device, check_torch_device, default=CPU)
     from cachec.compiler.frontend import evaluator_of
     from cachec.compiler.planning.room import check_calibration
     from cachec.compiler.request import evaluated_in
-    from cachec.engines.torch_device import check_device
 
-    crew = choose_crew(wish.workers, wish.build.device, check_device, default=CPU)
     spec = find_model(source)
     settings, device = make_settings(spec, wish.model), DeviceName.parse(first_device(wish.workers, wish.build.device) or CPU)
     if evaluated_in(settings, device) != settings.dtype:

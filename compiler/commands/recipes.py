@@ -17,6 +17,13 @@ from cachec.runtime.device import CPU, DeviceName
 from cachec.runtime.specs import Array
 
 
+def check_torch_device(device: DeviceName) -> None:
+    """Raise ``InputError`` unless PyTorch has this device here. Loads PyTorch only when it is asked."""
+    from cachec.engines.torch_device import check_device
+
+    check_device(device)
+
+
 @dataclass(frozen=True)
 class ModelRecorder(Recipe[RecorderFacts, Batch, dict[str, Array]]):
     """A model by name or directory, with these settings."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from cachec.compiler.calibration.crew import choose_crew, first_device
 from cachec.compiler.calibration.workers import at_work
-from cachec.compiler.commands.recipes import ModelRecorder
+from cachec.compiler.commands.recipes import ModelRecorder, check_torch_device
 from cachec.compiler.models import find_model, load_model
 from cachec.compiler.options import read_options
 from cachec.runtime.device import CPU
@@ -27,17 +27,17 @@ def train_to_file(source: str, out: Path, *, force: bool, **options: Any) -> lis
         OutputError: ``out`` exists and ``force`` is not given, or cannot be written.
     """
     need("torch", "diffusers", "transformers", extra="compile", purpose="training")
+    wish = read_options(options, "train")
+    crew = choose_crew(wish.workers, wish.build.device, check_torch_device, default=CPU)
     from cachec.compiler.frontend import training_evaluator, training_of
     from cachec.compiler.methods.parameters import predictor_bytes
     from cachec.compiler.methods.training import record_for_training, train_predictor
     from cachec.compiler.request import check_wish
-    from cachec.engines.torch_device import check_device
 
-    spec, wish = find_model(source), read_options(options, "train")
-    crew = choose_crew(wish.workers, wish.build.device, check_device, default=CPU)
+    spec = find_model(source)
     device = first_device(wish.workers, wish.build.device)
     request = check_wish(spec, replace(wish, build=replace(wish.build, device=device)))
-    check_device(request.device)
+    check_torch_device(request.device)
     if not request.method.needs_training:
         raise PredictorError(f"method {request.method.name!r} has nothing to train: compile it as it is")
     training = training_of(spec, request)

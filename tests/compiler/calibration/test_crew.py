@@ -41,10 +41,10 @@ def test_a_process_for_each_device():
     [
         ("ray", None, None, RayCrew(None, None)),
         ("ray", None, "cpu", RayCrew(None, "cpu")),
-        ("ray:auto", "cuda", "cpu", RayCrew("auto", "cuda")),
+        ("ray", "cuda", "cpu", RayCrew(None, "cuda")),
     ],
 )
-def test_ray_here_or_on_a_cluster(workers, device, default, crew):
+def test_ray_on_some_kind_of_device(workers, device, default, crew):
     assert choose(device, default, workers=workers) == crew
 
 
@@ -59,9 +59,9 @@ def test_ray_here_or_on_a_cluster(workers, device, default, crew):
         ({"devices": "cpu,cuda:0"}, None, "devices are cpu, cuda:0: take devices of one kind"),
         ({"devices": ""}, None, "device is ''; use cpu, cuda"),
         ({"devices": "cuda:0,"}, None, "device is ''; use cpu, cuda"),
-        ({"workers": "dask"}, None, "workers is 'dask'; use ray, ray:HOST:PORT"),
+        ({"workers": "dask"}, None, "workers is 'dask'; use ray, or ray:HOST:PORT"),
         ({"workers": "ray:"}, None, "workers is 'ray:'; use ray"),
-        ({"workers": "ray:nowhere"}, None, "--workers ray:nowhere names no cluster"),
+        ({"workers": "ray:auto"}, None, "--workers ray:auto names no cluster: write ray:HOST:PORT"),
         ({"workers": "ray"}, "cuda:1", "device is cuda:1, but Ray chooses among the GPUs itself: say cuda"),
         ({"workers": "ray"}, "tpu", "device is 'tpu'; use cpu, cuda"),
     ],

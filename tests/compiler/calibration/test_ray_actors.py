@@ -71,7 +71,9 @@ def test_a_worker_for_every_gpu_or_every_four_cores(machines, kind, shares):
     assert [(one.node, one.reserved["num_cpus"], one.place.device, one.place.threads) for one in found] == shares
 
 
-@pytest.mark.parametrize(("kind", "message"), [("cuda", "machines without a GPU"), ("cpu", "machines without a core")])
+@pytest.mark.parametrize(
+    ("kind", "message"), [("cuda", "no machine of the Ray cluster has a GPU"), ("cpu", "has a core for Ray")]
+)
 def test_a_cluster_that_has_none_is_refused(kind, message):
     with pytest.raises(InputError, match=message):
         RayCrew(None, kind).shares(cluster({}))
