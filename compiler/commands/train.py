@@ -32,6 +32,7 @@ def train_to_file(source: str, out: Path, *, force: bool, **options: Any) -> lis
     from cachec.compiler.frontend import training_evaluator, training_of
     from cachec.compiler.methods.parameters import predictor_bytes
     from cachec.compiler.methods.training import record_for_training, train_predictor
+    from cachec.compiler.planning.room import check_training
     from cachec.compiler.request import check_wish
 
     spec = find_model(source)
@@ -45,6 +46,7 @@ def train_to_file(source: str, out: Path, *, force: bool, **options: Any) -> lis
     work = out.with_name(out.name + ".training")
     model = load_model(spec)
     if crew is not None:
+        check_training(model, request.settings, len(training.prompts.prompts), work)
         recipe = ModelRecorder(spec.portable_source, request.settings)
         with model.hashing_weights(), at_work(crew, recipe) as recorders:
             record_for_training(model, recorders, training, work=work)
