@@ -133,13 +133,14 @@ def compile_command(model: str, out: Path | None, force: bool, **given: Any) -> 
 @main.command("add-target")
 @_talking
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--target", "names", multiple=True, required=True, help="tensorrt or tensorrt-rtx; may be given several times.")
+@click.option("--target", "names", multiple=True, required=True, help="tensorrt, tensorrt-rtx, several; or auto.")
 @click.option("--device", help="cuda, or cuda:1 for the second GPU; default the first.")
 @_declared("add-target")
 @click.option("--force", is_flag=True, help="Replace a target that the bundle has already.")
 def add_target_command(bundle: Path, names: tuple[str, ...], device: str | None, force: bool, **given: Any) -> None:
     """Build engines into BUNDLE on this machine, from the ONNX files in it. Needs no torch."""
     from cachec.engines.add_target import add_targets
+    from cachec.runtime.inspect import describe_choice
 
     wish = BuildWish(**given)
     options = make_build_options(wish)
@@ -151,6 +152,7 @@ def add_target_command(bundle: Path, names: tuple[str, ...], device: str | None,
             ("bundle", str(bundle)),
             *[("target", str(target)) for target in added],
             *[(f"  {name}", f"{path}, {sizes[path] / 1e6:.2f} MB") for name, path in engines],
+            *(describe_choice(opened) if "auto" in names else []),
         ]
     )
 

@@ -24,7 +24,7 @@ from cachec.compiler.options import (
 from cachec.compiler.planning.goals import Goal, make_goals
 from cachec.compiler.tables.schedule import Schedule
 from cachec.engines import BACKENDS, get_builder, get_engine
-from cachec.engines.fastest import AUTO, candidates
+from cachec.engines.fastest import AUTO, candidates, check_alone
 from cachec.engines.gpu import find_gpu
 from cachec.engines.targets import TargetName
 from cachec.passes import HOISTS
@@ -191,8 +191,7 @@ def _choose_targets(wish: BuildWish) -> tuple[tuple[TargetName, ...], DeviceName
     if AUTO not in wish.targets:
         targets = _read_targets(wish.targets)
         return targets, _choose_device(wish.device, targets)
-    if len(wish.targets) > 1:
-        raise InputError(f"target auto takes the fastest of all: leave {', '.join(n for n in wish.targets if n != AUTO)} out")
+    check_alone(wish.targets)
     device = _choose_device(wish.device, ())
     return candidates(device), device
 

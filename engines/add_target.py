@@ -11,7 +11,7 @@ from typing import Any
 
 from cachec.engines.backends import BACKENDS, FROM_ONNX
 from cachec.engines.build_target import build_into, check_build, keep_timing, plan_target
-from cachec.engines.fastest import AUTO
+from cachec.engines.fastest import AUTO, check_alone, find_usable, keep_fastest
 from cachec.engines.targets import ONNX_TARGET, TargetName, parse_device
 from cachec.runtime.build_options import DEFAULTS, BuildOptions
 from cachec.runtime.builder import Sources
@@ -59,6 +59,8 @@ def add_targets(
 ) -> tuple[Bundle, list[Target]]:
     """Build targets into the bundle at ``root``; ``apart``: in processes of their own.
 
+    ``auto`` alone: build and time all that its ONNX files can become, and ONNX Runtime; add the fastest, unless it is that.
+
     Interrupted, it leaves the bundle as it was, but for the kernel timings, from which the next build goes on.
 
     Raises:
@@ -67,14 +69,13 @@ def add_targets(
         EngineError: the builder fails, or what it takes is not there.
     """
     check_max_batch(max_batch)
-    if AUTO in names:
-        raise InputError(
-            f"target {AUTO} is for cachec compile: what a bundle's ONNX files cannot become cannot be looked at here"
-        )
-    wanted = [TargetName.parse(name, BACKENDS) for name in names]
     there = parse_device(device) or DeviceName(CUDA)
     if there.kind != CUDA:
         raise InputError(f"device is {there}, but what add-target builds runs on NVIDIA GPUs only: leave the device out")
+    if AUTO in names:
+        check_alone(names)
+        return _add_fastest(root, there, max_batch, force=force, options=options)
+    wanted = [TargetName.parse(name, BACKENDS) for name in names]
     for name in wanted:
         if name.backend not in FROM_ONNX:
             raise InputError(f"target {name} is not built from the ONNX files in a bundle, as tensorrt and tensorrt-rtx are: "
@@ -93,6 +94,30 @@ def add_targets(
             _keep_timing_alone(writer, folder)
             raise
         _commit(writer, added, replaced, keep_timing(writer, folder))
+    return Bundle.open(root), added
+
+
+def _add_fastest(
+    root: Path, there: DeviceName, max_batch: int, *, force: bool, options: BuildOptions
+) -> tuple[Bundle, list[Target]]:
+    """As ``add_targets``, of what is the fastest that the ONNX files can become; nothing if they are, as they are."""
+    with BundleAdder(root) as writer:
+        folder = writer.directory("timings")
+        bundle, sources = writer.bundle, BundledSources(writer.bundle)
+        names = [ONNX_TARGET, *map(TargetName, FROM_ONNX)]
+        usable, failed = find_usable(names, [sources.precision], there, options, max_batch=max_batch)
+        build = replace(options, sizes=_sizes(bundle, max_batch), timing_cache=folder)
+        new = [plan_target(sources, name, device=there, options=build) for name in usable if name != ONNX_TARGET]
+        replaced = _check_planned(bundle, new, force=force)
+        _unpack_timing(bundle, folder)
+        try:
+            fastest, facts = keep_fastest(usable, sources, writer, there, build, failed)
+        except BaseException:
+            _keep_timing_alone(writer, folder)
+            raise
+        added = [] if fastest.backend == ONNX_TARGET.backend else [fastest]
+        gone = [one for one in replaced if any(one.is_like(target) for target in added)]
+        _commit(writer, added, gone, keep_timing(writer, folder), {AUTO: facts})
     return Bundle.open(root), added
 
 
@@ -131,12 +156,18 @@ def _keep_timing_alone(writer: BundleAdder, folder: Path) -> None:
         log.warning("kernel timings are lost: %s", error)
 
 
-def _commit(writer: BundleAdder, added: Sequence[Target], replaced: Sequence[Target], timing: Mapping[str, str]) -> None:
-    """Add ``added`` and the timings to the bundle; files that only ``replaced`` had go."""
+def _commit(
+    writer: BundleAdder,
+    added: Sequence[Target],
+    replaced: Sequence[Target],
+    timing: Mapping[str, str],
+    facts: Mapping[str, Any] | None = None,
+) -> None:
+    """Add ``added``, the timings and more ``facts`` to the bundle; files that only ``replaced`` had go."""
     old = writer.bundle.manifest
     targets = (*(one for one in old.targets if one not in replaced), *added)
     used = {artifact.path for target in targets for artifact in target.engines.values()} | set(timing.values())
     before = {artifact.path for target in replaced for artifact in target.engines.values()} | set(old.timing.values())
     unfinished = set() if added else writer.files.keys() - old.files.keys() - set(timing.values())
     files = {name: entry for name, entry in writer.files.items() if name in used or name not in before | unfinished}
-    writer.commit(replace(old, targets=targets, timing=timing, files=files))
+    writer.commit(replace(old, targets=targets, timing=timing, files=files, facts={**old.facts, **(facts or {})}))

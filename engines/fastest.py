@@ -38,6 +38,12 @@ PAUSE = 0.02  # seconds; threads of OpenMP and of ONNX Runtime spin for some mil
 QUICK = 0.1  # seconds; calls below find their caches cold after the other's turn, so one more is made before
 
 
+def check_alone(names: Sequence[str]) -> None:
+    """Raise ``InputError`` if ``auto`` is asked for with others."""
+    if others := [name for name in names if name != AUTO]:
+        raise InputError(f"target {AUTO} takes the fastest of all: leave {', '.join(others)} out")
+
+
 def candidates(device: DeviceName) -> tuple[TargetName, ...]:
     """The back ends to look at."""
     order = PREFERENCE if device.kind == CUDA else PREFERENCE_ON_CPU
@@ -59,6 +65,7 @@ def find_usable(
             for precision in precisions:
                 builder.engine.check_target(device, precision)
                 builder.check_build(device, precision, options)
+            builder.engine.check_needs(builder.needs(device, options.only(builder.options)), device)
             usable.append(name)
         except (CachecError, ImportError, OSError) as error:  # a broken installation is none of the others' business
             failed[str(name)] = in_one_line(error, 400)

@@ -62,7 +62,7 @@ def test_bundles_without_onnx_files_cannot_be_added_to(bundle):
     ("names", "options", "message"),
     [
         (["tensort"], {}, "unknown target 'tensort'. Did you mean 'tensorrt'"),
-        (["auto"], {}, "target auto is for cachec compile"),
+        (["auto", "tensorrt"], {}, "target auto takes the fastest of all: leave tensorrt out"),
         (["aoti"], {}, "target aoti is not built from the ONNX files in a bundle"),
         (["tensorrt-cpu"], {}, "runs on cuda only"),
         (["ort-tensorrt"], {"options": BuildOptions(strip=True)}, "stripped weights is for none of the targets ort-tensorrt"),
@@ -159,3 +159,27 @@ def test_timings_are_kept_and_used_again(bundle, trt):
     trt.calls.clear()
     add_targets(bundle, ["tensorrt"], force=True, options=BuildOptions(level=4))
     assert bytes(trt.called("IBuilderConfig", "create_timing_cache")[0][0]) == content
+
+
+@pytest.mark.parametrize("fastest", ["tensorrt", "ort"])
+def test_the_fastest_is_added_unless_the_onnx_files_are(bundle, monkeypatch, fastest):
+    """ONNX Runtime has no CUDA here, so that how fast either is, is told."""
+    before = Bundle.open(bundle).manifest
+    monkeypatch.setattr(
+        "cachec.engines.build_target.build_apart", lambda builder, *given, **more: builder.build(*given, **more)
+    )
+    monkeypatch.setattr("cachec.engines.ort.check_provider", lambda *given: None)
+
+    def ratio(best, new):
+        new.seconds = {"compute": 1.0}
+        return 1.0 if best is None else 0.5 if fastest == str(new.name) else 2.0
+
+    monkeypatch.setattr("cachec.engines.fastest._compare", ratio)
+    result = CliRunner().invoke(main, ["add-target", str(bundle), "--target", "auto"])
+    assert result.exit_code == 0, result.output
+    assert f"on cuda:0: {fastest} is kept" in result.output
+    after = Bundle.open(bundle, verify=True).manifest
+    assert [target.backend for target in after.targets] == ["ort", *(["tensorrt"] if fastest == "tensorrt" else [])]
+    assert after.facts["auto"]["targets"].keys() == {"ort", "tensorrt"}
+    assert after.facts["auto"]["failed"].keys() == {"ort-tensorrt", "tensorrt-rtx"}
+    assert files_of(bundle) == set(after.files) >= set(before.files)
