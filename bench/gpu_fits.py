@@ -84,7 +84,8 @@ def fit_case(case: Case, *, prompts: int, updates: int) -> dict[str, Any]:
         )
     facts: dict[str, Any] = {"prepare_seconds": time.perf_counter() - start, "steps": case.settings.steps, "prompts": prompts}
     subject = _subject(case)
-    facts["bare_seconds_a_step"] = _time_bare(case, inner, subject)
+    facts["batch"] = samples_at_once(split)
+    facts["bare_seconds_a_step"] = _time_bare(case, inner, subject, facts["batch"])
     facts["calibrate"] = _measured(case, inner, lambda counted: _calibrate(subject, counted, prompts))
     facts["train"] = _measured(case, inner, lambda counted: _train(subject, counted, max(2, prompts // 2), updates))
     return facts
@@ -119,9 +120,8 @@ def _no(steps: int) -> Sampling:
 
 
 @torch.no_grad()
-def _time_bare(case: Case, inner: GraphEvaluator, subject: Subject) -> float:
+def _time_bare(case: Case, inner: GraphEvaluator, subject: Subject, batch: int) -> float:
     """Seconds a step and prompt of the same graphs in the same batch, of tensors that stay on the device; median of three."""
-    batch = inner.max_batch
     conditions = {
         name: torch.from_numpy(value).to(case.device)
         for name, value in subject.encode([f"prompt {number}" for number in range(batch)]).items()

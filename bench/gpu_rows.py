@@ -215,7 +215,8 @@ def peer_rows(case: Case, steps: int, budgets: Sequence[int], *, compiled: bool)
     transformer = subject.transformer
     yield Maker("diffusers", lambda: _peer_row(case, make_peer(plain(), subject, num_steps=steps)))
     if compiled:
-        yield Maker("torch.compile", lambda: _peer_row(case, _compiled_peer(case, steps), family="torch.compile"))
+        name = "torch.compile, block by block"
+        yield Maker(name, lambda: _peer_row(case, _compiled_peer(case, steps), family="torch.compile"))
     for recipe in (taylorseer(), first_block_cache(FIRST_BLOCK_THRESHOLDS[0])):
         yield Maker(recipe.name, lambda recipe=recipe: _peer_row(case, make_peer(recipe, subject, num_steps=steps)))
     for budget in budgets:
@@ -241,7 +242,7 @@ def _compiled_peer(case: Case, steps: int) -> Peer:
         raise InputError(reason)
     subject = open_subject(case.model, case.settings)
     if case.compiled is None:
-        case.compiled = make_peer(plain(), subject, num_steps=steps, compiled=True)
+        case.compiled = make_peer(plain(), subject, num_steps=steps, compiled="blocks")
     sigmas, timesteps = grid(subject, steps)
     return replace(case.compiled, sigmas=sigmas, timesteps=timesteps)
 
@@ -267,7 +268,8 @@ def cachec_rows(case: Case, built: Engines, steps: int, budgets: Sequence[int]) 
             table = get_method(method).with_options(options).table(schedule, sigmas, None)
             programs[f"{cut} cut, {budget}"] = lower(table, key, sigmas, timesteps)
     for name, program in programs.items():
-        yield Maker(name, lambda name=name, program=program: _cachec_row(case, built, name, program))
+        label = f"cachec {built.backend}, {name}"
+        yield Maker(label, lambda name=name, program=program: _cachec_row(case, built, name, program))
 
 
 def _cachec_row(case: Case, built: Engines, name: str, program: Program) -> Row:

@@ -31,7 +31,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Literal
 
 import click
 import numpy as np
@@ -207,25 +207,34 @@ def make_peers(subject: Subject, *, num_steps: int, compute: Sequence[int], comp
     return Peers({peer.name: peer for peer in peers}, skipped)
 
 
-def make_peer(recipe: Recipe, subject: Subject, *, num_steps: int, compiled: bool = False) -> Peer:
+def make_peer(recipe: Recipe, subject: Subject, *, num_steps: int, compiled: bool | Literal["blocks"] = False) -> Peer:
     """One peer on its own copy of the transformer.
 
-    ``compiled``: the whole transformer, in the first run of each batch size. dynamo's recompile limits are raised for the
-    process, as cache-dit advises. Inductor's settings are the caller's: with ``TORCHINDUCTOR_FREEZING=1`` and
+    ``compiled``: the whole transformer, in the first run of each batch size; or its ``blocks`` only, each kind once, as
+    diffusers advises for large models (``compile_repeated_blocks``), without a cache. dynamo's recompile limits are raised
+    for the process, as cache-dit advises. Inductor's settings are the caller's: with ``TORCHINDUCTOR_FREEZING=1`` and
     ``TORCHINDUCTOR_CPP_WRAPPER=1`` in the environment the uncached transformer is faster, but TaylorSeer compiles for minutes.
+
+    Raises:
+        InputError: a cache is to be compiled block by block.
     """
+    if compiled == "blocks" and recipe.name != plain().name:
+        raise InputError(f"{recipe.name} is not compiled block by block: what it skips could not be seen")
     transformer = _copy_sharing_weights(subject.transformer)
-    flags = _watch_blocks(transformer)
+    flags = () if compiled == "blocks" else _watch_blocks(transformer)  # with hooks, each block would be compiled anew
     recipe.apply(transformer)
     call: Callable[..., tuple[torch.Tensor]] = transformer
     if compiled:
         _raise_recompile_limits()
+    if compiled == "blocks":
+        transformer.compile_repeated_blocks(dynamic=False)
+    elif compiled:
         call = torch.compile(transformer, dynamic=False)
     sigmas, timesteps = grid(subject, num_steps)
     return Peer(
-        name=_compiled_name(recipe) if compiled else recipe.name,
+        name=_compiled_name(recipe, blocks=compiled == "blocks") if compiled else recipe.name,
         about=recipe.about,
-        compiled=compiled,
+        compiled=bool(compiled),
         transformer=transformer,
         call=call,
         reset=recipe.reset,
@@ -365,7 +374,9 @@ def _import_cache_dit() -> Any:
         raise MissingExtraError(f"cache-dit cannot be imported here: {error}") from error
 
 
-def _compiled_name(recipe: Recipe) -> str:
+def _compiled_name(recipe: Recipe, *, blocks: bool = False) -> str:
+    if blocks:
+        return "torch.compile, block by block"
     return "torch.compile" if recipe.name == plain().name else f"{recipe.name} + torch.compile"
 
 
