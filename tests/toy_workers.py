@@ -112,3 +112,5 @@ def check_death(recorders, folder):
         np.testing.assert_allclose(made[name], values, atol=1e-6)
     again = record(recording_here(SUBJECT, None), folder / "work")
     np.testing.assert_array_equal(again["final"], made["final"])
+    (folder / "work" / "runs-0004.safetensors").unlink()  # and they go on from those of one process
+    np.testing.assert_allclose(record(recorders, folder / "work")["final"], alone["final"], atol=1e-6)

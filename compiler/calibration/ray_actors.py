@@ -132,5 +132,6 @@ class Actors(Hands):
             found: Answer = self._ray.get(answer)
         except self._ray.exceptions.RayError as error:
             log.debug("a worker is lost", exc_info=error)
-            return Lost(f"is lost: {in_one_line(error)}")
+            cause = getattr(error, "cause", None) or error  # an exception of the worker's, where it is not its death
+            return Lost(f"is lost: {type(cause).__name__}: {in_one_line(cause)}")
         return found

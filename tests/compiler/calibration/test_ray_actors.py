@@ -23,6 +23,7 @@ def test_what_a_killed_actor_had_is_done_by_the_other(tmp_path, caplog, monkeypa
         assert recorders.facts.device == "cpu"
         check_death(recorders, tmp_path)
         assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
+    assert "is lost: ActorDiedError" in caplog.text
     assert "1 are left" in caplog.text
     assert not ray.is_initialized()
 
