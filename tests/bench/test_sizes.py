@@ -32,7 +32,7 @@ def test_the_page_has_a_row_each_and_the_law_of_those_meant_for_it():
     fitted = sizes.law(results, sizes.ROWS)
     assert fitted["seconds_per_gb"] == pytest.approx(20)
     assert fitted["rss_gb_per_gb"] == pytest.approx(0.1)
-    page = sizes.markdown(results, fitted, "a machine")
+    page = sizes.markdown(results, fitted)
     assert all(f"| {row.name} | bfloat16 |" in page for row in some)
     assert "seconds = -20 + 20.0 W, memory = 0.90 GB + 100 MB W" in page
     assert sizes.law(results[:1], sizes.ROWS) == {}
