@@ -50,7 +50,8 @@ def accelerate_pipeline(model: LoadedModel, request: Request, *, compiled: bool 
         program = next(program for level, program in programs.items() if level != UNCACHED)
         constants = model.constants(request.settings)
         baked = {name: value for name, value in constants.items() if isinstance(value, torch.Tensor)}
-        result = Compiled(engines, program, model.io, baked, model.sizes_of, model.check_scheduler)
+        timesteps = model.sampling(request.settings)[1]
+        result = Compiled(engines, program, timesteps, model.io, baked, model.sizes_of, model.check_scheduler)
         model.pipeline.transformer = AcceleratedTransformer(model.transformer, model.pipeline, result)
     return model.pipeline
 

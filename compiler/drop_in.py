@@ -25,6 +25,7 @@ from cachec.runtime.engine import Engine
 from cachec.runtime.errors import EngineError, InputError
 from cachec.runtime.model_io import ModelIO
 from cachec.runtime.program import Program
+from cachec.runtime.specs import Array
 from cachec.runtime.stepper import Stepper
 
 ROUNDING = 1e-5  # of timesteps in float32, whichever way they were calculated
@@ -33,10 +34,14 @@ NOISE_LEVELS = 1e-5  # by which sigmas may differ
 
 @dataclass(frozen=True, eq=False)
 class Compiled:
-    """What a pipeline was compiled to. ``baked``: inputs that are constants of the graphs. See ``LoadedModel``."""
+    """What a pipeline was compiled to. ``baked``: inputs that are constants of the graphs. See ``LoadedModel``.
+
+    ``timesteps`` [T] are those that the pipeline's sampler hands over; the program may tell the model others.
+    """
 
     engines: Mapping[str, Engine]
     program: Program
+    timesteps: Array
     io: ModelIO
     baked: Mapping[str, torch.Tensor]
     sizes_of: Callable[[str, torch.Tensor], Mapping[str, Any]]
@@ -184,7 +189,7 @@ class AcceleratedTransformer(StandIn):
 
     def _near_steps(self, given: Mapping[str, Any]) -> list[int]:
         """The steps that ``timestep`` may be of, nearest first: one, or in bfloat16 a few."""
-        io, timesteps = self._compiled.io, self.program.timesteps
+        io, timesteps = self._compiled.io, self._compiled.timesteps
         told = given[io.timestep].reshape(-1)
         value, precision = float(told[0]), max(torch.finfo(given[name].dtype).eps for name in (io.timestep, io.latents))
         if not bool((told == told[0]).all()):

@@ -84,7 +84,7 @@ def compiled(whole):
                 computed = programs[UNCACHED]
             baked = {name: value for name, value in model.constants(some.settings).items() if name.endswith("_ids")}
             made[cut] = {
-                kind: Compiled(engines, program, model.io, baked, model.sizes_of, model.check_scheduler)
+                kind: Compiled(engines, program, program.timesteps, model.io, baked, model.sizes_of, model.check_scheduler)
                 for kind, program in ((True, computed), (False, programs["default"]))
             }
         return made[cut][every]
@@ -135,6 +135,16 @@ BOTH = pytest.mark.parametrize("cut", ["hidden", "output"])
 @BOTH
 def test_every_step_computed_is_the_untouched_pipeline(accelerated, plain, cut):
     assert error(run(accelerated(cut, every=True)), run(plain)) < EXACT
+
+
+def test_the_model_may_be_told_other_times_than_the_sampler_hands_over(accelerated, compiled):
+    """As gram's fitted levels do."""
+    pipeline, made = accelerated("output"), compiled("output", every=False)
+    plain_times = run(pipeline)
+    program = replace(made.program, timesteps=made.program.timesteps * np.float32(0.98))
+    stand_in = pipeline.transformer
+    pipeline.transformer = AcceleratedTransformer(stand_in.original, pipeline, replace(made, program=program))
+    assert 1e-4 < error(run(pipeline), plain_times) < 0.3
 
 
 @BOTH

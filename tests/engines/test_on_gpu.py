@@ -1,13 +1,15 @@
-"""Every back end on a GPU. Without one all of this is skipped; it has not run on hardware yet."""
+"""Every back end on a GPU, and a pipeline that lies there. Without one all of this is skipped."""
 
 import numpy as np
 import pytest
 import torch
+from diffusers import FluxPipeline
 from toy_bundle import split_toy, toy_program, write_bundle, write_output_bundle
 
 import cachec
 from cachec.compiler.graphs.prepare import linear
 from cachec.compiler.methods.taylor import Taylor
+from cachec.compiler.models import TINY_FLUX_DIR
 from cachec.engines import BACKENDS, cuda_runtime, get_engine
 from cachec.engines.cuda_device import CudaDevice
 from cachec.runtime.device import DeviceName
@@ -40,7 +42,7 @@ def pair(request, tmp_path_factory):
         get_engine(name).check_target(GPU, "float32")
     except (InputError, MissingExtraError) as error:
         pytest.skip(str(error))
-    reference = write(work / "eager", "eager", cut, DeviceName("cpu"))
+    reference = write(work / "reference", "eager", cut, DeviceName("cpu"))
     with cachec.load(reference) as wanted, cachec.load(write(work / name, name, cut), device="cuda") as loaded:
         yield wanted, loaded
 
@@ -95,7 +97,7 @@ def test_steps_one_by_one_do_not_disturb_recorded_requests(pair):
 
 def test_more_than_there_is(pair, monkeypatch):
     _, loaded = pair
-    monkeypatch.setattr("cachec.runtime.session.MAX_BATCH", 2**31)
+    monkeypatch.setattr("cachec.runtime.binding.MAX_BATCH", 2**31)
     with pytest.raises(InputError, match=r"cuda:0 has no room for .* MB more \(.* MB are free\)"):
         Session(loaded.engines, loaded.programs["default"], loaded.io, batch=2**31)
 
@@ -169,3 +171,22 @@ def test_facts_are_those_that_torch_knows():
     assert cuda_runtime.gpu_name(0) == torch.cuda.get_device_name(0)
     assert cuda_runtime.memory_bytes(0)[1] == torch.cuda.mem_get_info(0)[1]
     assert cuda_runtime.driver_version() >= (12, 0)
+
+
+@pytest.mark.parametrize(("dtype", "apart"), [(torch.float32, 1e-4), (torch.bfloat16, 5e-2)])
+def test_a_pipeline_is_accelerated_where_it_is(dtype, apart):
+    def accelerated(device):
+        pipeline = FluxPipeline.from_pretrained(TINY_FLUX_DIR, local_files_only=True).to(device, dtype)
+        pipeline.set_progress_bar_config(disable=True)
+        del pipeline.transformer.transformer_blocks[1:], pipeline.transformer.single_transformer_blocks[1:]
+        return cachec.accelerate(pipeline, method="taylor", steps=6, schedule="0,1,2,4", compiled=False)
+
+    def run(pipeline):
+        call = {"height": 64, "width": 64, "num_inference_steps": 6, "max_sequence_length": 16, "output_type": "latent"}
+        return pipeline("a blue ring", **call, generator=torch.Generator().manual_seed(0)).images
+
+    pipeline = accelerated("cuda")
+    got, wanted = run(pipeline), run(accelerated("cpu")).float()
+    assert got.is_cuda
+    assert (got.cpu().float() - wanted).norm() / wanted.norm() < apart
+    assert torch.equal(run(pipeline), got)
