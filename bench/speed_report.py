@@ -24,7 +24,8 @@ ABOUT_CASE = {
     "that skipped nothing was run once.",
 }
 GPU_COLUMNS = {
-    "seconds": "loop, s", "speedup": "× own uncached", "of_ideal": "of ideal", "over_eager": "× diffusers",
+    "first_seconds": "first request, s", "seconds": "loop, s",
+    "speedup": "× own uncached", "of_ideal": "of ideal", "over_eager": "× diffusers",
     "distance_from_eager": "distance from eager", "parity": "parity",
 }  # fmt: skip
 Data = Mapping[str, Any]
@@ -427,8 +428,13 @@ def _gpu(gpu: Any) -> str:
             "Nothing has run on a GPU. `python -m bench.gpu_check --out bench/gpu.json` is the one command for that; its rows "
             "then stand here.\n"
         )
-    setting = ", ".join(f"{name}: {value}" for name, value in gpu["setting"].items() if isinstance(value, str | int | float))
-    pages = [f"From `bench/gpu.json` (`python -m bench.gpu_check`). {setting}\n"]
+    setting = gpu["setting"]
+    versions = ", ".join(f"{name} {number}" for name, number in setting["packages"].items() if number)
+    pages = [
+        f"{setting['gpu']}, CUDA {setting['cuda']}, {setting['started']} (`python -m bench.gpu_check`, `bench/gpu.json`); "
+        f"{versions}. Seconds are medians of runs that took turns, batch 1, with the device synchronised around each. "
+        "The caches of diffusers and cache-dit ran op by op, as they do unless told otherwise.\n"
+    ]
     for case in gpu["cases"]:
         lines = [
             [row["row"], row["steps"], len(row["computed"]), *(_plain(row.get(key)) for key in GPU_COLUMNS)]
