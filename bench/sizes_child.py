@@ -1,7 +1,8 @@
 """One row of ``bench/sizes.py`` in a process of its own: ``python -m bench.sizes_child TASK.json``; prints a JSON object.
 
 A task is ``{"do": "compile", "model": DIR, "out": BUNDLE, "options": {…}}``, which compiles, or ``{"do": "compare", …}``,
-which plays one computed step of the bundle on ONNX Runtime and compares its velocity with the module's own.
+which plays one computed step of the bundle on ONNX Runtime and compares its velocity with the module's own, or
+``{"do": "play", …}``, which makes one request with the bundle's default level.
 """
 
 import json
@@ -56,10 +57,32 @@ def compare_task(task: Mapping[str, Any]) -> dict[str, Any]:
     return {"step_seconds": seconds, "relative_error": float(np.linalg.norm(velocity - wanted) / np.linalg.norm(wanted))}
 
 
+def play_task(task: Mapping[str, Any]) -> dict[str, Any]:
+    """Seconds of one request, and the root mean square of its latents, which must be finite."""
+    import numpy as np
+
+    import cachec
+    from cachec.compiler.models import find_model, load_model
+    from cachec.compiler.models.base import settings_of
+
+    model = load_model(find_model(task["model"]))
+    with cachec.load(task["out"]) as bundle:
+        inputs = model.example_inputs(settings_of(bundle.manifest), batch=1)
+        conditions = {name: inputs[name].numpy() for name in bundle.io.conditions}
+        session = bundle.session()
+        start = time.perf_counter()
+        latents = session.run(conditions, inputs[bundle.io.latents].numpy())
+        seconds = time.perf_counter() - start
+    size = float(np.sqrt(np.mean(np.square(latents))))
+    if not np.isfinite(size):
+        raise ValueError("the latents of this bundle are not finite")
+    return {"seconds": seconds, "rms": size, "level": session.program.key.level}
+
+
 def main() -> None:
     """Read the task, do it, print what came of it."""
     task = json.loads(Path(sys.argv[1]).read_text())
-    result = {"compile": compile_task, "compare": compare_task}[task["do"]](task)
+    result = {"compile": compile_task, "compare": compare_task, "play": play_task}[task["do"]](task)
     print(json.dumps({**result, "peak_rss": peak_rss()}))
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cachec.compiler.calibration.graph_evaluator import GraphEvaluator
-from cachec.compiler.calibration.runs import Sampling, Subject, recording_here
+from cachec.compiler.calibration.runs import Sampling, Subject, encode_ahead, recording_here
 from cachec.compiler.calibration.statistics import (
     Statistics,
     calibration_facts,
@@ -173,6 +173,7 @@ def training_evaluator(model: LoadedModel, request: Request, training: Training,
     check_device(request.device)
     check_evaluation(model, precision, request.device)
     check_training(model, replace(request.settings, dtype=precision), len(training.prompts.prompts), work)
+    encode_ahead(model, training.prompts.prompts, request.settings)
     return evaluator_of(model, request.settings, request.device)
 
 
@@ -197,13 +198,13 @@ def find_calibrations(model: LoadedModel, request: Request, checked: Checked, wo
     subject, statistics = Subject.of(model, request.settings), checked.statistics
     if statistics is None and checked.prompts is None:
         return None
+    prompts = checked.prompts if statistics is None else statistics.prompts
+    assert prompts is not None
+    encode_ahead(model, prompts.prompts, request.settings)
     evaluator = evaluator_of(model, request.settings, request.device)
     if statistics is None:
-        assert checked.prompts is not None
         fine, here = request.reference_steps or 0, recording_here(subject, evaluator)
-        statistics = record_statistics(
-            subject, here, checked.prompts, reference_steps=fine, seed=request.wish.fit.seed, work=work
-        )
+        statistics = record_statistics(subject, here, prompts, reference_steps=fine, seed=request.wish.fit.seed, work=work)
     return Calibrations.open(statistics, subject, evaluator)
 
 

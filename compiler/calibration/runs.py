@@ -6,6 +6,7 @@ Shapes: ``P`` prompts, ``T`` steps, ``L`` tokens, ``D`` channels of the feature;
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from safetensors.numpy import load_file, save
@@ -22,6 +23,7 @@ from cachec.runtime.specs import Array
 CHUNK = 16  # prompts a batch
 MAX_TRAINING_BYTES = 4 << 30  # of features in memory
 TRAINING_SEED_BASE = NUM_SEEDS  # training noise has seeds from here on; people's seeds are smaller
+_ENCODED: WeakKeyDictionary[LoadedModel, dict[tuple[str, int, float], Conditions]] = WeakKeyDictionary()  # ahead of runs
 SEEDS_A_RUN = 4096  # of training noise, for each seed that a user may choose
 
 
@@ -229,11 +231,28 @@ def measuring_seeds(seed: int, num: int) -> list[int]:
     return [TRAINING_SEED_BASE + ((seed + 1) * SEEDS_A_RUN - 1 - number) % NUM_SEEDS for number in range(num)]
 
 
+def encode_ahead(model: LoadedModel, prompts: Sequence[str], settings: Settings) -> None:
+    """Encode what runs will ask for, and let go of the text encoders: gigabytes, where the model itself is about to be put."""
+    encoded = encode_prompts(model, prompts, settings)
+    known = _ENCODED.setdefault(model, {})
+    for place, prompt in enumerate(prompts):
+        known[_key(prompt, settings)] = {name: value[place] for name, value in encoded.items()}
+    model.release_text_encoders()
+
+
 def encode_prompts(model: LoadedModel, prompts: Sequence[str], settings: Settings) -> dict[str, Array]:
-    """Conditions of any number of prompts, by name [P, …]."""
+    """Conditions of any number of prompts, by name [P, …]: those that were encoded ahead, or encoded now."""
+    known = _ENCODED.get(model, {})
+    if all(_key(prompt, settings) in known for prompt in prompts):
+        found = [known[_key(prompt, settings)] for prompt in prompts]
+        return {name: np.stack([one[name] for one in found]) for name in model.io.conditions}
     starts = range(0, len(prompts), CHUNK)
     parts = [model.encode(prompts[start : start + CHUNK], settings, model.io.conditions) for start in starts]
     return {name: np.concatenate([part[name] for part in parts]) for name in model.io.conditions}
+
+
+def _key(prompt: str, settings: Settings) -> tuple[str, int, float]:
+    return prompt, settings.text_tokens, settings.guidance
 
 
 def some_tokens(num_tokens: int, wanted: int) -> Array:

@@ -9,7 +9,7 @@ from typing import Any
 from cachec.compiler.calibration.conditions import load_conditions, subject_of_bundle
 from cachec.compiler.calibration.crew import choose_crew, first_device
 from cachec.compiler.calibration.engine_evaluator import EngineEvaluator
-from cachec.compiler.calibration.runs import Recorders, Subject, recording_here
+from cachec.compiler.calibration.runs import Recorders, Subject, encode_ahead, recording_here
 from cachec.compiler.calibration.statistics import check_reference, record_statistics, save_statistics
 from cachec.compiler.calibration.uses import UsedPrompts, choose_prompts
 from cachec.compiler.calibration.workers import at_work
@@ -102,6 +102,7 @@ def _of_model(source: str, wish: Options, num: int | None, work: Path) -> Iterat
     check_calibration(model, settings, len(prompts.prompts), wish.fit.reference_steps or 0, work)
     if crew is None:
         with model.hashing_weights():
+            encode_ahead(model, prompts.prompts, settings)
             evaluator = evaluator_of(model, settings, device)
             subject = Subject.of(model, settings)
         yield Calibrated(subject, recording_here(subject, evaluator), prompts)

@@ -152,6 +152,9 @@ class LoadedModel(ABC):
     def encode(self, prompts: Sequence[str], settings: Settings, names: Sequence[str]) -> dict[str, Array]:
         """Conditions for the prompts: the inputs ``names`` of the transformer, batch first."""
 
+    def release_text_encoders(self) -> None:
+        """Let go of text encoders that :meth:`encode` loads again when it needs them; of others, nothing."""
+
     @abstractmethod
     def decode(self, latents: Array, settings: Settings) -> Array:
         """Pictures [B, H, W, 3], float32 in [0, 1], from packed latents."""

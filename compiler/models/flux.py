@@ -242,6 +242,10 @@ class FluxModel(Family):
                     raise ModelUnavailableError(f"{name} of {self.spec.source} cannot be loaded: {error}") from error
                 self.pipeline.register_modules(**{name: encoder.eval()})
 
+    def release_text_encoders(self) -> None:
+        if self._stored is not None:
+            self.pipeline.register_modules(**dict.fromkeys(TEXT_ENCODERS))
+
     def _tell_of_lost_text(self, prompts: Sequence[str], text_tokens: int) -> None:
         """Once for each prompt that is cut."""
         pipe, limit = self.pipeline, self.pipeline.tokenizer_max_length

@@ -13,6 +13,7 @@ from cachec.compiler.calibration.runs import (
     Sampling,
     Subject,
     WantedRun,
+    encode_ahead,
     encode_prompts,
     measuring_seeds,
     record_runs,
@@ -21,6 +22,7 @@ from cachec.compiler.calibration.runs import (
     run_uncached,
     training_seeds,
 )
+from cachec.compiler.models import find_model, load_model
 from cachec.runtime.errors import InputError
 from cachec.runtime.noise import NUM_SEEDS, make_noise
 
@@ -149,3 +151,18 @@ def test_no_noise_is_for_people_and_for_fits_or_for_fits_and_measurements():
     assert not set(fitted) & set(measured)
     assert not set(fitted) & set(training_seeds(4, 300))
     assert not set(measuring_seeds(4, 64)) & set(measured)
+
+
+def test_what_is_encoded_ahead_needs_no_text_encoders_any_more():
+    model = load_model(find_model("tiny-flux"))
+    settings = replace(SETTINGS, text_tokens=16, guidance=3.5)
+    wanted = encode_prompts(model, PROMPTS, settings)
+    encode_ahead(model, PROMPTS, settings)
+    assert model.pipeline.text_encoder is None
+    assert model.pipeline.text_encoder_2 is None
+    known = encode_prompts(model, PROMPTS[::-1], settings)
+    assert model.pipeline.text_encoder_2 is None
+    for name, value in wanted.items():
+        np.testing.assert_array_equal(known[name][::-1], value)
+    encode_prompts(model, PROMPTS, replace(settings, text_tokens=8))  # others are encoded as before
+    assert model.pipeline.text_encoder_2 is not None
