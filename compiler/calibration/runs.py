@@ -18,9 +18,10 @@ from cachec.compiler.models.base import LoadedModel, Settings
 from cachec.runtime.device import DeviceName
 from cachec.runtime.errors import InputError
 from cachec.runtime.noise import NUM_SEEDS, make_noise
-from cachec.runtime.specs import Array
+from cachec.runtime.specs import BFLOAT16, Array
 
 CHUNK = 16  # prompts a batch
+TRAINING_TOKENS = 256  # of longer sequences so many stand for all
 MAX_TRAINING_BYTES = 4 << 30  # of features in memory
 TRAINING_SEED_BASE = NUM_SEEDS  # training noise has seeds from here on; people's seeds are smaller
 _ENCODED: WeakKeyDictionary[LoadedModel, dict[tuple[str, int, float], Conditions]] = WeakKeyDictionary()  # ahead of runs
@@ -99,7 +100,8 @@ class WantedRun:
 class Trajectories:
     """``noise`` and ``final`` latents [P, …], ``features`` [P, T, N, D] at the cut, ``conditions`` by name [P, …].
 
-    ``tokens`` [N] says of which of the L tokens the features are, in order.
+    ``tokens`` [N] says of which of the L tokens the features are, in order. Features are float32, or the bits of bfloat16
+    (uint16): see :func:`features_kept`.
     """
 
     noise: Array
@@ -261,9 +263,20 @@ def some_tokens(num_tokens: int, wanted: int) -> Array:
     return tokens
 
 
+def features_kept(num_tokens: int, token_bytes: int, max_bytes: int = MAX_TRAINING_BYTES) -> tuple[int, str]:
+    """Of how many of a sequence's tokens features are kept to train on, and in which type.
+
+    ``token_bytes``: what one token takes in float32, of all steps of all runs. Short sequences are kept whole. What is fitted
+    has one number a step for all tokens, so that some of them, in bfloat16, stand for the others: the loss is unbiased.
+    """
+    if num_tokens <= TRAINING_TOKENS and num_tokens * token_bytes <= max_bytes:
+        return num_tokens, "float32"
+    return min(num_tokens, TRAINING_TOKENS, max(1, max_bytes // (token_bytes // 2))), BFLOAT16
+
+
 @dataclass(frozen=True)
 class KeepFeatures:
-    """Final latents and every step's feature, of as many tokens as take ``max_bytes`` for all runs: prompts times steps."""
+    """Final latents and every step's feature, as :func:`features_kept` says; ``num_features``: prompts times steps."""
 
     num_features: int
     max_bytes: int
@@ -271,12 +284,19 @@ class KeepFeatures:
     def __call__(self, steps: Iterator[RunStep]) -> dict[str, Array]:
         features = []
         for step in steps:
-            tokens = some_tokens(
-                step.feature.shape[1], max(1, self.max_bytes // (self.num_features * step.feature[0, 0].nbytes))
-            )
-            features.append(step.feature[:, tokens])
+            token_bytes = self.num_features * step.feature[0, 0].nbytes
+            number, dtype = features_kept(step.feature.shape[1], token_bytes, self.max_bytes)
+            tokens = some_tokens(step.feature.shape[1], number)
+            features.append(step.feature[:, tokens] if dtype == "float32" else bfloat16_bits(step.feature[:, tokens]))
         final = step.latents
         return {"final": final, "features": np.stack(features, axis=1), "tokens": np.tile(tokens, (len(final), 1))}
+
+
+def bfloat16_bits(values: Array) -> Array:
+    """Float32 numbers as the bits of the nearest bfloat16, ties to even; numpy has no such type."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    rounded: Array = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    return rounded
 
 
 def record_features(
@@ -290,8 +310,7 @@ def record_features(
 ) -> dict[str, Array]:
     """Run the uncached model once per prompt, and keep every step's feature. Resumable in ``work``.
 
-    Of long sequences only as many tokens are kept as take ``max_bytes`` in all. What is fitted to them has one number a step
-    for all tokens, so some of them stand for all.
+    Of long sequences some tokens are kept, and no more than take ``max_bytes`` in all.
     """
     wanted = WantedRun(subject.own_sampling, KeepFeatures(len(prompts) * subject.settings.steps, max_bytes))
     title, seeds = f"uncached runs of {len(prompts)} prompts", training_seeds(seed, len(prompts))

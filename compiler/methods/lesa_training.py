@@ -125,7 +125,7 @@ class LesaTrainer:
     def _teacher_loss(self, batch: Trajectories, step: int) -> torch.Tensor:
         history = self._schedule.history(step, max(WINDOWS), feeds_back=True)
         true = self._there(batch.features)
-        return (self._predict([true[:, past] for past in history], step) - true[:, step]).abs().mean()
+        return (self._predict([true[:, past].float() for past in history], step) - true[:, step].float()).abs().mean()
 
     def _closed_loop(self, batch: Trajectories, *, learn: bool) -> Array:
         """One run of the cached model on ``batch``; with ``learn``, an update at each forecast. Returns the latents."""
@@ -142,7 +142,7 @@ class LesaTrainer:
                     feature = self._predict(features, step)
                     if learn:
                         seen = feature if len(batch.tokens) == feature.shape[1] else feature[:, batch.tokens]
-                        self._update((seen - true[:, step]).abs().mean())
+                        self._update((seen - true[:, step].float()).abs().mean())
                 feature = feature.detach()
                 velocity = self._evaluator.tail(feature.cpu().numpy(), self._timesteps[step], batch.conditions)
             history.appendleft(feature)
@@ -156,7 +156,8 @@ class LesaTrainer:
         return result
 
     def _there(self, values: Array) -> torch.Tensor:
-        return torch.from_numpy(values).to(self._device)
+        tensor = torch.from_numpy(values).to(self._device)
+        return tensor.view(torch.bfloat16) if tensor.dtype == torch.uint16 else tensor  # whose bits they are
 
     def _update(self, loss: torch.Tensor) -> None:
         self._optimizer.zero_grad()

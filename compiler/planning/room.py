@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from cachec.compiler.calibration.runs import MAX_TRAINING_BYTES
+from cachec.compiler.calibration.runs import MAX_TRAINING_BYTES, features_kept
 from cachec.compiler.calibration.statistics import calibration_cost, check_room
 from cachec.compiler.graphs.prepare import prepare
 from cachec.compiler.graphs.weights import is_large
@@ -64,8 +64,10 @@ def check_training(model: LoadedModel, settings: Settings, prompts: int, work: P
         EngineError: there is too little memory.
     """
     feature = outputs(prepare(model, settings).modules[COMPUTE])[FEATURE].meta["val"]
-    all_tokens = prompts * settings.steps * math.prod(map(int, feature.shape[1:])) * itemsize("float32")
-    size = min(MAX_TRAINING_BYTES, all_tokens)
+    num_tokens, channels = int(feature.shape[1]), math.prod(map(int, feature.shape[2:]))
+    elements = prompts * settings.steps * channels
+    tokens, dtype = features_kept(num_tokens, elements * itemsize("float32"), MAX_TRAINING_BYTES)
+    size = tokens * elements * itemsize(dtype)
     check_memory(2 * size, "recording the runs to train on", "give fewer prompts, or take a machine with more")
     check_disk(work, size - bytes_in(work), "recording the runs to train on", "give fewer prompts, or another place with -o")
 

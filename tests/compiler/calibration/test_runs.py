@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from toy import TOKENS, WIDTH
 from toy_model import POISON, SETTINGS, ToyModel
 
@@ -138,10 +139,11 @@ def test_of_many_tokens_some_stand_for_all(model, evaluator, tmp_path):
     here = recording_here(subject, evaluator)
     whole, some = (
         record_trajectories(subject, here, PROMPTS, seed=1, work=tmp_path / str(size), max_bytes=size)
-        for size in (10**6, 5 * 3 * WIDTH * 4 * 2)
+        for size in (10**6, 5 * 3 * WIDTH * 2 * 2)
     )
     assert (whole.tokens.tolist(), len(some.tokens)) == (list(range(TOKENS)), 2)
-    np.testing.assert_array_equal(some.features, whole.features[:, :, some.tokens])
+    bits = torch.from_numpy(whole.features[:, :, some.tokens]).bfloat16().view(torch.uint16).numpy()
+    np.testing.assert_array_equal(some.features, bits)
     np.testing.assert_array_equal(some.final, whole.final)
 
 

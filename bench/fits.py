@@ -1,0 +1,168 @@
+"""What calibration and training cost, and whether some tokens do for all: ``python -m bench.fits``: bench/FITS.md.
+
+Costs: calibrating on 32 prompts, as a whole and inside the model, and what crosses the model's border for one prompt and step.
+
+Tokens: of long sequences ``cachec train`` keeps 256, in bfloat16. Here, on tiny-flux, one set of recorded runs is trained on
+with all tokens and with fewer, and with another order of the prompts, which says what training alone makes different. Compared
+are the held-out closed loop, and the folded rows: all that a bundle has of a predictor.
+"""
+
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import click
+import numpy as np
+
+from bench.gpu_fits import Counted
+from cachec.compiler.calibration.graph_evaluator import GraphEvaluator
+from cachec.compiler.calibration.prompts import default_prompts
+from cachec.compiler.calibration.runs import (
+    Subject,
+    Trajectories,
+    bfloat16_bits,
+    record_trajectories,
+    recording_here,
+    some_tokens,
+)
+from cachec.compiler.calibration.statistics import record_statistics
+from cachec.compiler.calibration.uses import calibration_prompts
+from cachec.compiler.graphs.prepare import prepare
+from cachec.compiler.methods.base import TrainingData
+from cachec.compiler.methods.lesa import Lesa
+from cachec.compiler.methods.lesa_training import LesaTrainer
+from cachec.compiler.methods.parameters import Parameters
+from cachec.compiler.models import find_model, load_model
+from cachec.compiler.models.base import Settings
+from cachec.runtime.specs import Array
+
+PAGE = Path(__file__).with_name("FITS.md")
+STOP = 8  # prompts that tell when to stop
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A predictor: the best held-out relative error of its latents, and its folded rows [T, …]."""
+
+    name: str
+    error: float
+    rows: Array
+    seconds: float
+
+
+def some_of(runs: Trajectories, number: int) -> Trajectories:
+    """The same runs with fewer tokens, as training keeps them of long sequences."""
+    tokens = some_tokens(runs.features.shape[2], number)
+    return replace(runs, features=bfloat16_bits(runs.features[:, :, tokens]), tokens=tokens)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds of a calibration, those of them inside the model, evaluations, and bytes to the host and back."""
+
+    seconds: float
+    in_model: float
+    evaluations: int
+    to_host: int
+    to_model: int
+
+
+def calibrate(subject: Subject, evaluator: GraphEvaluator, name: str) -> Cost:
+    """Calibrate as ``cachec calibrate`` does, without a fine reference."""
+    counted = Counted(evaluator)
+    prompts = calibration_prompts(name, None).only("fit", "stop")
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        record_statistics(
+            subject, recording_here(subject, counted), prompts, reference_steps=0, seed=0, work=Path(folder) / "work"
+        )
+        seconds = time.perf_counter() - start
+    return Cost(seconds, counted.seconds, counted.samples, counted.to_host, counted.to_device)
+
+
+def train_on(runs: Trajectories, subject: Subject, evaluator: GraphEvaluator, wish: "Wish") -> list[Trained]:
+    """Predictors from all tokens, from all in another order of the prompts, and from fewer and fewer tokens."""
+    method = Lesa(max_rounds=wish.rounds)
+    schedule = method.interval(wish.steps, wish.interval)
+    parts = np.arange(STOP, wish.prompts), np.arange(STOP)
+
+    def train(name: str, kept: Trajectories, seed: int) -> Trained:
+        start = time.perf_counter()
+        with tempfile.TemporaryDirectory() as folder:
+            train, stop = (kept.select(part) for part in parts)
+            data = TrainingData(evaluator, subject.own_sampling, train, stop, schedule, seed, Path(folder))
+            trainer = LesaTrainer(data, max_rounds=wish.rounds)
+            parameters = Parameters(trainer.run(), {"steps": str(wish.steps)}, name)
+        table = method.table(schedule, subject.own_sampling.sigmas, parameters)
+        return Trained(name, trainer.state.best, table.coefficients, time.perf_counter() - start)
+
+    count = runs.features.shape[2]
+    made = [train(f"all {count} tokens", runs, 0), train(f"all {count} tokens, prompts in another order", runs, 1)]
+    some = [count // part for part in (2, 4, 16)]
+    return made + [train(f"{number} tokens, bfloat16", some_of(runs, number), 0) for number in some]
+
+
+@dataclass(frozen=True)
+class Wish:
+    """Prompts that runs are recorded of, steps, LESA's N, and rounds of each phase at most."""
+
+    prompts: int
+    steps: int
+    interval: int
+    rounds: int
+
+
+@click.command()
+@click.option("--prompts", default=40, show_default=True)
+@click.option("--steps", default=28, show_default=True)
+@click.option("--interval", default=7, show_default=True)
+@click.option("--rounds", default=30, show_default=True, help="Of each phase, at most.")
+def main(prompts: int, steps: int, interval: int, rounds: int) -> None:
+    spec, wish = find_model("tiny-flux"), Wish(prompts, steps, interval, rounds)
+    model = load_model(spec)
+    settings = Settings(spec.height, spec.width, spec.text_tokens, spec.guidance, steps, "float32")
+    subject, evaluator = Subject.of(model, settings), GraphEvaluator(prepare(model, settings), model.io)
+    calibrate(subject, evaluator, spec.prompts)  # text encoders are loaded, memory is there
+    costs = [calibrate(subject, evaluator, spec.prompts) for _ in range(3)]
+    used = default_prompts(spec.prompts, "train")[:prompts]
+    with tempfile.TemporaryDirectory() as folder:
+        runs = record_trajectories(subject, recording_here(subject, evaluator), used, seed=0, work=Path(folder))
+    PAGE.write_text(markdown(costs, train_on(runs, subject, evaluator, wish), wish))
+
+
+def markdown(costs: Sequence[Cost], made: Sequence[Trained], wish: Wish) -> str:
+    """The page."""
+    over = [one.seconds / one.in_model - 1 for one in costs]
+    cost = costs[0]
+    lines = [
+        "# Calibration and training",
+        "",
+        f"tiny-flux on the CPU, float32, {wish.steps} steps; {time.strftime('%Y-%m-%d')} (`python -m bench.fits`).",
+        "",
+        f"Calibrating on {cost.evaluations // wish.steps} prompts takes {100 * statistics.median(over):.1f} % "
+        f"({100 * min(over):.1f} to {100 * max(over):.1f} % in {len(costs)} runs) longer than the model's own "
+        f"{statistics.median(one.in_model for one in costs):.1f} s. For one prompt and step "
+        f"{cost.to_host / cost.evaluations / 1e3:.1f} kB leave the model (velocity and feature) and "
+        f"{cost.to_model / cost.evaluations / 1e3:.1f} kB go to it (latents and conditions).",
+        "",
+        "## LESA from some of the tokens",
+        "",
+        f"N = {wish.interval}, {wish.prompts - STOP} prompts to train on, {STOP} held out, at most {wish.rounds} rounds a phase.",
+        "*error*: of held-out latents, relative L2, of the best weights; *rows*: relative L2 distance of the folded rows from",
+        "those of the first line.",
+        "",
+        "| trained on | error | rows | s |",
+        "| --- | --- | --- | --- |",
+    ]
+    first = made[0].rows
+    for one in made:
+        apart = float(np.linalg.norm(one.rows - first) / np.linalg.norm(first))
+        lines.append(f"| {one.name} | {one.error:.4f} | {apart:.4f} | {one.seconds:.0f} |")
+    return "\n".join([*lines, ""])
+
+
+if __name__ == "__main__":
+    main()
