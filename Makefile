@@ -5,7 +5,7 @@ READY := $(VENV)/.ready
 BUILD := reference/build
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo test test-slow check types wheel eval quality bench engines sizes gpu reference clean
+.PHONY: help demo test test-slow check types wheel eval quality bench engines sizes fits gpu reference clean
 
 help:  ## Say what can be made
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -67,6 +67,9 @@ engines: $(READY)  ## Engines of TensorRT for RTX and errors of low precision: b
 
 sizes: $(READY)  ## Compile models of FLUX.1-dev's width and depth: bench/SIZES.md (50 GB of disk, half an hour)
 	$(BIN)/python -m bench.sizes
+
+fits: $(READY)  ## What calibration and training cost, and LESA from some of the tokens: bench/FITS.md (ten minutes)
+	$(BIN)/python -m bench.fits
 
 gpu:  ## On a machine with a GPU: build, compare with eager, measure; bench/gpu.json. Uses PYTHON, which has torch and diffusers
 	$(PYTHON) -m bench.gpu_check --out bench/gpu.json

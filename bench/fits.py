@@ -150,7 +150,7 @@ def markdown(costs: Sequence[Cost], made: Sequence[Trained], wish: Wish) -> str:
         "",
         "## LESA from some of the tokens",
         "",
-        f"N = {wish.interval}, {wish.prompts - STOP} prompts to train on, {STOP} held out, at most {wish.rounds} rounds a phase.",
+        f"N = {wish.interval}, {wish.prompts - STOP} prompts to train on, {STOP} held out, {wish.rounds} rounds a phase.",
         "*error*: of held-out latents, relative L2, of the best weights; *rows*: relative L2 distance of the folded rows from",
         "those of the first line.",
         "",

@@ -8,7 +8,8 @@ from safetensors.numpy import load_file
 
 import cachec.compiler.commands.calibrate as calibrate
 import cachec.compiler.commands.train as train
-from cachec.compiler.frontend import check
+from cachec.compiler.calibration.prompts import default_prompts
+from cachec.compiler.frontend import check, find_calibrations, make_programs
 from cachec.compiler.models import find_model, load_model
 from cachec.compiler.request import make_request
 from cachec.runtime.errors import InputError
@@ -50,6 +51,24 @@ def test_a_predictor_is_that_of_the_cpu(toy_directory, tmp_path, gpu):
     for name, device in (("here", "cpu"), ("there", "cuda")):
         train.train_to_file(str(toy_directory), tmp_path / name, device=device, **options)
     assert_same(tmp_path / "there", tmp_path / "here")
+
+
+@pytest.mark.parametrize(("method", "options"), [("gram", {}), ("l2p", {}), ("bns", {"updates": "9"}), ("gram-hidden", {})])
+def test_a_fit_is_that_of_the_cpu(toy_directory, tmp_path, gpu, method, options):
+    def fitted(device):
+        model = load_model(find_model(str(toy_directory)))
+        wish = {"budget": 2, "steps": 4, "options": options, "prompts": tmp_path / "prompts.txt"}
+        request = make_request(model.spec, method=method, device=device, **wish)
+        calibrations = find_calibrations(model, request, check(model, request), tmp_path / device)
+        return make_programs(model, request, {}, calibrations, None).by_level
+
+    (tmp_path / "prompts.txt").write_text("\n".join(default_prompts("shapes", "train")[:24]))
+    there, here = fitted("cuda"), fitted("cpu")
+    assert there.keys() == here.keys()
+    for level, program in there.items():
+        assert program.instructions == here[level].instructions
+        np.testing.assert_allclose(program.coefficients, here[level].coefficients, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(program.timesteps, here[level].timesteps, rtol=1e-5)
 
 
 def test_a_gpu_that_is_not_there_is_refused(toy_directory, tmp_path):

@@ -41,11 +41,13 @@ def generate_pictures(
     ``profile``: where to write a trace of the last request's engine calls, after one request to warm up.
 
     Raises:
-        InputError: a prompt is empty, the seed is negative, or there is no such device.
+        InputError: a prompt is empty, the seed is negative, the file is no PNG, or there is no such device.
         OutputError: a file exists already, or cannot be written.
     """
     check_prompts(prompts)
     check_seed(seed)
+    if out.suffix.lower() not in ("", ".png"):
+        raise InputError(f"-o is {out.name}, but pictures are written as PNG: name it {out.stem}.png")
     if profile is not None and compare:
         raise InputError("--profile is of one run, --compare makes two: leave one out")
     files = [out] if compare or len(prompts) == 1 else _numbered(out, len(prompts))
@@ -126,7 +128,7 @@ def _compare(
     write_png(draw_sheet(rows), out)
     slow, fast = np.median(np.array(seconds), axis=0)
     return [
-        (str(out), f"{len(prompts)} prompts, uncached beside {name}"),
+        (str(out), f"{len(prompts)} prompt{'s' * (len(prompts) > 1)}, uncached beside {name}"),
         _target_row(loaded),
         ("denoise loop", f"{slow:.3f} s uncached, {fast:.3f} s {name}: {slow / fast:.2f} times as fast (medians)"),
         ("PSNR", f"{np.mean(psnrs):.2f} dB against the uncached pictures, mean"),

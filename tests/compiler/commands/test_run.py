@@ -43,10 +43,13 @@ def test_a_profile_says_where_the_time_went(toy_bundles, tmp_path):
         (["--profile", "t.json", "--compare"], "--profile is of one run, --compare makes two"),
         (["--seed", "-1"], "seed is -1"),
         (["--threads", "0"], "threads is 0"),
+        (["-o", "x.jpg"], "-o is x.jpg, but pictures are written as PNG: name it x.png"),
     ],
 )
 def test_what_cannot_be_run_is_refused(toy_bundles, tmp_path, given, message):
-    code, output = run_cli("run", toy_bundles / "both", "-p", "x", "-o", tmp_path / "x.png", *given)
+    code, output = run_cli(
+        "run", toy_bundles / "both", "-p", "x", *(["-o", tmp_path / "x.png"] if "-o" not in given else []), *given
+    )
     assert code == InputError.exit_code
     assert message in output
     assert list(tmp_path.iterdir()) == []
