@@ -50,8 +50,6 @@ def interval_schedule(num_steps: int, interval: int, *, warmup: int = 3, extra: 
     """
     if interval < 1:
         raise InputError(f"interval is {interval}; it must be at least 1 (1 computes every step)")
-    if interval > num_steps:
-        raise InputError(f"interval is {interval}, and there are {num_steps} steps only: take one of 1 to {num_steps}")
     compute, counter = [], 0
     for step in range(num_steps):
         if step < warmup or counter == interval - 1:
