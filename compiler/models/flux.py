@@ -4,9 +4,7 @@ Cut: the image tokens after the last single block, before ``norm_out`` and ``pro
 """
 
 import hashlib
-import json
 import logging
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -28,7 +26,7 @@ from transformers import CLIPTextModel, T5EncoderModel
 
 from cachec.compiler.models.base import Family, ModelSpec, Settings, lost_text
 from cachec.compiler.models.named import MODELS
-from cachec.compiler.models.shards import Shards, Stored
+from cachec.compiler.models.shards import Shards, Stored, weight_files
 from cachec.runtime.errors import InputError, ModelUnavailableError, shortened
 from cachec.runtime.files import hash_file, reason_of
 from cachec.runtime.hashing import hashing
@@ -38,8 +36,6 @@ from cachec.runtime.specs import Array
 log = logging.getLogger(__name__)
 
 TRANSFORMER = "transformer"  # its folder
-OTHER_FORMATS = (".bin", ".ckpt", ".gguf", ".msgpack", ".pt", ".pth")  # of weights
-NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d+)-of-(?P<count>\d+)\.safetensors")  # name of a shard
 TEXT_ENCODERS = {"text_encoder": CLIPTextModel, "text_encoder_2": T5EncoderModel}
 
 
@@ -69,8 +65,9 @@ class FluxModel(Family):
     def load(cls, spec: ModelSpec, directory: Path, *, with_transformer: bool) -> Self:
         _quiet_loading()
         stored = _open_transformer(spec, directory / TRANSFORMER) if with_transformer else None
-        absent = dict.fromkeys(("transformer", *TEXT_ENCODERS))  # until they are wanted
+        absent = dict.fromkeys(("transformer", "vae", *TEXT_ENCODERS))  # until they are wanted
         pipeline = FluxPipeline.from_pretrained(directory, local_files_only=True, **absent)
+        pipeline.vae_scale_factor = _vae_scale_factor(directory)
         pipeline.set_progress_bar_config(disable=True)
         return cls(spec, pipeline, directory, stored)
 
@@ -81,8 +78,7 @@ class FluxModel(Family):
         absent = dict.fromkeys(("transformer", "vae", *TEXT_ENCODERS, "tokenizer", "tokenizer_2"))
         pipeline = FluxPipeline(scheduler=_scheduler(directory / "scheduler"), **absent)
         if (directory / "vae").is_dir():  # else that of FLUX.1
-            widths = AutoencoderKL.load_config(directory / "vae", local_files_only=True)["block_out_channels"]
-            pipeline.vae_scale_factor = 2 ** (len(widths) - 1)
+            pipeline.vae_scale_factor = _vae_scale_factor(directory)
         return cls(spec, pipeline, directory, stored)
 
     @property
@@ -160,7 +156,7 @@ class FluxModel(Family):
         if self._directory is None or not (folder := self._directory / TRANSFORMER).is_dir():
             return []
         try:
-            shards = Shards.open(files := _weight_files(self.spec, folder))
+            shards = Shards.open(files := weight_files(self.spec.source, folder))
         except ModelUnavailableError:  # the weights are in memory, and what lies beside is not looked for
             return []
         held = self.transformer.state_dict()
@@ -174,8 +170,9 @@ class FluxModel(Family):
         with torch.random.fork_rng():
             torch.manual_seed(0)
             transformer = FluxTransformer2DModel.from_config(config)
-        parts = {name: getattr(self.pipeline, name) for name in ("scheduler", "vae", "tokenizer", "tokenizer_2")}
-        pipeline = FluxPipeline(**parts, **dict.fromkeys(TEXT_ENCODERS), transformer=transformer)
+        parts = {name: getattr(self.pipeline, name) for name in ("scheduler", "tokenizer", "tokenizer_2")}
+        pipeline = FluxPipeline(**parts, **dict.fromkeys(("vae", *TEXT_ENCODERS)), transformer=transformer)
+        pipeline.vae_scale_factor = self.pipeline.vae_scale_factor
         twin = type(self)(replace(self.spec, name=f"{self.spec.name}, thin"), pipeline)
         return twin, replace(settings, height=2 * self._side, width=3 * self._side, text_tokens=min(5, settings.text_tokens))
 
@@ -236,11 +233,8 @@ class FluxModel(Family):
         """Those that are not there yet: the larger one has gigabytes, and compiling may never want it."""
         for name, kind in TEXT_ENCODERS.items():
             if getattr(self.pipeline, name) is None and self._directory is not None:
-                try:
-                    encoder = kind.from_pretrained(self._directory / name, local_files_only=True)
-                except (OSError, ValueError, SafetensorError) as error:
-                    raise ModelUnavailableError(f"{name} of {self.spec.source} cannot be loaded: {error}") from error
-                self.pipeline.register_modules(**{name: encoder.eval()})
+                encoder = _from_directory(self.spec, kind, self._directory / name)
+                self.pipeline.register_modules(**{name: encoder})
 
     def release_text_encoders(self) -> None:
         if self._stored is not None:
@@ -264,6 +258,8 @@ class FluxModel(Family):
     @torch.no_grad()
     def decode(self, latents: Array, settings: Settings) -> Array:
         pipe = self.pipeline
+        if pipe.vae is None and self._directory is not None:
+            pipe.register_modules(vae=_from_directory(self.spec, AutoencoderKL, self._directory / "vae"))
         given = torch.from_numpy(latents).to(pipe.vae.device, pipe.vae.dtype)
         unpacked = pipe._unpack_latents(given, settings.height, settings.width, pipe.vae_scale_factor)
         scaled = unpacked / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
@@ -316,44 +312,30 @@ class FluxModel(Family):
         return tokens
 
 
+def _from_directory(spec: ModelSpec, kind: Any, folder: Path) -> Any:
+    """A component that is loaded only when it is wanted."""
+    try:
+        return kind.from_pretrained(folder, local_files_only=True).eval()
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ModelUnavailableError(f"{folder.name} of {spec.source} cannot be loaded: {error}") from error
+
+
+def _vae_scale_factor(directory: Path) -> int:
+    """Pixels of a latent's side."""
+    widths = AutoencoderKL.load_config(directory / "vae", local_files_only=True)["block_out_channels"]
+    factor: int = 2 ** (len(widths) - 1)
+    return factor
+
+
 def _open_transformer(spec: ModelSpec, folder: Path) -> Stored:
     config = FluxTransformer2DModel.load_config(folder, local_files_only=True)
-    files = _weight_files(spec, folder)
+    files = weight_files(spec.source, folder)
     return Stored.open(lambda: FluxTransformer2DModel.from_config(config), files, folder / "config.json")
 
 
 def _scheduler(folder: Path) -> Any:
     config = FlowMatchEulerDiscreteScheduler.load_config(folder, local_files_only=True)
     return getattr(diffusers, config["_class_name"]).from_config(config)
-
-
-def _weight_files(spec: ModelSpec, folder: Path) -> list[Path]:
-    """The transformer's files: all that the index names, if there is one."""
-    whole = folder / "diffusion_pytorch_model.safetensors"  # beside which there may be those of other precisions
-    if (index := whole.with_name(f"{whole.name}.index.json")).is_file():
-        try:
-            named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            return sorted(folder / name for name in named)
-        except (KeyError, AttributeError, TypeError, ValueError) as error:
-            raise ModelUnavailableError(f"{index} is damaged: it has no weight_map ({error!r}); download it again") from error
-    files = [whole] if whole.is_file() else sorted(folder.glob("*.safetensors"))
-    if not files:
-        others = sorted(path.name for path in folder.iterdir() if path.suffix in OTHER_FORMATS)
-        wrong = f"only {others[0]}, and cachec reads safetensors: save them in that format" if others else "none: download them"
-        raise ModelUnavailableError(f"of the weights of {spec.source}, {folder} has {wrong}")
-    _check_numbered(files)
-    return files
-
-
-def _check_numbered(files: Sequence[Path]) -> None:
-    """Raise ``ModelUnavailableError`` if shards say that there are more of them than there are."""
-    named = [(NUMBERED.fullmatch(path.name), path) for path in files]
-    for stem, count in {(found["stem"], found["count"]) for found, _ in named if found is not None}:
-        there = {int(found["number"]) for found, _ in named if found is not None and found["stem"] == stem}
-        if missing := sorted(set(range(1, int(count) + 1)) - there):
-            name = f"{stem}-{missing[0]:0{len(count)}d}-of-{count}.safetensors"
-            more = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
-            raise ModelUnavailableError(f"{files[0].with_name(name)} is missing{more}: download it again")
 
 
 def _quiet_loading() -> None:

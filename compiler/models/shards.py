@@ -6,6 +6,7 @@ and the files may be larger than that.
 
 import json
 import math
+import re
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from cachec.runtime.files import reason_of
 WEIGHT_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 TYPES = {**WEIGHT_TYPES, "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}  # of buffers, too
 AGAIN = "download it again"
+OTHER_FORMATS = (".bin", ".ckpt", ".gguf", ".msgpack", ".pt", ".pth")  # of weights
+NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d+)-of-(?P<count>\d+)\.safetensors")  # name of a shard
 MAX_HEADER = 100 << 20  # bytes, as in the format's own library
 LENGTH = struct.Struct("<Q")
 
@@ -172,3 +175,36 @@ def _place(file: Path, name: str, facts: Any, start: int, file_size: int) -> Pla
     if start + end > file_size:
         raise ModelUnavailableError(f"{file} is cut off: it has {file_size} bytes, and {name} ends at {start + end}; {AGAIN}")
     return Place(file, start + begin, end - begin, shape, TYPES[kind])
+
+
+def weight_files(source: str, folder: Path) -> list[Path]:
+    """The safetensors files of a component of diffusers: all that the index names, if there is one; ``source`` is for messages.
+
+    Raises:
+        ModelUnavailableError: the index is damaged, shards are missing, or there are none.
+    """
+    whole = folder / "diffusion_pytorch_model.safetensors"  # beside which there may be those of other precisions
+    if (listed := whole.with_name(f"{whole.name}.index.json")).is_file():
+        try:
+            named = set(json.loads(listed.read_text(encoding="utf-8"))["weight_map"].values())
+            return sorted(folder / name for name in named)
+        except (KeyError, AttributeError, TypeError, ValueError) as error:
+            raise ModelUnavailableError(f"{listed} is damaged: it has no weight_map ({error!r}); download it again") from error
+    files = [whole] if whole.is_file() else sorted(folder.glob("*.safetensors"))
+    if not files:
+        others = sorted(path.name for path in folder.iterdir() if path.suffix in OTHER_FORMATS)
+        wrong = f"only {others[0]}, and cachec reads safetensors: save them in that format" if others else "none: download them"
+        raise ModelUnavailableError(f"of the weights of {source}, {folder} has {wrong}")
+    _check_numbered(files)
+    return files
+
+
+def _check_numbered(files: Sequence[Path]) -> None:
+    """Raise ``ModelUnavailableError`` if shards say that there are more of them than there are."""
+    named = [(NUMBERED.fullmatch(path.name), path) for path in files]
+    for stem, count in {(found["stem"], found["count"]) for found, _ in named if found is not None}:
+        there = {int(found["number"]) for found, _ in named if found is not None and found["stem"] == stem}
+        if missing := sorted(set(range(1, int(count) + 1)) - there):
+            name = f"{stem}-{missing[0]:0{len(count)}d}-of-{count}.safetensors"
+            more = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise ModelUnavailableError(f"{files[0].with_name(name)} is missing{more}: download it again")

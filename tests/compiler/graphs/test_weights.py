@@ -86,9 +86,12 @@ def test_joined_weights_come_in_pieces(stored):
 
 def test_a_weight_may_be_made_with_tables(stored):
     weight, table = named_module(stored).out.weight, torch.arange(8.0)
+    down, up = torch.randn(2, 8), torch.randn(len(weight), 2)  # an adapter of low rank
     with recording():
         made = nn.Parameter((weight + 1) * table, requires_grad=False)
+        adapted = nn.Parameter(weight + 0.5 * (up @ down), requires_grad=False)
     assert torch.equal(Values().of(made), (Values().of(weight) + 1) * table)
+    assert torch.equal(Values().of(adapted), Values().of(weight) + 0.5 * (up @ down))
 
 
 def test_a_weight_whose_making_was_not_seen_is_refused(stored):
