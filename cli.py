@@ -140,6 +140,7 @@ def compile_command(model: str, out: Path | None, force: bool, **given: Any) -> 
 def add_target_command(bundle: Path, names: tuple[str, ...], device: str | None, force: bool, **given: Any) -> None:
     """Build engines into BUNDLE on this machine, from the ONNX files in it. Needs no torch."""
     from cachec.engines.add_target import add_targets
+    from cachec.engines.fastest import AUTO
     from cachec.runtime.inspect import describe_choice
 
     wish = BuildWish(**given)
@@ -152,7 +153,7 @@ def add_target_command(bundle: Path, names: tuple[str, ...], device: str | None,
             ("bundle", str(bundle)),
             *[("target", str(target)) for target in added],
             *[(f"  {name}", f"{path}, {sizes[path] / 1e6:.2f} MB") for name, path in engines],
-            *(describe_choice(opened) if "auto" in names else []),
+            *(describe_choice(opened) if AUTO in names else []),
         ]
     )
 

@@ -17,7 +17,6 @@ COLOURS = {
     "cachec aoti": "#2ca02c",
     "cachec inductor": "#9467bd",
 }
-BESIDE = "#c8d8e8"  # cachec on the steps of a peer
 
 
 def draw_plots(data: Mapping[str, Any], out: Path) -> dict[str, str]:

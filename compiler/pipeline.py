@@ -39,7 +39,7 @@ from cachec.compiler.request import Request
 from cachec.compiler.stages import STAGES, Clock
 from cachec.engines import get_builder
 from cachec.engines.build_target import check_build, device_for, keep_timing
-from cachec.engines.fastest import find_usable
+from cachec.engines.fastest import AUTO, find_usable, none_left
 from cachec.runtime.bundle import Bundle
 from cachec.runtime.errors import EngineError, OutputError, QualityError
 from cachec.runtime.work import claim_work, remove_work
@@ -92,6 +92,7 @@ def check_targets(model: LoadedModel, request: Request, out: Path) -> tuple[Requ
 
     Raises:
         InputError: a target that is asked for cannot be built, or none of them all.
+        EngineError: there is no room for any.
     """
     dtypes = {request.settings.dtype, request.wish.graph.slots or request.settings.dtype}
     most, left_out = request.wish.build.max_batch, dict[str, str]()
@@ -105,7 +106,9 @@ def check_targets(model: LoadedModel, request: Request, out: Path) -> tuple[Requ
             check_compile(model, request.settings, [name], out, _work(out, "weights"))
         except (EngineError, OutputError) as error:
             left_out[str(name)] = str(error)
-    return replace(request, targets=tuple(name for name in names if str(name) not in left_out)), left_out
+    if not (usable := tuple(name for name in names if str(name) not in left_out)):
+        raise none_left(left_out)
+    return replace(request, targets=usable), left_out
 
 
 def _works(out: Path, checked: Checked) -> dict[str, Path]:
@@ -149,7 +152,7 @@ def _compile(
         sources = PlannedSources(plans, writer, request.settings.dtype, request.settings.shape_bucket, unfinished)
         options, chosen = request.options_for(works["timing"]), {}
         if request.auto:
-            targets, chosen["auto"] = build_fastest(request.targets, sources, writer, request.device, options, left_out)
+            targets, chosen[AUTO] = build_fastest(request.targets, sources, writer, request.device, options, left_out)
         else:
             targets = build_targets(request.targets, sources, writer, request.device, options, late=request.late)
         engines = load_engines(targets, sources, writer, stack, request.device) if request.measures else {}

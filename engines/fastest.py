@@ -171,9 +171,14 @@ def keep_fastest(
         if best is not None:
             best.close()
     if best is None:
-        raise EngineError("no back end can be built and run: " + "; ".join(f"{name}: {why}" for name, why in reasons.items()))
+        raise none_left(reasons)
     rows = {str(one.name): one.row(ratios[str(one.name)]) for one in sorted(all_timed, key=lambda one: ratios[str(one.name)])}
     return best.target, {"device": str(device), "kept": str(best.name), "targets": rows, "failed": reasons}
+
+
+def none_left(reasons: Mapping[str, str]) -> EngineError:
+    """``reasons``: why each back end is left out."""
+    return EngineError("no back end can be built and run: " + "; ".join(f"{name}: {why}" for name, why in reasons.items()))
 
 
 def _build(name: TargetName, sources: Sources, writer: Collector, device: DeviceName, options: BuildOptions) -> _Contender:

@@ -164,14 +164,14 @@ def neutral_modes(device: str) -> Iterator[None]:
 
 
 @contextmanager
-def watching_memory(what: str) -> Iterator[None]:
+def watching_memory(what: str, advice: str = "Take a smaller batch or size") -> Iterator[None]:
     """Turn PyTorch's errors about memory, which say how much was wanted, into an ``EngineError`` about ``what``."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        raise EngineError(f"there is no memory for {what}: {in_one_line(error)}. Take a smaller batch or size") from error
+        raise EngineError(f"there is no memory for {what}: {in_one_line(error)}. {advice}") from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:

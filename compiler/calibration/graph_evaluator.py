@@ -60,7 +60,8 @@ class GraphEvaluator(Evaluator):
         self.device, self.precision, self._max_batch = device, precision, max_batch
         self._io, self._device = io, torch.device(device)
         values = Values(self._device)
-        with watching_memory(f"the model's weights in {precision} on {device}"):
+        what = f"the model's weights in {precision} on {device}"
+        with watching_memory(what, "Stop what else uses it, or take a device with more memory"):
             split = values.graphs(split)
             inlined = None if inlined is None else values.graphs(inlined)
         feature = outputs(split.modules[COMPUTE])[FEATURE].meta.get("val")

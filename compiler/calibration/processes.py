@@ -1,6 +1,5 @@
 """Workers as processes of this machine, one for each device."""
 
-import logging
 import multiprocessing
 import signal
 from collections.abc import Iterator, Sequence
@@ -11,8 +10,6 @@ from multiprocessing.context import SpawnProcess
 from typing import Any
 
 from cachec.compiler.calibration.workers import Answer, Crew, Hands, Lost, Place, Recipe, Worker
-
-log = logging.getLogger(__name__)
 
 SECONDS_TO_END = 10.0  # before a process is ended by force
 

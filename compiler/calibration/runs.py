@@ -20,7 +20,7 @@ from cachec.runtime.errors import InputError
 from cachec.runtime.noise import NUM_SEEDS, make_noise
 from cachec.runtime.specs import BFLOAT16, Array
 
-CHUNK = 16  # prompts a batch
+CHUNK = 16  # prompts a batch, at most
 TRAINING_TOKENS = 256  # of longer sequences so many stand for all
 MAX_TRAINING_BYTES = 4 << 30  # of features in memory
 TRAINING_SEED_BASE = NUM_SEEDS  # training noise has seeds from here on; people's seeds are smaller

@@ -16,6 +16,7 @@ import numpy as np
 
 from cachec.compiler.calibration.facts_file import FactsFile
 from cachec.compiler.calibration.runs import (
+    CHUNK,
     Batch,
     Recorders,
     RunStep,
@@ -33,7 +34,7 @@ from cachec.runtime.abi import MAX_BATCH
 from cachec.runtime.errors import InputError
 from cachec.runtime.files import write_file
 from cachec.runtime.program import hash_sigmas
-from cachec.runtime.room import bytes_in, check_disk, check_memory
+from cachec.runtime.room import bytes_in, check_disk, check_memory, in_bytes
 from cachec.runtime.specs import Array
 from cachec.runtime.work import claim_work
 
@@ -41,7 +42,6 @@ log = logging.getLogger(__name__)
 
 FILE = FactsFile("calibration", "cachec-calibration-2", "cachec calibrate", InputError)
 ARRAYS = ("noise", "latents", "velocity_gram", "feature_gram", "fine_latents", "fine_velocity_gram")
-MAX_CHUNK = 16  # prompts a batch
 MAX_FEATURE_BYTES = 2**30  # of recorded features in memory; of longer sequences only some tokens are kept
 
 
@@ -79,7 +79,7 @@ class CalibrationCost:
         tokens = "all" if self.feature_tokens == self.num_tokens else f"{self.feature_tokens} of {self.num_tokens}"
         return (
             f"{self.evaluations} model evaluations in batches of {self.chunk}, features of {tokens} tokens, "
-            f"{self.memory_bytes / 2**20:.0f} MiB of memory for records, {self.file_bytes / 2**20:.1f} MiB on disk"
+            f"{in_bytes(self.memory_bytes)} of memory for records, {in_bytes(self.file_bytes)} on disk"
         )
 
 
@@ -124,7 +124,7 @@ def calibration_cost(
     check_reference(settings.steps, reference)
     num_tokens, channels = feature[0], math.prod(feature[1:])
     token_bytes = settings.steps * channels * 4
-    chunk = int(min(MAX_CHUNK, max_batch, num, max(1, MAX_FEATURE_BYTES // (token_bytes * num_tokens))))
+    chunk = int(min(CHUNK, max_batch, num, max(1, MAX_FEATURE_BYTES // (token_bytes * num_tokens))))
     tokens = int(min(num_tokens, max(1, MAX_FEATURE_BYTES // (token_bytes * chunk))))
     size, runs = math.prod(latents), settings.steps + reference
     features = chunk * tokens * token_bytes + 2 * settings.steps * tokens * channels * 8  # one prompt at a time in float64

@@ -24,6 +24,14 @@ def check_torch_device(device: DeviceName) -> None:
     check_device(device)
 
 
+def take_threads(place: Place) -> None:
+    """Let PyTorch have a place's threads: those of the models, whatever back end runs the engines."""
+    import torch
+
+    if place.threads is not None:
+        torch.set_num_threads(place.threads)
+
+
 @dataclass(frozen=True)
 class ModelRecorder(Recipe[RecorderFacts, Batch, dict[str, Array]]):
     """A model by name or directory, with these settings."""
@@ -36,6 +44,7 @@ class ModelRecorder(Recipe[RecorderFacts, Batch, dict[str, Array]]):
         from cachec.compiler.frontend import evaluator_of
 
         set_up_messages()
+        take_threads(place)
         model, device = load_model(find_model(self.source)), DeviceName.parse(place.device or CPU)
         with model.hashing_weights():
             evaluator = evaluator_of(model, self.settings, device)

@@ -17,6 +17,7 @@ from cachec.compiler.calibration.crew import choose_crew
 from cachec.compiler.calibration.prompts import default_prompts, read_prompts
 from cachec.compiler.calibration.workers import Place, Recipe, at_work
 from cachec.compiler.commands.messages import set_up_messages
+from cachec.compiler.commands.recipes import take_threads
 from cachec.compiler.evaluation.bench import Bench, BenchFacts, PromptResult, PromptTask, open_bench
 from cachec.compiler.evaluation.comparisons import compared_level, parse_against
 from cachec.compiler.evaluation.evaluate import Evaluation, evaluate, measure
@@ -52,6 +53,7 @@ class BundleBench(Recipe[BenchFacts, PromptTask, PromptResult]):
     @contextmanager
     def open(self, place: Place) -> Iterator[Bench]:
         set_up_messages()
+        take_threads(place)
         with open_bundle(self.root, device=place.device, target=self.target, threads=place.threads) as loaded:
             model = load_model(find_model(self.source))
             with open_bench(loaded, model, against=self.against, level=self.level) as bench:

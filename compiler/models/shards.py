@@ -189,7 +189,7 @@ def weight_files(source: str, folder: Path) -> list[Path]:
             named = set(json.loads(listed.read_text(encoding="utf-8"))["weight_map"].values())
             return sorted(folder / name for name in named)
         except (KeyError, AttributeError, TypeError, ValueError) as error:
-            raise ModelUnavailableError(f"{listed} is damaged: it has no weight_map ({error!r}); download it again") from error
+            raise ModelUnavailableError(f"{listed} is damaged: it has no weight_map ({error!r}); {AGAIN}") from error
     files = [whole] if whole.is_file() else sorted(folder.glob("*.safetensors"))
     if not files:
         others = sorted(path.name for path in folder.iterdir() if path.suffix in OTHER_FORMATS)
@@ -207,4 +207,4 @@ def _check_numbered(files: Sequence[Path]) -> None:
         if missing := sorted(set(range(1, int(count) + 1)) - there):
             name = f"{stem}-{missing[0]:0{len(count)}d}-of-{count}.safetensors"
             more = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
-            raise ModelUnavailableError(f"{files[0].with_name(name)} is missing{more}: download it again")
+            raise ModelUnavailableError(f"{files[0].with_name(name)} is missing{more}: {AGAIN}")

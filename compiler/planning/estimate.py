@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
+from torch import fx
+
+from cachec.compiler.calibration.statistics import CalibrationCost, calibration_cost
 from cachec.compiler.calibration.uses import NUM_CALIBRATION
 from cachec.compiler.graphs.costs import memory_facts, output_bytes, parameter_counts, run_costs, step_value_bytes
 from cachec.compiler.models.base import ModelSpec, Settings
@@ -16,7 +19,6 @@ from cachec.passes import Graphs
 from cachec.passes.base import outputs
 from cachec.runtime.abi import COMPUTE, FEATURE, FORECAST, VELOCITY
 from cachec.runtime.room import in_bytes, scaled
-from cachec.runtime.specs import itemsize
 
 COMPILE_MEMORY = 1.3e9  # bytes, whatever the model's size: weights are streamed. FLUX.1-dev took 1.25e9; bench/sizes.py
 
@@ -27,7 +29,7 @@ class Estimate:
 
     ``computed`` and ``forecast`` are FLOPs of one step of the whole model, nothing hoisted, as others count them. They,
     ``feature`` and ``velocity`` (what a slot of the hidden and of the output cut holds) and ``activations`` are of one sample.
-    ``step_values``: what the prologue leaves for a request.
+    ``step_values``: what the prologue leaves for a request. ``calibration``: of the usual prompts, without a fine reference.
     """
 
     CUTS: ClassVar = ("hidden", "output")
@@ -45,6 +47,7 @@ class Estimate:
     velocity: int
     computed: int
     forecast: int
+    calibration: CalibrationCost
 
     @property
     def model_flops(self) -> int:
@@ -63,11 +66,6 @@ class Estimate:
     def gpu_memory(self, cut: str) -> int:
         """Bytes of the transformer at work, without text encoders and VAE."""
         return self.weights + self.slots(cut) + self.batch * self.activations + self.step_values
-
-    @property
-    def features_of_prompt(self) -> int:
-        """Bytes of one prompt's features at all steps, of all tokens, in float32: as calibration records them."""
-        return self.settings.steps * self.feature // itemsize(self.settings.dtype) * itemsize("float32")
 
     @property
     def build_memory(self) -> float:
@@ -136,7 +134,7 @@ class Estimate:
             "gpu_memory": self.needed,
             "floor": {gpu.name: self.on(gpu) for gpu in gpus},
             "compile": {"memory": COMPILE_MEMORY, "disk": self.weights},
-            "calibration": {"prompts": NUM_CALIBRATION, "features_of_prompt": self.features_of_prompt},
+            "calibration": {"prompts": NUM_CALIBRATION, **asdict(self.calibration)},
             "tensorrt_build": {"memory": self.build_memory, "disk": self.build_disk},
         }
 
@@ -162,7 +160,13 @@ def estimate(plain: Graphs, engine: Graphs, spec: ModelSpec, settings: Settings,
         velocity=output_bytes(results[VELOCITY]),
         computed=run_costs(plain.modules[COMPUTE])[1],
         forecast=run_costs(plain.modules[FORECAST])[1] if FORECAST in plain.modules else 0,
+        calibration=calibration_cost(_one(results[VELOCITY]), _one(results[FEATURE]), settings, NUM_CALIBRATION, 0),
     )
+
+
+def _one(result: fx.Node) -> tuple[int, ...]:
+    """Shape of one sample of it."""
+    return tuple(map(int, result.meta["val"].shape[1:]))
 
 
 def in_flops(count: float) -> str:

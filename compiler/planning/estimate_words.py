@@ -51,8 +51,7 @@ def _gpu_row(found: Estimate, gpu: GpuFigures) -> tuple[str, str]:
 
 
 def _making_rows(found: Estimate) -> Iterator[tuple[str, str]]:
-    count = NUM_CALIBRATION * found.settings.steps
-    features = f"all features of one prompt {in_bytes(found.features_of_prompt)}"
+    flops = in_flops(found.calibration.evaluations * found.computed)
     yield "compile", f"{in_bytes(COMPILE_MEMORY)} of memory, weights are streamed; {in_bytes(found.weights)} of disk"
-    yield "calibration", f"{NUM_CALIBRATION} prompts, {count} evaluations, {in_flops(count * found.computed)}; {features}"
+    yield "calibration", f"{NUM_CALIBRATION} prompts, {flops}: {found.calibration}"
     yield "TensorRT build", f"up to {in_bytes(found.build_memory)} of memory and {in_bytes(found.build_disk)} of disk"

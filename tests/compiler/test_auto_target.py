@@ -8,6 +8,7 @@ from toy_model import ToyModel
 from toy_product import run_cli, succeed
 
 import cachec
+from cachec.compiler import pipeline
 from cachec.compiler.pipeline import compile_bundle
 from cachec.compiler.request import make_request
 from cachec.engines import backends, fastest, ort
@@ -15,7 +16,7 @@ from cachec.engines.targets import TargetName
 from cachec.runtime.bundle import Bundle
 from cachec.runtime.device import CUDA, DeviceName
 from cachec.runtime.engine import HOST
-from cachec.runtime.errors import EngineError, InputError
+from cachec.runtime.errors import EngineError, InputError, OutputError
 
 WANTED = {"method": "taylor", "steps": 8, "budget": 3, "targets": "auto", "device": "cpu"}
 
@@ -67,6 +68,16 @@ def test_none_left_is_an_error_with_all_reasons(tmp_path, looks_at):
     with pytest.raises(EngineError, match="no back end can be built and run: broken: a library's own kind of error"):
         compile_bundle(ToyModel(), make_request(ToyModel.spec, **WANTED), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_room_for_none_is_an_error_before_anything_is_captured(tmp_path, captures, monkeypatch):
+    def refuse(*given):
+        raise OutputError("the bundle takes more than there is")
+
+    monkeypatch.setattr(pipeline, "check_compile", refuse)
+    with pytest.raises(EngineError, match="built and run: ort: the bundle takes more than there is; aoti: the bundle"):
+        compile_bundle(ToyModel(), make_request(ToyModel.spec, **WANTED), tmp_path / "out")
+    assert not captures
 
 
 def test_a_device_that_is_not_there_is_refused_before_anything_is_captured(tmp_path, captures):

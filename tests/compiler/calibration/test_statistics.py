@@ -59,7 +59,7 @@ def evaluator(model, toy_split):
 
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch):
-    monkeypatch.setattr(module, "MAX_CHUNK", 2)  # five prompts are three batches, the last one smaller
+    monkeypatch.setattr(module, "CHUNK", 2)  # five prompts are three batches, the last one smaller
 
 
 @pytest.fixture
@@ -188,7 +188,7 @@ def test_a_work_directory_of_other_settings_is_refused_and_left_alone(record, tm
 def test_a_work_directory_with_batches_of_another_size_is_refused(record, tmp_path, monkeypatch):
     work = tmp_path / "work"
     record(work=work)
-    monkeypatch.setattr(module, "MAX_CHUNK", 3)
+    monkeypatch.setattr(module, "CHUNK", 3)
     with pytest.raises(InputError, match="with other settings"):
         record(work=work)
 
@@ -261,7 +261,7 @@ def test_recorded_features_fit_the_memory_they_may_take(monkeypatch, budget, num
     monkeypatch.setattr(module, "MAX_FEATURE_BYTES", budget)
     cost = calibration_cost((TOKENS, WIDTH), (TOKENS, WIDTH), SETTINGS, num, 0)
     token = STEPS * WIDTH * 4
-    assert 1 <= cost.chunk <= min(num, module.MAX_CHUNK)
+    assert 1 <= cost.chunk <= min(num, module.CHUNK)
     assert cost.chunk * cost.feature_tokens * token <= max(budget, token)  # one token of one prompt is the least there is
     if cost.feature_tokens < TOKENS:  # tokens are left out only where one prompt does not fit
         assert cost.chunk == 1

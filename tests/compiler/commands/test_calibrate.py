@@ -19,7 +19,7 @@ PROMPTS = [f"a circle of size {size}" for size in range(10)]
 
 @pytest.fixture
 def calibrate(tmp_path, toy_directory, monkeypatch):
-    monkeypatch.setattr(statistics, "MAX_CHUNK", 3)
+    monkeypatch.setattr(statistics, "CHUNK", 3)
     listed = tmp_path / "prompts.txt"
     listed.write_text("\n".join(PROMPTS))
     (tmp_path / "out").mkdir()
