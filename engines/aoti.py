@@ -9,6 +9,8 @@ import importlib.util
 import io
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -17,7 +19,7 @@ from cachec.runtime.build_options import DEFAULTS, BuildOptions
 from cachec.runtime.builder import EngineBuilder, Sources
 from cachec.runtime.device import CUDA, Device, DeviceName
 from cachec.runtime.engine import HOST, ON_HOST, Engine, ExecutionContext, LoadOptions
-from cachec.runtime.errors import BundleError, EngineError, InputError, missing_extra
+from cachec.runtime.errors import BundleError, EngineError, InputError, in_one_line, missing_extra
 from cachec.runtime.specs import Signature
 
 if importlib.util.find_spec("torch") is None:
@@ -31,6 +33,7 @@ from cachec.engines.torch_device import is_out_of_memory, take_options
 from cachec.engines.torch_files import archive
 
 FILE = "model.pt2"
+LOADING = "import sys; from torch.export.pt2_archive._package import load_pt2; load_pt2(sys.argv[1], run_single_threaded=True)"
 OPTIONS = {
     "aot_inductor.package": True,
     "aot_inductor.package_constants_in_so": False,  # they would be stored with every graph
@@ -126,7 +129,25 @@ class AotiBuilder(EngineBuilder):
         path = out / FILE
         with archive(path) as file:
             package_pt2(file, aoti_files=compiled)
+        if device.kind == CUDA:
+            check_loading(path, device)
         return dict.fromkeys(compiled, path)
+
+
+def check_loading(path: Path, device: DeviceName) -> None:
+    """Load an archive in a process of its own: where PyTorch crashes, as 2.11 does on an H200, this process would go with it.
+
+    Raises:
+        EngineError: it crashed, or said why not.
+    """
+    done = subprocess.run([sys.executable, "-c", LOADING, str(path)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = in_one_line(done.stderr.strip().rpartition("\n")[2]) or "without a word"
+        how = f"crashes (signal {-done.returncode})" if done.returncode < 0 else f"fails: {said}"
+        raise EngineError(
+            f"torch {torch.__version__} {how} when it loads what it compiled for {device}: compile to inductor, ort or "
+            "tensorrt, or with another version of torch"
+        )
 
 
 ENGINE = AotiEngine

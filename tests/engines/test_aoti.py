@@ -9,10 +9,10 @@ import pytest
 import torch
 from engine_toys import layer, sources
 
-from cachec.engines.aoti import BUILDER, AotiEngine
+from cachec.engines.aoti import BUILDER, AotiEngine, check_loading
 from cachec.runtime.device import DeviceName
 from cachec.runtime.engine import LoadOptions
-from cachec.runtime.errors import BundleError, InputError
+from cachec.runtime.errors import BundleError, EngineError, InputError
 
 SIDE = 3000  # weights of 36 MB: above 32 MB, glibc keeps nothing that is freed (mallopt(3), M_MMAP_THRESHOLD)
 
@@ -73,3 +73,14 @@ def test_without_a_compiler_the_build_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.which", lambda name: None)
     with pytest.raises(Exception, match=r"there is no g\+\+ or clang\+\+: install one"):
         BUILDER.build(sources(tmp_path), tmp_path)
+
+
+def test_a_crash_while_loading_ends_another_process(built, monkeypatch):
+    path, cuda = built[2]["compute"], DeviceName.parse("cuda")
+    check_loading(path, cuda)
+    monkeypatch.setattr("cachec.engines.aoti.LOADING", "import os; os.kill(os.getpid(), 11)")
+    with pytest.raises(EngineError, match=r"torch .* crashes \(signal 11\) when it loads what it compiled for cuda:0"):
+        check_loading(path, cuda)
+    monkeypatch.setattr("cachec.engines.aoti.LOADING", "raise RuntimeError('no kernel image')")
+    with pytest.raises(EngineError, match="fails: RuntimeError: no kernel image when it loads"):
+        check_loading(path, cuda)
