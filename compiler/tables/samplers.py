@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from cachec.compiler.tables.sampler_probe import probe_sampler
 from cachec.runtime.errors import InputError, PredictorError, unknown_name
 from cachec.runtime.specs import Array
 
@@ -60,23 +61,11 @@ def adams_bashforth(sigmas: Array, order: int) -> Array:
 
 
 def _diffusers_rows(name: str, sigmas: Array) -> Array:
-    """Let a diffusers scheduler step through coefficient vectors over (x_T, v_0 … v_{K-1}); linearity gives the rows.
-
-    DPM-Solver++ rounds the sample to float32 at every step, so its rows are good to 1e-7.
-    """
-    import torch
-
-    num = len(sigmas) - 1
-    scheduler = diffusers_scheduler(name, sigmas)
-    basis = torch.eye(num + 1, dtype=torch.float64)[:, None]  # [K + 1, 1, K + 1]: the solvers want a batch
-    sample, rows = basis[0], []
-    for i in range(num):
-        sample = scheduler.step(basis[i + 1], i, sample, return_dict=False)[0]
-        rows.append(sample[0].numpy())
-    table = np.stack(rows)
-    if np.abs(table[:, 0] - 1).max() > 1e-6 or np.abs(np.triu(table[:, 1:], 1)).max() > 0:
+    """DPM-Solver++ rounds the sample to float32 at every step, so its rows are good to 1e-7."""
+    rows = probe_sampler(diffusers_scheduler(name, sigmas)).rows
+    if np.abs(rows[:, 0] - 1).max() > 1e-6:
         raise PredictorError(f"diffusers' {name} does not keep the noise's share at 1; is this another version of it?")
-    return table[:, 1:]
+    return rows[:, 1:]
 
 
 def diffusers_scheduler(name: str, sigmas: Array) -> Any:
