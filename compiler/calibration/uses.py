@@ -14,6 +14,7 @@ from cachec.runtime.errors import InputError
 Use = Literal["fit", "stop", "measure"]  # "stop": tells when to stop training, and which budget is enough
 NUM_CALIBRATION = 32  # prompts of the shipped list that a calibration fits on or chooses by
 NUM_MEASURE = 16  # of the list that nothing is fitted on
+NUM_RUN = NUM_CALIBRATION + NUM_MEASURE  # by a calibration that nothing else is said to
 STOP_EVERY = 4  # of a shipped list, to fit on and to stop by
 MIN_PROMPTS = 8
 

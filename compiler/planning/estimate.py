@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from torch import fx
 
 from cachec.compiler.calibration.statistics import CalibrationCost, calibration_cost
-from cachec.compiler.calibration.uses import NUM_CALIBRATION
+from cachec.compiler.calibration.uses import NUM_RUN
 from cachec.compiler.graphs.costs import memory_facts, output_bytes, parameter_counts, run_costs, step_value_bytes
 from cachec.compiler.models.base import ModelSpec, Settings
 from cachec.compiler.planning.gpus import GpuFigures, find_measured
@@ -134,7 +134,7 @@ class Estimate:
             "gpu_memory": self.needed,
             "floor": {gpu.name: self.on(gpu) for gpu in gpus},
             "compile": {"memory": COMPILE_MEMORY, "disk": self.weights},
-            "calibration": {"prompts": NUM_CALIBRATION, **asdict(self.calibration)},
+            "calibration": {"prompts": NUM_RUN, **asdict(self.calibration)},
             "tensorrt_build": {"memory": self.build_memory, "disk": self.build_disk},
         }
 
@@ -160,7 +160,7 @@ def estimate(plain: Graphs, engine: Graphs, spec: ModelSpec, settings: Settings,
         velocity=output_bytes(results[VELOCITY]),
         computed=run_costs(plain.modules[COMPUTE])[1],
         forecast=run_costs(plain.modules[FORECAST])[1] if FORECAST in plain.modules else 0,
-        calibration=calibration_cost(_one(results[VELOCITY]), _one(results[FEATURE]), settings, NUM_CALIBRATION, 0),
+        calibration=calibration_cost(_one(results[VELOCITY]), _one(results[FEATURE]), settings, NUM_RUN, 0),
     )
 
 
