@@ -226,6 +226,12 @@ def test_a_run_may_begin_later():
         probe_sampler(scheduler)
 
 
+def test_rounding_to_float32_adds_up_over_a_long_run_and_is_no_reason_to_refuse():
+    scheduler = schedulers.FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(1000)
+    assert probe_sampler(scheduler).is_euler
+
+
 def test_timesteps_must_be_set_and_the_run_not_begun():
     with pytest.raises(InputError, match=r"timesteps of DDIMScheduler are not set: call its set_timesteps\(\)"):
         probe_sampler(schedulers.DDIMScheduler(**UNCLIPPED))
