@@ -6,7 +6,7 @@ What fails then, or is interrupted, costs nothing that was there before.
 import logging
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +89,6 @@ def _measure_again(model: LoadedModel, request: Request, bundle: Bundle, made: M
     assert fit.backend is not None, "it runs"
     programs = made.programs
     with BundleAdder(bundle.root) as writer:
-        old = writer.bundle.manifest
         with load_bundle(bundle, fit.target, fit.backend, device=fit.device) as loaded:
             if request.wants_speed:
                 programs = make_programs(model, request, loaded.engines, made.calibrations, made.parameters)
@@ -97,8 +96,5 @@ def _measure_again(model: LoadedModel, request: Request, bundle: Bundle, made: M
             if made.calibrations is not None:
                 levels = measure(model, request, loaded.engines, programs, made.calibrations)
         files = {level: writer.add_program(level, program) for level, program in programs.by_level.items()}
-        gone = {name for level in old.programs.values() for name in level.values()}
-        gone -= {name for level in files.values() for name in level.values()}
-        kept = {name: entry for name, entry in writer.files.items() if name not in gone}
-        writer.commit(replace(old, programs=files, facts={**old.facts, "levels": levels}, files=kept))
+        writer.commit_programs(files, levels)
     check_quality(levels, request.wish.fit.min_psnr)

@@ -4,8 +4,9 @@ import json
 import os
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -166,7 +167,7 @@ class BundleAdder(Collector):
     def __enter__(self) -> Self:
         Bundle.read_manifest(self.out)  # so that nothing is made in what is no bundle
         with ExitStack() as stack:
-            stack.enter_context(holding(self.staging / LOCK, f"another process is adding a target to {self.out}"))
+            stack.enter_context(holding(self.staging / LOCK, f"another process is adding to {self.out}"))
             stack.callback(shutil.rmtree, self.staging, ignore_errors=True)
             self._clear()
             self.bundle = Bundle.open(self.out)
@@ -188,11 +189,18 @@ class BundleAdder(Collector):
     def commit(self, manifest: Manifest) -> None:
         with _committing(self.out):
             if Bundle.read_manifest(self.out) != self.bundle.manifest:
-                raise OutputError(f"{self.out} was replaced meanwhile, by cachec compile --force: add the target again")
+                raise OutputError(f"{self.out} was replaced meanwhile, by cachec compile --force: give this command again")
             self._move_in(manifest)
             found = {self.name_of(path) for folder in COLLECTED for path in (self.out / folder).rglob("*") if path.is_file()}
             listed = {name for name in self.bundle.manifest.files if (self.out / name).is_file()}
             self._remove((found | listed) - set(manifest.files))
+
+    def commit_programs(self, programs: Mapping[str, Mapping[str, str]], levels: Mapping[str, Any]) -> None:
+        """Let the bundle have these files of ``programs`` by level, and these facts of ``levels``; files of others go."""
+        old = self.bundle.manifest
+        before, used = ({name for level in found.values() for name in level.values()} for found in (old.programs, programs))
+        files = {name: entry for name, entry in self.files.items() if name in used or name not in before}
+        self.commit(replace(old, programs=programs, facts={**old.facts, "levels": levels}, files=files))
 
 
 def _committing(out: Path) -> AbstractContextManager[None]:

@@ -42,7 +42,7 @@ class Sampling:
 
 @dataclass(frozen=True, eq=False)
 class Subject:
-    """What is run: a model with its settings, wherever it is evaluated. In float32, as references are.
+    """What is run: a model with its settings, wherever and in whatever it is evaluated: what goes in and comes out is float32.
 
     ``sampling`` of a number of steps; ``encode`` gives conditions of prompts, by name [P, …]; ``latent_shape`` without batch.
     """

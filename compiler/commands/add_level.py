@@ -167,11 +167,4 @@ def _make(
 
 def _commit(writer: BundleAdder, level: str, program: Program, facts: Mapping[str, Any]) -> None:
     old, files = writer.bundle.manifest, writer.add_program(level, program)
-    gone = set(old.programs.get(level, {}).values()) - set(files.values())
-    manifest = replace(
-        old,
-        programs={**old.programs, level: files},
-        facts={**old.facts, "levels": {**old.facts.get("levels", {}), level: facts}},
-        files={name: entry for name, entry in writer.files.items() if name not in gone},
-    )
-    writer.commit(manifest)
+    writer.commit_programs({**old.programs, level: files}, {**old.facts.get("levels", {}), level: facts})

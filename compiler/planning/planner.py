@@ -60,7 +60,7 @@ class Calibrations:
 
     @classmethod
     def open(cls, statistics: Statistics, subject: Subject, evaluator: Evaluator) -> "Calibrations":
-        """``evaluator`` is of the float32 model that the statistics are of."""
+        """``evaluator`` is of the model that the statistics are of, in their precision."""
         fine = None
         if statistics.fine_latents is not None:
             fine = open_calibration(statistics, subject, evaluator, fine=True)

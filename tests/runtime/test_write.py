@@ -288,7 +288,7 @@ def test_only_one_adds_to_a_bundle_and_a_build_may_replace_it(tmp_path):
     build(out, "old")
     with BundleAdder(out) as adder:
         with (
-            pytest.raises(OutputError, match="another process is adding a target to .*: wait until it is done"),
+            pytest.raises(OutputError, match="another process is adding to .*: wait until it is done"),
             BundleAdder(out),
         ):
             pass
