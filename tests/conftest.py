@@ -30,6 +30,7 @@ LONG = (  # files of more than a few seconds, the longest first; a line shares w
     ("test_auto_target.py",),
     ("test_train.py",),
     ("test_aoti.py",),
+    ("test_families.py",),
     ("test_pipeline.py",),
     ("test_speed.py",),
     ("test_frontend.py",),
