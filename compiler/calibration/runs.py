@@ -21,7 +21,7 @@ from cachec.runtime.noise import NUM_SEEDS, make_noise
 from cachec.runtime.specs import BFLOAT16, Array
 
 CHUNK = 16  # prompts a batch, at most
-TRAINING_TOKENS = 256  # of longer sequences so many stand for all
+KEPT_TOKENS = 256  # whose features are kept; of longer sequences they stand for all
 MAX_TRAINING_BYTES = 4 << 30  # of features in memory
 TRAINING_SEED_BASE = NUM_SEEDS  # training noise has seeds from here on; people's seeds are smaller
 _ENCODED: WeakKeyDictionary[LoadedModel, dict[tuple[str, int, float], Conditions]] = WeakKeyDictionary()  # ahead of runs
@@ -269,9 +269,9 @@ def features_kept(num_tokens: int, token_bytes: int, max_bytes: int = MAX_TRAINI
     ``token_bytes``: what one token takes in float32, of all steps of all runs. Short sequences are kept whole. What is fitted
     has one number a step for all tokens, so that some of them, in bfloat16, stand for the others: the loss is unbiased.
     """
-    if num_tokens <= TRAINING_TOKENS and num_tokens * token_bytes <= max_bytes:
+    if num_tokens <= KEPT_TOKENS and num_tokens * token_bytes <= max_bytes:
         return num_tokens, "float32"
-    return min(num_tokens, TRAINING_TOKENS, max(1, max_bytes // (token_bytes // 2))), BFLOAT16
+    return min(num_tokens, KEPT_TOKENS, max(1, max_bytes // (token_bytes // 2))), BFLOAT16
 
 
 @dataclass(frozen=True)

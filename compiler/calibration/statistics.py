@@ -17,6 +17,7 @@ import numpy as np
 from cachec.compiler.calibration.facts_file import FactsFile
 from cachec.compiler.calibration.runs import (
     CHUNK,
+    KEPT_TOKENS,
     Batch,
     Recorders,
     RunStep,
@@ -124,8 +125,9 @@ def calibration_cost(
     check_reference(settings.steps, reference)
     num_tokens, channels = feature[0], math.prod(feature[1:])
     token_bytes = settings.steps * channels * 4
-    chunk = int(min(CHUNK, max_batch, num, max(1, MAX_FEATURE_BYTES // (token_bytes * num_tokens))))
-    tokens = int(min(num_tokens, max(1, MAX_FEATURE_BYTES // (token_bytes * chunk))))
+    most = min(num_tokens, KEPT_TOKENS)
+    chunk = int(min(CHUNK, max_batch, num, max(1, MAX_FEATURE_BYTES // (token_bytes * most))))
+    tokens = int(min(most, max(1, MAX_FEATURE_BYTES // (token_bytes * chunk))))
     size, runs = math.prod(latents), settings.steps + reference
     features = chunk * tokens * token_bytes + 2 * settings.steps * tokens * channels * 8  # one prompt at a time in float64
     memory = features + num * runs * size * 4 + 2 * runs * size * 8 + chunk * runs * size * 4

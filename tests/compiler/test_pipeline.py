@@ -68,5 +68,5 @@ def test_the_plan_is_said_before_anything_is_trained(tmp_path, toy_directory, mo
         compile_bundle(model, make_request(model.spec, **{"steps": 4, **options}), tmp_path / "out")
     said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert said[0].startswith("plan: 0.00 million parameters, ")
-    assert "compiling takes 1.30 GB of memory and " in said[0]
+    assert "compiling takes 1.70 GB of memory and " in said[0]
     assert len(said) == first
