@@ -52,11 +52,12 @@ class Bound(nn.Module):
         super().__init__()
         self.transformer, self.call = transformer, call
 
-    def forward(self, *tensors: torch.Tensor) -> Any:
+    def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
         given = iter(tensors)
         leaves = [next(given) if isinstance(leaf, torch.Tensor) else leaf for leaf in self.call.leaves]
         args, keywords = tree_unflatten(leaves, self.call.structure)
-        return self.transformer(*args, **{**keywords, "return_dict": False})[0]
+        output = self.transformer(*args, **{**keywords, "return_dict": False})[0]
+        return output if isinstance(output, torch.Tensor) else torch.stack(output)  # Z-Image gives a list of samples
 
 
 def capture(family: Family) -> list[str]:
