@@ -7,9 +7,11 @@ from torch import nn
 from tests.families import FAMILIES
 
 OTHER_PROMPT = "a small green square"
+SLOW = ("hunyuan-video-1.5", "qwen-image-edit")  # two thousand tokens; a picture of a million pixels
+MARKED = [pytest.param(f, id=f.name, marks=pytest.mark.slow if f.name in SLOW else ()) for f in FAMILIES]
 
 
-@pytest.fixture(scope="module", params=FAMILIES, ids=lambda family: family.name)
+@pytest.fixture(scope="module", params=MARKED)
 def loaded(request, tmp_path_factory):
     family = request.param
     directory = tmp_path_factory.mktemp(family.name)
