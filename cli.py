@@ -2,6 +2,7 @@
 
 import json
 import logging
+import signal
 from collections.abc import Callable, Mapping
 from dataclasses import Field
 from pathlib import Path
@@ -13,10 +14,11 @@ from click.core import ParameterSource
 from cachec.compiler.commands.groups import Group
 from cachec.compiler.commands.messages import set_up_messages
 from cachec.compiler.options import BuildWish, Command, declared, make_build_options, plain_type
-from cachec.runtime.errors import CachecError, InputError
+from cachec.runtime.errors import CachecError, InputError, need
 from cachec.runtime.version import VERSION
 
 log = logging.getLogger("cachec")
+MEASURING = ("torch", "diffusers", "transformers", "skimage", "matplotlib")  # what eval and report need
 
 
 def _talk(level: int) -> Callable[[click.Context, click.Parameter, bool], None]:
@@ -54,8 +56,9 @@ def _said(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def start() -> None:
-    """The console script: one-line messages, without what libraries are known to say for nothing."""
+    """The console script: one-line messages, without what libraries are known to say for nothing; SIGTERM is as Ctrl-C."""
     set_up_messages()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     main()
 
 
@@ -201,9 +204,10 @@ def encode_command(model: str, out: Path, num: int, force: bool, **given: Any) -
 def plan_command(model: str, gpu: str | None, as_json: bool, **given: Any) -> None:
     """Say what MODEL takes to compile, calibrate and run, and what can be won. Needs its configuration only."""
     from cachec.compiler.commands.plan import plan_model
-    from cachec.compiler.planning.estimate_words import describe_estimate
 
     found, gpus = plan_model(model, gpu=gpu, **given)
+    from cachec.compiler.planning.estimate_words import describe_estimate  # which needs PyTorch: it was asked for
+
     if as_json:
         click.echo(json.dumps(found.to_json(gpus), indent=1))
         return
@@ -288,6 +292,7 @@ def eval_command(bundle: Path, json_file: Path | None, force: bool, **rest: Any)
 
     --against is a list such as taylor:1,lesa,plain,ab2,unipc. The number behind a method is its order.
     """
+    need(*MEASURING, extra="compile", purpose="measuring a bundle")
     from cachec.compiler.commands.report import evaluate_to_file
     from cachec.compiler.evaluation.words import format_table
 
@@ -304,6 +309,7 @@ def eval_command(bundle: Path, json_file: Path | None, force: bool, **rest: Any)
 @click.option("--force", is_flag=True, help="Replace the file if it exists.")
 def report_command(bundle: Path, out: Path, **rest: Any) -> None:
     """Measure BUNDLE as eval does, and write a page with pictures, plots and settings."""
+    need(*MEASURING, extra="compile", purpose="measuring a bundle")
     from cachec.compiler.commands.report import report_bundle
     from cachec.compiler.evaluation.words import headline
 

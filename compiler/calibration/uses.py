@@ -87,17 +87,21 @@ def calibration_prompts(name: str, given: Sequence[str] | None, num: int = NUM_C
 
 
 def choose_prompts(name: str, file: Path | None, num: int | None) -> UsedPrompts:
-    """The first ``num`` prompts of ``file``, or of the shipped list ``name``, for a calibration; ``None`` is the usual number.
+    """The first ``num`` prompts of ``file``, or of the shipped list ``name``, for a calibration.
+
+    ``None`` is the usual number, or all of a shorter file.
 
     Raises:
         InputError: there are too few, or ``file`` cannot be read.
     """
-    num = NUM_CALIBRATION if num is None else num
     listed = default_prompts(name, "train") if file is None else read_prompts(file)
+    num = min(NUM_CALIBRATION, len(listed)) if num is None else num
     if num < MIN_PROMPTS:
         raise InputError(f"num is {num}; calibration needs at least {MIN_PROMPTS} prompts, to fit on and to choose by")
     if num > len(listed):
-        raise InputError(f"num is {num}, but there are only {len(listed)} prompts: give more with --prompts")
+        raise InputError(
+            f"num is {num}, but there are only {len(listed)} prompts: give more with --prompts, or --num {len(listed)}"
+        )
     return calibration_prompts(name, None if file is None else listed[:num], num)
 
 

@@ -1,5 +1,6 @@
 """``cachec plan``: what a model will take, from its configuration alone."""
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 from cachec.runtime.errors import need
@@ -8,6 +9,9 @@ from cachec.runtime.sizes import USUAL_STRIDE
 if TYPE_CHECKING:
     from cachec.compiler.planning.estimate import Estimate
     from cachec.compiler.planning.gpus import GpuFigures
+
+
+log = logging.getLogger(__name__)
 
 
 def plan_model(source: str, *, gpu: str | None = None, **options: Any) -> "tuple[Estimate, tuple[GpuFigures, ...]]":
@@ -19,7 +23,7 @@ def plan_model(source: str, *, gpu: str | None = None, **options: Any) -> "tuple
         InputError: no such model or GPU, with those that there are; or an option is out of range.
         ModelUnavailableError: a configuration is missing or damaged.
     """
-    need("torch", "diffusers", "transformers", extra="compile", purpose="planning")
+    need("torch", "diffusers", "transformers", "accelerate", extra="compile", purpose="planning")
     from cachec.compiler.graphs.prepare import engine, linear, prepare
     from cachec.compiler.models import outline_model
     from cachec.compiler.options import check_batch, make_settings, read_options
@@ -33,6 +37,7 @@ def plan_model(source: str, *, gpu: str | None = None, **options: Any) -> "tuple
     model = outline_model(source)
     settings = make_settings(model.spec, wish.model)
     schedule = uniform_schedule(steps, max(1, steps // USUAL_STRIDE) if budget is None else budget)
+    log.warning("capturing %s without its weights, which takes up to a minute or two for a large one", model.spec.name)
     plain = linear(prepare(model, settings))
     built = engine(plain, model.io)
     return estimate(plain, built, model.spec, settings, budget=len(schedule.compute), batch=batch or 1), gpus

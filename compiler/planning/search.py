@@ -21,7 +21,7 @@ from cachec.runtime.errors import InputError, missing_extra
 from cachec.runtime.specs import Array
 
 if importlib.util.find_spec("scipy") is None:
-    raise missing_extra("scipy", "compile", "searching schedules")
+    raise missing_extra("scipy", "fit", "searching schedules")
 from scipy.linalg import solve_triangular
 
 log = logging.getLogger(__name__)
