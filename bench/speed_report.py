@@ -429,9 +429,10 @@ def _gpu(gpu: Any) -> str:
             "then stand here.\n"
         )
     setting = gpu["setting"]
+    where = f"{setting['gpu']}, CUDA {setting['cuda']}" if "gpu" in setting else f"On {setting['device']}"
     versions = ", ".join(f"{name} {number}" for name, number in setting["packages"].items() if number)
     pages = [
-        f"{setting['gpu']}, CUDA {setting['cuda']}, {setting['started']} (`python -m bench.gpu_check`, `bench/gpu.json`); "
+        f"{where}, {setting['started']} (`python -m bench.gpu_check`, `bench/gpu.json`); "
         f"{versions}. Seconds are medians of runs that took turns, batch 1, with the device synchronised around each. "
         "The caches of diffusers and cache-dit ran op by op, as they do unless told otherwise.\n"
     ]
