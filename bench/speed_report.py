@@ -24,9 +24,10 @@ ABOUT_CASE = {
     "that skipped nothing was run once.",
 }
 GPU_COLUMNS = {
-    "first_seconds": "first request, s", "seconds": "loop, s",
+    "seconds": "loop, s",
     "speedup": "× own uncached", "of_ideal": "of ideal", "over_eager": "× diffusers",
     "distance_from_eager": "distance from eager", "parity": "parity",
+    "first_seconds": "first request, s",
 }  # fmt: skip
 Data = Mapping[str, Any]
 
