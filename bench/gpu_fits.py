@@ -84,7 +84,7 @@ def fit_case(case: Case, *, prompts: int, updates: int) -> dict[str, Any]:
         )
     facts: dict[str, Any] = {"prepare_seconds": time.perf_counter() - start, "steps": case.settings.steps, "prompts": prompts}
     subject = _subject(case)
-    facts["batch"] = samples_at_once(split)
+    facts["batch"] = min(samples_at_once(split), prompts)
     facts["bare_seconds_a_step"] = _time_bare(case, inner, subject, facts["batch"])
     facts["calibrate"] = _measured(case, inner, lambda counted: _calibrate(subject, counted, prompts))
     facts["train"] = _measured(case, inner, lambda counted: _train(subject, counted, max(2, prompts // 2), updates))
