@@ -71,7 +71,7 @@ def test_what_cannot_be_built_is_refused(names, options, batch, message):
 
 def test_options_that_one_target_ignores_are_said(caplog):
     pytest.importorskip("tensorrt_rtx_bindings")
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.WARNING, logger="cachec"):
         check_build([RTX, ORT], "float32", HOST, BuildOptions(level=5))
     assert [record.getMessage() for record in caplog.records] == ["optimization level is not for ort"]
 

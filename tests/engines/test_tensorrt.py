@@ -144,7 +144,7 @@ def test_a_build_that_there_is_no_room_for_is_refused_with_what_it_takes(tmp_pat
 
 def test_what_a_build_takes_is_said_and_stripped_engines_take_no_disk(tmp_path, trt, monkeypatch, caplog):
     set_room(monkeypatch, memory=5e9, disk=1e6)
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="cachec"):
         get_builder("tensorrt").check_room(1e8, tmp_path, GPU, BuildOptions(strip=True))
     assert "takes up to 652.00 MB of memory and 0.00 B of disk" in caplog.text
 

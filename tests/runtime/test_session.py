@@ -279,7 +279,7 @@ def test_requests_are_replayed_from_the_second_on():
 def test_what_cannot_be_recorded_is_said_once(caplog):
     device = RecordingDevice(failure="operation not permitted when stream is capturing")
     session, calls = recording_session(device)
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.WARNING, logger="cachec"):
         for seed in range(3):
             np.testing.assert_array_equal(session.run(prompt(seed), noise(seed)), run_alone("hidden", seed))
     assert [record.getMessage() for record in caplog.records] == [
