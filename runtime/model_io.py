@@ -15,6 +15,10 @@ class ModelIO:
     are given once per request. ``parts`` are those conditions that the model takes joined to x, behind it along ``axis``:
     references that an edit starts from, the first frame of a video. ``output`` is the part [begin, end) of the model's output
     along ``axis`` that moves x, ``None`` for all of it. A pass puts both into the graph; nothing behind it sees more than x.
+
+    ``guidance`` names the rule by which the outputs u of the negative and c of the positive branch become one, at scale s:
+    ``plain`` u + s (c - u); ``renormalised`` the same, scaled to the norm of c along the last axis; ``extra`` c + s (c - u).
+    ``None``: the model has one branch.
     """
 
     latents: str
@@ -23,14 +27,16 @@ class ModelIO:
     parts: tuple[str, ...] = ()
     axis: int = 1
     output: tuple[int, int] | None = None
+    guidance: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """What engines are called with; how the input is put together is in their graphs by then."""
-        return {"latents": self.latents, "timestep": self.timestep, "conditions": list(self.conditions)}
+        names = {"latents": self.latents, "timestep": self.timestep, "conditions": list(self.conditions)}
+        return {**names, "guidance": self.guidance}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "ModelIO":
         try:
-            return cls(data["latents"], data["timestep"], tuple(data["conditions"]))
+            return cls(data["latents"], data["timestep"], tuple(data["conditions"]), guidance=data.get("guidance"))
         except (KeyError, TypeError) as error:
             raise BundleError(f"the manifest does not say which input plays which part: io is {shortened(data)}") from error

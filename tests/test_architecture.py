@@ -24,7 +24,8 @@ MAY_IMPORT = {
 }
 # rooms of the compiler, low to high; those of one line know nothing of each other. Files beside the rooms are rooms, too.
 ROOMS = (
-    ("models", "tables", "fingerprint", "stages"),
+    ("tables", "fingerprint", "stages"),
+    ("models",),
     ("graphs", "options", "stand_in"),
     ("calibration", "drop_in"),
     ("methods",),

@@ -51,7 +51,7 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class Settings:
-    """What one bundle is compiled for."""
+    """What one bundle is compiled for; ``frames`` of a video, 1 for a picture."""
 
     height: int
     width: int
@@ -59,6 +59,7 @@ class Settings:
     guidance: float
     steps: int
     dtype: str
+    frames: int = 1
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -67,18 +68,22 @@ class Settings:
             raise InputError(f"guidance is {self.guidance}; it must be a finite number")
         if self.text_tokens < 1:
             raise InputError(f"text-tokens is {self.text_tokens}; it must be at least 1")
+        if self.frames < 1:
+            raise InputError(f"frames is {self.frames}; it must be at least 1")
         if self.dtype not in DTYPES:
             raise InputError(f"dtype is {self.dtype!r}; use {', '.join(DTYPES)}")
 
     @property
     def sizes(self) -> dict[str, int]:
         """Those of a request, by name, as programs are keyed."""
-        return {"height": self.height, "width": self.width, "text_tokens": self.text_tokens}
+        frames = {"frames": self.frames} if self.frames > 1 else {}
+        return {"height": self.height, "width": self.width, **frames, "text_tokens": self.text_tokens}
 
     @property
     def shape_bucket(self) -> str:
         """The sizes that engines are built for."""
-        return f"{self.height}x{self.width}, {self.text_tokens} text tokens"
+        frames = f"{self.frames} frames of " if self.frames > 1 else ""
+        return f"{frames}{self.height}x{self.width}, {self.text_tokens} text tokens"
 
 
 class LoadedModel(ABC):
@@ -149,8 +154,13 @@ class LoadedModel(ABC):
         """``sigmas`` [T + 1] and ``timesteps`` [T], the latter as the transformer takes them; float32."""
 
     @abstractmethod
-    def encode(self, prompts: Sequence[str], settings: Settings, names: Sequence[str]) -> dict[str, Array]:
-        """Conditions for the prompts: the inputs ``names`` of the transformer, batch first."""
+    def encode(
+        self, prompts: Sequence[str], settings: Settings, names: Sequence[str], negatives: Sequence[str] | None = None
+    ) -> dict[str, Array]:
+        """Conditions for the prompts, batch first: the inputs ``names`` of the transformer.
+
+        Guided requests want ``negative_<name>``, too, of the ``negatives`` (by default empty), and ``guidance_scale`` [B].
+        """
 
     def release_text_encoders(self) -> None:
         """Let go of text encoders that :meth:`encode` loads again when it needs them; of others, nothing."""
@@ -205,7 +215,7 @@ class Family(LoadedModel):
 
 def settings_of(manifest: Manifest) -> Settings:
     """The settings that a bundle was compiled for."""
-    names = ("height", "width", "text_tokens", "guidance", "steps", "dtype")
+    names = ("height", "width", "text_tokens", "guidance", "steps", "dtype", "frames")
     return Settings(**{name: manifest.settings[name] for name in names})
 
 
@@ -216,16 +226,6 @@ def check_prompts(prompts: Sequence[str]) -> None:
     for index, prompt in enumerate(prompts):
         if not prompt.strip():
             raise InputError(f"prompt {index + 1} is empty: pass -p 'some text'")
-
-
-def lost_text(prompt: str, tokenizer: Any, length: int) -> str:
-    """What a text encoder that reads ``length`` tokens never sees of ``prompt``: its end, or nothing."""
-    read = tokenizer(prompt, truncation=False, verbose=False)
-    if len(read.input_ids) <= length:
-        return ""
-    if tokenizer.is_fast:
-        return prompt[read.token_to_chars(length - 1).start :].strip()  # one place is for the token that ends the text
-    return str(tokenizer.decode(read.input_ids[length - 1 : -1])).strip()
 
 
 def tensors_from(arrays: Mapping[str, Array]) -> "dict[str, torch.Tensor]":

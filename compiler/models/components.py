@@ -1,0 +1,132 @@
+"""The parts of a pipeline on disk, one by one: a folder each, of the class that ``model_index.json`` names."""
+
+import importlib
+import inspect
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import transformers
+from accelerate import init_empty_weights
+from safetensors import SafetensorError
+from torch import nn
+
+from cachec.compiler.models.shards import Stored, weight_files
+from cachec.runtime.errors import ModelUnavailableError
+
+INDEX = "model_index.json"
+HEAVY = ("transformer", "vae", "text_encoder", "image_encoder")  # begin of the names of what is loaded only when it is wanted
+AGAIN = "download the model again"
+
+
+@dataclass(frozen=True)
+class Components:
+    """A pipeline's ``directory``; ``source`` names it in messages."""
+
+    source: str
+    directory: Path
+
+    @property
+    def index(self) -> dict[str, Any]:
+        """What the pipeline is made of: of each component the library and the class; ``_class_name`` is its own."""
+        index: dict[str, Any] = json.loads((self.directory / INDEX).read_text(encoding="utf-8-sig"))
+        return index
+
+    def has(self, name: str) -> bool:
+        """Is there a component of this name? Pipelines can do without some."""
+        entry = self.index.get(name)
+        return isinstance(entry, list) and entry[0] is not None
+
+    def kind(self, name: str) -> Any:
+        """The class of a component.
+
+        Raises:
+            ModelUnavailableError: there is no such component or class.
+        """
+        entry = self.index.get(name)
+        if not isinstance(entry, list) or len(entry) != 2 or not all(isinstance(part, str) for part in entry):
+            raise ModelUnavailableError(f"{self.directory / INDEX} names no {name} ({entry!r}): {AGAIN}")
+        try:
+            return getattr(importlib.import_module(entry[0]), entry[1])
+        except (ImportError, AttributeError) as error:
+            raise ModelUnavailableError(f"{name} of {self.source} is a {'.'.join(entry)}, which is not installed: another "
+                                        "version of that library may have it") from error  # fmt: skip
+
+    def load(self, name: str) -> nn.Module:
+        """A component with its weights, on the CPU, for evaluation.
+
+        Raises:
+            ModelUnavailableError: it is missing or damaged.
+        """
+        _quiet_loading()
+        try:
+            module: nn.Module = self.kind(name).from_pretrained(self._folder(name), local_files_only=True).eval()
+        except (OSError, ValueError, SafetensorError) as error:
+            raise ModelUnavailableError(f"{name} of {self.source} cannot be loaded: {error}") from error
+        return module
+
+    def describe(self, name: str) -> nn.Module:
+        """A component of diffusers as its configuration has it, with random weights."""
+        kind, folder = self.kind(name), self._folder(name)
+        module: nn.Module = kind.from_config(kind.load_config(folder, local_files_only=True))
+        return module
+
+    def open(self, name: str) -> Stored:
+        """A component of diffusers whose weights stay on disk.
+
+        Raises:
+            ModelUnavailableError: a file is missing or damaged, or does not fit the configuration.
+        """
+        folder = self._folder(name)
+        return Stored.open(lambda: self.describe(name), weight_files(self.source, folder), folder / "config.json")
+
+    def pipeline(self, shown: Sequence[str]) -> Any:
+        """The pipeline with its scheduler and tokenizers alone; its constructor sees those ``shown``, without values."""
+        _quiet_loading()
+        kind, parts = self._pipeline_kind(), self._heavy(shown)
+        made = kind.from_pretrained(self.directory, local_files_only=True, **parts)
+        made.register_modules(**dict.fromkeys(parts))
+        return made
+
+    def outline(self, shown: Sequence[str]) -> Any:
+        """The pipeline with its scheduler alone, for what its configuration tells."""
+        kind, index, parts = self._pipeline_kind(), self.index, self._heavy(shown)
+        given: dict[str, Any] = {}
+        for name, parameter in list(inspect.signature(kind.__init__).parameters.items())[1:]:
+            entry = index.get(name)
+            if name == "scheduler":
+                given[name] = self.kind(name).from_pretrained(self._folder(name), local_files_only=True)
+            elif entry is not None and not isinstance(entry, list):
+                given[name] = entry  # an option
+            elif parameter.default is parameter.empty or name in parts:
+                given[name] = parts.get(name)
+        made = kind(**given)
+        made.register_modules(**dict.fromkeys(parts))
+        return made
+
+    def _pipeline_kind(self) -> Any:
+        return getattr(diffusers, self.index["_class_name"])
+
+    def _heavy(self, shown: Sequence[str]) -> dict[str, Any]:
+        """``None`` for all that is heavy; those of ``shown`` whose configuration is there, without values."""
+        parts: dict[str, Any] = {name: None for name in self.index if name.startswith(HEAVY) and self.has(name)}
+        for name in shown:
+            if name in parts and (self.directory / name / "config.json").is_file():
+                with init_empty_weights():
+                    parts[name] = self.describe(name)
+        return parts
+
+    def _folder(self, name: str) -> Path:
+        folder = self.directory / name
+        if not folder.is_dir():
+            raise ModelUnavailableError(f"{self.source} is incomplete: {folder} is missing. {AGAIN.capitalize()}")
+        return folder
+
+
+def _quiet_loading() -> None:
+    """No progress bars for files that load in a second."""
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()

@@ -1,0 +1,363 @@
+"""What all families of diffusers' pipelines have in common: files, what is loaded when, and what the pipeline hands over.
+
+A family adds what it knows: names, sizes, the cut, random embeddings, and how latents become pictures.
+
+``B`` batch, ``T`` steps.
+"""
+
+import copy
+import hashlib
+import logging
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+from accelerate import init_empty_weights
+from diffusers.image_processor import VaeImageProcessor
+from torch import nn
+
+from cachec.compiler.models.base import Family, ModelSpec, Settings
+from cachec.compiler.models.components import Components
+from cachec.compiler.models.lost_text import Reader, not_said_twice, tell_of_lost_text
+from cachec.compiler.models.named import MODELS
+from cachec.compiler.models.observed import Observed, observe
+from cachec.compiler.models.shards import Shards, Stored, weight_files
+from cachec.compiler.tables.sampler_probe import check_options
+from cachec.runtime.errors import InputError, ModelUnavailableError
+from cachec.runtime.files import hash_file, reason_of
+from cachec.runtime.hashing import hashing
+from cachec.runtime.specs import Array
+
+log = logging.getLogger(__name__)
+
+TRANSFORMER = "transformer"  # its name in the pipeline, and its folder
+NEGATIVE = "negative_"
+GUIDANCE_SCALE = "guidance_scale"  # the condition of guided requests
+
+
+class PipelineModel(Family):
+    """A pipeline of diffusers; as loaded here it is on the CPU in float32.
+
+    What a family says, beside the methods:
+
+    - ``DEFAULTS``: the short name of the model whose sizes and scales a directory of this family gets.
+    - ``ARGUMENTS``: by condition, the keyword of the pipeline's call that takes it ready made; for the negative branch the
+      pipelines have the same with ``negative_``. Other conditions follow from the settings, and the pipeline makes them.
+    - ``SCALE``: the keyword of the guidance scale, and ``UNGUIDED`` its value that switches true guidance off.
+    - ``LENGTH``: the keyword of the text length, if there is one.
+    - ``SHOWN``: components that the pipeline's constructor looks at.
+    """
+
+    DEFAULTS: ClassVar[str]
+    ARGUMENTS: ClassVar[Mapping[str, str]]
+    SCALE: ClassVar[str] = "guidance_scale"
+    UNGUIDED: ClassVar[float] = 1.0
+    LENGTH: ClassVar[str | None] = "max_sequence_length"
+    SHOWN: ClassVar[tuple[str, ...]] = ("vae",)
+
+    def __init__(self, spec: ModelSpec, pipeline: Any, directory: Path | None = None, stored: Stored | None = None) -> None:
+        self.check_scheduler(pipeline.scheduler)
+        self.spec = spec
+        self.pipeline: Any = pipeline
+        self._components = None if directory is None else Components(spec.source, directory)
+        self._stored = stored
+        self._described: nn.Module | None = None
+        self._digests: Callable[[], list[str]] | None = None  # of the weights' files, if they are being made
+        self._told: set[str] = set()  # prompts that are cut, and that was said
+        self._seen: tuple[tuple[Settings, int], Observed] | None = None  # the last run that was observed
+
+    # --- what a family says
+
+    @property
+    @abstractmethod
+    def side(self) -> int:
+        """Height and width are multiples of so many pixels."""
+
+    @abstractmethod
+    def embeddings(self, settings: Settings, random: Callable[..., torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Random values of the conditions of ``ARGUMENTS``; ``random(*shape)`` gives [B, *shape]."""
+
+    @abstractmethod
+    def pictures(self, latents: torch.Tensor, settings: Settings) -> torch.Tensor:
+        """What the autoencoder makes of the latents that the pipeline ends with: [B, 3, H, W] in [-1, 1]."""
+
+    @abstractmethod
+    def thin(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """What is different in the transformer's configuration of a thin twin: one block of each kind, few heads."""
+
+    def readers(self, settings: Settings) -> Sequence[Reader]:
+        """What reads the prompts, and how much of them."""
+        return ()
+
+    def taken(self, given: Mapping[str, Any], settings: Settings) -> dict[str, torch.Tensor]:
+        """The conditions as the graphs take them, from what the pipeline hands its transformer."""
+        return {name: given[name] for name in self.io.conditions}
+
+    def text(self, prompts: Sequence[str]) -> dict[str, Any]:
+        """Prompts as keywords of the pipeline's call."""
+        return {"prompt": list(prompts)}
+
+    def sized(self, settings: Settings) -> dict[str, Any]:
+        """The settings as keywords of the pipeline's call."""
+        return {"height": settings.height, "width": settings.width, "num_inference_steps": settings.steps}
+
+    # --- how it is found
+
+    @classmethod
+    def make_spec(cls, name: str, source: str) -> ModelSpec:
+        return replace(MODELS[cls.DEFAULTS], name=name, source=source, packaged=False, probe=None)
+
+    @classmethod
+    def wrap(cls, spec: ModelSpec, pipeline: Any, directory: Path | None) -> Self:
+        return cls(spec, pipeline, directory)
+
+    @classmethod
+    def load(cls, spec: ModelSpec, directory: Path, *, with_transformer: bool) -> Self:
+        components = Components(spec.source, directory)
+        stored = components.open(TRANSFORMER) if with_transformer else None
+        pipeline = components.pipeline(cls.SHOWN)
+        pipeline.set_progress_bar_config(disable=True)
+        return cls(spec, pipeline, directory, stored)
+
+    @classmethod
+    def outline(cls, spec: ModelSpec, directory: Path) -> Self:
+        components = Components(spec.source, directory)
+        stored = Stored.outline(lambda: components.describe(TRANSFORMER))
+        return cls(spec, components.outline(cls.SHOWN), directory, stored)
+
+    def thin_twin(self, settings: Settings) -> tuple[Self, Settings]:
+        config = {**self.config, **self.thin(self.config)}
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            transformer = type(self.described).from_config(config)  # type: ignore[attr-defined]
+        pipeline = copy.copy(self.pipeline)
+        pipeline.register_modules(vae=None, **dict.fromkeys(self._text_encoders), transformer=transformer)
+        twin = type(self)(replace(self.spec, name=f"{self.spec.name}, thin"), pipeline)
+        side, text_tokens = self.side, min(5, settings.text_tokens)
+        return twin, replace(settings, height=2 * side, width=3 * side, text_tokens=text_tokens)
+
+    # --- the transformer
+
+    @property
+    def transformer(self) -> nn.Module:
+        if self.pipeline.transformer is None:
+            if self._stored is None or self._components is None:
+                raise ModelUnavailableError(f"{self.spec.name} was loaded without its transformer")
+            self.pipeline.transformer = self._components.load(TRANSFORMER)
+        module: nn.Module = self.pipeline.transformer.eval()
+        return module
+
+    @property
+    def stored(self) -> Stored | None:
+        return self._stored
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu") if self.pipeline.transformer is None else super().device
+
+    @property
+    def described(self) -> nn.Module:
+        """The transformer, with or without the values of its weights; what it would be, if it was loaded without."""
+        if self._stored is not None:
+            return self._stored.module
+        if self.pipeline.transformer is not None or self._components is None:
+            return self.transformer
+        if self._described is None:
+            with init_empty_weights():
+                self._described = self._components.describe(TRANSFORMER)
+        return self._described
+
+    @property
+    def config(self) -> Any:
+        """The transformer's configuration."""
+        return self.described.config
+
+    @cached_property
+    def weights_hash(self) -> str:
+        files = self._own_files()
+        if not files:
+            tensors = sorted(self.transformer.state_dict().items())
+            return hashlib.sha256(b"".join(hashlib.sha256(_raw(tensor)).digest() for _, tensor in tensors)).hexdigest()
+        try:
+            digests = [hash_file(file) for file in files] if self._digests is None else self._digests()
+        except OSError as error:
+            raise ModelUnavailableError(f"the weights of {self.spec.source} cannot be read: {reason_of(error)}") from error
+        return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+    @contextmanager
+    def hashing_weights(self) -> Iterator[None]:
+        if self._stored is None or "weights_hash" in vars(self):
+            yield
+            return
+        with hashing(self._own_files()) as self._digests:
+            try:
+                yield
+            finally:
+                self._digests = None
+
+    def _own_files(self) -> list[Path]:
+        """Files with the very weights of the transformer: one in memory may have become different from its own."""
+        if self._stored is not None:
+            return list(self._stored.shards.files)
+        if self._components is None or not (folder := self._components.directory / TRANSFORMER).is_dir():
+            return []
+        try:
+            shards = Shards.open(files := weight_files(self.spec.source, folder))
+        except ModelUnavailableError:  # the weights are in memory, and what lies beside is not looked for
+            return []
+        held = self.transformer.state_dict()
+        same = held.keys() == shards.places.keys() and all(
+            torch.equal(shards.read(name).to(value.dtype), value.cpu()) for name, value in held.items()
+        )
+        return files if same else []
+
+    # --- what the pipeline hands over
+
+    def observed(self, settings: Settings, *, batch: int = 2) -> Observed:
+        """A run of the pipeline on random embeddings, one branch of guidance: no text encoder is needed."""
+        if self._seen is None or self._seen[0] != (settings, batch):
+            generator = torch.Generator().manual_seed(0)  # on the CPU: the same numbers on all devices
+
+            def random(*shape: int) -> torch.Tensor:
+                return torch.randn(batch, *shape, generator=generator)
+
+            embeddings = self.embeddings(settings, random)
+            given = {keyword: embeddings[name].to(self.device) for name, keyword in self.ARGUMENTS.items()}
+            self._seen = ((settings, batch), self._observe(settings, {**given, "generator": generator}))
+        return self._seen[1]
+
+    def _observe(self, settings: Settings, given: Mapping[str, Any], *, whole: bool = True) -> Observed:
+        self.check_sizes(settings)
+        call = {**self.sized(settings), **given}
+        call[self.SCALE] = settings.guidance if self.io.guidance is None else self.UNGUIDED
+        return observe(self.pipeline, {TRANSFORMER: self.described}, call, device=self.device, whole=whole)
+
+    def check_sizes(self, settings: Settings) -> None:
+        """Raise ``InputError`` unless the model draws pictures of this size."""
+        side = self.side
+        for axis, size in (("height", settings.height), ("width", settings.width)):
+            if size < side or size % side:
+                raise InputError(f"{axis} is {size}; {self.spec.name} takes multiples of {side} pixels")
+        if settings.frames != 1:
+            raise InputError(f"frames is {settings.frames}; {self.spec.name} draws pictures: leave it at 1")
+
+    def example_inputs(self, settings: Settings, *, batch: int = 2) -> dict[str, torch.Tensor]:
+        io, seen = self.io, self.observed(settings, batch=batch)
+        told = _told(seen, io.timestep).to(self.device)
+        examples = {**self.taken(seen.first, settings), io.latents: seen.first[io.latents]}
+        examples[io.timestep] = told[torch.arange(batch) % len(told)]
+        return {name: _own(examples[name]).to(self.device) for name in (io.latents, io.timestep, *io.conditions)}
+
+    def constants(self, settings: Settings) -> dict[str, Any]:
+        io, given = self.io, self.observed(settings).first
+        inputs = (io.latents, io.timestep, *io.conditions)
+        return {**{name: value for name, value in given.items() if name not in inputs}, "return_dict": False}
+
+    def sampling(self, settings: Settings) -> tuple[Array, Array]:
+        seen = self.observed(settings)
+        return _noise_levels(seen.scheduler), _told(seen, self.io.timestep).numpy()
+
+    def encode(
+        self, prompts: Sequence[str], settings: Settings, names: Sequence[str], negatives: Sequence[str] | None = None
+    ) -> dict[str, Array]:
+        if negatives is not None and self.io.guidance is None:
+            raise InputError(f"{self.spec.name} has no negative prompt: it takes its guidance scale as an input. Leave it out")
+        found = self._encode(prompts, settings)
+        if any(name.startswith(NEGATIVE) for name in names):
+            others = self._encode([""] * len(prompts) if negatives is None else negatives, settings)
+            found |= {NEGATIVE + name: value for name, value in others.items()}
+        found.setdefault(GUIDANCE_SCALE, np.full(len(prompts), settings.guidance, np.float32))
+        return {name: found[name] for name in names}
+
+    def _encode(self, prompts: Sequence[str], settings: Settings) -> dict[str, Array]:
+        tell_of_lost_text(prompts, self.pipeline, self.readers(settings), self._told)
+        self._load(*self._text_encoders)
+        length = {} if self.LENGTH is None else {self.LENGTH: settings.text_tokens}
+        with not_said_twice(type(self.pipeline).__module__):
+            seen = self._observe(settings, {**self.text(prompts), **length}, whole=False)
+        return {name: _own(value).cpu().numpy() for name, value in self.taken(seen.first, settings).items()}
+
+    @property
+    def _text_encoders(self) -> list[str]:
+        return [name for name in self.pipeline.config if name.startswith("text_encoder")]
+
+    def _load(self, *names: str) -> None:
+        """Components that are not there yet: some have gigabytes, and compiling may never want them."""
+        for name in names:
+            if getattr(self.pipeline, name) is None and self._components is not None and self._components.has(name):
+                self.pipeline.register_modules(**{name: self._components.load(name)})
+
+    def release_text_encoders(self) -> None:
+        if self._stored is not None:
+            self.pipeline.register_modules(**dict.fromkeys(self._text_encoders))
+
+    # --- pictures, and the untouched run
+
+    @torch.no_grad()
+    def decode(self, latents: Array, settings: Settings) -> Array:
+        self._load("vae")
+        vae = self.pipeline.vae
+        made = self.pictures(torch.from_numpy(latents).to(vae.device, vae.dtype), settings)
+        processor = getattr(self.pipeline, "image_processor", None) or VaeImageProcessor()
+        array: Array = processor.postprocess(made, output_type="np")
+        return array.astype(np.float32)
+
+    def generate(self, conditions: Mapping[str, Array], noise: Array, settings: Settings) -> Array:
+        dtype = next(self.transformer.parameters()).dtype
+
+        def there(value: Array) -> torch.Tensor:
+            given = torch.from_numpy(value).to(self.device)
+            return given.to(dtype) if given.is_floating_point() else given
+
+        call = {**self.sized(settings), "latents": there(noise), "output_type": "latent", "return_dict": False}
+        for sign in ("", NEGATIVE):
+            named = {f"{sign}{keyword}": conditions.get(f"{sign}{name}") for name, keyword in self.ARGUMENTS.items()}
+            call |= {keyword: there(value) for keyword, value in named.items() if value is not None}
+        call[self.SCALE] = self._scale(conditions, settings)
+        latents: torch.Tensor = self.pipeline(**call)[0]
+        return latents.float().cpu().numpy()
+
+    def _scale(self, conditions: Mapping[str, Array], settings: Settings) -> float:
+        """What the pipeline's call gets as its guidance scale."""
+        if self.io.guidance is None:
+            return settings.guidance
+        if GUIDANCE_SCALE not in conditions:
+            return self.UNGUIDED
+        scales = np.unique(conditions[GUIDANCE_SCALE])
+        if len(scales) != 1:
+            raise InputError(f"a pipeline's call takes one guidance scale, not {', '.join(map(str, scales))}")
+        return float(scales[0])
+
+    @staticmethod
+    def check_scheduler(scheduler: Any) -> None:
+        check_options(scheduler)
+
+
+def _told(seen: Observed, name: str) -> torch.Tensor:
+    """What the transformer is told at each step [T], float32, on the CPU."""
+    return torch.stack([value.reshape(-1)[0].float().cpu() for value in seen.at_each_step(name)])
+
+
+def _noise_levels(scheduler: Any) -> Array:
+    """[T + 1], falling: as the scheduler lists them; of one that lists none, what noise and picture are to each other."""
+    if getattr(scheduler, "sigmas", None) is not None:
+        return np.asarray(scheduler.sigmas.cpu(), np.float32)
+    kept = scheduler.alphas_cumprod[scheduler.timesteps.cpu()].double()
+    kept = torch.cat([kept, torch.as_tensor(scheduler.final_alpha_cumprod).double()[None]])
+    return (((1 - kept) / kept).sqrt()).numpy().astype(np.float32)
+
+
+def _own(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy with memory of its own; floating-point numbers are float32, labels and masks keep their types."""
+    copied = tensor.detach().contiguous().clone()
+    return copied.float() if copied.is_floating_point() else copied
+
+
+def _raw(tensor: torch.Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
