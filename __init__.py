@@ -19,21 +19,24 @@ def load(
     *,
     device: str | None = None,
     target: str | None = None,
+    size: str | None = None,
+    steps: int | None = None,
     verify: bool = False,
     threads: int | None = None,
 ) -> LoadedBundle:
     """Open a bundle and load the engines of the best of its targets that fits here.
 
     ``device``: only on ``cpu``, ``cuda``, or ``cuda:1``, the second GPU. ``target``: only this one, ``tensorrt`` say.
+    ``size`` (as ``832x1216``) and ``steps`` are what it is at, by default the bundle's first: it has all others as well.
     ``verify`` hashes large files even if this machine has hashed them before; ``threads`` limits CPU threads.
 
     Raises:
         BundleError: the directory is no bundle, damaged, or none of its targets fits this machine or device.
-        InputError: there is no such device here.
+        InputError: there is no such device here, or no such size or number of steps in the bundle.
     """
     from cachec.engines import open_bundle
 
-    return open_bundle(Path(bundle), device=device, target=target, verify=verify, threads=threads)
+    return open_bundle(Path(bundle), device=device, target=target, size=size, steps=steps, verify=verify, threads=threads)
 
 
 def compile_model(model: str, out: str | Path, *, method: str = "lesa", force: bool = False, **options: Any) -> Path:

@@ -115,7 +115,7 @@ _run_options = _options(
 def compile_command(model: str, out: Path | None, force: bool, **given: Any) -> None:
     """Compile MODEL: a short name (tiny-flux, flux), a Hub id, or a directory."""
     from cachec.compiler.commands.compile import compile_to_bundle
-    from cachec.runtime.inspect import describe_choice, describe_levels
+    from cachec.runtime.inspect import describe_all_levels, describe_choice
 
     out, done = compile_to_bundle(model, out, force=force, **given)
     bundle = done.bundle
@@ -124,7 +124,7 @@ def compile_command(model: str, out: Path | None, force: bool, **given: Any) -> 
         [
             ("bundle", str(out)),
             ("method", f"{bundle.manifest.method['name']}, trained predictor: {done.predictor_origin}"),
-            *describe_levels(bundle),
+            *describe_all_levels(bundle),
             *[("target", str(target)) for target in bundle.manifest.targets],
             *describe_choice(bundle),
             ("size", f"{size / 1e6:.1f} MB"),

@@ -27,22 +27,30 @@ def check_threads(threads: int | None) -> None:
 
 
 def open_bundle(
-    root: Path, *, device: str | None = None, target: str | None = None, verify: bool = False, threads: int | None = None
+    root: Path,
+    *,
+    device: str | None = None,
+    target: str | None = None,
+    size: str | None = None,
+    steps: int | None = None,
+    verify: bool = False,
+    threads: int | None = None,
 ) -> LoadedBundle:
     """Check the bundle at ``root`` and load the engines of the best of its targets that fits here.
 
     ``device`` is ``cpu``, ``cuda``, or ``cuda:1`` for the second GPU, by default the best that a target fits. ``target``
-    allows only targets of this name: ``tensorrt``, ``ort-cpu``.
+    allows only targets of this name: ``tensorrt``, ``ort-cpu``. ``size`` (as ``832x1216``) and ``steps`` are those that the
+    result is at, by default the bundle's first; engines of other sizes are loaded when they are asked for.
 
     Raises:
         BundleError: it is damaged, or none of its targets fits: another operating system, GPU, or version of its back end.
-        InputError: there is no such device.
+        InputError: there is no such device, size, or number of steps.
     """
     check_threads(threads)
     name, wanted = parse_device(device), None if target is None else TargetName.parse(target, BACKENDS)
     bundle = Bundle.open(root, verify=verify)
     try:
-        fit, others = choose_target(bundle.manifest.targets, device=name, wanted=wanted)
+        fit, others = choose_target(bundle.at(size, steps).manifest.targets, device=name, wanted=wanted)
     except CachecError as error:
         raise type(error)(f"{root}: {error}\n{_again(bundle)}") from error
     better = [other for other in others if other.rank < fit.rank]
@@ -50,7 +58,7 @@ def open_bundle(
         log.log(logging.WARNING if other in better else logging.INFO, "target %s does not fit: %s", other.target, other.reason)
     log.log(logging.WARNING if better or not fit.exact else logging.INFO, "using target %s, which %s", fit.target, fit.in_words)
     assert fit.backend is not None, "chosen targets fit"
-    return load_bundle(bundle, fit.target, fit.backend, device=fit.device, threads=threads)
+    return load_bundle(bundle, fit.target, fit.backend, device=fit.device, threads=threads, steps=steps)
 
 
 def _again(bundle: Bundle) -> str:

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 class BundledSources(Sources):
-    """The graphs of a bundle that exists: its ONNX files."""
+    """The graphs of a bundle that exists, of its first size: its ONNX files."""
 
     def __init__(self, bundle: Bundle) -> None:
         target = next((one for one in bundle.manifest.targets if one.backend == ONNX_TARGET.backend), None)
@@ -39,6 +39,11 @@ class BundledSources(Sources):
         self._files = {name: bundle.path(artifact.path) for name, artifact in target.engines.items()}
         self.signatures = {name: artifact.signature for name, artifact in target.engines.items()}
         self.precision, self.shape_bucket = target.precision, target.shape_bucket
+
+    @classmethod
+    def of_all_sizes(cls, bundle: Bundle) -> "list[BundledSources]":
+        """The graphs of each size."""
+        return [cls(bundle.at(size)) for size in bundle.manifest.sizes]
 
     def programs(self) -> Mapping[str, Any]:
         raise InputError("a bundle has no exported programs, only ONNX files: give this target to cachec compile")
@@ -59,7 +64,8 @@ def add_targets(
 ) -> tuple[Bundle, list[Target]]:
     """Build targets into the bundle at ``root``; ``apart``: in processes of their own.
 
-    ``auto`` alone: build and time all that its ONNX files can become, and ONNX Runtime; add the fastest, unless it is that.
+    ``auto`` alone: build and time all that its ONNX files can become, and ONNX Runtime; add the fastest, unless it is that. It
+    is timed at the bundle's first size; what is added, is for every size.
 
     Interrupted, it leaves the bundle as it was, but for the kernel timings, from which the next build goes on.
 
@@ -82,14 +88,18 @@ def add_targets(
                              f"give it to cachec compile --target {name}")  # fmt: skip
     with BundleAdder(root) as writer:
         folder = writer.directory("timings")
-        bundle, sources = writer.bundle, BundledSources(writer.bundle)
-        check_build(wanted, sources.precision, there, options)
+        bundle, sizes = writer.bundle, BundledSources.of_all_sizes(writer.bundle)
+        check_build(wanted, sizes[0].precision, there, options)
         build = replace(options, sizes=_sizes(bundle, max_batch), timing_cache=folder)
-        planned = [plan_target(sources, name, device=there, options=build) for name in wanted]
+        planned = [plan_target(sources, name, device=there, options=build) for name in wanted for sources in sizes]
         replaced = _check_planned(bundle, planned, force=force)
         _unpack_timing(bundle, folder)
         try:
-            added = [build_into(writer, sources, name, device=there, options=build, apart=apart) for name in wanted]
+            added = [
+                build_into(writer, sources, name, device=there, options=build, apart=apart)
+                for sources in sizes
+                for name in wanted
+            ]
         except BaseException:
             _keep_timing_alone(writer, folder)
             raise
@@ -103,19 +113,26 @@ def _add_fastest(
     """As ``add_targets``, of what is the fastest that the ONNX files can become; nothing if they are, as they are."""
     with BundleAdder(root) as writer:
         folder = writer.directory("timings")
-        bundle, sources = writer.bundle, BundledSources(writer.bundle)
+        bundle, (sources, *others) = writer.bundle, BundledSources.of_all_sizes(writer.bundle)
         names = [ONNX_TARGET, *map(TargetName, FROM_ONNX)]
         usable, failed = find_usable(names, [sources.precision], there, options, max_batch=max_batch)
         build = replace(options, sizes=_sizes(bundle, max_batch), timing_cache=folder)
-        new = [plan_target(sources, name, device=there, options=build) for name in usable if name != ONNX_TARGET]
+        new = [
+            plan_target(one, name, device=there, options=build)
+            for name in usable
+            for one in (sources, *others)
+            if name != ONNX_TARGET
+        ]
         replaced = _check_planned(bundle, new, force=force)
         _unpack_timing(bundle, folder)
         try:
             fastest, facts = keep_fastest(usable, sources, writer, there, build, failed)
+            added = [] if fastest.backend == ONNX_TARGET.backend else [fastest]
+            name = TargetName(fastest.backend)
+            added += [build_into(writer, one, name, device=there, options=build, apart=True) for one in others if added]
         except BaseException:
             _keep_timing_alone(writer, folder)
             raise
-        added = [] if fastest.backend == ONNX_TARGET.backend else [fastest]
         gone = [one for one in replaced if any(one.is_like(target) for target in added)]
         _commit(writer, added, gone, keep_timing(writer, folder), {AUTO: facts})
     return Bundle.open(root), added
@@ -134,7 +151,7 @@ def _check_planned(bundle: Bundle, planned: Sequence[Target], *, force: bool) ->
 
 def _sizes(bundle: Bundle, max_batch: int) -> Mapping[str, Any]:
     level = next((level for level in bundle.manifest.programs if level != UNCACHED), UNCACHED)
-    program = bundle.program(level)
+    program = bundle.at(steps=max(bundle.manifest.step_counts)).program(level)
     if program.key.batch is not None and max_batch != 1:
         raise InputError(
             f"max-batch is {max_batch}, but the bundle was compiled for batches of {program.key.batch}: leave it out"

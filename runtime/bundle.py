@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -20,17 +20,19 @@ from cachec.runtime.files import cache_folder, hash_file, reason_of, write_file
 from cachec.runtime.forms import ANY, Form, check_form
 from cachec.runtime.program import Program
 from cachec.runtime.specs import Signature
+from cachec.runtime.variants import Variant, find_variant
 
 log = logging.getLogger(__name__)
 
 FORMAT = "cachec-bundle"
-FORMAT_VERSION = 6  # 6: delta by sample, coefficients by group, typed slots, rows for a sampler outside
+FORMAT_VERSION = 7  # 7: several sizes and numbers of steps
 MANIFEST = "manifest.json"
 ANY_DEVICE = "any"  # of a target whose artifacts are bound to no device
 LARGE_FILE_BYTES = 64 * 2**20  # files above are hashed once per machine, then known by size and time
 
 
 _TENSORS = [{"name": str, "shape": [], "dtype": str}]
+_PROGRAMS: Form = {ANY: {"json": str, "arrays": str}}
 _FORM: Form = {  # of a manifest
     "model": {"name": str, "source": str, "weights_sha256": str},
     "io": {"latents": str, "timestep": str, "conditions": [str]},
@@ -46,7 +48,8 @@ _FORM: Form = {  # of a manifest
             "weights?": {ANY: str},
         }
     ],
-    "programs": {ANY: {"json": str, "arrays": str}},
+    "programs": _PROGRAMS,
+    "more?": [{"settings": {"width": int, "height": int, "steps": int}, "programs": _PROGRAMS, "facts": {}}],
     "files": {ANY: {"bytes": int, "sha256": str}},
     "facts?": {},
     "timing?": {ANY: str},
@@ -94,6 +97,11 @@ class Target:
         gpus = "".join(f" sm_{sm}" for sm in self.needs.get("sm", ()))
         return f"{self.backend} {self.version}, {self.os}, {device}{gpus}, {self.precision}"
 
+    @property
+    def size(self) -> str:
+        """Width and height, and of a video the number of frames: ``832x480x81``."""
+        return self.shape_bucket.split(",")[0]
+
     def is_like(self, other: "Target") -> bool:
         """Do both run in the same places, so that one replaces the other?"""
         return all(
@@ -117,7 +125,8 @@ class Manifest:
     ``model`` says which weights (name, source, hash), ``io`` which engine input plays which part (latents, timestep,
     conditions), ``method`` how forecasts are made, ``settings`` what was asked for, ``programs`` maps a level to its two
     files, ``files`` maps each file to its size in bytes and SHA-256. ``timing`` names files with kernel timings, which make
-    the next build quicker.
+    the next build quicker. All of it is of the bundle's first size and number of steps; ``more`` says what differs for each of
+    the others, and there are targets for each size.
     """
 
     model: Mapping[str, Any]
@@ -130,13 +139,52 @@ class Manifest:
     files: Mapping[str, Mapping[str, Any]]
     facts: Mapping[str, Any] = field(default_factory=dict)
     timing: Mapping[str, str] = field(default_factory=dict)
+    more: tuple[Variant, ...] = ()
+
+    @property
+    def variants(self) -> tuple[Variant, ...]:
+        """Every size with every number of steps, the first first."""
+        return Variant(self.settings, self.programs, self.facts), *self.more
+
+    @property
+    def sizes(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(one.size for one in self.variants))
+
+    @property
+    def step_counts(self) -> tuple[int, ...]:
+        return tuple(dict.fromkeys(one.steps for one in self.variants))
+
+    def at(self, size: str | None = None, steps: int | None = None) -> "Manifest":
+        """The manifest of a bundle for this size and number of steps alone; ``None`` is what comes first.
+
+        Raises:
+            InputError: the bundle lacks it; with what there is.
+        """
+        if size is None and steps is None and not self.more:
+            return self
+        one = self.variants[find_variant(self.variants, size, steps)]
+        targets = tuple(target for target in self.targets if target.size == one.size)
+        settings, facts = {**self.settings, **one.settings}, {**self.facts, **one.facts}
+        return replace(self, settings=settings, programs=one.programs, facts=facts, targets=targets, more=())
+
+    def with_programs(
+        self, programs: Mapping[str, Mapping[str, str]], levels: Mapping[str, Any], size: str | None, steps: int | None
+    ) -> "Manifest":
+        """With these files by level, and these facts of ``levels``, for one size and number of steps."""
+        place = find_variant(self.variants, size, steps) if self.more else 0
+        one = self.variants[place]
+        new = Variant(one.settings, programs, {**one.facts, "levels": levels})
+        if not place:
+            return replace(self, programs=new.programs, facts=new.facts)
+        return replace(self, more=(*self.more[: place - 1], new, *self.more[place:]))
 
     def to_json(self) -> dict[str, Any]:
         body = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
-            **{k: v for k, v in vars(self).items() if k != "targets"},
+            **{k: v for k, v in vars(self).items() if k not in ("targets", "more")},
             "targets": [t.to_json() for t in self.targets],
+            "more": [dict(vars(one)) for one in self.more],
         }
         return {**body, "digest": _digest(body)}
 
@@ -158,7 +206,8 @@ class Manifest:
             if not body[what]:
                 raise BundleError(f"the manifest lists no {what}: nothing in the bundle can be run. Compile it again")
         fields = {k: v for k, v in body.items() if k not in ("format", "format_version")}
-        return cls(**{**fields, "targets": tuple(Target.from_json(t) for t in fields["targets"])})
+        more = tuple(Variant(one["settings"], one["programs"], one["facts"]) for one in fields.get("more", ()))
+        return cls(**{**fields, "targets": tuple(Target.from_json(t) for t in fields["targets"]), "more": more})
 
 
 def _digest(body: Mapping[str, Any]) -> str:
@@ -183,6 +232,14 @@ class Bundle:
         for name, entry in bundle.manifest.files.items():
             _check_file(bundle.path(name), entry, verify=verify)
         return bundle
+
+    def at(self, size: str | None = None, steps: int | None = None) -> "Bundle":
+        """As if it had been compiled for this size and number of steps alone; ``None`` is what comes first.
+
+        Raises:
+            InputError: the bundle lacks it; with what there is.
+        """
+        return Bundle(self.root, self.manifest.at(size, steps))
 
     def path(self, name: str) -> Path:
         """The file ``name`` of the manifest.
@@ -209,7 +266,7 @@ class Bundle:
 
     @property
     def target(self) -> Target:
-        """The first target. All have the same graphs, so that names and shapes can be read off any."""
+        """The first target. All of a size have the same graphs, so that names and shapes can be read off any."""
         return self.manifest.targets[0]
 
     @staticmethod

@@ -8,32 +8,53 @@ from cachec.runtime.abi import BATCH, PROLOGUE, steps_of
 from cachec.runtime.bundle import Bundle, Target
 from cachec.runtime.program import UNCACHED, Program
 from cachec.runtime.specs import TensorSpec, itemsize
+from cachec.runtime.variants import PictureSize
 
 
 def describe_bundle(bundle: Bundle, fits: Sequence[str] = ()) -> list[tuple[str, str]]:
     """Rows of a table about an opened bundle. ``fits`` says how each target fits this machine."""
-    manifest = bundle.manifest
+    manifest, first = bundle.manifest, bundle.at()
     settings, method = manifest.settings, manifest.method
     options = ", ".join(f"{k}={v}" for k, v in method["options"].items())
     rows = [
         ("model", f"{manifest.model['name']} ({manifest.model['source']}), weights {manifest.model['weights_sha256'][:16]}"),
         ("method", method["name"] + (f" ({options})" if options else "") + f", fold {method['fold']}"),
         ("cut", f"{method['cut']}, after {settings['cut']}"),
-        ("setting", f"{settings['width']}x{settings['height']}, {settings['text_tokens']} text tokens, "
-                    f"guidance {settings['guidance']}, {settings['steps']} steps"),
+        ("setting", f"{PictureSize.of(settings)}, {settings['text_tokens']} text tokens, guidance {settings['guidance']}, "
+                    f"{settings['steps']} steps"),
+        *_choices(bundle),
     ]  # fmt: skip
     predictor = method["predictor"]
     if predictor is not None:
         rows.append(("predictor", f"trained on {predictor['num_prompts']} prompts, seed {predictor['seed']}"))
-    rows += describe_levels(bundle)
+    rows += describe_all_levels(bundle)
     for index, target in enumerate(manifest.targets):
         rows.append(("target", f"{target}, {target.shape_bucket}"))
         rows += [("", text) for text in (*fits[index : index + 1], *_target_facts(target))]
         for name, artifact in target.engines.items():
             rows.append((f"  {name}", f"{artifact.path}, {manifest.files[artifact.path]['bytes'] / 1e6:.2f} MB"))
-    rows += [*describe_choice(bundle), *describe_memory(bundle)]
+    rows += [*describe_choice(bundle), *describe_memory(first)]
+    for size in manifest.sizes[1:]:
+        rows += [("at", size), *describe_memory(bundle.at(size))]
     total = sum(entry["bytes"] for entry in manifest.files.values())
     rows.append(("size", f"{total / 1e6:.1f} MB in {len(manifest.files)} files, all hashes match"))
+    return rows
+
+
+def _choices(bundle: Bundle) -> list[tuple[str, str]]:
+    """What else a request may ask for, where there is a choice."""
+    choices = {"sizes": bundle.manifest.sizes, "step counts": map(str, bundle.manifest.step_counts)}
+    return [(name, ", ".join(texts)) for name, all_ in choices.items() if len(texts := tuple(all_)) > 1]
+
+
+def describe_all_levels(bundle: Bundle) -> list[tuple[str, str]]:
+    """Rows about the levels of every size and number of steps."""
+    if not bundle.manifest.more:
+        return describe_levels(bundle)
+    rows = []
+    for one in bundle.manifest.variants:
+        rows.append(("at", f"{one.size}, {one.steps} steps"))
+        rows += describe_levels(bundle.at(one.size, one.steps))
     return rows
 
 
@@ -107,7 +128,10 @@ def _tensor_bytes(spec: TensorSpec, sizes: Mapping[str, int]) -> int:
 
 
 def describe_levels(bundle: Bundle, *, only: str | None = None) -> list[tuple[str, str]]:
-    """Rows about each level but the uncached one: its steps, its slots, and what was measured; of ``only`` one, if given."""
+    """Rows about each level but the uncached one: its steps, its slots, and what was measured; of ``only`` one, if given.
+
+    They are those of the bundle's first size and number of steps.
+    """
     rows, measured = [], bundle.manifest.facts.get("levels", {})
     for level in bundle.manifest.programs:
         if level == UNCACHED or only not in (None, level):

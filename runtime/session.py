@@ -5,9 +5,10 @@ and may be interleaved. All calls are bound when the session is made; a request 
 """
 
 import logging
+import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Literal, Self, overload
 
@@ -18,7 +19,7 @@ from cachec.runtime.binding import Binding, not_finite
 from cachec.runtime.bundle import Bundle, Manifest, Target
 from cachec.runtime.device import Buffer, DeviceName
 from cachec.runtime.engine import HOST, Call, Engine, LoadOptions
-from cachec.runtime.errors import EngineError, InputError, unknown_name
+from cachec.runtime.errors import BundleError, EngineError, InputError, unknown_name
 from cachec.runtime.model_io import ModelIO
 from cachec.runtime.noise import make_noise
 from cachec.runtime.program import UNCACHED, Program
@@ -31,12 +32,17 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, repr=False)
 class LoadedBundle:
-    """A bundle with its engines loaded; a context manager. Open one with ``cachec.load``."""
+    """A bundle with its engines loaded; a context manager. Open one with ``cachec.load``.
+
+    It is of one size and one number of steps; :meth:`at` gives the others of the bundle, whose engines are loaded when they
+    are first asked for, and closed together.
+    """
 
     manifest: Manifest
     programs: Mapping[str, Program]
     engines: Mapping[str, Engine]
     target: Target
+    origin: "Origin | None" = None
 
     def __repr__(self) -> str:
         model, levels = self.manifest.model["name"], ", ".join(self.programs)
@@ -51,24 +57,53 @@ class LoadedBundle:
         """The bundle's first level that is not the uncached one."""
         return next((level for level in self.programs if level != UNCACHED), UNCACHED)
 
-    @overload
-    def session(self, *, batch: int = 1, level: str | None = None, for_sampler: Literal[False] = False) -> "Session": ...
+    def at(self, size: str | None = None, steps: int | None = None) -> "LoadedBundle":
+        """The bundle at another size, ``832x1216`` say, and number of steps; ``None`` is what it is at.
+
+        Raises:
+            InputError: the bundle lacks it; with what there is.
+        """
+        if size is None and steps is None:
+            return self
+        if self.origin is None:
+            self.manifest.at(size, steps)
+            return self
+        (own,) = self.manifest.variants
+        return self.origin.open(own.size if size is None else size, own.steps if steps is None else steps)
 
     @overload
-    def session(self, *, batch: int = 1, level: str | None = None, for_sampler: Literal[True]) -> Stepper: ...
+    def session(
+        self, *, batch: int = 1, level: str | None = None, size: str | None = None, steps: int | None = None,
+        for_sampler: Literal[False] = False,
+    ) -> "Session": ...  # fmt: skip
 
-    def session(self, *, batch: int = 1, level: str | None = None, for_sampler: bool = False) -> "Session | Stepper":
+    @overload
+    def session(
+        self, *, batch: int = 1, level: str | None = None, size: str | None = None, steps: int | None = None,
+        for_sampler: Literal[True],
+    ) -> Stepper: ...  # fmt: skip
+
+    def session(
+        self,
+        *,
+        batch: int = 1,
+        level: str | None = None,
+        size: str | None = None,
+        steps: int | None = None,
+        for_sampler: bool = False,
+    ) -> "Session | Stepper":
         """A session for requests of ``batch`` samples at a quality level, by default the bundle's first.
 
-        ``for_sampler``: for a sampler outside, which asks for velocities one by one.
+        ``size`` and ``steps``: as :meth:`at`. ``for_sampler``: for a sampler outside, which asks for velocities one by one.
         """
-        if batch > (most := self.target.sizes.get(BATCH, (batch,))[-1]):
+        bundle = self.at(size, steps)
+        if batch > (most := bundle.target.sizes.get(BATCH, (batch,))[-1]):
             raise InputError(
-                f"batch is {batch}; the engines of {self.target} take up to {most}: build them with --max-batch {batch}, "
+                f"batch is {batch}; the engines of {bundle.target} take up to {most}: build them with --max-batch {batch}, "
                 "or take another target"
             )
         kind = Stepper if for_sampler else Session
-        return kind(self.engines, self.programs[self.check_level(level)], self.io, batch=batch)
+        return kind(bundle.engines, bundle.programs[bundle.check_level(level)], bundle.io, batch=batch)
 
     def check_level(self, level: str | None) -> str:
         """The level, or the default one for ``None``.
@@ -81,14 +116,26 @@ class LoadedBundle:
             raise unknown_name("level", level, self.programs)
         return level
 
-    def denoise(self, conditions: Mapping[str, Array], seeds: Sequence[int], *, level: str | None = None) -> Array:
+    def denoise(
+        self,
+        conditions: Mapping[str, Array],
+        seeds: Sequence[int],
+        *,
+        level: str | None = None,
+        size: str | None = None,
+        steps: int | None = None,
+    ) -> Array:
         """Latents for ``len(seeds)`` samples, in one batch; conditions have that batch size."""
-        session = self.session(batch=len(seeds), level=level)
+        session = self.session(batch=len(seeds), level=level, size=size, steps=steps)
         noise = np.stack([make_noise(seed, session.latent_shape[1:]) for seed in seeds])
         latents: Array = session.run(conditions, noise)
         return latents
 
     def close(self) -> None:
+        """Close the engines, those of other sizes, too."""
+        if self.origin is not None:
+            self.origin.close()
+            return
         for engine in self.engines.values():
             engine.close()
 
@@ -99,16 +146,63 @@ class LoadedBundle:
         self.close()
 
 
+class Origin:
+    """Where a loaded bundle comes from, and the engines of all sizes that were loaded so far."""
+
+    def __init__(
+        self, bundle: Bundle, target: Target, engine_type: type[Engine], device: DeviceName, threads: int | None
+    ) -> None:
+        self._bundle, self._target, self._type = bundle, target, engine_type
+        self._device, self._threads = device, threads
+        self._engines: dict[str, Mapping[str, Engine]] = {}
+        self._lock = threading.Lock()
+
+    def open(self, size: str, steps: int | None) -> LoadedBundle:
+        """The bundle at a size and number of steps.
+
+        Raises:
+            InputError: it lacks it.
+            BundleError: it has no such engines of this size as of the others.
+        """
+        bundle = self._bundle.at(size, steps)
+        target = self._like(bundle)
+        with self._lock:
+            if target.size not in self._engines:
+                self._engines[target.size] = self._load(target)
+            engines = self._engines[target.size]
+        programs = {level: bundle.program(level) for level in bundle.manifest.programs}
+        return LoadedBundle(bundle.manifest, programs, engines, target, self)
+
+    def _like(self, bundle: Bundle) -> Target:
+        for target in bundle.manifest.targets:
+            if replace(target, shape_bucket=self._target.shape_bucket).is_like(self._target):
+                return target
+        (one,) = bundle.manifest.variants
+        raise BundleError(f"the bundle has no engines of {self._target} for the size {one.size}: compile it again")
+
+    def _load(self, target: Target) -> Mapping[str, Engine]:
+        files = {name: self._bundle.path(artifact.path) for name, artifact in target.engines.items()}
+        signatures = {name: artifact.signature for name, artifact in target.engines.items()}
+        weights = {name: self._bundle.path(path) for name, path in target.weights.items()}
+        return self._type.load(files, signatures, LoadOptions(self._device, self._threads, weights, target.needs))
+
+    def close(self) -> None:
+        for engines in self._engines.values():
+            for engine in engines.values():
+                engine.close()
+
+
 def load_bundle(
-    bundle: Bundle, target: Target, engine_type: type[Engine], *, device: DeviceName = HOST, threads: int | None = None
+    bundle: Bundle,
+    target: Target,
+    engine_type: type[Engine],
+    *,
+    device: DeviceName = HOST,
+    threads: int | None = None,
+    steps: int | None = None,
 ) -> LoadedBundle:
-    """Load the engines of one target of an opened bundle with its back end's engine class."""
-    programs = {level: bundle.program(level) for level in bundle.manifest.programs}
-    files = {name: bundle.path(artifact.path) for name, artifact in target.engines.items()}
-    signatures = {name: artifact.signature for name, artifact in target.engines.items()}
-    weights = {name: bundle.path(path) for name, path in target.weights.items()}
-    engines = engine_type.load(files, signatures, LoadOptions(device, threads, weights, target.needs))
-    return LoadedBundle(bundle.manifest, programs, engines, target)
+    """Load the engines of one target of an opened bundle with its back end's engine class; at ``steps``, or its first."""
+    return Origin(bundle, target, engine_type, device, threads).open(target.size, steps)
 
 
 class Session:

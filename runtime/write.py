@@ -195,12 +195,26 @@ class BundleAdder(Collector):
             listed = {name for name in self.bundle.manifest.files if (self.out / name).is_file()}
             self._remove((found | listed) - set(manifest.files))
 
-    def commit_programs(self, programs: Mapping[str, Mapping[str, str]], levels: Mapping[str, Any]) -> None:
-        """Let the bundle have these files of ``programs`` by level, and these facts of ``levels``; files of others go."""
+    def commit_programs(
+        self,
+        programs: Mapping[str, Mapping[str, str]],
+        levels: Mapping[str, Any],
+        *,
+        size: str | None = None,
+        steps: int | None = None,
+    ) -> None:
+        """Let the bundle have these files of ``programs`` by level, and these facts of ``levels``; files of others go.
+
+        ``size`` and ``steps``: of which these are; by default of the bundle's first.
+        """
         old = self.bundle.manifest
-        before, used = ({name for level in found.values() for name in level.values()} for found in (old.programs, programs))
+        new = old.with_programs(programs, levels, size, steps)
+        before, used = (
+            {name for one in found.variants for level in one.programs.values() for name in level.values()}
+            for found in (old, new)
+        )
         files = {name: entry for name, entry in self.files.items() if name in used or name not in before}
-        self.commit(replace(old, programs=programs, facts={**old.facts, "levels": levels}, files=files))
+        self.commit(replace(new, files=files))
 
 
 def _committing(out: Path) -> AbstractContextManager[None]:

@@ -114,7 +114,7 @@ def write_bundle(
     graphs = engine(graphs, IO, hoist=hoist, velocities=velocities, slots=slots)
     plans = plan_engines(graphs, example_inputs(), "latents", STEPS)
     with BundleWriter(out, force=False) as writer:
-        sources = PlannedSources(plans, writer, precision, "6x8")
+        sources = PlannedSources(plans, writer, precision, "8x6")
         options = BuildOptions(sizes=size_ranges(STEPS, 4, max_batch=3))
         names = [backends] if isinstance(backends, str) else backends
         targets = build_targets([TargetName(name) for name in names], sources, writer, device, options)

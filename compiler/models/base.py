@@ -15,6 +15,7 @@ from cachec.runtime.bundle import Manifest
 from cachec.runtime.errors import InputError
 from cachec.runtime.model_io import ModelIO
 from cachec.runtime.specs import Array
+from cachec.runtime.variants import PictureSize
 
 if TYPE_CHECKING:  # text and pictures are made without torch where a family can
     import torch
@@ -80,10 +81,14 @@ class Settings:
         return {"height": self.height, "width": self.width, **frames, "text_tokens": self.text_tokens}
 
     @property
+    def size(self) -> str:
+        """As requests name it: width and height, and of a video the number of frames."""
+        return str(PictureSize(self.width, self.height, self.frames))
+
+    @property
     def shape_bucket(self) -> str:
         """The sizes that engines are built for."""
-        frames = f"{self.frames} frames of " if self.frames > 1 else ""
-        return f"{frames}{self.height}x{self.width}, {self.text_tokens} text tokens"
+        return f"{self.size}, {self.text_tokens} text tokens"
 
 
 class LoadedModel(ABC):

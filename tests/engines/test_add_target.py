@@ -34,7 +34,7 @@ def test_the_command_adds_engines_and_lists_them(bundle):
     assert after.targets[-1].sizes["batch"] == [1, 2, 2]
     for name, artifact in after.targets[-1].engines.items():
         assert artifact.signature == before.targets[0].engines[name].signature
-        assert Path(artifact.path).name.startswith(f"{name}-11.0.0.114_sm90-float32-6x8-")
+        assert Path(artifact.path).name.startswith(f"{name}-11.0.0.114_sm90-float32-8x6-")
     assert files_of(bundle) == set(after.files)
     assert not list(bundle.parent.glob(".*"))
 

@@ -146,5 +146,5 @@ def test_building_takes_neither_torch_nor_onnx(bundle):
     target = Bundle.open(bundle, verify=True).manifest.targets[-1]
     for name, artifact in target.engines.items():
         file = Path(artifact.path).name
-        assert re.fullmatch(rf"{name}-{rtx.__version__}(_sm\d+)+-float32-6x8-[0-9a-f]{{16}}\.plan", file)
+        assert re.fullmatch(rf"{name}-{rtx.__version__}(_sm\d+)+-float32-8x6-[0-9a-f]{{16}}\.plan", file)
         assert (bundle / artifact.path).stat().st_size > 10_000

@@ -4,9 +4,10 @@ from types import SimpleNamespace
 import pytest
 from numpy_engines import SIGNATURES, make_program
 
-from cachec.runtime.bundle import Artifact, Target
+from cachec.runtime.bundle import Artifact, Manifest, Target
 from cachec.runtime.inspect import describe_bundle, describe_levels, describe_memory, schedule_strip
 from cachec.runtime.program import UNCACHED
+from cachec.runtime.variants import Variant
 
 ENGINES = {name: Artifact(f"engines/{name}", signature) for name, signature in SIGNATURES.items()}
 
@@ -18,12 +19,14 @@ def make_bundle(cut, **measured):
         "linux",
         "any",
         "float32",
-        "3x4",
+        "4x3",
         ENGINES,
         {"sm": [90], "driver": 13},
         {"batch": (1, 2, 5), "rows": (2, 3, 4)},
     )
-    manifest = SimpleNamespace(
+    manifest = Manifest(
+        io={},
+        noise="numpy",
         model={"name": "toy", "source": "tests", "weights_sha256": "a" * 64},
         method={"name": "line", "options": {"order": 1}, "fold": "static", "cut": cut, "predictor": None},
         settings={"width": 4, "height": 3, "text_tokens": 0, "guidance": 1.0, "steps": 8, "cut": "blocks.2"},
@@ -37,7 +40,26 @@ def make_bundle(cut, **measured):
         },
     )
     programs = {"default": make_program(cut), UNCACHED: make_program(UNCACHED)}
-    return SimpleNamespace(manifest=manifest, target=target, program=programs.__getitem__)
+    return opened(manifest, programs)
+
+
+def opened(manifest, programs):
+    """What ``Bundle.open`` gives, without files."""
+    return SimpleNamespace(
+        manifest=manifest,
+        target=manifest.targets[0],
+        program=programs.__getitem__,
+        at=lambda *given: opened(manifest.at(*given), programs),
+    )
+
+
+def with_sizes(bundle):
+    """The same bundle, with another size and another number of steps."""
+    manifest, target, programs = bundle.manifest, bundle.target, bundle.manifest.programs
+    own = {**manifest.settings}
+    more = tuple(Variant({**own, **other}, programs, {}) for other in ({"steps": 9}, {"width": 5}, {"width": 5, "steps": 9}))
+    targets = (target, replace(target, shape_bucket="5x3"))
+    return opened(replace(manifest, targets=targets, more=more), {"default": make_program("hidden")})
 
 
 def test_schedules_are_drawn_a_character_a_step():
@@ -98,3 +120,17 @@ def test_a_bundle_in_words():
         "size: 8.0 MB in 4 files",
     ):
         assert part in text
+
+
+def test_all_sizes_and_step_counts_are_listed():
+    rows = describe_bundle(with_sizes(make_bundle("hidden")))
+    assert [row for row in rows if row[0] in ("sizes", "step counts")] == [("sizes", "4x3, 5x3"), ("step counts", "8, 9")]
+    assert [text for name, text in rows if name == "at"] == [
+        "4x3, 8 steps",
+        "4x3, 9 steps",
+        "5x3, 8 steps",
+        "5x3, 9 steps",
+        "5x3",
+    ]
+    assert [name for name, _ in rows].count("level default") == 4
+    assert [name for name, _ in rows].count("memory") == 2

@@ -19,7 +19,7 @@ from cachec.runtime.files import hash_file
 from cachec.runtime.work import LOCK
 from cachec.runtime.write import BundleAdder, BundleWriter
 
-TARGET = Target("eager", "1", "linux", ANY_DEVICE, "float32", "6x8", {})
+TARGET = Target("eager", "1", "linux", ANY_DEVICE, "float32", "8x6", {})
 
 
 def manifest(writer, maker="a"):
