@@ -1,7 +1,7 @@
 """A plan made real: buffers on the engines' device, and every call of a request bound to them before the first one comes."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -14,7 +14,9 @@ from cachec.runtime.model_io import ModelIO
 from cachec.runtime.plan import (
     NOISE_BUFFER,
     BindingPlan,
+    PlannedAside,
     PlannedCall,
+    Slot,
     View,
     condition_name,
     constant_data,
@@ -28,13 +30,28 @@ from cachec.runtime.specs import Array, TensorSpec
 
 @dataclass(frozen=True, eq=False)
 class Operation:
-    """One engine call. ``latents`` is the buffer that it starts from, ``velocities`` what a sampler outside gets, by step."""
+    """One engine call. ``latents`` is the buffer that it starts from, ``velocities`` what a sampler outside gets, by step.
+
+    ``reads``, ``keeps``, ``computed``: see ``PlannedCall``.
+    """
 
     engine: str
     steps: tuple[int, ...]
     call: Call
     latents: Buffer
     velocities: tuple[Buffer, ...] = ()
+    reads: tuple[Mapping[Slot, int], ...] = ()
+    keeps: Mapping[Slot, int] = field(default_factory=dict)
+    computed: Buffer | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Aside:
+    """A compute graph that is told any time: ``told`` takes it, the ``calls`` leave the ``velocity``."""
+
+    told: tuple[Buffer, ...]
+    calls: tuple[Call, ...]
+    velocity: Buffer
 
 
 def not_finite(what: str, level: str, where: str) -> EngineError:
@@ -82,6 +99,7 @@ class Binding:
         self.latent_spec, self.condition_specs = plan.latent_spec, plan.conditions
         self.prologue = None if plan.prologue is None else self._bind(plan.prologue)
         self.operations = [self._operation(call) for call in plan.operations]
+        self.asides = {graph: self._aside(one) for graph, one in plan.asides.items()}
         self.final = self._part(plan.final)
         self._sizes, self._program, self._others = {BATCH: batch}, program, False
 
@@ -161,5 +179,17 @@ class Binding:
     def _operation(self, planned: PlannedCall) -> Operation:
         if planned.latents is None:
             raise ValueError(f"the call of {planned.engine} at {planned.steps} starts from no latents")
-        velocities = tuple(self._part(view) for view in planned.velocities)
-        return Operation(planned.engine, planned.steps, self._bind(planned), self._part(planned.latents), velocities)
+        return Operation(
+            engine=planned.engine,
+            steps=planned.steps,
+            call=self._bind(planned),
+            latents=self._part(planned.latents),
+            velocities=tuple(self._part(view) for view in planned.velocities),
+            reads=planned.reads,
+            keeps=planned.keeps,
+            computed=None if planned.computed is None else self._part(planned.computed),
+        )
+
+    def _aside(self, planned: PlannedAside) -> Aside:
+        told, calls = (self._buffers[name] for name in planned.told), map(self._bind, planned.calls)
+        return Aside(tuple(told), tuple(calls), self._part(planned.velocity))

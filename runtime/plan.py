@@ -5,7 +5,7 @@ Nothing here touches a device. ``B`` batch, ``S`` slots, ``T`` steps, ``H`` writ
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from math import prod
 
 import numpy as np
@@ -44,6 +44,7 @@ from cachec.runtime.specs import Array, Signature, TensorSpec, itemsize
 NOISE_BUFFER, TURNS, VELOCITY_BUFFER = "noise", ("latents/0", "latents/1"), "velocity"
 
 SIDE_BY_SIDE = {FEATURE: FEATURES, VELOCITY: VELOCITIES}  # the input that takes several slots of a kind at once
+Slot = tuple[str, int]  # its kind and number
 DTYPE_NAMES = {np.dtype(name): name for name in ("float32", "int64")}  # of constants; numpy takes long to say them
 
 
@@ -91,6 +92,8 @@ class PlannedCall:
     """One engine call, its tensors by name.
 
     ``latents`` is what it starts from, ``velocities`` what it leaves for a sampler outside, by step; the prologue has neither.
+    ``reads``: for each velocity the slots that count for it, and the steps that these must hold; ``keeps``: slots, and the
+    steps that they hold afterwards. ``computed`` is the model's answer, if the call computes.
     """
 
     engine: str
@@ -99,6 +102,18 @@ class PlannedCall:
     outputs: Mapping[str, View]
     latents: View | None = None
     velocities: tuple[View, ...] = ()
+    reads: tuple[Mapping[Slot, int], ...] = ()
+    keeps: Mapping[Slot, int] = field(default_factory=dict)
+    computed: View | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class PlannedAside:
+    """How a compute graph answers at any time: the time goes to the buffers ``told``, then the ``calls`` are made."""
+
+    told: tuple[str, ...]
+    calls: tuple[PlannedCall, ...]
+    velocity: View
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +122,8 @@ class BindingPlan:
 
     The slots of a kind are one buffer [S, B, …], called ``slots_name``. ``noise`` and two more buffers [B, …] hold latents in
     turn, since an engine must not write what it reads; with a sampler outside, ``noise`` holds what it brings.
-    ``conditions`` are those that a request brings; their buffers have ``condition_name``.
+    ``conditions`` are those that a request brings; their buffers have ``condition_name``. ``asides``: compute graphs beside
+    the program, by name, where a sampler outside may ask for any time.
     """
 
     buffers: Mapping[str, PlannedBuffer]
@@ -116,11 +132,13 @@ class BindingPlan:
     final: View
     latent_spec: TensorSpec
     conditions: tuple[TensorSpec, ...]
+    asides: Mapping[str, PlannedAside] = field(default_factory=dict)
 
     @property
     def calls(self) -> tuple[PlannedCall, ...]:
-        """The prologue, if there is one, and all operations."""
-        return self.operations if self.prologue is None else (self.prologue, *self.operations)
+        """The prologue, if there is one, all operations, and those of the asides."""
+        aside = (call for one in self.asides.values() for call in one.calls)
+        return (*(() if self.prologue is None else (self.prologue,)), *self.operations, *aside)
 
     def shape(self, view: View) -> tuple[int, ...]:
         whole = self.buffers[view.buffer].shape
@@ -232,7 +250,8 @@ class _Planner:
         self._conditions = {spec.name: self._add_like(condition_name(spec.name), spec) for spec in given}
         prologue = self._plan_prologue()
         operations = tuple(call for instruction in instructions for call in self._plan_calls(instruction))
-        return BindingPlan(self._buffers, prologue, operations, self._latents(), latents, given)
+        asides = self._plan_asides() if self._for_sampler else {}
+        return BindingPlan(self._buffers, prologue, operations, self._latents(), latents, given, asides)
 
     def _add(self, name: str, shape: tuple[int, ...], dtype: str, value: Array | None = None) -> View:
         self._buffers[name] = PlannedBuffer(name, shape, dtype, value)
@@ -255,6 +274,38 @@ class _Planner:
         outputs = {name: self._add_like(f"hoisted/{name}", spec, **sizes) for name, spec in self._hoisted.items()}
         return self._call(PROLOGUE, (), self._conditions, times, outputs)
 
+    def _plan_asides(self) -> dict[str, PlannedAside]:
+        """Each compute graph once more, for times that the program does not tell; not where it is told two of them."""
+        graphs = dict.fromkeys(one.graph for one in self._program.instructions if one.computes)
+        takes = {graph: {spec.name for spec in self._signatures[graph].inputs} for graph in graphs}
+        return {graph: self._plan_aside(graph) for graph in graphs if TARGET_TIMESTEP not in takes[graph]}
+
+    def _plan_aside(self, graph: str) -> PlannedAside:
+        """Its calls. What its prologue makes for the request only is there already."""
+        told, calls, place = list[str](), list[PlannedCall](), f"aside/{graph}"
+        inputs: dict[str, View] = {self._io.latents: View(NOISE_BUFFER), **self._conditions}
+        by_step = dict[str, View]()
+        for spec in self._signatures[graph].inputs:
+            if (name := hoisted_name(graph, spec.name)) in self._hoisted:
+                made = self._hoisted[name]
+                if made.shape[0] == steps_of(graph):
+                    by_step[name] = self._add_like(f"{place}/{name}", made, **{steps_of(graph): 1})
+                inputs[spec.name] = View(by_step[name].buffer, 0) if name in by_step else View(f"hoisted/{name}")
+            elif spec.name == self._io.timestep:
+                inputs[spec.name] = self._add_like(f"{place}/{spec.name}", spec)
+                told.append(f"{place}/{spec.name}")
+            elif spec.name in self._by_step:  # what moves the latents, which stay
+                zeros = np.zeros(spec.resolve(self._sizes), spec.dtype)
+                inputs[spec.name] = self._add(f"{place}/{spec.name}", zeros.shape, spec.dtype, zeros)
+        if by_step:
+            time = self._add(f"{place}/told", (1,), "float32")
+            told.append(time.buffer)
+            times = {spec.name: time for spec in self._signatures[PROLOGUE].inputs if spec.name not in self._conditions}
+            calls.append(self._call(PROLOGUE, (), {**self._conditions, **times}, {}, by_step))
+        velocity = View(VELOCITY_BUFFER)
+        calls.append(self._call(graph, (), inputs, {}, {VELOCITY: velocity}))
+        return PlannedAside(tuple(told), tuple(calls), velocity)
+
     def _plan_calls(self, instruction: Instruction) -> list[PlannedCall]:
         """The call of an instruction; with a sampler outside, a call for each step that weighted velocities move over."""
         if self._for_sampler and instruction.rows and self._program.rows_out is not None:
@@ -263,9 +314,18 @@ class _Planner:
         results = self._results(instruction)
         velocities = self._velocities(instruction, results) if self._for_sampler else ()
         inputs, values = self._inputs(instruction, latents), self._values(instruction)
-        for kind, slot in instruction.writes.items():
-            self._holds[kind, slot] = instruction.steps[-1]
-        return [self._call(instruction.graph, instruction.steps, inputs, values, results, latents, velocities)]
+        reads = tuple(self._counting(instruction, self._program.coefficients, step) for step in instruction.steps)
+        keeps = dict.fromkeys(instruction.writes.items(), instruction.steps[-1])
+        self._holds.update(keeps)
+        call = self._call(instruction.graph, instruction.steps, inputs, values, results, latents, velocities)
+        computed = results.get(VELOCITY) if instruction.computes else None
+        return [replace(call, reads=reads, keeps=keeps, computed=computed)]
+
+    def _counting(self, instruction: Instruction, rows: Array, step: int) -> dict[Slot, int]:
+        """The slots that count for a step of an instruction, by ``rows`` if it weighs them, and the steps that they hold."""
+        read = [(kind, slot) for kind, slots in instruction.reads.items() for slot in slots]
+        weighs = [rows[step, :, place].any() for place in range(len(read))] if instruction.rows else [True] * len(read)
+        return {slot: self._holds[slot] for slot, counts in zip(read, weighs, strict=True) if counts}
 
     def _inputs(self, instruction: Instruction, latents: View) -> dict[str, View]:
         """What its engine may read."""
@@ -334,7 +394,8 @@ class _Planner:
         values = {COEFFICIENTS: self._program.rows_out[step, :, :bound], BASE_SHARE: self._program.share_out[step : step + 1]}
         latents, result = View(NOISE_BUFFER), View(TURNS[0])
         inputs = self._inputs(instruction, latents)
-        return self._call(instruction.graph, (step,), inputs, values, {NEXT_LATENTS: result}, latents, (result,))
+        call = self._call(instruction.graph, (step,), inputs, values, {NEXT_LATENTS: result}, latents, (result,))
+        return replace(call, reads=(self._counting(instruction, self._program.rows_out, step),))
 
     def _call(
         self,

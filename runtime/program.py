@@ -91,16 +91,6 @@ class Program:
         return tuple(step for one in self.instructions if one.computes for step in one.steps)
 
     @property
-    def stands_alone(self) -> bool:
-        """Is every step computed, and answered by nothing but what it computes? Then a sampler outside may begin anywhere."""
-        if len(self.compute_steps) < self.num_steps - self.key.start_step:
-            return False
-        if self.rows_out is None:
-            return True
-        own = {step: one.writes[VELOCITY] for one in self.instructions for step in one.steps if VELOCITY in one.writes}
-        return all(not np.delete(self.rows_out[step], slot, axis=-1).any() for step, slot in own.items())
-
-    @property
     def capacity(self) -> int:
         """How many slots there are of the kind that the cut keeps."""
         return self.slots.get(KEPT[self.cut], 0)

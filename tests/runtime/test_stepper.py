@@ -1,10 +1,8 @@
 """Velocities for a sampler outside, on engines of numpy."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
-from numpy_engines import IO, SHAPE, SIGMAS, STEPS, load, make_engines, make_program, noise, play, prompt
+from numpy_engines import IO, SHAPE, SIGMAS, STEPS, compute, load, make_engines, make_program, noise, play, prompt
 
 from cachec.compiler.tables.schedule import Schedule
 from cachec.runtime.abi import VELOCITY
@@ -68,28 +66,65 @@ def test_a_request_that_is_dropped_halfway_leaves_nothing(cut, done):
 EVERY = Schedule(STEPS, tuple(range(STEPS)))
 
 
-def test_programs_that_compute_every_step_may_be_begun_anywhere():
-    assert make_program(UNCACHED).stands_alone
-    alone = make_program("output", schedule=EVERY)
-    assert alone.stands_alone
-    out = alone.rows_out.copy()
-    out[5, 0, 3] = 0.1  # a step that looks back
-    assert not replace(alone, rows_out=out).stands_alone
-    assert not any(make_program(cut).stands_alone for cut in CUTS[:2])
-    for program in (make_program(UNCACHED), alone):
-        whole, late = (Stepper(make_engines(), program, IO) for _ in range(2))
-        whole.begin(prompt(1))
-        wanted = [whole.velocity(step, noise(step)) for step in range(STEPS)]
-        late.begin(prompt(1), first=5)
-        assert late.next_step == 5
-        np.testing.assert_array_equal([late.velocity(step, noise(step)) for step in range(5, STEPS)], wanted[5:])
+@pytest.mark.parametrize("program", [make_program(UNCACHED), make_program("output", schedule=EVERY)])
+def test_programs_that_compute_every_step_may_be_begun_anywhere(program):
+    whole, late = (Stepper(make_engines(), program, IO) for _ in range(2))
+    whole.begin(prompt(1))
+    wanted = [whole.velocity(step, noise(step)) for step in range(STEPS)]
+    late.begin(prompt(1), first=5)
+    assert late.next_step == 5
+    np.testing.assert_array_equal([late.velocity(step, noise(step)) for step in range(5, STEPS)], wanted[5:])
 
 
-@pytest.mark.parametrize(("cut", "first"), [("hidden", 3), ("output", 1), (UNCACHED, STEPS), (UNCACHED, -1)])
-def test_others_begin_where_they_begin(cut, first):
+def model(step, latents, *, told=None):
+    """What the model answers at a step that is computed."""
+    shift = 3 * float(SIGMAS[step] if told is None else told) + prompt(1)["prompt"]
+    return compute(latents, np.zeros(1), shift, prompt(1)["prompt"])["velocity"]
+
+
+def told(cut, step):
+    return make_program(cut).timesteps[step]
+
+
+@pytest.mark.parametrize(("cut", "first", "computed"), [
+    ("hidden", 1, (1, 2, 3, 6)),  # 4 and 5 are forecast from 2 and 3, 7 from 3 and 6
+    ("hidden", 3, (3, 4, 5, 6)),
+    ("hidden", 4, (4, 5, 6, 7)),
+    ("output", 3, (3, 4, 5)),  # and 6 is handed out as the mean of its gap, from 3 and 6
+])  # fmt: skip
+def test_where_a_request_begins_late_what_forecasts_lack_is_computed(cut, first, computed):
     stepper = make_stepper(cut)
+    stepper.begin(prompt(2))
+    for step in range(STEPS):  # another request, whose slots must not count
+        stepper.velocity(step, noise(9))
+    stepper.begin(prompt(1), first=first)
+    for step in range(first, STEPS):
+        velocity, wanted = stepper.velocity(step, noise(step)), model(step, noise(step), told=told(cut, step))
+        assert np.allclose(velocity, wanted, atol=1e-6) == (step in computed), step
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_any_time_can_be_computed_and_leaves_the_slots_alone(cut):
+    stepper = make_stepper(cut)
+    stepper.begin(prompt(1))
+    for step in range(4):
+        stepper.velocity(step, noise(step))
+    kept = {kind: buffer.copy() for kind, buffer in stepper.slots.items()}
+    np.testing.assert_allclose(stepper.compute(0.47, noise(5)), model(0, noise(5), told=0.47), atol=1e-6)
+    assert stepper.next_step == 4
+    for kind, buffer in stepper.slots.items():
+        np.testing.assert_array_equal(buffer, kept[kind])
+    for step in range(4, STEPS):  # 4 and 5 up to the next computed step, and on the output cut all
+        velocity = stepper.velocity(step, noise(step))
+        is_computed = np.allclose(velocity, model(step, noise(step), told=told(cut, step)), atol=1e-6)
+        assert is_computed == (step < 7 or cut != "hidden"), step
+
+
+@pytest.mark.parametrize("first", [STEPS, -1])
+def test_a_request_begins_at_a_step_of_the_program(first):
+    stepper = make_stepper("hidden")
     stepper.begin(prompt(1), first=0)
-    with pytest.raises(InputError, match=f"the request begins at step {first}, but this program begins at step 0"):
+    with pytest.raises(InputError, match=f"the request begins at step {first}; this program has steps 0 to 7"):
         stepper.begin(prompt(2), first=first)
     assert stepper.next_step == 0
 
@@ -179,14 +214,12 @@ class BesideHost(Host):
 def broken_after(sigma):
     """A model whose velocities are infinite from a noise level on; ``shift`` is three times what it is told."""
 
-    def compute(latents, delta, shift, prompt):
-        from numpy_engines import compute
-
+    def broken(latents, delta, shift, prompt):
         made = compute(latents, delta, shift, prompt)
         late = (shift - prompt).max() / 3 <= sigma
         return {name: value / 0 if late else value for name, value in made.items()}
 
-    return compute
+    return broken
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
