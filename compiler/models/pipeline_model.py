@@ -95,9 +95,17 @@ class PipelineModel(Family):
         """What reads the prompts, and how much of them."""
         return ()
 
-    def taken(self, given: Mapping[str, Any], settings: Settings) -> dict[str, torch.Tensor]:
-        """The conditions as the graphs take them, from what the pipeline hands its transformer."""
-        return {name: given[name] for name in self.io.conditions}
+    def answer(self, velocity: torch.Tensor, given: Mapping[str, Any]) -> Any:
+        """Zeros stand for a variance that the network gives besides."""
+        begin, end = self.io.output or (0, 0)
+        if self.io.parts or end == 0:
+            return velocity
+        whole = torch.movedim(velocity, self.io.axis, -1)
+        whole = torch.nn.functional.pad(whole, (begin, self.config.out_channels - end))
+        return torch.movedim(whole, -1, self.io.axis)
+
+    def scheduled(self, settings: Settings) -> Any:
+        return self.observed(settings).scheduler
 
     def text(self, prompts: Sequence[str]) -> dict[str, Any]:
         """Prompts as keywords of the pipeline's call."""
