@@ -28,7 +28,7 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A model, and its defaults: sizes in pixels, text length in tokens, guidance scale, and its prompt lists.
+    """A model, and its defaults: sizes in pixels, text length in tokens, guidance scale, steps, frames, and its prompt lists.
 
     ``source`` is a Hub id or a directory; ``name`` is what the command line calls it; ``probe`` a file of weights that read
     what its pictures show (``cachec.compiler.evaluation.probe``).
@@ -40,6 +40,8 @@ class ModelSpec:
     width: int
     text_tokens: int
     guidance: float
+    steps: int = 50
+    frames: int = 1
     prompts: str = "general"
     packaged: bool = False
     probe: Path | None = None
