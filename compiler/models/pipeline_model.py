@@ -273,7 +273,7 @@ class PipelineModel(Family):
     def example_inputs(self, settings: Settings, *, batch: int = 2) -> dict[str, torch.Tensor]:
         io, seen = self.io, self.observed(settings, batch=batch)
         told = _told(seen, io.timestep).to(self.device)
-        examples = {**self.taken(seen.first, settings), io.latents: seen.first[io.latents]}
+        examples = {**self.taken(seen.first, settings), io.latents: self.state(seen.first)}
         examples[io.timestep] = told[torch.arange(batch) % len(told)]
         return {name: _own(examples[name]).to(self.device) for name in (io.latents, io.timestep, *io.conditions)}
 
