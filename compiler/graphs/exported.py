@@ -5,6 +5,7 @@ operators already: what they lack is its form (weights as inputs, names, a signa
 module that does nothing, and the values, with symbolic sizes, of nodes that passes made anew.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,6 +29,7 @@ from cachec.runtime.abi import BATCH, GROUPS, MAX_BATCH
 from cachec.runtime.errors import PassError
 
 MAX_SIZE = 1024  # of the symbolic axes beside the batch: slots, steps
+NO_WORD = re.compile(r"\W")  # in paths of modules: Z-Image has all_x_embedder.2-1
 
 
 def export_program(
@@ -156,7 +158,7 @@ def _weights_first(
     for kind, prefix in ((InputKind.PARAMETER, "p_"), (InputKind.BUFFER, "b_")):
         for name, value in held.items():
             if isinstance(value, nn.Parameter) == (kind == InputKind.PARAMETER):
-                made[name] = graph.placeholder(prefix + name.replace(".", "_"))
+                made[name] = graph.placeholder(prefix + NO_WORD.sub("_", name))
                 made[name].meta["val"] = _fake(value, mode)
                 signature.add(made[name], kind, name)
                 signature.state[name] = value
