@@ -42,9 +42,10 @@ def option(
 class ModelSettings:
     """Sizes and precision; ``None`` is what the model's family says."""
 
-    steps: int = option(50, "Sampling steps.", also=RUNS)
+    steps: int | None = option(None, "Sampling steps; default from the model.", also=RUNS)
     height: int | None = option(None, "Pixels; default from the model.", also=SIZES)
     width: int | None = option(None, "Pixels; default from the model.", also=SIZES)
+    frames: int | None = option(None, "Frames of a video; default from the model.", also=SIZES)
     text_tokens: int | None = option(None, "Length of the text sequence; default from the model.", also=SIZES)
     guidance: float | None = option(None, "Guidance scale; default from the model.", also=SIZES)
     dtype: str = option("float32", "float32, float16 or bfloat16.", also=RUNS)
@@ -236,9 +237,9 @@ def make_settings(spec: ModelSpec, wish: ModelSettings) -> Settings:
     Raises:
         InputError: one is out of range.
     """
-    given = {name: getattr(wish, name) for name in ("height", "width", "text_tokens", "guidance")}
+    given = {name: getattr(wish, name) for name in ("height", "width", "text_tokens", "guidance", "steps", "frames")}
     known = {name: getattr(spec, name) if value is None else value for name, value in given.items()}
-    return Settings(**known, steps=wish.steps, dtype=wish.dtype)
+    return Settings(**known, dtype=wish.dtype)
 
 
 def check_batch(batch: int | None) -> None:

@@ -23,7 +23,8 @@ class FoldConstants(GraphPass):
 
     def places(self, module: fx.GraphModule) -> list[fx.Node]:
         constant = dict.fromkeys(_constant_nodes(module))
-        return [n for n in constant if n.op == "call_function" and any(user not in constant for user in n.users)]
+        called = [n for n in constant if n.op == "call_function" and isinstance(n.meta["val"], torch.Tensor)]
+        return [n for n in called if any(user not in constant for user in n.users)]
 
     def edit(self, module: fx.GraphModule, places: list[fx.Node]) -> None:
         values = _evaluate(module, _constant_nodes(module))
@@ -44,8 +45,12 @@ def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
 
 
+def _is_tensors(value: object) -> bool:
+    return all(isinstance(one, torch.Tensor) for one in (value if isinstance(value, list | tuple) else [value]))
+
+
 def _constant_nodes(module: fx.GraphModule) -> list[fx.Node]:
-    """Nodes with a tensor value that depend on neither an input nor a parameter, in order."""
+    """Nodes whose value is a tensor or some tensors, and depends on neither an input nor a parameter, in order."""
     varying = depends_on_inputs(module)
     constant: dict[fx.Node, None] = {}
     for node in module.graph.nodes:
@@ -54,14 +59,14 @@ def _constant_nodes(module: fx.GraphModule) -> list[fx.Node]:
         if node.op == "get_attr":
             if not isinstance(fetch(module, node.target), torch.nn.Parameter):
                 constant[node] = None
-        elif isinstance(node.meta.get("val"), torch.Tensor) and all(a in constant for a in node.all_input_nodes):
+        elif _is_tensors(node.meta.get("val")) and all(a in constant for a in node.all_input_nodes):
             constant[node] = None
     return list(constant)
 
 
 @torch.no_grad()
 def _evaluate(module: fx.GraphModule, nodes: list[fx.Node]) -> dict[fx.Node, torch.Tensor]:
-    values: dict[fx.Node, torch.Tensor] = {}
+    values: dict[fx.Node, torch.Tensor] = {}  # or some, of a node that splits one
     for node in nodes:
         if node.op == "get_attr":
             values[node] = fetch(module, str(node.target))

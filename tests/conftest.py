@@ -81,6 +81,15 @@ def once(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def saved_family(once):
+    """``saved_family(name)``: the directory of a small pipeline of ``families.py``."""
+    from tests.families import FAMILIES
+
+    made = {family.name: family for family in FAMILIES}
+    return lambda name: once(name, lambda path: made[name].make().save_pretrained(path))
+
+
+@pytest.fixture(scope="session")
 def toy_split():
     from toy_bundle import split_toy
 

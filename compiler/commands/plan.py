@@ -32,11 +32,12 @@ def plan_model(source: str, *, gpu: str | None = None, **options: Any) -> "tuple
     from cachec.compiler.tables.schedule import uniform_schedule
 
     wish, gpus = read_options(options, "plan"), get_gpus(gpu)
-    steps, budget, batch = wish.model.steps, wish.schedule.budget, wish.model.batch
+    budget, batch = wish.schedule.budget, wish.model.batch
     check_batch(batch)
     model = outline_model(source)
     settings = make_settings(model.spec, wish.model)
-    schedule = uniform_schedule(steps, max(1, steps // USUAL_STRIDE) if budget is None else budget)
+    usual = max(1, settings.steps // USUAL_STRIDE)
+    schedule = uniform_schedule(settings.steps, usual if budget is None else budget)
     log.warning("capturing %s without its weights, which takes up to a minute or two for a large one", model.spec.name)
     plain = linear(prepare(model, settings))
     built = engine(plain, model.io)

@@ -53,6 +53,7 @@ def model_passes(model: LoadedModel, settings: Settings) -> list[PassList]:
     if io.parts:
         inputs = model.example_inputs(settings)
         sizes = tuple(inputs[name].shape[io.axis] for name in (io.latents, *io.parts))
+        io = replace(io, output=io.output or (0, sizes[0]))  # the output may be of the parts, too, behind what moves x
     dtype: torch.dtype = getattr(torch, settings.dtype)
     return [canonical_passes(io, sizes), cast_passes(dtype), split_passes(model.block)]
 

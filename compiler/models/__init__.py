@@ -16,7 +16,17 @@ __all__ = ["FAMILIES", "MODELS", "TINY_FLUX_DIR", "find_model", "load_model", "o
 INDEX = "model_index.json"
 
 # by the class of the pipeline, which model_index.json names; cachec.register_family adds to them
-FAMILIES = Registry("kind of pipeline", "cachec.families", {"FluxPipeline": "cachec.compiler.models.flux:FluxModel"})
+FAMILIES = Registry(
+    "kind of pipeline",
+    "cachec.families",
+    {
+        "DiTPipeline": "cachec.compiler.models.dit:DiTModel",
+        "FluxPipeline": "cachec.compiler.models.flux:FluxModel",
+        "PixArtSigmaPipeline": "cachec.compiler.models.pixart:PixArtModel",
+        "QwenImagePipeline": "cachec.compiler.models.qwen_image:QwenImageModel",
+        "StableDiffusion3Pipeline": "cachec.compiler.models.sd3:StableDiffusion3Model",
+    },
+)
 
 
 def find_model(model: str) -> ModelSpec:

@@ -28,7 +28,7 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A model, and its defaults: sizes in pixels, text length in tokens, guidance scale, and its prompt lists.
+    """A model, and its defaults: sizes in pixels, text length in tokens, guidance scale, steps, frames, and its prompt lists.
 
     ``source`` is a Hub id or a directory; ``name`` is what the command line calls it; ``probe`` a file of weights that read
     what its pictures show (``cachec.compiler.evaluation.probe``).
@@ -40,6 +40,8 @@ class ModelSpec:
     width: int
     text_tokens: int
     guidance: float
+    steps: int = 50
+    frames: int = 1
     prompts: str = "general"
     packaged: bool = False
     probe: Path | None = None
@@ -177,6 +179,28 @@ class LoadedModel(ABC):
     @abstractmethod
     def generate(self, conditions: Mapping[str, Array], noise: Array, settings: Settings) -> Array:
         """Latents from the untouched pipeline's own denoise loop: the eager baseline."""
+
+    # what an unmodified pipeline hands its transformer, and gets: for what stands in the transformer's place
+
+    def taken(self, given: Mapping[str, Any], settings: Settings) -> "dict[str, torch.Tensor]":
+        """The conditions as the graphs take them, from what the pipeline hands its transformer, by name; ``None`` is left out.
+
+        Texts shorter than ``settings.text_tokens`` are padded where there is a mask.
+        """
+        return {name: given[name] for name in self.io.conditions}
+
+    def state(self, given: Mapping[str, Any]) -> "torch.Tensor":
+        """What sampling moves [B, …], in what the pipeline hands its transformer as latents."""
+        state: torch.Tensor = given[self.io.latents]
+        return state
+
+    def answer(self, velocity: "torch.Tensor", given: Mapping[str, Any]) -> Any:
+        """What the transformer gives its pipeline for this velocity [B, …]: a list where it gives lists."""
+        return velocity
+
+    def scheduled(self, settings: Settings) -> Any:
+        """The pipeline's scheduler as it is at the start of a run, its timesteps set; ``None``: a family does not tell."""
+        return None
 
     @staticmethod
     def check_scheduler(scheduler: Any) -> None:

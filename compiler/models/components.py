@@ -68,6 +68,13 @@ class Components:
             raise ModelUnavailableError(f"{name} of {self.source} cannot be loaded: {error}") from error
         return module
 
+    def config(self, name: str) -> dict[str, Any] | None:
+        """The configuration of a component of diffusers, if there is one."""
+        if not (self.directory / name / "config.json").is_file():
+            return None
+        config: dict[str, Any] = self.kind(name).load_config(self.directory / name, local_files_only=True)
+        return config
+
     def describe(self, name: str) -> nn.Module:
         """A component of diffusers as its configuration has it, with random weights."""
         kind, folder = self.kind(name), self._folder(name)

@@ -51,12 +51,10 @@ class FluxModel(PipelineModel):
         states, limit = Reader("tokenizer_2", settings.text_tokens), self.pipeline.tokenizer_max_length
         return [states, Reader("tokenizer", limit, pooled=True)] if limit < settings.text_tokens else [states]
 
-    def pictures(self, latents: torch.Tensor, settings: Settings) -> torch.Tensor:
+    def unpacked(self, latents: torch.Tensor, settings: Settings) -> torch.Tensor:
         pipe = self.pipeline
-        unpacked = pipe._unpack_latents(latents, settings.height, settings.width, pipe.vae_scale_factor)
-        scaled = unpacked / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
-        picture: torch.Tensor = pipe.vae.decode(scaled, return_dict=False)[0]
-        return picture
+        image: torch.Tensor = pipe._unpack_latents(latents, settings.height, settings.width, pipe.vae_scale_factor)
+        return image
 
     @staticmethod
     def check_scheduler(scheduler: Any) -> None:

@@ -11,7 +11,13 @@ CONFIGS = Path(__file__).parent / "configs"
 PUBLISHED = {f"black-forest-labs/{name}": CONFIGS / name for name in ("FLUX.1-dev", "FLUX.1-schnell")}
 
 MODELS = {
+    "dit": ModelSpec("dit", "facebook/DiT-XL-2-256", 256, 256, text_tokens=1, guidance=4.0),
     "flux": ModelSpec("flux", "black-forest-labs/FLUX.1-dev", height=1024, width=1024, text_tokens=512, guidance=3.5),
+    "flux-schnell": ModelSpec("flux-schnell", "black-forest-labs/FLUX.1-schnell", 1024, 1024, 256, guidance=0.0, steps=4),
+    "pixart": ModelSpec("pixart", "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS", 1024, 1024, 300, guidance=4.5, steps=20),
+    "qwen-image": ModelSpec("qwen-image", "Qwen/Qwen-Image", 1328, 1328, text_tokens=512, guidance=4.0),
+    "sd3": ModelSpec("sd3", "stabilityai/stable-diffusion-3-medium-diffusers", 1024, 1024, 256, guidance=7.0, steps=28),
+    "sd3.5": ModelSpec("sd3.5", "stabilityai/stable-diffusion-3.5-large", 1024, 1024, 256, guidance=3.5, steps=28),
     "tiny-flux": ModelSpec(
         "tiny-flux",
         str(TINY_FLUX_DIR),

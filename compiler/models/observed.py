@@ -132,8 +132,13 @@ class _Spy(nn.Module):
         given = {name: value for name, value in {**bound, **extra}.items() if not _is_empty(value)}
         self._run.calls.append(Call(self._run.steps, self._part, self._run.context, given))
         latents = next(iter(bound.values()))
-        zeros = [torch.zeros_like(one) for one in latents] if isinstance(latents, list) else torch.zeros_like(latents)
+        zeros = [torch.zeros_like(one) for one in latents] if isinstance(latents, list) else self._zeros(latents)
         return Transformer2DModelOutput(sample=zeros) if given.get("return_dict", True) else (zeros,)
+
+    def _zeros(self, latents: torch.Tensor) -> torch.Tensor:
+        """As many channels as the transformer gives: pipelines split what comes with a variance."""
+        channels = self.config.get("out_channels") if latents.ndim > 3 else None  # tokens have them last, and no variance
+        return latents.new_zeros(len(latents), channels or latents.shape[1], *latents.shape[2:])
 
     @contextmanager
     def cache_context(self, name: str, **_details: Any) -> Iterator[None]:

@@ -84,10 +84,6 @@ class PipelineModel(Family):
         """Random values of the conditions of ``ARGUMENTS``; ``random(*shape)`` gives [B, *shape]."""
 
     @abstractmethod
-    def pictures(self, latents: torch.Tensor, settings: Settings) -> torch.Tensor:
-        """What the autoencoder makes of the latents that the pipeline ends with: [B, 3, H, W] in [-1, 1]."""
-
-    @abstractmethod
     def thin(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """What is different in the transformer's configuration of a thin twin: one block of each kind, few heads."""
 
@@ -95,9 +91,17 @@ class PipelineModel(Family):
         """What reads the prompts, and how much of them."""
         return ()
 
-    def taken(self, given: Mapping[str, Any], settings: Settings) -> dict[str, torch.Tensor]:
-        """The conditions as the graphs take them, from what the pipeline hands its transformer."""
-        return {name: given[name] for name in self.io.conditions}
+    def answer(self, velocity: torch.Tensor, given: Mapping[str, Any]) -> Any:
+        """Zeros stand for a variance that the network gives besides."""
+        begin, end = self.io.output or (0, 0)
+        if self.io.parts or end == 0:
+            return velocity
+        whole = torch.movedim(velocity, self.io.axis, -1)
+        whole = torch.nn.functional.pad(whole, (begin, self.config.out_channels - end))
+        return torch.movedim(whole, -1, self.io.axis)
+
+    def scheduled(self, settings: Settings) -> Any:
+        return self.observed(settings).scheduler
 
     def text(self, prompts: Sequence[str]) -> dict[str, Any]:
         """Prompts as keywords of the pipeline's call."""
@@ -106,6 +110,26 @@ class PipelineModel(Family):
     def sized(self, settings: Settings) -> dict[str, Any]:
         """The settings as keywords of the pipeline's call."""
         return {"height": settings.height, "width": settings.width, "num_inference_steps": settings.steps}
+
+    def arguments(self, conditions: Mapping[str, torch.Tensor], settings: Settings) -> dict[str, Any]:
+        """Conditions of one branch as keywords of the pipeline's call."""
+        return {keyword: conditions[name] for name, keyword in self.ARGUMENTS.items()}
+
+    def unpacked(self, latents: torch.Tensor, settings: Settings) -> torch.Tensor:
+        """Latents as the autoencoder takes them, from those that the pipeline ends with."""
+        return latents
+
+    def pictures(self, latents: torch.Tensor, settings: Settings) -> torch.Tensor:
+        """What the autoencoder makes of the latents that the pipeline ends with: [B, 3, H, W] in [-1, 1]."""
+        vae = self.pipeline.vae
+        scaled = self.unpacked(latents, settings) / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)
+        picture: torch.Tensor = vae.decode(scaled, return_dict=False)[0]
+        return picture
+
+    def small(self, settings: Settings) -> Settings:
+        """Settings of a thin twin."""
+        side, text_tokens = self.side, min(5, settings.text_tokens)
+        return replace(settings, height=2 * side, width=3 * side, text_tokens=text_tokens)
 
     # --- how it is found
 
@@ -139,8 +163,7 @@ class PipelineModel(Family):
         pipeline = copy.copy(self.pipeline)
         pipeline.register_modules(vae=None, **dict.fromkeys(self._text_encoders), transformer=transformer)
         twin = type(self)(replace(self.spec, name=f"{self.spec.name}, thin"), pipeline)
-        side, text_tokens = self.side, min(5, settings.text_tokens)
-        return twin, replace(settings, height=2 * side, width=3 * side, text_tokens=text_tokens)
+        return twin, self.small(settings)
 
     # --- the transformer
 
@@ -227,8 +250,8 @@ class PipelineModel(Family):
             def random(*shape: int) -> torch.Tensor:
                 return torch.randn(batch, *shape, generator=generator)
 
-            embeddings = self.embeddings(settings, random)
-            given = {keyword: embeddings[name].to(self.device) for name, keyword in self.ARGUMENTS.items()}
+            embeddings = {name: value.to(self.device) for name, value in self.embeddings(settings, random).items()}
+            given = self.arguments(embeddings, settings)
             self._seen = ((settings, batch), self._observe(settings, {**given, "generator": generator}))
         return self._seen[1]
 
@@ -250,7 +273,7 @@ class PipelineModel(Family):
     def example_inputs(self, settings: Settings, *, batch: int = 2) -> dict[str, torch.Tensor]:
         io, seen = self.io, self.observed(settings, batch=batch)
         told = _told(seen, io.timestep).to(self.device)
-        examples = {**self.taken(seen.first, settings), io.latents: seen.first[io.latents]}
+        examples = {**self.taken(seen.first, settings), io.latents: self.state(seen.first)}
         examples[io.timestep] = told[torch.arange(batch) % len(told)]
         return {name: _own(examples[name]).to(self.device) for name in (io.latents, io.timestep, *io.conditions)}
 
@@ -297,6 +320,14 @@ class PipelineModel(Family):
         if self._stored is not None:
             self.pipeline.register_modules(**dict.fromkeys(self._text_encoders))
 
+    @property
+    def vae_config(self) -> Mapping[str, Any] | None:
+        """Of the autoencoder; ``None`` where there is none."""
+        if self.pipeline.vae is not None:
+            config: Mapping[str, Any] = self.pipeline.vae.config
+            return config
+        return None if self._components is None else self._components.config("vae")
+
     # --- pictures, and the untouched run
 
     @torch.no_grad()
@@ -315,15 +346,19 @@ class PipelineModel(Family):
             given = torch.from_numpy(value).to(self.device)
             return given.to(dtype) if given.is_floating_point() else given
 
-        call = {**self.sized(settings), "latents": there(noise), "output_type": "latent", "return_dict": False}
-        for sign in ("", NEGATIVE):
-            named = {f"{sign}{keyword}": conditions.get(f"{sign}{name}") for name, keyword in self.ARGUMENTS.items()}
-            call |= {keyword: there(value) for keyword, value in named.items() if value is not None}
-        call[self.SCALE] = self._scale(conditions, settings)
-        latents: torch.Tensor = self.pipeline(**call)[0]
+        given = {name: there(value) for name, value in conditions.items()}
+        call = {**self.sized(settings), **self.arguments(given, settings), self.SCALE: self.scale(conditions, settings)}
+        if self.io.guidance is not None and GUIDANCE_SCALE in conditions:
+            others = {name.removeprefix(NEGATIVE): value for name, value in given.items() if name.startswith(NEGATIVE)}
+            call |= {NEGATIVE + keyword: value for keyword, value in self.arguments({**given, **others}, settings).items()}
+        latents: torch.Tensor = self._run({**call, "return_dict": False}, there(noise))
         return latents.float().cpu().numpy()
 
-    def _scale(self, conditions: Mapping[str, Array], settings: Settings) -> float:
+    def _run(self, call: Mapping[str, Any], noise: torch.Tensor) -> torch.Tensor:
+        latents: torch.Tensor = self.pipeline(**call, latents=noise, output_type="latent")[0]
+        return latents
+
+    def scale(self, conditions: Mapping[str, Array], settings: Settings) -> float:
         """What the pipeline's call gets as its guidance scale."""
         if self.io.guidance is None:
             return settings.guidance
@@ -361,3 +396,15 @@ def _own(tensor: torch.Tensor) -> torch.Tensor:
 
 def _raw(tensor: torch.Tensor) -> bytes:
     return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def ragged_mask(states: torch.Tensor) -> torch.Tensor:
+    """An example of a mask for texts [B, L, D]: no two of them equally long, all with padding; int64, as tokenizers have it."""
+    length = states.shape[1]
+    lengths = [max(1, length - 1 - sample) for sample in range(len(states))]
+    return (torch.arange(length) < torch.tensor(lengths)[:, None]).long()
+
+
+def without_variance(config: Any) -> tuple[int, int] | None:
+    """The channels of the output that sampling takes: the first half, of a network that gives a variance besides."""
+    return (0, config.in_channels) if config.out_channels == 2 * config.in_channels else None

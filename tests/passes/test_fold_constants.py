@@ -42,3 +42,13 @@ def test_folding_keeps_parameters_the_same_objects():
     tiny = Tiny(constants).eval()
     graphs, _ = run_one(capture_model(tiny, make_inputs()), FoldConstants())
     assert {id(p) for p in graphs.modules[MODEL].parameters()} == {id(p) for p in tiny.parameters()}
+
+
+def test_a_table_that_is_split_is_folded_too():
+    def model(tiny, x, y):
+        first, second = torch.sin(torch.arange(16.0).reshape(2, 8)).split([3, 5], dim=1)
+        return x + torch.cat([first, second], dim=1)[0]
+
+    graphs, changed = run_one(capture(model), FoldConstants())
+    assert changed
+    assert aten.sin.default not in targets(graphs)

@@ -1,0 +1,116 @@
+"""Every family: a directory becomes graphs that compute what the transformer does on what its pipeline hands over."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from cachec.compiler.graphs.capture import joined
+from cachec.compiler.graphs.prepare import prepare
+from cachec.compiler.graphs.weights import Values
+from cachec.compiler.models import FAMILIES as KINDS
+from cachec.compiler.models import find_model, load_model
+from cachec.compiler.models.base import Settings
+from cachec.compiler.models.named import MODELS
+from cachec.runtime.abi import COMPUTE, FORECAST, VELOCITY
+from cachec.runtime.errors import InputError
+from tests.families import FAMILIES, NEGATIVE, PROMPT
+
+SETTINGS = Settings(height=32, width=48, text_tokens=24, guidance=3.0, steps=4, dtype="float32")
+OTHERS = {"dit": {"height": 64, "width": 64, "text_tokens": 1}}
+PROMPTS = {"dit": ["7", "8"]}
+TOLERANCE = 1e-5  # relative, of the largest difference
+
+
+def settings_for(family):
+    return replace(SETTINGS, **OTHERS.get(family.name, {}))
+
+
+@pytest.fixture(scope="module", params=[f for f in FAMILIES if f.pipeline in KINDS], ids=lambda family: family.name)
+def case(request, saved_family):
+    family = request.param
+    return family, load_model(find_model(str(saved_family(family.name))))
+
+
+def own_loop(family, pipeline, call):
+    """Latents of the untouched pipeline, called as its users do."""
+    with torch.no_grad():
+        return torch.as_tensor(getattr(pipeline(**call), family.output)).float().numpy()
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_the_compute_graph_is_the_transformer_on_what_the_pipeline_hands_over(case, batch):
+    family, model = case
+    settings, io = settings_for(family), model.io
+    graphs = prepare(model, settings)
+    compute = Values(torch.device("cpu")).module(graphs.modules[COMPUTE])
+    inputs = model.example_inputs(settings, batch=batch)
+    given = model.observed(settings, batch=batch).first
+    with torch.no_grad():
+        found = compute(**inputs)[VELOCITY]
+        wanted = model.transformer(**{**given, io.timestep: inputs[io.timestep], "return_dict": False})[0]
+    state = inputs[io.latents]
+    wanted = wanted.narrow(io.axis, 0, state.shape[io.axis])
+    assert found.shape == wanted.shape == state.shape
+    assert (found - wanted).abs().max() <= TOLERANCE * wanted.abs().max()
+    assert FORECAST in graphs.modules
+    assert joined(inputs, io)[io.latents].shape == given[io.latents].shape
+
+
+def test_the_runs_are_those_of_the_pipeline(case):
+    """Conditions of prompts, timesteps and noise levels, and the baseline: all as the pipeline has them."""
+    family, model = case
+    settings = settings_for(family)
+    prompts = PROMPTS.get(family.name, [PROMPT, "a green square"])
+    guided = model.io.guidance is not None
+    names = [*model.io.conditions]
+    names += [*(f"negative_{name}" for name in names), "guidance_scale"] if guided else []
+    negatives = [NEGATIVE, "blurred and dim"] if guided and family.name != "dit" else None
+    conditions = model.encode(prompts, settings, names, negatives)
+    assert all(len(value) == 2 for value in conditions.values())
+    examples = model.example_inputs(settings)
+    for name in model.io.conditions:
+        assert conditions[name].shape == tuple(examples[name].shape)
+        assert conditions[name].dtype == examples[name].numpy().dtype
+    sigmas, timesteps = model.sampling(settings)
+    assert (len(sigmas), len(timesteps)) == (settings.steps + 1, settings.steps)
+    assert (np.diff(sigmas) < 0).all()
+    noise = examples[model.io.latents].numpy()
+    made = model.generate(conditions, noise, settings)
+    assert made.shape == noise.shape
+    if family.name != "dit":  # its pipeline takes no noise and gives no latents
+        call = {**family.call, "prompt": prompts, "latents": torch.from_numpy(noise), "num_inference_steps": settings.steps}
+        call |= {"negative_prompt": negatives} if guided else {}
+        call[model.SCALE] = settings.guidance
+        np.testing.assert_allclose(made, own_loop(family, model.pipeline, call), atol=1e-4)
+    assert model.decode(made, settings).shape == (2, settings.height, settings.width, 3)
+
+
+def test_a_thin_twin_has_the_same_inputs(case):
+    _, model = case
+    twin, small = model.thin_twin(settings_for(case[0]))
+    assert twin.io == model.io
+    assert twin.example_inputs(small).keys() == model.example_inputs(settings_for(case[0])).keys()
+
+
+def test_sizes_that_are_none_of_the_models_are_refused(case):
+    family, model = case
+    settings = settings_for(family)
+    with pytest.raises(InputError, match=r"(height is 37|48x37 is asked for|64x37 is asked for)"):
+        model.example_inputs(replace(settings, height=37))
+    with pytest.raises(InputError, match="frames"):
+        model.example_inputs(replace(settings, frames=6))
+
+
+def test_a_negative_prompt_is_refused_where_there_is_no_guidance(case):
+    family, model = case
+    if model.io.guidance is None:
+        with pytest.raises(InputError, match="has no negative prompt"):
+            model.encode([PROMPT], settings_for(family), [], [NEGATIVE])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_defaults_of_named_models_are_in_range(name):
+    spec = MODELS[name]
+    Settings(spec.height, spec.width, spec.text_tokens, spec.guidance, spec.steps, "bfloat16", spec.frames)
