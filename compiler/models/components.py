@@ -11,6 +11,7 @@ from typing import Any
 import diffusers
 import transformers
 from accelerate import init_empty_weights
+from diffusers.models.model_loading_utils import _fetch_remapped_cls_from_config
 from safetensors import SafetensorError
 from torch import nn
 
@@ -50,10 +51,16 @@ class Components:
         if not isinstance(entry, list) or len(entry) != 2 or not all(isinstance(part, str) for part in entry):
             raise ModelUnavailableError(f"{self.directory / INDEX} names no {name} ({entry!r}): {AGAIN}")
         try:
-            return getattr(importlib.import_module(entry[0]), entry[1])
+            return self._renamed(name, getattr(importlib.import_module(entry[0]), entry[1]))
         except (ImportError, AttributeError) as error:
             raise ModelUnavailableError(f"{name} of {self.source} is a {'.'.join(entry)}, which is not installed: another "
                                         "version of that library may have it") from error  # fmt: skip
+
+    def _renamed(self, name: str, kind: Any) -> Any:
+        """Older models name a class that diffusers has split up: PixArt and DiT were ``Transformer2DModel``."""
+        if kind is not diffusers.Transformer2DModel:
+            return kind
+        return _fetch_remapped_cls_from_config(kind.load_config(self._folder(name), local_files_only=True), kind)
 
     def load(self, name: str) -> nn.Module:
         """A component with its weights, on the CPU, for evaluation.

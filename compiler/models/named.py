@@ -8,7 +8,14 @@ TINY_FLUX_DIR = Path(__file__).parent / "tiny-flux"
 CONFIGS = Path(__file__).parent / "configs"
 
 # by Hub id, folders with the published configuration of models that are too large to ship
-PUBLISHED = {f"black-forest-labs/{name}": CONFIGS / name for name in ("FLUX.1-dev", "FLUX.1-schnell")}
+PUBLISHED = {
+    **{f"black-forest-labs/{name}": CONFIGS / name for name in ("FLUX.1-dev", "FLUX.1-schnell")},
+    "Qwen/Qwen-Image": CONFIGS / "Qwen-Image",
+    "stabilityai/stable-diffusion-3-medium-diffusers": CONFIGS / "stable-diffusion-3-medium",
+    "stabilityai/stable-diffusion-3.5-large": CONFIGS / "stable-diffusion-3.5-large",
+    "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS": CONFIGS / "PixArt-Sigma-XL-2-1024-MS",
+    "facebook/DiT-XL-2-256": CONFIGS / "DiT-XL-2-256",
+}
 
 MODELS = {
     "dit": ModelSpec("dit", "facebook/DiT-XL-2-256", 256, 256, text_tokens=1, guidance=4.0),
