@@ -28,6 +28,7 @@ from cachec.compiler.methods import get_method
 from cachec.compiler.models import find_model, load_model
 from cachec.compiler.models.base import LoadedModel, ModelSpec, Settings, tensors_from
 from cachec.compiler.tables.lower import lower, lower_uncached
+from cachec.compiler.tables.sampling import Sampling
 from cachec.compiler.tables.schedule import Schedule
 from cachec.runtime.errors import InputError
 from cachec.runtime.files import hash_file
@@ -102,13 +103,13 @@ class Case:
 
     def program(self, cut: str, schedule: Schedule) -> Program:
         """A program of the cut's linear method; the uncached one if ``schedule`` computes every step."""
-        sigmas, timesteps = self.model.sampling(self.settings)
-        key = ProgramKey(self.steps, hash_sigmas(sigmas), self.settings.sizes)
+        sampling = self.model.sampling(self.settings)
+        key = ProgramKey(self.steps, hash_sigmas(sampling.sigmas), self.settings.sizes)
         if not schedule.forecast:
-            return lower_uncached(key, sigmas, timesteps)
+            return lower_uncached(key, sampling)
         name, options = METHODS[cut]
-        table = get_method(name).with_options(options).table(schedule, sigmas, None)
-        return lower(table, key, sigmas, timesteps)
+        table = get_method(name).with_options(options).table(schedule, sampling.sigmas, None)
+        return lower(table, key, sampling)
 
     def psnr(self, latents: Array, reference: Array) -> float:
         """In dB, of the picture where there is one, else of the latents with their range as peak; batch 1."""
@@ -164,9 +165,9 @@ class FluxShaped(LoadedModel):
     def constants(self, settings: Settings) -> dict[str, Any]:
         return dict(self.subject(settings).constants)
 
-    def sampling(self, settings: Settings) -> tuple[Array, Array]:
-        sigmas, timesteps = self.subject(settings).sampling(settings.steps)
-        return sigmas.astype(np.float32), timesteps.astype(np.float32)
+    def sampling(self, settings: Settings) -> Sampling:
+        sampling = self.subject(settings).sampling(settings.steps)
+        return Sampling(sampling.sigmas.astype(np.float32), sampling.timesteps.astype(np.float32))
 
     def encode(self, prompts: Sequence[str], settings: Settings, names: Sequence[str]) -> dict[str, Array]:
         """Noise from each prompt's text, of the shapes that text encoders give."""

@@ -80,7 +80,8 @@ def measure_errors(case: Case, dtype: torch.dtype, prompts: Sequence[str]) -> di
     timesteps, too. The sampler is float32 in both.
     """
     model, settings = case.model, case.settings
-    io, (sigmas, timesteps) = model.io, model.sampling(settings)
+    io, sampling = model.io, model.sampling(settings)
+    sigmas, timesteps = sampling.sigmas, sampling.timesteps
     constants, conditions = model.constants(settings), tensors_from(model.encode(prompts, settings, model.io.conditions))
     captured = capture_model(model.transformer, model.example_inputs(settings), constants)
     cast = run_passes(captured, [canonical_passes(), cast_passes(dtype)]).modules[MODEL]

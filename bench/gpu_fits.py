@@ -18,7 +18,7 @@ from bench.gpu_rows import Case
 from bench.peers import synchronize
 from cachec.compiler.calibration.evaluator import Conditions, Evaluator, Numbers, Time
 from cachec.compiler.calibration.graph_evaluator import GraphEvaluator
-from cachec.compiler.calibration.runs import Sampling, Subject, record_trajectories, recording_here
+from cachec.compiler.calibration.runs import Subject, record_trajectories, recording_here
 from cachec.compiler.calibration.statistics import record_statistics
 from cachec.compiler.calibration.uses import Use, UsedPrompts
 from cachec.compiler.graphs.costs import samples_at_once
@@ -26,6 +26,7 @@ from cachec.compiler.graphs.prepare import prepare
 from cachec.compiler.methods.base import TrainingData
 from cachec.compiler.methods.lesa import Lesa
 from cachec.compiler.methods.lesa_training import LesaTrainer
+from cachec.compiler.tables.sampling import Sampling
 from cachec.runtime.program import Program
 from cachec.runtime.specs import Array
 
@@ -110,7 +111,7 @@ def _subject(case: Case) -> Subject:
         sampler=case.model.sampler,
         settings=case.settings,
         latent_shape=tuple(case.noise.shape[1:]),
-        sampling=lambda steps: Sampling(*case.model.sampling(case.settings)) if steps == case.settings.steps else _no(steps),
+        sampling=lambda steps: case.model.sampling(case.settings) if steps == case.settings.steps else _no(steps),
         encode=encode,
     )
 

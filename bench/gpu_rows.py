@@ -259,14 +259,14 @@ def _peer_row(case: Case, peer: Peer, family: str = "diffusers") -> Row:
 def cachec_rows(case: Case, built: Engines, steps: int, budgets: Sequence[int]) -> Iterator[Maker]:
     """The uncached run, and both cuts for each number of computed steps."""
     settings = replace(case.settings, steps=steps)
-    sigmas, timesteps = case.model.sampling(settings)
-    key = ProgramKey(steps, hash_sigmas(sigmas), settings.sizes)
-    programs = {"uncached": lower_uncached(key, sigmas, timesteps)}
+    sampling = case.model.sampling(settings)
+    key = ProgramKey(steps, hash_sigmas(sampling.sigmas), settings.sizes)
+    programs = {"uncached": lower_uncached(key, sampling)}
     for budget in budgets:
         for cut, (method, options) in METHODS.items():
             schedule = uniform_schedule(steps, budget)
-            table = get_method(method).with_options(options).table(schedule, sigmas, None)
-            programs[f"{cut} cut, {budget}"] = lower(table, key, sigmas, timesteps)
+            table = get_method(method).with_options(options).table(schedule, sampling.sigmas, None)
+            programs[f"{cut} cut, {budget}"] = lower(table, key, sampling)
     for name, program in programs.items():
         label = f"cachec {built.backend}, {name}"
         yield Maker(label, lambda name=name, program=program: _cachec_row(case, built, name, program))

@@ -50,6 +50,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from cachec.compiler.calibration.prompts import default_prompts
 from cachec.compiler.models import find_model, load_model
 from cachec.compiler.models.base import LoadedModel, Settings, tensors_from
+from cachec.compiler.tables.sampling import Sampling
 from cachec.compiler.tables.schedule import Schedule, interval_for_budget
 from cachec.runtime.errors import InputError, MissingExtraError
 from cachec.runtime.noise import make_noise
@@ -97,9 +98,9 @@ def bare_subject(transformer: FluxTransformer2DModel, *, rows: int, columns: int
     ids = FluxPipeline._prepare_latent_image_ids(1, rows, columns, device, torch.float32)
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
 
-    def sampling(steps: int) -> tuple[Array, Array]:
+    def sampling(steps: int) -> Sampling:
         scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=calculate_shift(rows * columns, *FLUX_SHIFT))
-        return scheduler.sigmas.numpy(), (scheduler.timesteps / 1000).numpy()
+        return Sampling(scheduler.sigmas.numpy(), (scheduler.timesteps / 1000).numpy())
 
     constants = {"img_ids": ids, "txt_ids": torch.zeros(text_tokens, 3, device=device), "return_dict": False}
     return Subject(transformer.eval(), constants, sampling)
@@ -247,7 +248,8 @@ def make_peer(recipe: Recipe, subject: Subject, *, num_steps: int, compiled: boo
 
 def grid(subject: Subject, num_steps: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The sampler's ``sigmas`` [T + 1] and ``timesteps`` [T] on the subject's device, float32."""
-    sigmas, timesteps = (torch.from_numpy(np.array(array)).to(subject.device) for array in subject.sampling(num_steps))
+    own = subject.sampling(num_steps)
+    sigmas, timesteps = (torch.from_numpy(np.array(array)).to(subject.device) for array in (own.sigmas, own.timesteps))
     return sigmas, timesteps
 
 

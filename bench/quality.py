@@ -25,7 +25,7 @@ from cachec.compiler.calibration.evaluator import Evaluator
 from cachec.compiler.calibration.graph_evaluator import GraphEvaluator
 from cachec.compiler.calibration.metrics import psnr_db
 from cachec.compiler.calibration.prompts import default_prompts
-from cachec.compiler.calibration.runs import Sampling, Subject, recording_here, run_uncached
+from cachec.compiler.calibration.runs import Subject, recording_here, run_uncached
 from cachec.compiler.calibration.statistics import load_statistics, record_statistics, save_statistics
 from cachec.compiler.calibration.uses import UsedPrompts
 from cachec.compiler.graphs.prepare import prepare
@@ -48,6 +48,7 @@ from cachec.compiler.planning.search import (
 from cachec.compiler.tables.coefficients import AdvanceTable, Table
 from cachec.compiler.tables.lower import lower
 from cachec.compiler.tables.samplers import SOLVERS, solver_rows
+from cachec.compiler.tables.sampling import Sampling
 from cachec.compiler.tables.schedule import Schedule, interval_for_budget
 from cachec.runtime.errors import InputError
 from cachec.runtime.noise import make_noise
@@ -102,7 +103,7 @@ class Setting:
         """PSNR by prompt against the uncached and the fine pictures, and latent errors; on the own grid unless told."""
         sampling, parts = sampling or self.calibration.sampling, []
         key = ProgramKey(sampling.num_steps, hash_sigmas(sampling.sigmas), {})
-        program = lower(table, key, sampling.sigmas, sampling.timesteps)
+        program = lower(table, key, sampling)
         for start in range(0, len(self.noise), CHUNK):
             rows = slice(start, start + CHUNK)
             conditions = {name: value[rows] for name, value in self.conditions.items()}
@@ -143,7 +144,7 @@ def open_setting(name: str, work: Path, *, steps: int, shift: float | None, num:
     noise = np.stack([make_noise(seed, tuple(statistics.noise.shape[1:])) for seed in range(num)])
     results = {}
     for count in (steps, FINE):
-        sampling = Sampling(*model.sampling(replace(settings, steps=count)))
+        sampling = model.sampling(replace(settings, steps=count))
         results[count] = _uncached(evaluator, sampling, noise, conditions, work / f"{name}-{count}-{num}.npy")
     return Setting(
         name, model, settings, open_calibration(statistics, subject, evaluator),
@@ -275,10 +276,10 @@ def _timed_fit(method: Method, fit: Calibration, schedule: Schedule) -> dict[str
 
 def _solver(setting: Setting, name: str, budget: int) -> dict[str, Any]:
     """A plain solver at its own time steps: the model's sampler with ``budget`` steps."""
-    sigmas, timesteps = setting.model.sampling(replace(setting.settings, steps=budget))
+    sampling = setting.model.sampling(replace(setting.settings, steps=budget))
     schedule = Schedule(budget, tuple(range(budget)))
-    table = AdvanceTable(schedule, solver_rows(name, sigmas.astype(np.float64)))
-    return {"table": table, "sampling": Sampling(sigmas, timesteps)}
+    table = AdvanceTable(schedule, solver_rows(name, sampling.sigmas.astype(np.float64)))
+    return {"table": table, "sampling": sampling}
 
 
 def _searched_solver(fit: Calibration, name: str, budget: int, *, closed: bool) -> dict[str, Any]:

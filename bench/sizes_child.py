@@ -45,7 +45,7 @@ def compare_task(task: Mapping[str, Any]) -> dict[str, Any]:
     with cachec.load(task["out"]) as bundle:
         settings, io = settings_of(bundle.manifest), bundle.io
         inputs = model.example_inputs(settings, batch=1)
-        told = model.sampling(settings)[1][0]
+        told = model.sampling(settings).timesteps[0]
         conditions = {name: inputs[name].numpy() for name in io.conditions}
         evaluator = EngineEvaluator(bundle.engines, io)
         start = time.perf_counter()

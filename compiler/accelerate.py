@@ -50,7 +50,7 @@ def accelerate_pipeline(model: LoadedModel, request: Request, *, compiled: bool 
         program = next(program for level, program in programs.items() if level != UNCACHED)
         constants = model.constants(request.settings)
         baked = {name: value for name, value in constants.items() if isinstance(value, torch.Tensor)}
-        timesteps = model.sampling(request.settings)[1]
+        timesteps = model.sampling(request.settings).timesteps
         result = Compiled(engines, program, timesteps, model.io, baked, model.sizes_of, model.check_scheduler)
         model.pipeline.transformer = AcceleratedTransformer(model.transformer, model.pipeline, result)
     return model.pipeline

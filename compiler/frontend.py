@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cachec.compiler.calibration.graph_evaluator import GraphEvaluator
-from cachec.compiler.calibration.runs import Sampling, Subject, encode_ahead, recording_here
+from cachec.compiler.calibration.runs import Subject, encode_ahead, recording_here
 from cachec.compiler.calibration.statistics import (
     Statistics,
     calibration_facts,
@@ -223,15 +223,32 @@ def make_graphs(model: LoadedModel, request: Request, parameters: Parameters | N
     check_finite_run(split, inputs, request.settings.dtype, request.wish.graph.slots)
     plain = add_forecast(model, split, request, parameters, watch)
     wish = request.wish.graph
-    final = engine(plain, model.io, watch, hoist=wish.hoist, merge=merge, velocities=wish.velocities, slots=wish.slots)
-    return StepGraphs(plain, final)
+    return StepGraphs(plain, _engine(model, request, plain, watch, merge=merge))
 
 
 def plan_graphs(model: LoadedModel, request: Request) -> StepGraphs:
     """What :func:`make_graphs` gives for the forecast of all linear methods: what sizes tell, before a predictor is trained."""
     split, wish = prepare(model, request.settings), request.wish.graph
     plain = compute_only(split) if request.method.cut == "output" else linear(split)
-    return StepGraphs(plain, engine(plain, model.io, hoist=wish.hoist, velocities=wish.velocities, slots=wish.slots))
+    return StepGraphs(plain, _engine(model, request, plain))
+
+
+def _engine(
+    model: LoadedModel, request: Request, plain: Graphs, watch: Sequence[Observer] = (), *, merge: bool = True
+) -> Graphs:
+    """The graphs that engines are built from: how the sampler moves latents, and whether velocities are wanted, is theirs."""
+    wish, settings = request.wish.graph, request.settings
+    sampling = model.sampling(settings)
+    return engine(
+        plain,
+        model.io,
+        watch,
+        hoist=wish.hoist,
+        merge=merge,
+        velocities=wish.velocities or model.is_guided(settings) or sampling.euler is None,
+        slots=wish.slots,
+        carries=sampling.rows is not None,
+    )
 
 
 def make_plans(model: LoadedModel, request: Request, graphs: StepGraphs) -> list[EnginePlan]:
@@ -254,7 +271,9 @@ def add_forecast(
     if schedule is None or not isinstance(method, PredictorMethod):
         return linear(split, watch)
     if request.folds:
-        method.table(schedule, model.sampling(request.settings)[0], parameters)  # fails now, not behind the engines
+        method.table(
+            schedule, model.sampling(request.settings).levels(method.cut), parameters
+        )  # fails now, not behind the engines
         return linear(split, watch)
     predictor, steps = method.predictor(parameters), request.settings.steps
     return inlined(split, predictor, window=method.window, num_steps=steps, observers=watch)
@@ -282,16 +301,17 @@ def make_programs(
         QualityError: a goal is out of reach.
     """
     settings, method, schedule = request.settings, request.method, request.schedule
-    sigmas, timesteps = model.sampling(settings)
-    key = ProgramKey(settings.steps, hash_sigmas(sigmas), settings.sizes, batch=request.wish.model.batch)
-    programs = {UNCACHED: lower_uncached(replace(key, level=UNCACHED), sigmas, timesteps)}
+    sampling = model.sampling(settings)
+    batch, guided = request.wish.model.batch, model.is_guided(settings)
+    key = ProgramKey(settings.steps, hash_sigmas(sampling.sigmas), settings.sizes, batch=batch, guided=guided)
+    programs = {UNCACHED: lower_uncached(replace(key, level=UNCACHED), sampling)}
     if schedule is not None and isinstance(method, PredictorMethod):
         return Programs(programs | {"default": _lower_predictor(model, request, method, schedule, parameters, key)})
     cost = forecast_cost(engines, programs[UNCACHED], model.io) if request.wants_speed else 0.0
     planner = Planner(
         method,
         calibrations,
-        sampling=lambda steps: Sampling(*model.sampling(replace(settings, steps=steps))),
+        sampling=lambda steps: model.sampling(replace(settings, steps=steps)),
         decode=lambda latents: model.decode(latents, settings),
         key=key,
         parameters=parameters,
@@ -313,9 +333,7 @@ def _lower_predictor(
     key: ProgramKey,
 ) -> Program:
     """The Program of a predictor on its one schedule: composed coefficients, or predictor calls if nothing is folded."""
-    sigmas, timesteps = model.sampling(request.settings)
+    sampling = model.sampling(request.settings)
     if not request.folds:
-        return lower_predictor(
-            schedule, method.window, feeds_back=method.feeds_back, key=key, sigmas=sigmas, timesteps=timesteps
-        )
-    return lower_table(method.table(schedule, sigmas, parameters), key, sigmas, timesteps)
+        return lower_predictor(schedule, method.window, feeds_back=method.feeds_back, key=key, sampling=sampling)
+    return lower_table(method.table(schedule, sampling.levels(method.cut), parameters), key, sampling)

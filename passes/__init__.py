@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from cachec.passes.add_advance import AddAdvance
+from cachec.passes.add_guidance import AddGuidance
 from cachec.passes.add_linear_forecast import AddLinearForecast
 from cachec.passes.assemble_input import AssembleInput
 from cachec.passes.base import Equivalence, GraphPass, Graphs, Pass, PassResult, Stage, compute_graphs
@@ -37,6 +38,7 @@ from cachec.runtime.model_io import ModelIO
 __all__ = [
     "HOISTS",
     "AddAdvance",
+    "AddGuidance",
     "AddLinearForecast",
     "AssembleInput",
     "BatchForecast",
@@ -154,11 +156,12 @@ def engine_passes(
     merge: bool = True,
     velocities: bool = True,
     slots: torch.dtype | None = None,
+    carries: bool = False,
 ) -> PassList:
     """From graphs of single steps, which are at ``stage``, to what engines are built from.
 
     ``merge``: of linear layers, which copies their weights. ``velocities``: forecasts hand them out. ``slots``: what features
-    are stored in, if not in their own type.
+    are stored in, if not in their own type. ``carries``: steps of the sampler keep a part of the latents only.
     """
     return PassList(
         stage,
@@ -166,9 +169,10 @@ def engine_passes(
             *([Hoist(io.timestep, io.conditions, per_step=hoist == "all"), ShareSubexpressions()] if hoist != "none" else []),
             *([MergeLinears()] if merge else []),  # behind hoisting, which takes single modulations
             # needs to know what was hoisted by step
-            *([BatchForecast(io.latents, io.timestep, velocities)] if stage == Stage.LINEAR else []),
-            FuseSampler(io.latents),
+            *([BatchForecast(io.latents, io.timestep, velocities, carries)] if stage == Stage.LINEAR else []),
+            FuseSampler(io.latents, carries),
             AddAdvance(),
+            *([AddGuidance(io.guidance)] if io.guidance is not None else []),
             *([CastSlots(slots)] if slots is not None else []),  # last: the sampler reads velocities that were not cast
             Prune(),
         ),

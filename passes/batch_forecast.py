@@ -10,6 +10,7 @@ from cachec.passes.base import CAST, Equivalence, Graphs, Pass, PassResult, back
 from cachec.runtime.abi import (
     BATCH,
     BIAS,
+    CARRY,
     COEFFICIENTS,
     DELTAS,
     FEATURES,
@@ -37,9 +38,10 @@ class BatchForecast(Pass):
     hoisted values) gets an axis of steps in front; latents [B, …] and ``deltas`` [n] come in, and ``next_latents`` [B, …] goes
     out.
 
-    With ``velocities``, those [n, B, …] go out as well, for a sampler outside. Without, nobody reads the single ones: the
-    weighted sum over the steps is taken in front of the last linear layer, which then runs once. (Not in half precision, where
-    a cast to float32 comes last.)
+    ``carries``: the sampler keeps ``carry`` [1] of the latents over the run, and ``deltas`` say what each velocity is worth
+    at its end. With ``velocities``, those [n, B, …] go out as well, for a sampler outside. Without, nobody reads the single
+    ones: the weighted sum over the steps is taken in front of the last linear layer, which then runs once. (Not in half
+    precision, where a cast to float32 comes last.)
     """
 
     name: ClassVar[str] = "batch_forecast"
@@ -47,6 +49,7 @@ class BatchForecast(Pass):
     latents: str
     timestep: str
     velocities: bool = False
+    carries: bool = False
 
     def requires(self, graphs: Graphs) -> None:
         if FEATURES not in placeholders(graphs.modules[FORECAST]) or graphs.cut is None:
@@ -59,12 +62,13 @@ class BatchForecast(Pass):
         per_step = [
             n for n in placeholders(module) if n == self.timestep or len(hoisted.get(hoisted_name(FORECAST, n), ())) > 1
         ]
-        new = _batched(module, graphs.cut, self.latents, per_step, velocities=self.velocities)
+        new = _batched(module, graphs.cut, self, per_step)
         axes = {
             FEATURES: (SLOTS, BATCH),
             COEFFICIENTS: (FORECASTS, GROUPS, SLOTS),
             BIAS: (FORECASTS,),
             DELTAS: (FORECASTS,),
+            **({CARRY: ()} if self.carries else {}),
             **({VELOCITIES: (FORECASTS, BATCH)} if self.velocities else {}),
             **dict.fromkeys(per_step, (FORECASTS, BATCH)),
         }
@@ -73,11 +77,13 @@ class BatchForecast(Pass):
         )
 
 
-def _batched(module: fx.GraphModule, cut: str, latents: str, per_step: list[str], *, velocities: bool) -> fx.GraphModule:
+def _batched(module: fx.GraphModule, cut: str, wanted: BatchForecast, per_step: list[str]) -> fx.GraphModule:
+    latents = wanted.latents
     feature = next(node for node in module.graph.nodes if node.name == cut)
     velocity = outputs(module)[VELOCITY]
     graph = fx.Graph()
     inputs = {name: graph.placeholder(name) for name in (FEATURES, COEFFICIENTS, BIAS, latents, DELTAS)}
+    inputs |= {CARRY: graph.placeholder(CARRY)} if wanted.carries else {}
     tail = backward_slice([velocity], {feature})
     inputs |= {name: graph.placeholder(name) for name, node in placeholders(module).items() if node in tail}
     call = graph.call_function
@@ -108,9 +114,10 @@ def _batched(module: fx.GraphModule, cut: str, latents: str, per_step: list[str]
             values[node].meta = {k: v for k, v in node.meta.items() if k != "val"}
         if node.op == "get_attr":
             attributes[str(node.target)] = fetch(module, str(node.target))
-    move = _summed(graph, values, velocity, inputs[DELTAS], steps, through=not velocities)
-    result = {NEXT_LATENTS: call(aten.add.Tensor, (inputs[latents], move))}
-    if velocities:
+    move = _summed(graph, values, velocity, inputs[DELTAS], steps, through=not wanted.velocities)
+    start = call(aten.mul.Tensor, (inputs[latents], inputs[CARRY])) if wanted.carries else inputs[latents]
+    result = {NEXT_LATENTS: call(aten.add.Tensor, (start, move))}
+    if wanted.velocities:
         rest = [int(size) for size in velocity.meta["val"].shape[1:]]
         result[VELOCITIES] = call(aten.view.default, (values[velocity], [steps, -1, *rest]))
     graph.output(result)

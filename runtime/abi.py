@@ -10,7 +10,8 @@ MODEL = "model"  # the captured transformer, before it is split
 COMPUTE = "compute"  # one step of the whole model; a program may use several such graphs
 FORECAST = "forecast"  # all forecasts between two computed steps, or one call of a predictor
 PROLOGUE = "prologue"  # what depends on the request only, for all steps at once
-ADVANCE = "advance"  # the output cut: a share of the base plus weighted velocities
+ADVANCE = "advance"  # a share of the base plus weighted velocities
+GUIDE = "guide"  # the velocities of both branches of guidance combined
 
 VELOCITY = "velocity"  # the model's output [B, …]
 VELOCITIES = "velocities"  # several of them [n, B, …], or [H, B, …] from the slots
@@ -21,8 +22,10 @@ BIAS = "bias"  # [n]
 BASE = "base"  # what weighted velocities are added to [B, …]: the noise, or the latents of a sampler outside
 BASE_SHARE = "base_share"  # how much of it [1]
 TARGET_TIMESTEP = "target_timestep"  # the second time that flow maps are told [B]
-GUIDANCE = "guidance_scale"  # [B]; reserved
-DELTA = "delta"  # a step in sigma, of each sample [B]
+GUIDANCE = "guidance_scale"  # [B]
+NEGATIVE, POSITIVE = "negative", "positive"  # velocities of the branches of guidance [B, …]
+DELTA = "delta"  # what a velocity is worth, of each sample [B]: for flows a step in sigma
+CARRY = "carry"  # how much of the latents a step keeps [B], or of a run of steps [1]; 1 for flows
 DELTAS = "deltas"  # [n]
 NEXT_LATENTS = "next_latents"  # [B, …]
 SIGMAS = "sigmas"  # the whole schedule [T + 1]
@@ -55,6 +58,11 @@ def history_window(names: Iterable[str]) -> int:
     """W of an unfolded forecast graph with these inputs, of which the oldest feature counts. 0: it reads no history."""
     numbered = [int(found[1]) for name in names if (found := re.fullmatch(rf"{FEATURE}_(\d+)", name))]
     return max(numbered, default=-1) + 1
+
+
+def negative_name(name: str) -> str:
+    """What the condition ``name`` of guidance's negative branch is called."""
+    return f"{NEGATIVE}_{name}"
 
 
 def hoisted_name(graph: str, name: str) -> str:

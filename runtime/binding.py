@@ -12,13 +12,11 @@ from cachec.runtime.engine import Call, Engine
 from cachec.runtime.errors import EngineError, InputError, cannot_be_pickled
 from cachec.runtime.model_io import ModelIO
 from cachec.runtime.plan import (
-    NOISE_BUFFER,
     BindingPlan,
     PlannedAside,
     PlannedCall,
     Slot,
     View,
-    condition_name,
     constant_data,
     lay_out,
     plan_binding,
@@ -94,9 +92,11 @@ class Binding:
         if layout.scratch_bytes:
             for context in self._contexts.values():
                 context.scratch = memory[layout.scratch_offset :]
-        self.noise = self._buffers[NOISE_BUFFER]
         self.slots = {kind: self._buffers[slots_name(kind)] for kind in program.slots}
-        self.latent_spec, self.condition_specs = plan.latent_spec, plan.conditions
+        self.latent_spec = plan.latent_spec
+        self._given = {name: (spec, self._part(view)) for name, (spec, view) in plan.given.items()}
+        self._noises = [self._part(view) for view in plan.noises]
+        self.noise = self._noises[0]
         self.prologue = None if plan.prologue is None else self._bind(plan.prologue)
         self.operations = [self._operation(call) for call in plan.operations]
         self.asides = {graph: self._aside(one) for graph, one in plan.asides.items()}
@@ -117,12 +117,11 @@ class Binding:
         Raises:
             InputError: a condition is missing, unknown, of the wrong shape or dtype, or not finite (looked at on the host).
         """
-        specs = {spec.name: spec for spec in self.condition_specs}
-        if set(conditions) != set(specs):
-            raise InputError(f"conditions are {sorted(specs)}, got {sorted(conditions)}")
-        given = [(specs[name], value, self._buffers[condition_name(name)]) for name, value in conditions.items()]
+        if set(conditions) != set(self._given):
+            raise InputError(f"conditions are {sorted(self._given)}, got {sorted(conditions)}")
+        given = [(spec, conditions[name], buffer) for name, (spec, buffer) in self._given.items()]
         if latents is not None:
-            given.append((self.latent_spec, latents, self.noise))
+            given += [(self.latent_spec, latents, buffer) for buffer in self._noises]
         adopted = [(self._adopt(spec, value), buffer) for spec, value, buffer in given]
         for value, buffer in adopted:
             self.device.upload(value, buffer)
@@ -133,7 +132,9 @@ class Binding:
         Raises:
             InputError: they do not fit.
         """
-        self.device.upload(self._adopt(self.latent_spec, latents), self.noise)
+        adopted = self._adopt(self.latent_spec, latents)
+        for buffer in self._noises:
+            self.device.upload(adopted, buffer)
 
     def take_numbers(self, *, coefficients: Array | None = None, timesteps: Array | None = None) -> None:
         """Let the calls read other rows or told times than the program's, or its own again. Nothing is bound anew."""

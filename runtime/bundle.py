@@ -35,7 +35,7 @@ _TENSORS = [{"name": str, "shape": [], "dtype": str}]
 _PROGRAMS: Form = {ANY: {"json": str, "arrays": str}}
 _FORM: Form = {  # of a manifest
     "model": {"name": str, "source": str, "weights_sha256": str},
-    "io": {"latents": str, "timestep": str, "conditions": [str]},
+    "io": {"latents": str, "timestep": str, "conditions": [str], "guidance?": str},
     "method": {"name": str},
     "settings": {},
     "noise": str,

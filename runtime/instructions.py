@@ -34,8 +34,8 @@ class Instruction(ABC):
         return {}
 
     @property
-    def writes(self) -> Mapping[str, int]:
-        """The slot by kind."""
+    def writes(self) -> Mapping[str, tuple[int, ...]]:
+        """Slots by kind, one after the other: one for each step of a run."""
         return {}
 
     @property
@@ -46,23 +46,23 @@ class Instruction(ABC):
     @property
     def moves(self) -> tuple[int, ...]:
         """The steps that the latents take; they stand at the end of the last one afterwards."""
-        return self.steps
+        return () if VELOCITY in self.writes else self.steps
 
     def check(self) -> None:
         """Raise ``BundleError`` unless its numbers are numbers, and each slot that it reads outlives it."""
-        read, written = [n for some in self.reads.values() for n in some], list(self.writes.values())
+        read, written = ([n for some in side.values() for n in some] for side in (self.reads, self.writes))
         if not all(type(number) is int for number in (*self.steps, *read, *written)) or not isinstance(self.graph, str):
             raise BundleError(f"program: {shortened(self)} does not read as an instruction")
-        for kind, slot in self.writes.items():
-            if slot in self.reads.get(kind, ()):
-                raise BundleError(f"program: steps {shortened(self.steps)} write {kind} slot {slot}, which they read")
+        for kind, slots in self.writes.items():
+            if lost := sorted({*slots} & {*self.reads.get(kind, ())}):
+                raise BundleError(f"program: steps {shortened(self.steps)} write {kind} slot {lost[0]}, which they read")
 
 
 @dataclass(frozen=True)
 class Compute(Instruction):
     """Run the whole model at ``step``; keep what it ``keeps`` in ``slot`` unless nothing reads it (``None``).
 
-    One that keeps the velocity is of the output cut, where the ``Advance`` behind it moves the latents.
+    One that keeps the velocity, alone or in ``velocity_slot``, leaves the latents to the ``Advance`` behind it.
     """
 
     op: ClassVar[str] = "compute"
@@ -71,31 +71,34 @@ class Compute(Instruction):
     slot: int | None = None
     keeps: str = FEATURE
     graph: str = COMPUTE
+    velocity_slot: int | None = None
 
     @property
     def steps(self) -> tuple[int, ...]:
         return (self.step,)
 
     @property
-    def writes(self) -> Mapping[str, int]:
-        return {} if self.slot is None else {self.keeps: self.slot}
+    def writes(self) -> Mapping[str, tuple[int, ...]]:
+        return _run(self.keeps, self.slot) | _run(VELOCITY, self.velocity_slot)
 
     @property
     def moves(self) -> tuple[int, ...]:
-        return () if self.keeps == VELOCITY else self.steps
+        return () if self.keeps == VELOCITY else super().moves
 
 
 @dataclass(frozen=True)
 class Forecast(Instruction):
     """Forecast the steps of ``span`` linearly from the feature slots ``0 … num_slots - 1``.
 
-    Step ``s`` takes ``program.coefficients[s, :, :num_slots]`` and ``program.bias[s]``.
+    Step ``s`` takes ``program.coefficients[s, :, :num_slots]`` and ``program.bias[s]``. With a ``velocity_slot`` the velocities
+    go there and to the slots behind it, and the latents are left to the ``Advance`` behind.
     """
 
     op: ClassVar[str] = "forecast"
     span: tuple[int, ...]
     num_slots: int
     graph: str = FORECAST
+    velocity_slot: int | None = None
 
     @property
     def steps(self) -> tuple[int, ...]:
@@ -104,6 +107,10 @@ class Forecast(Instruction):
     @property
     def reads(self) -> Mapping[str, tuple[int, ...]]:
         return {FEATURE: tuple(range(self.num_slots))}
+
+    @property
+    def writes(self) -> Mapping[str, tuple[int, ...]]:
+        return _run(VELOCITY, self.velocity_slot, len(self.span))
 
     @property
     def rows(self) -> tuple[int, ...]:
@@ -122,6 +129,7 @@ class Predict(Instruction):
     sources: tuple[int, ...]
     slot: int | None = None
     graph: str = FORECAST
+    velocity_slot: int | None = None
 
     @property
     def steps(self) -> tuple[int, ...]:
@@ -132,21 +140,24 @@ class Predict(Instruction):
         return {FEATURE: self.sources}
 
     @property
-    def writes(self) -> Mapping[str, int]:
-        return {} if self.slot is None else {FEATURE: self.slot}
+    def writes(self) -> Mapping[str, tuple[int, ...]]:
+        return _run(FEATURE, self.slot) | _run(VELOCITY, self.velocity_slot)
 
 
 @dataclass(frozen=True)
 class Advance(Instruction):
-    """Move the latents over ``span``, the first step of which was just computed: noise plus weighted velocities.
+    """Move the latents over ``span``: a share of the noise, or of the latents before it, plus weighted velocities.
 
-    The weights are ``program.coefficients[span[0], :, :num_slots]`` over the velocity slots ``0 … num_slots - 1``.
+    The velocities were just made, or the first of them was. The weights over the velocity slots ``0 … num_slots - 1`` are
+    ``program.coefficients[span[0], :, :num_slots]`` on the output cut and ``program.moves[span[0], :num_slots]`` on the
+    hidden one, the share is ``program.shares[span[0]]``.
     """
 
     op: ClassVar[str] = "advance"
     span: tuple[int, ...]
     num_slots: int
     graph: str = ADVANCE
+    from_noise: bool = True
 
     @property
     def steps(self) -> tuple[int, ...]:
@@ -159,6 +170,11 @@ class Advance(Instruction):
     @property
     def rows(self) -> tuple[int, ...]:
         return self.span[:1]
+
+
+def _run(kind: str, slot: int | None, length: int = 1) -> dict[str, tuple[int, ...]]:
+    """Slots of a kind from ``slot`` on, if it is one."""
+    return {kind: tuple(range(slot, slot + length)) if type(slot) is int else (slot,)} if slot is not None else {}
 
 
 _INSTRUCTIONS: dict[str, type[Compute | Forecast | Predict | Advance]] = {

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from cachec.runtime.abi import GUIDANCE, negative_name
 from cachec.runtime.errors import BundleError, shortened
 
 
@@ -18,7 +19,8 @@ class ModelIO:
 
     ``guidance`` names the rule by which the outputs u of the negative and c of the positive branch become one, at scale s:
     ``plain`` u + s (c - u); ``renormalised`` the same, scaled to the norm of c along the last axis; ``extra`` c + s (c - u).
-    ``None``: the model has one branch.
+    ``None``: the model has one branch. Guided requests have the ``conditions``
+    of both branches, those of the negative one under ``negative_name``, and a scale.
     """
 
     latents: str
@@ -28,6 +30,13 @@ class ModelIO:
     axis: int = 1
     output: tuple[int, int] | None = None
     guidance: str | None = None
+
+    @property
+    def request_conditions(self) -> tuple[str, ...]:
+        """What a request brings besides noise, by name."""
+        if self.guidance is None:
+            return self.conditions
+        return (*self.conditions, *map(negative_name, self.conditions), GUIDANCE)
 
     def to_json(self) -> dict[str, Any]:
         """What engines are called with; how the input is put together is in their graphs by then."""

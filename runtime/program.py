@@ -2,22 +2,24 @@
 
 A program is a list of instructions over numbered slots. On the *hidden* cut slots hold features, and every step ends with
 the sampler's Euler step. On the *output* cut slots hold velocities, and the latents move over a whole gap between computed
-steps at once. The instructions name no method and test nothing: the same request always makes the same calls.
+steps at once. On either cut velocities may be put into slots, and the latents moved by rows over them: where two branches of
+guidance are combined first, and where the sampler looks back at earlier steps. The instructions name no method and test
+nothing: the same request always makes the same calls.
 
-Shapes: ``T`` sampling steps, ``G`` groups (one today), ``S`` slots of the kind that the cut keeps.
+Shapes: ``T`` sampling steps, ``G`` groups (one today), ``S`` slots of the kind that the cut keeps, ``V`` of velocities.
 """
 
 import copy
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import zip_longest
 from typing import Any, Literal, get_args
 
 import numpy as np
 
-from cachec.runtime.abi import FEATURE, VELOCITY
+from cachec.runtime.abi import ADVANCE, CARRY, FEATURE, VELOCITY
 from cachec.runtime.errors import BundleError, shortened
 from cachec.runtime.instructions import Instruction, check_known, read_instruction
 from cachec.runtime.specs import Array
@@ -29,7 +31,10 @@ UNCACHED = "uncached"  # the level of every bundle that computes every step
 
 @dataclass(frozen=True)
 class ProgramKey:
-    """What a program is valid for. ``sizes`` are those of the request, by name; ``batch`` is ``None`` for any."""
+    """What a program is valid for. ``sizes`` are those of the request, by name; ``batch`` is ``None`` for any.
+
+    ``guided``: a request has a negative branch beside the positive one, both of which the model runs on.
+    """
 
     steps: int
     sigmas_hash: str
@@ -37,6 +42,7 @@ class ProgramKey:
     start_step: int = 0
     batch: int | None = None
     level: str = "default"
+    guided: bool = False
 
     @property
     def sizes_text(self) -> str:
@@ -49,6 +55,13 @@ def hash_sigmas(sigmas: Array) -> str:
     return hashlib.sha256(np.ascontiguousarray(sigmas, np.float32).tobytes()).hexdigest()[:16]
 
 
+def composed(carry: Array, gain: Array) -> tuple[float, Array]:
+    """Steps ``carry * latents + gain * velocity``, both [n], one after another: what is kept, and each velocity's worth [n]."""
+    carry = np.asarray(carry, np.float64)
+    behind = np.append(np.cumprod(carry[::-1])[::-1][1:], 1.0)  # of each step, what later ones keep
+    return float(carry.prod()), (gain * behind).astype(np.float32)
+
+
 @dataclass(frozen=True, eq=False)
 class Program:
     """Instructions plus their numbers.
@@ -57,7 +70,11 @@ class Program:
     ``timesteps`` [T] what the model is told at each step, ``target_timesteps`` [T] what flow maps are told besides;
     ``coefficients`` [T, G, S] and ``bias`` [T] of the linear forecasts (rows of other steps are not read; on the output cut a
     row moves the latents and the bias is zero). Where a sampler outside works on the output cut, it gets
-    ``rows_out[s] @ slots + share_out[s] * latents`` at step ``s``: ``rows_out`` [T, G, S], ``share_out`` [T]. All float32.
+    ``rows_out[s] @ slots + share_out[s] * latents`` at step ``s``: ``rows_out`` [T, G, S], ``share_out`` [T].
+
+    What a step does to the latents: ``carry[s] * latents + gain[s] * velocity``, both [T]; without them the flow's Euler step,
+    1 and the step in ``sigmas``. Instructions that move by rows: ``moves`` [T, V] on the hidden cut, and ``shares`` [T], 1
+    without, of what they start from. All float32.
     """
 
     key: ProgramKey
@@ -71,6 +88,10 @@ class Program:
     target_timesteps: Array | None = None
     rows_out: Array | None = None
     share_out: Array | None = None
+    carry: Array | None = None
+    gain: Array | None = None
+    moves: Array | None = None
+    shares: Array | None = None
 
     def __post_init__(self) -> None:
         if self.cut not in get_args(Cut):
@@ -104,7 +125,8 @@ class Program:
             "bias": (steps,),
             "target_timesteps": (steps,),
             "rows_out": rows,
-            "share_out": (steps,),
+            **dict.fromkeys(("share_out", CARRY, "gain", "shares"), (steps,)),
+            "moves": (steps, self.slots.get(VELOCITY, 0)),
         }
         for name, value in self.arrays().items():
             shape = shapes[name]
@@ -124,6 +146,10 @@ class Program:
             self._check_output_cut()
         elif self.rows_out is not None or self.share_out is not None:
             raise BundleError("program: it has rows for a sampler outside, but nothing reads them on the hidden cut")
+        if (self.carry is None) != (self.gain is None):
+            raise BundleError("program: carry and gain belong together, and it has one of them")
+        if self.key.guided and any(one.moves and one.graph != ADVANCE for one in self.instructions):
+            raise BundleError("program: it is guided, but steps move the latents before both branches are combined")
         covered = [step for instruction in self.instructions for step in instruction.moves]
         expected = range(self.key.start_step, self.key.steps)
         if covered != list(expected):
@@ -153,22 +179,34 @@ class Program:
                 if unwritten := [number for number in numbers if (kind, number) not in written]:
                     raise BundleError(f"program: steps {steps} read {kind} slots {shortened(unwritten)} before any write")
             self._check_rows(instruction)
-            for kind, slot in instruction.writes.items():
-                if not 0 <= slot < self.slots.get(kind, 0):
-                    raise BundleError(f"program: {shortened(kind)} slot {slot} does not exist, "
+            for kind, numbers in instruction.writes.items():
+                if wrong := [number for number in numbers if not 0 <= number < self.slots.get(kind, 0)]:
+                    raise BundleError(f"program: {shortened(kind)} slot {wrong[0]} does not exist, "
                                       f"there are {self.slots.get(kind, 0)}")  # fmt: skip
-                written.add((kind, slot))
+                written |= {(kind, number) for number in numbers}
 
     def _check_rows(self, instruction: Instruction) -> None:
         if not instruction.rows:
             return
-        kept = KEPT[self.cut]
-        if set(instruction.reads) != {kept}:
+        weights, kinds = self.weights_of(instruction), set(instruction.reads)
+        if weights is None or len(kinds) != 1 or (self.cut == "output" and kinds != {VELOCITY}):
             raise BundleError(f"program: instruction {instruction.op!r} does not exist on the {self.cut} cut")
-        bound = len(instruction.reads[kept])
+        bound = len(instruction.reads[kinds.pop()])
         out = None if self.rows_out is None else self.rows_out[list(instruction.moves), :, bound:]
-        if self.coefficients[list(instruction.rows), :, bound:].any() or (out is not None and out.any()):
+        if weights[list(instruction.rows), :, bound:].any() or (out is not None and out.any()):
             raise BundleError(f"program: steps {shortened(instruction.steps)} have coefficients for slots that are not bound")
+
+    def weights_of(self, instruction: Instruction) -> Array | None:
+        """Rows [T, G, slots] that weigh what an instruction reads; ``None``: it has none of that kind."""
+        if self.cut == "output" or FEATURE in instruction.reads:
+            return self.coefficients
+        return None if self.moves is None else self.moves[:, None]
+
+    def step_numbers(self, steps: Sequence[int]) -> tuple[float, Array]:
+        """What a run of steps does: so much of the latents is kept, and each velocity is worth so much [n], float32."""
+        if self.carry is None or self.gain is None:
+            return 1.0, np.diff(self.sigmas)[list(steps)]
+        return composed(self.carry[list(steps)], self.gain[list(steps)])
 
     def with_numbers(self, *, coefficients: Array | None = None, timesteps: Array | None = None) -> "Program":
         """The same instructions with other rows or told times, which are not checked: closed loops try many."""
@@ -185,8 +223,9 @@ class Program:
 
     def arrays(self) -> dict[str, Array]:
         """All numbers by name; those that it may lack, only if it has them."""
-        names = ("sigmas", "timesteps", "coefficients", "bias", "target_timesteps", "rows_out", "share_out")
-        return {name: np.asarray(value, order="C") for name in names if (value := getattr(self, name)) is not None}
+        own = ("sigmas", "timesteps", "coefficients", "bias", "target_timesteps")
+        moved = ("rows_out", "share_out", CARRY, "gain", "moves", "shares")
+        return {name: np.asarray(value, order="C") for name in (*own, *moved) if (value := getattr(self, name)) is not None}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any], arrays: Mapping[str, Array]) -> "Program":

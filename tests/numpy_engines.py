@@ -10,6 +10,7 @@ import numpy as np
 
 from cachec.compiler.tables.coefficients import AdvanceTable, ForecastTable, collapse
 from cachec.compiler.tables.lower import lower_advance, lower_table, lower_uncached
+from cachec.compiler.tables.sampling import Sampling
 from cachec.compiler.tables.schedule import Schedule
 from cachec.runtime.abi import ADVANCE, COMPUTE, FORECAST, PROLOGUE
 from cachec.runtime.device import Host
@@ -135,7 +136,7 @@ def make_engines(*, device=None, velocities=True, **functions):
 def make_program(cut, *, schedule=SCHEDULE):
     """Straight lines through the last two computed values, on either cut; ``uncached`` computes every step."""
     if cut == UNCACHED:
-        return lower_uncached(replace(KEY, level=UNCACHED), SIGMAS, SIGMAS[:-1])
+        return lower_uncached(replace(KEY, level=UNCACHED), Sampling(SIGMAS, SIGMAS[:-1]))
     rows = np.zeros((STEPS, len(schedule.compute)))
     for step in schedule.forecast:
         last = [index for index, one in enumerate(schedule.compute) if one < step][-2:]
@@ -146,10 +147,10 @@ def make_program(cut, *, schedule=SCHEDULE):
             rows[step, last[0]] -= rows[step, last[1]]
     table = ForecastTable(schedule, rows, np.zeros(STEPS))
     if cut == "hidden":
-        return lower_table(table, KEY, SIGMAS, SIGMAS[:-1])
+        return lower_table(table, KEY, Sampling(SIGMAS, SIGMAS[:-1]))
     moves = collapse(table, SIGMAS)
     told = np.array([SIGMAS[step] * 0.97 for step in schedule.compute])  # not the sampler's own
-    return lower_advance(AdvanceTable(schedule, moves.coefficients, told), KEY, SIGMAS, SIGMAS[:-1])
+    return lower_advance(AdvanceTable(schedule, moves.coefficients, told), KEY, Sampling(SIGMAS, SIGMAS[:-1]))
 
 
 def load(cut, **options):

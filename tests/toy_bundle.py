@@ -18,6 +18,7 @@ from cachec.compiler.methods.adams import Adams
 from cachec.compiler.methods.taylor import Taylor
 from cachec.compiler.tables.coefficients import AdvanceTable
 from cachec.compiler.tables.lower import lower_advance, lower_table, lower_uncached
+from cachec.compiler.tables.sampling import Sampling
 from cachec.compiler.tables.schedule import Schedule
 from cachec.engines.targets import TargetName
 from cachec.passes import canonical_passes, cast_passes, inline_passes, run_passes, split_passes
@@ -74,7 +75,7 @@ def add_predictor(split, predictor, window):
 
 
 def toy_program():
-    return lower_table(Taylor(order=1).table(SCHEDULE, SIGMAS, None), KEY, SIGMAS, SIGMAS[:-1])
+    return lower_table(Taylor(order=1).table(SCHEDULE, SIGMAS, None), KEY, Sampling(SIGMAS, SIGMAS[:-1]))
 
 
 def output_table():
@@ -90,7 +91,7 @@ def write_toy_bundle(split, out):
 
 
 def write_output_bundle(split, out, backend="eager", hoist="all", device=HOST, slots=None):
-    program = lower_advance(output_table(), KEY, SIGMAS, SIGMAS[:-1])
+    program = lower_advance(output_table(), KEY, Sampling(SIGMAS, SIGMAS[:-1]))
     return write_bundle(compute_only(split), program, Adams(2), out, backend, hoist, device, slots=slots)
 
 
@@ -110,7 +111,7 @@ def write_bundle(
 ):
     """``backends``: one name or several. ``more``: further programs by level."""
     precision = str(outputs(graphs.modules[COMPUTE])["feature"].meta["val"].dtype).removeprefix("torch.")
-    uncached = uncached or lower_uncached(KEY, SIGMAS, SIGMAS[:-1])
+    uncached = uncached or lower_uncached(KEY, Sampling(SIGMAS, SIGMAS[:-1]))
     graphs = engine(graphs, IO, hoist=hoist, velocities=velocities, slots=slots)
     plans = plan_engines(graphs, example_inputs(), "latents", STEPS)
     with BundleWriter(out, force=False) as writer:

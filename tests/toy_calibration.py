@@ -9,9 +9,10 @@ from torch import fx, nn
 
 from cachec.compiler.calibration.calibration import Calibration
 from cachec.compiler.calibration.graph_evaluator import GraphEvaluator
-from cachec.compiler.calibration.runs import Sampling, run_uncached
+from cachec.compiler.calibration.runs import run_uncached
 from cachec.compiler.calibration.statistics import Statistics, gram
 from cachec.compiler.calibration.uses import UsedPrompts
+from cachec.compiler.tables.sampling import Sampling
 from cachec.passes import Graphs
 from cachec.runtime.abi import COMPUTE, FORECAST
 from cachec.runtime.model_io import ModelIO

@@ -10,6 +10,7 @@ from cachec.compiler.evaluation.words import Report
 from cachec.compiler.methods.taylor import Taylor
 from cachec.compiler.tables.coefficients import AdvanceTable
 from cachec.compiler.tables.lower import lower_advance, lower_table, lower_uncached
+from cachec.compiler.tables.sampling import Sampling
 from cachec.compiler.tables.schedule import Schedule
 from cachec.runtime.program import ProgramKey, hash_sigmas
 
@@ -30,15 +31,15 @@ SCORES = {  # by row: kind, PSNR of two prompts, seconds
 
 
 def hidden_program():
-    return lower_table(Taylor(1).table(SCHEDULE, SIGMAS, None), KEY, SIGMAS, SIGMAS[:-1])
+    return lower_table(Taylor(1).table(SCHEDULE, SIGMAS, None), KEY, Sampling(SIGMAS, SIGMAS[:-1]))
 
 
 def uncached_program():
-    return lower_uncached(KEY, SIGMAS, SIGMAS[:-1])
+    return lower_uncached(KEY, Sampling(SIGMAS, SIGMAS[:-1]))
 
 
 def output_program():
-    return lower_advance(AdvanceTable(SCHEDULE, MOVES), KEY, SIGMAS, SIGMAS[:-1])
+    return lower_advance(AdvanceTable(SCHEDULE, MOVES), KEY, Sampling(SIGMAS, SIGMAS[:-1]))
 
 
 def measured(psnr, seconds, *, probed=True, right=1.0):

@@ -15,6 +15,7 @@ from toy import TOKENS, WIDTH, ToyDiT
 
 from cachec.compiler.models.base import Family, ModelSpec, Settings
 from cachec.compiler.models.shards import Stored
+from cachec.compiler.tables.sampling import Sampling
 from cachec.runtime.errors import InputError, ModelUnavailableError
 from cachec.runtime.files import hash_file
 from cachec.runtime.model_io import ModelIO
@@ -106,7 +107,7 @@ class ToyModel(Family):
 
     def sampling(self, settings):
         sigmas = np.linspace(1, 0, settings.steps + 1, dtype=np.float32) * np.float32(self._shift)
-        return sigmas, sigmas[:-1]
+        return Sampling(sigmas, sigmas[:-1])
 
     def encode(self, prompts, settings, names):
         values = [make_noise(zlib.crc32(prompt.encode()), (WIDTH,)) for prompt in prompts]
@@ -120,7 +121,8 @@ class ToyModel(Family):
 
     @torch.no_grad()
     def generate(self, conditions, noise, settings):
-        sigmas, timesteps = map(torch.from_numpy, self.sampling(settings))
+        sampling = self.sampling(settings)
+        sigmas, timesteps = map(torch.from_numpy, (sampling.sigmas, sampling.timesteps))
         x, prompt = torch.from_numpy(noise), torch.from_numpy(conditions["prompt"])
         for step in range(settings.steps):
             velocity = self.transformer(x, timesteps[step].expand(len(x)), prompt)

@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from cachec.compiler.calibration.evaluator import Evaluator
-from cachec.compiler.calibration.runs import Recorder, Sampling, Subject, WantedRun, record_runs, recording_here
+from cachec.compiler.calibration.runs import Recorder, Subject, WantedRun, record_runs, recording_here
 from cachec.compiler.calibration.workers import Recipe
 from cachec.compiler.models.base import Settings
+from cachec.compiler.tables.sampling import Sampling
 from cachec.runtime.errors import InputError
 from cachec.runtime.noise import make_noise
 

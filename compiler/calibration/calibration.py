@@ -10,11 +10,12 @@ from functools import cached_property
 import numpy as np
 
 from cachec.compiler.calibration.evaluator import Conditions, Evaluator
-from cachec.compiler.calibration.runs import CHUNK, Sampling, Subject, check_finite
+from cachec.compiler.calibration.runs import CHUNK, Subject, check_finite
 from cachec.compiler.calibration.statistics import Statistics
 from cachec.compiler.calibration.uses import Use
 from cachec.compiler.tables.coefficients import Table
 from cachec.compiler.tables.lower import lower
+from cachec.compiler.tables.sampling import Sampling
 from cachec.runtime.errors import InputError
 from cachec.runtime.program import Program, ProgramKey, hash_sigmas
 from cachec.runtime.specs import Array
@@ -139,7 +140,7 @@ class Calibration:
     def program(self, table: Table) -> Program:
         """A table as a Program on this grid, to be played here."""
         key = ProgramKey(self.num_steps, hash_sigmas(self.sampling.sigmas), {})
-        return lower(table, key, self.sampling.sigmas, self.sampling.timesteps)
+        return lower(table, key, self.sampling)
 
     def all_conditions(self) -> dict[str, Array]:
         """The prompts' conditions, by name [P, …]."""

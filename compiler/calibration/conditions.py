@@ -11,9 +11,10 @@ import numpy as np
 
 from cachec.compiler.calibration.evaluator import Conditions
 from cachec.compiler.calibration.facts_file import FactsFile
-from cachec.compiler.calibration.runs import Sampling, Subject
+from cachec.compiler.calibration.runs import Subject
 from cachec.compiler.calibration.uses import UsedPrompts
 from cachec.compiler.models.base import Settings, settings_of
+from cachec.compiler.tables.sampling import Sampling
 from cachec.runtime.abi import BATCH, COMPUTE
 from cachec.runtime.errors import BundleError, InputError, shortened
 from cachec.runtime.files import write_file

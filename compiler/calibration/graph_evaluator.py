@@ -1,6 +1,7 @@
 """The evaluator of prepared graphs: PyTorch on any device, with gradients.
 
-Shapes: as ``evaluator.py``. Noise, latents, conditions and results cross between host and device; nothing else does.
+Shapes: as ``evaluator.py``. Noise, latents, conditions and results cross between host and device; nothing else does. With
+conditions of a negative branch the model runs on ``2 B`` rows, and a feature is that of both branches, one behind the other.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,17 +15,23 @@ from cachec.compiler.calibration.evaluator import Conditions, Evaluator, Numbers
 from cachec.compiler.graphs.weights import Values
 from cachec.engines.torch_device import watching_memory
 from cachec.passes import Graphs
+from cachec.passes.add_guidance import guidance_graph
 from cachec.passes.base import outputs, placeholders
 from cachec.runtime.abi import (
     ADVANCE,
     COMPUTE,
     FEATURE,
     FORECAST,
+    GUIDANCE,
     HISTORY_STEPS,
+    NEGATIVE,
+    POSITIVE,
     SIGMAS,
     STEP,
     VELOCITY,
     history_name,
+    history_window,
+    negative_name,
 )
 from cachec.runtime.device import CPU
 from cachec.runtime.errors import InputError
@@ -68,6 +75,8 @@ class GraphEvaluator(Evaluator):
         self._kept = None if feature is None else feature.dtype  # what graphs that were not captured give is taken as it is
         self._compute, self._behind = split.modules[COMPUTE], split.modules[FORECAST]
         self._predictor = None if inlined is None else inlined.modules[FORECAST]
+        ndim = outputs(self._compute)[VELOCITY].meta["val"].ndim if io.guidance is not None else 0
+        self._guide = None if io.guidance is None else guidance_graph(io.guidance, ndim)
 
     @torch.no_grad()
     def evaluate(self, x: Array, t: Time, conditions: Conditions) -> tuple[Array, Array]:
@@ -122,23 +131,43 @@ class GraphEvaluator(Evaluator):
         return {name: self._there(value[rows]) for name, value in conditions.items()}
 
     def _evaluate(self, x: torch.Tensor, t: torch.Tensor, conditions: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
-        result = self._compute(**{self._io.latents: x, self._io.timestep: t, **conditions})
-        return result[VELOCITY], result[FEATURE]
+        given, scale = self._rows({self._io.latents: x, self._io.timestep: t}, conditions)
+        result = self._compute(**given)
+        return self._combined(result[VELOCITY], scale), _side_by_side(result[FEATURE], scale)
 
     def _tail(self, feature: torch.Tensor, t: torch.Tensor, conditions: Tensors) -> torch.Tensor:
         feature = feature if self._kept is None else feature.to(self._kept)
-        given = {**conditions, self._io.timestep: t, FEATURE: feature}
-        velocity: torch.Tensor = _call(self._behind, given)[VELOCITY]
-        return velocity
+        given, scale = self._rows({self._io.timestep: t}, conditions)
+        given[FEATURE] = feature if scale is None else torch.cat(feature.chunk(2, 1))
+        return self._combined(_call(self._behind, given)[VELOCITY], scale)
+
+    def _rows(self, given: Tensors, conditions: Tensors) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
+        """What the model takes, and the scale of guidance: with one, the rows of the negative branch, then the positive's."""
+        scale = conditions.get(GUIDANCE)
+        if scale is None:
+            return {**given, **conditions}, None
+        both = {name: torch.cat([conditions[negative_name(name)], conditions[name]]) for name in self._io.conditions}
+        return {**{name: torch.cat([value, value]) for name, value in given.items()}, **both}, scale
+
+    def _combined(self, velocity: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+        """One velocity of the branches' [2 B, …]."""
+        if scale is None:
+            return velocity
+        assert self._guide is not None, "a scale is given for a rule"
+        negative, positive = velocity.chunk(2)
+        combined: torch.Tensor = self._guide(**{NEGATIVE: negative, POSITIVE: positive, GUIDANCE: scale})[VELOCITY]
+        return combined
 
     def _predict(
         self, history: Tensors, x: torch.Tensor, t: torch.Tensor, conditions: Tensors
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if self._predictor is None:
             raise InputError("the program calls a predictor inside its engine, and this evaluator was given none")
-        known = {**conditions, **history, self._io.latents: x, self._io.timestep: t}
-        result = _call(self._predictor, known)
-        return result[VELOCITY], result[FEATURE]
+        given, scale = self._rows({self._io.latents: x, self._io.timestep: t}, conditions)
+        features = {history_name(i) for i in range(history_window(history))} if scale is not None else set()
+        past = {name: torch.cat(one.chunk(2, 1)) if name in features else one for name, one in history.items()}
+        result = _call(self._predictor, {**given, **past})
+        return self._combined(result[VELOCITY], scale), _side_by_side(result[FEATURE], scale)
 
 
 class _Loop:
@@ -155,7 +184,8 @@ class _Loop:
     ) -> None:
         self.latents = noise
         self._evaluator, self._conditions, self._noise = evaluator, conditions, noise
-        self._rows, self._bias = (torch.from_numpy(a).to(noise) for a in (coefficients[:, 0], program.bias))
+        self._program, self._coefficients = program, coefficients
+        self._bias = torch.from_numpy(program.bias).to(noise)
         self._sigmas, self._timesteps = program.sigmas, timesteps
         self._slots: dict[tuple[str, int], torch.Tensor] = {}
         self._kept: dict[tuple[str, int], int] = {}  # which step each slot is of
@@ -170,18 +200,31 @@ class _Loop:
             history = self._history(step, instruction.reads[FEATURE])
             self._keep(instruction, *self._evaluator._predict(history, self.latents, self._told(step), self._conditions))
         elif instruction.graph == ADVANCE:
-            self.latents = self._noise + self._weighted(instruction, instruction.rows[0], VELOCITY)
+            self._advance(instruction)
         else:
             for step in instruction.rows:
                 feature = self._weighted(instruction, step, FEATURE) + self._bias[step]
-                self._move(step, self._evaluator._tail(feature, self._told(step), self._conditions))
+                velocity = self._evaluator._tail(feature, self._told(step), self._conditions)
+                self._keep_velocity(instruction, step, velocity)
 
     def _keep(self, instruction: Instruction, velocity: torch.Tensor, feature: torch.Tensor) -> None:
-        results = {VELOCITY: velocity, FEATURE: feature}
-        for kind, slot in instruction.writes.items():
-            self._slots[kind, slot], self._kept[kind, slot] = results[kind], instruction.steps[0]
-        for step in instruction.moves:
+        (step,) = instruction.steps
+        for slot in instruction.writes.get(FEATURE, ()):
+            self._slots[FEATURE, slot], self._kept[FEATURE, slot] = feature, step
+        self._keep_velocity(instruction, step, velocity)
+
+    def _keep_velocity(self, instruction: Instruction, step: int, velocity: torch.Tensor) -> None:
+        """In the slot that is for it; without one it moves the latents."""
+        if slots := instruction.writes.get(VELOCITY):
+            self._slots[VELOCITY, slots[instruction.steps.index(step)]] = velocity
+        else:
             self._move(step, velocity)
+
+    def _advance(self, instruction: Instruction) -> None:
+        first, shares = instruction.rows[0], self._program.shares
+        base = self._noise if getattr(instruction, "from_noise", True) else self.latents
+        share = 1.0 if shares is None else float(shares[first])
+        self.latents = share * base + self._weighted(instruction, first, VELOCITY)
 
     def _history(self, step: int, slots: Sequence[int]) -> Tensors:
         """What a predictor looks at, but for latents, told time and conditions."""
@@ -194,15 +237,25 @@ class _Loop:
         return {**features, **{name: value.to(self._noise.device) for name, value in schedule.items()}}
 
     def _weighted(self, instruction: Instruction, step: int, kind: str) -> torch.Tensor:
-        values = torch.stack([self._slots[kind, slot] for slot in instruction.reads[kind]]).to(self._rows.dtype)
-        total: torch.Tensor = torch.tensordot(self._rows[step, : len(values)], values, 1)
+        weights = self._program.weights_of(instruction)
+        rows = self._coefficients if weights is self._program.coefficients or weights is None else weights
+        values = torch.stack([self._slots[kind, slot] for slot in instruction.reads[kind]]).to(self._noise.dtype)
+        row = torch.from_numpy(rows[step, 0, : len(values)]).to(self._noise)
+        total: torch.Tensor = torch.tensordot(row, values, 1)
         return total
 
     def _move(self, step: int, velocity: torch.Tensor) -> None:
-        self.latents = self.latents + float(self._sigmas[step + 1] - self._sigmas[step]) * velocity
+        kept, worth = self._program.step_numbers([step])
+        start = self.latents if kept == 1 else kept * self.latents
+        self.latents = start + float(worth[0]) * velocity
 
     def _told(self, step: int) -> torch.Tensor:
         return _told(self._timesteps[step], self._noise)
+
+
+def _side_by_side(feature: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+    """A feature [B, 2 L, D] of both branches' [2 B, L, D]; without guidance as it is."""
+    return feature if scale is None else torch.cat(feature.chunk(2), 1)
 
 
 def _call(module: fx.GraphModule, known: Tensors) -> Mapping[str, torch.Tensor]:

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from cachec.compiler.calibration.evaluator import Conditions, Evaluator
 from cachec.compiler.calibration.workers import Alone, Kept, Team, Tick, Tool, do_pieces
 from cachec.compiler.models.base import LoadedModel, Settings
+from cachec.compiler.tables.sampling import Sampling
 from cachec.runtime.device import DeviceName
 from cachec.runtime.errors import InputError
 from cachec.runtime.noise import NUM_SEEDS, make_noise
@@ -26,18 +27,6 @@ MAX_TRAINING_BYTES = 4 << 30  # of features in memory
 TRAINING_SEED_BASE = NUM_SEEDS  # training noise has seeds from here on; people's seeds are smaller
 _ENCODED: WeakKeyDictionary[LoadedModel, dict[tuple[str, int, float], Conditions]] = WeakKeyDictionary()  # ahead of runs
 SEEDS_A_RUN = 4096  # of training noise, for each seed that a user may choose
-
-
-@dataclass(frozen=True, eq=False)
-class Sampling:
-    """``sigmas`` [T + 1] noise levels and ``timesteps`` [T], what the model is told at each, as its sampler has them."""
-
-    sigmas: Array
-    timesteps: Array
-
-    @property
-    def num_steps(self) -> int:
-        return len(self.timesteps)
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +58,7 @@ class Subject:
             sampler=model.sampler,
             settings=settings,
             latent_shape=tuple(model.example_inputs(settings)[model.io.latents].shape[1:]),
-            sampling=lambda steps: Sampling(*model.sampling(replace(settings, steps=steps))),
+            sampling=lambda steps: model.sampling(replace(settings, steps=steps)),
             encode=lambda prompts: encode_prompts(model, prompts, settings),
         )
 
@@ -116,11 +105,16 @@ class Trajectories:
 
 
 def run_uncached(evaluator: Evaluator, sampling: Sampling, noise: Array, conditions: Conditions) -> Iterator[RunStep]:
-    """The steps of plain sampling, every one computed, by Euler's rule."""
-    x = noise
-    for t, delta in zip(sampling.timesteps, np.diff(sampling.sigmas), strict=True):
+    """The steps of plain sampling, every one computed, as its sampler takes them."""
+    x, velocities = noise, list[Array]()
+    for step, t in enumerate(sampling.timesteps):
         velocity, feature = evaluator.evaluate(x, t, conditions)
-        x = x + x.dtype.type(delta) * velocity
+        if sampling.euler is None:
+            velocities.append(velocity)
+            x = sampling.latents(noise, velocities)
+        else:
+            carry, gain = (x.dtype.type(number[step]) for number in sampling.euler)
+            x = carry * x + gain * velocity
         yield RunStep(x, velocity, feature)
 
 
@@ -247,10 +241,11 @@ def encode_prompts(model: LoadedModel, prompts: Sequence[str], settings: Setting
     known = _ENCODED.get(model, {})
     if all(_key(prompt, settings) in known for prompt in prompts):
         found = [known[_key(prompt, settings)] for prompt in prompts]
-        return {name: np.stack([one[name] for one in found]) for name in model.io.conditions}
+        return {name: np.stack([one[name] for one in found]) for name in found[0]}
     starts = range(0, len(prompts), CHUNK)
-    parts = [model.encode(prompts[start : start + CHUNK], settings, model.io.conditions) for start in starts]
-    return {name: np.concatenate([part[name] for part in parts]) for name in model.io.conditions}
+    names = model.conditions(settings)
+    parts = [model.encode(prompts[start : start + CHUNK], settings, names) for start in starts]
+    return {name: np.concatenate([part[name] for part in parts]) for name in names}
 
 
 def _key(prompt: str, settings: Settings) -> tuple[str, int, float]:

@@ -21,7 +21,6 @@ from cachec.compiler.calibration.runs import (
     Batch,
     Recorders,
     RunStep,
-    Sampling,
     Subject,
     WantedRun,
     measuring_seeds,
@@ -194,7 +193,7 @@ def record_statistics(
 def _feature_shape(subject: Subject, recorders: Recorders, prompt: str) -> tuple[int, ...]:
     """Shape [L, D] of one prompt's feature, after one step."""
     own = subject.own_sampling
-    look = WantedRun(Sampling(own.sigmas[:2], own.timesteps[:1]), keep_shape)
+    look = WantedRun(own.first(1), keep_shape)
     ((_, found),) = recorders.do([Batch(0, (prompt,), (0,), (look,))])
     return tuple(map(int, found["shape"]))
 

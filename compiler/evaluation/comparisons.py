@@ -18,6 +18,7 @@ from cachec.compiler.planning.goals import PLAIN
 from cachec.compiler.tables.coefficients import AdvanceTable
 from cachec.compiler.tables.lower import lower, lower_uncached
 from cachec.compiler.tables.samplers import SOLVERS, solver_rows
+from cachec.compiler.tables.sampling import Sampling
 from cachec.compiler.tables.schedule import Schedule
 from cachec.runtime.abi import COMPUTE, FEATURES, FORECAST
 from cachec.runtime.device import DeviceName
@@ -116,9 +117,9 @@ def level_rows(loaded: LoadedBundle) -> list[Row]:
 
 
 def sampler_program(model: LoadedModel, settings: Settings, key: ProgramKey, num_steps: int) -> Program:
-    """The model's own sampler, Euler on the flow, with ``num_steps`` steps, all computed."""
-    sigmas, timesteps = model.sampling(replace(settings, steps=num_steps))
-    return lower_uncached(replace(key, steps=num_steps, sigmas_hash=hash_sigmas(sigmas)), sigmas, timesteps)
+    """The model's own sampler with ``num_steps`` steps, all computed."""
+    sampling = model.sampling(replace(settings, steps=num_steps))
+    return lower_uncached(replace(key, steps=num_steps, sigmas_hash=hash_sigmas(sampling.sigmas)), sampling)
 
 
 def compared_rows(
@@ -158,25 +159,29 @@ def _compared_program(entry: Entry, base: Program, loaded: LoadedBundle, model: 
         return _solver_program(entry.name, model, settings, key, len(base.compute_steps))
     if entry.method.needs_training:
         schedule, parameters = _trained(entry, entry.method, model, settings)
-        sigmas, timesteps = model.sampling(settings)
-        key = replace(key, steps=settings.steps, sigmas_hash=hash_sigmas(sigmas))
+        sampling = model.sampling(settings)
+        key = replace(key, steps=settings.steps, sigmas_hash=hash_sigmas(sampling.sigmas))
     else:
         schedule, parameters = Schedule(base.num_steps, base.compute_steps), None
-        sigmas, timesteps = base.sigmas, reference_timesteps(loaded, model, base)
-    return lower(entry.method.table(schedule, sigmas, parameters), key, sigmas, timesteps)
+        sampling = reference_sampling(loaded, model, base)
+    return lower(entry.method.table(schedule, sampling.levels(entry.method.cut), parameters), key, sampling)
 
 
-def reference_timesteps(loaded: LoadedBundle, model: LoadedModel, base: Program) -> np.ndarray:
-    """The sampler's own time steps [T] on the grid of ``base``, whose own may have been polished."""
-    return model.sampling(replace(settings_of(loaded.manifest), steps=base.num_steps))[1]
+def reference_sampling(loaded: LoadedBundle, model: LoadedModel, base: Program) -> Sampling:
+    """The sampler on the grid of ``base``, whose own time steps may have been polished."""
+    return model.sampling(replace(settings_of(loaded.manifest), steps=base.num_steps))
 
 
 def _solver_program(name: str, model: LoadedModel, settings: Settings, key: ProgramKey, num_steps: int) -> Program:
     plain = sampler_program(model, settings, key, num_steps)
     if name == PLAIN:
         return plain
+    if not np.allclose(model.sampling(replace(settings, steps=num_steps)).shares, 1, atol=1e-6):
+        raise InputError(
+            f"--against {name}: it is a solver for flows, and {model.sampler} is none; {PLAIN} takes fewer steps of it"
+        )
     table = AdvanceTable(Schedule(num_steps, tuple(range(num_steps))), solver_rows(name, plain.sigmas.astype(np.float64)))
-    return lower(table, plain.key, plain.sigmas, plain.timesteps)
+    return lower(table, plain.key, Sampling(plain.sigmas, plain.timesteps))
 
 
 def _trained(entry: Entry, method: Method, model: LoadedModel, settings: Settings) -> tuple[Schedule, Parameters]:

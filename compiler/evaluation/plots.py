@@ -263,14 +263,14 @@ def coefficients_of(program: Program) -> Coefficients:
     steps: list[int] = []
     rows: list[Array] = []
     for instruction in program.instructions:
-        for step in instruction.rows:
+        for step in instruction.rows if kind in instruction.reads else ():
             read = list(instruction.reads[kind])
             row = np.full((num_groups, len(sources)), np.nan)
             row[:, [owner[slot] for slot in read]] = program.coefficients[step][:, read]
             steps.append(step)
             rows.append(row)
         if instruction.computes and kind in instruction.writes:
-            owner[instruction.writes[kind]] = sources.index(instruction.steps[0])
+            owner[instruction.writes[kind][0]] = sources.index(instruction.steps[0])
     values = np.array(rows).reshape(len(steps), num_groups, len(sources)).swapaxes(0, 1)
     return Coefficients(tuple(steps), sources, values)
 

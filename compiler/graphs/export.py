@@ -16,6 +16,7 @@ from cachec.runtime.abi import (
     BASE_SHARE,
     BATCH,
     BIAS,
+    CARRY,
     COEFFICIENTS,
     COMPUTE,
     DELTA,
@@ -24,7 +25,11 @@ from cachec.runtime.abi import (
     FEATURES,
     FORECAST,
     GROUPS,
+    GUIDANCE,
+    GUIDE,
     HISTORY_STEPS,
+    NEGATIVE,
+    POSITIVE,
     PROLOGUE,
     SIGMAS,
     STEP,
@@ -56,7 +61,8 @@ def plan_engines(graphs: Graphs, inputs: Mapping[str, torch.Tensor], latents: st
         PassError: a graph cannot be exported.
     """
     device = inputs[latents].device
-    known = {**inputs, DELTA: torch.full((len(inputs[latents]),), -0.1, device=device)}
+    each = torch.full((len(inputs[latents]),), -0.1, device=device)
+    known = {**inputs, DELTA: each, CARRY: each + 1}
     plans = []
     if PROLOGUE in graphs.modules:
         prologue = graphs.modules[PROLOGUE]
@@ -83,6 +89,11 @@ def plan_engines(graphs: Graphs, inputs: Mapping[str, torch.Tensor], latents: st
         share = torch.full((1,), 0.5, device=device)
         some = {BASE: inputs[latents], VELOCITIES: velocities, COEFFICIENTS: row, BASE_SHARE: share}
         plans.append(plan_engine(ADVANCE, graphs.modules[ADVANCE], some, graphs.axes))
+    if GUIDE in graphs.modules:
+        branch = torch.zeros_like(inputs[latents], dtype=torch.float32)
+        plans.append(
+            plan_engine(GUIDE, graphs.modules[GUIDE], {NEGATIVE: branch, POSITIVE: branch + 1, GUIDANCE: each + 2}, {})
+        )
     return plans
 
 
@@ -137,6 +148,7 @@ def _forecast_inputs(
         BIAS: torch.linspace(0, 0.5, NUM_STEPS),
         DELTA: torch.full(feature.shape[:1], -0.1),
         DELTAS: torch.linspace(-0.1, -0.2, NUM_STEPS),
+        CARRY: torch.full((1,), 0.9),
         SIGMAS: torch.linspace(1, 0, num_steps + 1),
         STEP: torch.tensor(min(3, num_steps - 1)),
         HISTORY_STEPS: torch.arange(window, 0, -1),

@@ -107,13 +107,16 @@ def engine(
     merge: bool = True,
     velocities: bool = True,
     slots: str | None = None,
+    carries: bool = False,
 ) -> Graphs:
     """The graphs that engines are built from.
 
     ``hoist``: what leaves the step graphs (``passes.HOISTS``). ``merge``: of linear layers, which copies their weights.
     ``velocities``: forecasts hand them out, for a sampler outside. ``slots``: the type that features are stored in, by
-    default their own.
+    default their own. ``carries``: steps of the sampler keep a part of the latents only.
     """
     dtype = None if slots is None else getattr(torch, slots)
-    passes = engine_passes(io, graphs.stage or Stage.SPLIT, hoist=hoist, merge=merge, velocities=velocities, slots=dtype)
+    passes = engine_passes(
+        io, graphs.stage or Stage.SPLIT, hoist=hoist, merge=merge, velocities=velocities, slots=dtype, carries=carries
+    )
     return _run(graphs, [passes], observers)

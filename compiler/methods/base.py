@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from cachec.compiler.calibration.calibration import Calibration
 from cachec.compiler.calibration.evaluator import Evaluator
-from cachec.compiler.calibration.runs import Sampling, Trajectories
+from cachec.compiler.calibration.runs import Trajectories
 from cachec.compiler.methods.parameters import Parameters
 from cachec.compiler.tables.coefficients import ForecastTable, Table, compose
+from cachec.compiler.tables.sampling import Sampling
 from cachec.compiler.tables.schedule import Schedule, interval_for_budget, interval_schedule
 from cachec.runtime.errors import InputError, PredictorError, unknown_name
 from cachec.runtime.program import Cut

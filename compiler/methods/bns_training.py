@@ -21,7 +21,7 @@ def train_rows(calibration: Calibration, schedule: Schedule, *, updates: int, ba
     Raises:
         InputError: the loss is not finite.
     """
-    nodes = calibration.sigmas[[*schedule.compute, schedule.num_steps]]
+    nodes = calibration.sampling.clock[[*schedule.compute, schedule.num_steps]]
     device = calibration.evaluator.device
     rows = torch.from_numpy(adams_bashforth(nodes, 2)).float().to(device).requires_grad_()
     timesteps = torch.from_numpy(node_timesteps(calibration, schedule)).float().to(device)
@@ -32,7 +32,7 @@ def train_rows(calibration: Calibration, schedule: Schedule, *, updates: int, ba
     with tqdm(range(updates), desc="training bns", unit="update", disable=None, leave=False) as bar:
         for update in bar:
             index = torch.randperm(calibration.num_prompts, generator=generator)[:batch]
-            loss = _loss(calibration.select(index.numpy()), rows, timesteps)
+            loss = _loss(calibration.select(index.numpy()), schedule, rows, timesteps)
             if not torch.isfinite(loss):
                 raise InputError(f"bns: the loss is not finite at update {update}: lower --set rate ({rate})")
             (rows.grad,) = torch.autograd.grad(loss, [rows])  # the model's parameters gather none
@@ -43,15 +43,17 @@ def train_rows(calibration: Calibration, schedule: Schedule, *, updates: int, ba
     return result
 
 
-def _loss(calibration: Calibration, rows: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+def _loss(calibration: Calibration, schedule: Schedule, rows: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
     def there(value: Array) -> torch.Tensor:
         return torch.from_numpy(value).to(rows.device)
 
     noise, reference = there(calibration.noise()), there(calibration.latents(calibration.num_steps))
     conditions = {name: there(value) for name, value in calibration.all_conditions().items()}
     x, velocities = noise, []
+    shares = [float(calibration.sampling.shares[node]) for node in (*schedule.compute[1:], schedule.num_steps)]
     for i, timestep in enumerate(timesteps):
         velocities.append(calibration.evaluator.evaluate_with_gradients(x, timestep, conditions)[0])
-        x = noise + torch.stack([weight * v for weight, v in zip(rows[i], velocities, strict=False)]).sum(0)
+        moved = torch.stack([weight * v for weight, v in zip(rows[i], velocities, strict=False)]).sum(0)
+        x = shares[i] * (noise + moved)
     error = (x - reference).flatten(1).square().mean(dim=1)
     return torch.log(error / reference.flatten(1).square().mean(dim=1)).mean()

@@ -49,11 +49,25 @@ def fit_rows(calibration: Calibration, schedule: Schedule) -> AdvanceTable:
         velocities[i] = calibration.velocities(x, float(timesteps[i]), schedule.compute[i])
         products[:, i, : i + 1] = _inner(velocities[: i + 1], velocities[i])
         products[:, : i + 1, i] = products[:, i, : i + 1]
-        target = calibration.latents(end) - noise
+        target = _displaced(calibration, calibration.latents(end), end)
         wanted = _inner(velocities[: i + 1], target)
         rows[i, : i + 1] = solve_row(products[:, : i + 1, : i + 1], wanted, _inner(target[None], target)[:, 0])
-        x = noise + _weighted(rows[i, : i + 1], velocities[: i + 1])
+        x = _moved(calibration, rows[i, : i + 1], velocities[: i + 1], end)
     return AdvanceTable(schedule, rows)
+
+
+def _displaced(calibration: Calibration, latents: Array, node: int) -> Array:
+    """How far latents [P, …] at a node are from the noise, both divided by the noise's share in them."""
+    share = latents.dtype.type(calibration.sampling.shares[node])
+    displaced: Array = latents / share - calibration.noise()
+    return displaced
+
+
+def _moved(calibration: Calibration, row: Array, velocities: Array, node: int) -> Array:
+    """Latents [P, …] at a node, from a row [n] over velocities [n, P, …]."""
+    share = velocities.dtype.type(calibration.sampling.shares[node])
+    moved: Array = share * (calibration.noise() + _weighted(row, velocities))
+    return moved
 
 
 def _weighted(weights: Array, values: Array) -> Array:
@@ -135,14 +149,15 @@ def _play(
 ) -> _Point:
     """Closed loop; what comes before computed step ``start`` is taken from ``known``, latents there are formed anew."""
     noise = calibration.noise()
-    num = len(rows)
+    num, ends = len(rows), [*schedule.compute[1:], schedule.num_steps]
     velocities = np.empty((num, *noise.shape), noise.dtype) if known is None else known.velocities.copy()
     latents = [noise]
     if known is not None and start:
-        latents = [*known.latents[:start], noise + _weighted(rows[start - 1, :start], velocities[:start])]
+        moved = _moved(calibration, rows[start - 1, :start], velocities[:start], ends[start - 1])
+        latents = [*known.latents[:start], moved]
     for i in range(start, num):
         velocities[i] = calibration.velocities(latents[i], float(timesteps[i]), schedule.compute[i])
-        latents.append(noise + _weighted(rows[i, : i + 1], velocities[: i + 1]))
+        latents.append(_moved(calibration, rows[i, : i + 1], velocities[: i + 1], ends[i]))
     return _Point(rows, timesteps, velocities, latents)
 
 
@@ -210,12 +225,19 @@ def _stepped(calibration: Calibration, schedule: Schedule, point: _Point, jacobi
     """The point after a step; ``None`` if it leaves the order of the time steps, or the region where the model is finite."""
     rows = point.rows + sum(size * d_rows for size, (d_rows, _, _) in zip(step, jacobian.moves, strict=True))
     timesteps = point.timesteps + sum(size * d_time for size, (_, d_time, _) in zip(step, jacobian.moves, strict=True))
-    if not (np.diff(timesteps) < 0).all() or timesteps[0] > 1 or timesteps[-1] <= 0:
+    if not _in_order(timesteps, calibration.sampling.timesteps):
         return None
     try:
         return _play(calibration, schedule, rows, timesteps)
     except InputError:
         return None
+
+
+def _in_order(timesteps: Array, own: Array) -> bool:
+    """Do told times [K] run as the sampler's own [T] do, and within what these are?"""
+    if own[-1] < own[0]:
+        return bool((np.diff(timesteps) < 0).all() and timesteps[0] <= own[0] and timesteps[-1] > 0)
+    return bool((np.diff(timesteps) > 0).all() and own[0] <= timesteps[0] and timesteps[-1] <= own[-1])
 
 
 def _score(calibration: Calibration, point: _Point, soft: float) -> float:
@@ -225,9 +247,10 @@ def _score(calibration: Calibration, point: _Point, soft: float) -> float:
 def _moves(point: _Point, *, timesteps: bool) -> list[tuple[Array, Array, int]]:
     """Directions of the search: change of rows [K, K] and of timesteps [K], and the first computed step that notices.
 
-    Rows move along the whitened velocities, so that a unit of any direction moves the latents by as much.
+    Rows move along the whitened velocities, so that a unit of any direction moves the latents by as much; timesteps in units
+    of the largest.
     """
-    num = len(point.rows)
+    num, unit = len(point.rows), np.abs(point.timesteps).max()
     moves: list[tuple[Array, Array, int]] = []
     for i in range(num):
         flat = _flat(point.velocities[: i + 1])
@@ -239,7 +262,7 @@ def _moves(point: _Point, *, timesteps: bool) -> list[tuple[Array, Array, int]]:
                 moves.append((rows, np.zeros(num), i + 1))
         if i and timesteps:
             told = np.zeros(num)
-            told[i] = 1.0
+            told[i] = unit
             moves.append((np.zeros((num, num)), told, i))
     return moves
 
@@ -248,7 +271,8 @@ def _slope(calibration: Calibration, schedule: Schedule, point: _Point, move: tu
     """Derivative [P, E] of the final latents along a move."""
     d_rows, d_timesteps, start = move
     if start == len(point.rows):  # the last row acts on the final latents directly
-        exact: Array = _weighted(d_rows[-1], point.velocities).reshape(len(point.latents[-1]), -1)
+        share = calibration.sampling.shares[-1]
+        exact: Array = _weighted(share * d_rows[-1], point.velocities).reshape(len(point.latents[-1]), -1)
         return exact
     nudged = _play(calibration, schedule, point.rows + NUDGE * d_rows, point.timesteps + NUDGE * d_timesteps, point, start)
     slope: Array = (nudged.latents[-1] - point.latents[-1]).reshape(len(point.latents[-1]), -1) / NUDGE

@@ -22,8 +22,10 @@ if TYPE_CHECKING:  # text and pictures are made without torch where a family can
     from torch import nn
 
     from cachec.compiler.models.shards import Stored
+    from cachec.compiler.tables.sampling import Sampling
 
 DTYPES = ("float32", "float16", "bfloat16")
+UNGUIDED = {"plain": 1.0, "renormalised": 1.0, "extra": 0.0}  # the scale at which the positive branch is all, by rule
 
 
 @dataclass(frozen=True)
@@ -139,6 +141,16 @@ class LoadedModel(ABC):
     def io(self) -> ModelIO:
         """Which input plays which part."""
 
+    def is_guided(self, settings: Settings) -> bool:
+        """Do requests at the settings' guidance scale have a negative branch? At other scales the positive one is all."""
+        rule = self.io.guidance
+        return rule is not None and settings.guidance > UNGUIDED[rule]
+
+    def conditions(self, settings: Settings) -> tuple[str, ...]:
+        """What a request brings besides noise, by name."""
+        io = self.io
+        return io.request_conditions if self.is_guided(settings) else io.conditions
+
     @property
     @abstractmethod
     def weights_hash(self) -> str:
@@ -157,8 +169,8 @@ class LoadedModel(ABC):
         """What is baked into the graph: flags, and tensors that depend on the resolution only."""
 
     @abstractmethod
-    def sampling(self, settings: Settings) -> tuple[Array, Array]:
-        """``sigmas`` [T + 1] and ``timesteps`` [T], the latter as the transformer takes them; float32."""
+    def sampling(self, settings: Settings) -> "Sampling":
+        """The pipeline's own sampler at the settings' sizes and steps, over the transformer's outputs."""
 
     @abstractmethod
     def encode(

@@ -28,7 +28,9 @@ from cachec.compiler.models.lost_text import Reader, not_said_twice, tell_of_los
 from cachec.compiler.models.named import MODELS
 from cachec.compiler.models.observed import Observed, observe
 from cachec.compiler.models.shards import Shards, Stored, weight_files
-from cachec.compiler.tables.sampler_probe import check_options
+from cachec.compiler.tables.sampler_probe import check_options, probe_sampler
+from cachec.compiler.tables.sampling import Sampling
+from cachec.runtime.abi import GUIDANCE, negative_name
 from cachec.runtime.errors import InputError, ModelUnavailableError
 from cachec.runtime.files import hash_file, reason_of
 from cachec.runtime.hashing import hashing
@@ -37,8 +39,6 @@ from cachec.runtime.specs import Array
 log = logging.getLogger(__name__)
 
 TRANSFORMER = "transformer"  # its name in the pipeline, and its folder
-NEGATIVE = "negative_"
-GUIDANCE_SCALE = "guidance_scale"  # the condition of guided requests
 
 
 class PipelineModel(Family):
@@ -51,6 +51,7 @@ class PipelineModel(Family):
       pipelines have the same with ``negative_``. Other conditions follow from the settings, and the pipeline makes them.
     - ``SCALE``: the keyword of the guidance scale, and ``UNGUIDED`` its value that switches true guidance off.
     - ``LENGTH``: the keyword of the text length, if there is one.
+    - ``SIGN``: -1 where the pipeline hands its sampler the negated output.
     - ``SHOWN``: components that the pipeline's constructor looks at.
     """
 
@@ -59,6 +60,7 @@ class PipelineModel(Family):
     SCALE: ClassVar[str] = "guidance_scale"
     UNGUIDED: ClassVar[float] = 1.0
     LENGTH: ClassVar[str | None] = "max_sequence_length"
+    SIGN: ClassVar[float] = 1.0
     SHOWN: ClassVar[tuple[str, ...]] = ("vae",)
 
     def __init__(self, spec: ModelSpec, pipeline: Any, directory: Path | None = None, stored: Stored | None = None) -> None:
@@ -70,6 +72,7 @@ class PipelineModel(Family):
         self._described: nn.Module | None = None
         self._digests: Callable[[], list[str]] | None = None  # of the weights' files, if they are being made
         self._told: set[str] = set()  # prompts that are cut, and that was said
+        self._samplings: dict[Settings, Sampling] = {}
         self._seen: tuple[tuple[Settings, int], Observed] | None = None  # the last run that was observed
 
     # --- what a family says
@@ -282,9 +285,12 @@ class PipelineModel(Family):
         inputs = (io.latents, io.timestep, *io.conditions)
         return {**{name: value for name, value in given.items() if name not in inputs}, "return_dict": False}
 
-    def sampling(self, settings: Settings) -> tuple[Array, Array]:
-        seen = self.observed(settings)
-        return _noise_levels(seen.scheduler), _told(seen, self.io.timestep).numpy()
+    def sampling(self, settings: Settings) -> Sampling:
+        if settings not in self._samplings:
+            seen = self.observed(settings)
+            told = _told(seen, self.io.timestep).numpy()
+            self._samplings[settings] = Sampling.of(probe_sampler(seen.scheduler), told, sign=self.SIGN)
+        return self._samplings[settings]
 
     def encode(
         self, prompts: Sequence[str], settings: Settings, names: Sequence[str], negatives: Sequence[str] | None = None
@@ -292,10 +298,10 @@ class PipelineModel(Family):
         if negatives is not None and self.io.guidance is None:
             raise InputError(f"{self.spec.name} has no negative prompt: it takes its guidance scale as an input. Leave it out")
         found = self._encode(prompts, settings)
-        if any(name.startswith(NEGATIVE) for name in names):
+        if any(negative_name(name) in names for name in self.io.conditions):
             others = self._encode([""] * len(prompts) if negatives is None else negatives, settings)
-            found |= {NEGATIVE + name: value for name, value in others.items()}
-        found.setdefault(GUIDANCE_SCALE, np.full(len(prompts), settings.guidance, np.float32))
+            found |= {negative_name(name): value for name, value in others.items()}
+        found.setdefault(GUIDANCE, np.full(len(prompts), settings.guidance, np.float32))
         return {name: found[name] for name in names}
 
     def _encode(self, prompts: Sequence[str], settings: Settings) -> dict[str, Array]:
@@ -348,9 +354,9 @@ class PipelineModel(Family):
 
         given = {name: there(value) for name, value in conditions.items()}
         call = {**self.sized(settings), **self.arguments(given, settings), self.SCALE: self.scale(conditions, settings)}
-        if self.io.guidance is not None and GUIDANCE_SCALE in conditions:
-            others = {name.removeprefix(NEGATIVE): value for name, value in given.items() if name.startswith(NEGATIVE)}
-            call |= {NEGATIVE + keyword: value for keyword, value in self.arguments({**given, **others}, settings).items()}
+        if self.io.guidance is not None and GUIDANCE in conditions:
+            others = {name: given[negative_name(name)] for name in self.io.conditions}
+            call |= {negative_name(keyword): value for keyword, value in self.arguments({**given, **others}, settings).items()}
         latents: torch.Tensor = self._run({**call, "return_dict": False}, there(noise))
         return latents.float().cpu().numpy()
 
@@ -362,9 +368,9 @@ class PipelineModel(Family):
         """What the pipeline's call gets as its guidance scale."""
         if self.io.guidance is None:
             return settings.guidance
-        if GUIDANCE_SCALE not in conditions:
+        if GUIDANCE not in conditions:
             return self.UNGUIDED
-        scales = np.unique(conditions[GUIDANCE_SCALE])
+        scales = np.unique(conditions[GUIDANCE])
         if len(scales) != 1:
             raise InputError(f"a pipeline's call takes one guidance scale, not {', '.join(map(str, scales))}")
         return float(scales[0])
@@ -377,15 +383,6 @@ class PipelineModel(Family):
 def _told(seen: Observed, name: str) -> torch.Tensor:
     """What the transformer is told at each step [T], float32, on the CPU."""
     return torch.stack([value.reshape(-1)[0].float().cpu() for value in seen.at_each_step(name)])
-
-
-def _noise_levels(scheduler: Any) -> Array:
-    """[T + 1], falling: as the scheduler lists them; of one that lists none, what noise and picture are to each other."""
-    if getattr(scheduler, "sigmas", None) is not None:
-        return np.asarray(scheduler.sigmas.cpu(), np.float32)
-    kept = scheduler.alphas_cumprod[scheduler.timesteps.cpu()].double()
-    kept = torch.cat([kept, torch.as_tensor(scheduler.final_alpha_cumprod).double()[None]])
-    return (((1 - kept) / kept).sqrt()).numpy().astype(np.float32)
 
 
 def _own(tensor: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,7 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from cachec.compiler.calibration.metrics import Decode, latent_rel_l2, psnr_db, 
 from cachec.compiler.calibration.runs import check_finite
 from cachec.compiler.tables.coefficients import ForecastTable
 from cachec.compiler.tables.lower import lower_table
+from cachec.compiler.tables.sampling import Sampling
 from cachec.compiler.tables.schedule import Schedule
 from cachec.runtime.abi import BATCH, COMPUTE, FORECAST
 from cachec.runtime.engine import Engine
@@ -98,7 +100,8 @@ def forecast_cost(engines: Mapping[str, Engine], program: Program, io: ModelIO) 
     if not half:
         return 0.0
     table = ForecastTable(Schedule(program.num_steps, tuple(range(half))), *_last_feature(program.num_steps, half))
-    session = Session(engines, lower_table(table, program.key, program.sigmas, program.timesteps), io, batch=batch)
+    plain = lower_table(table, replace(program.key, guided=False), Sampling(program.sigmas, program.timesteps))
+    session = Session(engines, plain, io, batch=batch)
     conditions = {name: np.zeros(s.resolve({BATCH: batch}), s.dtype) for name, s in _conditions(engines, io).items()}
     seconds: dict[bool, list[float]] = {True: [], False: []}
     for _ in range(2):  # the first round warms up

@@ -8,18 +8,17 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from cachec.compiler.calibration.calibration import Calibration, open_calibration
 from cachec.compiler.calibration.evaluator import Evaluator
 from cachec.compiler.calibration.metrics import Decode, mean, psnr_db
-from cachec.compiler.calibration.runs import Sampling, Subject
+from cachec.compiler.calibration.runs import Subject
 from cachec.compiler.calibration.statistics import Statistics
 from cachec.compiler.methods.base import Method
 from cachec.compiler.methods.parameters import Parameters
 from cachec.compiler.planning.goals import Goal, budget_for_speedup, smallest_budget
 from cachec.compiler.planning.search import search_schedule
 from cachec.compiler.tables.lower import lower
+from cachec.compiler.tables.sampling import Sampling
 from cachec.compiler.tables.schedule import Schedule
 from cachec.runtime.errors import InputError
 from cachec.runtime.program import Program, ProgramKey, hash_sigmas
@@ -156,12 +155,11 @@ class Planner:
     def _fit(self, goal: Goal, schedule: Schedule, fine: bool, *, draft: bool = False) -> LevelPlan:
         method, parameters = self._method.draft() if draft else self._method, self._parameters
         sampling = self._sampling(schedule.num_steps)
-        sigmas, timesteps = sampling.sigmas, sampling.timesteps
         if method.needs_calibration:
             parameters = method.calibrate(self._calibration(fine).of("fit"), schedule)
-        table = method.table(schedule, sigmas.astype(np.float64), parameters)
-        key = replace(self._key, steps=schedule.num_steps, sigmas_hash=hash_sigmas(sigmas), level=goal.level)
-        return LevelPlan(goal, lower(table, key, sigmas, timesteps), fine)
+        table = method.table(schedule, sampling.levels(method.cut), parameters)
+        key = replace(self._key, steps=schedule.num_steps, sigmas_hash=hash_sigmas(sampling.sigmas), level=goal.level)
+        return LevelPlan(goal, lower(table, key, sampling), fine)
 
     def _calibration(self, fine: bool) -> Calibration:
         assert self._calibrations is not None

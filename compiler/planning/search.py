@@ -16,6 +16,7 @@ from cachec.compiler.calibration.calibration import Calibration, decibels
 from cachec.compiler.methods.base import Method, PredictorMethod
 from cachec.compiler.methods.parameters import Parameters
 from cachec.compiler.tables.coefficients import AdvanceTable, ForecastTable
+from cachec.compiler.tables.sampling import Sampling
 from cachec.compiler.tables.schedule import Schedule, uniform_schedule
 from cachec.runtime.errors import InputError, missing_extra
 from cachec.runtime.specs import Array
@@ -37,12 +38,12 @@ CLOSED_MOVES = 10  # closed-loop runs of neighbours of the best
 
 
 class GramDomain:
-    """Errors of schedules on the uncached run ``gram`` [G, G] (summed over prompts) at noise levels ``sigmas`` [G + 1]."""
+    """Errors of schedules on the uncached run ``gram`` [G, G] (summed over prompts) of a ``sampling`` of G steps."""
 
-    def __init__(self, gram: Array, sigmas: Array) -> None:
-        self.sigmas = np.asarray(sigmas, np.float64)
+    def __init__(self, gram: Array, sampling: Sampling) -> None:
+        self.sigmas, self._shares = np.asarray(sampling.sigmas, np.float64), sampling.shares
         self._gram = gram + 1e-13 * np.trace(gram) / len(gram) * np.eye(len(gram))
-        self.moves = np.tril(np.ones((len(gram) + 1, len(gram))), -1) * np.diff(self.sigmas)  # [G + 1, G]: noise to node
+        self.moves = sampling.moves  # [G + 1, G]: noise to node
         self._wanted = self._gram @ self.moves.T
         self._squares = np.einsum("eg,ge->e", self.moves, self._wanted)
 
@@ -69,19 +70,20 @@ class GramDomain:
         of the gap is a choice, not a derivation: on the reference model it ranked good schedules more as the closed loop does
         than plain sums or gap^2.
         """
-        gaps = -np.diff(self.sigmas[[*steps[1:], len(self._gram)]])
+        ends = [*steps[1:], len(self._gram)]
+        gaps, errors = -np.diff(self.sigmas[ends]), errors * self._shares[ends] ** 2
         return float(errors[-1] + (errors[:-1] * gaps).sum())
 
 
 def score_of(method: Method, calibration: Calibration, parameters: Parameters | None) -> Score:
     """How a method's schedules are scored in the Gram domain. Methods fitted to a schedule are scored by least squares."""
     if method.cut == "output":
-        domain = GramDomain(calibration.velocity_gram().sum(axis=0), calibration.sigmas)
+        domain = GramDomain(calibration.velocity_gram().sum(axis=0), calibration.sampling)
         if method.schedule_bound:
             return lambda steps: domain.total(domain.least_squares(steps), steps)
 
         def score(steps: Steps) -> float:
-            table = method.table(Schedule(calibration.num_steps, steps), calibration.sigmas, parameters)
+            table = method.table(Schedule(calibration.num_steps, steps), calibration.sampling.levels(method.cut), parameters)
             assert isinstance(table, AdvanceTable)
             return domain.total(domain.rows_errors(table), steps)
 
@@ -101,7 +103,7 @@ def score_of(method: Method, calibration: Calibration, parameters: Parameters | 
 
 def solver_score(rows: Callable[[Array], Array], calibration: Calibration) -> Score:
     """How a plain solver's time steps are scored; ``rows`` makes its rows [K, K] from noise levels [K + 1]."""
-    domain = GramDomain(calibration.velocity_gram().sum(axis=0), calibration.sigmas)
+    domain = GramDomain(calibration.velocity_gram().sum(axis=0), calibration.sampling)
 
     def score(steps: Steps) -> float:
         table = AdvanceTable(Schedule(calibration.num_steps, steps), rows(domain.sigmas[[*steps, -1]]))
@@ -312,7 +314,7 @@ def closed_score(method: Method, calibration: Calibration, parameters: Parameter
         schedule = Schedule(calibration.num_steps, steps)
         fitted = draft.calibrate(calibration, schedule) if draft.schedule_bound else parameters
         try:
-            return -decibels(calibration.errors(draft.table(schedule, calibration.sigmas, fitted)))
+            return -decibels(calibration.errors(draft.table(schedule, calibration.sampling.levels(draft.cut), fitted)))
         except InputError as error:  # the forecasts blow up: as bad as can be, but another schedule may do
             log.info("schedule %s: %s", steps, error)
             return float("inf")

@@ -28,7 +28,8 @@ class ForecastTable:
 class AdvanceTable:
     """Output cut, a whole schedule as numbers: computed step i moves the latents to the next computed step (or the end).
 
-    They become ``x_T + sum_{j <= i} coefficients[i, j] v_j``, with ``v_j`` the computed velocities in order.
+    Divided by the noise's share (``Sampling``), they become the noise plus ``sum_{j <= i} coefficients[i, j] v_j``, with
+    ``v_j`` the computed velocities in order; flows keep the noise's share at 1.
     ``coefficients`` [K, K] lower-triangular, float64. ``timesteps`` [K]: what the model is told at the computed steps, where
     that is not the sampler's own (polished time steps); else ``None``.
     """
@@ -62,9 +63,9 @@ def compose(rows: Array, bias: Array, schedule: Schedule, *, feeds_back: bool) -
     return ForecastTable(schedule, full, offset)
 
 
-def collapse(table: ForecastTable, sigmas: Array) -> AdvanceTable:
-    """Forecasts of velocities under the Euler flow sampler, one row for each whole gap between computed steps."""
-    schedule, steps = table.schedule, np.diff(np.asarray(sigmas, np.float64))
+def collapse(table: ForecastTable, clock: Array) -> AdvanceTable:
+    """Forecasts of velocities under Euler's steps along ``clock`` [T + 1], one row for each gap between computed steps."""
+    schedule, steps = table.schedule, np.diff(np.asarray(clock, np.float64))
     velocities = table.coefficients.copy()  # every step's velocity in terms of the computed ones
     velocities[list(schedule.compute), range(len(schedule.compute))] = 1.0
     if table.bias.any():

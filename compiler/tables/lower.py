@@ -1,25 +1,29 @@
 """Lowering: from a schedule and coefficients to a program with slots."""
 
 from collections.abc import Mapping
+from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 
 from cachec.compiler.tables.coefficients import AdvanceTable, ForecastTable
+from cachec.compiler.tables.sampling import Sampling
 from cachec.compiler.tables.schedule import Schedule
-from cachec.runtime.abi import VELOCITY
+from cachec.runtime.abi import FEATURE, VELOCITY
+from cachec.runtime.errors import InputError
 from cachec.runtime.instructions import Advance, Compute, Forecast, Instruction, Predict
-from cachec.runtime.program import KEPT, Cut, Program, ProgramKey
+from cachec.runtime.program import Program, ProgramKey, composed
 from cachec.runtime.specs import Array
 
 
-def lower(table: ForecastTable | AdvanceTable, key: ProgramKey, sigmas: Array, timesteps: Array) -> Program:
+def lower(table: ForecastTable | AdvanceTable, key: ProgramKey, sampling: Sampling) -> Program:
     """A program of the cut that the table is of."""
     if isinstance(table, ForecastTable):
-        return lower_table(table, key, sigmas, timesteps)
-    return lower_advance(table, key, sigmas, timesteps)
+        return lower_table(table, key, sampling)
+    return lower_advance(table, key, sampling)
 
 
-def lower_table(table: ForecastTable, key: ProgramKey, sigmas: Array, timesteps: Array) -> Program:
+def lower_table(table: ForecastTable, key: ProgramKey, sampling: Sampling) -> Program:
     """A program for the linear forecast engine.
 
     Slots go to computed features by liveness: from the step that writes one to the last step that reads it.
@@ -31,8 +35,7 @@ def lower_table(table: ForecastTable, key: ProgramKey, sigmas: Array, timesteps:
         newest = max(s for s in schedule.compute if s < step)
         last_read[newest] = max(last_read[newest], step)
     slots = _Slots()
-    coefficients = np.zeros((schedule.num_steps, max(len(row_of), 1)), np.float32)
-    bias = table.bias.astype(np.float32)
+    coefficients = np.zeros((schedule.num_steps, max(len(row_of), 1)))
     instructions: list[Instruction] = []
     run: list[int] = []  # forecast steps since the last computed one
     for step in range(schedule.num_steps):
@@ -49,12 +52,10 @@ def lower_table(table: ForecastTable, key: ProgramKey, sigmas: Array, timesteps:
         run.append(step)
     if run:
         instructions.append(Forecast(tuple(run), slots.capacity))
-    return _program(key, instructions, slots.capacity, sigmas, timesteps, coefficients, bias)
+    return _hidden(key, instructions, slots.capacity, sampling, coefficients[:, : slots.capacity], table.bias)
 
 
-def lower_predictor(
-    schedule: Schedule, window: int, *, feeds_back: bool, key: ProgramKey, sigmas: Array, timesteps: Array
-) -> Program:
+def lower_predictor(schedule: Schedule, window: int, *, feeds_back: bool, key: ProgramKey, sampling: Sampling) -> Program:
     """A program for a forecast engine with the predictor inside: slots hold every feature that a later step looks at."""
     histories = {step: schedule.history(step, window, feeds_back=feeds_back) for step in schedule.forecast}
     last_read: dict[int, int] = {}
@@ -71,36 +72,91 @@ def lower_predictor(
         slots.release(last_read, step)  # not those read now: the result must not overwrite them
         slot = slots.assign(step) if step in last_read else None
         instructions.append(Predict(step, sources, slot))
-    coefficients = np.zeros((schedule.num_steps, slots.capacity), np.float32)
-    bias = np.zeros(schedule.num_steps, np.float32)
-    return _program(key, instructions, slots.capacity, sigmas, timesteps, coefficients, bias)
+    coefficients = np.zeros((schedule.num_steps, slots.capacity))
+    return _hidden(key, instructions, slots.capacity, sampling, coefficients, np.zeros(schedule.num_steps))
 
 
-def lower_advance(table: AdvanceTable, key: ProgramKey, sigmas: Array, timesteps: Array) -> Program:
+def lower_uncached(key: ProgramKey, sampling: Sampling) -> Program:
+    """The same sampling with every step computed: what a cached run is compared with."""
+    instructions: list[Instruction] = [Compute(step) for step in range(key.start_step, key.steps)]
+    return _hidden(key, instructions, 0, sampling, np.zeros((key.steps, 0)), np.zeros(key.steps))
+
+
+def lower_advance(table: AdvanceTable, key: ProgramKey, sampling: Sampling) -> Program:
     """A program for the output cut: it needs no forecast engine. Every velocity keeps its own slot to the end.
 
-    A sampler outside gets the mean velocity of each gap, which brings one of Euler's kind to where the program moves.
+    A sampler outside gets one and the same answer at all steps of a gap, which brings it to where the program moves.
+
+    Raises:
+        InputError: there is no such answer, as the sampler lets a gap's outputs cancel.
     """
     schedule, num = table.schedule, len(table.schedule.compute)
-    rows = np.tril(table.coefficients)
-    coefficients, out = np.zeros((2, schedule.num_steps, num))
-    coefficients[list(schedule.compute)] = rows
-    timesteps = timesteps.copy()
+    rows, ends = np.tril(table.coefficients), [*schedule.compute[1:], schedule.num_steps]
+    coefficients = np.zeros((schedule.num_steps, num))
+    coefficients[list(schedule.compute)] = rows * sampling.shares[ends, None]
+    timesteps = sampling.timesteps.copy()
     if table.timesteps is not None:
         timesteps[list(schedule.compute)] = table.timesteps
     instructions: list[Instruction] = []
-    moves = np.diff(rows, axis=0, prepend=0.0)
-    for slot, (step, end) in enumerate(zip(schedule.compute, [*schedule.compute[1:], schedule.num_steps], strict=True)):
+    for slot, (step, end) in enumerate(zip(schedule.compute, ends, strict=True)):
         instructions += [Compute(step, slot, VELOCITY), Advance(tuple(range(step, end)), slot + 1)]
-        out[step:end] = moves[slot] / (float(sigmas[end]) - float(sigmas[step]))
-    bias = np.zeros(schedule.num_steps, np.float32)
-    return _program(key, instructions, num, sigmas, timesteps, coefficients, bias, out)
+    numbers = {"rows_out": _answers(rows, schedule, sampling), "share_out": np.zeros(key.steps)}
+    if sampling.rows is not None:
+        numbers["shares"] = np.ones(key.steps)
+        numbers["shares"][list(schedule.compute)] = sampling.shares[ends]
+    told = replace(sampling, timesteps=timesteps)
+    return _program(key, instructions, {VELOCITY: num}, told, coefficients, np.zeros(key.steps), **numbers)
 
 
-def lower_uncached(key: ProgramKey, sigmas: Array, timesteps: Array) -> Program:
-    """The same sampling with every step computed: what a cached run is compared with."""
-    instructions: list[Instruction] = [Compute(step) for step in range(key.start_step, key.steps)]
-    return _program(key, instructions, 0, sigmas, timesteps, np.zeros((key.steps, 0)), np.zeros(key.steps, np.float32))
+def _answers(rows: Array, schedule: Schedule, sampling: Sampling) -> Array:
+    """What a sampler outside is answered, over the velocities [T, K], so that it goes where ``rows`` [K, K] lead."""
+    answers, moves = np.zeros((schedule.num_steps, len(rows))), sampling.moves
+    for slot, (begin, end) in enumerate(pairwise([*schedule.compute, schedule.num_steps])):
+        weights = moves[end, begin:end]
+        missing = rows[slot] - moves[end, :begin] @ answers[:begin]
+        if abs(weights.sum()) <= 1e-6 * np.abs(moves[end]).sum():
+            if np.abs(missing).sum() <= 1e-6 * np.abs(rows[slot]).sum():  # it does not listen, and need not
+                answers[begin:end, slot] = 1.0
+                continue
+            raise InputError(
+                f"steps {begin} to {end - 1} of {sampling.name} cancel each other, so that no answer brings it past them: "
+                "compile for the hidden cut, or take another sampler"
+            )
+        answers[begin:end] = missing / weights.sum()
+    return answers
+
+
+def _hidden(
+    key: ProgramKey, instructions: list[Instruction], capacity: int, sampling: Sampling, coefficients: Array, bias: Array
+) -> Program:
+    """A program of the hidden cut whose instructions move the latents themselves, if the sampler and the request allow it.
+
+    A guided request needs both branches' velocities first, and a sampler that looks back needs those of earlier steps: then
+    velocities go to slots, and rows over them move the latents.
+    """
+    slots = {FEATURE: capacity} if capacity else {}
+    numbers: dict[str, Array] = {}
+    if sampling.rows is not None and sampling.euler is not None:
+        numbers = {name: value.astype(np.float32) for name, value in zip(("carry", "gain"), sampling.euler, strict=True)}
+    if sampling.euler is not None and not key.guided:
+        return _program(key, instructions, slots, sampling, coefficients, bias, **numbers)
+    looks_back, moved = sampling.euler is None, list[Instruction]()
+    num = key.steps if looks_back else max(len(one.steps) for one in instructions)
+    moves, shares = np.zeros((key.steps, num)), np.ones(key.steps)
+    for one in instructions:
+        assert isinstance(one, Compute | Forecast | Predict), "what comes from a schedule"
+        begin, end = one.steps[0], one.steps[-1] + 1
+        used = end if looks_back else len(one.steps)
+        moved += [
+            replace(one, velocity_slot=begin if looks_back else 0),
+            Advance(one.steps, used, from_noise=looks_back),
+        ]
+        if sampling.euler is None:
+            shares[begin], moves[begin, :used] = sampling.shares[end], sampling.shares[end] * sampling.moves[end, :used]
+        else:
+            shares[begin], moves[begin, :used] = composed(*(value[begin:end] for value in sampling.euler))
+    numbers |= {"moves": moves, "shares": shares}
+    return _program(key, moved, {**slots, VELOCITY: num}, sampling, coefficients, bias, **numbers)
 
 
 class _Slots:
@@ -125,24 +181,24 @@ class _Slots:
 def _program(
     key: ProgramKey,
     instructions: list[Instruction],
-    capacity: int,
-    sigmas: Array,
-    timesteps: Array,
+    slots: Mapping[str, int],
+    sampling: Sampling,
     coefficients: Array,
     bias: Array,
-    rows_out: Array | None = None,
+    **numbers: Array,
 ) -> Program:
-    """``coefficients`` and ``rows_out`` [T, S] of the one group; with ``rows_out`` it is one of the output cut."""
-    cut: Cut = "hidden" if rows_out is None else "output"
+    """``coefficients`` and ``rows_out`` are [T, S] of the one group; with the latter it is a program of the output cut."""
+    arrays = {name: np.ascontiguousarray(value, np.float32) for name, value in numbers.items()}
+    rows_out = arrays.pop("rows_out", None)
     return Program(
         key=key,
         instructions=tuple(instructions),
-        slots={KEPT[cut]: capacity} if capacity else {},
-        sigmas=sigmas.astype(np.float32),
-        timesteps=timesteps.astype(np.float32),
-        coefficients=np.ascontiguousarray(coefficients[:, None, :capacity], np.float32),
-        bias=bias,
-        cut=cut,
-        rows_out=None if rows_out is None else np.ascontiguousarray(rows_out[:, None], np.float32),
-        share_out=None if rows_out is None else np.zeros(key.steps, np.float32),
+        slots=slots,
+        sigmas=sampling.sigmas.astype(np.float32),
+        timesteps=sampling.timesteps.astype(np.float32),
+        coefficients=np.ascontiguousarray(coefficients[:, None], np.float32),
+        bias=bias.astype(np.float32),
+        cut="hidden" if rows_out is None else "output",
+        rows_out=None if rows_out is None else rows_out[:, None],
+        **arrays,
     )

@@ -35,7 +35,8 @@ class Sampler:
     After step ``i`` the latents are ``rows[i, 0] * start + sum_{j <= i} rows[i, 1 + j] * output_j``: ``rows`` [T, 1 + T].
     ``start`` is what the first step begins with: text to image begins with ``noise_scale`` times unit noise. At step ``i`` the
     model is given ``input_scale[i]`` times the latents and told ``timesteps[i]``, both [T]; pipelines may still divide the
-    latter. ``sigmas`` [T + 1] noise levels as the scheduler lists them, ``None`` where it lists none (DDIM).
+    latter. ``sigmas`` [T + 1] noise levels as the scheduler lists them, ``None`` where it lists none (DDIM); ``levels`` [T + 1]
+    the noise's part of the latents, sigma / (alpha + sigma), ``None`` where neither its list nor its alphas tell.
 
     Of Euler's kind, that is Euler in (alpha, sigma), are samplers whose every step is ``carry[i] * latents +
     gain[i] * output_i``: ``carry`` and ``gain`` [T], both ``None`` for the others. Flow Euler has a carry of 1.
@@ -47,6 +48,7 @@ class Sampler:
     input_scale: Array
     noise_scale: float
     sigmas: Array | None
+    levels: Array | None
     carry: Array | None
     gain: Array | None
 
@@ -84,7 +86,7 @@ def probe_sampler(scheduler: Any) -> Sampler:
     before = np.vstack([np.eye(1, num + 1), rows[:-1]])  # the latents that each step begins with
     scale = (inputs * before).sum(axis=1) / (before**2).sum(axis=1)
     _check_linear(scheduler, random.flatten(1).numpy(), run.flatten(2).numpy(), rows, scale[:, None] * before)
-    carry, gain = _euler(before, rows) or (None, None)
+    carry, gain = euler_of(before, rows) or (None, None)
     return Sampler(
         name=_name(scheduler),
         rows=rows,
@@ -92,6 +94,7 @@ def probe_sampler(scheduler: Any) -> Sampler:
         input_scale=scale,
         noise_scale=float(getattr(scheduler, "init_noise_sigma", 1.0)),
         sigmas=_sigmas(scheduler, first, num),
+        levels=_levels(scheduler, first, num),
         carry=carry,
         gain=gain,
     )
@@ -169,8 +172,8 @@ def _check_linear(scheduler: Any, given: Array, run: Array, rows: Array, inputs:
                              f"its unit responses; {INSTEAD}")  # fmt: skip
 
 
-def _euler(before: Array, rows: Array) -> tuple[Array, Array] | None:
-    """Carry and gain [T], if each row is its predecessor times a number, but for the newest output."""
+def euler_of(before: Array, rows: Array) -> tuple[Array, Array] | None:
+    """Carry and gain [T], if each row is its predecessor ``before`` times a number, but for the newest output."""
     num = len(rows)
     old = np.tri(num, num + 1)  # of row i the start and the outputs before i
     carry = (rows * before * old).sum(axis=1) / (before**2).sum(axis=1)
@@ -184,6 +187,20 @@ def _sigmas(scheduler: Any, first: int, num: int) -> Array | None:
     if sigmas is None or len(sigmas) != first + num + 1:
         return None
     return _numbers(sigmas[first:])
+
+
+def _levels(scheduler: Any, first: int, num: int) -> Array | None:
+    sigmas = _sigmas(scheduler, first, num)
+    if sigmas is not None:
+        flows = _name(scheduler).startswith("FlowMatch") or _config(scheduler).get("use_flow_sigmas")
+        return sigmas if flows else sigmas / (1 + sigmas)
+    alphas = getattr(scheduler, "alphas_cumprod", None)
+    if alphas is None:
+        return None
+    last = getattr(scheduler, "final_alpha_cumprod", 1.0)
+    kept = np.array([*_numbers(alphas)[_numbers(scheduler.timesteps[first:]).astype(int)], float(last)])
+    levels: Array = np.sqrt(1 - kept) / (np.sqrt(kept) + np.sqrt(1 - kept))
+    return levels
 
 
 def _draws_noise(scheduler: Any) -> str:

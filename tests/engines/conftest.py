@@ -18,9 +18,10 @@ def toys(once):
     from cachec.compiler.graphs.prepare import linear
     from cachec.compiler.methods.taylor import Taylor
     from cachec.compiler.tables.lower import lower_advance
+    from cachec.compiler.tables.sampling import Sampling
 
     def make(out):
-        more = {"output": lower_advance(output_table(), KEY, SIGMAS, SIGMAS[:-1])}
+        more = {"output": lower_advance(output_table(), KEY, Sampling(SIGMAS, SIGMAS[:-1]))}
         write_bundle(linear(split_toy(head_axis=True)), toy_program(), Taylor(order=1), out, ("ort", "eager"), more=more)
 
     return once("toys.cachec", make)

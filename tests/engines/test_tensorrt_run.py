@@ -128,7 +128,7 @@ def test_every_step_is_called_in_order_on_its_own_addresses(path, trt, request_o
         ring = session.slots["feature"]
         slot = ring.nbytes // program.capacity
         for call, instruction in zip(seen[1:], program.instructions, strict=True):
-            for number in instruction.writes.values():
+            for (number,) in instruction.writes.values():
                 assert call["feature"] == ring.pointer + number * slot  # straight into its slot
             if not instruction.computes:
                 assert call["features"] == ring.pointer  # the written slots, from the first

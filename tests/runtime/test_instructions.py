@@ -15,10 +15,10 @@ def test_instructions_say_what_they_do():
     assert [one.reads for one in (compute, forecast, predict, advance)] == [
         {}, {FEATURE: (0, 1)}, {FEATURE: (1, 0)}, {VELOCITY: (0,)},
     ]  # fmt: skip
-    assert [one.writes for one in (compute, forecast, predict, advance)] == [{FEATURE: 1}, {}, {FEATURE: 2}, {}]
+    assert [one.writes for one in (compute, forecast, predict, advance)] == [{FEATURE: (1,)}, {}, {FEATURE: (2,)}, {}]
     assert [one.rows for one in (compute, forecast, predict, advance)] == [(), (4, 5), (), (0,)]
     assert [one.moves for one in (compute, forecast, predict, advance)] == [(3,), (4, 5), (6,), (0, 1)]
-    assert (Compute(3, 1, VELOCITY).moves, Compute(3, 1, VELOCITY).writes, Compute(3).writes) == ((), {VELOCITY: 1}, {})
+    assert (Compute(3, 1, VELOCITY).moves, Compute(3, 1, VELOCITY).writes, Compute(3).writes) == ((), {VELOCITY: (1,)}, {})
     assert Compute(3, graph="unguided").graph == "unguided"
 
 

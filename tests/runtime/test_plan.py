@@ -203,8 +203,8 @@ def constants(plan, call):
 
 
 def test_conditions_are_those_that_an_engine_reads():
-    assert [spec.name for spec in plan_of("plain").conditions] == ["prompt", "guidance"]
-    assert [spec.name for spec in plan_of("hoisted").conditions] == ["prompt"]
+    assert list(plan_of("plain").given) == ["prompt", "guidance"]
+    assert list(plan_of("hoisted").given) == ["prompt"]
     assert plan_of("hoisted").buffers["condition/prompt"].shape == (BATCH, 64)
 
 

@@ -13,6 +13,7 @@ from cachec.compiler.calibration.graph_evaluator import GraphEvaluator
 from cachec.compiler.graphs.export import plan_engines
 from cachec.compiler.graphs.prepare import compute_only, engine
 from cachec.compiler.tables.lower import lower_advance
+from cachec.compiler.tables.sampling import Sampling
 from cachec.engines.eager import EagerEngine
 from cachec.engines.torch_device import TorchDevice
 from cachec.runtime.abi import BATCH, MAX_BATCH
@@ -96,7 +97,7 @@ def test_engines_of_the_output_cut_answer_too_but_have_no_tail(toy_split, evalua
     built = EngineEvaluator(engines, graphs._io)
     for got, expected in zip(*(one.evaluate(x, 0.4, conditions) for one in (built, graphs)), strict=True):
         np.testing.assert_allclose(got, expected, atol=1e-5)
-    program = lower_advance(output_table(), KEY, SIGMAS, SIGMAS[:-1])
+    program = lower_advance(output_table(), KEY, Sampling(SIGMAS, SIGMAS[:-1]))
     expected = graphs.play(program, x, conditions)
     np.testing.assert_allclose(built.play(program, x, conditions), expected, atol=1e-4)
     with pytest.raises(InputError, match="these engines have no tail"):

@@ -143,9 +143,7 @@ def test_a_predictor_inside_its_engine_is_played_as_its_folded_table(calibration
     split = Graphs({COMPUTE: plain._compute, FORECAST: plain._behind})
     sampling, method = calibration.sampling, Taylor(1)
     key = ProgramKey(STEPS, hash_sigmas(sampling.sigmas), {})
-    program = lower_predictor(
-        SCHEDULE, method.window, feeds_back=False, key=key, sigmas=sampling.sigmas, timesteps=sampling.timesteps
-    )
+    program = lower_predictor(SCHEDULE, method.window, feeds_back=False, key=key, sampling=sampling)
     own = GraphEvaluator(split, IO, Graphs({FORECAST: inlined}))
     folded = calibration.play(calibration.program(method.table(SCHEDULE, calibration.sigmas, None)))
     np.testing.assert_allclose(replace(calibration, evaluator=own).play(program), folded, rtol=1e-4, atol=1e-5)

@@ -11,7 +11,6 @@ from toy_model import POISON, SETTINGS, ToyModel
 from cachec.compiler.calibration import runs as module
 from cachec.compiler.calibration.graph_evaluator import GraphEvaluator
 from cachec.compiler.calibration.runs import (
-    Sampling,
     Subject,
     WantedRun,
     encode_ahead,
@@ -57,7 +56,7 @@ def record(model, evaluator):
 
 
 def test_an_uncached_run_is_the_pipelines_own(model, evaluator):
-    sampling = Sampling(*model.sampling(SETTINGS))
+    sampling = model.sampling(SETTINGS)
     noise, conditions = np.stack([make_noise(i, (TOKENS, WIDTH)) for i in range(5)]), encode_prompts(model, PROMPTS, SETTINGS)
     steps = list(run_uncached(evaluator, sampling, noise, conditions))
     assert len(steps) == sampling.num_steps == SETTINGS.steps
@@ -123,7 +122,7 @@ def test_trajectories_hold_every_feature_and_go_on_where_they_were(model, evalua
     subject = Subject.of(model, settings)
     runs = record_trajectories(subject, recording_here(subject, evaluator), PROMPTS, seed=1, work=tmp_path)
     assert runs.features.shape == (5, 3, TOKENS, WIDTH)
-    sampling, noise = Sampling(*model.sampling(settings)), make_noise(training_seeds(1, 5)[2], (TOKENS, WIDTH))[None]
+    sampling, noise = model.sampling(settings), make_noise(training_seeds(1, 5)[2], (TOKENS, WIDTH))[None]
     steps = list(run_uncached(evaluator, sampling, noise, model.encode([PROMPTS[2]], settings, ["prompt"])))
     some = runs.select(np.array([2]))
     np.testing.assert_allclose(some.final, steps[-1].latents, atol=1e-5)

@@ -14,7 +14,6 @@ from toy_model import SETTINGS, ToyModel
 import cachec.compiler.calibration.statistics as module
 from cachec.compiler.calibration.graph_evaluator import GraphEvaluator
 from cachec.compiler.calibration.runs import (
-    Sampling,
     Subject,
     measuring_seeds,
     recording_here,
@@ -90,7 +89,7 @@ def assert_same_bits(left, right):
 
 def straight_run(model, evaluator, prompt, noise, num_steps):
     """Velocities, features and latents [T, …] of one uncached run of one prompt."""
-    sampling = Sampling(*model.sampling(replace(SETTINGS, steps=num_steps)))
+    sampling = model.sampling(replace(SETTINGS, steps=num_steps))
     steps = list(run_uncached(evaluator, sampling, noise[None], model.encode([prompt], SETTINGS, ["prompt"])))
     return tuple(np.concatenate([getattr(s, name) for s in steps]) for name in ("velocity", "feature", "latents"))
 
@@ -236,7 +235,7 @@ def test_statistics_of_the_same_are_accepted_with_any_or_the_right_reference(rec
 
 
 def test_facts_name_the_noise_levels(model):
-    assert calibration_facts(subject_of(model), None)["sigmas"] == hash_sigmas(model.sampling(SETTINGS)[0])
+    assert calibration_facts(subject_of(model), None)["sigmas"] == hash_sigmas(model.sampling(SETTINGS).sigmas)
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from toy_bundle import SIGMAS, STEPS
 from cachec.compiler.evaluation.error_by_step import at_noise_level, measure_errors, position, trace
 from cachec.compiler.tables.coefficients import AdvanceTable
 from cachec.compiler.tables.lower import lower_advance
+from cachec.compiler.tables.sampling import Sampling
 from cachec.compiler.tables.schedule import Schedule
 from cachec.runtime.noise import make_noise
 from cachec.runtime.program import UNCACHED
@@ -40,7 +41,7 @@ def test_output_cut_has_points_at_computed_steps(loaded, run):
     ends = SIGMAS[[1, 5, STEPS]]
     moves = np.diff(ends, prepend=SIGMAS[0])
     table = AdvanceTable(schedule, np.tril(np.broadcast_to(moves, (3, 3))))
-    output = Session(loaded.engines, lower_advance(table, program.key, SIGMAS, SIGMAS[:-1]), loaded.io)
+    output = Session(loaded.engines, lower_advance(table, program.key, Sampling(SIGMAS, SIGMAS[:-1])), loaded.io)
     errors = measure_errors(loaded.session(level=UNCACHED), {"output": output}, [run])
     assert errors["output"].steps == pytest.approx((1, 5, STEPS))
     assert errors["output"].rel_l2[0] < 1e-6 < errors["output"].rel_l2[1]

@@ -10,6 +10,7 @@ from cachec.compiler.methods.adams import Adams
 from cachec.compiler.planning import levels as module
 from cachec.compiler.planning.levels import check_quality, forecast_cost, measure_levels
 from cachec.compiler.tables.lower import lower_advance, lower_uncached
+from cachec.compiler.tables.sampling import Sampling
 from cachec.compiler.tables.schedule import Schedule
 from cachec.runtime.errors import InputError, QualityError
 from cachec.runtime.program import UNCACHED, ProgramKey, hash_sigmas
@@ -35,8 +36,8 @@ def programs(measured):
     key = ProgramKey(STEPS, hash_sigmas(sampling.sigmas), {})
     table = Adams(2).table(Schedule(STEPS, (0, 2, 5)), measured.sigmas, None)
     return {
-        "fast": lower_advance(table, key, sampling.sigmas, sampling.timesteps),
-        UNCACHED: lower_uncached(key, sampling.sigmas, sampling.timesteps),
+        "fast": lower_advance(table, key, Sampling(sampling.sigmas, sampling.timesteps)),
+        UNCACHED: lower_uncached(key, Sampling(sampling.sigmas, sampling.timesteps)),
     }
 
 

@@ -35,6 +35,7 @@ from cachec.compiler.planning.search import (
 )
 from cachec.compiler.tables.coefficients import AdvanceTable, ForecastTable
 from cachec.compiler.tables.samplers import solver_rows
+from cachec.compiler.tables.sampling import Sampling
 from cachec.compiler.tables.schedule import Schedule
 from cachec.runtime.errors import InputError
 
@@ -69,7 +70,7 @@ def test_least_squares_equals_lstsq_on_the_vectors(steps):
         design, target = v[list(steps[: i + 1])].T, move @ v
         row = np.linalg.lstsq(design, target, rcond=None)[0]
         expected.append(((design @ row - target) ** 2).sum())
-    got = GramDomain(v @ v.T, sigmas).least_squares(steps)
+    got = GramDomain(v @ v.T, Sampling(sigmas, sigmas[:-1])).least_squares(steps)
     np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-9)
 
 
@@ -78,12 +79,12 @@ def test_errors_of_rows_equal_those_on_the_vectors(steps):
     v, sigmas, num = vectors(), sigmas_of(STEPS), len(steps)
     rows = np.tril(np.random.default_rng(1).standard_normal((num, num)))
     expected = [((rows[i] @ v[list(steps)] - move @ v) ** 2).sum() for i, move in enumerate(moves_of(sigmas, steps))]
-    got = GramDomain(v @ v.T, sigmas).rows_errors(AdvanceTable(Schedule(STEPS, steps), rows))
+    got = GramDomain(v @ v.T, Sampling(sigmas, sigmas[:-1])).rows_errors(AdvanceTable(Schedule(STEPS, steps), rows))
     np.testing.assert_allclose(got, expected, rtol=1e-9)
 
 
 def test_errors_at_nodes_count_by_the_gap_behind_them():
-    domain = GramDomain(np.eye(4), np.array([1.0, 0.7, 0.4, 0.2, 0.0]))
+    domain = GramDomain(np.eye(4), Sampling(np.array([1.0, 0.7, 0.4, 0.2, 0.0]), np.zeros(4)))
     assert domain.total(np.array([3.0, 5.0, 7.0]), (0, 1, 3)) == pytest.approx(7 + 3 * (0.7 - 0.2) + 5 * 0.2)
     assert domain.total(np.array([7.0]), (0,)) == 7
 
@@ -101,7 +102,7 @@ def feature_errors(v, steps):
 def test_runs_in_a_few_dimensions_are_no_problem(num_steps):
     v, sigmas = np.random.default_rng(0).standard_normal((num_steps, 2)), sigmas_of(num_steps)
     gram, steps = v @ v.T, tuple(range(0, num_steps, 2))
-    assert GramDomain(gram, sigmas).least_squares(steps)[-1] < 1e-5 * np.trace(gram)
+    assert GramDomain(gram, Sampling(sigmas, sigmas[:-1])).least_squares(steps)[-1] < 1e-5 * np.trace(gram)
     expected = sum(error * (sigmas[step] - sigmas[step + 1]) for step, error in feature_errors(v, steps).items())
     got = hidden_least_squares(gram, sigmas, Schedule(num_steps, steps))
     assert got == pytest.approx(expected, rel=1e-3, abs=1e-4)
@@ -188,7 +189,7 @@ def test_methods_that_look_further_back_have_no_costs_of_gaps(method, calibratio
 
 def random_score(seed, num_steps):
     v = vectors(seed, num_steps)
-    domain = GramDomain(v @ v.T, sigmas_of(num_steps))
+    domain = GramDomain(v @ v.T, Sampling(sigmas_of(num_steps), sigmas_of(num_steps)[:-1]))
     return lambda steps: domain.total(domain.least_squares(steps), steps)
 
 
@@ -319,7 +320,7 @@ def test_polishing_is_deterministic_from_its_seed():
 def test_output_methods_are_scored_on_velocities(calibration):
     velocities, _ = raw_runs(calibration)
     v, steps = velocities.transpose(1, 0, 2).reshape(STEPS, -1), (0, 2, 5, 8)
-    domain = GramDomain(v @ v.T, calibration.sigmas)
+    domain = GramDomain(v @ v.T, calibration.sampling)
     table = Adams(2).table(Schedule(STEPS, steps), calibration.sigmas, None)
     assert score_of(Adams(2), calibration, None)(steps) == pytest.approx(domain.total(domain.rows_errors(table), steps))
     parameters = L2p().calibrate(calibration, Schedule(STEPS, steps))
@@ -341,7 +342,7 @@ def test_hidden_methods_are_scored_on_features(calibration):
 
 
 def test_plain_solvers_are_scored_at_their_own_noise_levels(calibration):
-    domain = GramDomain(calibration.velocity_gram().sum(axis=0), calibration.sigmas)
+    domain = GramDomain(calibration.velocity_gram().sum(axis=0), calibration.sampling)
     steps = (0, 2, 5, 8)
     score = solver_score(lambda sigmas: solver_rows("ab2", sigmas), calibration)
     rows = solver_rows("ab2", calibration.sigmas[[*steps, STEPS]])
