@@ -19,7 +19,7 @@ from cachec.runtime.program import Cut
 from cachec.runtime.specs import Array
 
 LEAST_SHARE = 1e-6  # of the noise in the latents; below it they cannot be divided by it
-BEGINNING = 1e-3  # by which the noise that a run begins with may differ from unit noise
+BEGINNING = 1e-4  # by which that noise may differ from unit noise: EulerDiscreteScheduler takes 0.99998 of it
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,8 +48,8 @@ class Sampling:
         scale = np.append(sampler.input_scale, 1.0)
         if abs(begin := scale[0] * sampler.noise_scale - 1) > BEGINNING:
             raise InputError(
-                f"{sampler.name} hands the model {1 + begin:.4g} times unit noise at its first step, and a run here begins with "
-                "unit noise: take another sampler"
+                f"{sampler.name} hands the model {1 + begin:.6g} times unit noise at its first step, and a run here begins "
+                "with unit noise: take another sampler"
             )
         rows = scale[1:, None] * sampler.rows * np.array([1 / scale[0], *[sign] * sampler.rows.shape[0]])
         if (bad := np.flatnonzero(np.abs(rows[:, 0]) < LEAST_SHARE)).size:
