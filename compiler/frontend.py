@@ -222,13 +222,12 @@ def make_graphs(model: LoadedModel, request: Request, parameters: Parameters | N
     inputs = model.example_inputs(request.settings)
     check_finite_run(split, inputs, request.settings.dtype, request.wish.graph.slots)
     plain = add_forecast(model, split, request, parameters, watch)
-    wish = request.wish.graph
     return StepGraphs(plain, _engine(model, request, plain, watch, merge=merge))
 
 
 def plan_graphs(model: LoadedModel, request: Request) -> StepGraphs:
     """What :func:`make_graphs` gives for the forecast of all linear methods: what sizes tell, before a predictor is trained."""
-    split, wish = prepare(model, request.settings), request.wish.graph
+    split = prepare(model, request.settings)
     plain = compute_only(split) if request.method.cut == "output" else linear(split)
     return StepGraphs(plain, _engine(model, request, plain))
 
