@@ -41,11 +41,12 @@ class ModelIO:
     def to_json(self) -> dict[str, Any]:
         """What engines are called with; how the input is put together is in their graphs by then."""
         names = {"latents": self.latents, "timestep": self.timestep, "conditions": list(self.conditions)}
-        return {**names, "guidance": self.guidance}
+        return names if self.guidance is None else {**names, "guidance": self.guidance}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "ModelIO":
         try:
-            return cls(data["latents"], data["timestep"], tuple(data["conditions"]), guidance=data.get("guidance"))
+            parts = data["latents"], data["timestep"], tuple(data["conditions"])
+            return cls(*parts, guidance=data.get("guidance"))
         except (KeyError, TypeError) as error:
             raise BundleError(f"the manifest does not say which input plays which part: io is {shortened(data)}") from error
