@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from cachec.compiler.calibration.graph_evaluator import GraphEvaluator
 from cachec.compiler.graphs.capture import joined
 from cachec.compiler.graphs.prepare import prepare
 from cachec.compiler.graphs.weights import Values
@@ -13,8 +14,10 @@ from cachec.compiler.models import FAMILIES as KINDS
 from cachec.compiler.models import find_model, load_model
 from cachec.compiler.models.base import Settings
 from cachec.compiler.models.named import MODELS
+from cachec.compiler.tables.lower import lower_uncached
 from cachec.runtime.abi import COMPUTE, FORECAST, VELOCITY
 from cachec.runtime.errors import InputError
+from cachec.runtime.program import ProgramKey, hash_sigmas
 from tests.families import FAMILIES, NEGATIVE, PROMPT
 
 SETTINGS = Settings(height=32, width=48, text_tokens=24, guidance=3.0, steps=4, dtype="float32")
@@ -73,9 +76,9 @@ def test_the_runs_are_those_of_the_pipeline(case):
     for name in model.io.conditions:
         assert conditions[name].shape == tuple(examples[name].shape)
         assert conditions[name].dtype == examples[name].numpy().dtype
-    sigmas, timesteps = model.sampling(settings)
-    assert (len(sigmas), len(timesteps)) == (settings.steps + 1, settings.steps)
-    assert (np.diff(sigmas) < 0).all()
+    sampling = model.sampling(settings)
+    assert (len(sampling.sigmas), sampling.num_steps) == (settings.steps + 1, settings.steps)
+    assert (np.diff(sampling.sigmas) < 0).all()
     noise = examples[model.io.latents].numpy()
     made = model.generate(conditions, noise, settings)
     assert made.shape == noise.shape
@@ -84,6 +87,10 @@ def test_the_runs_are_those_of_the_pipeline(case):
         call |= {"negative_prompt": negatives} if guided else {}
         call[model.SCALE] = settings.guidance
         np.testing.assert_allclose(made, own_loop(family, model.pipeline, call), atol=1e-4)
+    key = ProgramKey(settings.steps, hash_sigmas(sampling.sigmas), {}, guided=model.is_guided(settings))
+    evaluator = GraphEvaluator(prepare(model, settings), model.io)
+    given = {name: conditions[name] for name in model.conditions(settings)}
+    np.testing.assert_allclose(evaluator.play(lower_uncached(key, sampling), noise, given), made, atol=1e-4)
     assert model.decode(made, settings).shape == (2, settings.height, settings.width, 3)
 
 
