@@ -1,0 +1,115 @@
+"""Sessions of guided requests and of samplers that are no flow's, beside the evaluator that knows no plans: on real engines."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+from toy import TOKENS, WIDTH, example_inputs
+from toy_bundle import IO, STEPS, split_toy
+
+from cachec.compiler.calibration.graph_evaluator import GraphEvaluator
+from cachec.compiler.graphs.export import plan_engines
+from cachec.compiler.graphs.prepare import engine, linear
+from cachec.compiler.methods.adams import Adams
+from cachec.compiler.methods.taylor import Taylor
+from cachec.compiler.tables.lower import lower, lower_uncached
+from cachec.compiler.tables.sampler_probe import probe_sampler
+from cachec.compiler.tables.sampling import Sampling
+from cachec.compiler.tables.schedule import Schedule
+from cachec.engines.eager import EagerEngine
+from cachec.engines.torch_device import TorchDevice
+from cachec.runtime.device import DeviceName
+from cachec.runtime.errors import BundleError, InputError
+from cachec.runtime.program import ProgramKey, hash_sigmas
+from cachec.runtime.session import Session
+
+SCHEDULE = Schedule(STEPS, (0, 2, 3, 6))
+SAMPLERS = {
+    "flow": lambda: FlowMatchEulerDiscreteScheduler(shift=2.0),
+    "ddim": lambda: DDIMScheduler(clip_sample=False, timestep_spacing="trailing"),
+    "dpm": DPMSolverMultistepScheduler,
+}
+RULES = ("plain", "renormalised", "extra")
+BATCH = 3
+
+
+def sampling_of(name):
+    scheduler = SAMPLERS[name]()
+    scheduler.set_timesteps(STEPS)
+    return Sampling.of(probe_sampler(scheduler), np.linspace(1, 0.1, STEPS))
+
+
+@pytest.fixture(scope="module")
+def engines():
+    """By rule of guidance, and whether latents are carried in part."""
+    made = {}
+
+    def make(rule, carries):
+        if (rule, carries) not in made:
+            graphs = engine(linear(split_toy()), replace(IO, guidance=rule), carries=carries)
+            device = TorchDevice(DeviceName.parse("cpu"))
+            plans = plan_engines(graphs, example_inputs(), IO.latents, STEPS)
+            made[rule, carries] = {plan.name: EagerEngine(graphs.modules[plan.name], plan.signature, device) for plan in plans}
+        return made[rule, carries]
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def given():
+    rng = np.random.default_rng(0)
+
+    def random(*shape):
+        return rng.standard_normal((BATCH, *shape)).astype(np.float32)
+
+    conditions = {"prompt": random(WIDTH), "negative_prompt": random(WIDTH), "guidance_scale": np.array([3, 1, 5], np.float32)}
+    return random(TOKENS, WIDTH), conditions
+
+
+def programs(sampling, *, guided):
+    key = ProgramKey(STEPS, hash_sigmas(sampling.sigmas), {}, guided=guided)
+    hidden, output = (
+        lower(method.table(SCHEDULE, sampling.levels(method.cut), None), key, sampling) for method in (Taylor(1), Adams(2))
+    )
+    return {"uncached": lower_uncached(key, sampling), "hidden": hidden, "output": output}
+
+
+@pytest.mark.parametrize("rule", [None, *RULES])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_sessions_play_what_the_evaluator_plays(name, rule, engines, given):
+    sampling, (noise, conditions) = sampling_of(name), given
+    conditions = conditions if rule else {"prompt": conditions["prompt"]}
+    io = replace(IO, guidance=rule)
+    evaluator = GraphEvaluator(split_toy(), io)
+    finals = {}
+    for cut, program in programs(sampling, guided=rule is not None).items():
+        session = Session(engines(rule, sampling.rows is not None), program, io, batch=BATCH)
+        for _ in range(2):  # nothing is left behind
+            got = session.run(conditions, noise)
+            wanted = evaluator.play(program, noise, conditions)
+            np.testing.assert_allclose(got, wanted, atol=2e-5 * np.abs(wanted).max(), err_msg=cut)
+        finals[cut] = got
+    assert all(np.abs(finals[cut] - finals["uncached"]).max() > 1e-3 for cut in ("hidden", "output"))
+
+
+def test_at_the_scale_of_the_positive_branch_guidance_is_none(engines, given):
+    sampling, (noise, conditions) = sampling_of("flow"), given
+    guided, plain = (programs(sampling, guided=guided)["output"] for guided in (True, False))
+    io, built = replace(IO, guidance="plain"), engines("plain", False)
+    conditions = {**conditions, "guidance_scale": np.ones(BATCH, np.float32)}
+    alone = Session(built, plain, io, batch=BATCH).run({"prompt": conditions["prompt"]}, noise)
+    np.testing.assert_allclose(Session(built, guided, io, batch=BATCH).run(conditions, noise), alone, atol=1e-5)
+
+
+def test_a_guided_request_brings_both_branches_and_the_scale(engines, given):
+    noise, conditions = given
+    session = Session(engines("plain", False), programs(sampling_of("flow"), guided=True)["hidden"], IO, batch=BATCH)
+    for missing in conditions:
+        with pytest.raises(InputError, match=f"conditions are .*'{missing}'.*, got"):
+            session.run({name: value for name, value in conditions.items() if name != missing}, noise)
+
+
+def test_engines_of_flows_do_not_play_other_samplers(engines):
+    with pytest.raises(BundleError, match="takes the steps of flows only"):
+        Session(engines(None, False), programs(sampling_of("ddim"), guided=False)["hidden"], IO, batch=1)
