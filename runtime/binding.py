@@ -104,6 +104,11 @@ class Binding:
         self._sizes, self._program, self._others = {BATCH: batch}, program, False
 
     @property
+    def conditions(self) -> tuple[str, ...]:
+        """What a request brings besides noise, by name."""
+        return tuple(self._given)
+
+    @property
     def latent_shape(self) -> tuple[int, ...]:
         """Shape of the latents, batch first."""
         return self.latent_spec.resolve(self._sizes)

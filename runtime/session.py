@@ -228,6 +228,11 @@ class Session:
         self._recording: Call | None = None
 
     @property
+    def conditions(self) -> tuple[str, ...]:
+        """What a request brings besides noise, by name."""
+        return self._binding.conditions
+
+    @property
     def latent_shape(self) -> tuple[int, ...]:
         """Shape of the latents, batch first."""
         return self._binding.latent_shape

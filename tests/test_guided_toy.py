@@ -8,6 +8,7 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEuler
 from toy import TOKENS, WIDTH, example_inputs
 from toy_bundle import IO, STEPS, split_toy
 
+from cachec.compiler.calibration.engine_evaluator import EngineEvaluator
 from cachec.compiler.calibration.graph_evaluator import GraphEvaluator
 from cachec.compiler.graphs.export import plan_engines
 from cachec.compiler.graphs.prepare import engine, linear
@@ -113,3 +114,17 @@ def test_a_guided_request_brings_both_branches_and_the_scale(engines, given):
 def test_engines_of_flows_do_not_play_other_samplers(engines):
     with pytest.raises(BundleError, match="takes the steps of flows only"):
         Session(engines(None, False), programs(sampling_of("ddim"), guided=False)["hidden"], IO, batch=1)
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_engines_are_evaluated_as_graphs_are(guided, engines, given):
+    noise, conditions = given
+    conditions = conditions if guided else {"prompt": conditions["prompt"]}
+    io = replace(IO, guidance="renormalised" if guided else None)
+    ours = EngineEvaluator(engines(io.guidance, False), io)
+    graphs = GraphEvaluator(split_toy(), io)
+    told = np.array([0.9, 0.5, 0.9])
+    velocity, feature = graphs.evaluate(noise, told, conditions)
+    for got, wanted in zip(ours.evaluate(noise, told, conditions), (velocity, feature), strict=True):
+        np.testing.assert_allclose(got, wanted, atol=1e-5)
+    np.testing.assert_allclose(ours.tail(feature, told, conditions), velocity, atol=1e-5)

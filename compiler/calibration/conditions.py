@@ -81,7 +81,7 @@ def subject_on_grid(bundle: LoadedBundle, encode: Callable[[Sequence[str]], dict
                 f"the bundle has the noise levels of its own {uncached.num_steps} steps, not those of {steps}, which take the "
                 "model's sampler: calibrate the model itself for them"
             )
-        return Sampling(uncached.sigmas, uncached.timesteps)
+        return Sampling.of_program(uncached)
 
     return Subject(
         name=manifest.model["name"],

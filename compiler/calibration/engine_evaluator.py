@@ -9,7 +9,20 @@ from typing import ClassVar
 import numpy as np
 
 from cachec.compiler.calibration.evaluator import Conditions, Evaluator, Numbers, Time
-from cachec.runtime.abi import BATCH, COMPUTE, FEATURE, FEATURES, FORECAST, MAX_BATCH
+from cachec.runtime.abi import (
+    BATCH,
+    COMPUTE,
+    FEATURE,
+    FEATURES,
+    FORECAST,
+    GUIDANCE,
+    GUIDE,
+    MAX_BATCH,
+    NEGATIVE,
+    POSITIVE,
+    VELOCITY,
+    negative_name,
+)
 from cachec.runtime.binding import Binding
 from cachec.runtime.device import CPU
 from cachec.runtime.engine import Engine
@@ -65,6 +78,12 @@ class EngineEvaluator(Evaluator):
         )
 
     def evaluate(self, x: Array, t: Time, conditions: Conditions) -> tuple[Array, Array]:
+        if GUIDANCE not in conditions:
+            return self._evaluate(x, t, conditions)
+        velocity, feature = self._evaluate(np.concatenate([x, x]), _twice(t), self._both(conditions))
+        return self._combined(velocity, conditions[GUIDANCE]), np.concatenate(np.split(feature, 2), axis=1)
+
+    def _evaluate(self, x: Array, t: Time, conditions: Conditions) -> tuple[Array, Array]:
         binding = self._bound(len(x))
         binding.take(conditions)
         compute, velocities, features = binding.operations[0], [], []
@@ -79,6 +98,12 @@ class EngineEvaluator(Evaluator):
     def tail(self, feature: Array, t: Time, conditions: Conditions) -> Array:
         if not self._has_tail:
             raise InputError("these engines have no tail: on the output cut, and where a predictor is inside, none is built")
+        if GUIDANCE not in conditions:
+            return self._tail(feature, t, conditions)
+        rows = np.concatenate(np.split(feature, 2, axis=1))
+        return self._combined(self._tail(rows, _twice(t), self._both(conditions)), conditions[GUIDANCE])
+
+    def _tail(self, feature: Array, t: Time, conditions: Conditions) -> Array:
         binding = self._bound(len(feature))
         binding.take(conditions)
         binding.device.upload(np.ascontiguousarray(feature[None]), binding.slots[FEATURE])
@@ -101,6 +126,24 @@ class EngineEvaluator(Evaluator):
         session.take_numbers(coefficients=coefficients, timesteps=timesteps)
         latents: Array = session.run(conditions, noise)
         return latents
+
+    def _both(self, conditions: Conditions) -> dict[str, Array]:
+        """Those of the negative branch, then those of the positive one: the engines take both as rows of one batch."""
+        names = self._io.conditions
+        return {name: np.concatenate([conditions[negative_name(name)], conditions[name]]) for name in names}
+
+    def _combined(self, velocity: Array, scale: Array) -> Array:
+        """One velocity [B, …] of the branches' [2 B, …], by the engine that combines them."""
+        guide = self._engines[GUIDE]
+        device = guide.device.for_session()
+        values = dict(zip((NEGATIVE, POSITIVE), np.split(velocity, 2), strict=True)) | {GUIDANCE: scale}
+        inputs = {name: device.empty(value.shape, str(value.dtype)) for name, value in values.items()}
+        for name, value in values.items():
+            device.upload(np.ascontiguousarray(value), inputs[name])
+        combined = device.empty(values[POSITIVE].shape, "float32")
+        guide.context(device).bind(inputs, {VELOCITY: combined}).run()
+        result: Array = device.download(combined)
+        return result
 
     def _bound(self, batch: int) -> Binding:
         if batch not in self._bindings:
@@ -133,6 +176,11 @@ def _by_time(t: Time, batch: int) -> list[tuple[float, Array]]:
     """The different times that are told, and which rows of the batch each is for: a program tells all rows the same."""
     times = np.broadcast_to(np.asarray(t, np.float64), (batch,))
     return [(float(told), np.flatnonzero(times == told)) for told in np.unique(times)]
+
+
+def _twice(t: Time) -> Time:
+    """What both branches' rows are told."""
+    return np.concatenate([t, t]) if isinstance(t, np.ndarray) and t.ndim else t
 
 
 def _joined(parts: list[tuple[Array, Array]]) -> Array:

@@ -82,7 +82,7 @@ def _picture(session: Session, model: LoadedModel, settings: Settings, prompt: s
     """One picture [H, W, 3], the seconds of its denoise loop, and those of the whole request."""
     start = time.perf_counter()
     batch = session.latent_shape[0]  # more than one only if the bundle takes no other; the copies are then dropped
-    conditions = model.encode([prompt] * batch, settings, session.io.conditions)
+    conditions = model.encode([prompt] * batch, settings, session.conditions)
     noise = np.repeat(make_noise(seed, session.latent_shape[1:])[None], batch, axis=0)
     before = time.perf_counter()
     latents = session.run(conditions, noise)

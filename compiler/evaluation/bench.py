@@ -170,7 +170,7 @@ class Bench(Tool[BenchFacts, PromptTask, PromptResult]):
         return tuple(self._model.example_inputs(self.settings)[self._model.io.latents].shape[1:])
 
     def encode(self, prompt: str) -> dict[str, Array]:
-        return self._model.encode([prompt], self.settings, self._model.io.conditions)
+        return self._model.encode([prompt], self.settings, self._model.conditions(self.settings))
 
     def decode(self, latents: Array) -> Array:
         picture: Array = self._model.decode(latents, self.settings)[0]

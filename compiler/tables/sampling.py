@@ -15,7 +15,7 @@ import numpy as np
 
 from cachec.compiler.tables.sampler_probe import Sampler, euler_of
 from cachec.runtime.errors import InputError
-from cachec.runtime.program import Cut
+from cachec.runtime.program import Cut, Program
 from cachec.runtime.specs import Array
 
 LEAST_SHARE = 1e-6  # of the noise in the latents; below it they cannot be divided by it
@@ -63,6 +63,21 @@ class Sampling:
             _unless_flow(sampler, rows),
             sampler.name,
         )
+
+    @classmethod
+    def of_program(cls, program: Program) -> "Sampling":
+        """The sampler that a Program which computes every step was lowered from."""
+        sigmas, timesteps, num = program.sigmas, program.timesteps, program.num_steps
+        if program.carry is not None and program.gain is not None:
+            rows, now = np.zeros((num, 1 + num)), np.eye(1, 1 + num)[0]
+            for step in range(num):
+                now = program.carry[step].astype(np.float64) * now
+                now[1 + step] += program.gain[step]
+                rows[step] = now
+            return cls(sigmas, timesteps, rows)
+        if program.moves is not None and program.shares is not None and program.moves.shape[1] == num:
+            return cls(sigmas, timesteps, np.column_stack([program.shares, program.moves]).astype(np.float64))
+        return cls(sigmas, timesteps)
 
     @property
     def num_steps(self) -> int:

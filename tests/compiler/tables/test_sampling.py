@@ -3,6 +3,8 @@
 ``P`` prompts, ``T`` steps; latents [P, L, D].
 """
 
+from dataclasses import replace
+
 import diffusers
 import numpy as np
 import pytest
@@ -79,6 +81,11 @@ def test_programs_go_where_the_samplers_own_loop_goes(name, options, told, evalu
         again = Program.from_json(program.to_json(), program.arrays())
         return evaluator.play(again, noise, conditions)
 
+    for guided in (False, True):
+        uncached = lower_uncached(replace(key_of(sampling), guided=guided), sampling)
+        np.testing.assert_allclose(
+            Sampling.of_program(uncached).moves, sampling.moves, rtol=1e-5, atol=1e-5 * sampling.moves.max()
+        )
     wanted = own_loop(make_scheduler(name, options, told), noise, whole)
     tolerance = 1e-3 if name.startswith(INEXACT) else 2e-5
     close(play(lower_uncached(key_of(sampling), sampling)), wanted, tolerance)
