@@ -6,12 +6,13 @@ forecasts at the others.
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 
-from cachec.compiler.drop_in import AcceleratedTransformer, Compiled
+from cachec.compiler.drop_in.forms import Compiled, Form, Schedule
+from cachec.compiler.drop_in.transformer import AcceleratedTransformer
 from cachec.compiler.frontend import (
     check,
     find_calibrations,
@@ -20,17 +21,19 @@ from cachec.compiler.frontend import (
     make_plans,
     make_programs,
 )
-from cachec.compiler.models.base import LoadedModel
+from cachec.compiler.models.base import LoadedModel, Settings
 from cachec.compiler.request import Request
 from cachec.compiler.stand_in import BACK
 from cachec.engines.eager import EagerEngine
 from cachec.engines.inductor import InductorEngine
 from cachec.engines.torch_device import TorchDevice, neutral_modes
+from cachec.runtime.abi import COMPUTE
 from cachec.runtime.device import CPU, DeviceName
 from cachec.runtime.engine import Engine
 from cachec.runtime.errors import InputError
 from cachec.runtime.files import temporary_folder
 from cachec.runtime.program import UNCACHED, Program
+from cachec.runtime.stepper import Stepper
 
 
 def accelerate_pipeline(model: LoadedModel, request: Request, *, compiled: bool = True) -> Any:
@@ -48,12 +51,27 @@ def accelerate_pipeline(model: LoadedModel, request: Request, *, compiled: bool 
     with neutral_modes(str(model.device)):
         engines, programs = compile_in_memory(model, request, InductorEngine if compiled else EagerEngine)
         program = next(program for level, program in programs.items() if level != UNCACHED)
-        constants = model.constants(request.settings)
-        baked = {name: value for name, value in constants.items() if isinstance(value, torch.Tensor)}
-        timesteps = model.sampling(request.settings).timesteps
-        result = Compiled(engines, program, timesteps, model.io, baked, model.sizes_of, model.check_scheduler)
+        result = Compiled([make_form(model, request.settings, engines, program)], model.apart(), str(model.device))
         model.pipeline.transformer = AcceleratedTransformer(model.transformer, model.pipeline, result)
     return model.pipeline
+
+
+def make_form(model: LoadedModel, settings: Settings, engines: Mapping[str, Engine], program: Program) -> Form:
+    """What the pipeline of ``model`` hands over at these settings, and what answers it."""
+    scheduler, signature, io = model.scheduled(settings), engines[COMPUTE].signature, model.io
+    sampling = model.sampling(settings)
+    constants = {name: value for name, value in model.constants(settings).items() if name != "return_dict"}
+    specs = {spec.name: spec for engine in engines.values() for spec in engine.signature.inputs}
+    return Form(
+        settings=settings,
+        program=program,
+        timesteps=sampling.timesteps,
+        constants=constants,
+        schedule=None if scheduler is None else Schedule.of(scheduler),
+        is_euler=sampling.euler is not None,
+        specs={io.latents: signature.input(io.latents), **{name: specs[name] for name in io.conditions}},
+        open=partial(Stepper, engines, program, io),
+    )
 
 
 def _check_original(transformer: nn.Module) -> None:

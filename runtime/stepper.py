@@ -91,10 +91,11 @@ class Stepper:
         if self._binding.prologue is not None:
             self._binding.prologue.run()
 
-    def velocity(self, step: int, latents: Buffer) -> Buffer:
+    def velocity(self, step: int, latents: Buffer, *, told: float | None = None) -> Buffer:
         """The velocity [B, …] at ``step`` and ``latents``: a buffer of the engines' device, a numpy array on the CPU.
 
-        It has memory of its own, which later steps leave alone.
+        It has memory of its own, which later steps leave alone. ``told``: what the model is told where the step is computed in
+        place of what the program has, if not what the program tells it.
 
         Raises:
             InputError: another step is next, or the latents do not fit.
@@ -105,7 +106,7 @@ class Stepper:
             due = "no step" if self.next_step is None else f"step {self.next_step}"
             raise InputError(f"step {step} was asked for, but {due} is next: take the steps in order, after begin()")
         self._binding.take_latents(latents)
-        velocity = self._answer(step)
+        velocity = self._answer(step, float(self.program.timesteps[step]) if told is None else told)
         self._step += 1
         self._look(velocity, f"at step {step}", is_last=self.next_step is None)
         return self._device.copy(velocity)
@@ -128,7 +129,7 @@ class Stepper:
         self._look(velocity, f"at time {timestep:.6g}", is_last=False)
         return self._device.copy(velocity)
 
-    def _answer(self, step: int) -> Buffer:
+    def _answer(self, step: int, told: float) -> Buffer:
         """As the program has it if this request holds what that takes, else computed."""
         *before, answering = self._by_step[step]
         computing = next((one for one in (*before, answering) if one.computed is not None), None)
@@ -139,7 +140,9 @@ class Stepper:
                 return computing.computed
         needed = answering.reads[answering.steps.index(step)]
         if not (self._forecasts and needed.items() <= self._holds.items()):
-            return self._compute(self.program.timesteps[step], self._graph(step)) if computing is None else computing.computed
+            if computing is not None and np.float32(told) == self.program.timesteps[step]:
+                return computing.computed
+            return self._compute(told, self._graph(step))
         if step not in self._found:
             self._run(answering)
             self._found.update(zip(answering.steps, answering.velocities, strict=True))

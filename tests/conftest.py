@@ -21,7 +21,7 @@ sys.path.append(str(Path(__file__).parent.parent))  # bench/, where the source t
 LONG = (  # files of more than a few seconds, the longest first; a line shares what is slow to make
     ("test_toy.py", "test_run.py"),
     ("test_tiny_flux.py",),
-    ("test_accelerate.py", "test_drop_in.py"),
+    ("test_accelerate.py",),
     ("test_cast_precision.py",),
     ("test_gram_toy.py",),
     ("test_conformance.py",),

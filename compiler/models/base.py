@@ -210,6 +210,10 @@ class LoadedModel(ABC):
         """What the transformer gives its pipeline for this velocity [B, …]: a list where it gives lists."""
         return velocity
 
+    def apart(self) -> "LoadedModel":
+        """A model that answers these questions, and keeps no pipeline from being freed."""
+        return self
+
     def scheduled(self, settings: Settings) -> Any:
         """The pipeline's scheduler as it is at the start of a run, its timesteps set; ``None``: a family does not tell."""
         return None

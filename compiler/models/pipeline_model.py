@@ -103,6 +103,12 @@ class PipelineModel(Family):
         whole = torch.nn.functional.pad(whole, (begin, self.config.out_channels - end))
         return torch.movedim(whole, -1, self.io.axis)
 
+    def apart(self) -> Self:
+        pipeline = copy.copy(self.pipeline)
+        own = vars(pipeline)
+        own.update({name: None for name, part in own.items() if isinstance(part, nn.Module) and name != TRANSFORMER})
+        return type(self)(self.spec, pipeline)
+
     def scheduled(self, settings: Settings) -> Any:
         return self.observed(settings).scheduler
 

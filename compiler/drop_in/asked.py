@@ -1,0 +1,159 @@
+"""One call of a transformer, looked at from all sides before anything believes it. ``B`` batch."""
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from cachec.compiler.drop_in.forms import Compiled, Form
+from cachec.compiler.stand_in import BACK
+from cachec.runtime.errors import InputError
+from cachec.runtime.specs import TensorSpec
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """A call as the graphs take it: ``latents`` [B, …] and ``conditions``; ``told`` the time, good to ``precision``, relative.
+
+    ``given`` by name, as the transformer takes it. ``made`` are objects among it that a pipeline makes once a run, or at least
+    does not make at every step. ``forms``: those of this size.
+    """
+
+    given: Mapping[str, Any]
+    forms: list[Form]
+    latents: torch.Tensor
+    conditions: dict[str, torch.Tensor]
+    told: float
+    precision: float
+    made: tuple[Any, ...]
+    context: str | None
+
+    @property
+    def batch(self) -> int:
+        return len(self.latents)
+
+
+class Reader:
+    """Reads calls of ``original``, of which ``compiled`` was made.
+
+    ``B`` may be any that the engines take.
+    """
+
+    def __init__(self, original: Any, compiled: Compiled) -> None:
+        self._signature = inspect.signature(original.forward)
+        self._compiled = compiled
+
+    def read(self, args: tuple[Any, ...], keywords: Mapping[str, Any], context: str | None, *, wants_gradients: bool) -> Asked:
+        """A call with these arguments.
+
+        Raises:
+            InputError: something is not as it was compiled; names it.
+        """
+        model = self._compiled.model
+        given = self._bind(args, keywords)
+        if missing := [name for name in (model.io.latents, model.io.timestep) if name not in given]:
+            raise InputError(f"{missing[0]} is missing")
+        state, told = model.state(given), given[model.io.timestep]
+        self._check_tensors({model.io.latents: state, model.io.timestep: told}, wants_gradients=wants_gradients)
+        forms = self._compiled.fitting(given, state)
+        conditions = self._conditions(given, forms[0], len(state))
+        self._check_tensors(conditions, wants_gradients=wants_gradients)
+        self._check_places({model.io.latents: state, **conditions})
+        time = told.reshape(-1)
+        if not bool((time == time[0]).all()):
+            raise InputError(f"the timesteps of one call differ: {', '.join(f'{float(one):.4g}' for one in time)}")
+        floats = [one.dtype for one in (told, state) if one.is_floating_point()] or [torch.float32]
+        return Asked(
+            given=given,
+            forms=forms,
+            latents=state.float(),
+            conditions=conditions,
+            told=float(time[0]),
+            precision=max(torch.finfo(dtype).eps for dtype in floats),
+            made=_made(given, set(forms[0].constants), {model.io.latents, model.io.timestep}),
+            context=context,
+        )
+
+    def _bind(self, args: tuple[Any, ...], keywords: Mapping[str, Any]) -> dict[str, Any]:
+        """Arguments by name, as the original takes them; those that it takes and this does not are refused unless empty."""
+        try:
+            bound = self._signature.bind(*args, **keywords)
+        except TypeError as error:
+            raise InputError(f"the transformer does not take this call: {error}") from error
+        bound.apply_defaults()
+        io, form = self._compiled.model.io, self._compiled.forms[0]
+        taken = {io.latents, io.timestep, *io.conditions, *form.constants, "return_dict"}
+        strange = []
+        for name, value in bound.arguments.items():
+            if name in taken or _is_empty(value) or value is self._signature.parameters[name].default:
+                continue
+            strange.append(f"{name} ({', '.join(map(str, value))})" if isinstance(value, Mapping) else name)
+        if strange:
+            raise InputError(
+                f"the accelerated transformer does not take {', '.join(sorted(strange))}: take it off the call, or {BACK}"
+            )
+        return {name: value for name, value in bound.arguments.items() if not _is_empty(value)}
+
+    def _conditions(self, given: Mapping[str, Any], form: Form, batch: int) -> dict[str, torch.Tensor]:
+        """As the graphs take them: in their types, and as long as they were compiled."""
+        model = self._compiled.model
+        try:
+            taken = model.taken(given, form.settings)
+        except KeyError as error:
+            raise InputError(f"{error.args[0]} is missing: the transformer was compiled with it") from error
+        return {name: _fit(name, taken[name], given.get(name), form.specs[name], batch) for name in model.io.conditions}
+
+    def _check_tensors(self, tensors: Mapping[str, Any], *, wants_gradients: bool) -> None:
+        for name, value in tensors.items():
+            if not isinstance(value, torch.Tensor):
+                raise InputError(f"{name} is {type(value).__name__}; the accelerated transformer takes a tensor")
+            if value.is_complex():
+                raise InputError(f"{name} is {value.dtype}; the accelerated transformer takes real numbers")
+        if wants_gradients and (strange := [name for name, value in tensors.items() if value.requires_grad]):
+            raise InputError(f"{', '.join(strange)} want gradients, and an accelerated transformer gives none: {BACK}")
+
+    def _check_places(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        device = torch.device(self._compiled.device)
+        if strange := [name for name, value in tensors.items() if value.device != device]:
+            raise InputError(
+                f"{', '.join(strange)} are not on {device}, where this pipeline was accelerated: move it back, or {BACK} "
+                "and accelerate it again"
+            )
+        if not bool(torch.stack([value.isfinite().all() for value in tensors.values()]).all()):
+            strange = [name for name, value in tensors.items() if not bool(value.isfinite().all())]
+            raise InputError(f"{', '.join(strange)} hold NaN or infinity: look at what made or edited them")
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or (isinstance(value, Mapping) and all(map(_is_empty, value.values())))
+
+
+def _made(given: Mapping[str, Any], constants: set[str], moving: set[str]) -> tuple[Any, ...]:
+    """Constants that are objects, which pipelines make anew for each run; where there are none, the conditions."""
+    own = [one for name, value in given.items() if name in constants for one in _objects(value)]
+    return tuple(own or [one for name, value in given.items() if name not in moving for one in _objects(value)])
+
+
+def _objects(value: Any) -> list[Any]:
+    """Tensors and lists, and what such lists hold: these may be made anew, and hold the same."""
+    if isinstance(value, list):
+        return [value, *(one for one in value if isinstance(one, torch.Tensor))]
+    return [value] if isinstance(value, torch.Tensor) else []
+
+
+def _fit(name: str, value: Any, given: Any, spec: TensorSpec, batch: int) -> torch.Tensor:
+    """A condition in the type of the graphs.
+
+    Raises:
+        InputError: it is of another shape.
+    """
+    if not isinstance(value, torch.Tensor):
+        raise InputError(f"{name} is {type(value).__name__}; the accelerated transformer takes a tensor")
+    whole = given.shape if isinstance(given, torch.Tensor) and given.ndim == value.ndim else value.shape
+    wanted = (batch, *spec.shape[1:])
+    if tuple(value.shape) != wanted or any(had > has for had, has in zip(whole, value.shape, strict=True)):
+        length = f": a text of {whole[1]} tokens, where {wanted[1]} were compiled" if len(wanted) == 3 else ""
+        raise InputError(f"{name} is {list(whole)}, expected {list(wanted)}{length}")
+    return value.to(getattr(torch, spec.dtype))
