@@ -405,11 +405,13 @@ def _flux2(*, klein: bool = False) -> Any:
         guidance_embeds=not klein,
     )
     if klein:
-        encoder = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**_rotary()))
+        encoder = transformers.Qwen3ForCausalLM(
+            transformers.Qwen3Config(**_rotary(28))
+        )  # the pipeline takes states of layer 27
     else:
         vision = {"hidden_size": WIDTH, "intermediate_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": HEADS}
         config = transformers.Mistral3Config(
-            text_config={"model_type": "mistral", **_rotary()},
+            text_config={"model_type": "mistral", **_rotary(31)},  # it takes states of layer 30
             vision_config={"model_type": "pixtral", **vision, "head_dim": HEAD, "image_size": 28, "patch_size": 14},
             image_token_index=make_tokenizer().convert_tokens_to_ids("<|image_pad|>"),
         )
@@ -451,7 +453,6 @@ def _call(**other: Any) -> Mapping[str, Any]:
 _PICTURE = Image.linear_gradient("L").resize((48, 32)).convert("RGB")
 _SHORT = {"max_sequence_length": 24}
 _GUIDED = {"negative_prompt": NEGATIVE}
-_LAYERS = {"text_encoder_out_layers": (1, 2, 3)}
 
 FAMILIES = (
     Family("flux", "FluxPipeline", _flux, _call(**IMAGE, **_SHORT)),
@@ -507,9 +508,9 @@ FAMILIES = (
         "flux-2",
         "Flux2Pipeline",
         _flux2,
-        _call(**IMAGE, **_LAYERS, max_sequence_length=96),
+        _call(**IMAGE, max_sequence_length=96),
         missing="PixtralProcessor needs torchvision: a tokenizer with a chat template stands in, so there is no picture input.",
     ),
-    Family("flux-2-klein", "Flux2KleinPipeline", lambda: _flux2(klein=True), _call(**IMAGE, **_LAYERS, max_sequence_length=48)),
+    Family("flux-2-klein", "Flux2KleinPipeline", lambda: _flux2(klein=True), _call(**IMAGE, max_sequence_length=48)),
     Family("z-image", "ZImagePipeline", _z_image, _call(**IMAGE, max_sequence_length=48, **_GUIDED)),
 )

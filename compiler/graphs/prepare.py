@@ -26,7 +26,7 @@ from cachec.passes.base import Observer, outputs
 from cachec.runtime.abi import COMPUTE, FEATURE
 from cachec.runtime.model_io import ModelIO
 
-Key = tuple[int, int, int, str]  # sizes, precision
+Key = tuple[int, int, int, int, str]  # sizes, precision
 
 # Graphs of models that are still loaded. By the very object, too: two pipelines in memory may come from the same files and
 # have become different. Passes never change a graph that they are given, so that it can be shared.
@@ -68,7 +68,7 @@ def _capture(model: LoadedModel, settings: Settings) -> Graphs:
 
 def _module(model: LoadedModel) -> nn.Module:
     """What is captured: the transformer in memory, or one of the same configuration without values."""
-    return model.transformer if model.stored is None else named_module(model.stored)
+    return model.capturable(model.transformer if model.stored is None else named_module(model.stored))
 
 
 def _run(graphs: Graphs, passes: Sequence[PassList], observers: Sequence[Observer]) -> Graphs:
@@ -77,7 +77,7 @@ def _run(graphs: Graphs, passes: Sequence[PassList], observers: Sequence[Observe
 
 
 def _key(settings: Settings, dtype: str) -> Key:
-    return settings.height, settings.width, settings.text_tokens, dtype
+    return settings.height, settings.width, settings.frames, settings.text_tokens, dtype
 
 
 def compute_only(graphs: Graphs) -> Graphs:

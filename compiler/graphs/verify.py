@@ -184,7 +184,7 @@ def verifier_for(model: LoadedModel, settings: Settings) -> Verifier:
     """A verifier of what is captured for ``settings``."""
     inputs, io = model.example_inputs(settings), model.io
     with torch.no_grad():
-        whole = named_model(model.transformer, model.constants(settings))(joined(inputs, io))[VELOCITY]
+        whole = named_model(model.capturable(model.transformer), model.constants(settings))(joined(inputs, io))[VELOCITY]
     begin, end = io.output or (0, whole.shape[io.axis])
     velocity = whole.narrow(io.axis, begin, end - begin)
     return Verifier(inputs, io, {VELOCITY: velocity}, next(model.transformer.parameters()).dtype)

@@ -21,10 +21,16 @@ FAMILIES = Registry(
     "cachec.families",
     {
         "DiTPipeline": "cachec.compiler.models.dit:DiTModel",
+        "Flux2KleinPipeline": "cachec.compiler.models.flux2:Flux2KleinModel",
+        "Flux2Pipeline": "cachec.compiler.models.flux2:Flux2Model",
         "FluxPipeline": "cachec.compiler.models.flux:FluxModel",
+        "HunyuanVideo15Pipeline": "cachec.compiler.models.hunyuan_video_15:HunyuanVideo15Model",
+        "HunyuanVideoPipeline": "cachec.compiler.models.hunyuan_video:HunyuanVideoModel",
         "PixArtSigmaPipeline": "cachec.compiler.models.pixart:PixArtModel",
         "QwenImagePipeline": "cachec.compiler.models.qwen_image:QwenImageModel",
         "StableDiffusion3Pipeline": "cachec.compiler.models.sd3:StableDiffusion3Model",
+        "WanPipeline": "cachec.compiler.models.wan:WanModel",
+        "ZImagePipeline": "cachec.compiler.models.z_image:ZImageModel",
     },
 )
 

@@ -121,6 +121,13 @@ class LoadedModel(ABC):
         """
         return None
 
+    def capturable(self, transformer: "nn.Module") -> "nn.Module":
+        """What is captured in the transformer's place, over the very same parameters: a module that ``torch.export`` takes.
+
+        It takes the inputs of ``io`` and the constants by name.
+        """
+        return transformer
+
     @property
     def device(self) -> "torch.device":
         """Where the transformer is: example inputs and constants are there, too."""

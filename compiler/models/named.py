@@ -21,6 +21,20 @@ MODELS = {
     "dit": ModelSpec("dit", "facebook/DiT-XL-2-256", 256, 256, text_tokens=1, guidance=4.0),
     "flux": ModelSpec("flux", "black-forest-labs/FLUX.1-dev", height=1024, width=1024, text_tokens=512, guidance=3.5),
     "flux-schnell": ModelSpec("flux-schnell", "black-forest-labs/FLUX.1-schnell", 1024, 1024, 256, guidance=0.0, steps=4),
+    "flux2": ModelSpec("flux2", "black-forest-labs/FLUX.2-dev", 1024, 1024, text_tokens=512, guidance=4.0),
+    "flux2-klein": ModelSpec("flux2-klein", "black-forest-labs/FLUX.2-klein-4B", 1024, 1024, 512, guidance=1.0, steps=4),
+    "hunyuan-video": ModelSpec(
+        "hunyuan-video", "hunyuanvideo-community/HunyuanVideo", 720, 1280, text_tokens=256, guidance=6.0, frames=129
+    ),
+    "hunyuan-video-1.5": ModelSpec(
+        "hunyuan-video-1.5",
+        "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_t2v",
+        480,
+        848,
+        text_tokens=1000,
+        guidance=6.0,
+        frames=121,
+    ),
     "pixart": ModelSpec("pixart", "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS", 1024, 1024, 300, guidance=4.5, steps=20),
     "qwen-image": ModelSpec("qwen-image", "Qwen/Qwen-Image", 1328, 1328, text_tokens=512, guidance=4.0),
     "sd3": ModelSpec("sd3", "stabilityai/stable-diffusion-3-medium-diffusers", 1024, 1024, 256, guidance=7.0, steps=28),
@@ -36,4 +50,7 @@ MODELS = {
         packaged=True,
         probe=TINY_FLUX_DIR / "probe.safetensors",
     ),
+    "wan": ModelSpec("wan", "Wan-AI/Wan2.1-T2V-14B-Diffusers", 480, 832, text_tokens=512, guidance=5.0, frames=81),
+    "z-image": ModelSpec("z-image", "Tongyi-MAI/Z-Image", 1024, 1024, text_tokens=512, guidance=5.0),
+    "z-image-turbo": ModelSpec("z-image-turbo", "Tongyi-MAI/Z-Image-Turbo", 1024, 1024, 512, guidance=0.0, steps=9),
 }

@@ -120,9 +120,17 @@ class PipelineModel(Family):
         """The settings as keywords of the pipeline's call."""
         return {"height": settings.height, "width": settings.width, "num_inference_steps": settings.steps}
 
+    def staged(self, call: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """The pipeline to be called, and what with: where the guidance scale is no keyword, a copy that has it otherwise."""
+        return self.pipeline, dict(call)
+
     def arguments(self, conditions: Mapping[str, torch.Tensor], settings: Settings) -> dict[str, Any]:
         """Conditions of one branch as keywords of the pipeline's call."""
         return {keyword: conditions[name] for name, keyword in self.ARGUMENTS.items()}
+
+    def handed(self, noise: torch.Tensor, settings: Settings) -> torch.Tensor:
+        """Noise as the pipeline's call takes it."""
+        return noise
 
     def unpacked(self, latents: torch.Tensor, settings: Settings) -> torch.Tensor:
         """Latents as the autoencoder takes them, from those that the pipeline ends with."""
@@ -268,7 +276,8 @@ class PipelineModel(Family):
         self.check_sizes(settings)
         call = {**self.sized(settings), **given}
         call[self.SCALE] = settings.guidance if self.io.guidance is None else self.UNGUIDED
-        return observe(self.pipeline, {TRANSFORMER: self.described}, call, device=self.device, whole=whole)
+        pipeline, call = self.staged(call)
+        return observe(pipeline, {TRANSFORMER: self.described}, call, device=self.device, whole=whole)
 
     def check_sizes(self, settings: Settings) -> None:
         """Raise ``InputError`` unless the model draws pictures of this size."""
@@ -363,11 +372,12 @@ class PipelineModel(Family):
         if self.io.guidance is not None and GUIDANCE in conditions:
             others = {name: given[negative_name(name)] for name in self.io.conditions}
             call |= {negative_name(keyword): value for keyword, value in self.arguments({**given, **others}, settings).items()}
-        latents: torch.Tensor = self._run({**call, "return_dict": False}, there(noise))
+        latents: torch.Tensor = self._run({**call, "return_dict": False}, self.handed(there(noise), settings))
         return latents.float().cpu().numpy()
 
     def _run(self, call: Mapping[str, Any], noise: torch.Tensor) -> torch.Tensor:
-        latents: torch.Tensor = self.pipeline(**call, latents=noise, output_type="latent")[0]
+        pipeline, given = self.staged(call)
+        latents: torch.Tensor = pipeline(**given, latents=noise, output_type="latent")[0]
         return latents
 
     def scale(self, conditions: Mapping[str, Array], settings: Settings) -> float:

@@ -1,0 +1,44 @@
+"""What pipelines of videos have in common: a number of frames, of which the autoencoder keeps every so many."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from cachec.compiler.models.base import Settings
+from cachec.compiler.models.pipeline_model import PipelineModel
+from cachec.runtime.errors import InputError
+from cachec.runtime.specs import Array
+
+
+class VideoModel(PipelineModel):
+    """A pipeline of videos: latents [B, C, F, H, W], of ``apart`` * F - ``apart`` + 1 frames."""
+
+    @property
+    def apart(self) -> int:
+        """Frames from one that is kept to the next."""
+        apart: int = self.pipeline.vae_scale_factor_temporal
+        return apart
+
+    def check_sizes(self, settings: Settings) -> None:
+        super().check_sizes(replace(settings, frames=1))
+        frames, apart = settings.frames, self.apart
+        if frames % apart != 1:
+            near = frames // apart * apart + 1
+            wanted = f"{apart}k + 1 frames, as {near} or {near + apart}"
+            raise InputError(f"frames is {frames}; {self.spec.name} makes videos of {wanted}")
+
+    def sized(self, settings: Settings) -> dict[str, Any]:
+        return {**super().sized(settings), "num_frames": settings.frames}
+
+    def small(self, settings: Settings) -> Settings:
+        return replace(super().small(settings), frames=1 + self.apart)
+
+    @torch.no_grad()
+    def decode(self, latents: Array, settings: Settings) -> Array:
+        """Videos [B, F, H, W, 3]."""
+        self._load("vae")
+        vae = self.pipeline.vae
+        made = self.pictures(torch.from_numpy(latents).to(vae.device, vae.dtype), settings)
+        array: Array = self.pipeline.video_processor.postprocess_video(made, output_type="np")
+        return array.astype("float32")
