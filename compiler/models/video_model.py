@@ -12,27 +12,27 @@ from cachec.runtime.specs import Array
 
 
 class VideoModel(PipelineModel):
-    """A pipeline of videos: latents [B, C, F, H, W], of ``apart`` * F - ``apart`` + 1 frames."""
+    """A pipeline of videos: latents [B, C, F, H, W], of ``spacing`` * (F - 1) + 1 frames."""
 
     @property
-    def apart(self) -> int:
+    def spacing(self) -> int:
         """Frames from one that is kept to the next."""
-        apart: int = self.pipeline.vae_scale_factor_temporal
-        return apart
+        spacing: int = self.pipeline.vae_scale_factor_temporal
+        return spacing
 
     def check_sizes(self, settings: Settings) -> None:
         super().check_sizes(replace(settings, frames=1))
-        frames, apart = settings.frames, self.apart
-        if frames % apart != 1:
-            near = frames // apart * apart + 1
-            wanted = f"{apart}k + 1 frames, as {near} or {near + apart}"
+        frames, spacing = settings.frames, self.spacing
+        if frames % spacing != 1:
+            near = frames // spacing * spacing + 1
+            wanted = f"{spacing}k + 1 frames, as {near} or {near + spacing}"
             raise InputError(f"frames is {frames}; {self.spec.name} makes videos of {wanted}")
 
     def sized(self, settings: Settings) -> dict[str, Any]:
         return {**super().sized(settings), "num_frames": settings.frames}
 
     def small(self, settings: Settings) -> Settings:
-        return replace(super().small(settings), frames=1 + self.apart)
+        return replace(super().small(settings), frames=1 + self.spacing)
 
     @torch.no_grad()
     def decode(self, latents: Array, settings: Settings) -> Array:
