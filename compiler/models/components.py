@@ -19,7 +19,7 @@ from cachec.compiler.models.shards import Stored, weight_files
 from cachec.runtime.errors import ModelUnavailableError
 
 INDEX = "model_index.json"
-HEAVY = ("transformer", "vae", "text_encoder", "image_encoder")  # begin of the names of what is loaded only when it is wanted
+LAZY = ("transformer", "vae", "text_encoder", "image_encoder", "processor")  # begin of the names of what is loaded when wanted
 AGAIN = "download the model again"
 
 
@@ -62,18 +62,18 @@ class Components:
             return kind
         return _fetch_remapped_cls_from_config(kind.load_config(self._folder(name), local_files_only=True), kind)
 
-    def load(self, name: str) -> nn.Module:
-        """A component with its weights, on the CPU, for evaluation.
+    def load(self, name: str) -> Any:
+        """A component; a module with its weights, on the CPU, for evaluation.
 
         Raises:
             ModelUnavailableError: it is missing or damaged.
         """
         _quiet_loading()
         try:
-            module: nn.Module = self.kind(name).from_pretrained(self._folder(name), local_files_only=True).eval()
-        except (OSError, ValueError, SafetensorError) as error:
+            made = self.kind(name).from_pretrained(self._folder(name), local_files_only=True)
+        except (OSError, ValueError, ImportError, SafetensorError) as error:  # Qwen's processor wants torchvision
             raise ModelUnavailableError(f"{name} of {self.source} cannot be loaded: {error}") from error
-        return module
+        return made.eval() if isinstance(made, nn.Module) else made
 
     def config(self, name: str) -> dict[str, Any] | None:
         """The configuration of a component of diffusers, if there is one."""
@@ -100,14 +100,14 @@ class Components:
     def pipeline(self, shown: Sequence[str]) -> Any:
         """The pipeline with its scheduler and tokenizers alone; its constructor sees those ``shown``, without values."""
         _quiet_loading()
-        kind, parts = self._pipeline_kind(), self._heavy(shown)
+        kind, parts = self._pipeline_kind(), self._lazy(shown)
         made = kind.from_pretrained(self.directory, local_files_only=True, **parts)
         made.register_modules(**dict.fromkeys(parts))
         return made
 
     def outline(self, shown: Sequence[str]) -> Any:
         """The pipeline with its scheduler alone, for what its configuration tells."""
-        kind, index, parts = self._pipeline_kind(), self.index, self._heavy(shown)
+        kind, index, parts = self._pipeline_kind(), self.index, self._lazy(shown)
         given: dict[str, Any] = {}
         for name, parameter in list(inspect.signature(kind.__init__).parameters.items())[1:]:
             entry = index.get(name)
@@ -124,9 +124,9 @@ class Components:
     def _pipeline_kind(self) -> Any:
         return getattr(diffusers, self.index["_class_name"])
 
-    def _heavy(self, shown: Sequence[str]) -> dict[str, Any]:
-        """``None`` for all that is heavy; those of ``shown`` whose configuration is there, without values."""
-        parts: dict[str, Any] = {name: None for name in self.index if name.startswith(HEAVY) and self.has(name)}
+    def _lazy(self, shown: Sequence[str]) -> dict[str, Any]:
+        """``None`` for what is loaded when it is wanted; those of ``shown`` whose configuration is there, without values."""
+        parts: dict[str, Any] = {name: None for name in self.index if name.startswith(LAZY) and self.has(name)}
         for name in shown:
             if name in parts and (self.directory / name / "config.json").is_file():
                 with init_empty_weights():

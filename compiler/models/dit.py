@@ -56,7 +56,7 @@ class DiTModel(PipelineModel):
     def arguments(self, conditions: Mapping[str, torch.Tensor], settings: Settings) -> dict[str, Any]:
         return {LABELS: conditions[LABELS].tolist()}
 
-    def text(self, prompts: Sequence[str]) -> dict[str, Any]:
+    def text(self, prompts: Sequence[str], settings: Settings) -> dict[str, Any]:
         return {LABELS: [self._label(prompt.strip()) for prompt in prompts]}
 
     def _label(self, prompt: str) -> int:

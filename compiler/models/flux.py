@@ -1,9 +1,11 @@
-"""FLUX.1 (``FluxPipeline``): FLUX.1-dev and its fine-tunes, FLUX.1-schnell, and tiny-flux. Read black-forest-labs/flux first.
+"""FLUX.1: dev and its fine-tunes, schnell, tiny-flux (``FluxPipeline``), Kontext (``FluxKontextPipeline``).
 
-Cut: the image tokens after the last single block, before ``norm_out`` and ``proj_out``.
+Read black-forest-labs/flux, and arXiv 2506.15742 for Kontext. Cut: the image tokens after the last single block, before
+``norm_out`` and ``proj_out``. Kontext's picture is more tokens behind those of the latents.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -12,15 +14,17 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 
 from cachec.compiler.models.base import Settings
 from cachec.compiler.models.lost_text import Reader
+from cachec.compiler.models.pictured_prompts import read_pictured
 from cachec.compiler.models.pipeline_model import PipelineModel
 from cachec.runtime.errors import InputError
 from cachec.runtime.model_io import ModelIO
 
+REFERENCE = "reference"  # Kontext's picture, as tokens
 
-class FluxModel(PipelineModel):
-    """A FLUX pipeline."""
 
-    DEFAULTS = "flux"
+class _Flux(PipelineModel):
+    """What all of FLUX.1 has."""
+
     ARGUMENTS: ClassVar = {"encoder_hidden_states": "prompt_embeds", "pooled_projections": "pooled_prompt_embeds"}
 
     @property
@@ -70,12 +74,56 @@ class FluxModel(PipelineModel):
         return partial(_sizes_of, self.side)
 
 
+class FluxModel(_Flux):
+    """Text to image."""
+
+    DEFAULTS = "flux"
+
+
+class FluxKontextModel(_Flux):
+    """Picture and text to image; the picture is scaled to the size of the image. A prompt begins with its picture's file."""
+
+    DEFAULTS = "flux-kontext"
+
+    @property
+    def io(self) -> ModelIO:
+        io = super().io
+        return replace(io, conditions=(*io.conditions, REFERENCE), parts=(REFERENCE,))
+
+    def embeddings(self, settings: Settings, random: Callable[..., torch.Tensor]) -> dict[str, torch.Tensor]:
+        tokens = (settings.height // self.side) * (settings.width // self.side)
+        return {**super().embeddings(settings, random), REFERENCE: random(tokens, self.config.in_channels)}
+
+    def arguments(self, conditions: Mapping[str, torch.Tensor], settings: Settings) -> dict[str, Any]:
+        return {**super().arguments(conditions, settings), "image": self.unpacked(conditions[REFERENCE], settings)}
+
+    def sized(self, settings: Settings) -> dict[str, Any]:
+        return {**super().sized(settings), "max_area": settings.height * settings.width, "_auto_resize": False}
+
+    def text(self, prompts: Sequence[str], settings: Settings) -> dict[str, Any]:
+        self._load("vae")
+        texts, pictures = read_pictured(prompts, settings.width, settings.height)
+        return {"prompt": texts, "image": pictures}
+
+    def state(self, given: Mapping[str, Any]) -> torch.Tensor:
+        return super().state(given)[:, : _image_tokens(given)]
+
+    def taken(self, given: Mapping[str, Any], settings: Settings) -> dict[str, torch.Tensor]:
+        return super().taken({**given, REFERENCE: super().state(given)[:, _image_tokens(given) :]}, settings)
+
+
+def _image_tokens(given: Mapping[str, Any]) -> int:
+    """How many tokens the latents have: the ids of pictures begin with a one."""
+    return int((given["img_ids"][:, 0] == 0).sum())
+
+
 def _sizes_of(side: int, name: str, ids: torch.Tensor) -> dict[str, Any]:
     """Sizes of ids [L, 3]: picture, row, column; a token covers ``side`` pixels each way."""
     if ids.ndim != 2 or 0 in ids.shape or ids.shape[1] != 3:
         return {name: list(ids.shape)}
     if name == "txt_ids":
         return {"max_sequence_length": len(ids)}
+    ids = ids[ids[:, 0] == ids[0, 0]]  # behind them there may be those of a picture to start from
     rows, columns = (int(ids[:, axis].max()) + 1 for axis in (1, 2))
     whole = rows * columns == len(ids)
     return {"height": rows * side, "width": columns * side} if whole else {name: f"of {len(ids)} tokens"}

@@ -9,8 +9,9 @@ CONFIGS = Path(__file__).parent / "configs"
 
 # by Hub id, folders with the published configuration of models that are too large to ship
 PUBLISHED = {
-    **{f"black-forest-labs/{name}": CONFIGS / name for name in ("FLUX.1-dev", "FLUX.1-schnell")},
+    **{f"black-forest-labs/{name}": CONFIGS / name for name in ("FLUX.1-dev", "FLUX.1-schnell", "FLUX.1-Kontext-dev")},
     "Qwen/Qwen-Image": CONFIGS / "Qwen-Image",
+    "Qwen/Qwen-Image-Edit": CONFIGS / "Qwen-Image-Edit",
     "stabilityai/stable-diffusion-3-medium-diffusers": CONFIGS / "stable-diffusion-3-medium",
     "stabilityai/stable-diffusion-3.5-large": CONFIGS / "stable-diffusion-3.5-large",
     "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS": CONFIGS / "PixArt-Sigma-XL-2-1024-MS",
@@ -20,6 +21,7 @@ PUBLISHED = {
 MODELS = {
     "dit": ModelSpec("dit", "facebook/DiT-XL-2-256", 256, 256, text_tokens=1, guidance=4.0),
     "flux": ModelSpec("flux", "black-forest-labs/FLUX.1-dev", height=1024, width=1024, text_tokens=512, guidance=3.5),
+    "flux-kontext": ModelSpec("flux-kontext", "black-forest-labs/FLUX.1-Kontext-dev", 1024, 1024, 512, guidance=2.5, steps=28),
     "flux-schnell": ModelSpec("flux-schnell", "black-forest-labs/FLUX.1-schnell", 1024, 1024, 256, guidance=0.0, steps=4),
     "flux2": ModelSpec("flux2", "black-forest-labs/FLUX.2-dev", 1024, 1024, text_tokens=512, guidance=4.0),
     "flux2-klein": ModelSpec("flux2-klein", "black-forest-labs/FLUX.2-klein-4B", 1024, 1024, 512, guidance=1.0, steps=4),
@@ -37,6 +39,7 @@ MODELS = {
     ),
     "pixart": ModelSpec("pixart", "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS", 1024, 1024, 300, guidance=4.5, steps=20),
     "qwen-image": ModelSpec("qwen-image", "Qwen/Qwen-Image", 1328, 1328, text_tokens=512, guidance=4.0),
+    "qwen-image-edit": ModelSpec("qwen-image-edit", "Qwen/Qwen-Image-Edit", 1024, 1024, text_tokens=1536, guidance=4.0),
     "sd3": ModelSpec("sd3", "stabilityai/stable-diffusion-3-medium-diffusers", 1024, 1024, 256, guidance=7.0, steps=28),
     "sd3.5": ModelSpec("sd3.5", "stabilityai/stable-diffusion-3.5-large", 1024, 1024, 256, guidance=3.5, steps=28),
     "tiny-flux": ModelSpec(

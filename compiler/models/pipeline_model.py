@@ -112,7 +112,7 @@ class PipelineModel(Family):
     def scheduled(self, settings: Settings) -> Any:
         return self.observed(settings).scheduler
 
-    def text(self, prompts: Sequence[str]) -> dict[str, Any]:
+    def text(self, prompts: Sequence[str], settings: Settings) -> dict[str, Any]:
         """Prompts as keywords of the pipeline's call."""
         return {"prompt": list(prompts)}
 
@@ -121,7 +121,7 @@ class PipelineModel(Family):
         return {"height": settings.height, "width": settings.width, "num_inference_steps": settings.steps}
 
     def staged(self, call: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """The pipeline to be called, and what with: where the guidance scale is no keyword, a copy that has it otherwise."""
+        """The pipeline to be called, and what with: for what is no keyword of its call, a copy that has it otherwise."""
         return self.pipeline, dict(call)
 
     def arguments(self, conditions: Mapping[str, torch.Tensor], settings: Settings) -> dict[str, Any]:
@@ -262,18 +262,18 @@ class PipelineModel(Family):
     def observed(self, settings: Settings, *, batch: int = 2) -> Observed:
         """A run of the pipeline on random embeddings, one branch of guidance: no text encoder is needed."""
         if self._seen is None or self._seen[0] != (settings, batch):
+            self.check_sizes(settings)
             generator = torch.Generator().manual_seed(0)  # on the CPU: the same numbers on all devices
 
             def random(*shape: int) -> torch.Tensor:
                 return torch.randn(batch, *shape, generator=generator)
 
             embeddings = {name: value.to(self.device) for name, value in self.embeddings(settings, random).items()}
-            given = self.arguments(embeddings, settings)
-            self._seen = ((settings, batch), self._observe(settings, {**given, "generator": generator}))
+            given = {**self.arguments(embeddings, settings), "generator": generator}
+            self._seen = ((settings, batch), self._observe(settings, given))
         return self._seen[1]
 
     def _observe(self, settings: Settings, given: Mapping[str, Any], *, whole: bool = True) -> Observed:
-        self.check_sizes(settings)
         call = {**self.sized(settings), **given}
         call[self.SCALE] = settings.guidance if self.io.guidance is None else self.UNGUIDED
         pipeline, call = self.staged(call)
@@ -320,11 +320,13 @@ class PipelineModel(Family):
         return {name: found[name] for name in names}
 
     def _encode(self, prompts: Sequence[str], settings: Settings) -> dict[str, Array]:
-        tell_of_lost_text(prompts, self.pipeline, self.readers(settings), self._told)
+        self.check_sizes(settings)
+        text = self.text(prompts, settings)
+        tell_of_lost_text(text.get("prompt", ()), self.pipeline, self.readers(settings), self._told)
         self._load(*self._text_encoders)
         length = {} if self.LENGTH is None else {self.LENGTH: settings.text_tokens}
         with not_said_twice(type(self.pipeline).__module__):
-            seen = self._observe(settings, {**self.text(prompts), **length}, whole=False)
+            seen = self._observe(settings, {**text, **length}, whole=False)
         return {name: _own(value).cpu().numpy() for name, value in self.taken(seen.first, settings).items()}
 
     @property
@@ -371,7 +373,8 @@ class PipelineModel(Family):
         call = {**self.sized(settings), **self.arguments(given, settings), self.SCALE: self.scale(conditions, settings)}
         if self.io.guidance is not None and GUIDANCE in conditions:
             others = {name: given[negative_name(name)] for name in self.io.conditions}
-            call |= {negative_name(keyword): value for keyword, value in self.arguments({**given, **others}, settings).items()}
+            negative = self.arguments({**given, **others}, settings)
+            call |= {negative_name(keyword): negative[keyword] for keyword in self.ARGUMENTS.values()}
         latents: torch.Tensor = self._run({**call, "return_dict": False}, self.handed(there(noise), settings))
         return latents.float().cpu().numpy()
 

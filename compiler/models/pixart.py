@@ -43,7 +43,7 @@ class PixArtModel(PipelineModel):
     def taken(self, given: Mapping[str, Any], settings: Settings) -> dict[str, torch.Tensor]:
         return {STATES: given[STATES], MASK: given[MASK].bool()}
 
-    def text(self, prompts: Sequence[str]) -> dict[str, Any]:
+    def text(self, prompts: Sequence[str], settings: Settings) -> dict[str, Any]:
         cleans = is_bs4_available() and is_ftfy_available()  # as the pipeline decides by itself, with a warning each time
         return {"prompt": list(prompts), "clean_caption": cleans}
 

@@ -1,28 +1,43 @@
-"""Qwen-Image (``QwenImagePipeline``): true guidance, renormalised. Read QwenLM/Qwen-Image, arXiv 2508.02324.
+"""Qwen-Image (``QwenImagePipeline``) and Qwen-Image-Edit (``QwenImageEditPipeline``): true guidance, renormalised.
+
+Read QwenLM/Qwen-Image, arXiv 2508.02324.
 
 Cut: the image tokens after the last block, before ``norm_out`` and ``proj_out``. The pipeline's texts are as long as the
 longest, and its mask is missing where no token is padding; here they always have ``text_tokens`` and a mask. Padding is masked
 in the attention, and the positions of images do not depend on it, so that the result is the same.
 """
 
+import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
+from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit import calculate_dimensions
+from PIL import Image
 from torch.nn.functional import pad
 
 from cachec.compiler.models.base import Settings
 from cachec.compiler.models.lost_text import Reader
+from cachec.compiler.models.pictured_prompts import read_pictured
 from cachec.compiler.models.pipeline_model import PipelineModel, ragged_mask
+from cachec.runtime.errors import InputError
 from cachec.runtime.model_io import ModelIO
+from cachec.runtime.specs import Array
 
 STATES, MASK = "encoder_hidden_states", "encoder_hidden_states_mask"
 
 
-class QwenImageModel(PipelineModel):
-    """A Qwen-Image pipeline."""
+REFERENCE = "reference"  # the picture to edit, as tokens
+PICTURE_AREA = 1024 * 1024  # pixels that the pipeline scales a picture to
 
-    DEFAULTS = "qwen-image"
+
+class _QwenImage(PipelineModel):
+    """What both have."""
+
     ARGUMENTS: ClassVar = {STATES: "prompt_embeds", MASK: "prompt_embeds_mask"}
     SCALE = "true_cfg_scale"
 
@@ -47,6 +62,9 @@ class QwenImageModel(PipelineModel):
         states = given[STATES]
         mask = given.get(MASK, torch.ones(states.shape[:2], device=states.device)).bool()
         missing = settings.text_tokens - states.shape[1]
+        if missing < 0:
+            raise InputError(f"a prompt with its picture has {states.shape[1]} text tokens, and {settings.text_tokens} fit: "
+                             "shorten it, or compile with more --text-tokens")  # fmt: skip
         return {STATES: pad(states, (0, 0, 0, missing)), MASK: pad(mask, (0, missing))}
 
     def constants(self, settings: Settings) -> dict[str, Any]:
@@ -56,9 +74,6 @@ class QwenImageModel(PipelineModel):
     def thin(self, config: Mapping[str, Any]) -> dict[str, Any]:
         return {"num_layers": 1, "num_attention_heads": 2}
 
-    def readers(self, settings: Settings) -> Sequence[Reader]:
-        return [Reader("tokenizer", settings.text_tokens)]
-
     def pictures(self, latents: torch.Tensor, settings: Settings) -> torch.Tensor:
         pipe, vae = self.pipeline, self.pipeline.vae
         unpacked = pipe._unpack_latents(latents, settings.height, settings.width, pipe.vae_scale_factor)
@@ -67,3 +82,68 @@ class QwenImageModel(PipelineModel):
         )
         video: torch.Tensor = vae.decode(unpacked * deviation + mean, return_dict=False)[0]
         return video[:, :, 0]
+
+
+class QwenImageModel(_QwenImage):
+    """Text to image."""
+
+    DEFAULTS = "qwen-image"
+
+    def readers(self, settings: Settings) -> Sequence[Reader]:
+        return [Reader("tokenizer", settings.text_tokens)]
+
+
+class QwenImageEditModel(_QwenImage):
+    """Picture and text to image. A prompt begins with its picture's file; its text counts the picture's tokens, too.
+
+    The pipeline scales every picture to a million pixels of its own proportions: here it is brought to those of the image.
+    """
+
+    DEFAULTS = "qwen-image-edit"
+    LENGTH = None
+
+    @property
+    def io(self) -> ModelIO:
+        io = super().io
+        return replace(io, conditions=(*io.conditions, REFERENCE), parts=(REFERENCE,))
+
+    def _picture_size(self, settings: Settings) -> tuple[int, int]:
+        """Width and height that the pipeline scales pictures to."""
+        width, height, _ = calculate_dimensions(PICTURE_AREA, settings.width / settings.height)
+        return width, height
+
+    def embeddings(self, settings: Settings, random: Callable[..., torch.Tensor]) -> dict[str, torch.Tensor]:
+        width, height = self._picture_size(settings)
+        tokens = (height // self.side) * (width // self.side)
+        return {**super().embeddings(settings, random), REFERENCE: random(tokens, self.config.in_channels)}
+
+    def arguments(self, conditions: Mapping[str, torch.Tensor], settings: Settings) -> dict[str, Any]:
+        width, height = self._picture_size(settings)
+        picture = self.pipeline._unpack_latents(conditions[REFERENCE], height, width, self.pipeline.vae_scale_factor)
+        return {**super().arguments(conditions, settings), "image": picture}
+
+    def staged(self, call: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """The pipeline takes pictures, not their latents: it gets an autoencoder that hands it ours."""
+        if not isinstance(latents := call["image"], torch.Tensor):
+            return self.pipeline, dict(call)
+        twin, blank = copy.copy(self.pipeline), Image.new("RGB", (call["width"], call["height"]))
+        plain = SimpleNamespace(latents_mean=[0.0] * latents.shape[1], latents_std=[1.0] * latents.shape[1])
+        vars(twin)["vae"] = SimpleNamespace(config=plain, encode=lambda _picture: SimpleNamespace(latents=latents))
+        return twin, {**call, "image": [blank] * len(latents)}
+
+    def _encode(self, prompts: Sequence[str], settings: Settings) -> dict[str, Array]:
+        """One by one: the pipeline reads one picture at a time."""
+        self._load("processor", "vae")
+        found = [super(QwenImageEditModel, self)._encode([prompt], settings) for prompt in prompts]
+        return {name: np.concatenate([one[name] for one in found]) for name in found[0]}
+
+    def text(self, prompts: Sequence[str], settings: Settings) -> dict[str, Any]:
+        texts, pictures = read_pictured(prompts, settings.width, settings.height)
+        return {"prompt": texts, "image": pictures}
+
+    def state(self, given: Mapping[str, Any]) -> torch.Tensor:
+        return super().state(given)[:, : math.prod(given["img_shapes"][0][0])]
+
+    def taken(self, given: Mapping[str, Any], settings: Settings) -> dict[str, torch.Tensor]:
+        picture = super().state(given)[:, math.prod(given["img_shapes"][0][0]) :]
+        return {**super().taken(given, settings), REFERENCE: picture}

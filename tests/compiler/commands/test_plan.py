@@ -77,4 +77,4 @@ def test_a_configuration_that_is_not_there_is_named(thin):
     shutil.rmtree(thin / "transformer")
     code, output = run_cli("plan", thin, *SMALL)
     assert code == ModelUnavailableError.exit_code
-    assert "the configuration of" in output
+    assert "thin is incomplete: " in output
