@@ -126,7 +126,8 @@ class Components:
 
     def _lazy(self, shown: Sequence[str]) -> dict[str, Any]:
         """``None`` for what is loaded when it is wanted; those of ``shown`` whose configuration is there, without values."""
-        parts: dict[str, Any] = {name: None for name in self.index if name.startswith(LAZY) and self.has(name)}
+        named = [name for name, entry in self.index.items() if isinstance(entry, list)]
+        parts: dict[str, Any] = {name: None for name in named if name.startswith(LAZY)}
         for name in shown:
             if name in parts and (self.directory / name / "config.json").is_file():
                 with init_empty_weights():

@@ -17,18 +17,28 @@ def read_pictured(prompts: Sequence[str], width: int, height: int) -> tuple[list
     Raises:
         InputError: a prompt names no picture, or one that cannot be read.
     """
-    texts, pictures = [], []
-    for prompt in prompts:
-        found = PICTURED.fullmatch(prompt)
-        if found is None:
-            raise InputError(f"prompt {shortened(prompt)} names no picture to start from: begin with its file in brackets, as "
-                             "'[cat.png] make it red'")  # fmt: skip
-        try:
-            with Image.open(found["file"]) as picture:
-                pictures.append(picture.convert("RGB").resize((width, height), Image.Resampling.LANCZOS))
-        except UnidentifiedImageError as error:
-            raise InputError(f"{found['file']} is no picture that can be read: take a PNG or JPEG file") from error
-        except OSError as error:
-            raise InputError(f"picture {found['file']} cannot be read: {reason_of(error)}") from error
-        texts.append(found["text"])
-    return texts, pictures
+    parts = [_parts(prompt) for prompt in prompts]
+    return [text for _, text in parts], [_picture(file, width, height) for file, _ in parts]
+
+
+def on_pictures_of(prompts: Sequence[str], texts: Sequence[str]) -> list[str]:
+    """Each of the texts, on the picture of its prompt."""
+    return [f"[{_parts(prompt)[0]}] {text}" for prompt, text in zip(prompts, texts, strict=True)]
+
+
+def _parts(prompt: str) -> tuple[str, str]:
+    """File and text."""
+    if (found := PICTURED.fullmatch(prompt)) is None:
+        raise InputError(f"prompt {shortened(prompt)} names no picture to start from: begin with its file in brackets, as "
+                         "'[cat.png] make it red'")  # fmt: skip
+    return found["file"], found["text"]
+
+
+def _picture(file: str, width: int, height: int) -> Image.Image:
+    try:
+        with Image.open(file) as picture:
+            return picture.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+    except UnidentifiedImageError as error:
+        raise InputError(f"{file} is no picture that can be read: take a PNG or JPEG file") from error
+    except OSError as error:
+        raise InputError(f"picture {file} cannot be read: {reason_of(error)}") from error

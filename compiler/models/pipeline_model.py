@@ -116,6 +116,10 @@ class PipelineModel(Family):
         """Prompts as keywords of the pipeline's call."""
         return {"prompt": list(prompts)}
 
+    def opposed(self, prompts: Sequence[str], negatives: Sequence[str] | None) -> Sequence[str]:
+        """Prompts of the negative branch; by default there is nothing in them."""
+        return [""] * len(prompts) if negatives is None else negatives
+
     def sized(self, settings: Settings) -> dict[str, Any]:
         """The settings as keywords of the pipeline's call."""
         return {"height": settings.height, "width": settings.width, "num_inference_steps": settings.steps}
@@ -314,7 +318,7 @@ class PipelineModel(Family):
             raise InputError(f"{self.spec.name} has no negative prompt: it takes its guidance scale as an input. Leave it out")
         found = self._encode(prompts, settings)
         if any(negative_name(name) in names for name in self.io.conditions):
-            others = self._encode([""] * len(prompts) if negatives is None else negatives, settings)
+            others = self._encode(self.opposed(prompts, negatives), settings)
             found |= {negative_name(name): value for name, value in others.items()}
         found.setdefault(GUIDANCE, np.full(len(prompts), settings.guidance, np.float32))
         return {name: found[name] for name in names}

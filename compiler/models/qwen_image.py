@@ -22,7 +22,7 @@ from torch.nn.functional import pad
 
 from cachec.compiler.models.base import Settings
 from cachec.compiler.models.lost_text import Reader
-from cachec.compiler.models.pictured_prompts import read_pictured
+from cachec.compiler.models.pictured_prompts import on_pictures_of, read_pictured
 from cachec.compiler.models.pipeline_model import PipelineModel, ragged_mask
 from cachec.runtime.errors import InputError
 from cachec.runtime.model_io import ModelIO
@@ -140,6 +140,10 @@ class QwenImageEditModel(_QwenImage):
     def text(self, prompts: Sequence[str], settings: Settings) -> dict[str, Any]:
         texts, pictures = read_pictured(prompts, settings.width, settings.height)
         return {"prompt": texts, "image": pictures}
+
+    def opposed(self, prompts: Sequence[str], negatives: Sequence[str] | None) -> Sequence[str]:
+        """The pipeline shows the picture to both branches."""
+        return on_pictures_of(prompts, super().opposed(prompts, negatives))
 
     def state(self, given: Mapping[str, Any]) -> torch.Tensor:
         return super().state(given)[:, : math.prod(given["img_shapes"][0][0])]

@@ -28,10 +28,10 @@ OTHERS = {
     "flux-2-klein": {"text_tokens": 48},
     "hunyuan-video": VIDEO,
     "hunyuan-video-1.5": {**VIDEO, "text_tokens": 64},
+    "qwen-image-edit": {"height": 128, "width": 192, "text_tokens": 96, "steps": 2},
     "wan-2.1": VIDEO,
     "z-image": {"text_tokens": 48},
 }
-PROMPTS = {"dit": ["7", "8"]}
 WITHOUT_NEGATIVES = ("dit", "flux-2-klein")  # their pipelines' negative branch is of nothing
 TOLERANCE = 1e-5  # relative, of the largest difference
 
@@ -43,7 +43,30 @@ def settings_for(family):
 @pytest.fixture(scope="module", params=[f for f in FAMILIES if f.pipeline in KINDS], ids=lambda family: family.name)
 def case(request, saved_family):
     family = request.param
-    return family, load_model(find_model(str(saved_family(family.name))))
+    directory = saved_family(family.name)
+    model = load_model(find_model(str(directory)))
+    for name, stand_in in family.stand_ins(directory).items():
+        setattr(model.pipeline, name, stand_in)
+    return family, model
+
+
+def prompts_for(family, directory):
+    """Two prompts, as the family takes them."""
+    if family.name == "dit":
+        return ["7", "8"]
+    if "image" not in family.call:
+        return [PROMPT, "a green square"]
+    family.call["image"].save(directory / "picture.png")
+    return [f"[{directory / 'picture.png'}] {text}" for text in (PROMPT, "a green square")]
+
+
+def own_call(family, model, settings, prompts, negatives, noise):
+    """What a user of the pipeline would call it with."""
+    texts = [prompt.rpartition("] ")[2] for prompt in prompts]
+    call = {**family.call, "prompt": texts, "latents": noise, "num_inference_steps": settings.steps}
+    call |= {} if negatives is None else {"negative_prompt": negatives}
+    call |= {"image": [call["image"]] * len(prompts)} if "image" in call else {}
+    return {**call, model.SCALE: settings.guidance}
 
 
 def own_loop(family, pipeline, call):
@@ -83,11 +106,11 @@ def test_the_compute_graph_is_the_transformer_on_what_the_pipeline_hands_over(ca
         assert joined(inputs, io)[io.latents].shape == given[io.latents].shape
 
 
-def test_the_runs_are_those_of_the_pipeline(case):
+def test_the_runs_are_those_of_the_pipeline(case, tmp_path):
     """Conditions of prompts, timesteps and noise levels, and the baseline: all as the pipeline has them."""
     family, model = case
     settings = settings_for(family)
-    prompts = PROMPTS.get(family.name, [PROMPT, "a green square"])
+    prompts = prompts_for(family, tmp_path)
     guided = model.io.guidance is not None
     names = [*model.io.conditions]
     names += [*(f"negative_{name}" for name in names), "guidance_scale"] if guided else []
@@ -106,15 +129,9 @@ def test_the_runs_are_those_of_the_pipeline(case):
     assert made.shape == noise.shape
     frames = (settings.frames,) if settings.frames > 1 else ()
     assert model.decode(made, settings).shape == (2, *frames, settings.height, settings.width, 3)
-    if family.name != "dit":  # its pipeline takes no noise and gives no latents
-        call = {
-            **family.call,
-            "prompt": prompts,
-            "latents": model.handed(torch.from_numpy(noise), settings),
-            "num_inference_steps": settings.steps,
-        }
-        call |= {"negative_prompt": negatives} if negatives else {}
-        pipeline, call = model.staged({**call, model.SCALE: settings.guidance})
+    if family.name not in ("dit", "qwen-image-edit"):  # no noise goes in, no latents come out; one picture at a time
+        call = own_call(family, model, settings, prompts, negatives, model.handed(torch.from_numpy(noise), settings))
+        pipeline, call = model.staged(call)
         np.testing.assert_allclose(made, own_loop(family, pipeline, call), atol=1e-4)
     key = ProgramKey(settings.steps, hash_sigmas(sampling.sigmas), {}, guided=model.is_guided(settings))
     evaluator = GraphEvaluator(prepare(model, settings), model.io)
