@@ -1,5 +1,6 @@
 """cachec: a compiler that removes redundant steps from diffusion transformers."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,18 @@ def load(
     """
     from cachec.engines import open_bundle
 
-    return open_bundle(Path(bundle), device=device, target=target, size=size, steps=steps, verify=verify, threads=threads)
+    where = Path(bundle)
+    loaded = open_bundle(where, device=device, target=target, size=size, steps=steps, verify=verify, threads=threads)
+    return replace(loaded, drop_in=_as_transformer)
+
+
+def _as_transformer(loaded: LoadedBundle, transformer: Any, **options: Any) -> Any:
+    from cachec.runtime.errors import need
+
+    need("torch", "diffusers", extra="compile", purpose="as_transformer")
+    from cachec.compiler.as_transformer import as_transformer
+
+    return as_transformer(loaded, transformer, **options)
 
 
 def compile_model(model: str, out: str | Path, *, method: str = "lesa", force: bool = False, **options: Any) -> Path:

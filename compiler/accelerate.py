@@ -21,6 +21,7 @@ from cachec.compiler.frontend import (
     make_plans,
     make_programs,
 )
+from cachec.compiler.handed import handed_constants
 from cachec.compiler.models.base import LoadedModel, Settings
 from cachec.compiler.request import Request
 from cachec.compiler.stand_in import BACK
@@ -46,7 +47,7 @@ def accelerate_pipeline(model: LoadedModel, request: Request, *, compiled: bool 
     Raises:
         CachecError: of the kind that fits; the pipeline is then as it was.
     """
-    _check_original(model.transformer)
+    check_original(model.transformer)
     request = _fit_request(model, request)
     with neutral_modes(str(model.device)):
         engines, programs = compile_in_memory(model, request, InductorEngine if compiled else EagerEngine)
@@ -60,13 +61,12 @@ def make_form(model: LoadedModel, settings: Settings, engines: Mapping[str, Engi
     """What the pipeline of ``model`` hands over at these settings, and what answers it."""
     scheduler, signature, io = model.scheduled(settings), engines[COMPUTE].signature, model.io
     sampling = model.sampling(settings)
-    constants = {name: value for name, value in model.constants(settings).items() if name != "return_dict"}
     specs = {spec.name: spec for engine in engines.values() for spec in engine.signature.inputs}
     return Form(
         settings=settings,
         program=program,
         timesteps=sampling.timesteps,
-        constants=constants,
+        constants=handed_constants(model, settings),
         schedule=None if scheduler is None else Schedule.of(scheduler),
         is_euler=sampling.euler is not None,
         specs={io.latents: signature.input(io.latents), **{name: specs[name] for name in io.conditions}},
@@ -74,8 +74,8 @@ def make_form(model: LoadedModel, settings: Settings, engines: Mapping[str, Engi
     )
 
 
-def _check_original(transformer: nn.Module) -> None:
-    """Refuse what would be baked in without its meaning, or would move weights away from the engines."""
+def check_original(transformer: nn.Module) -> None:
+    """Raise ``InputError`` for what would be baked in without its meaning, or would move weights away from the engines."""
     if isinstance(transformer, AcceleratedTransformer):
         raise InputError(f"this pipeline is accelerated already: {BACK} first")
     if getattr(transformer, "is_cache_enabled", False):

@@ -27,6 +27,7 @@ from cachec.compiler.graphs.build_engines import (
     warn_unless_any_runs,
 )
 from cachec.compiler.graphs.costs import hoisting_facts, memory_facts
+from cachec.compiler.handed import handed_facts, pipeline_facts
 from cachec.compiler.late_targets import Made, add_late_targets
 from cachec.compiler.manifest import make_manifest
 from cachec.compiler.measuring import measure
@@ -172,6 +173,8 @@ def _compile(
             "calibration": {} if calibrations is None else calibrations.facts,
             "hoisted": hoisting_facts(graphs.plain, graphs.engine),
             "memory": memory_facts(graphs.engine),
+            "handed": handed_facts(model, request.settings, writer),
+            "pipeline": pipeline_facts(model, request.settings, writer),
             **chosen,
         }
         timing = keep_timing(writer, works["timing"])

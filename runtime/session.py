@@ -7,7 +7,7 @@ and may be interleaved. All calls are bound when the session is made; a request 
 import logging
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Literal, Self, overload
@@ -43,6 +43,7 @@ class LoadedBundle:
     engines: Mapping[str, Engine]
     target: Target
     origin: "Origin | None" = None
+    drop_in: "Callable[..., Any] | None" = None
 
     def __repr__(self) -> str:
         model, levels = self.manifest.model["name"], ", ".join(self.programs)
@@ -69,7 +70,27 @@ class LoadedBundle:
             self.manifest.at(size, steps)
             return self
         (own,) = self.manifest.variants
-        return self.origin.open(own.size if size is None else size, own.steps if steps is None else steps)
+        there = self.origin.open(own.size if size is None else size, own.steps if steps is None else steps)
+        return replace(there, drop_in=self.drop_in)
+
+    @property
+    def bundle(self) -> Bundle | None:
+        """The whole bundle, of all sizes; ``None`` if the engines come from elsewhere."""
+        return None if self.origin is None else self.origin.bundle
+
+    def as_transformer(self, transformer: Any, *, pipeline: Any = None, level: str | None = None) -> Any:
+        """What an unmodified diffusers pipeline calls in the place of its ``transformer``: see ``docs/diffusers.md``.
+
+        ``pipe.transformer = cachec.load("x.cachec").as_transformer(pipe.transformer, pipeline=pipe)``. ``level``: of quality,
+        by default the bundle's first.
+
+        Raises:
+            InputError: the transformer or the pipeline's scheduler is not what the bundle was compiled from; or the bundle was
+                not opened by ``cachec.load``.
+        """
+        if self.drop_in is None:
+            raise InputError("only a bundle that cachec.load opened can stand in a pipeline")
+        return self.drop_in(self, transformer, pipeline=pipeline, level=self.check_level(level))
 
     @overload
     def session(
@@ -152,7 +173,7 @@ class Origin:
     def __init__(
         self, bundle: Bundle, target: Target, engine_type: type[Engine], device: DeviceName, threads: int | None
     ) -> None:
-        self._bundle, self._target, self._type = bundle, target, engine_type
+        self.bundle, self._target, self._type = bundle, target, engine_type
         self._device, self._threads = device, threads
         self._engines: dict[str, Mapping[str, Engine]] = {}
         self._lock = threading.Lock()
@@ -164,7 +185,7 @@ class Origin:
             InputError: it lacks it.
             BundleError: it has no such engines of this size as of the others.
         """
-        bundle = self._bundle.at(size, steps)
+        bundle = self.bundle.at(size, steps)
         target = self._like(bundle)
         with self._lock:
             if target.size not in self._engines:
@@ -181,9 +202,9 @@ class Origin:
         raise BundleError(f"the bundle has no engines of {self._target} for the size {one.size}: compile it again")
 
     def _load(self, target: Target) -> Mapping[str, Engine]:
-        files = {name: self._bundle.path(artifact.path) for name, artifact in target.engines.items()}
+        files = {name: self.bundle.path(artifact.path) for name, artifact in target.engines.items()}
         signatures = {name: artifact.signature for name, artifact in target.engines.items()}
-        weights = {name: self._bundle.path(path) for name, path in target.weights.items()}
+        weights = {name: self.bundle.path(path) for name, path in target.weights.items()}
         return self._type.load(files, signatures, LoadOptions(self._device, self._threads, weights, target.needs))
 
     def close(self) -> None:

@@ -5,6 +5,7 @@ between steps, and the next answer is an answer to them.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -60,6 +61,10 @@ class Stepper:
     def next_step(self) -> int | None:
         """The step whose velocity is to be asked for next; ``None`` before ``begin`` and after the last one."""
         return self._step if self._step < self.program.num_steps else None
+
+    def takes(self, value: Any) -> bool:
+        """Is ``value`` a buffer of the device, so that it need not come from elsewhere?"""
+        return self._device.owns(value)
 
     def begin(self, conditions: Mapping[str, Buffer], *, first: int | None = None) -> None:
         """Start a request, whatever became of the last one. Nothing changes unless all conditions fit.

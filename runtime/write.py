@@ -233,7 +233,7 @@ def check_output(out: Path, *, force: bool) -> None:
     if not names:
         return
     is_bundle = _is_bundle(out)
-    if not is_bundle and not names <= {"engines", "programs", "predictor", "timing"}:
+    if not is_bundle and not names <= {"engines", "programs", "predictor", "timing", "drop_in"}:
         raise OutputError(f"{out} is a directory with other things in it; cachec will not replace it. Choose another with -o")
     if not force:
         kind = "is a bundle already" if is_bundle else "holds an interrupted build"

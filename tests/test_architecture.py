@@ -28,6 +28,7 @@ ROOMS = (
     ("models",),
     ("graphs", "options", "stand_in"),
     ("calibration", "drop_in"),
+    ("handed",),
     ("methods",),
     ("planning",),
     ("evaluation",),
@@ -36,6 +37,7 @@ ROOMS = (
     ("measuring",),
     ("late_targets",),
     ("pipeline", "accelerate"),
+    ("as_transformer",),
     ("commands",),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(ROOMS) for room in rooms}

@@ -38,16 +38,20 @@ class Schedule:
         config = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
         return cls(type(scheduler).__name__, config, _levels(scheduler))
 
-    def difference(self, scheduler: Any) -> str | None:
-        """What is different in a scheduler at the start of a run, in words; ``None``: it takes the very same steps."""
+    def other_settings(self, scheduler: Any) -> str | None:
+        """What is different in a scheduler's class and settings, in words."""
         if (kind := type(scheduler).__name__) != self.kind:
             return f"the scheduler is a {kind}, not a {self.kind}"
+        changed = [name for name, value in self.config.items() if scheduler.config.get(name, value) != value]
+        return f"the scheduler has another {', '.join(changed)}" if changed else None
+
+    def difference(self, scheduler: Any) -> str | None:
+        """What is different in a scheduler at the start of a run, in words; ``None``: it takes the very same steps."""
+        if (change := self.other_settings(scheduler)) is not None:
+            return change
         steps = len(self.levels) - hasattr(scheduler, "sigmas")
         if len(scheduler.timesteps) != steps:
             return f"num_inference_steps is {len(scheduler.timesteps)}, not {steps}"
-        changed = [name for name, value in self.config.items() if scheduler.config.get(name, value) != value]
-        if changed:
-            return f"the scheduler has another {', '.join(changed)}"
         levels = _levels(scheduler)
         if levels.shape != self.levels.shape or (off := np.abs(levels - self.levels)).max() > NOISE_LEVELS * max(
             1.0, levels.max()

@@ -9,11 +9,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
+from torch.utils.dlpack import from_dlpack
 
 from cachec.compiler.drop_in.asked import Asked
 from cachec.compiler.drop_in.forms import Form
-from cachec.engines.torch_device import as_tensor
 from cachec.runtime.stepper import Stepper
 
 log = logging.getLogger(__name__)
@@ -107,17 +108,20 @@ class Run:
         step = self._step(asked, branch)
         if branch is None or not branch.has(asked) or (step is not None and step != branch.stepper.next_step):
             stepper = open_stepper(self.form, self.batch, len(self.branches)) if branch is None else branch.stepper
-            stepper.begin(asked.conditions, first=step)  # what was computed for other conditions is not looked at any more
+            stepper.begin(
+                _there(asked.conditions, stepper), first=step
+            )  # what was computed for other conditions is not looked at any more
             branch = self.branches[key] = Branch(stepper, {name: one.clone() for name, one in asked.conditions.items()}, ())
             self._check_alone(step)
+        (latents,) = _there({"latents": asked.latents}, branch.stepper).values()
         if step is None or self.off is not None:
             self._warn(asked)
-            velocity = branch.stepper.compute(asked.told, asked.latents)
+            velocity = branch.stepper.compute(asked.told, latents)
         else:
-            velocity = branch.stepper.velocity(step, asked.latents, told=float(self.form.timesteps[step]))
+            velocity = branch.stepper.velocity(step, latents, told=float(self.form.timesteps[step]))
         branch.step, branch.made = branch.step if step is None else step, asked.made
         self.answered.add(key)
-        return as_tensor(velocity)
+        return velocity if isinstance(velocity, torch.Tensor) else _from(velocity)
 
     def _step(self, asked: Asked, branch: Branch | None) -> int | None:
         """The step that is due, if the call may be of it; else the nearest; ``None`` if it is of none."""
@@ -140,3 +144,14 @@ class Run:
         steps = self.form.program.num_steps
         why = self.off or f"time {asked.told:.6g} is none of the {steps} steps that this pipeline was accelerated for"
         log.warning("%s: such steps are computed, as by the untouched pipeline. Accelerate for them to save time", why)
+
+
+def _there(tensors: Mapping[str, torch.Tensor], stepper: Stepper) -> dict[str, Any]:
+    """Tensors as the engines' library takes them: as they are on a GPU, as numpy arrays where it has these on the CPU."""
+    on_host = not any(stepper.takes(tensor) or tensor.is_cuda for tensor in tensors.values())
+    return {name: tensor.contiguous().numpy() if on_host else tensor.contiguous() for name, tensor in tensors.items()}
+
+
+def _from(buffer: Any) -> torch.Tensor:
+    """A buffer of another library as a tensor, on the same memory."""
+    return torch.from_numpy(buffer) if isinstance(buffer, np.ndarray) else from_dlpack(buffer)
