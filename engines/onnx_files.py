@@ -110,6 +110,7 @@ def _convert(program: "ExportedProgram", signature: Signature, weights: NamedWei
         model = _export(program, signature)
     _read_later(model, weights)
     _simplify(model)
+    _name_outputs(model, signature)
     return model
 
 
@@ -180,6 +181,14 @@ def _simplify(model: Any) -> None:
         common.NameFixPass(),
     ):
         one(model)
+
+
+def _name_outputs(model: Any, signature: Signature) -> None:
+    """Give outputs their names: two that are the same value were made one, and an alias of it."""
+    for number, value in enumerate(model.graph.outputs):  # as no two values may have one name on the way
+        value.name = f"output/{number}"
+    for value, spec in zip(model.graph.outputs, signature.outputs, strict=True):
+        value.name = spec.name
 
 
 def _drop_metadata(model: Any) -> None:
