@@ -119,7 +119,7 @@ def _batched(module: fx.GraphModule, cut: str, wanted: BatchForecast, per_step: 
     result = {NEXT_LATENTS: call(aten.add.Tensor, (start, move))}
     if wanted.velocities:
         rest = [int(size) for size in velocity.meta["val"].shape[1:]]
-        result[VELOCITIES] = call(aten.view.default, (values[velocity], [steps, -1, *rest]))
+        result[VELOCITIES] = call(aten.reshape.default, (values[velocity], [steps, -1, *rest]))
     graph.output(result)
     new = fx.GraphModule(attributes, graph)
     finish(new)
@@ -144,7 +144,7 @@ def _summed(
             result = call(aten.add.Tensor, (result, weighted))
         return result
     rest = [int(size) for size in node.meta["val"].shape[1:]]
-    flat = call(aten.view.default, (values[node], [steps, -1]))
+    flat = call(aten.reshape.default, (values[node], [steps, -1]))  # a part of channels lies with gaps
     moved = call(aten.mm.default, (call(aten.unsqueeze.default, (deltas, 0)), flat))
     return call(aten.view.default, (moved, [-1, *rest]))
 

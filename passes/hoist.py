@@ -109,6 +109,7 @@ class Hoist(Pass):
         """What each node depends on."""
         inputs = {**dict.fromkeys(self.conditions, REQUEST), self.timestep: STEP if self.per_step else LIVE}
         known: dict[fx.Node, int] = {}
+        batch = {str(node.meta["val"].shape[0]) for name, node in placeholders(module).items() if name in inputs}
         for node in module.graph.nodes:
             if node.op == "placeholder":
                 known[node] = inputs.get(str(node.target), LIVE)
@@ -118,6 +119,8 @@ class Hoist(Pass):
                 known[node] = max((known[value] for value in node.all_input_nodes), default=CONSTANT)
             if known[node] == STEP and _has_tokens(node):
                 known[node] = LIVE
+            if _is_batched(node) and str(node.meta["val"].shape[0]) not in batch:
+                known[node] = LIVE  # rows of heads, say: what crosses has a row for each sample
         return known
 
 

@@ -19,7 +19,7 @@ PUBLISHED = {
 }
 
 MODELS = {
-    "dit": ModelSpec("dit", "facebook/DiT-XL-2-256", 256, 256, text_tokens=1, guidance=4.0),
+    "dit": ModelSpec("dit", "facebook/DiT-XL-2-256", 256, 256, text_tokens=1, guidance=4.0, prompts="classes"),
     "flux": ModelSpec("flux", "black-forest-labs/FLUX.1-dev", height=1024, width=1024, text_tokens=512, guidance=3.5),
     "flux-kontext": ModelSpec("flux-kontext", "black-forest-labs/FLUX.1-Kontext-dev", 1024, 1024, 512, guidance=2.5, steps=28),
     "flux-schnell": ModelSpec("flux-schnell", "black-forest-labs/FLUX.1-schnell", 1024, 1024, 256, guidance=0.0, steps=4),
