@@ -80,6 +80,9 @@ def _flag(one: Field[Any], kind: Any) -> Callable[[Any], Any]:
     plain, meta = plain_type(kind), one.metadata
     names = (*(meta["flags"] or (f"--{one.name.replace('_', '-')}",)), one.name)
     about = {"help": meta["help"], "default": one.default}
+    if meta["read"] is not None:
+        text = None if one.default is None else ",".join(map(str, one.default))
+        return click.option(*names, metavar=meta["metavar"], show_default=True, **{**about, "default": text})
     if plain is bool:
         return click.option(*names, is_flag=True, flag_value=not one.default, **about)
     about |= {"metavar": meta["metavar"], "show_default": True}

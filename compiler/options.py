@@ -6,7 +6,7 @@ The command line makes its flags of these declarations; in Python the same names
 import math
 import operator
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +14,7 @@ from typing import Any, Literal
 from cachec.compiler.models.base import ModelSpec, Settings
 from cachec.runtime.build_options import BuildOptions
 from cachec.runtime.errors import InputError, unknown_name
+from cachec.runtime.variants import PictureSize
 
 Command = Literal["compile", "train", "calibrate", "eval", "encode", "plan", "add-target"]
 
@@ -29,23 +30,50 @@ def option(
     also: tuple[Command, ...] = (),
     only: tuple[Command, ...] = (),
     metavar: str | None = None,
+    read: Callable[[Any], tuple[Any, ...]] | None = None,
 ) -> Any:
     """A field of a group. ``flags``: others than ``--its-name``.
 
-    ``also``: commands that take it besides ``compile``; ``only``: those that take it where ``compile`` does not.
+    ``also``: commands that take it besides ``compile``; ``only``: those that take it where ``compile`` does not. ``read``: of
+    one that is a list in one text, with commas.
     """
-    commands = only or ("compile", *also)
-    return field(default=default, metadata={"help": help, "flags": flags, "commands": commands, "metavar": metavar})
+    about = {"help": help, "flags": flags, "commands": only or ("compile", *also), "metavar": metavar, "read": read}
+    return field(default=default, metadata=about)
+
+
+def read_counts(value: Any) -> tuple[int, ...]:
+    """Whole numbers, from one, several, or ``20,28,50``. Raises ``ValueError`` or ``TypeError`` if they are none."""
+    if isinstance(value, str):
+        return tuple(map(int, value.split(",")))
+    several = value if isinstance(value, list | tuple) else (value,)
+    if any(isinstance(one, bool) for one in several):
+        raise TypeError("True and False are no numbers")
+    return tuple(map(operator.index, several))
+
+
+def read_sizes(value: Any) -> tuple[PictureSize, ...]:
+    """Sizes, from one, several, or ``832x1216,1024x1024``. Raises ``InputError`` or ``TypeError`` if they are none."""
+    if isinstance(value, str):
+        return tuple(map(PictureSize.parse, value.split(",")))
+    several = value if isinstance(value, list | tuple) else (value,)
+    return tuple(one if isinstance(one, PictureSize) else PictureSize.parse(one) for one in several)
 
 
 @dataclass(frozen=True)
 class ModelSettings:
     """Sizes and precision; ``None`` is what the model's family says."""
 
-    steps: int | None = option(None, "Sampling steps; default from the model.", also=RUNS)
+    steps: tuple[int, ...] | None = option(
+        None, "Sampling steps; compile takes several, as 20,28,50; default from the model.",
+        also=RUNS, metavar="N[,N]", read=read_counts,
+    )  # fmt: skip
     height: int | None = option(None, "Pixels; default from the model.", also=SIZES)
     width: int | None = option(None, "Pixels; default from the model.", also=SIZES)
     frames: int | None = option(None, "Frames of a video; default from the model.", also=SIZES)
+    size: tuple[PictureSize, ...] | None = option(
+        None, "Width and height, and frames of a video, as 832x480x81; compile takes several, with commas.",
+        also=SIZES, metavar="WxH[xF][,…]", read=read_sizes,
+    )  # fmt: skip
     text_tokens: int | None = option(None, "Length of the text sequence; default from the model.", also=SIZES)
     guidance: float | None = option(None, "Guidance scale; default from the model.", also=SIZES)
     dtype: str = option("float32", "float32, float16 or bfloat16.", also=RUNS)
@@ -163,13 +191,13 @@ def read_options(given: Mapping[str, Any], command: Command = "compile") -> Opti
     Raises:
         InputError: the command has no such option, with the nearest name; or a value is not of its type.
     """
-    known = {one.name: (group, kind) for group, one, kind in declared(command)}
+    known = {one.name: (group, one, kind) for group, one, kind in declared(command)}
     values: dict[str, dict[str, Any]] = {group.name: {} for group in fields(Options)}
     for name, value in given.items():
         if name not in known:
             raise unknown_name("option", name, known)
-        group, kind = known[name]
-        values[group][name] = _read(name, value, kind)
+        group, one, kind = known[name]
+        values[group][name] = _read(name, value, kind, one.metadata["read"])
     return Options(**{one.name: one.type(**values[one.name]) for one in fields(Options)})  # type: ignore[operator]
 
 
@@ -189,19 +217,21 @@ def plain_type(kind: Any) -> Any:
     return typing.get_origin(kinds[0]) or kinds[0]
 
 
-def _read(name: str, value: Any, kind: Any) -> Any:
+def _read(name: str, value: Any, kind: Any, read: Callable[[Any], tuple[Any, ...]] | None) -> Any:
     plain = plain_type(kind)
     if value is None and type(None) in typing.get_args(kind):
         return None
     try:
+        if read is not None:
+            return read(value)
         if plain is tuple:
             return (value,) if isinstance(value, str) else tuple(value)
         if plain is int and not isinstance(value, bool):
             return operator.index(value)
         if plain is Path or (plain is float and not isinstance(value, str | bool)):
             return plain(value)
-    except TypeError as error:
-        raise _wrong_type(name, value, plain) from error
+    except (TypeError, ValueError) as error:
+        raise _wrong_type(name, value, plain if read is None else read) from error
     if not isinstance(value, plain) or isinstance(value, bool) != (plain is bool):
         raise _wrong_type(name, value, plain)
     return value
@@ -209,7 +239,8 @@ def _read(name: str, value: Any, kind: Any) -> Any:
 
 def _wrong_type(name: str, value: Any, kind: Any) -> InputError:
     words = {int: "a whole number", float: "a number", bool: "True or False", str: "text", Path: "a path",
-             tuple: "one name or several"}  # fmt: skip
+             tuple: "one name or several", read_counts: "a whole number, or several with commas",
+             read_sizes: "WIDTHxHEIGHT, or several with commas"}  # fmt: skip
     return InputError(f"{name.replace('_', '-')} is {value!r}; it must be {words.get(kind, 'names with their values')}")
 
 
@@ -232,14 +263,33 @@ def make_build_options(wish: BuildWish) -> BuildOptions:
 
 
 def make_settings(spec: ModelSpec, wish: ModelSettings) -> Settings:
-    """Settings with the model's defaults filled in.
+    """Settings of one size and one number of steps, with the model's defaults filled in.
 
     Raises:
-        InputError: one is out of range.
+        InputError: one is out of range, or several are given.
     """
-    given = {name: getattr(wish, name) for name in ("height", "width", "text_tokens", "guidance", "steps", "frames")}
-    known = {name: getattr(spec, name) if value is None else value for name, value in given.items()}
-    return Settings(**known, dtype=wish.dtype)
+    for name, several in (("steps", wish.steps or ()), ("size", wish.size or ())):
+        if len(several) > 1:
+            raise InputError(f"{name} is {','.join(map(str, several))}, but only compile takes several: give one")
+    return make_all_settings(spec, wish)[0]
+
+
+def make_all_settings(spec: ModelSpec, wish: ModelSettings) -> tuple[Settings, ...]:
+    """Settings of every size with every number of steps, the first of both first.
+
+    Raises:
+        InputError: one is out of range, given twice, or contradicts another.
+    """
+    if wish.size is not None and (wish.height, wish.width) != (None, None):
+        raise InputError("--size contradicts --height and --width: give one")
+    for name, several in (("steps", wish.steps or ()), ("size", wish.size or ())):
+        if twice := sorted({str(one) for one in several if several.count(one) > 1}):
+            raise InputError(f"{name} {', '.join(twice)} is given twice")
+    given = {name: getattr(wish, name) for name in ("height", "width", "frames", "text_tokens", "guidance")}
+    usual = {name: getattr(spec, name) if value is None else value for name, value in given.items()}
+    usual["dtype"] = wish.dtype
+    sizes = [{name: value for name, value in vars(size).items() if value > 1} for size in wish.size or ()]
+    return tuple(Settings(**{**usual, **size, "steps": steps}) for size in sizes or [{}] for steps in wish.steps or (spec.steps,))
 
 
 def check_batch(batch: int | None) -> None:

@@ -18,7 +18,7 @@ from cachec.compiler.options import (
     Options,
     check_batch,
     make_build_options,
-    make_settings,
+    make_all_settings,
     read_options,
 )
 from cachec.compiler.planning.goals import Goal, make_goals
@@ -48,7 +48,8 @@ class Request:
 
     ``interval`` is recorded if the schedule came from one. ``prompts`` ``None``: those that ship; given ones mean that a
     predictor that ships is not used. ``reference_steps`` 0: no fine reference; ``None``: that of the calibration file.
-    ``device`` is where engines are measured, and for ``aoti`` what they are built for.
+    ``device`` is where engines are measured, and for ``aoti`` what they are built for. All of it is of the first size and number
+    of steps; ``more`` are requests for the others.
     """
 
     wish: Options
@@ -61,6 +62,18 @@ class Request:
     build: BuildOptions
     interval: int | None
     reference_steps: int | None
+    more: tuple["Request", ...] = ()
+
+    @property
+    def variants(self) -> tuple["Request", ...]:
+        """A request for every size with every number of steps, each of that alone."""
+        return replace(self, more=()), *self.more
+
+    @property
+    def by_size(self) -> dict[str, tuple["Request", ...]]:
+        """The variants of each size: the same graphs serve all of one."""
+        sizes = dict.fromkeys(one.settings.size for one in self.variants)
+        return {size: tuple(one for one in self.variants if one.settings.size == size) for size in sizes}
 
     @property
     def schedule(self) -> Schedule | None:
@@ -79,8 +92,9 @@ class Request:
 
     def options_for(self, timing: Path) -> BuildOptions:
         """What builders are asked for; kernel timings are kept in the folder ``timing``."""
+        most = max(self.variants, key=lambda one: one.settings.steps)
         sizes = size_ranges(
-            self.settings.steps, self.computed, batch=self.wish.model.batch, max_batch=self.wish.build.max_batch
+            most.settings.steps, most.computed, batch=self.wish.model.batch, max_batch=self.wish.build.max_batch
         )
         return replace(self.build, sizes=sizes, timing_cache=timing)
 
@@ -148,22 +162,21 @@ def check_wish(spec: ModelSpec, wish: Options) -> Request:
     _check_numbers(wish)
     targets, device = _choose_targets(wish.build)
     method = get_method(wish.schedule.method).with_options(wish.schedule.options or {})
-    settings = make_settings(spec, wish.model)
-    _check_files(method, wish.fit)
-    goals, interval = make_goals(method, settings.steps, wish.schedule)
-    _check_graph(method, goals, wish.graph)
-    return Request(
-        wish=wish,
-        method=method,
-        goals=goals,
-        settings=settings,
-        prompts=None if wish.fit.prompts is None else read_prompts(wish.fit.prompts),
-        targets=targets,
-        device=device,
-        build=make_build_options(wish.build),
-        interval=interval,
-        reference_steps=_choose_reference(method, goals, settings.steps, wish.fit),
-    )
+    settings = make_all_settings(spec, wish.model)
+    _check_files(method, wish.fit, len(settings))
+    prompts = None if wish.fit.prompts is None else read_prompts(wish.fit.prompts)
+    build, requests = make_build_options(wish.build), list[Request]()
+    for one in settings:
+        goals, interval = make_goals(method, one.steps, wish.schedule)
+        _check_graph(method, goals, wish.graph)
+        reference = _choose_reference(method, goals, one.steps, wish.fit)
+        requests.append(Request(wish, method, goals, one, prompts, targets, device, build, interval, reference))
+    if wish.graph.fold == "none" and len(wish.model.steps) > 1:
+        raise InputError(
+            "fold is none, which keeps a predictor of one schedule in the engine, and several numbers of steps are asked for: "
+            "use static"
+        )
+    return replace(requests[0], more=tuple(requests[1:]))
 
 
 def _check_numbers(wish: Options) -> None:
@@ -177,7 +190,11 @@ def _check_numbers(wish: Options) -> None:
         raise InputError(f"min-psnr is {min_psnr}; it must be a number of dB above 0")
 
 
-def _check_files(method: Method, wish: FitWish) -> None:
+def _check_files(method: Method, wish: FitWish, num: int) -> None:
+    """``num``: of sizes with numbers of steps."""
+    for name in ("predictor", "calibration"):
+        if num > 1 and getattr(wish, name) is not None:
+            raise InputError(f"--{name} is of one size and one number of steps, and {num} are asked for: leave it out")
     if wish.predictor is not None and wish.prompts is not None:
         raise InputError("--predictor and --prompts contradict each other: a given predictor is not trained")
     if wish.predictor is not None and not method.needs_training:

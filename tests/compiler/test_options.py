@@ -7,13 +7,23 @@ import pytest
 from click.testing import CliRunner
 
 from cachec.cli import main
-from cachec.compiler.options import BuildWish, Options, as_flags, declared, read_options
+from cachec.compiler.models import MODELS
+from cachec.compiler.options import (
+    BuildWish,
+    Options,
+    as_flags,
+    declared,
+    make_all_settings,
+    make_settings,
+    read_options,
+)
 from cachec.runtime.errors import InputError
+from cachec.runtime.variants import PictureSize
 
 
 def test_options_go_to_their_groups():
     wish = read_options({"steps": 8, "options": {"order": "2"}, "prompts": "p.txt", "targets": "eager", "workspace": 2})
-    assert wish.model.steps == 8
+    assert wish.model.steps == (8,)
     assert wish.schedule.options == {"order": "2"}
     assert wish.fit.prompts == Path("p.txt")
     assert wish.build.targets == ("eager",)
@@ -25,7 +35,9 @@ def test_options_go_to_their_groups():
     ("given", "message"),
     [
         ({"step": 8}, r"unknown option 'step'. Did you mean 'steps'\?"),
-        ({"steps": "8"}, "steps is '8'; it must be a whole number"),
+        ({"steps": "eight"}, "steps is 'eight'; it must be a whole number, or several"),
+        ({"size": 64}, "size is 64; it must be WIDTHxHEIGHT, or several"),
+        ({"size": "64"}, "size '64' is not of the form WIDTHxHEIGHT"),
         ({"steps": True}, "steps is True; it must be a whole number"),
         ({"text_tokens": 1.5}, "text-tokens is 1.5; it must be a whole number"),
         ({"guidance": "3"}, "guidance is '3'; it must be a number"),
@@ -68,6 +80,43 @@ def test_flags_become_values(monkeypatch):
         CliRunner().invoke(main, ["compile", "m"], catch_exceptions=False)
     assert taken.pop("force") is False
     assert read_options(taken) == Options()
+
+
+@pytest.mark.parametrize(
+    ("given", "steps", "size"),
+    [
+        ({"steps": 8, "size": "64x32"}, (8,), (PictureSize(64, 32),)),
+        ({"steps": "20,28", "size": ["64x32", "32x32x5"]}, (20, 28), (PictureSize(64, 32), PictureSize(32, 32, 5))),
+        ({"steps": [4, 8]}, (4, 8), None),
+    ],
+)
+def test_lists_may_be_one_text(given, steps, size):
+    model = read_options(given).model
+    assert (model.steps, model.size) == (steps, size)
+
+
+def test_settings_are_of_every_size_with_every_number_of_steps():
+    found = make_all_settings(MODELS["tiny-flux"], read_options({"steps": "20,8", "size": "64x128,32x64"}).model)
+    assert [(one.width, one.height, one.steps) for one in found] == [(64, 128, 20), (64, 128, 8), (32, 64, 20), (32, 64, 8)]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"steps": "20,20"}, "steps 20 is given twice"),
+        ({"size": "64x32,32x32,64x32"}, "size 64x32 is given twice"),
+        ({"size": "64x32", "width": 64}, "--size contradicts --height and --width"),
+        ({"steps": "8,0"}, "steps is 0; it must be at least 1"),
+    ],
+)
+def test_lists_that_cannot_be_used_are_refused(given, message):
+    with pytest.raises(InputError, match=message):
+        make_all_settings(MODELS["tiny-flux"], read_options(given).model)
+
+
+def test_other_commands_take_one_size_and_one_number_of_steps():
+    with pytest.raises(InputError, match="steps is 20,8, but only compile takes several"):
+        make_settings(MODELS["tiny-flux"], read_options({"steps": "20,8"}, "train").model)
 
 
 def test_flags_give_another_command_the_same_options():
