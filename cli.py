@@ -81,7 +81,8 @@ def _flag(one: Field[Any], kind: Any) -> Callable[[Any], Any]:
     names = (*(meta["flags"] or (f"--{one.name.replace('_', '-')}",)), one.name)
     about = {"help": meta["help"], "default": one.default}
     if meta["read"] is not None:
-        text = None if one.default is None else ",".join(map(str, one.default))
+        default: Any = one.default
+        text = None if default is None else ",".join(map(str, default))
         return click.option(*names, metavar=meta["metavar"], show_default=True, **{**about, "default": text})
     if plain is bool:
         return click.option(*names, is_flag=True, flag_value=not one.default, **about)
@@ -104,6 +105,8 @@ def _parse_pairs(context: click.Context, parameter: click.Parameter, given: tupl
 _force = click.option("--force", is_flag=True, help="Replace the output if it exists.")
 _num = click.option("--num", type=int, default=32, show_default=True, help="How many of the prompts.")
 _run_options = _options(
+    click.option("--size", metavar="WxH[xF]", help="One that BUNDLE was compiled for, as 832x1216; default its first."),
+    click.option("--steps", type=int, help="One number of steps that BUNDLE was compiled for; default its first."),
     click.option("--device", help="cpu, cuda, or cuda:1 for the second GPU; default the best that a target fits."),
     click.option("--target", help="Use this target of the bundle only, as tensorrt or ort-cpu; default the best that fits."),
 )

@@ -6,17 +6,15 @@ What fails then, or is interrupted, costs nothing that was there before.
 import logging
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cachec.compiler.frontend import Programs, make_programs
+from cachec.compiler.frontend import make_programs
 from cachec.compiler.measuring import measure
-from cachec.compiler.methods.parameters import Parameters
 from cachec.compiler.models.base import LoadedModel
 from cachec.compiler.options import as_flags
+from cachec.compiler.parts import Finished
 from cachec.compiler.planning.levels import check_quality
-from cachec.compiler.planning.planner import Calibrations
 from cachec.compiler.request import Request
 from cachec.engines.add_target import add_targets
 from cachec.engines.build_target import device_for
@@ -24,23 +22,16 @@ from cachec.engines.targets import Fit, TargetName, find_fit
 from cachec.runtime.bundle import Bundle, Target
 from cachec.runtime.engine import HOST
 from cachec.runtime.errors import CachecError
-from cachec.runtime.session import load_bundle
+from cachec.runtime.session import LoadedBundle, load_bundle
 from cachec.runtime.write import BundleAdder
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, eq=False)
-class Made:
-    """What a compilation has made and run when the bundle is written."""
-
-    parameters: Parameters | None
-    calibrations: Calibrations | None
-    programs: Programs
-
-
-def add_late_targets(model: LoadedModel, request: Request, root: Path, made: Made) -> Bundle:
+def add_late_targets(model: LoadedModel, request: Request, root: Path, made: Sequence[Finished]) -> Bundle:
     """Build the late targets of a request into the bundle at ``root``, and measure its levels on them if they go first here.
+
+    ``made``: its parts.
 
     Raises:
         CachecError: of the kind that fits; with the command that tries again. The bundle is whole without what is missing.
@@ -64,9 +55,13 @@ def add_late_targets(model: LoadedModel, request: Request, root: Path, made: Mad
             log.warning("%s is whole without %s: go on with %s", root, name, again)
             raise
     bundle = Bundle.open(root)
-    first = first_that_runs(request, bundle.manifest.targets) if request.measures else None
+    first = first_that_runs(request, bundle.at().manifest.targets) if request.measures else None
     if first is not None and any(name.matches(first.target) for name in request.late):
-        _measure_again(model, request, bundle, made, first)
+        assert first.backend is not None, "it runs"
+        with load_bundle(bundle, first.target, first.backend, device=first.device) as loaded:
+            found = [_measure_again(model, loaded, bundle.root, finished) for finished in made]
+        for levels in found:
+            check_quality(levels, request.wish.fit.min_psnr)
         return Bundle.open(root)
     return bundle
 
@@ -84,17 +79,21 @@ def _again(request: Request, root: Path, names: Sequence[TargetName]) -> str:
     return shlex.join(["cachec", "add-target", str(root), *targets, *device, *as_flags(request.wish.build, "add-target")])
 
 
-def _measure_again(model: LoadedModel, request: Request, bundle: Bundle, made: Made, fit: Fit) -> None:
-    """Let levels, and where a speed is asked for their schedules, be of these engines. All of it is kept, good or not."""
-    assert fit.backend is not None, "it runs"
-    programs = made.programs
-    with BundleAdder(bundle.root) as writer:
-        with load_bundle(bundle, fit.target, fit.backend, device=fit.device) as loaded:
-            if request.wants_speed:
-                programs = make_programs(model, request, loaded.engines, made.calibrations, made.parameters)
-            levels: Mapping[str, Mapping[str, Any]] = programs.facts
-            if made.calibrations is not None:
-                levels = measure(model, request, loaded.engines, programs, made.calibrations)
+def _measure_again(model: LoadedModel, loaded: LoadedBundle, root: Path, finished: Finished) -> Mapping[str, Any]:
+    """Let levels, and where a speed is asked for their schedules, be of these engines. All of it is kept, good or not.
+
+    Returns the facts by level.
+    """
+    part, programs = finished.part, finished.programs
+    request, size, steps = part.request, part.request.settings.size, part.request.settings.steps
+    engines = loaded.at(size, steps).engines
+    calibrations = part.calibrate(model)
+    if request.wants_speed:
+        programs = make_programs(model, request, engines, calibrations, part.parameters)
+    levels: Mapping[str, Mapping[str, Any]] = programs.facts
+    if calibrations is not None:
+        levels = measure(model, request, engines, programs, calibrations)
+    with BundleAdder(root) as writer:
         files = {level: writer.add_program(level, program) for level, program in programs.by_level.items()}
-        writer.commit_programs(files, levels)
-    check_quality(levels, request.wish.fit.min_psnr)
+        writer.commit_programs(files, levels, size=size, steps=steps)
+    return levels

@@ -9,6 +9,7 @@ from cachec.compiler.models.base import LoadedModel
 from cachec.compiler.request import Request
 from cachec.runtime.bundle import Manifest, Target
 from cachec.runtime.noise import GENERATOR
+from cachec.runtime.variants import Variant
 from cachec.runtime.version import VERSION
 from cachec.runtime.write import BundleWriter
 
@@ -22,8 +23,12 @@ def make_manifest(
     parameters: Parameters | None,
     timing: Mapping[str, str],
     facts: Mapping[str, Any],
+    more: Sequence[Variant] = (),
 ) -> Manifest:
-    """The manifest of what ``writer`` collected. ``programs``: files by level; ``facts``: what was measured and counted."""
+    """The manifest of what ``writer`` collected. ``programs``: files by level; ``facts``: what was measured and counted.
+
+    ``more``: of the request's other sizes and numbers of steps.
+    """
     method = request.method
     return Manifest(
         model={"name": model.spec.name, "source": model.spec.portable_source, "weights_sha256": model.weights_hash},
@@ -40,8 +45,7 @@ def make_manifest(
             "predictor": dict(parameters.facts) if parameters else None,
         },
         settings={
-            **vars(request.settings),
-            "interval": request.interval,
+            **varying_settings(request),
             "seed": request.wish.fit.seed,
             "cut": model.block,
             "sampler": model.sampler,
@@ -57,4 +61,10 @@ def make_manifest(
             "torch": importlib.metadata.version("torch"),
             **facts,
         },
+        more=tuple(more),
     )
+
+
+def varying_settings(request: Request) -> dict[str, Any]:
+    """Those that may differ by size and number of steps."""
+    return {**vars(request.settings), "interval": request.interval}

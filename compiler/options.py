@@ -56,6 +56,8 @@ def read_sizes(value: Any) -> tuple[PictureSize, ...]:
     if isinstance(value, str):
         return tuple(map(PictureSize.parse, value.split(",")))
     several = value if isinstance(value, list | tuple) else (value,)
+    if wrong := [one for one in several if not isinstance(one, str | PictureSize)]:
+        raise TypeError(f"{wrong[0]} is no size")
     return tuple(one if isinstance(one, PictureSize) else PictureSize.parse(one) for one in several)
 
 
@@ -288,8 +290,9 @@ def make_all_settings(spec: ModelSpec, wish: ModelSettings) -> tuple[Settings, .
     given = {name: getattr(wish, name) for name in ("height", "width", "frames", "text_tokens", "guidance")}
     usual = {name: getattr(spec, name) if value is None else value for name, value in given.items()}
     usual["dtype"] = wish.dtype
-    sizes = [{name: value for name, value in vars(size).items() if value > 1} for size in wish.size or ()]
-    return tuple(Settings(**{**usual, **size, "steps": steps}) for size in sizes or [{}] for steps in wish.steps or (spec.steps,))
+    sizes: list[dict[str, int]] = [vars(size) for size in wish.size or ()]
+    sizes = [size if size["frames"] > 1 else {**size, "frames": usual["frames"]} for size in sizes] or [{}]
+    return tuple(Settings(**{**usual, **size, "steps": steps}) for size in sizes for steps in wish.steps or (spec.steps,))
 
 
 def check_batch(batch: int | None) -> None:

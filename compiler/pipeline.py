@@ -1,48 +1,38 @@
 """The story of a compilation: check, train, capture and rewrite, build, calibrate, search and fit, measure, write."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from cachec.compiler.frontend import (
-    Checked,
-    StepGraphs,
-    check,
-    find_calibrations,
-    find_parameters,
-    make_graphs,
-    make_plans,
-    make_programs,
-    plan_graphs,
-)
+from cachec.compiler.frontend import StepGraphs, make_graphs, make_plans, plan_graphs
 from cachec.compiler.graphs.build_engines import (
-    PlannedSources,
     build_fastest,
     build_targets,
     load_engines,
+    planned_sources,
     unfinished_weights,
     warn_unless_any_runs,
 )
 from cachec.compiler.graphs.costs import hoisting_facts, memory_facts
 from cachec.compiler.handed import handed_facts, pipeline_facts
-from cachec.compiler.late_targets import Made, add_late_targets
-from cachec.compiler.manifest import make_manifest
-from cachec.compiler.measuring import measure
+from cachec.compiler.late_targets import add_late_targets
+from cachec.compiler.manifest import make_manifest, varying_settings
 from cachec.compiler.methods.parameters import predictor_bytes
 from cachec.compiler.models.base import LoadedModel
+from cachec.compiler.parts import Finished, Part, finish, work_folder
 from cachec.compiler.planning.estimate import estimate
-from cachec.compiler.planning.levels import check_quality
-from cachec.compiler.planning.room import check_calibration, check_compile
+from cachec.compiler.planning.room import check_compile
 from cachec.compiler.request import Request
-from cachec.compiler.stages import STAGES, Clock
+from cachec.compiler.stages import OF_A_PART, STAGES, Clock
 from cachec.engines import get_builder
 from cachec.engines.build_target import check_build, device_for, keep_timing
 from cachec.engines.fastest import AUTO, find_usable, none_left
 from cachec.runtime.bundle import Bundle
 from cachec.runtime.errors import EngineError, OutputError, QualityError
+from cachec.runtime.variants import Variant
 from cachec.runtime.work import claim_work, remove_work
 from cachec.runtime.write import BundleWriter
 
@@ -65,27 +55,26 @@ def compile_bundle(model: LoadedModel, request: Request, out: Path, *, force: bo
         CachecError: of the kind that fits; ``out`` is then as it was, or a bundle that lacks only targets which are built late.
     """
     request, left_out = check_targets(model, request, out)
-    with Clock((*STAGES, *(["late targets"] if request.late else []))) as clock:
+    stages = (*STAGES, *OF_A_PART * len(request.variants), *(["late targets"] if request.late else []))
+    works = {name: work_folder(out, name) for name in ("timing", "weights")}
+    with Clock(stages) as clock, ExitStack() as stack:
         with model.hashing_weights(), BundleWriter(out, force=force) as writer:
-            checked = check(model, request)
-            works = _works(out, checked)
+            parts = [Part.of(model, one, out, alone=not request.more) for one in request.variants]
             if not request.auto:
-                check_compile(model, request.settings, request.targets, out, works["weights"])
-            if checked.prompts is not None:
-                fine, num = request.reference_steps or 0, len(checked.prompts.prompts)
-                check_calibration(model, request.settings, num, fine, works["calibration"])
+                check_compile(model, request.settings, request.targets, out, works["weights"], num_sizes=len(request.by_size))
             clock.lap()
             try:
-                made = _compile(model, request, checked, writer, works, clock, left_out)
+                made = _compile(model, request, parts, writer, works, clock, left_out)
             except QualityError:  # another attempt asks for something else, so nothing is kept for it
-                _remove(works)
+                _remove(works, parts)
                 raise
-        _remove(works)
+        stack.callback(_remove, works, parts)
         bundle = add_late_targets(model, request, out, made)
         if request.late:
             clock.lap()
     warn_unless_any_runs(bundle.manifest.targets)
-    return Compilation(bundle, "none needed" if made.parameters is None else made.parameters.origin, clock.seconds)
+    parameters = made[0].part.parameters
+    return Compilation(bundle, "none needed" if parameters is None else parameters.origin, clock.seconds)
 
 
 def check_targets(model: LoadedModel, request: Request, out: Path) -> tuple[Request, dict[str, str]]:
@@ -104,7 +93,8 @@ def check_targets(model: LoadedModel, request: Request, out: Path) -> tuple[Requ
     names, left_out = find_usable(request.targets, dtypes, request.device, request.build, max_batch=most)
     for name in names:
         try:
-            check_compile(model, request.settings, [name], out, _work(out, "weights"))
+            weights = work_folder(out, "weights")
+            check_compile(model, request.settings, [name], out, weights, num_sizes=len(request.by_size))
         except (EngineError, OutputError) as error:
             left_out[str(name)] = str(error)
     if not (usable := tuple(name for name in names if str(name) not in left_out)):
@@ -112,74 +102,75 @@ def check_targets(model: LoadedModel, request: Request, out: Path) -> tuple[Requ
     return replace(request, targets=usable), left_out
 
 
-def _works(out: Path, checked: Checked) -> dict[str, Path]:
-    """Folders beside the bundle, from which the same compilation goes on if this one is interrupted."""
-    used = {"timing": True, "weights": True, "training": checked.trains, "calibration": checked.prompts is not None}
-    return {name: _work(out, name) for name, is_used in used.items() if is_used}
-
-
-def _work(out: Path, name: str) -> Path:
-    return out.with_name(f"{out.name}.{name}")
-
-
-def _remove(works: Mapping[str, Path]) -> None:
-    for path in works.values():
+def _remove(works: Mapping[str, Path], parts: Sequence[Part]) -> None:
+    for path in (*works.values(), *(path for part in parts for path in part.works.values())):
         remove_work(path)
 
 
 def _compile(
     model: LoadedModel,
     request: Request,
-    checked: Checked,
+    parts: Sequence[Part],
     writer: BundleWriter,
     works: Mapping[str, Path],
     clock: Clock,
     left_out: Mapping[str, str],
-) -> Made:
+) -> list[Finished]:
     """Everything after the checks, but for the late targets."""
-    with ExitStack() as stack:
-        stack.enter_context(claim_work(works["timing"], "compilation"))
-        if checked.trains:  # which takes longer than graphs made twice
+    with claim_work(works["timing"], "compilation"):
+        trains = any(part.checked.trains for part in parts)
+        if trains:  # which takes longer than graphs made twice
             _tell_costs(model, request, plan_graphs(model, request), writer)
-        parameters = find_parameters(model, request, checked, works.get("training"))
+        parts = [part.trained(model) for part in parts]
         clock.lap()
-        graphs = make_graphs(model, request, parameters)
-        if not checked.trains:
-            _tell_costs(model, request, graphs, writer)
+        by_size = {size: [part for part in parts if part.request.settings.size == size] for size in request.by_size}
+        graphs = {size: make_graphs(model, some[0].request, some[0].parameters) for size, some in by_size.items()}
+        if not trains:
+            _tell_costs(model, request, graphs[request.settings.size], writer)
         clock.lap()
-        plans = make_plans(model, request, graphs)
+        plans = {
+            some[0].request.settings.shape_bucket: make_plans(model, some[0].request, graphs[size])
+            for size, some in by_size.items()
+        }
         clock.lap()
         unfinished = partial(unfinished_weights, model, works["weights"])
-        sources = PlannedSources(plans, writer, request.settings.dtype, request.settings.shape_bucket, unfinished)
+        sources = planned_sources(plans, writer, request.settings.dtype, unfinished)
         options, chosen = request.options_for(works["timing"]), {}
         if request.auto:
-            targets, chosen[AUTO] = build_fastest(request.targets, sources, writer, request.device, options, left_out)
+            targets, facts = build_fastest(request.targets, sources, writer, request.device, options, left_out)
+            chosen[AUTO] = facts
         else:
-            targets = build_targets(request.targets, sources, writer, request.device, options, late=request.late)
-        engines = load_engines(targets, sources, writer, stack, request.device) if request.measures else {}
+            build = partial(build_targets, request.targets, writer=writer, device=request.device, options=options)
+            targets = [build(one, late=request.late) for one in sources]
         clock.lap()
-        calibrations = find_calibrations(model, request, checked, works.get("calibration"))
-        clock.lap()
-        programs = make_programs(model, request, engines, calibrations, parameters)
-        clock.lap()
-        levels = programs.facts if calibrations is None else measure(model, request, engines, programs, calibrations)
-        check_quality(levels, request.wish.fit.min_psnr)
-        clock.lap()
-        files = {level: writer.add_program(level, program) for level, program in programs.by_level.items()}
-        if parameters is not None:
-            writer.add_bytes("predictor/predictor.safetensors", predictor_bytes(parameters))
-        facts = {
-            "levels": levels,
-            "calibration": {} if calibrations is None else calibrations.facts,
-            "hoisted": hoisting_facts(graphs.plain, graphs.engine),
-            "memory": memory_facts(graphs.engine),
-            "handed": handed_facts(model, request.settings, writer),
-            "pipeline": pipeline_facts(model, request.settings, writer),
-            **chosen,
-        }
+        made = list[Finished]()
+        for some, of_size, built in zip(by_size.values(), sources, targets, strict=True):
+            with ExitStack() as stack:
+                engines = load_engines(built, of_size, writer, stack, request.device) if request.measures else {}
+                made += [finish(model, part, engines, clock) for part in some]
+        first, *more = (_variant(model, one, graphs[one.part.request.settings.size], writer) for one in made)
+        facts = {**first.facts, "pipeline": pipeline_facts(model, request.settings, writer), **chosen}
         timing = keep_timing(writer, works["timing"])
-        writer.commit(make_manifest(model, request, writer, targets, files, parameters, timing, facts))
-    return Made(parameters, calibrations, programs)
+        all_targets = [target for built in targets for target in built]
+        parameters = made[0].part.parameters
+        writer.commit(make_manifest(model, request, writer, all_targets, first.programs, parameters, timing, facts, more))
+    return made
+
+
+def _variant(model: LoadedModel, made: Finished, graphs: StepGraphs, writer: BundleWriter) -> Variant:
+    """What the manifest says of a part, whose files go to the bundle."""
+    request, parameters = made.part.request, made.part.parameters
+    if parameters is not None:
+        writer.add_bytes("predictor/predictor.safetensors", predictor_bytes(parameters))
+    files = {level: writer.add_program(level, program) for level, program in made.programs.by_level.items()}
+    facts = {
+        "levels": made.levels,
+        "calibration": made.calibration,
+        "hoisted": hoisting_facts(graphs.plain, graphs.engine),
+        "memory": memory_facts(graphs.engine),
+        "handed": handed_facts(model, request.settings, writer),
+    }
+    return Variant(varying_settings(request), files, facts)
 
 
 def _tell_costs(model: LoadedModel, request: Request, graphs: StepGraphs, writer: BundleWriter) -> None:

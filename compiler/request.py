@@ -17,8 +17,8 @@ from cachec.compiler.options import (
     GraphWish,
     Options,
     check_batch,
-    make_build_options,
     make_all_settings,
+    make_build_options,
     read_options,
 )
 from cachec.compiler.planning.goals import Goal, make_goals
@@ -48,8 +48,8 @@ class Request:
 
     ``interval`` is recorded if the schedule came from one. ``prompts`` ``None``: those that ship; given ones mean that a
     predictor that ships is not used. ``reference_steps`` 0: no fine reference; ``None``: that of the calibration file.
-    ``device`` is where engines are measured, and for ``aoti`` what they are built for. All of it is of the first size and number
-    of steps; ``more`` are requests for the others.
+    ``device`` is where engines are measured, and for ``aoti`` what they are built for. All of it is of the first size and
+    number of steps; ``more`` are requests for the others.
     """
 
     wish: Options

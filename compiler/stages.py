@@ -9,24 +9,16 @@ from tqdm import tqdm
 
 log = logging.getLogger(__name__)
 
-STAGES = (
-    "check",
-    "trained predictor",
-    "graphs",
-    "engine plans",
-    "build engines",
-    "calibration",
-    "schedules and coefficients",
-    "measure",
-)
+STAGES = ("check", "trained predictor", "graphs", "engine plans", "build engines")
+OF_A_PART = ("calibration", "schedules and coefficients", "measure")  # for every size with every number of steps
 
 
 class Clock:
-    """Seconds by stage, with a progress bar over the stages on a terminal; a context manager."""
+    """Seconds by stage, with a progress bar over the stages on a terminal; a context manager. A stage may come again."""
 
     def __init__(self, stages: Sequence[str]) -> None:
         self.seconds: dict[str, float] = {}
-        self._stages = stages
+        self._stages, self._done = stages, 0
         self._bar = tqdm(total=len(stages), unit="stage", desc=stages[0], disable=None, leave=False)
         self._last = time.perf_counter()
 
@@ -39,11 +31,12 @@ class Clock:
     def lap(self) -> None:
         """The current stage is done."""
         now = time.perf_counter()
-        stage = self._stages[len(self.seconds)]
-        self.seconds[stage] = now - self._last
+        stage, spent = self._stages[self._done], now - self._last
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + spent
         self._last = now
-        log.info("%s: %.1f s", stage, self.seconds[stage])
+        self._done += 1
+        log.info("%s: %.1f s", stage, spent)
         self._bar.update()
-        if len(self.seconds) < len(self._stages):
-            self._bar.set_description(self._stages[len(self.seconds)])
-            log.info("%s …", self._stages[len(self.seconds)])
+        if self._done < len(self._stages):
+            self._bar.set_description(self._stages[self._done])
+            log.info("%s …", self._stages[self._done])

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from toy import ToyDiT, example_inputs
 
-from cachec.compiler.graphs.build_engines import PlannedSources, build_targets
+from cachec.compiler.graphs.build_engines import build_targets, planned_sources
 from cachec.compiler.graphs.capture import capture_model, capture_predictor
 from cachec.compiler.graphs.costs import memory_facts
 from cachec.compiler.graphs.export import plan_engines
@@ -115,7 +115,7 @@ def write_bundle(
     graphs = engine(graphs, IO, hoist=hoist, velocities=velocities, slots=slots)
     plans = plan_engines(graphs, example_inputs(), "latents", STEPS)
     with BundleWriter(out, force=False) as writer:
-        sources = PlannedSources(plans, writer, precision, "8x6")
+        (sources,) = planned_sources({"8x6": plans}, writer, precision)
         options = BuildOptions(sizes=size_ranges(STEPS, 4, max_batch=3))
         names = [backends] if isinstance(backends, str) else backends
         targets = build_targets([TargetName(name) for name in names], sources, writer, device, options)

@@ -25,7 +25,8 @@ CHUNK = 16  # prompts a batch, at most
 KEPT_TOKENS = 256  # whose features are kept; of longer sequences they stand for all
 MAX_TRAINING_BYTES = 4 << 30  # of features in memory
 TRAINING_SEED_BASE = NUM_SEEDS  # training noise has seeds from here on; people's seeds are smaller
-_ENCODED: WeakKeyDictionary[LoadedModel, dict[tuple[str, int, float], Conditions]] = WeakKeyDictionary()  # ahead of runs
+EncodedKey = tuple[str, str, int, float]
+_ENCODED: WeakKeyDictionary[LoadedModel, dict[EncodedKey, Conditions]] = WeakKeyDictionary()  # ahead of runs
 SEEDS_A_RUN = 4096  # of training noise, for each seed that a user may choose
 
 
@@ -248,8 +249,8 @@ def encode_prompts(model: LoadedModel, prompts: Sequence[str], settings: Setting
     return {name: np.concatenate([part[name] for part in parts]) for name in names}
 
 
-def _key(prompt: str, settings: Settings) -> tuple[str, int, float]:
-    return prompt, settings.text_tokens, settings.guidance
+def _key(prompt: str, settings: Settings) -> EncodedKey:
+    return prompt, settings.size, settings.text_tokens, settings.guidance
 
 
 def some_tokens(num_tokens: int, wanted: int) -> Array:

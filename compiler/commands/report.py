@@ -49,12 +49,15 @@ class BundleBench(Recipe[BenchFacts, PromptTask, PromptResult]):
     against: str
     level: str | None
     target: str | None
+    size: str | None = None
+    steps: int | None = None
 
     @contextmanager
     def open(self, place: Place) -> Iterator[Bench]:
         set_up_messages()
         take_threads(place)
-        with open_bundle(self.root, device=place.device, target=self.target, threads=place.threads) as loaded:
+        where: dict[str, Any] = {"device": place.device, "target": self.target, "size": self.size, "steps": self.steps}
+        with open_bundle(self.root, **where, threads=place.threads) as loaded:
             model = load_model(find_model(self.source))
             with open_bench(loaded, model, against=self.against, level=self.level) as bench:
                 yield bench
@@ -71,11 +74,15 @@ def evaluate_bundle(
     level: str | None = None,
     device: str | None = None,
     target: str | None = None,
+    size: str | None = None,
+    steps: int | None = None,
     keep_pictures: int = 0,
     wish: WorkersWish = WorkersWish(),  # noqa: B008  # frozen
     work: Path | None = None,
 ) -> Evaluation:
     """Evaluate a bundle on the first ``num`` prompts of ``file``, or of the list that ships for its model.
+
+    ``size`` and ``steps``: one of each that it was compiled for, by default its first.
 
     ``wish`` says who measures them. What was measured before an interruption lies in ``work``, if that is given.
 
@@ -88,11 +95,12 @@ def evaluate_bundle(
     check_seed(seed)
     parse_against(against)
     if (crew := choose_crew(wish, device, check_gpu)) is not None:
-        manifest = Bundle.open(bundle).manifest
+        manifest = Bundle.open(bundle).manifest.at(size, steps)
         spec, prompts = find_model(source or manifest.model["source"]), _read_prompts(manifest, file, num)
-        with at_work(crew, BundleBench(bundle.resolve(), spec.portable_source, against, level, target)) as benches:
+        bench = BundleBench(bundle.resolve(), spec.portable_source, against, level, target, size, steps)
+        with at_work(crew, bench) as benches:
             return measure(benches, manifest, prompts, seed=seed, against=against, work=work)
-    with open_bundle(bundle, device=device, target=target) as loaded:
+    with open_bundle(bundle, device=device, target=target, size=size, steps=steps) as loaded:
         level = compared_level(loaded, level)
         spec = find_model(source or loaded.manifest.model["source"])
         prompts = _read_prompts(loaded.manifest, file, num)

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -31,6 +32,8 @@ def generate_pictures(
     compare: bool = False,
     device: str | None = None,
     target: str | None = None,
+    size: str | None = None,
+    steps: int | None = None,
     threads: int | None = None,
     verify: bool = False,
     force: bool = False,
@@ -38,10 +41,13 @@ def generate_pictures(
 ) -> list[tuple[str, str]]:
     """Make a picture per prompt, or with ``compare`` one sheet of all. Returns the rows of a short table.
 
+    ``size`` and ``steps``: one of each that the bundle was compiled for; by default its first.
+
     ``profile``: where to write a trace of the last request's engine calls, after one request to warm up.
 
     Raises:
-        InputError: a prompt is empty, the seed is negative, the file is no PNG, or there is no such device.
+        InputError: a prompt is empty, the seed is negative, the file is no PNG, or there is no such device, or no such
+            size or number of steps in the bundle.
         OutputError: a file exists already, or cannot be written.
     """
     check_prompts(prompts)
@@ -53,7 +59,8 @@ def generate_pictures(
     files = [out] if compare or len(prompts) == 1 else _numbered(out, len(prompts))
     for file in [*files, *([] if profile is None else [profile])]:
         check_file(file, force=force)
-    with open_bundle(bundle, device=device, target=target, verify=verify, threads=threads) as loaded:
+    where: dict[str, Any] = {"device": device, "target": target, "size": size, "steps": steps}
+    with open_bundle(bundle, **where, verify=verify, threads=threads) as loaded:
         model = load_model(find_model(source or loaded.manifest.model["source"]), with_transformer=False)
         settings = settings_of(loaded.manifest)
         level = loaded.check_level(level)

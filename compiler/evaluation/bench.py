@@ -134,6 +134,7 @@ class Bench(Tool[BenchFacts, PromptTask, PromptResult]):
             "level": self._level,
             "schedule": list(program.compute_steps),
             "schedule_steps": program.num_steps,
+            "size": self.settings.size,
             "steps": self.settings.steps,
             "fine_steps": FINE_STEPS,
             "backend": self._loaded.target.backend,

@@ -18,7 +18,7 @@ from cachec.engines import get_builder
 from cachec.engines.backends import FROM_ONNX
 from cachec.engines.build_target import build_into, load_collected
 from cachec.engines.fastest import keep_fastest
-from cachec.engines.onnx_files import OnnxFiles, build_onnx
+from cachec.engines.onnx_files import build_onnx
 from cachec.engines.targets import ONNX_TARGET, TargetName, find_fit
 from cachec.engines.weights_file import Unfinished
 from cachec.runtime.build_options import DEFAULTS, BuildOptions
@@ -61,39 +61,68 @@ class _Planned(Sources):
     def _place_onnx(self) -> dict[str, Path]:
         """Write the files where they belong; returns them by name."""
 
-    def _write_onnx(self, folder: Path, unfinished: Unfinished | None = None) -> OnnxFiles:
-        programs = {plan.name: plan.program for plan in self._plans}
-        return build_onnx(programs, self.signatures, folder, Values(), unfinished)
-
 
 class PlannedSources(_Planned):
-    """The graphs of a compilation. ONNX files go into the bundle.
+    """The graphs of one size in a compilation. ONNX files go into the bundle, beside those of other sizes (``onnx``)."""
 
-    ``unfinished``: where the weights are until all are written, on the bundle's disk, for an interrupted compilation to go on.
-    It is asked for when they are written.
+    def __init__(self, plans: Sequence[EnginePlan], onnx: "BundleOnnx", precision: str, shape_bucket: str) -> None:
+        super().__init__(plans, precision, shape_bucket)
+        self._onnx = onnx
+
+    def _place_onnx(self) -> dict[str, Path]:
+        return self._onnx.of(self.shape_bucket)
+
+
+class BundleOnnx:
+    """The ONNX files of all sizes of a bundle, over one weights file; all are written when one is first asked for.
+
+    ``plans`` by shape bucket. ``unfinished``: where the weights are until all are written, on the bundle's disk, for an
+    interrupted compilation to go on. It is asked for when they are written.
     """
 
     def __init__(
         self,
-        plans: Sequence[EnginePlan],
+        plans: Mapping[str, Sequence[EnginePlan]],
         writer: Collector,
         precision: str,
-        shape_bucket: str,
         unfinished: Callable[[], Unfinished] | None = None,
     ) -> None:
-        super().__init__(plans, precision, shape_bucket)
-        self._writer, self._unfinished = writer, unfinished
+        self._plans, self._writer, self._precision, self._unfinished = plans, writer, precision, unfinished
+        self._files: dict[str, dict[str, Path]] | None = None
 
-    def _place_onnx(self) -> dict[str, Path]:
-        directory = self._writer.directory(f"engines/onnx-{self.precision}")
+    def of(self, shape_bucket: str) -> dict[str, Path]:
+        """The files of a size, by graph."""
+        if self._files is None:
+            self._files = self._write()
+        return self._files[shape_bucket]
+
+    def _write(self) -> dict[str, dict[str, Path]]:
+        places = {(bucket, plan.name): plan for bucket, plans in self._plans.items() for plan in plans}
+        names = {place: f"{place[1]}-{place[0].split(',')[0]}" for place in places}
+        programs = {names[place]: plan.program for place, plan in places.items()}
+        signatures = {names[place]: plan.signature for place, plan in places.items()}
+        directory = self._writer.directory(f"engines/onnx-{self._precision}")
         with ExitStack() as stack:
             unfinished = None if self._unfinished is None else self._unfinished()
             if unfinished is not None:
                 stack.enter_context(claim_work(unfinished.folder, "weights file"))
-            files = self._write_onnx(directory, unfinished)
+            files = build_onnx(programs, signatures, directory, Values(), unfinished)
         sealed = {name: self._writer.staging / self._writer.seal(path) for name, path in files.graphs.items()}
         self._writer.seal(files.weights, files.weights_sha256)
-        return sealed
+        return {
+            bucket: {plan.name: sealed[names[bucket, plan.name]] for plan in plans} for bucket, plans in self._plans.items()
+        }
+
+
+def planned_sources(
+    plans: Mapping[str, Sequence[EnginePlan]],
+    writer: Collector,
+    precision: str,
+    unfinished: Callable[[], Unfinished] | None = None,
+) -> list[PlannedSources]:
+    """The graphs of every size in a compilation; arguments as of :class:`BundleOnnx`."""
+    onnx = BundleOnnx(plans, writer, precision, unfinished)
+    return [PlannedSources(some, onnx, precision, bucket) for bucket, some in plans.items()]
 
 
 def unfinished_weights(model: LoadedModel, folder: Path) -> Unfinished:
@@ -112,7 +141,8 @@ class LooseSources(_Planned):
         self._folder = folder
 
     def _place_onnx(self) -> dict[str, Path]:
-        return dict(self._write_onnx(self._folder).graphs)
+        programs = {plan.name: plan.program for plan in self._plans}
+        return dict(build_onnx(programs, self.signatures, self._folder, Values()).graphs)
 
 
 def build_targets(
@@ -133,24 +163,29 @@ def build_targets(
 
 def build_fastest(
     names: Sequence[TargetName],
-    sources: PlannedSources,
+    sizes: Sequence[PlannedSources],
     writer: Collector,
     device: DeviceName,
     options: BuildOptions,
     failed: Mapping[str, str],
-) -> tuple[tuple[Target, ...], dict[str, Any]]:
+) -> tuple[list[tuple[Target, ...]], dict[str, Any]]:
     """Build the fastest of these back ends, as ``build_targets`` would have built it alone; and what was measured.
+
+    They are timed at the first of the ``sizes``; the targets are by size.
 
     Raises:
         EngineError: none can be built and run.
     """
-    target, facts = keep_fastest(names, sources, writer, device, options, failed)
-    if target.backend == ONNX_TARGET.backend:
-        return (target,), facts
-    if target.backend in FROM_ONNX:
-        return (target, build_into(writer, sources, ONNX_TARGET, device=device, options=options)), facts
-    writer.drop(f"engines/onnx-{sources.precision}")
-    return (target,), facts
+    target, facts = keep_fastest(names, sizes[0], writer, device, options, failed)
+    name = TargetName(target.backend)
+    if target.backend != ONNX_TARGET.backend and target.backend not in FROM_ONNX:
+        writer.drop(f"engines/onnx-{sizes[0].precision}")
+    with_onnx = [ONNX_TARGET] if target.backend in FROM_ONNX else []
+    built = [(target, *(build_into(writer, sizes[0], one, device=device, options=options) for one in with_onnx))]
+    for sources in sizes[1:]:
+        of_size = (build_into(writer, sources, one, device=device, options=options) for one in (name, *with_onnx))
+        built.append(tuple(of_size))
+    return built, facts
 
 
 def warn_unless_any_runs(targets: Sequence[Target]) -> None:

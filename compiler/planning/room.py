@@ -32,7 +32,9 @@ def weight_bytes(model: LoadedModel, precision: str) -> int:
     return sum(parameter.numel() for parameter in model.stored.module.parameters()) * itemsize(precision)
 
 
-def check_compile(model: LoadedModel, settings: Settings, targets: Sequence[TargetName], out: Path, work: Path) -> None:
+def check_compile(
+    model: LoadedModel, settings: Settings, targets: Sequence[TargetName], out: Path, work: Path, *, num_sizes: int = 1
+) -> None:
     """Is there disk and memory to compile to ``targets``? What an interrupted compilation left in ``work`` is there already.
 
     Raises:
@@ -40,9 +42,12 @@ def check_compile(model: LoadedModel, settings: Settings, targets: Sequence[Targ
         EngineError: there is too little memory.
     """
     weights = weight_bytes(model, settings.dtype)
-    others = {name.backend for name in targets} - {ONNX_TARGET.backend, *FROM_ONNX}  # each has the weights in files of its own
+    others = {name.backend for name in targets} - {
+        ONNX_TARGET.backend,
+        *FROM_ONNX,
+    }  # each has the weights in files of its own, for each size
     shared = any(name.backend not in others for name in targets)
-    check_disk(out.parent, weights * (len(others) + shared) - bytes_in(work), "the bundle")
+    check_disk(out.parent, weights * (num_sizes * len(others) + shared) - bytes_in(work), "the bundle")
     if model.stored is not None and is_large(model.stored.module):
         what = f"compiling to {', '.join(map(str, targets))}"
         check_memory(

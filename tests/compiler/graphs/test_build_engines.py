@@ -7,7 +7,7 @@ import pytest
 import torch
 from engine_toys import layer
 
-from cachec.compiler.graphs.build_engines import LooseSources, PlannedSources, build_targets, load_engines
+from cachec.compiler.graphs.build_engines import LooseSources, build_targets, load_engines, planned_sources
 from cachec.engines.targets import TargetName
 from cachec.runtime.build_options import DEFAULTS
 from cachec.runtime.engine import HOST
@@ -18,7 +18,7 @@ from cachec.runtime.write import BundleWriter
 def test_engines_to_measure_with_are_those_that_were_built_or_eagers(tmp_path, caplog, built):
     module, plan = layer()
     with BundleWriter(tmp_path / "out", force=False) as writer, ExitStack() as stack:
-        sources = PlannedSources([plan], writer, "float32", "any")
+        (sources,) = planned_sources({"any": [plan]}, writer, "float32")
         targets = build_targets([TargetName("eager")] if built else [], sources, writer, HOST, DEFAULTS)
         assert [target.backend for target in targets] == ["eager"] * built
         assert not sources.wrote_onnx
