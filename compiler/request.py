@@ -171,7 +171,7 @@ def check_wish(spec: ModelSpec, wish: Options) -> Request:
         _check_graph(method, goals, wish.graph)
         reference = _choose_reference(method, goals, one.steps, wish.fit)
         requests.append(Request(wish, method, goals, one, prompts, targets, device, build, interval, reference))
-    if wish.graph.fold == "none" and len(wish.model.steps) > 1:
+    if wish.graph.fold == "none" and len({one.steps for one in settings}) > 1:
         raise InputError(
             "fold is none, which keeps a predictor of one schedule in the engine, and several numbers of steps are asked for: "
             "use static"

@@ -35,6 +35,7 @@ ROOMS = (
     ("request",),
     ("frontend", "manifest"),
     ("measuring",),
+    ("parts",),
     ("late_targets",),
     ("pipeline", "accelerate"),
     ("as_transformer",),

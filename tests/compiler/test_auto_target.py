@@ -71,7 +71,7 @@ def test_none_left_is_an_error_with_all_reasons(tmp_path, looks_at):
 
 
 def test_room_for_none_is_an_error_before_anything_is_captured(tmp_path, captures, monkeypatch):
-    def refuse(*given):
+    def refuse(*given, **more):
         raise OutputError("the bundle takes more than there is")
 
     monkeypatch.setattr(pipeline, "check_compile", refuse)
