@@ -48,11 +48,14 @@ def accelerate_pipeline(model: LoadedModel, request: Request, *, compiled: bool 
         CachecError: of the kind that fits; the pipeline is then as it was.
     """
     check_original(model.transformer)
-    request = _fit_request(model, request)
+    forms = []
     with neutral_modes(str(model.device)):
-        engines, programs = compile_in_memory(model, request, InductorEngine if compiled else EagerEngine)
-        program = next(program for level, program in programs.items() if level != UNCACHED)
-        result = Compiled([make_form(model, request.settings, engines, program)], model.apart(), str(model.device))
+        for one in request.variants:
+            fitted = _fit_request(model, one)
+            engines, programs = compile_in_memory(model, fitted, InductorEngine if compiled else EagerEngine)
+            program = next(program for level, program in programs.items() if level != UNCACHED)
+            forms.append(make_form(model, fitted.settings, engines, program))
+        result = Compiled(forms, model.apart(), str(model.device))
         model.pipeline.transformer = AcceleratedTransformer(model.transformer, model.pipeline, result)
     return model.pipeline
 

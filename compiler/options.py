@@ -270,10 +270,15 @@ def make_settings(spec: ModelSpec, wish: ModelSettings) -> Settings:
     Raises:
         InputError: one is out of range, or several are given.
     """
+    check_single(wish)
+    return make_all_settings(spec, wish)[0]
+
+
+def check_single(wish: ModelSettings) -> None:
+    """Raise ``InputError`` if several sizes or numbers of steps are given."""
     for name, several in (("steps", wish.steps or ()), ("size", wish.size or ())):
         if len(several) > 1:
             raise InputError(f"{name} is {','.join(map(str, several))}, but only compile takes several: give one")
-    return make_all_settings(spec, wish)[0]
 
 
 def make_all_settings(spec: ModelSpec, wish: ModelSettings) -> tuple[Settings, ...]:

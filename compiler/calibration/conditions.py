@@ -96,7 +96,7 @@ def subject_on_grid(bundle: LoadedBundle, encode: Callable[[Sequence[str]], dict
 
 def conditions_facts(name: str, settings: Settings) -> dict[str, str]:
     """What conditions must be of, to be given to the model ``name`` with these settings: all that encoding may look at."""
-    return {"model": name, **{key: str(getattr(settings, key)) for key in ("height", "width", "text_tokens", "guidance")}}
+    return {"model": name, **settings.facts}
 
 
 def save_conditions(conditions: Conditions, prompts: UsedPrompts, facts: Mapping[str, str], path: Path) -> None:

@@ -94,7 +94,7 @@ def calibration_facts(subject: Subject, reference_steps: int | None, *, precisio
         "steps": str(subject.settings.steps),
         "sampler": subject.sampler,
         "sigmas": hash_sigmas(subject.own_sampling.sigmas),
-        **{name: str(getattr(subject.settings, name)) for name in ("height", "width", "text_tokens", "guidance")},
+        **subject.settings.facts,
     }
     return facts if reference_steps is None else {**facts, "reference_steps": str(reference_steps)}
 

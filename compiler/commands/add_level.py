@@ -61,6 +61,8 @@ def add_level(
 ) -> list[tuple[str, str]]:
     """Add a level to the bundle at ``root``, fitted to the calibration ``stats``; the bundle is as it was if that fails.
 
+    It is for the size and the number of steps that ``stats`` are of.
+
     With ``conditions`` of the calibration's prompts it needs nothing but the bundle, and figures are of latents. Without, the
     bundle's model encodes prompts and makes pictures, which a ``target_psnr`` takes. Returns the rows of a short table.
 
@@ -73,18 +75,30 @@ def add_level(
     if target_psnr is not None and conditions is not None:
         raise InputError("--target-psnr is of pictures, which a bundle cannot make: leave --conditions out, or give --budget")
     with BundleAdder(root) as writer:
-        old = writer.bundle.manifest
+        statistics = load_statistics(stats)
+        size, steps = _place(writer.bundle.manifest, statistics.facts)
+        old = writer.bundle.manifest.at(size, steps)
         chosen = _method_for(old, method, options or {})
         goal = _goal(chosen, old.settings["steps"], name, budget, target_psnr)
         if goal.level in old.programs and not force:
             raise OutputError(f"{root} has a level {goal.level} already: pass --force to replace it, or another --name")
-        statistics = load_statistics(stats)
-        with open_bundle(root, device=device) as bundle:
+        with open_bundle(root, device=device, size=size, steps=steps) as bundle:
             reference = _reference(bundle, conditions)
             _check_statistics(statistics, reference.subject, bundle.target.precision)
             program, facts = _make(bundle, statistics, reference, chosen, goal, seed)
-        _commit(writer, goal.level, program, {**facts, "method": chosen.name, "options": chosen.options()})
-    return [("bundle", str(root)), *describe_levels(Bundle.open(root), only=goal.level)]
+        known = {**facts, "method": chosen.name, "options": chosen.options()}
+        files = {**old.programs, goal.level: writer.add_program(goal.level, program)}
+        levels = {**old.facts.get("levels", {}), goal.level: known}
+        writer.commit_programs(files, levels, size=size, steps=steps)
+    return [("bundle", str(root)), *describe_levels(Bundle.open(root).at(size, steps), only=goal.level)]
+
+
+def _place(manifest: Manifest, facts: Mapping[str, str]) -> tuple[str | None, int | None]:
+    """The size and number of steps of the bundle that a calibration is of; those of its first if it is of none."""
+    for one in manifest.variants if manifest.more else ():
+        if all(str(one.settings.get(name, 1)) == facts.get(name, "1") for name in ("width", "height", "frames", "steps")):
+            return one.size, one.steps
+    return None, None
 
 
 def _method_for(manifest: Manifest, name: str | None, options: Mapping[str, str]) -> Method:
@@ -163,8 +177,3 @@ def _make(
     found = measure_levels(reference.decode, evaluator, programs, calibrations.coarse.of("measure"))
     compute = bundle.engines[COMPUTE]
     return plan.program, {**plan.facts(), **found[goal.level], "measured_by": f"{compute.name} on {compute.device.name}"}
-
-
-def _commit(writer: BundleAdder, level: str, program: Program, facts: Mapping[str, Any]) -> None:
-    old, files = writer.bundle.manifest, writer.add_program(level, program)
-    writer.commit_programs({**old.programs, level: files}, {**old.facts.get("levels", {}), level: facts})

@@ -15,7 +15,7 @@ from cachec.compiler.calibration.uses import UsedPrompts, choose_prompts
 from cachec.compiler.calibration.workers import at_work
 from cachec.compiler.commands.recipes import BundleRecorder, ModelRecorder, check_torch_device
 from cachec.compiler.models import find_model, load_model
-from cachec.compiler.options import ModelSettings, Options, make_settings, read_options
+from cachec.compiler.options import ModelSettings, Options, check_single, make_settings, read_options
 from cachec.engines import open_bundle
 from cachec.engines.gpu import check_gpu
 from cachec.runtime.bundle import MANIFEST, Bundle
@@ -111,7 +111,7 @@ def _of_model(source: str, wish: Options, num: int | None, work: Path) -> Iterat
         yield Calibrated(Subject.of(model, settings), recorders, prompts)
 
 
-SETTLED = tuple(one.name for one in fields(ModelSettings))  # when a bundle was compiled
+SETTLED = tuple(one.name for one in fields(ModelSettings) if one.name not in ("size", "steps"))  # when a bundle was compiled
 
 
 def _check_bundled(wish: Options, num: int | None, settled: list[str]) -> None:
@@ -140,13 +140,16 @@ def _of_bundle(root: Path, wish: Options, conditions: Path | None) -> Iterator[C
     if conditions is None:
         raise InputError("a bundle has no text encoders: give --conditions, which cachec encode makes of prompts")
     crew, encoded = choose_crew(wish.workers, wish.build.device, check_gpu), load_conditions(conditions)
+    check_single(wish.model)
+    size = None if wish.model.size is None else str(wish.model.size[0])
+    steps = None if wish.model.steps is None else wish.model.steps[0]
     if crew is None:
-        with open_bundle(root, device=wish.build.device) as bundle:
+        with open_bundle(root, device=wish.build.device, size=size, steps=steps) as bundle:
             subject = subject_of_bundle(bundle, encoded)
             yield Calibrated(subject, recording_here(subject, EngineEvaluator.of(bundle)), encoded.prompts)
         return
-    closed = Bundle.open(root)  # and no engine of it, which may not fit this machine
+    closed = Bundle.open(root).at(size, steps)  # and no engine of it, which may not fit this machine
     unloaded = LoadedBundle(closed.manifest, {UNCACHED: closed.program(UNCACHED)}, {}, closed.target)
     subject = subject_of_bundle(unloaded, encoded)
-    with at_work(crew, BundleRecorder(root.resolve(), conditions.resolve())) as recorders:
+    with at_work(crew, BundleRecorder(root.resolve(), conditions.resolve(), size, steps)) as recorders:
         yield Calibrated(subject, recorders, encoded.prompts)

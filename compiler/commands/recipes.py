@@ -58,10 +58,12 @@ class BundleRecorder(Recipe[RecorderFacts, Batch, dict[str, Array]]):
 
     root: Path
     conditions: Path
+    size: str | None = None
+    steps: int | None = None
 
     @contextmanager
     def open(self, place: Place) -> Iterator[Recorder]:
         set_up_messages()
         encoded = load_conditions(self.conditions)
-        with open_bundle(self.root, device=place.device, threads=place.threads) as bundle:
+        with open_bundle(self.root, device=place.device, size=self.size, steps=self.steps, threads=place.threads) as bundle:
             yield Recorder(subject_of_bundle(bundle, encoded), EngineEvaluator.of(bundle))

@@ -8,7 +8,7 @@ from cachec.compiler.calibration.crew import choose_crew, first_device
 from cachec.compiler.calibration.workers import at_work
 from cachec.compiler.commands.recipes import ModelRecorder, check_torch_device
 from cachec.compiler.models import find_model, load_model
-from cachec.compiler.options import read_options
+from cachec.compiler.options import check_single, read_options
 from cachec.runtime.device import CPU
 from cachec.runtime.errors import PredictorError, need
 from cachec.runtime.files import check_file, write_file
@@ -41,6 +41,7 @@ def train_to_file(source: str, out: Path, *, force: bool, **options: Any) -> lis
     check_torch_device(request.device)
     if not request.method.needs_training:
         raise PredictorError(f"method {request.method.name!r} has nothing to train: compile it as it is")
+    check_single(wish.model)
     training = training_of(spec, request)
     check_file(out, force=force)
     work = out.with_name(out.name + ".training")

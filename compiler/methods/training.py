@@ -78,7 +78,7 @@ def _schedule_facts(model: LoadedModel, method: Method, schedule: Schedule, sett
         "steps": str(settings.steps),
         "schedule": ",".join(map(str, schedule.compute)),
         "sigmas": hash_sigmas(model.sampling(settings).sigmas),
-        **{name: str(getattr(settings, name)) for name in ("height", "width", "text_tokens", "guidance")},
+        **settings.facts,
     }
 
 

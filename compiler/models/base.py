@@ -85,6 +85,11 @@ class Settings:
         return {"height": self.height, "width": self.width, **frames, "text_tokens": self.text_tokens}
 
     @property
+    def facts(self) -> dict[str, str]:
+        """Sizes and guidance, as files say what they are of."""
+        return {name: str(value) for name, value in {**self.sizes, "guidance": self.guidance}.items()}
+
+    @property
     def size(self) -> str:
         """As requests name it: width and height, and of a video the number of frames."""
         return str(PictureSize(self.width, self.height, self.frames))
