@@ -83,11 +83,14 @@ class Reader:
         except TypeError as error:
             raise InputError(f"the transformer does not take this call: {error}") from error
         bound.apply_defaults()
-        io, form = self._compiled.model.io, self._compiled.forms[0]
+        model, form = self._compiled.model, self._compiled.forms[0]
+        io = model.io
         taken = {io.latents, io.timestep, *io.conditions, *form.constants, "return_dict"}
         strange = []
         for name, value in bound.arguments.items():
             if name in taken or _is_empty(value) or value is self._signature.parameters[name].default:
+                continue
+            if model.says_nothing(name, value):
                 continue
             strange.append(f"{name} ({', '.join(map(str, value))})" if isinstance(value, Mapping) else name)
         if strange:
@@ -103,7 +106,7 @@ class Reader:
             taken = model.taken(given, form.settings)
         except KeyError as error:
             raise InputError(f"{error.args[0]} is missing: the transformer was compiled with it") from error
-        return {name: _fit(name, taken[name], given.get(name), form.specs[name], batch) for name in model.io.conditions}
+        return {name: _fit(name, taken, given.get(name), form.specs[name], batch) for name in model.io.conditions}
 
     def _check_tensors(self, tensors: Mapping[str, Any], *, wants_gradients: bool) -> None:
         for name, value in tensors.items():
@@ -143,17 +146,33 @@ def _objects(value: Any) -> list[Any]:
     return [value] if isinstance(value, torch.Tensor) else []
 
 
-def _fit(name: str, value: Any, given: Any, spec: TensorSpec, batch: int) -> torch.Tensor:
+def _fit(name: str, taken: Mapping[str, Any], given: Any, spec: TensorSpec, batch: int) -> torch.Tensor:
     """A condition in the type of the graphs.
 
     Raises:
-        InputError: it is of another shape.
+        InputError: it is of another shape, or text was cut off.
     """
+    value = taken[name]
     if not isinstance(value, torch.Tensor):
         raise InputError(f"{name} is {type(value).__name__}; the accelerated transformer takes a tensor")
-    whole = given.shape if isinstance(given, torch.Tensor) and given.ndim == value.ndim else value.shape
     wanted = (batch, *spec.shape[1:])
-    if tuple(value.shape) != wanted or any(had > has for had, has in zip(whole, value.shape, strict=True)):
-        length = f": a text of {whole[1]} tokens, where {wanted[1]} were compiled" if len(wanted) == 3 else ""
-        raise InputError(f"{name} is {list(whole)}, expected {list(wanted)}{length}")
+    if tuple(value.shape) != wanted:
+        length = (
+            f": a text of {value.shape[1]} tokens, where {wanted[1]} were compiled" if value.ndim == len(wanted) == 3 else ""
+        )
+        raise InputError(f"{name} is {list(value.shape)}, expected {list(wanted)}{length}")
+    if value.ndim > 1 and (lost := _lost(given, value, masked=any(one.dtype == torch.bool for one in taken.values()))):
+        raise InputError(f"{name} has {lost} tokens, and {wanted[1]} were compiled: shorten the prompt, or compile with more")
     return value.to(getattr(torch, spec.dtype))
+
+
+def _lost(given: Any, value: torch.Tensor, *, masked: bool) -> int:
+    """How long a text was of which something was cut off [B, L, …]; 0: nothing was, or only padding."""
+    length = value.shape[1]
+    if isinstance(given, list):
+        longest = max((len(one) for one in given if isinstance(one, torch.Tensor)), default=0)
+        return longest if longest > length else 0
+    if not isinstance(given, torch.Tensor) or given.ndim != value.ndim or given.shape[1] <= length:
+        return 0
+    is_padding = masked and (value.dtype != torch.bool or not given[:, length:].any())  # then its mask tells
+    return 0 if is_padding else int(given.shape[1])

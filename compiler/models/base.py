@@ -222,6 +222,10 @@ class LoadedModel(ABC):
         """What the transformer gives its pipeline for this velocity [B, …]: a list where it gives lists."""
         return velocity
 
+    def says_nothing(self, name: str, value: Any) -> bool:
+        """Does the model not look at this input, though it is none that is compiled?"""
+        return False
+
     def apart(self) -> "LoadedModel":
         """A model that answers these questions, and keeps no pipeline from being freed."""
         return self

@@ -71,6 +71,10 @@ class HunyuanVideo15Model(VideoModel):
         whole: torch.Tensor = given[self.io.latents]
         return whole[:, : self.config.out_channels]
 
+    def says_nothing(self, name: str, value: Any) -> bool:
+        """A picture that is zero is none."""
+        return name == "image_embeds" and not bool(value.any())
+
     def constants(self, settings: Settings) -> dict[str, Any]:
         return {}
 
