@@ -19,13 +19,14 @@ def run(pipe: FluxImg2ImgPipeline, strength: float) -> torch.Tensor:
     """Latents."""
     image = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
     latents: torch.Tensor = pipe(
-        prompt="a blue ring", image=image, strength=strength, height=64, width=64, num_inference_steps=STEPS, guidance_scale=3.5,
-        max_sequence_length=16, output_type="latent", generator=torch.Generator().manual_seed(0),
+        prompt="a blue ring", image=image, strength=strength, height=64, width=64, num_inference_steps=STEPS,
+        guidance_scale=3.5, max_sequence_length=16, output_type="latent", generator=torch.Generator().manual_seed(0),
     ).images  # fmt: skip
     return latents
 
 
 def main() -> None:
+    """Before and after."""
     with tempfile.TemporaryDirectory() as folder:
         sizes = {"height": 64, "width": 64, "text_tokens": 16}
         made = cachec.compile_model("tiny-flux", Path(folder) / "tiny.cachec", method="taylor", steps=STEPS, budget=4, **sizes)

@@ -19,6 +19,7 @@ def run(pipe: FluxPipeline, scale: float) -> torch.Tensor:
 
 
 def main() -> None:
+    """Before and after."""
     pipe = FluxPipeline.from_pretrained(TINY_FLUX_DIR)
     scales = (1.0, 2.0)
     plain = [run(pipe, scale) for scale in scales]

@@ -22,6 +22,8 @@ LONG = (  # files of more than a few seconds, the longest first; a line shares w
     ("test_toy.py", "test_run.py"),
     ("test_tiny_flux.py",),
     ("test_accelerate.py",),
+    ("test_examples.py",),
+    ("test_as_transformer.py",),
     ("test_cast_precision.py",),
     ("test_gram_toy.py",),
     ("test_conformance.py",),

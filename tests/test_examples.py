@@ -18,6 +18,5 @@ def test_there_are_three():
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
 def test_it_runs_and_comes_near(script, capsys):
     runpy.run_path(str(script), run_name="__main__")
-    errors = re.findall(r"relative error of the latents (\d\.\d+)", capsys.readouterr().out)
-    assert errors
-    assert all(0 < float(error) < 0.2 for error in errors)
+    errors = [float(one) for one in re.findall(r"relative error of the latents (\d\.\d+)", capsys.readouterr().out)]
+    assert 0 < max(errors) < 0.5
