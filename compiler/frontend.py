@@ -310,7 +310,7 @@ def make_programs(
     planner = Planner(
         method,
         calibrations,
-        sampling=lambda steps: model.sampling(replace(settings, steps=steps)),
+        sampling=lambda steps: model.sampling(settings.with_steps(steps)),
         decode=lambda latents: model.decode(latents, settings),
         key=key,
         parameters=parameters,

@@ -51,6 +51,11 @@ def read_counts(value: Any) -> tuple[int, ...]:
     return tuple(map(operator.index, several))
 
 
+def read_levels(value: Any) -> tuple[float, ...]:
+    """Numbers, from several or ``1,0.75,0.5``. Raises ``ValueError`` or ``TypeError`` if they are none."""
+    return tuple(map(float, value.split(",") if isinstance(value, str) else value))
+
+
 def read_sizes(value: Any) -> tuple[PictureSize, ...]:
     """Sizes, from one, several, or ``832x1216,1024x1024``. Raises ``InputError`` or ``TypeError`` if they are none."""
     if isinstance(value, str):
@@ -68,6 +73,10 @@ class ModelSettings:
     steps: tuple[int, ...] | None = option(
         None, "Sampling steps; compile takes several, as 20,28,50; default from the model.",
         also=RUNS, metavar="N[,N]", read=read_counts,
+    )  # fmt: skip
+    sigmas: tuple[float, ...] | None = option(
+        None, "Noise levels to step over, as the pipeline's call takes them; default its own.",
+        also=RUNS, metavar="S,S,…", read=read_levels,
     )  # fmt: skip
     height: int | None = option(None, "Pixels; default from the model.", also=SIZES)
     width: int | None = option(None, "Pixels; default from the model.", also=SIZES)
@@ -242,7 +251,7 @@ def _read(name: str, value: Any, kind: Any, read: Callable[[Any], tuple[Any, ...
 def _wrong_type(name: str, value: Any, kind: Any) -> InputError:
     words = {int: "a whole number", float: "a number", bool: "True or False", str: "text", Path: "a path",
              tuple: "one name or several", read_counts: "a whole number, or several with commas",
-             read_sizes: "WIDTHxHEIGHT, or several with commas"}  # fmt: skip
+             read_levels: "numbers with commas", read_sizes: "WIDTHxHEIGHT, or several with commas"}  # fmt: skip
     return InputError(f"{name.replace('_', '-')} is {value!r}; it must be {words.get(kind, 'names with their values')}")
 
 
@@ -294,10 +303,11 @@ def make_all_settings(spec: ModelSpec, wish: ModelSettings) -> tuple[Settings, .
             raise InputError(f"{name} {', '.join(twice)} is given twice")
     given = {name: getattr(wish, name) for name in ("height", "width", "frames", "text_tokens", "guidance")}
     usual = {name: getattr(spec, name) if value is None else value for name, value in given.items()}
-    usual["dtype"] = wish.dtype
+    usual |= {"dtype": wish.dtype, "sigmas": wish.sigmas}
+    counts = wish.steps or ((spec.steps,) if wish.sigmas is None else (len(wish.sigmas),))
     sizes: list[dict[str, int]] = [vars(size) for size in wish.size or ()]
     sizes = [size if size["frames"] > 1 else {**size, "frames": usual["frames"]} for size in sizes] or [{}]
-    return tuple(Settings(**{**usual, **size, "steps": steps}) for size in sizes for steps in wish.steps or (spec.steps,))
+    return tuple(Settings(**{**usual, **size, "steps": steps}) for size in sizes for steps in counts)
 
 
 def check_batch(batch: int | None) -> None:

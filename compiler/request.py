@@ -169,7 +169,7 @@ def check_wish(spec: ModelSpec, wish: Options) -> Request:
     for one in settings:
         goals, interval = make_goals(method, one.steps, wish.schedule)
         _check_graph(method, goals, wish.graph)
-        reference = _choose_reference(method, goals, one.steps, wish.fit)
+        reference = _choose_reference(method, goals, one, wish.fit)
         requests.append(Request(wish, method, goals, one, prompts, targets, device, build, interval, reference))
     if wish.graph.fold == "none" and len({one.steps for one in settings}) > 1:
         raise InputError(
@@ -235,9 +235,13 @@ def _choose_device(device: str | None, targets: Sequence[TargetName]) -> DeviceN
     return DeviceName(CUDA)
 
 
-def _choose_reference(method: Method, goals: Sequence[Goal], steps: int, wish: FitWish) -> int | None:
+def _choose_reference(method: Method, goals: Sequence[Goal], settings: Settings, wish: FitWish) -> int | None:
     """Steps of the fine reference; 0 if nothing is fitted to one, ``None`` for those of the calibration file."""
-    given = wish.reference_steps
+    given, steps = wish.reference_steps, settings.steps
+    if settings.sigmas is not None and (given or any(goal.fine for goal in goals)):
+        raise InputError(
+            "a fine reference has the sampler's own noise levels, which do not meet those of --sigmas: leave one out"
+        )
     if any(goal.fine for goal in goals):
         if method.cut != "output" or not method.schedule_bound:
             raise InputError(f"level fine is fitted to a fine reference, which {method.name} cannot be: take method gram")

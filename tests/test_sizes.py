@@ -7,6 +7,8 @@ from toy_product import run_cli, succeed
 import cachec
 from cachec.compiler.models import find_model, load_model
 from cachec.compiler.models.base import settings_of
+from cachec.compiler.options import make_settings, read_options
+from cachec.compiler.request import make_request
 from cachec.runtime.bundle import Bundle
 from cachec.runtime.errors import InputError
 from cachec.runtime.noise import make_noise
@@ -105,3 +107,38 @@ def test_engines_of_a_size_are_loaded_when_they_are_asked_for(several, monkeypat
         assert loaded.at("48x32", 4).engines is wide.engines
         assert len(loads) == 2
         assert wide.at("32x48", 6).engines is loaded.engines
+
+
+def test_noise_levels_of_ones_own_are_what_the_pipeline_makes_of_them(model):
+    given = (1.0, 0.7, 0.4, 0.2)
+    settings = make_settings(model.spec, read_options({"sigmas": given, "size": "48x32", "text_tokens": 8}).model)
+    found = model.sampling(settings)
+    assert (settings.steps, found.num_steps) == (4, 4)
+    shifted = np.exp(_mu(model, settings)) / (np.exp(_mu(model, settings)) + 1 / np.array(given) - 1)
+    np.testing.assert_allclose(found.sigmas, [*shifted, 0], rtol=1e-5)
+    assert settings.with_steps(4) is settings
+    assert settings.with_steps(6).sigmas is None
+
+
+def _mu(model, settings):
+    """FLUX's shift at its number of tokens."""
+    config, tokens = model.pipeline.scheduler.config, settings.height * settings.width // 256
+    slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
+    return config.base_shift + slope * (tokens - config.base_image_seq_len)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"sigmas": "1,0.5", "steps": 3}, "1,0.5. are 2 noise levels for 3 steps"),
+        ({"sigmas": "1,0.5,0.5"}, "must fall and stay above 0"),
+        ({"sigmas": "1,0.5,0"}, "must fall and stay above 0"),
+        (
+            {"sigmas": "1,0.5,0.2", "method": "gram", "schedule": "search", "reference_steps": 12},
+            "do not meet those of --sigmas",
+        ),
+    ],
+)
+def test_noise_levels_that_cannot_be_are_refused(model, given, said):
+    with pytest.raises(InputError, match=said):
+        make_request(model.spec, **{"method": "taylor", "budget": 2, **given})

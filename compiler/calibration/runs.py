@@ -59,7 +59,7 @@ class Subject:
             sampler=model.sampler,
             settings=settings,
             latent_shape=tuple(model.example_inputs(settings)[model.io.latents].shape[1:]),
-            sampling=lambda steps: model.sampling(replace(settings, steps=steps)),
+            sampling=lambda steps: model.sampling(settings.with_steps(steps)),
             encode=lambda prompts: encode_prompts(model, prompts, settings),
         )
 

@@ -118,7 +118,7 @@ def level_rows(loaded: LoadedBundle) -> list[Row]:
 
 def sampler_program(model: LoadedModel, settings: Settings, key: ProgramKey, num_steps: int) -> Program:
     """The model's own sampler with ``num_steps`` steps, all computed."""
-    sampling = model.sampling(replace(settings, steps=num_steps))
+    sampling = model.sampling(settings.with_steps(num_steps))
     return lower_uncached(replace(key, steps=num_steps, sigmas_hash=hash_sigmas(sampling.sigmas)), sampling)
 
 
@@ -169,14 +169,14 @@ def _compared_program(entry: Entry, base: Program, loaded: LoadedBundle, model: 
 
 def reference_sampling(loaded: LoadedBundle, model: LoadedModel, base: Program) -> Sampling:
     """The sampler on the grid of ``base``, whose own time steps may have been polished."""
-    return model.sampling(replace(settings_of(loaded.manifest), steps=base.num_steps))
+    return model.sampling(settings_of(loaded.manifest).with_steps(base.num_steps))
 
 
 def _solver_program(name: str, model: LoadedModel, settings: Settings, key: ProgramKey, num_steps: int) -> Program:
     plain = sampler_program(model, settings, key, num_steps)
     if name == PLAIN:
         return plain
-    if not np.allclose(model.sampling(replace(settings, steps=num_steps)).shares, 1, atol=1e-6):
+    if not np.allclose(model.sampling(settings.with_steps(num_steps)).shares, 1, atol=1e-6):
         raise InputError(
             f"--against {name}: it is a solver for flows, and {model.sampler} is none; {PLAIN} takes fewer steps of it"
         )

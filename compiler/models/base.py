@@ -7,12 +7,13 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from cachec.runtime.bundle import Manifest
-from cachec.runtime.errors import InputError
+from cachec.runtime.errors import InputError, shortened
 from cachec.runtime.model_io import ModelIO
 from cachec.runtime.specs import Array
 from cachec.runtime.variants import PictureSize
@@ -65,8 +66,11 @@ class Settings:
     steps: int
     dtype: str
     frames: int = 1
+    sigmas: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
+        if self.sigmas is not None:
+            check_sigmas(self.sigmas, self.steps)
         if self.steps < 1:
             raise InputError(f"steps is {self.steps}; it must be at least 1")
         if not math.isfinite(self.guidance):
@@ -77,6 +81,10 @@ class Settings:
             raise InputError(f"frames is {self.frames}; it must be at least 1")
         if self.dtype not in DTYPES:
             raise InputError(f"dtype is {self.dtype!r}; use {', '.join(DTYPES)}")
+
+    def with_steps(self, steps: int) -> Self:
+        """With another number of steps, which then take the sampler's own noise levels."""
+        return self if steps == self.steps else replace(self, steps=steps, sigmas=None)
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -277,7 +285,17 @@ class Family(LoadedModel):
 def settings_of(manifest: Manifest) -> Settings:
     """The settings that a bundle was compiled for."""
     names = ("height", "width", "text_tokens", "guidance", "steps", "dtype", "frames")
-    return Settings(**{name: manifest.settings[name] for name in names})
+    sigmas = manifest.settings.get("sigmas")
+    return Settings(**{name: manifest.settings[name] for name in names}, sigmas=None if sigmas is None else tuple(sigmas))
+
+
+def check_sigmas(sigmas: Sequence[float], steps: int) -> None:
+    """Raise ``InputError`` unless noise levels fall, and there is one for each step; the end of sampling is not among them."""
+    text = shortened(",".join(f"{sigma:g}" for sigma in sigmas))
+    if len(sigmas) != steps:
+        raise InputError(f"sigmas {text} are {len(sigmas)} noise levels for {steps} steps: there must be one for each")
+    if not all(map(math.isfinite, sigmas)) or not all(a > b for a, b in pairwise(sigmas)) or sigmas[-1] <= 0:
+        raise InputError(f"sigmas {text} must fall and stay above 0, which is where sampling ends")
 
 
 def check_prompts(prompts: Sequence[str]) -> None:

@@ -7,6 +7,7 @@ A family adds what it knows: names, sizes, the cut, random embeddings, and how l
 
 import copy
 import hashlib
+import inspect
 import logging
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -278,10 +279,18 @@ class PipelineModel(Family):
         return self._seen[1]
 
     def _observe(self, settings: Settings, given: Mapping[str, Any], *, whole: bool = True) -> Observed:
-        call = {**self.sized(settings), **given}
+        call = {**self._wanted(settings), **given}
         call[self.SCALE] = settings.guidance if self.io.guidance is None else self.UNGUIDED
         pipeline, call = self.staged(call)
         return observe(pipeline, {TRANSFORMER: self.described}, call, device=self.device, whole=whole)
+
+    def _wanted(self, settings: Settings) -> dict[str, Any]:
+        """The settings, noise levels of the user's own among them, as keywords of the pipeline's call."""
+        if settings.sigmas is None:
+            return self.sized(settings)
+        if "sigmas" not in inspect.signature(type(self.pipeline).__call__).parameters:
+            raise InputError(f"{type(self.pipeline).__name__} takes no noise levels of one's own: leave sigmas out")
+        return {**self.sized(settings), "sigmas": list(settings.sigmas)}
 
     def check_sizes(self, settings: Settings) -> None:
         """Raise ``InputError`` unless the model draws pictures of this size."""
@@ -374,7 +383,7 @@ class PipelineModel(Family):
             return given.to(dtype) if given.is_floating_point() else given
 
         given = {name: there(value) for name, value in conditions.items()}
-        call = {**self.sized(settings), **self.arguments(given, settings), self.SCALE: self.scale(conditions, settings)}
+        call = {**self._wanted(settings), **self.arguments(given, settings), self.SCALE: self.scale(conditions, settings)}
         if self.io.guidance is not None and GUIDANCE in conditions:
             others = {name: given[negative_name(name)] for name in self.io.conditions}
             negative = self.arguments({**given, **others}, settings)
