@@ -42,7 +42,7 @@ from cachec.passes import Graphs, dump_to
 from cachec.passes.base import Observer
 from cachec.runtime.device import DeviceName
 from cachec.runtime.engine import HOST, Engine
-from cachec.runtime.errors import InputError
+from cachec.runtime.errors import InputError, unknown_name
 from cachec.runtime.program import UNCACHED, Program, ProgramKey, hash_sigmas
 
 log = logging.getLogger(__name__)
@@ -98,8 +98,20 @@ def check(model: LoadedModel, request: Request) -> Checked:
     return checked
 
 
+def _check_cut(model: LoadedModel, settings: Settings) -> None:
+    """Raise ``InputError`` unless there is a block to cut behind."""
+    if settings.cut is None:
+        _ = model.block  # which may not be known
+        return
+    module = model.capturable(model.transformer if model.stored is None else model.stored.module)
+    blocks = [path for path, _ in module.named_modules()]
+    if settings.cut not in blocks:
+        raise unknown_name("cut", settings.cut, [path for path in blocks if path.rpartition(".")[2].isdecimal()])
+
+
 def _check_given(model: LoadedModel, request: Request) -> Checked:
     model.example_inputs(request.settings)  # which knows the model's sizes
+    _check_cut(model, request.settings)
     training = training_of(model.spec, request) if request.method.needs_training else None
     parameters = None if training is None else _find_trained(model, request, training)
     if not request.needs_calibration:

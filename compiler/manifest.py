@@ -47,7 +47,7 @@ def make_manifest(
         settings={
             **varying_settings(request),
             "seed": request.wish.fit.seed,
-            "cut": model.block,
+            "block": request.settings.cut or model.block,
             "sampler": model.sampler,
             "prompts": model.spec.prompts,
         },

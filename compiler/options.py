@@ -88,6 +88,7 @@ class ModelSettings:
     text_tokens: int | None = option(None, "Length of the text sequence; default from the model.", also=SIZES)
     guidance: float | None = option(None, "Guidance scale; default from the model.", also=SIZES)
     dtype: str = option("float32", "float32, float16 or bfloat16.", also=RUNS)
+    cut: str | None = option(None, "Path of the block behind which forecasts begin; default the model's last.", also=RUNS)
     batch: int | None = option(None, "Accept batches of this size only; default any.", also=("plan",))
 
 
@@ -303,7 +304,7 @@ def make_all_settings(spec: ModelSpec, wish: ModelSettings) -> tuple[Settings, .
             raise InputError(f"{name} {', '.join(twice)} is given twice")
     given = {name: getattr(wish, name) for name in ("height", "width", "frames", "text_tokens", "guidance")}
     usual = {name: getattr(spec, name) if value is None else value for name, value in given.items()}
-    usual |= {"dtype": wish.dtype, "sigmas": wish.sigmas}
+    usual |= {"dtype": wish.dtype, "sigmas": wish.sigmas, "cut": wish.cut}
     counts = wish.steps or ((spec.steps,) if wish.sigmas is None else (len(wish.sigmas),))
     sizes: list[dict[str, int]] = [vars(size) for size in wish.size or ()]
     sizes = [size if size["frames"] > 1 else {**size, "frames": usual["frames"]} for size in sizes] or [{}]

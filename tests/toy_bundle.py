@@ -132,7 +132,7 @@ def write_bundle(
                     "text_tokens": 0,
                     "steps": STEPS,
                     "guidance": 1.0,
-                    "cut": LAST_BLOCK,
+                    "block": LAST_BLOCK,
                 },
                 noise=GENERATOR,
                 targets=targets,

@@ -95,6 +95,7 @@ def calibration_facts(subject: Subject, reference_steps: int | None, *, precisio
         "sampler": subject.sampler,
         "sigmas": hash_sigmas(subject.own_sampling.sigmas),
         **subject.settings.facts,
+        **({"cut": subject.settings.cut} if subject.settings.cut else {}),
     }
     return facts if reference_steps is None else {**facts, "reference_steps": str(reference_steps)}
 

@@ -26,7 +26,7 @@ from cachec.passes.base import Observer, outputs
 from cachec.runtime.abi import COMPUTE, FEATURE
 from cachec.runtime.model_io import ModelIO
 
-Key = tuple[int, int, int, int, str]  # sizes, precision
+Key = tuple[int, int, int, int, str | None, str]  # sizes, cut, precision
 
 # Graphs of models that are still loaded. By the very object, too: two pipelines in memory may come from the same files and
 # have become different. Passes never change a graph that they are given, so that it can be shared.
@@ -55,7 +55,7 @@ def model_passes(model: LoadedModel, settings: Settings) -> list[PassList]:
         sizes = tuple(inputs[name].shape[io.axis] for name in (io.latents, *io.parts))
         io = replace(io, output=io.output or (0, sizes[0]))  # the output may be of the parts, too, behind what moves x
     dtype: torch.dtype = getattr(torch, settings.dtype)
-    return [canonical_passes(io, sizes), cast_passes(dtype), split_passes(model.block)]
+    return [canonical_passes(io, sizes), cast_passes(dtype), split_passes(settings.cut or model.block)]
 
 
 def _capture(model: LoadedModel, settings: Settings) -> Graphs:
@@ -77,7 +77,7 @@ def _run(graphs: Graphs, passes: Sequence[PassList], observers: Sequence[Observe
 
 
 def _key(settings: Settings, dtype: str) -> Key:
-    return settings.height, settings.width, settings.frames, settings.text_tokens, dtype
+    return settings.height, settings.width, settings.frames, settings.text_tokens, settings.cut, dtype
 
 
 def compute_only(graphs: Graphs) -> Graphs:

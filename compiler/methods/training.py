@@ -79,6 +79,7 @@ def _schedule_facts(model: LoadedModel, method: Method, schedule: Schedule, sett
         "schedule": ",".join(map(str, schedule.compute)),
         "sigmas": hash_sigmas(model.sampling(settings).sigmas),
         **settings.facts,
+        **({"cut": settings.cut} if settings.cut else {}),
     }
 
 

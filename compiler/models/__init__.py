@@ -1,5 +1,6 @@
 """Models by name, Hub id or directory, and the families that know how to load them."""
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -117,10 +118,24 @@ def _find_family(directory: Path, source: str) -> type[Family]:
 
 
 def _family(kind: str, source: str) -> type[Family]:
+    if kind not in FAMILIES and _is_of_diffusers(kind):
+        from cachec.compiler.models.generic import GenericModel
+
+        return GenericModel
     if kind not in FAMILIES:
-        raise InputError(f"{source} is a {kind}; cachec knows {', '.join(FAMILIES)}")
+        raise InputError(
+            f"{source} is a {kind}; cachec knows {', '.join(FAMILIES)}, and pipelines of diffusers with a transformer"
+        )
     family: type[Family] = FAMILIES[kind]
     return family
+
+
+def _is_of_diffusers(kind: str) -> bool:
+    """Is this a pipeline of diffusers around one transformer?"""
+    import diffusers
+
+    found = getattr(diffusers, kind, None)
+    return found is not None and "transformer" in inspect.signature(found.__init__).parameters
 
 
 def _directory(spec: ModelSpec, *, with_transformer: bool) -> Path:

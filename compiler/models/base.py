@@ -57,7 +57,10 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class Settings:
-    """What one bundle is compiled for; ``frames`` of a video, 1 for a picture."""
+    """What one bundle is compiled for; ``frames`` of a video, 1 for a picture.
+
+    ``cut``: the module path of the block behind which the forecasts begin; ``None`` is the last one, as the family says.
+    """
 
     height: int
     width: int
@@ -67,6 +70,7 @@ class Settings:
     dtype: str
     frames: int = 1
     sigmas: tuple[float, ...] | None = None
+    cut: str | None = None
 
     def __post_init__(self) -> None:
         if self.sigmas is not None:
@@ -284,7 +288,7 @@ class Family(LoadedModel):
 
 def settings_of(manifest: Manifest) -> Settings:
     """The settings that a bundle was compiled for."""
-    names = ("height", "width", "text_tokens", "guidance", "steps", "dtype", "frames")
+    names = ("height", "width", "text_tokens", "guidance", "steps", "dtype", "frames", "cut")
     sigmas = manifest.settings.get("sigmas")
     return Settings(**{name: manifest.settings[name] for name in names}, sigmas=None if sigmas is None else tuple(sigmas))
 

@@ -100,14 +100,14 @@ class Components:
     def pipeline(self, shown: Sequence[str]) -> Any:
         """The pipeline with its scheduler and tokenizers alone; its constructor sees those ``shown``, without values."""
         _quiet_loading()
-        kind, parts = self._pipeline_kind(), self._lazy(shown)
+        kind, parts = self.pipeline_kind(), self._lazy(shown)
         made = kind.from_pretrained(self.directory, local_files_only=True, **parts)
         made.register_modules(**dict.fromkeys(parts))
         return made
 
     def outline(self, shown: Sequence[str]) -> Any:
         """The pipeline with its scheduler alone, for what its configuration tells."""
-        kind, index, parts = self._pipeline_kind(), self.index, self._lazy(shown)
+        kind, index, parts = self.pipeline_kind(), self.index, self._lazy(shown)
         given: dict[str, Any] = {}
         for name, parameter in list(inspect.signature(kind.__init__).parameters.items())[1:]:
             entry = index.get(name)
@@ -121,7 +121,8 @@ class Components:
         made.register_modules(**dict.fromkeys(parts))
         return made
 
-    def _pipeline_kind(self) -> Any:
+    def pipeline_kind(self) -> Any:
+        """The pipeline's own class."""
         return getattr(diffusers, self.index["_class_name"])
 
     def _lazy(self, shown: Sequence[str]) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from typing import Any, ClassVar
 import torch
 
 from cachec.compiler.models.base import Settings
-from cachec.compiler.models.pipeline_model import PipelineModel, without_variance
+from cachec.compiler.models.inputs import without_variance
+from cachec.compiler.models.pipeline_model import PipelineModel
 from cachec.runtime.errors import InputError, unknown_name
 from cachec.runtime.model_io import ModelIO
 

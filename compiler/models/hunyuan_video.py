@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 import torch
 
 from cachec.compiler.models.base import Settings
+from cachec.compiler.models.inputs import ragged_mask
 from cachec.compiler.models.lost_text import Reader
-from cachec.compiler.models.pipeline_model import ragged_mask
 from cachec.compiler.models.video_model import VideoModel
 from cachec.runtime.model_io import ModelIO
 

@@ -15,8 +15,8 @@ from torch import nn
 
 from cachec.compiler.models.base import Settings
 from cachec.compiler.models.hunyuan_video_15_equal import HunyuanVideo15Equal
+from cachec.compiler.models.inputs import ragged_mask
 from cachec.compiler.models.lost_text import Reader
-from cachec.compiler.models.pipeline_model import ragged_mask
 from cachec.compiler.models.video_model import VideoModel
 from cachec.runtime.errors import InputError
 from cachec.runtime.model_io import ModelIO

@@ -52,6 +52,10 @@ class Observed:
             by_step.setdefault(call.step, call.given[name])
         return tuple(by_step.values())
 
+    def told(self, name: str) -> torch.Tensor:
+        """What the transformer is told at each step as ``name`` [T], the time; float32, on the CPU."""
+        return torch.stack([value.reshape(-1)[0].float().cpu() for value in self.at_each_step(name)])
+
 
 def observe(
     pipeline: Any,
@@ -70,12 +74,7 @@ def observe(
         InputError: the pipeline refuses the call, in its words; or it never calls its transformer.
     """
     run = _Run(whole)
-    twin = copy.copy(pipeline)  # shares the modules, and nothing that a run writes to
-    own = vars(twin)
-    own.update({name: copy.deepcopy(own[name]) for name in STATEFUL if own.get(name) is not None})
-    own.update({name: _Spy(name, module, device or torch.device("cpu"), run) for name, module in parts.items()})
-    own["_progress_bar_config"] = {"disable": True}
-    twin.scheduler.step = run.step_of(twin.scheduler)
+    twin = _with_spies(pipeline, parts, device, run)
     try:
         with torch.no_grad():
             twin(**{"output_type": "latent", **given})
@@ -89,6 +88,26 @@ def observe(
     return Observed(tuple(run.calls), twin.scheduler)
 
 
+def let_through(pipeline: Any, parts: Mapping[str, nn.Module], given: Mapping[str, Any], device: torch.device) -> Any:
+    """What ``pipeline(**given)`` makes of the latents that it is given, as if its transformer had left them alone.
+
+    So a pipeline decodes latents by its own code; ``parts`` are never called.
+    """
+    with torch.no_grad():
+        return _with_spies(pipeline, parts, device, _Run(whole=True, ends=False))(**given, return_dict=False)[0]
+
+
+def _with_spies(pipeline: Any, parts: Mapping[str, nn.Module], device: torch.device | None, run: "_Run") -> Any:
+    """A copy that shares the modules, and nothing that a run writes to."""
+    twin = copy.copy(pipeline)
+    own = vars(twin)
+    own.update({name: copy.deepcopy(own[name]) for name in STATEFUL if own.get(name) is not None})
+    own.update({name: _Spy(name, module, device or torch.device("cpu"), run) for name, module in parts.items()})
+    own["_progress_bar_config"] = {"disable": True}
+    twin.scheduler.step = run.step_of(twin.scheduler)
+    return twin
+
+
 class _Done(Exception):  # noqa: N818 (nothing is wrong)
     """Enough was seen."""
 
@@ -98,6 +117,7 @@ class _Run:
     """What was seen so far."""
 
     whole: bool
+    ends: bool = True  # by an exception
     calls: list[Call] = field(default_factory=list)
     steps: int = 0
     context: str | None = None
@@ -107,7 +127,7 @@ class _Run:
 
         def step(_output: Any, _timestep: Any, sample: Any, *_args: Any, return_dict: bool = True, **_options: Any) -> Any:
             self.steps += 1
-            if not self.whole or self.steps == len(scheduler.timesteps):
+            if self.ends and (not self.whole or self.steps == len(scheduler.timesteps)):
                 raise _Done
             return SimpleNamespace(prev_sample=sample) if return_dict else (sample,)
 

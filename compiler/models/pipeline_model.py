@@ -6,9 +6,7 @@ A family adds what it knows: names, sizes, the cut, random embeddings, and how l
 """
 
 import copy
-import hashlib
 import inspect
-import logging
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,10 +23,12 @@ from torch import nn
 
 from cachec.compiler.models.base import Family, ModelSpec, Settings
 from cachec.compiler.models.components import Components
+from cachec.compiler.models.inputs import owned
 from cachec.compiler.models.lost_text import Reader, not_said_twice, tell_of_lost_text
 from cachec.compiler.models.named import MODELS
 from cachec.compiler.models.observed import Observed, observe
-from cachec.compiler.models.shards import Shards, Stored, weight_files
+from cachec.compiler.models.own_weights import files_of, hash_digests, hash_tensors
+from cachec.compiler.models.shards import Stored
 from cachec.compiler.tables.sampler_probe import check_options, probe_sampler
 from cachec.compiler.tables.sampling import Sampling
 from cachec.runtime.abi import GUIDANCE, negative_name
@@ -36,8 +36,6 @@ from cachec.runtime.errors import InputError, ModelUnavailableError
 from cachec.runtime.files import hash_file, reason_of
 from cachec.runtime.hashing import hashing
 from cachec.runtime.specs import Array
-
-log = logging.getLogger(__name__)
 
 TRANSFORMER = "transformer"  # its name in the pipeline, and its folder
 
@@ -177,7 +175,7 @@ class PipelineModel(Family):
         stored = Stored.outline(lambda: components.describe(TRANSFORMER))
         return cls(spec, components.outline(cls.SHOWN), directory, stored)
 
-    def thin_twin(self, settings: Settings) -> tuple[Self, Settings]:
+    def thin_twin(self, settings: Settings) -> tuple[Self, Settings] | None:
         config = {**self.config, **self.thin(self.config)}
         with torch.random.fork_rng():
             torch.manual_seed(0)
@@ -185,7 +183,7 @@ class PipelineModel(Family):
         pipeline = copy.copy(self.pipeline)
         pipeline.register_modules(vae=None, **dict.fromkeys(self._text_encoders), transformer=transformer)
         twin = type(self)(replace(self.spec, name=f"{self.spec.name}, thin"), pipeline)
-        return twin, self.small(settings)
+        return twin, replace(self.small(settings), cut=None)
 
     # --- the transformer
 
@@ -225,15 +223,12 @@ class PipelineModel(Family):
 
     @cached_property
     def weights_hash(self) -> str:
-        files = self._own_files()
-        if not files:
-            tensors = sorted(self.transformer.state_dict().items())
-            return hashlib.sha256(b"".join(hashlib.sha256(_raw(tensor)).digest() for _, tensor in tensors)).hexdigest()
+        if not (files := self._own_files()):
+            return hash_tensors(self.transformer)
         try:
-            digests = [hash_file(file) for file in files] if self._digests is None else self._digests()
+            return hash_digests([hash_file(file) for file in files] if self._digests is None else self._digests())
         except OSError as error:
             raise ModelUnavailableError(f"the weights of {self.spec.source} cannot be read: {reason_of(error)}") from error
-        return hashlib.sha256("".join(digests).encode()).hexdigest()
 
     @contextmanager
     def hashing_weights(self) -> Iterator[None]:
@@ -247,20 +242,12 @@ class PipelineModel(Family):
                 self._digests = None
 
     def _own_files(self) -> list[Path]:
-        """Files with the very weights of the transformer: one in memory may have become different from its own."""
+        """Files with the very weights of the transformer."""
         if self._stored is not None:
             return list(self._stored.shards.files)
-        if self._components is None or not (folder := self._components.directory / TRANSFORMER).is_dir():
+        if self._components is None:
             return []
-        try:
-            shards = Shards.open(files := weight_files(self.spec.source, folder))
-        except ModelUnavailableError:  # the weights are in memory, and what lies beside is not looked for
-            return []
-        held = self.transformer.state_dict()
-        same = held.keys() == shards.places.keys() and all(
-            torch.equal(shards.read(name).to(value.dtype), value.cpu()) for name, value in held.items()
-        )
-        return files if same else []
+        return files_of(self.spec.source, self._components.directory / TRANSFORMER, self.transformer)
 
     # --- what the pipeline hands over
 
@@ -273,10 +260,14 @@ class PipelineModel(Family):
             def random(*shape: int) -> torch.Tensor:
                 return torch.randn(batch, *shape, generator=generator)
 
-            embeddings = {name: value.to(self.device) for name, value in self.embeddings(settings, random).items()}
-            given = {**self.arguments(embeddings, settings), "generator": generator}
-            self._seen = ((settings, batch), self._observe(settings, given))
+            given = self.examples(settings, random)
+            self._seen = ((settings, batch), self._observe(settings, {**given, "generator": generator}))
         return self._seen[1]
+
+    def examples(self, settings: Settings, random: Callable[..., torch.Tensor]) -> dict[str, Any]:
+        """Keywords of the pipeline's call for an example; ``random(*shape)`` gives [B, *shape]."""
+        embeddings = {name: value.to(self.device) for name, value in self.embeddings(settings, random).items()}
+        return self.arguments(embeddings, settings)
 
     def _observe(self, settings: Settings, given: Mapping[str, Any], *, whole: bool = True) -> Observed:
         call = {**self._wanted(settings), **given}
@@ -303,10 +294,10 @@ class PipelineModel(Family):
 
     def example_inputs(self, settings: Settings, *, batch: int = 2) -> dict[str, torch.Tensor]:
         io, seen = self.io, self.observed(settings, batch=batch)
-        told = _told(seen, io.timestep).to(self.device)
+        told = seen.told(io.timestep).to(self.device)
         examples = {**self.taken(seen.first, settings), io.latents: self.state(seen.first)}
         examples[io.timestep] = told[torch.arange(batch) % len(told)]
-        return {name: _own(examples[name]).to(self.device) for name in (io.latents, io.timestep, *io.conditions)}
+        return {name: owned(examples[name]).to(self.device) for name in (io.latents, io.timestep, *io.conditions)}
 
     def constants(self, settings: Settings) -> dict[str, Any]:
         io, given = self.io, self.observed(settings).first
@@ -316,7 +307,7 @@ class PipelineModel(Family):
     def sampling(self, settings: Settings) -> Sampling:
         if settings not in self._samplings:
             seen = self.observed(settings)
-            told = _told(seen, self.io.timestep).numpy()
+            told = seen.told(self.io.timestep).numpy()
             self._samplings[settings] = Sampling.of(probe_sampler(seen.scheduler), told, sign=self.SIGN)
         return self._samplings[settings]
 
@@ -340,7 +331,7 @@ class PipelineModel(Family):
         length = {} if self.LENGTH is None else {self.LENGTH: settings.text_tokens}
         with not_said_twice(type(self.pipeline).__module__):
             seen = self._observe(settings, {**text, **length}, whole=False)
-        return {name: _own(value).cpu().numpy() for name, value in self.taken(seen.first, settings).items()}
+        return {name: owned(value).cpu().numpy() for name, value in self.taken(seen.first, settings).items()}
 
     @property
     def _text_encoders(self) -> list[str]:
@@ -410,30 +401,3 @@ class PipelineModel(Family):
     @staticmethod
     def check_scheduler(scheduler: Any) -> None:
         check_options(scheduler)
-
-
-def _told(seen: Observed, name: str) -> torch.Tensor:
-    """What the transformer is told at each step [T], float32, on the CPU."""
-    return torch.stack([value.reshape(-1)[0].float().cpu() for value in seen.at_each_step(name)])
-
-
-def _own(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy with memory of its own; floating-point numbers are float32, labels and masks keep their types."""
-    copied = tensor.detach().contiguous().clone()
-    return copied.float() if copied.is_floating_point() else copied
-
-
-def _raw(tensor: torch.Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
-
-
-def ragged_mask(states: torch.Tensor) -> torch.Tensor:
-    """An example of a mask for texts [B, L, D]: no two of them equally long, all with padding; int64, as tokenizers have it."""
-    length = states.shape[1]
-    lengths = [max(1, length - 1 - sample) for sample in range(len(states))]
-    return (torch.arange(length) < torch.tensor(lengths)[:, None]).long()
-
-
-def without_variance(config: Any) -> tuple[int, int] | None:
-    """The channels of the output that sampling takes: the first half, of a network that gives a variance besides."""
-    return (0, config.in_channels) if config.out_channels == 2 * config.in_channels else None

@@ -10,8 +10,9 @@ import torch
 from diffusers.utils import is_bs4_available, is_ftfy_available
 
 from cachec.compiler.models.base import Settings
+from cachec.compiler.models.inputs import ragged_mask, without_variance
 from cachec.compiler.models.lost_text import Reader
-from cachec.compiler.models.pipeline_model import PipelineModel, ragged_mask, without_variance
+from cachec.compiler.models.pipeline_model import PipelineModel
 from cachec.runtime.model_io import ModelIO
 
 STATES, MASK = "encoder_hidden_states", "encoder_attention_mask"

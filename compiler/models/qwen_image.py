@@ -21,9 +21,10 @@ from PIL import Image
 from torch.nn.functional import pad
 
 from cachec.compiler.models.base import Settings
+from cachec.compiler.models.inputs import ragged_mask
 from cachec.compiler.models.lost_text import Reader
 from cachec.compiler.models.pictured_prompts import on_pictures_of, read_pictured
-from cachec.compiler.models.pipeline_model import PipelineModel, ragged_mask
+from cachec.compiler.models.pipeline_model import PipelineModel
 from cachec.runtime.errors import InputError
 from cachec.runtime.model_io import ModelIO
 from cachec.runtime.specs import Array

@@ -12,8 +12,9 @@ from torch import nn
 from torch.nn.functional import pad
 
 from cachec.compiler.models.base import Settings
+from cachec.compiler.models.inputs import ragged_mask
 from cachec.compiler.models.lost_text import Reader
-from cachec.compiler.models.pipeline_model import PipelineModel, ragged_mask
+from cachec.compiler.models.pipeline_model import PipelineModel
 from cachec.compiler.models.z_image_equal import ZImageEqual
 from cachec.runtime.model_io import ModelIO
 

@@ -22,8 +22,8 @@ def test_it_says_what_was_asked_for_and_what_was_measured(tmp_path):
     assert manifest.model == {"name": "toy", "source": "tests", "weights_sha256": "a" * 64}
     assert (manifest.method["name"], manifest.method["options"]["order"], manifest.method["fold"]) == ("taylor", 2, "static")
     assert manifest.method["predictor"] is None
-    assert {key: manifest.settings[key] for key in ("steps", "interval", "seed", "cut", "prompts")} == {
-        "steps": 8, "interval": 3, "seed": 7, "cut": "blocks.2", "prompts": "shapes",
+    assert {key: manifest.settings[key] for key in ("steps", "interval", "seed", "block", "prompts")} == {
+        "steps": 8, "interval": 3, "seed": 7, "block": "blocks.2", "prompts": "shapes",
     }  # fmt: skip
     assert manifest.files == files
     assert manifest.facts["levels"] == {"default": {}}
