@@ -19,7 +19,7 @@ def describe_bundle(bundle: Bundle, fits: Sequence[str] = ()) -> list[tuple[str,
     rows = [
         ("model", f"{manifest.model['name']} ({manifest.model['source']}), weights {manifest.model['weights_sha256'][:16]}"),
         ("method", method["name"] + (f" ({options})" if options else "") + f", fold {method['fold']}"),
-        ("cut", f"{method['cut']}, after {settings['cut']}"),
+        ("cut", f"{method['cut']}, after {settings['block']}"),
         ("setting", f"{PictureSize.of(settings)}, {settings['text_tokens']} text tokens, guidance {settings['guidance']}, "
                     f"{settings['steps']} steps"),
         *_choices(bundle),

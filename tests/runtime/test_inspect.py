@@ -29,7 +29,7 @@ def make_bundle(cut, **measured):
         noise="numpy",
         model={"name": "toy", "source": "tests", "weights_sha256": "a" * 64},
         method={"name": "line", "options": {"order": 1}, "fold": "static", "cut": cut, "predictor": None},
-        settings={"width": 4, "height": 3, "text_tokens": 0, "guidance": 1.0, "steps": 8, "cut": "blocks.2"},
+        settings={"width": 4, "height": 3, "text_tokens": 0, "guidance": 1.0, "steps": 8, "block": "blocks.2"},
         programs={"default": {}, UNCACHED: {}},
         targets=(target,),
         files={f"engines/{name}": {"bytes": 2_000_000} for name in ENGINES},
