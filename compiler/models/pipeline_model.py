@@ -1,8 +1,6 @@
 """What all families of diffusers' pipelines have in common: files, what is loaded when, and what the pipeline hands over.
 
-A family adds what it knows: names, sizes, the cut, random embeddings, and how latents become pictures.
-
-``B`` batch, ``T`` steps.
+A family adds what it knows: names, sizes, the cut, random embeddings, how latents become pictures. ``B`` batch, ``T`` steps.
 """
 
 import copy
@@ -245,9 +243,8 @@ class PipelineModel(Family):
         """Files with the very weights of the transformer."""
         if self._stored is not None:
             return list(self._stored.shards.files)
-        if self._components is None:
-            return []
-        return files_of(self.spec.source, self._components.directory / TRANSFORMER, self.transformer)
+        found = self._components
+        return [] if found is None else files_of(self.spec.source, found.directory / TRANSFORMER, self.transformer)
 
     # --- what the pipeline hands over
 
