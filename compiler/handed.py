@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
-from cachec.compiler.drop_in.forms import Schedule
+from cachec.compiler.drop_in.forms import Schedule, is_empty
 from cachec.compiler.models.base import LoadedModel, Settings
 from cachec.compiler.models.samples import sample_weights
 from cachec.runtime.write import Collector
@@ -55,4 +55,5 @@ def handed_facts(model: LoadedModel, settings: Settings, writer: Collector) -> d
 
 def handed_constants(model: LoadedModel, settings: Settings) -> Mapping[str, Any]:
     """The graphs' constants that a call hands over."""
-    return {name: value for name, value in model.constants(settings).items() if name != "return_dict"}
+    constants = model.constants(settings).items()
+    return {name: value for name, value in constants if name != "return_dict" and not is_empty(value)}

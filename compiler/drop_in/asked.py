@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from cachec.compiler.drop_in.forms import Compiled, Form
+from cachec.compiler.drop_in.forms import Compiled, Form, is_empty
 from cachec.compiler.stand_in import BACK
 from cachec.runtime.errors import InputError
 from cachec.runtime.specs import TensorSpec
@@ -88,7 +88,7 @@ class Reader:
         taken = {io.latents, io.timestep, *io.conditions, *form.constants, "return_dict"}
         strange = []
         for name, value in bound.arguments.items():
-            if name in taken or _is_empty(value) or value is self._signature.parameters[name].default:
+            if name in taken or is_empty(value) or value is self._signature.parameters[name].default:
                 continue
             if model.says_nothing(name, value):
                 continue
@@ -97,7 +97,7 @@ class Reader:
             raise InputError(
                 f"the accelerated transformer does not take {', '.join(sorted(strange))}: take it off the call, or {BACK}"
             )
-        return {name: value for name, value in bound.arguments.items() if not _is_empty(value)}
+        return {name: value for name, value in bound.arguments.items() if not is_empty(value)}
 
     def _conditions(self, given: Mapping[str, Any], form: Form, batch: int) -> dict[str, torch.Tensor]:
         """As the graphs take them: in their types, and as long as they were compiled."""
@@ -127,10 +127,6 @@ class Reader:
         if not bool(torch.stack([value.isfinite().all() for value in tensors.values()]).all()):
             strange = [name for name, value in tensors.items() if not bool(value.isfinite().all())]
             raise InputError(f"{', '.join(strange)} hold NaN or infinity: look at what made or edited them")
-
-
-def _is_empty(value: Any) -> bool:
-    return value is None or (isinstance(value, Mapping) and all(map(_is_empty, value.values())))
 
 
 def _made(given: Mapping[str, Any], constants: set[str], moving: set[str]) -> tuple[Any, ...]:

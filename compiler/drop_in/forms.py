@@ -160,6 +160,11 @@ def _said(sizes: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {size}" for name, size in sizes.items())
 
 
+def is_empty(value: Any) -> bool:
+    """Does an argument say nothing?"""
+    return value is None or (isinstance(value, Mapping) and all(map(is_empty, value.values())))
+
+
 def _is_same(value: Any, baked: Any) -> bool:
     """Is ``value`` what was baked in? It may be there once for each sample."""
     if isinstance(baked, torch.Tensor):
