@@ -24,6 +24,7 @@ from cachec.runtime.model_io import ModelIO
 from cachec.runtime.noise import make_noise
 from cachec.runtime.program import UNCACHED, Program
 from cachec.runtime.specs import Array
+from cachec.runtime.starting import starting_at
 from cachec.runtime.stepper import Stepper
 from cachec.runtime.trace import Trace
 
@@ -94,13 +95,13 @@ class LoadedBundle:
 
     @overload
     def session(
-        self, *, batch: int = 1, level: str | None = None, size: str | None = None, steps: int | None = None,
+        self, *, batch: int = 1, level: str | None = None, size: str | None = None, steps: int | None = None, start: int = 0,
         for_sampler: Literal[False] = False,
     ) -> "Session": ...  # fmt: skip
 
     @overload
     def session(
-        self, *, batch: int = 1, level: str | None = None, size: str | None = None, steps: int | None = None,
+        self, *, batch: int = 1, level: str | None = None, size: str | None = None, steps: int | None = None, start: int = 0,
         for_sampler: Literal[True],
     ) -> Stepper: ...  # fmt: skip
 
@@ -111,11 +112,14 @@ class LoadedBundle:
         level: str | None = None,
         size: str | None = None,
         steps: int | None = None,
+        start: int = 0,
         for_sampler: bool = False,
     ) -> "Session | Stepper":
         """A session for requests of ``batch`` samples at a quality level, by default the bundle's first.
 
-        ``size`` and ``steps``: as :meth:`at`. ``for_sampler``: for a sampler outside, which asks for velocities one by one.
+        ``size`` and ``steps``: as :meth:`at`. ``start``: the step that requests begin at, with latents of its noise level
+        (``programs[level].sigmas[start]``) in place of noise. ``for_sampler``: for a sampler outside, which asks for velocities
+        one by one, and says where it begins.
         """
         bundle = self.at(size, steps)
         if batch > (most := bundle.target.sizes.get(BATCH, (batch,))[-1]):
@@ -123,8 +127,24 @@ class LoadedBundle:
                 f"batch is {batch}; the engines of {bundle.target} take up to {most}: build them with --max-batch {batch}, "
                 "or take another target"
             )
-        kind = Stepper if for_sampler else Session
-        return kind(bundle.engines, bundle.programs[bundle.check_level(level)], bundle.io, batch=batch)
+        program = bundle.programs[bundle.check_level(level)]
+        if for_sampler:
+            if start:
+                raise InputError(f"start is {start}, but a sampler outside says where it begins: call begin(first={start})")
+            return Stepper(bundle.engines, program, bundle.io, batch=batch)
+        return Session(bundle.engines, bundle._begun(program, start), bundle.io, batch=batch)
+
+    def _begun(self, program: Program, start: int) -> Program:
+        """A program from step ``start`` on."""
+        if not start:
+            return program
+        uncached = self.programs[UNCACHED]
+        if uncached.num_steps != program.num_steps:
+            raise InputError(
+                f"level {program.key.level} has {program.num_steps} steps of its own, not the bundle's {uncached.num_steps}: "
+                "take another level to begin later, or let a sampler outside make the steps (for_sampler)"
+            )
+        return starting_at(program, start, uncached.timesteps)
 
     def check_level(self, level: str | None) -> str:
         """The level, or the default one for ``None``.
