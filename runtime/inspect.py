@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cachec.runtime.abi import BATCH, PROLOGUE, steps_of
+from cachec.runtime.abi import BATCH, FEATURE, PROLOGUE, VELOCITY, steps_of
 from cachec.runtime.bundle import Bundle, Target
 from cachec.runtime.program import UNCACHED, Program
 from cachec.runtime.specs import TensorSpec, itemsize
@@ -116,7 +116,7 @@ def _hoisted_bytes(bundle: Bundle, program: Program) -> int:
     prologue = bundle.target.engines.get(PROLOGUE)
     if prologue is None:
         return 0
-    sizes = {BATCH: 1}
+    sizes = {BATCH: _rows(program)}
     for graph in bundle.target.engines:
         count = sum(len(instruction.steps) for instruction in program.instructions if instruction.graph == graph)
         sizes[steps_of(graph)] = max(1, count)
@@ -143,7 +143,7 @@ def describe_levels(bundle: Bundle, *, only: str | None = None) -> list[tuple[st
         rows.append(("", ", ".join(map(str, program.compute_steps))))
         size = _slot_bytes(bundle, program) / 1e6
         kinds = ", ".join(
-            f"{count} slots of {_slot_spec(bundle, program, kind).dtype}" for kind, count in program.slots.items()
+            f"{count} {kind} slots of {_slot_spec(bundle, program, kind).dtype}" for kind, count in program.slots.items()
         )
         rows.append(("", f"{kinds or 'no slots'}, {size:.2f} MB a sample"))
         if "measured_by" in facts:
@@ -170,7 +170,14 @@ def schedule_strip(program: Program) -> str:
 
 
 def _slot_bytes(bundle: Bundle, program: Program) -> int:
-    return sum(_tensor_bytes(_slot_spec(bundle, program, kind), {BATCH: 1}) * count for kind, count in program.slots.items())
+    rows = {FEATURE: _rows(program), VELOCITY: 1}  # a velocity is that of both branches combined
+    specs = {kind: _slot_spec(bundle, program, kind) for kind in program.slots}
+    return sum(_tensor_bytes(specs[kind], {BATCH: rows[kind]}) * count for kind, count in program.slots.items())
+
+
+def _rows(program: Program) -> int:
+    """That the model runs on for one sample: guidance has two branches."""
+    return 2 if program.key.guided else 1
 
 
 def _slot_spec(bundle: Bundle, program: Program, kind: str) -> TensorSpec:

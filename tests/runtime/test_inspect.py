@@ -67,11 +67,11 @@ def test_schedules_are_drawn_a_character_a_step():
     assert schedule_strip(make_program(UNCACHED)) == "########"
 
 
-@pytest.mark.parametrize(("cut", "slots"), [("hidden", 2), ("output", 4)])
-def test_levels_and_memory(cut, slots):
+@pytest.mark.parametrize(("cut", "slots", "kind"), [("hidden", 2, "feature"), ("output", 4, "velocity")])
+def test_levels_and_memory(cut, slots, kind):
     rows = describe_levels(make_bundle(cut))
     assert rows[:3] == [("level default", "computes 4 of 8 steps"), ("", "#·##··#·"), ("", "0, 2, 3, 6")]
-    assert rows[3][1] == f"{slots} slots of float32, 0.00 MB a sample"
+    assert rows[3][1] == f"{slots} {kind} slots of float32, 0.00 MB a sample"
     *_, (name, text) = describe_memory(make_bundle(cut))
     assert name == "memory"
     assert text.startswith("4.0 MB for one sample at level default: weights 3.00 + slots 0.00 + step values 0.00 + activations")

@@ -1,0 +1,277 @@
+"""What every family must do, on its small random pipeline, saved and loaded from disk like a real one.
+
+Everything is compared with the untouched pipeline of diffusers: in its own loop, with its own scheduler and guidance. Caches are
+played there by hooks on the last block, which is what a Program's forecasts are to equal.
+
+``B`` batch, ``T`` steps.
+"""
+
+import itertools
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import cachec
+from cachec.compiler.calibration.graph_evaluator import GraphEvaluator
+from cachec.compiler.graphs.prepare import prepare
+from cachec.compiler.graphs.weights import Values
+from cachec.compiler.methods import get_method
+from cachec.compiler.models import find_model, load_model
+from cachec.compiler.models.base import LoadedModel, Settings
+from cachec.compiler.pipeline import compile_bundle
+from cachec.compiler.request import make_request
+from cachec.compiler.tables.lower import lower
+from cachec.compiler.tables.schedule import Schedule
+from cachec.runtime.abi import COMPUTE, FEATURE, VELOCITY
+from cachec.runtime.program import Program, ProgramKey, hash_sigmas
+from cachec.runtime.session import LoadedBundle, Session
+from cachec.runtime.specs import Array
+from tests.families import Family
+
+STEPS, COMPUTED = 6, (0, 1, 4)
+EXACT, SAME, DIFFERENT = 1e-5, 1e-4, 1e-3  # of the graph; of latents that are to be equal; of those that are not
+PROMPTS, NEGATIVE = ("a large blue ring", "a small red cross"), "blurred"
+SIZES: Mapping[str, tuple[tuple[int, int], ...]] = {"dit": ((64, 64),), "qwen-image-edit": ((32, 48),)}  # height, width
+USUAL_SIZES = ((32, 48), (48, 32))
+TEXT_TOKENS = {"dit": 1, "z-image": 32, "hunyuan-video-1.5": 40}
+VIDEOS = ("hunyuan-video", "hunyuan-video-1.5", "wan", "wan-2.2")
+REQUESTS = {"dit": ("7", "8")}
+
+
+@dataclass(frozen=True)
+class Found:
+    """A check: what it measured, in words; ``passed`` ``None``: it does not apply."""
+
+    passed: bool | None
+    said: str
+
+
+class Case:
+    """A family's pipeline in ``directory``, loaded as users load it, and what is compiled from it."""
+
+    def __init__(self, family: Family, directory: Path, work: Path) -> None:
+        self.family, self.directory, self.work = family, directory, work
+        self.sizes = SIZES.get(family.name, USUAL_SIZES)
+
+    @cached_property
+    def model(self) -> LoadedModel:
+        return load_model(find_model(str(self.directory)))
+
+    def settings(self, size: tuple[int, int]) -> Settings:
+        frames = 5 if self.family.name in VIDEOS else 1
+        tokens = TEXT_TOKENS.get(self.family.name, 24)
+        return Settings(*size, text_tokens=tokens, guidance=3.0, steps=STEPS, dtype="float32", frames=frames)
+
+    @cached_property
+    def bundle(self) -> Path:
+        """Both sizes in one bundle, hidden cut, ONNX Runtime."""
+        out, first = self.work / "bundle.cachec", self.settings(self.sizes[0])
+        frames = f"x{first.frames}" if first.frames > 1 else ""
+        request = make_request(
+            self.model.spec,
+            method="taylor",
+            options={"order": "1"},
+            schedule=",".join(map(str, COMPUTED)),
+            steps=str(STEPS),
+            size=",".join(f"{width}x{height}{frames}" for height, width in self.sizes),
+            text_tokens=first.text_tokens,
+            guidance=first.guidance,
+            targets=("ort",),
+        )
+        compile_bundle(self.model, request, out, force=True)
+        return out
+
+    @contextmanager
+    def loaded(self, size: tuple[int, int]) -> Iterator[LoadedBundle]:
+        settings = self.settings(size)
+        frames = f"x{settings.frames}" if settings.frames > 1 else ""
+        with cachec.load(self.bundle, size=f"{settings.width}x{settings.height}{frames}") as bundle:
+            yield bundle
+
+    def given(self, size: tuple[int, int]) -> tuple[dict[str, Array], Array]:
+        """Conditions of two requests, both branches' where there are two, and noise."""
+        settings, model = self.settings(size), self.model
+        prompts = REQUESTS.get(self.family.name, PROMPTS)
+        negatives = [NEGATIVE, ""] if model.is_guided(settings) and self.family.name != "dit" else None
+        conditions = model.encode(prompts, settings, model.conditions(settings), negatives)
+        shape = model.example_inputs(settings)[model.io.latents].shape[1:]
+        return conditions, np.random.default_rng(0).standard_normal((len(prompts), *shape)).astype(np.float32)
+
+    def programs(self, size: tuple[int, int]) -> dict[str, Program]:
+        """Half-computed Programs of the families' own samplers: features reused and extrapolated, and one of the output cut."""
+        settings, model = self.settings(size), self.model
+        sampling, schedule = model.sampling(settings), Schedule(STEPS, COMPUTED)
+        key = ProgramKey(STEPS, hash_sigmas(sampling.sigmas), settings.sizes, guided=model.is_guided(settings))
+        methods = {
+            "reuse": get_method("reuse")(),
+            "taylor": get_method("taylor")(order=1),
+            "adams": get_method("adams")(order=2),
+        }
+        return {
+            name: lower(method.table(schedule, sampling.levels(method.cut), None), key, sampling)
+            for name, method in methods.items()
+        }
+
+
+def check_capture(case: Case) -> Found:
+    """The compute graph is the transformer, on what the pipeline hands over."""
+    model, settings, start = case.model, case.settings(case.sizes[0]), time.perf_counter()
+    graphs = prepare(model, settings)
+    seconds = time.perf_counter() - start
+    compute = Values(torch.device("cpu")).module(graphs.modules[COMPUTE])
+    inputs, io = model.example_inputs(settings, batch=3), model.io
+    given = model.observed(settings, batch=3).first  # type: ignore[attr-defined]
+    with torch.no_grad():
+        found = compute(**inputs)[VELOCITY]
+        wanted = model.transformer(**{**given, io.timestep: inputs[io.timestep], "return_dict": False})[0]
+    wanted = torch.stack(wanted) if isinstance(wanted, list) else wanted
+    wanted = wanted.narrow(io.axis, 0, found.shape[io.axis])
+    error = float((found - wanted).abs().max() / wanted.abs().max())
+    return Found(error <= EXACT, f"{error:.0e}, {seconds:.0f} s")
+
+
+def check_uncached(case: Case) -> Found:
+    """ONNX Runtime, every step computed, at every size: the untouched pipeline's latents."""
+    errors = []
+    for size in case.sizes:
+        conditions, noise = case.given(size)
+        wanted = case.model.generate(conditions, noise, case.settings(size))
+        with case.loaded(size) as bundle:
+            got = bundle.session(batch=len(noise), level="uncached").run(conditions, noise)
+        errors.append(_apart(got, wanted))
+    return Found(max(errors) <= SAME, f"{max(errors):.0e} at {len(errors)} size{'s' * (len(errors) > 1)}")
+
+
+def check_forecasts(case: Case) -> Found:
+    """Half computed, at every size: what the pipeline's own loop gives with the same cache by hooks, not the uncached run."""
+    same, other = [], []
+    for size in case.sizes:
+        conditions, noise = case.given(size)
+        settings, programs = case.settings(size), case.programs(size)
+        with counting_calls(case.model) as calls:
+            uncached = case.model.generate(conditions, noise, settings)
+        with case.loaded(size) as bundle:
+            for name in ("reuse", "taylor"):
+                with cached_by_hooks(case.model, programs[name], calls_a_step=len(calls) // STEPS):
+                    wanted = case.model.generate(conditions, noise, settings)
+                got = Session(bundle.engines, programs[name], bundle.io, batch=len(noise)).run(conditions, noise)
+                same.append(_apart(got, wanted))
+                other.append(_apart(got, uncached))
+            evaluator = GraphEvaluator(prepare(case.model, settings), case.model.io)
+            wanted = evaluator.play(programs["adams"], noise, conditions)
+            got = Session(bundle.engines, programs["adams"], bundle.io, batch=len(noise)).run(conditions, noise)
+            same.append(_apart(got, wanted))
+            other.append(_apart(got, uncached))
+    return Found(max(same) <= SAME and min(other) > DIFFERENT, f"{max(same):.0e}, from uncached {min(other):.0e}")
+
+
+def check_drop_in(case: Case) -> Found:
+    """The unmodified pipeline with the bundle as its transformer, every step computed, at every size: its own latents."""
+    errors, family = [], case.family
+    for size in case.sizes:
+        settings, pipeline = case.settings(size), family.load(case.directory)
+        call: dict[str, Any] = {"height": size[0], "width": size[1], "num_inference_steps": STEPS}
+        call |= {"num_frames": settings.frames} if settings.frames > 1 else {}
+        call = {name: value for name, value in call.items() if name in family.call or name == "num_inference_steps"}
+        wanted = family.run(pipeline, **call)
+        with cachec.load(case.bundle) as bundle:
+            pipeline.transformer = bundle.as_transformer(pipeline.transformer, level="uncached")
+            got = family.run(pipeline, **call)
+        errors.append(_apart(got.float().numpy(), wanted.float().numpy()))
+    return Found(max(errors) <= SAME, f"{max(errors):.0e} at {len(errors)} size{'s' * (len(errors) > 1)}")
+
+
+def check_rtx(case: Case) -> Found:
+    """TensorRT for RTX builds engines in bfloat16."""
+    first, out = case.settings(case.sizes[0]), case.work / "rtx.cachec"
+    request = make_request(
+        case.model.spec,
+        method="taylor",
+        schedule=",".join(map(str, COMPUTED)),
+        steps=str(STEPS),
+        height=first.height,
+        width=first.width,
+        text_tokens=first.text_tokens,
+        guidance=first.guidance,
+        dtype="bfloat16",
+        targets=("tensorrt-rtx",),
+        **({"frames": first.frames} if first.frames > 1 else {}),
+    )
+    start = time.perf_counter()
+    compiled = compile_bundle(case.model, request, out, force=True)
+    built = [target for target in compiled.bundle.manifest.targets if target.backend == "tensorrt-rtx"]
+    return Found(bool(built), f"{len(built[0].engines)} engines, {time.perf_counter() - start:.0f} s" if built else "none")
+
+
+CHECKS: Mapping[str, Callable[[Case], Found]] = {
+    "captured, exact": check_capture,
+    "ONNX Runtime, uncached": check_uncached,
+    "half computed": check_forecasts,
+    "drop-in": check_drop_in,
+    "RTX build": check_rtx,
+}
+
+
+@contextmanager
+def counting_calls(model: LoadedModel) -> Iterator[list[None]]:
+    """As many entries as there were calls of the transformer's last block."""
+    calls: list[None] = []
+    handle = _last_block(model).register_forward_hook(lambda *_: calls.append(None))
+    try:
+        yield calls
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def cached_by_hooks(model: LoadedModel, program: Program, *, calls_a_step: int) -> Iterator[None]:
+    """While it holds, calls of the transformer are cached as a Program of features says, by a hook on its last block.
+
+    ``calls_a_step``: branches that are calls of their own are kept apart by their number in the step.
+    """
+    schedule, rows = program.compute_steps, _rows_over_steps(program)
+    kept: dict[tuple[int, int], Any] = {}
+    calls = itertools.count()
+
+    def hook(_module: torch.nn.Module, _given: Any, output: Any) -> Any:
+        step, branch = divmod(next(calls), calls_a_step)
+        if step in schedule:
+            kept[step, branch] = output
+            return output
+        weighted = [(float(rows[step, owner]), kept[owner, branch]) for owner in schedule if rows[step, owner]]
+        parts = zip(*(value if isinstance(value, tuple) else (value,) for _, value in weighted), strict=True)
+        made = tuple(sum(weight * part for (weight, _), part in zip(weighted, some, strict=True)) for some in parts)
+        return made if isinstance(output, tuple) else made[0]
+
+    handle = _last_block(model).register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _last_block(model: LoadedModel) -> torch.nn.Module:
+    return model.transformer.get_submodule(model.block)
+
+
+def _rows_over_steps(program: Program) -> Array:
+    """Weights [T, T] of forecasts over the steps that they weigh, instead of over slots."""
+    rows, owner = np.zeros((program.num_steps, program.num_steps)), dict[int, int]()
+    for one in program.instructions:
+        for step in one.rows if FEATURE in one.reads else ():
+            for slot in one.reads[FEATURE]:
+                rows[step, owner[slot]] += program.coefficients[step, 0, slot]
+        for slot in one.writes.get(FEATURE, ()):
+            owner[slot] = one.steps[0]
+    return rows
+
+
+def _apart(got: Array, wanted: Array) -> float:
+    return float(np.abs(got - wanted).max() / np.abs(wanted).max())

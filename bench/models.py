@@ -1,0 +1,93 @@
+"""``make models``: what every family must do, on small random pipelines, as the table of ``docs/models.md``.
+
+    python -m bench.models [FAMILY …] [--jobs 2] [--write]
+
+Exits with 1 if a family fails a check. ``--write`` puts the table into the page.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "models.md"
+BEGIN, END = "<!-- models -->", "<!-- end of models -->"
+
+
+def check_family(name: str) -> dict[str, Any]:
+    """Every check of one family: what it found, and whether it passed."""
+    import torch
+
+    from bench.model_checks import CHECKS, Case
+    from cachec.compiler.models import FAMILIES as KINDS
+    from tests.families import FAMILIES
+
+    torch.set_num_threads(1)
+    family = next(one for one in FAMILIES if one.name == name)
+    row: dict[str, Any] = {"family": name, "pipeline": family.pipeline, "checks": {}}
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        if family.pipeline not in KINDS:
+            row["checks"] = {check: {"passed": False, "said": "no family"} for check in CHECKS}
+            return row
+        directory = Path(folder) / name
+        family.make().save_pretrained(directory)
+        case = Case(family, directory, Path(folder))
+        for check, run in CHECKS.items():
+            try:
+                found = run(case)
+                row["checks"][check] = {"passed": found.passed, "said": found.said}
+            except Exception as error:  # a row of the table, and an exit code
+                row["checks"][check] = {"passed": False, "said": f"{type(error).__name__}: {error}".splitlines()[0]}
+                row.setdefault("traces", []).append(traceback.format_exc())
+    row["seconds"] = time.perf_counter() - start
+    return row
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """In Markdown."""
+    checks = list(rows[0]["checks"])
+    lines = [f"| family | pipeline | {' | '.join(checks)} |", f"|{'---|' * (2 + len(checks))}"]
+    for row in rows:
+        cells = [f"{'yes' if one['passed'] else 'no'}: {one['said']}" for one in row["checks"].values()]
+        lines.append(f"| {row['family']} | `{row['pipeline']}` | {' | '.join(cell.replace('|', '/') for cell in cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    from tests.families import FAMILIES
+
+    parser = argparse.ArgumentParser(prog="python -m bench.models", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("families", nargs="*")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--write", action="store_true", help="put the table into docs/models.md")
+    asked = parser.parse_args()
+    known = [family.name for family in FAMILIES]
+    if unknown := sorted(set(asked.families) - set(known)):
+        parser.error(f"there is no family {', '.join(unknown)}; known are {', '.join(known)}")
+    names = asked.families or known
+    with ProcessPoolExecutor(asked.jobs, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
+        rows = []
+        for row in pool.map(check_family, names):
+            rows.append(row)
+            print(json.dumps({key: value for key, value in row.items() if key != "traces"}), flush=True)
+            for trace in row.get("traces", ()):
+                print(trace, file=sys.stderr, flush=True)
+    made = table(rows)
+    print(made)
+    if asked.write:
+        before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
+        PAGE.write_text(f"{before}{BEGIN}\n\n{made}\n\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+    sys.exit(any(one["passed"] is False for row in rows for one in row["checks"].values()))
+
+
+if __name__ == "__main__":
+    main()
