@@ -1,7 +1,7 @@
 """What every family must do, on its small random pipeline, saved and loaded from disk like a real one.
 
-Everything is compared with the untouched pipeline of diffusers: in its own loop, with its own scheduler and guidance. Caches are
-played there by hooks on the last block, which is what a Program's forecasts are to equal.
+Everything is compared with the untouched pipeline of diffusers: in its own loop, with its own scheduler and guidance. Caches
+are played there by hooks on the last block, which is what a Program's forecasts are to equal.
 
 ``B`` batch, ``T`` steps.
 """
