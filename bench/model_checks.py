@@ -41,7 +41,7 @@ PROMPTS, NEGATIVE = ("a large blue ring", "a small red cross"), "blurred"
 SIZES: Mapping[str, tuple[tuple[int, int], ...]] = {"dit": ((64, 64),), "qwen-image-edit": ((32, 48),)}  # height, width
 USUAL_SIZES = ((32, 48), (48, 32))
 TEXT_TOKENS = {"dit": 1, "z-image": 32, "hunyuan-video-1.5": 40}
-VIDEOS = ("hunyuan-video", "hunyuan-video-1.5", "wan", "wan-2.2")
+VIDEOS = ("hunyuan-video", "hunyuan-video-1.5", "wan-2.1", "wan-2.2")
 REQUESTS = {"dit": ("7", "8")}
 
 

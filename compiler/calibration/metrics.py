@@ -1,4 +1,7 @@
-"""How close pictures and latents are. Pictures are float in [0, 1]: several papers compute PSNR on uint8, with wrap-around."""
+"""How close pictures and latents are. Pictures are float in [0, 1]: several papers compute PSNR on uint8, with wrap-around.
+
+A picture is [H, W, 3], or a video [F, H, W, 3].
+"""
 
 import importlib
 import math
@@ -19,14 +22,14 @@ LPIPS_BACKBONE = "alexnet-owt-7be5be79.pth"  # torchvision's, as torchmetrics as
 
 
 def psnr_db(picture: Array, reference: Array) -> float:
-    """Peak signal-to-noise ratio of one picture [H, W, 3] in dB; infinity for equal pictures."""
+    """Peak signal-to-noise ratio of one picture, or of all of a video, in dB; infinity for equal ones."""
     if np.array_equal(picture, reference):
         return math.inf
     return float(-10 * np.log10(np.mean(np.square(picture - reference), dtype=np.float64)))
 
 
 def ssim(picture: Array, reference: Array) -> float:
-    """Structural similarity of one picture [H, W, 3]; 1 for equal pictures.
+    """Structural similarity of one picture, or the mean over a video's frames; 1 for equal ones.
 
     Raises:
         MissingExtraError: scikit-image is not installed.
@@ -35,7 +38,13 @@ def ssim(picture: Array, reference: Array) -> float:
         raise missing_extra("scikit-image", "compile", "the structural similarity of pictures")
     from skimage.metrics import structural_similarity
 
-    return float(structural_similarity(reference, picture, data_range=1.0, channel_axis=2))
+    pairs = zip(_frames(reference), _frames(picture), strict=True)
+    return float(np.mean([structural_similarity(*pair, data_range=1.0, channel_axis=2) for pair in pairs]))
+
+
+def _frames(picture: Array) -> Array:
+    """[F, H, W, 3]: a picture is a video of one frame."""
+    return picture[None] if picture.ndim == 3 else picture
 
 
 def latent_rel_l2(latents: Array, reference: Array) -> float:
@@ -51,12 +60,14 @@ class Lpips:
     reason: str | None = None
 
     def distance(self, picture: Array, reference: Array) -> float | None:
-        """Distance of two pictures [H, W, 3], 0 for equal ones; ``None`` if it is not available."""
+        """Distance of two pictures, or the mean over frames, 0 for equal ones; ``None`` if it is not available."""
         if self.network is None:
             return None
         import torch
 
-        pair = (torch.from_numpy(np.ascontiguousarray(p, np.float32)).permute(2, 0, 1)[None] for p in (picture, reference))
+        pair = (
+            torch.from_numpy(np.ascontiguousarray(_frames(p), np.float32)).permute(0, 3, 1, 2) for p in (picture, reference)
+        )
         with torch.no_grad():
             return float(self.network(*pair))
 

@@ -19,39 +19,48 @@ from PIL import Image, ImageDraw, ImageFont
 MIN_CELL = 256  # pixels; smaller pictures are enlarged by a whole factor
 MARGIN = 16
 FONT_SIZE = 15
+FRAMES_A_SECOND = 16
 INK, FAINT, PAPER = (28, 28, 30), (110, 110, 116), (255, 255, 255)
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A picture [H, W, 3] in [0, 1] with the lines under it."""
+    """A picture [H, W, 3], or a video of which one frame is shown, in [0, 1], with the lines under it."""
 
     picture: Array
     lines: tuple[str, ...]
 
 
 def to_image(picture: Array) -> Image.Image:
-    """An 8-bit image from floats in [0, 1]."""
-    return Image.fromarray((np.clip(picture, 0, 1) * 255).round().astype(np.uint8))
+    """An 8-bit image from floats in [0, 1]; of a video the frame in the middle."""
+    still = picture[len(picture) // 2] if picture.ndim == 4 else picture
+    return Image.fromarray((np.clip(still, 0, 1) * 255).round().astype(np.uint8))
 
 
-def write_png(image: Image.Image, path: Path) -> None:
-    """Write atomically.
+def write_png(image: Image.Image, path: Path, more: Sequence[Image.Image] = ()) -> None:
+    """Write atomically; with ``more`` frames behind the first as an animated PNG.
 
     Raises:
         OutputError: the place cannot be written.
     """
     buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
+    animation = {"save_all": True, "append_images": list(more), "duration": 1000 // FRAMES_A_SECOND, "loop": 0} if more else {}
+    image.save(buffer, format="PNG", **animation)
     write_file(path, buffer.getvalue())
+
+
+def write_picture(picture: Array, path: Path) -> None:
+    """A picture [H, W, 3] as a PNG, a video [F, H, W, 3] as an animated one. Raises as :func:`write_png`."""
+    frames = [to_image(frame) for frame in (picture if picture.ndim == 4 else [picture])]
+    write_png(frames[0], path, frames[1:])
 
 
 def draw_sheet(rows: Sequence[tuple[str, Sequence[Cell]]]) -> Image.Image:
     """Rows of cells, each row under its prompt."""
     font, small = ImageFont.load_default(FONT_SIZE), ImageFont.load_default(FONT_SIZE - 2)
-    first = rows[0][1][0].picture
-    factor = max(1, -(-MIN_CELL // first.shape[0]))
-    width, height = first.shape[1] * factor, first.shape[0] * factor
+    first = to_image(rows[0][1][0].picture)
+    factor = max(1, -(-MIN_CELL // first.height))
+    width, height = first.width * factor, first.height * factor
     line = FONT_SIZE + 6
     num_lines = max(len(cell.lines) for _, cells in rows for cell in cells)
     columns = max(len(cells) for _, cells in rows)
