@@ -70,7 +70,8 @@ def accelerate(pipeline: Any, *, method: str = "taylor", compiled: bool = True, 
 
     It is compiled where it is, in its own precision. ``compiled``: under ``torch.compile``, else op by op. ``options`` are
     those of :func:`compile_model`: ``steps`` (50), ``budget``, ``interval``, ``schedule``, ``height``, ``width``,
-    ``text_tokens``, …; calls must then ask for these.
+    ``text_tokens``, …; calls must then ask for these. ``config``: diffusers' ``TaylorSeerCacheConfig`` or a cache-dit YAML in
+    place of a method and a schedule.
 
     Raises:
         CachecError: of the kind that fits; the pipeline is then as it was.
@@ -82,6 +83,12 @@ def accelerate(pipeline: Any, *, method: str = "taylor", compiled: bool = True, 
     from cachec.compiler.models import wrap_pipeline
     from cachec.compiler.request import make_request
 
+    if (config := options.pop("config", None)) is not None:
+        from cachec.compiler.cache_configs import schedule_options
+
+        wanted = schedule_options(config, options.get("steps", 50))
+        method = wanted.pop("method")
+        options |= wanted
     if given := sorted({"device", "dtype"} & options.keys()):
         raise InputError(f"{' and '.join(given)} cannot be given: the pipeline's own are taken; move it first with pipe.to(…)")
     model = wrap_pipeline(pipeline)

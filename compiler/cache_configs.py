@@ -82,7 +82,7 @@ def _is_computed(one: Any) -> bool:
 
 
 def _from_taylorseer(config: Any, steps: int) -> dict[str, Any]:
-    """diffusers' rule; it forecasts what every attention gives, where we forecast what the last block gives."""
+    """Diffusers' rule; it forecasts what every attention gives, where we forecast what the last block gives."""
     first, last = config.disable_cache_before_step, config.disable_cache_after_step
     computed = tuple(
         step

@@ -108,6 +108,7 @@ class ScheduleWish:
     levels: str | None = option(None, "Several levels in one bundle: fine,high,balanced,fast, or a PSNR in dB each: fast=30.")
     target_psnr: float | None = option(None, "As few computed steps as reach this PSNR in dB against the uncached run.")
     target_speedup: float | None = option(None, "As many computed steps as leave the loop this many times as fast.")
+    config: Path | None = option(None, "A cache-dit YAML with a steps mask, in place of a method and a schedule.")
 
 
 @dataclass(frozen=True)

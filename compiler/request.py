@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from cachec.compiler.cache_configs import schedule_options
 from cachec.compiler.calibration.prompts import read_prompts
 from cachec.compiler.methods import get_method
 from cachec.compiler.methods.base import Method, PredictorMethod
@@ -16,6 +17,7 @@ from cachec.compiler.options import (
     FitWish,
     GraphWish,
     Options,
+    ScheduleWish,
     check_batch,
     make_all_settings,
     make_build_options,
@@ -161,8 +163,9 @@ def check_wish(spec: ModelSpec, wish: Options) -> Request:
     """
     _check_numbers(wish)
     targets, device = _choose_targets(wish.build)
-    method = get_method(wish.schedule.method).with_options(wish.schedule.options or {})
     settings = make_all_settings(spec, wish.model)
+    wish = replace(wish, schedule=_configured(wish.schedule, {one.steps for one in settings}))
+    method = get_method(wish.schedule.method).with_options(wish.schedule.options or {})
     _check_files(method, wish.fit, len(settings))
     prompts = None if wish.fit.prompts is None else read_prompts(wish.fit.prompts)
     build, requests = make_build_options(wish.build), list[Request]()
@@ -177,6 +180,24 @@ def check_wish(spec: ModelSpec, wish: Options) -> Request:
             "use static"
         )
     return replace(requests[0], more=tuple(requests[1:]))
+
+
+def _configured(wish: ScheduleWish, steps: set[int]) -> ScheduleWish:
+    """The wish with what its cache configuration says, if it has one.
+
+    Raises:
+        InputError: it cannot be compiled, or something else says the same.
+    """
+    if wish.config is None:
+        return wish
+    others = ("interval", "budget", "schedule", "levels", "target_psnr", "target_speedup", "options")
+    if given := [f"--{name.replace('_', '-')}" for name in others if getattr(wish, name) is not None]:
+        raise InputError(f"--config says which steps are computed and how, and so does {given[0]}: give one")
+    if len(steps) > 1:
+        raise InputError(
+            f"--config is of one number of steps, and {', '.join(map(str, sorted(steps)))} are asked for: give one"
+        )
+    return replace(wish, **schedule_options(wish.config, *steps), config=None)
 
 
 def _check_numbers(wish: Options) -> None:

@@ -19,9 +19,9 @@ from cachec.runtime.plan import (
     View,
     constant_data,
     lay_out,
-    plan_binding,
     slots_name,
 )
+from cachec.runtime.planner import plan_binding
 from cachec.runtime.program import Program
 from cachec.runtime.specs import Array, TensorSpec
 

@@ -26,7 +26,7 @@ MAY_IMPORT = {
 ROOMS = (
     ("tables", "fingerprint", "stages"),
     ("models",),
-    ("graphs", "options", "stand_in"),
+    ("graphs", "options", "stand_in", "cache_configs"),
     ("calibration", "drop_in"),
     ("handed",),
     ("methods",),

@@ -2,6 +2,8 @@ import pytest
 from diffusers import FirstBlockCacheConfig, TaylorSeerCacheConfig
 
 from cachec.compiler.cache_configs import schedule_options
+from cachec.compiler.models import MODELS
+from cachec.compiler.request import make_request
 from cachec.runtime.errors import InputError
 
 YAML = """
@@ -31,10 +33,24 @@ def test_diffusers_taylorseer_computes_the_steps_that_it_computes_there():
     assert schedule_options(config, 12) == {"method": "taylor", "options": {"order": "1"}, "schedule": "0,1,3,7,10,11"}
 
 
+def test_compile_takes_it_in_place_of_a_method_and_a_schedule(tmp_path):
+    file = tmp_path / "cache.yaml"
+    file.write_text(YAML)
+    request = make_request(MODELS["flux"], config=file, steps=6)
+    assert (request.method.options(), request.schedule.compute) == ({"order": 2}, (0, 1, 4))
+    with pytest.raises(InputError, match="--config says which steps are computed and how, and so does --budget: give one"):
+        make_request(MODELS["flux"], config=file, steps=6, budget=3)
+    with pytest.raises(InputError, match="--config is of one number of steps, and 6, 8 are asked for"):
+        make_request(MODELS["flux"], config=file, steps="6,8")
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (FirstBlockCacheConfig(threshold=0.07), "FirstBlockCacheConfig with threshold 0.07 decides while the model runs.*--budget"),
+        (
+            FirstBlockCacheConfig(threshold=0.07),
+            "FirstBlockCacheConfig with threshold 0.07 decides while the model runs.*--budget",
+        ),
         ({"residual_diff_threshold": 0.08}, "without steps_computation_mask decides while the model runs.*--budget"),
         ({**STATIC, "steps_computation_policy": "dynamic"}, "'dynamic' decides while .* set steps_computation_policy: static"),
         ({**STATIC, "cache_type": "DBPrune"}, "cache_type 'DBPrune' leaves out blocks"),

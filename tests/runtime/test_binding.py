@@ -7,7 +7,8 @@ from numpy_engines import IO, SIGNATURES, NumpyContext, make_engines, make_progr
 from cachec.runtime.binding import Binding
 from cachec.runtime.device import ALIGNMENT, Host
 from cachec.runtime.errors import InputError
-from cachec.runtime.plan import lay_out, plan_binding
+from cachec.runtime.plan import lay_out
+from cachec.runtime.planner import plan_binding
 
 
 class CountingHost(Host):

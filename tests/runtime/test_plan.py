@@ -9,7 +9,8 @@ from cachec.runtime.device import ALIGNMENT
 from cachec.runtime.errors import BundleError, InputError
 from cachec.runtime.instructions import Advance, Compute, Forecast, Predict
 from cachec.runtime.model_io import ModelIO
-from cachec.runtime.plan import View, constant_data, lay_out, plan_binding
+from cachec.runtime.plan import View, constant_data, lay_out
+from cachec.runtime.planner import plan_binding
 from cachec.runtime.program import KEPT, Program, ProgramKey, hash_sigmas
 from cachec.runtime.specs import Signature, TensorSpec
 
