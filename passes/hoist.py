@@ -1,6 +1,7 @@
 """Move what does not depend on the latents out of the step graphs, into a prologue that runs once per request."""
 
 import math
+import re
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -383,7 +384,7 @@ def _name_of(node: fx.Node, taken: Any) -> str:
     """Its module's path, as a name."""
     stack = node.meta.get("nn_module_stack") or {}
     path = [str(entry[0] if isinstance(entry, tuple) else entry) for entry in stack.values()]
-    base = (path[-1] if path else "").replace(".", "_") or node.name
+    base = re.sub(r"\W", "_", path[-1] if path else "") or node.name  # a name of Python, whatever parts are called
     name, number = base, 2
     while name in taken:
         name, number = f"{base}_{number}", number + 1
