@@ -1,8 +1,8 @@
 """Move what does not depend on the latents out of the step graphs, into a prologue that runs once per request."""
 
 import math
-import re
 import operator
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
