@@ -96,11 +96,11 @@ class Stepper:
         if self._binding.prologue is not None:
             self._binding.prologue.run()
 
-    def velocity(self, step: int, latents: Buffer, *, told: float | None = None) -> Buffer:
+    def velocity(self, step: int, latents: Buffer, *, told: float | None = None, graph: str | None = None) -> Buffer:
         """The velocity [B, …] at ``step`` and ``latents``: a buffer of the engines' device, a numpy array on the CPU.
 
-        It has memory of its own, which later steps leave alone. ``told``: what the model is told where the step is computed in
-        place of what the program has, if not what the program tells it.
+        It has memory of its own, which later steps leave alone. Where the step is computed in place of what the program has:
+        ``told`` is what the model is told, if not what the program tells it, and ``graph`` the engine that computes.
 
         Raises:
             InputError: another step is next, or the latents do not fit.
@@ -111,7 +111,8 @@ class Stepper:
             due = "no step" if self.next_step is None else f"step {self.next_step}"
             raise InputError(f"step {step} was asked for, but {due} is next: take the steps in order, after begin()")
         self._binding.take_latents(latents)
-        velocity = self._answer(step, float(self.program.timesteps[step]) if told is None else told)
+        told = float(self.program.timesteps[step]) if told is None else told
+        velocity = self._answer(step, told, graph or self._graph(step))
         self._step += 1
         self._look(velocity, f"at step {step}", is_last=self.next_step is None)
         return self._device.copy(velocity)
@@ -134,7 +135,7 @@ class Stepper:
         self._look(velocity, f"at time {timestep:.6g}", is_last=False)
         return self._device.copy(velocity)
 
-    def _answer(self, step: int, told: float) -> Buffer:
+    def _answer(self, step: int, told: float, graph: str) -> Buffer:
         """As the program has it if this request holds what that takes, else computed."""
         *before, answering = self._by_step[step]
         computing = next((one for one in (*before, answering) if one.computed is not None), None)
@@ -147,7 +148,7 @@ class Stepper:
         if not (self._forecasts and needed.items() <= self._holds.items()):
             if computing is not None and np.float32(told) == self.program.timesteps[step]:
                 return computing.computed
-            return self._compute(told, self._graph(step))
+            return self._compute(told, graph)
         if step not in self._found:
             self._run(answering)
             self._found.update(zip(answering.steps, answering.velocities, strict=True))

@@ -87,7 +87,7 @@ def test_bfloat16_pipelines_keep_their_weights_and_round_less(uncached):
     got = run(pipeline)
     assert relative_error(got, uncached) < relative_error(uncached_bfloat16, uncached)
     assert relative_error(got, uncached_bfloat16) < 0.1  # the pipeline rounds its timesteps
-    (stepper,) = pipeline.transformer._steppers.values()
+    (stepper,) = pipeline.transformer._runs.steppers.values()
     assert stepper.slots[FEATURE].dtype == torch.bfloat16
 
 

@@ -5,6 +5,7 @@ never wrong. ``B`` batch.
 """
 
 import logging
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -98,8 +99,8 @@ class Run:
         """The steps that the call may be of."""
         return [] if self.off is not None else self.form.near(asked.told, asked.precision)
 
-    def answer(self, asked: Asked, open_stepper: Callable[[Form, int, int], Stepper]) -> torch.Tensor:
-        """The velocity [B, …] for a call of this run."""
+    def answer(self, asked: Asked, graph: str, open_stepper: Callable[[Form, int, int], Stepper]) -> torch.Tensor:
+        """The velocity [B, …] for a call of this run, of the transformer whose compute graph is ``graph``."""
         if asked.told != self.told:
             self.told, self.latents, self.answered = asked.told, asked.latents.clone(), set()
         key = self.key_of(asked)
@@ -116,9 +117,9 @@ class Run:
         (latents,) = _there({"latents": asked.latents}, branch.stepper).values()
         if step is None or self.off is not None:
             self._warn(asked)
-            velocity = branch.stepper.compute(asked.told, latents)
+            velocity = branch.stepper.compute(asked.told, latents, graph=graph)
         else:
-            velocity = branch.stepper.velocity(step, latents, told=float(self.form.timesteps[step]))
+            velocity = branch.stepper.velocity(step, latents, told=float(self.form.timesteps[step]), graph=graph)
         branch.step, branch.made = branch.step if step is None else step, asked.made
         self.answered.add(key)
         return velocity if isinstance(velocity, torch.Tensor) else _from(velocity)
@@ -144,6 +145,21 @@ class Run:
         steps = self.form.program.num_steps
         why = self.off or f"time {asked.told:.6g} is none of the {steps} steps that this pipeline was accelerated for"
         log.warning("%s: such steps are computed, as by the untouched pipeline. Accelerate for them to save time", why)
+
+
+@dataclass(eq=False)
+class Runs:
+    """The run that goes on, and the steppers of runs so far, which are used again: what a pipeline's transformers share."""
+
+    run: Run | None = None
+    steppers: dict[tuple[Form, int, int], Stepper] = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def open(self, form: Form, batch: int, number: int) -> Stepper:
+        """The stepper of a run's branch of this ``number``."""
+        if (form, batch, number) not in self.steppers:
+            self.steppers[form, batch, number] = form.open(batch=batch)
+        return self.steppers[form, batch, number]
 
 
 def _there(tensors: Mapping[str, torch.Tensor], stepper: Stepper) -> dict[str, Any]:

@@ -5,7 +5,6 @@ call, in words of the pipeline's user. ``B`` batch.
 """
 
 import logging
-import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,12 +16,12 @@ from torch import nn
 
 from cachec.compiler.drop_in.asked import Asked, Reader
 from cachec.compiler.drop_in.forms import Compiled, Form, at_start
-from cachec.compiler.drop_in.runs import Run
+from cachec.compiler.drop_in.runs import Run, Runs
 from cachec.compiler.fingerprint import Fingerprint
 from cachec.compiler.stand_in import BACK, StandIn
 from cachec.engines.torch_device import neutral_modes
+from cachec.runtime.abi import COMPUTE
 from cachec.runtime.errors import EngineError, InputError
-from cachec.runtime.stepper import Stepper
 
 log = logging.getLogger(__name__)
 
@@ -30,20 +29,26 @@ log = logging.getLogger(__name__)
 class AcceleratedTransformer(StandIn):
     """Answers calls from engines and Programs. ``original``: what stood there. ``pipeline``: whose scheduler is looked at.
 
+    Where a pipeline has two transformers, each has a ``graph`` that computes it, and they share their ``runs``.
+
     Not thread-safe: calls at the same time are refused. A refusal ends the run; the next one starts as if it had not been.
     """
 
-    def __init__(self, original: nn.Module, pipeline: Any, compiled: Compiled) -> None:
+    def __init__(
+        self, original: nn.Module, pipeline: Any, compiled: Compiled, *, graph: str = COMPUTE, runs: Runs | None = None
+    ) -> None:
         super().__init__(original)
         self._compiled = compiled
         self._pipeline: Callable[[], Any] = (lambda: None) if pipeline is None else weakref.ref(pipeline)
         self._reader = Reader(original, compiled)
         self._dtype = next(original.parameters()).dtype
         self._fingerprint = Fingerprint.of(original)
-        self._steppers: dict[tuple[Form, int, int], Stepper] = {}
-        self._run: Run | None = None
+        self._graph, self._runs = graph, runs or Runs()
         self._context: str | None = None
-        self._lock = threading.Lock()
+
+    def beside(self, original: nn.Module, graph: str) -> "AcceleratedTransformer":
+        """What stands in the place of the pipeline's other transformer, and shares this one's runs."""
+        return AcceleratedTransformer(original, self._pipeline(), self._compiled, graph=graph, runs=self._runs)
 
     @property
     def program(self) -> Any:
@@ -58,7 +63,7 @@ class AcceleratedTransformer(StandIn):
             InputError: something is not as it was compiled.
             EngineError: the velocity is not finite.
         """
-        if not self._lock.acquire(blocking=False):
+        if not self._runs.lock.acquire(blocking=False):
             raise InputError(
                 "the accelerated transformer is in a call already, from another thread: it has the state of one run; "
                 "accelerate a pipeline for each thread, or let one wait for the other"
@@ -69,19 +74,19 @@ class AcceleratedTransformer(StandIn):
                 asked = self._reader.read(args, keywords, self._context, wants_gradients=wants_gradients)
                 return self._answer(asked)
         except BaseException:
-            self._run = None  # no later step goes on from what failed
+            self._runs.run = None  # no later step goes on from what failed
             raise
         finally:
-            self._lock.release()
+            self._runs.lock.release()
 
     def _answer(self, asked: Asked) -> Any:
         scheduler = self._scheduler()
-        if self._run is None or not self._run.goes_on(asked, at_start=scheduler is not None and at_start(scheduler)):
-            self._run = self._begin(asked, scheduler)
+        if self._runs.run is None or not self._runs.run.goes_on(asked, at_start=scheduler is not None and at_start(scheduler)):
+            self._runs.run = self._begin(asked, scheduler)
         elif not self._fingerprint.is_untouched:
             raise InputError(f"weights were changed in place in the middle of a run: {BACK}, and accelerate it again")
         try:
-            velocity = self._run.answer(asked, self._open)
+            velocity = self._runs.run.answer(asked, self._graph, self._runs.open)
         except EngineError as error:
             raise EngineError(f"accelerated in {str(self._dtype).removeprefix('torch.')}: {error}") from error
         answer = self._compiled.model.answer(velocity.to(self._dtype_of(asked)), asked.given)
@@ -118,12 +123,6 @@ class AcceleratedTransformer(StandIn):
         pipeline = self._pipeline()
         return pipeline.scheduler if pipeline is not None and any(one is self for one in vars(pipeline).values()) else None
 
-    def _open(self, form: Form, batch: int, number: int) -> Stepper:
-        """The stepper of a run's branch; those of runs before are used again."""
-        if (form, batch, number) not in self._steppers:
-            self._steppers[form, batch, number] = form.open(batch=batch)
-        return self._steppers[form, batch, number]
-
     @contextmanager
     def cache_context(self, name: str, **_details: Any) -> Iterator[None]:
         """Which branch of guidance the calls inside are of."""
@@ -135,4 +134,4 @@ class AcceleratedTransformer(StandIn):
 
     def _reset_stateful_cache(self, recurse: bool = True) -> None:
         """Pipelines call it when they are done."""
-        self._run = None
+        self._runs.run = None

@@ -129,7 +129,7 @@ def test_bfloat16_timesteps_are_found(accelerated, plain):
         halved = one | {name: one[name].bfloat16() for name in floats}
         (velocity,) = transformer(**{**halved, "timestep": (one["timestep"] * 1000).bfloat16() / 1000})
         assert velocity.dtype == torch.bfloat16
-    assert transformer._run.branches[0].step == STEPS - 1
+    assert transformer._runs.run.branches[0].step == STEPS - 1
 
 
 # --- weights
