@@ -100,6 +100,9 @@ class Components:
     def pipeline(self, shown: Sequence[str]) -> Any:
         """The pipeline with its scheduler and tokenizers alone; its constructor sees those ``shown``, without values."""
         _quiet_loading()
+        for name in self.index:
+            if self.has(name):
+                self._folder(name)  # which is asked for before anything slow, also of what is wanted later only
         kind, parts = self.pipeline_kind(), self._lazy(shown)
         made = kind.from_pretrained(self.directory, local_files_only=True, **parts)
         made.register_modules(**dict.fromkeys(parts))

@@ -10,13 +10,11 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
 
 from cachec.compiler.models.base import Settings
 from cachec.compiler.models.lost_text import Reader
 from cachec.compiler.models.pictured_prompts import read_pictured
 from cachec.compiler.models.pipeline_model import PipelineModel
-from cachec.runtime.errors import InputError
 from cachec.runtime.model_io import ModelIO
 
 REFERENCE = "reference"  # Kontext's picture, as tokens
@@ -59,15 +57,6 @@ class _Flux(PipelineModel):
         pipe = self.pipeline
         image: torch.Tensor = pipe._unpack_latents(latents, settings.height, settings.width, pipe.vae_scale_factor)
         return image
-
-    @staticmethod
-    def check_scheduler(scheduler: Any) -> None:
-        if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-            raise InputError(
-                f"the model's sampler is {type(scheduler).__name__}; cachec compiles FlowMatchEulerDiscreteScheduler only"
-            )
-        if scheduler.config.stochastic_sampling:
-            raise InputError("the model's sampler adds noise at every step (stochastic_sampling); its runs cannot be forecast")
 
     @property
     def sizes_of(self) -> Callable[[str, torch.Tensor], dict[str, Any]]:

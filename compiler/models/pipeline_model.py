@@ -27,7 +27,7 @@ from cachec.compiler.models.named import MODELS
 from cachec.compiler.models.observed import Observed, observe
 from cachec.compiler.models.own_weights import files_of, hash_digests, hash_tensors
 from cachec.compiler.models.shards import Stored
-from cachec.compiler.tables.sampler_probe import check_options, probe_sampler
+from cachec.compiler.tables.sampler_probe import check_sampler, probe_sampler
 from cachec.compiler.tables.sampling import Sampling
 from cachec.runtime.abi import GUIDANCE, negative_name
 from cachec.runtime.errors import InputError, ModelUnavailableError
@@ -397,4 +397,4 @@ class PipelineModel(Family):
 
     @staticmethod
     def check_scheduler(scheduler: Any) -> None:
-        check_options(scheduler)
+        check_sampler(scheduler)

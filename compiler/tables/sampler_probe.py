@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 CLIPPING = ("thresholding", "clip_sample")  # options of diffusers' schedulers
 NOISE = {"stochastic_sampling": False, "eta": 0, "algorithm_type": "dpmsolver++"}  # options that draw it, and what does not
 INSTEAD = "DPMSolverMultistepScheduler and UniPCMultistepScheduler fit flows and diffusion"
+TRIAL = 4  # steps that tell what a scheduler is like
 TOLERANCE = 1e-6  # of the size of what is added up
 ROUNDING = 2**-24  # more of it at every step, where many schedulers round the latents to float32
 GIVEN = ("model_output", "timestep", "sample")
@@ -98,6 +99,19 @@ def probe_sampler(scheduler: Any) -> Sampler:
         carry=carry,
         gain=gain,
     )
+
+
+def check_sampler(scheduler: Any) -> None:
+    """Refuse a scheduler whose runs cannot be told by rows, by a few steps of a copy; whether its timesteps are set or not.
+
+    Raises:
+        InputError: see ``probe_sampler``.
+    """
+    check_options(scheduler)
+    trial = copy.deepcopy(scheduler)
+    shift = {"mu": 1.0} if _config(scheduler).get("use_dynamic_shifting") else {}
+    trial.set_timesteps(TRIAL, **shift)
+    probe_sampler(trial)
 
 
 def check_options(scheduler: Any) -> None:

@@ -29,7 +29,7 @@ def test_another_call_is_refused_by_its_names(accelerated, changes, message):
 @pytest.mark.parametrize(
     ("scheduler", "message"),
     [
-        (FlowMatchEulerDiscreteScheduler, "adds noise at every step"),
+        (FlowMatchEulerDiscreteScheduler, "draws noise at its steps"),
         (FlowMatchLCMScheduler, "FlowMatchLCMScheduler"),
     ],
 )

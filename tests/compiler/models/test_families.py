@@ -16,7 +16,7 @@ from cachec.compiler.models.base import Settings
 from cachec.compiler.models.named import MODELS
 from cachec.compiler.tables.lower import lower_uncached
 from cachec.runtime.abi import COMPUTE, FORECAST, VELOCITY
-from cachec.runtime.errors import InputError
+from cachec.runtime.errors import InputError, ModelUnavailableError
 from cachec.runtime.program import ProgramKey, hash_sigmas
 from tests.families import FAMILIES, NEGATIVE, PROMPT
 
@@ -166,3 +166,20 @@ def test_a_negative_prompt_is_refused_where_there_is_no_guidance(case):
 def test_defaults_of_named_models_are_in_range(name):
     spec = MODELS[name]
     Settings(spec.height, spec.width, spec.text_tokens, spec.guidance, spec.steps, "bfloat16", spec.frames)
+
+
+def test_a_directory_that_lacks_a_component_is_named(saved_family, tmp_path):
+    for path in saved_family("pixart-sigma").iterdir():
+        if path.name != "text_encoder":
+            (tmp_path / path.name).symlink_to(path)
+    with pytest.raises(ModelUnavailableError, match=r"is incomplete: .*/text_encoder is missing\. Download"):
+        load_model(find_model(str(tmp_path)))
+
+
+def test_classes_have_numbers_and_names(saved_family):
+    model = load_model(find_model(str(saved_family("dit"))))
+    model.pipeline.labels = {"white shark": 2, "tench": 0}
+    settings = settings_for(next(family for family in FAMILIES if family.name == "dit"))
+    assert model.text([" white shark ", "7", ""], settings) == {"class_labels": [2, 7, 1000]}
+    with pytest.raises(InputError, match="unknown class 'white shrak'. Did you mean 'white shark'"):
+        model.text(["white shrak"], settings)

@@ -13,7 +13,7 @@ from samplers import DIT, DYNAMIC, EULER, FEW, FLOW, MULTISTEP, SIGMAS, STEPS, U
 from cachec.compiler.models import MODELS
 from cachec.compiler.models.base import Settings
 from cachec.compiler.models.flux import FluxModel
-from cachec.compiler.tables.sampler_probe import check_options, probe_sampler
+from cachec.compiler.tables.sampler_probe import check_options, check_sampler, probe_sampler
 from cachec.runtime.errors import InputError
 
 NOISY = "draws noise at its steps"
@@ -209,3 +209,11 @@ def test_what_is_not_linear_is_refused(change):
     check_options(scheduler)
     with pytest.raises(InputError, match=r"Odd is not linear: at step 0 its latents are .* off"):
         probe_sampler(scheduler)
+
+
+def test_a_few_steps_tell_whether_a_sampler_will_do_and_leave_it_alone():
+    scheduler = schedulers.FlowMatchEulerDiscreteScheduler(**DYNAMIC)
+    check_sampler(scheduler)
+    assert not hasattr(scheduler, "num_inference_steps")
+    with pytest.raises(InputError, match="draws noise at its steps .stochastic_sampling=True"):
+        check_sampler(schedulers.FlowMatchEulerDiscreteScheduler(stochastic_sampling=True))
