@@ -1,5 +1,6 @@
 """What a pass is: a frozen dataclass from graphs to new graphs, with a contract that is checked around every run."""
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -12,6 +13,7 @@ from torch._dispatch.python import enable_python_dispatcher
 
 from cachec.runtime.abi import COMPUTE
 
+NO_WORD = re.compile(r"\W")  # in paths of modules: dots, and Z-Image has all_x_embedder.2-1
 CAST = torch.ops.aten._to_copy.default  # to another type: the form that ONNX has a function for
 
 
@@ -182,7 +184,7 @@ def inline(
         values[node] = graph.node_copy(node, values.__getitem__)
         values[node].meta = dict(node.meta)
         if node.op == "get_attr":
-            name = prefix + str(node.target).replace(".", "_") if prefix else str(node.target)
+            name = prefix + NO_WORD.sub("_", str(node.target)) if prefix else str(node.target)
             values[node].target = name
             attributes[name] = fetch(module, str(node.target))
     return {name: values[node] for name, node in outputs(module).items()}

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 
 MODEL = "model"  # the captured transformer, before it is split
 COMPUTE = "compute"  # one step of the whole model; a program may use several such graphs
+EXPERT = f"{COMPUTE}_2"  # the same of a second transformer, which takes over at some step
 FORECAST = "forecast"  # all forecasts between two computed steps, or one call of a predictor
 PROLOGUE = "prologue"  # what depends on the request only, for all steps at once
 ADVANCE = "advance"  # a share of the base plus weighted velocities

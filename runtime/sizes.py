@@ -2,7 +2,7 @@
 
 import math
 
-from cachec.runtime.abi import BATCH, COMPUTE, FORECAST, FORECASTS, MAX_BATCH, SLOTS, steps_of
+from cachec.runtime.abi import BATCH, COMPUTE, EXPERT, FORECAST, FORECASTS, MAX_BATCH, SLOTS, steps_of
 from cachec.runtime.build_options import SizeRange
 from cachec.runtime.errors import InputError
 
@@ -22,6 +22,7 @@ def size_ranges(steps: int, computed: int, *, batch: int | None = None, max_batc
         SLOTS: SizeRange(1, computed, steps),
         FORECASTS: SizeRange(1, min(math.ceil(forecast / computed), several), several),
         steps_of(COMPUTE): SizeRange(1, computed, steps),
+        steps_of(EXPERT): SizeRange(1, computed, steps),
         steps_of(FORECAST): SizeRange(1, forecast, steps),
     }
 

@@ -12,6 +12,7 @@ from cachec.compiler.calibration.evaluator import Conditions, Evaluator, Numbers
 from cachec.runtime.abi import (
     BATCH,
     COMPUTE,
+    EXPERT,
     FEATURE,
     FEATURES,
     FORECAST,
@@ -64,6 +65,8 @@ class EngineEvaluator(Evaluator):
             InputError: they take batches of one size only, or store features in fewer bits than they compute in.
         """
         target, compute = bundle.target, bundle.engines[COMPUTE]
+        if EXPERT in bundle.engines:
+            raise InputError("the bundle has two transformers, and its engines cannot be calibrated with: pass --model")
         if (batch := bundle.programs[UNCACHED].key.batch) is not None:
             raise InputError(f"the bundle takes batches of {batch} only: compile one without --batch")
         kept = next((spec.dtype for spec in compute.signature.outputs if spec.name == FEATURE), target.precision)

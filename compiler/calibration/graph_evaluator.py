@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from cachec.compiler.calibration.evaluator import Conditions, Evaluator, Numbers, Time
+from cachec.compiler.graphs.prepare import BELOW
 from cachec.compiler.graphs.weights import Values
 from cachec.engines.torch_device import watching_memory
 from cachec.passes import Graphs
@@ -20,6 +21,7 @@ from cachec.passes.base import outputs, placeholders
 from cachec.runtime.abi import (
     ADVANCE,
     COMPUTE,
+    EXPERT,
     FEATURE,
     FORECAST,
     GUIDANCE,
@@ -74,8 +76,9 @@ class GraphEvaluator(Evaluator):
         feature = outputs(split.modules[COMPUTE])[FEATURE].meta.get("val")
         self._kept = None if feature is None else feature.dtype  # what graphs that were not captured give is taken as it is
         self._compute, self._behind = split.modules[COMPUTE], split.modules[FORECAST]
+        self._expert = split.modules.get(EXPERT)
         self._predictor = None if inlined is None else inlined.modules[FORECAST]
-        ndim = outputs(self._compute)[VELOCITY].meta["val"].ndim if io.guidance is not None else 0
+        ndim = outputs(split.modules[COMPUTE])[VELOCITY].meta["val"].ndim if io.guidance is not None else 0
         self._guide = None if io.guidance is None else guidance_graph(io.guidance, ndim)
 
     @torch.no_grad()
@@ -130,10 +133,23 @@ class GraphEvaluator(Evaluator):
     def _tensors(self, conditions: Conditions, rows: slice) -> dict[str, torch.Tensor]:
         return {name: self._there(value[rows]) for name, value in conditions.items()}
 
-    def _evaluate(self, x: torch.Tensor, t: torch.Tensor, conditions: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
+    def _evaluate(
+        self, x: torch.Tensor, t: torch.Tensor, conditions: Tensors, graph: str | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """``graph``: which one answers, by default the one that is for these times."""
         given, scale = self._rows({self._io.latents: x, self._io.timestep: t}, conditions)
-        result = self._compute(**given)
+        expert = self._expert if (self._graph_at(t) if graph is None else graph) == EXPERT else None
+        result = (expert or self._compute)(**given)
         return self._combined(result[VELOCITY], scale), _side_by_side(result[FEATURE], scale)
+
+    def _graph_at(self, t: torch.Tensor) -> str:
+        """Which compute graph answers at these told times [B]: all by one."""
+        if self._expert is None:
+            return COMPUTE
+        late = t < self._expert.meta[BELOW]
+        if late.any() != late.all():
+            raise InputError("samples at times of both transformers are asked for at once: evaluate them apart")
+        return EXPERT if late.all() else COMPUTE
 
     def _tail(self, feature: torch.Tensor, t: torch.Tensor, conditions: Tensors) -> torch.Tensor:
         feature = feature if self._kept is None else feature.to(self._kept)
@@ -194,7 +210,8 @@ class _Loop:
         """Carry out one instruction, by what it says of itself."""
         if instruction.computes:
             (step,) = instruction.steps
-            self._keep(instruction, *self._evaluator._evaluate(self.latents, self._told(step), self._conditions))
+            made = self._evaluator._evaluate(self.latents, self._told(step), self._conditions, instruction.graph)
+            self._keep(instruction, *made)
         elif not instruction.rows:
             (step,) = instruction.steps
             history = self._history(step, instruction.reads[FEATURE])

@@ -5,7 +5,6 @@ operators already: what they lack is its form (weights as inputs, names, a signa
 module that does nothing, and the values, with symbolic sizes, of nodes that passes made anew.
 """
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,12 +23,11 @@ from torch.export.graph_signature import (
 )
 from torch.utils import _pytree as pytree
 
-from cachec.passes.base import fetch, outputs, placeholders, shape_of
+from cachec.passes.base import NO_WORD, fetch, outputs, placeholders, shape_of
 from cachec.runtime.abi import BATCH, GROUPS, MAX_BATCH
 from cachec.runtime.errors import PassError
 
 MAX_SIZE = 1024  # of the symbolic axes beside the batch: slots, steps
-NO_WORD = re.compile(r"\W")  # in paths of modules: Z-Image has all_x_embedder.2-1
 
 
 def export_program(

@@ -22,9 +22,11 @@ from cachec.passes import (
     run_passes,
     split_passes,
 )
-from cachec.passes.base import Observer, outputs
-from cachec.runtime.abi import COMPUTE, FEATURE
+from cachec.passes.base import Observer, compute_graphs, copy_module, outputs
+from cachec.runtime.abi import COMPUTE, EXPERT, FEATURE
 from cachec.runtime.model_io import ModelIO
+
+BELOW = "below"  # in the metadata of a second transformer's compute graph: the told time below which it answers
 
 Key = tuple[int, int, int, int, str | None, str]  # sizes, cut, precision
 
@@ -43,8 +45,18 @@ def prepare(model: LoadedModel, settings: Settings, observers: Sequence[Observer
     """
     known, key = _SPLIT.setdefault(model, {}), _key(settings, settings.dtype)
     if key not in known or observers:
-        known[key] = _run(_capture(model, settings), model_passes(model, settings), observers)
+        known[key] = _with_expert(_run(_capture(model, settings), model_passes(model, settings), observers), model, settings)
     return known[key]
+
+
+def _with_expert(graphs: Graphs, model: LoadedModel, settings: Settings) -> Graphs:
+    """The graphs with the compute graph of a second transformer, if there is one; it knows below which told time it answers."""
+    if (second := model.expert) is None:
+        return graphs
+    other, below = second
+    compute = copy_module(prepare(other, settings).modules[COMPUTE])
+    compute.meta[BELOW] = below
+    return replace(graphs, modules={**graphs.modules, EXPERT: compute})
 
 
 def model_passes(model: LoadedModel, settings: Settings) -> list[PassList]:
@@ -82,7 +94,7 @@ def _key(settings: Settings, dtype: str) -> Key:
 
 def compute_only(graphs: Graphs) -> Graphs:
     """Graphs of the output cut: no forecast graph."""
-    return replace(graphs, modules={COMPUTE: graphs.modules[COMPUTE]}, cut=None)
+    return replace(graphs, modules={name: graphs.modules[name] for name in compute_graphs(graphs)}, cut=None)
 
 
 def linear(graphs: Graphs, observers: Sequence[Observer] = ()) -> Graphs:

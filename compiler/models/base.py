@@ -138,6 +138,11 @@ class LoadedModel(ABC):
         """
         return None
 
+    @property
+    def expert(self) -> "tuple[LoadedModel, float] | None":
+        """A model with a second transformer in the transformer's place, and the told time below which that one answers."""
+        return None
+
     def capturable(self, transformer: "nn.Module") -> "nn.Module":
         """What is captured in the transformer's place, over the very same parameters: a module that ``torch.export`` takes.
 

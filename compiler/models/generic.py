@@ -17,8 +17,8 @@ import torch
 from cachec.compiler.models.base import ModelSpec, Settings
 from cachec.compiler.models.components import Components
 from cachec.compiler.models.inferred import find_cut, infer_io, is_one_branch
-from cachec.compiler.models.observed import Observed, let_through, observe
-from cachec.compiler.models.pipeline_model import TRANSFORMER, PipelineModel
+from cachec.compiler.models.observed import TRANSFORMER, Observed, let_through, observe
+from cachec.compiler.models.pipeline_model import PipelineModel
 from cachec.compiler.models.shards import Stored
 from cachec.runtime.errors import InputError
 from cachec.runtime.model_io import ModelIO

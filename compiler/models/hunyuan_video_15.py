@@ -79,7 +79,7 @@ class HunyuanVideo15Model(VideoModel):
         return {}
 
     def staged(self, call: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-        guider = self.pipeline.guider
+        guider = self.pipeline.guider or ClassifierFreeGuidance()  # of an outlined pipeline
         if type(guider) is not ClassifierFreeGuidance:
             known = ClassifierFreeGuidance.__name__
             raise InputError(f"the pipeline's guider is {type(guider).__name__}; {self.spec.name} is compiled with {known}")

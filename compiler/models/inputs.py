@@ -2,7 +2,11 @@
 
 from typing import Any
 
+import numpy as np
 import torch
+
+from cachec.runtime.errors import InputError
+from cachec.runtime.specs import Array
 
 
 def owned(tensor: torch.Tensor) -> torch.Tensor:
@@ -22,3 +26,22 @@ def without_variance(config: Any) -> tuple[int, int] | None:
     """The channels of the output that sampling takes: the first half, of a network that gives a variance besides."""
     given, made = config.get("in_channels"), config.get("out_channels")
     return (0, given) if given is not None and made == 2 * given else None
+
+
+def widened(velocity: torch.Tensor, axis: int, kept: tuple[int, int], channels: int) -> torch.Tensor:
+    """A velocity as the ``kept`` part of so many channels along ``axis``, the others zero."""
+    begin, end = kept
+    whole = torch.nn.functional.pad(torch.movedim(velocity, axis, -1), (begin, channels - end))
+    return torch.movedim(whole, -1, axis)
+
+
+def only_scale(scales: Array) -> float:
+    """The one guidance scale of all requests.
+
+    Raises:
+        InputError: there are several.
+    """
+    different = np.unique(scales)
+    if len(different) != 1:
+        raise InputError(f"a pipeline's call takes one guidance scale, not {', '.join(map(str, different))}")
+    return float(different[0])

@@ -16,6 +16,12 @@ PUBLISHED = {
     "stabilityai/stable-diffusion-3.5-large": CONFIGS / "stable-diffusion-3.5-large",
     "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS": CONFIGS / "PixArt-Sigma-XL-2-1024-MS",
     "facebook/DiT-XL-2-256": CONFIGS / "DiT-XL-2-256",
+    **{f"black-forest-labs/{name}": CONFIGS / name for name in ("FLUX.2-dev", "FLUX.2-klein-4B")},
+    "hunyuanvideo-community/HunyuanVideo": CONFIGS / "HunyuanVideo",
+    "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_t2v": CONFIGS / "HunyuanVideo-1.5-480p_t2v",
+    "Wan-AI/Wan2.1-T2V-14B-Diffusers": CONFIGS / "Wan2.1-T2V-14B",
+    "Wan-AI/Wan2.2-T2V-A14B-Diffusers": CONFIGS / "Wan2.2-T2V-A14B",
+    **{f"Tongyi-MAI/{name}": CONFIGS / name for name in ("Z-Image", "Z-Image-Turbo")},
 }
 
 MODELS = {
@@ -54,6 +60,9 @@ MODELS = {
         probe=TINY_FLUX_DIR / "probe.safetensors",
     ),
     "wan": ModelSpec("wan", "Wan-AI/Wan2.1-T2V-14B-Diffusers", 480, 832, text_tokens=512, guidance=5.0, frames=81),
+    "wan-2.2": ModelSpec(
+        "wan-2.2", "Wan-AI/Wan2.2-T2V-A14B-Diffusers", 720, 1280, text_tokens=512, guidance=4.0, steps=40, frames=81
+    ),
     "z-image": ModelSpec("z-image", "Tongyi-MAI/Z-Image", 1024, 1024, text_tokens=512, guidance=5.0),
     "z-image-turbo": ModelSpec("z-image-turbo", "Tongyi-MAI/Z-Image-Turbo", 1024, 1024, 512, guidance=0.0, steps=9),
 }

@@ -15,8 +15,10 @@ import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import nn
 
+from cachec.runtime.abi import COMPUTE, EXPERT
 from cachec.runtime.errors import InputError, in_one_line
 
+TRANSFORMER = "transformer"  # its name in the pipeline, and its folder; of two it is the one that begins
 STATEFUL = ("scheduler", "guider")  # components that a run changes: it gets copies
 
 
@@ -44,6 +46,13 @@ class Observed:
     def first(self) -> Mapping[str, Any]:
         """What the first call got."""
         return self.calls[0].given
+
+    @property
+    def graphs(self) -> tuple[str, ...] | None:
+        """By step the compute graph of the transformer that was called first; ``None``: it was the same at all steps."""
+        by_step = {call.step: call.part for call in reversed(self.calls)}
+        graphs = tuple(COMPUTE if by_step[step] == TRANSFORMER else EXPERT for step in sorted(by_step))
+        return None if {*graphs} == {COMPUTE} else graphs
 
     def at_each_step(self, name: str) -> tuple[Any, ...]:
         """What the first call of every step got as ``name``."""

@@ -21,10 +21,10 @@ from torch import nn
 
 from cachec.compiler.models.base import Family, ModelSpec, Settings
 from cachec.compiler.models.components import Components
-from cachec.compiler.models.inputs import owned
+from cachec.compiler.models.inputs import only_scale, owned, widened
 from cachec.compiler.models.lost_text import Reader, not_said_twice, tell_of_lost_text
 from cachec.compiler.models.named import MODELS
-from cachec.compiler.models.observed import Observed, observe
+from cachec.compiler.models.observed import TRANSFORMER, Observed, observe
 from cachec.compiler.models.own_weights import files_of, hash_digests, hash_tensors
 from cachec.compiler.models.shards import Stored
 from cachec.compiler.tables.sampler_probe import check_sampler, probe_sampler
@@ -34,8 +34,6 @@ from cachec.runtime.errors import InputError, ModelUnavailableError
 from cachec.runtime.files import hash_file, reason_of
 from cachec.runtime.hashing import hashing
 from cachec.runtime.specs import Array
-
-TRANSFORMER = "transformer"  # its name in the pipeline, and its folder
 
 
 class PipelineModel(Family):
@@ -50,6 +48,8 @@ class PipelineModel(Family):
     - ``LENGTH``: the keyword of the text length, if there is one.
     - ``SIGN``: -1 where the pipeline hands its sampler the negated output.
     - ``SHOWN``: components that the pipeline's constructor looks at.
+
+    ``part`` is which of the pipeline's transformers the model is about.
     """
 
     DEFAULTS: ClassVar[str]
@@ -59,6 +59,7 @@ class PipelineModel(Family):
     LENGTH: ClassVar[str | None] = "max_sequence_length"
     SIGN: ClassVar[float] = 1.0
     SHOWN: ClassVar[tuple[str, ...]] = ("vae",)
+    part = TRANSFORMER
 
     def __init__(self, spec: ModelSpec, pipeline: Any, directory: Path | None = None, stored: Stored | None = None) -> None:
         self.check_scheduler(pipeline.scheduler)
@@ -93,12 +94,8 @@ class PipelineModel(Family):
 
     def answer(self, velocity: torch.Tensor, given: Mapping[str, Any]) -> Any:
         """Zeros stand for a variance that the network gives besides."""
-        begin, end = self.io.output or (0, 0)
-        if self.io.parts or end == 0:
-            return velocity
-        whole = torch.movedim(velocity, self.io.axis, -1)
-        whole = torch.nn.functional.pad(whole, (begin, self.config.out_channels - end))
-        return torch.movedim(whole, -1, self.io.axis)
+        io = self.io
+        return velocity if io.parts or io.output is None else widened(velocity, io.axis, io.output, self.config.out_channels)
 
     def apart(self) -> Self:
         pipeline = copy.copy(self.pipeline)
@@ -187,12 +184,16 @@ class PipelineModel(Family):
 
     @property
     def transformer(self) -> nn.Module:
-        if self.pipeline.transformer is None:
+        if self._held is None:
             if self._stored is None or self._components is None:
-                raise ModelUnavailableError(f"{self.spec.name} was loaded without its transformer")
-            self.pipeline.transformer = self._components.load(TRANSFORMER)
-        module: nn.Module = self.pipeline.transformer.eval()
+                raise ModelUnavailableError(f"{self.spec.name} was loaded without its {self.part}")
+            setattr(self.pipeline, self.part, self._components.load(self.part))
+        module: nn.Module = self._held.eval()
         return module
+
+    @property
+    def _held(self) -> Any:
+        return getattr(self.pipeline, self.part)
 
     @property
     def stored(self) -> Stored | None:
@@ -200,18 +201,18 @@ class PipelineModel(Family):
 
     @property
     def device(self) -> torch.device:
-        return torch.device("cpu") if self.pipeline.transformer is None else super().device
+        return torch.device("cpu") if self._held is None else super().device
 
     @property
     def described(self) -> nn.Module:
         """The transformer, with or without the values of its weights; what it would be, if it was loaded without."""
         if self._stored is not None:
             return self._stored.module
-        if self.pipeline.transformer is not None or self._components is None:
+        if self._held is not None or self._components is None:
             return self.transformer
         if self._described is None:
             with init_empty_weights():
-                self._described = self._components.describe(TRANSFORMER)
+                self._described = self._components.describe(self.part)
         return self._described
 
     @property
@@ -244,7 +245,7 @@ class PipelineModel(Family):
         if self._stored is not None:
             return list(self._stored.shards.files)
         found = self._components
-        return [] if found is None else files_of(self.spec.source, found.directory / TRANSFORMER, self.transformer)
+        return [] if found is None else files_of(self.spec.source, found.directory / self.part, self.transformer)
 
     # --- what the pipeline hands over
 
@@ -270,7 +271,12 @@ class PipelineModel(Family):
         call = {**self._wanted(settings), **given}
         call[self.SCALE] = settings.guidance if self.io.guidance is None else self.UNGUIDED
         pipeline, call = self.staged(call)
-        return observe(pipeline, {TRANSFORMER: self.described}, call, device=self.device, whole=whole)
+        return observe(pipeline, self.parts, call, device=self.device, whole=whole)
+
+    @property
+    def parts(self) -> dict[str, nn.Module]:
+        """The pipeline's transformers, by name."""
+        return {TRANSFORMER: self.described}
 
     def _wanted(self, settings: Settings) -> dict[str, Any]:
         """The settings, noise levels of the user's own among them, as keywords of the pipeline's call."""
@@ -305,7 +311,7 @@ class PipelineModel(Family):
         if settings not in self._samplings:
             seen = self.observed(settings)
             told = seen.told(self.io.timestep).numpy()
-            self._samplings[settings] = Sampling.of(probe_sampler(seen.scheduler), told, sign=self.SIGN)
+            self._samplings[settings] = Sampling.of(probe_sampler(seen.scheduler), told, sign=self.SIGN, graphs=seen.graphs)
         return self._samplings[settings]
 
     def encode(
@@ -348,8 +354,7 @@ class PipelineModel(Family):
     def vae_config(self) -> Mapping[str, Any] | None:
         """Of the autoencoder; ``None`` where there is none."""
         if self.pipeline.vae is not None:
-            config: Mapping[str, Any] = self.pipeline.vae.config
-            return config
+            return dict(self.pipeline.vae.config)
         return None if self._components is None else self._components.config("vae")
 
     # --- pictures, and the untouched run
@@ -388,12 +393,7 @@ class PipelineModel(Family):
         """What the pipeline's call gets as its guidance scale."""
         if self.io.guidance is None:
             return settings.guidance
-        if GUIDANCE not in conditions:
-            return self.UNGUIDED
-        scales = np.unique(conditions[GUIDANCE])
-        if len(scales) != 1:
-            raise InputError(f"a pipeline's call takes one guidance scale, not {', '.join(map(str, scales))}")
-        return float(scales[0])
+        return only_scale(conditions[GUIDANCE]) if GUIDANCE in conditions else self.UNGUIDED
 
     @staticmethod
     def check_scheduler(scheduler: Any) -> None:

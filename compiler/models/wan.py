@@ -1,19 +1,30 @@
-"""Wan 2.1 (``WanPipeline``, text to video). Read Wan-Video/Wan2.1, arXiv 2503.20314.
+"""Wan 2.1 and 2.2 (``WanPipeline``, text to video). Read Wan-Video/Wan2.1, arXiv 2503.20314.
 
 Cut: the video tokens after the last block, before the final norm and projection. Texts have no mask: padding is attended to.
+Wan 2.2 has two transformers, of which the second takes over when the told time falls below a boundary; both have one scale of
+guidance here. Its 5B model is told a time for each token, which are all the same where no picture is given: one here.
 """
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Self
 
 import torch
+from torch import nn
 
-from cachec.compiler.models.base import Settings
+from cachec.compiler.models.base import ModelSpec, Settings
+from cachec.compiler.models.components import Components
 from cachec.compiler.models.lost_text import Reader
+from cachec.compiler.models.observed import TRANSFORMER
+from cachec.compiler.models.own_weights import hash_digests
+from cachec.compiler.models.shards import Stored
 from cachec.compiler.models.video_model import VideoModel
 from cachec.runtime.model_io import ModelIO
 
 STATES = "encoder_hidden_states"
+SECOND = "transformer_2"  # its name in the pipeline, and its folder
 
 
 class WanModel(VideoModel):
@@ -21,6 +32,61 @@ class WanModel(VideoModel):
 
     DEFAULTS = "wan"
     ARGUMENTS: ClassVar = {STATES: "prompt_embeds"}
+    _stored_second: Stored | None = None
+    _first: nn.Module | None = None  # of the model that this one is the expert of
+
+    @classmethod
+    def load(cls, spec: ModelSpec, directory: Path, *, with_transformer: bool) -> Self:
+        model = super().load(spec, directory, with_transformer=with_transformer)
+        if with_transformer and model._switches:
+            model._stored_second = Components(spec.source, directory).open(SECOND)
+        return model
+
+    @classmethod
+    def outline(cls, spec: ModelSpec, directory: Path) -> Self:
+        model = super().outline(spec, directory)
+        if model._switches:
+            model._stored_second = Stored.outline(lambda: Components(spec.source, directory).describe(SECOND))
+        return model
+
+    @property
+    def _switches(self) -> bool:
+        return self.pipeline.config.boundary_ratio is not None
+
+    @cached_property
+    def expert(self) -> tuple[Self, float] | None:
+        if not self._switches or self.part == SECOND:
+            return None
+        second = copy.copy(self)
+        second.part, second._stored, second._described, second._first = SECOND, self._stored_second, None, self.described
+        vars(second).pop("weights_hash", None)
+        return second, self.pipeline.config.boundary_ratio * self.pipeline.scheduler.config.num_train_timesteps
+
+    @property
+    def parts(self) -> dict[str, nn.Module]:
+        if self._first is not None:
+            return {TRANSFORMER: self._first, SECOND: self.described}
+        expert = self.expert
+        return {TRANSFORMER: self.described} if expert is None else expert[0].parts
+
+    @cached_property
+    def weights_hash(self) -> str:
+        """Of both transformers."""
+        own, expert = super().weights_hash, self.expert
+        return own if expert is None else hash_digests([own, expert[0].weights_hash])
+
+    def _run(self, call: Mapping[str, Any], noise: torch.Tensor) -> torch.Tensor:
+        """Both transformers are loaded for it."""
+        if self.expert is not None:
+            self.pipeline.register_modules(**{SECOND: self.expert[0].transformer})
+        return super()._run(call, noise)
+
+    def thin_twin(self, settings: Settings) -> tuple[Self, Settings] | None:
+        """Of the first transformer: both are of one make."""
+        made = super().thin_twin(settings)
+        if made is not None:
+            made[0].pipeline.register_to_config(boundary_ratio=None)
+        return made
 
     @property
     def io(self) -> ModelIO:

@@ -159,6 +159,16 @@ def _hidden(
     return _program(key, moved, {**slots, VELOCITY: num}, sampling, coefficients, bias, **numbers)
 
 
+def _on_its_graph(instruction: Instruction, sampling: Sampling) -> Instruction:
+    """An instruction of a model with several compute graphs, on the one that runs its step."""
+    if sampling.graphs is None or isinstance(instruction, Advance):
+        return instruction
+    if isinstance(instruction, Compute):
+        return replace(instruction, graph=sampling.graphs[instruction.step])
+    raise InputError("on the hidden cut forecasts are made by the tail of one transformer, and the model has two: "
+                     "take a method of the output cut (gram, bns, adams)")  # fmt: skip
+
+
 class _Slots:
     """Numbers slots from 0; the lowest free one is given first, so the slots ever given are always ``0 … capacity - 1``."""
 
@@ -192,7 +202,7 @@ def _program(
     rows_out = arrays.pop("rows_out", None)
     return Program(
         key=key,
-        instructions=tuple(instructions),
+        instructions=tuple(_on_its_graph(one, sampling) for one in instructions),
         slots=slots,
         sigmas=sampling.sigmas.astype(np.float32),
         timesteps=sampling.timesteps.astype(np.float32),

@@ -14,6 +14,7 @@ from functools import cached_property
 import numpy as np
 
 from cachec.compiler.tables.sampler_probe import Sampler, euler_of
+from cachec.runtime.abi import COMPUTE
 from cachec.runtime.errors import InputError
 from cachec.runtime.program import Cut, Program
 from cachec.runtime.specs import Array
@@ -28,15 +29,17 @@ class Sampling:
 
     Noise levels are the noise's part of the latents, sigma / (alpha + sigma): those of flows, and between 1 and 0 for all.
     ``rows`` [T, 1 + T] float64 as ``Sampler`` has them, of the model's outputs; ``None``: Euler's steps along ``sigmas``.
+    ``graphs``: by step the compute graph that runs it, of a model with several; ``None``: there is one.
     """
 
     sigmas: Array
     timesteps: Array
     rows: Array | None = None
     name: str = "flow Euler"
+    graphs: tuple[str, ...] | None = None
 
     @classmethod
-    def of(cls, sampler: Sampler, timesteps: Array, *, sign: float = 1.0) -> "Sampling":
+    def of(cls, sampler: Sampler, timesteps: Array, *, sign: float = 1.0, graphs: tuple[str, ...] | None = None) -> "Sampling":
         """A probed sampler, and what the model is told. ``sign``: the pipeline hands the sampler so many times the output.
 
         Latents here are what the model is given: where the sampler scales its input, that is a part of the steps.
@@ -62,22 +65,26 @@ class Sampling:
             np.asarray(timesteps, np.float32),
             _unless_flow(sampler, rows),
             sampler.name,
+            graphs,
         )
 
     @classmethod
     def of_program(cls, program: Program) -> "Sampling":
         """The sampler that a Program which computes every step was lowered from."""
         sigmas, timesteps, num = program.sigmas, program.timesteps, program.num_steps
+        named = tuple(one.graph for one in program.instructions if one.computes)
+        graphs = None if {*named} == {COMPUTE} else named
         if program.carry is not None and program.gain is not None:
             rows, now = np.zeros((num, 1 + num)), np.eye(1, 1 + num)[0]
             for step in range(num):
                 now = program.carry[step].astype(np.float64) * now
                 now[1 + step] += program.gain[step]
                 rows[step] = now
-            return cls(sigmas, timesteps, rows)
+            return cls(sigmas, timesteps, rows, graphs=graphs)
         if program.moves is not None and program.shares is not None and program.moves.shape[1] == num:
-            return cls(sigmas, timesteps, np.column_stack([program.shares, program.moves]).astype(np.float64))
-        return cls(sigmas, timesteps)
+            rows = np.column_stack([program.shares, program.moves]).astype(np.float64)
+            return cls(sigmas, timesteps, rows, graphs=graphs)
+        return cls(sigmas, timesteps, graphs=graphs)
 
     @property
     def num_steps(self) -> int:
@@ -125,7 +132,8 @@ class Sampling:
     def first(self, num: int) -> "Sampling":
         """Its first steps alone."""
         rows = None if self.rows is None else self.rows[:num, : num + 1]
-        return Sampling(self.sigmas[: num + 1], self.timesteps[:num], rows, self.name)
+        graphs = None if self.graphs is None else self.graphs[:num]
+        return Sampling(self.sigmas[: num + 1], self.timesteps[:num], rows, self.name, graphs)
 
 
 def noise_levels(sampler: Sampler) -> Array:

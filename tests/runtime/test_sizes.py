@@ -12,6 +12,7 @@ def test_ranges_of_symbolic_sizes():
         "slots": SizeRange(1, 10, 50),
         "forecasts": SizeRange(1, 4, 49),
         "compute_steps": SizeRange(1, 10, 50),
+        "compute_2_steps": SizeRange(1, 10, 50),
         "forecast_steps": SizeRange(1, 40, 50),
     }
     assert size_ranges(50, 10, batch=3)["batch"] == SizeRange(3, 3, 3)

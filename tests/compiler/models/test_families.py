@@ -8,16 +8,17 @@ import torch
 
 from cachec.compiler.calibration.graph_evaluator import GraphEvaluator
 from cachec.compiler.graphs.capture import joined
-from cachec.compiler.graphs.prepare import prepare
+from cachec.compiler.graphs.prepare import compute_only, engine, prepare
 from cachec.compiler.graphs.weights import Values
 from cachec.compiler.models import FAMILIES as KINDS
 from cachec.compiler.models import find_model, load_model
 from cachec.compiler.models.base import Settings
 from cachec.compiler.models.named import MODELS
 from cachec.compiler.tables.lower import lower_uncached
-from cachec.runtime.abi import COMPUTE, FORECAST, VELOCITY
+from cachec.runtime.abi import ADVANCE, COMPUTE, EXPERT, FORECAST, PROLOGUE, VELOCITY
 from cachec.runtime.errors import InputError, ModelUnavailableError
 from cachec.runtime.program import ProgramKey, hash_sigmas
+from tests.compiler.models.calls import off, run_in_ort
 from tests.families import FAMILIES, NEGATIVE, PROMPT
 
 SETTINGS = Settings(height=32, width=48, text_tokens=24, guidance=3.0, steps=4, dtype="float32")
@@ -30,6 +31,7 @@ OTHERS = {
     "hunyuan-video-1.5": {**VIDEO, "text_tokens": 64},
     "qwen-image-edit": {"height": 128, "width": 192, "text_tokens": 96, "steps": 2},
     "wan-2.1": VIDEO,
+    "wan-2.2": VIDEO,
     "z-image": {"text_tokens": 48},
 }
 WITHOUT_NEGATIVES = ("dit", "flux-2-klein")  # their pipelines' negative branch is of nothing
@@ -137,6 +139,25 @@ def test_the_runs_are_those_of_the_pipeline(case, tmp_path):
     evaluator = GraphEvaluator(prepare(model, settings), model.io)
     given = {name: conditions[name] for name in model.conditions(settings)}
     np.testing.assert_allclose(evaluator.play(lower_uncached(key, sampling), noise, given), made, atol=1e-4)
+
+
+def test_its_graphs_become_those_of_engines(case):
+    family, model = case
+    settings = settings_for(family)
+    made = engine(compute_only(prepare(model, settings)), model.io, carries=True)
+    assert {PROLOGUE, COMPUTE, ADVANCE} <= made.modules.keys()
+    assert (EXPERT in made.modules) == (model.expert is not None)
+
+
+@pytest.mark.slow
+def test_onnx_runtime_agrees_with_the_compute_graph(case, tmp_path):
+    family, model = case
+    settings = settings_for(family)
+    compute = prepare(model, settings).modules[COMPUTE]
+    inputs = model.example_inputs(settings, batch=3)
+    with torch.no_grad():
+        wanted = Values(torch.device("cpu")).module(compute)(**inputs)[VELOCITY]
+    assert off(run_in_ort(compute, inputs, tmp_path)[VELOCITY], wanted) < 1e-4
 
 
 def test_a_thin_twin_has_the_same_inputs(case):
