@@ -257,6 +257,8 @@ def train_command(model: str, out: Path, force: bool, **given: Any) -> None:
 @click.option("-p", "--prompt", "prompts", multiple=True, required=True, help="Prompt; may be given several times.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="PNG file.")
 @click.option("--level", help="Quality level: cachec inspect lists them; default the bundle's first.")
+@click.option("--negative-prompt", "negative", help="What guidance leads away from; default no text.")
+@click.option("--guidance", type=float, help="Guidance scale; default the bundle's.")
 @click.option("--seed", default=0, show_default=True, help="Noise of the first prompt; the next has the next seed.")
 @click.option("--model", "source", help="Directory of the model's text encoders and VAE; default from the bundle.")
 @click.option("--compare", is_flag=True, help="Also run every step, and write both side by side.")

@@ -1,14 +1,16 @@
 """``cachec run``: text in, pictures out. The denoise loop is the light runtime's; text encoders and VAE are the model's."""
 
+import math
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from cachec.compiler.calibration.metrics import psnr_db
-from cachec.compiler.evaluation.pictures import Cell, draw_sheet, to_image, write_png
+from cachec.compiler.evaluation.pictures import Cell, draw_sheet, write_picture, write_png
 from cachec.compiler.models import find_model, load_model
 from cachec.compiler.models.base import LoadedModel, Settings, check_prompts, settings_of
 from cachec.engines import open_bundle
@@ -28,6 +30,8 @@ def generate_pictures(
     *,
     source: str | None = None,
     level: str | None = None,
+    negative: str | None = None,
+    guidance: float | None = None,
     seed: int = 0,
     compare: bool = False,
     device: str | None = None,
@@ -41,7 +45,8 @@ def generate_pictures(
 ) -> list[tuple[str, str]]:
     """Make a picture per prompt, or with ``compare`` one sheet of all. Returns the rows of a short table.
 
-    ``size`` and ``steps``: one of each that the bundle was compiled for; by default its first.
+    ``size`` and ``steps``: one of each that the bundle was compiled for; by default its first. ``negative``: the prompt of
+    guidance's negative branch, ``guidance`` its scale; by default no text, and the bundle's scale.
 
     ``profile``: where to write a trace of the last request's engine calls, after one request to warm up.
 
@@ -62,18 +67,18 @@ def generate_pictures(
     where: dict[str, Any] = {"device": device, "target": target, "size": size, "steps": steps}
     with open_bundle(bundle, **where, verify=verify, threads=threads) as loaded:
         model = load_model(find_model(source or loaded.manifest.model["source"]), with_transformer=False)
-        settings = settings_of(loaded.manifest)
         level = loaded.check_level(level)
+        make = _Maker(model, _guided(loaded, guidance, negative), negative)
         if compare:
-            return _compare(loaded, level, model, settings, prompts, seed, out)
+            return _compare(loaded, level, make, prompts, seed, out)
         session = loaded.session(batch=loaded.programs[level].key.batch or 1, level=level)
         rows = [_target_row(loaded)]
         for index, (prompt, file) in enumerate(zip(prompts, files, strict=True)):
-            picture, seconds, total = _picture(session, model, settings, prompt, seed + index)
-            write_png(to_image(picture), file)
+            picture, seconds, total = make.picture(session, prompt, seed + index)
+            write_picture(picture, file)
             rows.append((str(file), f"denoise loop {seconds:.3f} s, request {total:.3f} s: {prompt}"))
         if profile is not None:
-            rows += _profile(session, model, settings, prompts[-1], seed + len(prompts) - 1, profile)
+            rows += _profile(session, make, prompts[-1], seed + len(prompts) - 1, profile)
         return rows
 
 
@@ -85,25 +90,56 @@ def _numbered(out: Path, num: int) -> list[Path]:
     return [out.with_name(f"{out.stem}-{i + 1}{out.suffix or '.png'}") for i in range(num)]
 
 
-def _picture(session: Session, model: LoadedModel, settings: Settings, prompt: str, seed: int) -> tuple[Array, float, float]:
-    """One picture [H, W, 3], the seconds of its denoise loop, and those of the whole request."""
-    start = time.perf_counter()
-    batch = session.latent_shape[0]  # more than one only if the bundle takes no other; the copies are then dropped
-    conditions = model.encode([prompt] * batch, settings, session.conditions)
-    noise = np.repeat(make_noise(seed, session.latent_shape[1:])[None], batch, axis=0)
-    before = time.perf_counter()
-    latents = session.run(conditions, noise)
-    after = time.perf_counter()
-    picture = model.decode(latents[:1], settings)[0]
-    return picture, after - before, time.perf_counter() - start
+def _guided(loaded: LoadedBundle, guidance: float | None, negative: str | None) -> Settings:
+    """The bundle's settings, at another scale of guidance if one is asked for.
+
+    Raises:
+        InputError: its model takes no scale, or its Programs no negative branch.
+    """
+    settings, io = settings_of(loaded.manifest), loaded.io
+    two_branches = any(program.key.guided for program in loaded.programs.values())
+    if negative is not None and not two_branches:
+        raise InputError(
+            "--negative-prompt: the bundle's requests have no negative branch"
+            + ("; compile it at a guidance scale that has one" if io.guidance else ", as its model has none: leave it out")
+        )
+    if guidance is None:
+        return settings
+    if not math.isfinite(guidance):
+        raise InputError(f"guidance is {guidance}; it must be a finite number")
+    if not two_branches and "guidance" not in io.conditions:
+        raise InputError(
+            f"--guidance {guidance:g}: the bundle's requests have no guidance scale: leave it out, or compile at one"
+        )
+    return replace(settings, guidance=guidance)
 
 
-def _profile(
-    session: Session, model: LoadedModel, settings: Settings, prompt: str, seed: int, out: Path
-) -> list[tuple[str, str]]:
+@dataclass(frozen=True)
+class _Maker:
+    """Pictures of prompts: ``settings`` have the guidance scale, ``negative`` is the negative branch's prompt."""
+
+    model: LoadedModel
+    settings: Settings
+    negative: str | None
+
+    def picture(self, session: Session, prompt: str, seed: int) -> tuple[Array, float, float]:
+        """A picture [H, W, 3] or video [F, H, W, 3], the seconds of its denoise loop, and those of the whole request."""
+        start = time.perf_counter()
+        batch = session.latent_shape[0]  # more than one only if the bundle takes no other; the copies are then dropped
+        negatives = [] if self.negative is None else [[self.negative] * batch]
+        conditions = self.model.encode([prompt] * batch, self.settings, session.conditions, *negatives)
+        noise = np.repeat(make_noise(seed, session.latent_shape[1:])[None], batch, axis=0)
+        before = time.perf_counter()
+        latents = session.run(conditions, noise)
+        after = time.perf_counter()
+        picture = self.model.decode(latents[:1], self.settings)[0]
+        return picture, after - before, time.perf_counter() - start
+
+
+def _profile(session: Session, make: _Maker, prompt: str, seed: int, out: Path) -> list[tuple[str, str]]:
     """One more request, traced."""
     session.trace = Trace()
-    _, seconds, _ = _picture(session, model, settings, prompt, seed)
+    _, seconds, _ = make.picture(session, prompt, seed)
     trace, session.trace = session.trace, None
     write_file(out, trace.to_json().encode())
     spent = trace.seconds()
@@ -114,22 +150,22 @@ def _profile(
 
 
 def _compare(
-    loaded: LoadedBundle, level: str, model: LoadedModel, settings: Settings, prompts: Sequence[str], seed: int, out: Path
+    loaded: LoadedBundle, level: str, make: _Maker, prompts: Sequence[str], seed: int, out: Path
 ) -> list[tuple[str, str]]:
     program = loaded.programs[level]
     batch = program.key.batch or 1
     sessions = [Session(loaded.engines, one, loaded.io, batch=batch) for one in (loaded.programs[UNCACHED], program)]
     for session in sessions:  # the first call of an engine is slow, and would be charged to the uncached run
-        _picture(session, model, settings, prompts[0], seed)
+        make.picture(session, prompts[0], seed)
     name, computed = loaded.manifest.method["name"], len(program.compute_steps)
     rows, psnrs, seconds = [], [], []
     for index, prompt in enumerate(prompts):
-        (full, slow, _), (picture, fast, _) = (_picture(s, model, settings, prompt, seed + index) for s in sessions)
+        (full, slow, _), (picture, fast, _) = (make.picture(one, prompt, seed + index) for one in sessions)
         psnrs.append(psnr_db(picture, full))
         seconds.append((slow, fast))
         cells = [
-            Cell(full, ("uncached", f"{settings.steps} steps, {slow:.3f} s")),
-            Cell(picture, (name, f"{computed} of {settings.steps}, {fast:.3f} s", f"PSNR {psnrs[-1]:.1f} dB")),
+            Cell(full, ("uncached", f"{make.settings.steps} steps, {slow:.3f} s")),
+            Cell(picture, (name, f"{computed} of {make.settings.steps}, {fast:.3f} s", f"PSNR {psnrs[-1]:.1f} dB")),
         ]
         rows.append((prompt, cells))
     write_png(draw_sheet(rows), out)
