@@ -2,6 +2,7 @@
 
 import shutil
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from cachec.runtime import write
 from cachec.runtime.build_options import BuildOptions
 from cachec.runtime.bundle import MANIFEST, Bundle
 from cachec.runtime.errors import BundleError, EngineError, InputError, OutputError
+from cachec.runtime.variants import Variant
 from cachec.runtime.work import holding
 
 pytestmark = pytest.mark.usefixtures("trt")
@@ -183,3 +185,18 @@ def test_the_fastest_is_added_unless_the_onnx_files_are(bundle, monkeypatch, fas
     assert after.facts["auto"]["targets"].keys() == {"ort", "tensorrt"}
     assert after.facts["auto"]["failed"].keys() == {"ort-tensorrt", "tensorrt-rtx"}
     assert files_of(bundle) == set(after.files) >= set(before.files)
+
+
+def test_engines_are_built_for_every_size(bundle):
+    manifest = Bundle.open(bundle).manifest
+    wide = replace(manifest.targets[0], shape_bucket="9x6")
+    other = Variant({**manifest.settings, "width": 9}, manifest.programs, {})
+    rewrite(bundle, targets=(*manifest.targets, wide), more=(other,))
+    _, added = add_targets(bundle, ["tensorrt"])
+    assert [target.shape_bucket for target in added] == ["8x6", "9x6"]
+    after = Bundle.open(bundle, verify=True).manifest
+    assert [(target.backend, target.size) for target in after.targets] == [
+        ("ort", "8x6"), ("ort", "9x6"), ("tensorrt", "8x6"), ("tensorrt", "9x6"),
+    ]  # fmt: skip
+    assert Path(after.targets[-1].engines["compute"].path).name.startswith("compute-11.0.0.114_sm90-float32-9x6-")
+    assert files_of(bundle) == set(after.files)
