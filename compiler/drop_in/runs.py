@@ -59,10 +59,11 @@ class Run:
     latents: torch.Tensor
     branches: dict[Key, Branch] = field(default_factory=dict)
     answered: set[Key] = field(default_factory=set)  # at this time
+    looked_at: set[str] = field(default_factory=set)  # compute graphs whose transformer was compared with what it was
     warned: bool = False
 
     @classmethod
-    def begun(cls, form: Form, asked: Asked, off: str | None) -> "Run":
+    def begun(cls, form: Form, off: str | None, asked: Asked) -> "Run":
         return cls(form, asked.batch, off, asked.told, asked.told, asked.latents.clone())
 
     def goes_on(self, asked: Asked, *, at_start: bool) -> bool:

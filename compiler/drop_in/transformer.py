@@ -45,6 +45,7 @@ class AcceleratedTransformer(StandIn):
         self._fingerprint = Fingerprint.of(original)
         self._graph, self._runs = graph, runs or Runs()
         self._context: str | None = None
+        self._steps: int | None = None  # as a context says
 
     def beside(self, original: nn.Module, graph: str) -> "AcceleratedTransformer":
         """What stands in the place of the pipeline's other transformer, and shares this one's runs."""
@@ -81,12 +82,12 @@ class AcceleratedTransformer(StandIn):
 
     def _answer(self, asked: Asked) -> Any:
         scheduler = self._scheduler()
-        if self._runs.run is None or not self._runs.run.goes_on(asked, at_start=scheduler is not None and at_start(scheduler)):
-            self._runs.run = self._begin(asked, scheduler)
-        elif not self._fingerprint.is_untouched:
-            raise InputError(f"weights were changed in place in the middle of a run: {BACK}, and accelerate it again")
+        run = self._runs.run
+        if run is None or not run.goes_on(asked, at_start=scheduler is not None and at_start(scheduler)):
+            run = self._runs.run = Run.begun(*self._choose(asked, scheduler), asked)
+        self._check_weights(run)
         try:
-            velocity = self._runs.run.answer(asked, self._graph, self._runs.open)
+            velocity = run.answer(asked, self._graph, self._runs.open)
         except EngineError as error:
             raise EngineError(f"accelerated in {str(self._dtype).removeprefix('torch.')}: {error}") from error
         answer = self._compiled.model.answer(velocity.to(self._dtype_of(asked)), asked.given)
@@ -95,14 +96,16 @@ class AcceleratedTransformer(StandIn):
     def _dtype_of(self, asked: Asked) -> torch.dtype:
         return self._compiled.model.state(asked.given).dtype
 
-    def _begin(self, asked: Asked, scheduler: Any) -> Run:
-        if (change := self._fingerprint.change(self.original)) is not None:
+    def _check_weights(self, run: Run) -> None:
+        """All that is known of them at the first call of a run, and at later ones what takes no time."""
+        if self._graph not in run.looked_at and (change := self._fingerprint.change(self.original)) is not None:
             raise InputError(
                 f"{change} since this pipeline was accelerated. What was compiled from it would not follow, or only in part: "
                 f"{BACK}, make it as it shall be, and accelerate it again"
             )
-        form, off = self._choose(asked, scheduler)
-        return Run.begun(form, asked, off)
+        if not self._fingerprint.is_untouched:
+            raise InputError(f"weights were changed in place in the middle of a run: {BACK}, and accelerate it again")
+        run.looked_at.add(self._graph)
 
     def _choose(self, asked: Asked, scheduler: Any) -> tuple[Form, str | None]:
         """The form whose steps the run takes, as far as its scheduler tells, and why none is."""
@@ -111,8 +114,9 @@ class AcceleratedTransformer(StandIn):
         else:
             known = getattr(scheduler, "step_index", None) is None
         if not known:
-            fitting = [form for form in asked.forms if form.near(asked.told, asked.precision)]
-            return (fitting or asked.forms)[0], None
+            of_steps = [form for form in asked.forms if form.program.num_steps == self._steps] or asked.forms
+            fitting = [form for form in of_steps if form.near(asked.told, asked.precision)]
+            return (fitting or of_steps)[0], None
         self._compiled.model.check_scheduler(scheduler)
         differences = [None if one.schedule is None else one.schedule.difference(scheduler) for one in asked.forms]
         same = [form for form, difference in zip(asked.forms, differences, strict=True) if difference is None]
@@ -124,13 +128,13 @@ class AcceleratedTransformer(StandIn):
         return pipeline.scheduler if pipeline is not None and any(one is self for one in vars(pipeline).values()) else None
 
     @contextmanager
-    def cache_context(self, name: str, **_details: Any) -> Iterator[None]:
-        """Which branch of guidance the calls inside are of."""
-        before, self._context = self._context, name
+    def cache_context(self, name: str, *, num_inference_steps: int | None = None, **_details: Any) -> Iterator[None]:
+        """Which branch of guidance the calls inside are of, and in how many steps."""
+        before, (self._context, self._steps) = (self._context, self._steps), (name, num_inference_steps)
         try:
             yield
         finally:
-            self._context = before
+            self._context, self._steps = before
 
     def _reset_stateful_cache(self, recurse: bool = True) -> None:
         """Pipelines call it when they are done."""
