@@ -3,7 +3,7 @@
 import importlib
 import inspect
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,20 +97,23 @@ class Components:
         folder = self._folder(name)
         return Stored.open(lambda: self.describe(name), weight_files(self.source, folder), folder / "config.json")
 
-    def pipeline(self, shown: Sequence[str]) -> Any:
-        """The pipeline with its scheduler and tokenizers alone; its constructor sees those ``shown``, without values."""
+    def pipeline(self, shown: Sequence[str], known: Mapping[str, nn.Module]) -> Any:
+        """The pipeline with its scheduler and tokenizers alone; its constructor sees those ``shown``, without values.
+
+        ``known``: those of them that are there already.
+        """
         _quiet_loading()
         for name in self.index:
             if self.has(name):
                 self._folder(name)  # which is asked for before anything slow, also of what is wanted later only
-        kind, parts = self.pipeline_kind(), self._lazy(shown)
+        kind, parts = self.pipeline_kind(), self._lazy(shown, known)
         made = kind.from_pretrained(self.directory, local_files_only=True, **parts)
         made.register_modules(**dict.fromkeys(parts))
         return made
 
-    def outline(self, shown: Sequence[str]) -> Any:
+    def outline(self, shown: Sequence[str], known: Mapping[str, nn.Module]) -> Any:
         """The pipeline with its scheduler alone, for what its configuration tells."""
-        kind, index, parts = self.pipeline_kind(), self.index, self._lazy(shown)
+        kind, index, parts = self.pipeline_kind(), self.index, self._lazy(shown, known)
         given: dict[str, Any] = {}
         for name, parameter in list(inspect.signature(kind.__init__).parameters.items())[1:]:
             entry = index.get(name)
@@ -128,12 +131,14 @@ class Components:
         """The pipeline's own class."""
         return getattr(diffusers, self.index["_class_name"])
 
-    def _lazy(self, shown: Sequence[str]) -> dict[str, Any]:
+    def _lazy(self, shown: Sequence[str], known: Mapping[str, nn.Module]) -> dict[str, Any]:
         """``None`` for what is loaded when it is wanted; those of ``shown`` whose configuration is there, without values."""
         named = [name for name, entry in self.index.items() if isinstance(entry, list)]
         parts: dict[str, Any] = {name: None for name in named if name.startswith(LAZY)}
         for name in shown:
-            if name in parts and (self.directory / name / "config.json").is_file():
+            if name in known:
+                parts[name] = known[name]
+            elif name in parts and (self.directory / name / "config.json").is_file():
                 with init_empty_weights():
                     parts[name] = self.describe(name)
         return parts

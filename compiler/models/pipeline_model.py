@@ -160,7 +160,7 @@ class PipelineModel(Family):
     def load(cls, spec: ModelSpec, directory: Path, *, with_transformer: bool) -> Self:
         components = Components(spec.source, directory)
         stored = components.open(TRANSFORMER) if with_transformer else None
-        pipeline = components.pipeline(cls.SHOWN)
+        pipeline = components.pipeline(cls.SHOWN, {} if stored is None else {TRANSFORMER: stored.module})
         pipeline.set_progress_bar_config(disable=True)
         return cls(spec, pipeline, directory, stored)
 
@@ -168,7 +168,7 @@ class PipelineModel(Family):
     def outline(cls, spec: ModelSpec, directory: Path) -> Self:
         components = Components(spec.source, directory)
         stored = Stored.outline(lambda: components.describe(TRANSFORMER))
-        return cls(spec, components.outline(cls.SHOWN), directory, stored)
+        return cls(spec, components.outline(cls.SHOWN, {TRANSFORMER: stored.module}), directory, stored)
 
     def thin_twin(self, settings: Settings) -> tuple[Self, Settings] | None:
         config = {**self.config, **self.thin(self.config)}
