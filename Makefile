@@ -5,7 +5,7 @@ READY := $(VENV)/.ready
 BUILD := reference/build
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo test test-slow models-full check types wheel eval quality bench engines sizes fits gpu reference clean
+.PHONY: help demo test test-slow models models-full check types wheel eval quality bench engines sizes fits gpu reference clean
 
 help:  ## Say what can be made
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -24,6 +24,9 @@ demo: $(READY)  ## Compile tiny-flux with LESA and draw a comparison: demo/compa
 
 test: $(READY)  ## Run the tests, on the CPU, in two processes of one thread each
 	$(BIN)/python -m pytest -n 2 --dist loadscope --durations 10
+
+models: $(READY)  ## Every family's small pipeline through capture, engines, sizes, drop-in and TensorRT for RTX: a table, 15 minutes
+	$(BIN)/python -m bench.models
 
 models-full: $(READY)  ## Capture every family at full size, without weights: a table in docs/models.md
 	$(BIN)/python -m bench.models_full
