@@ -12,7 +12,7 @@ from torch import fx
 from cachec.compiler.graphs.flops import run_flops, sizes_of
 from cachec.compiler.graphs.weights import expression, is_named
 from cachec.passes import Graphs
-from cachec.passes.base import outputs, placeholders
+from cachec.passes.base import compute_graphs, outputs, placeholders
 from cachec.runtime.abi import COMPUTE, FEATURE, FORECAST, PROLOGUE, hoisted_name, steps_of
 
 MAX_FEATURE = 256 << 20  # bytes in float32; activations take some ten times as much
@@ -55,9 +55,10 @@ def memory_facts(graphs: Graphs) -> dict[str, int]:
 
 
 def parameter_counts(plain: Graphs, engine: Graphs) -> dict[str, int]:
-    """Parameters of the model's body and of its tail, from the graphs as they were split; ``hoisted``: held by the prologue."""
-    whole, tail = (_parameters(plain.modules[name]) if name in plain.modules else {} for name in (COMPUTE, FORECAST))
-    body = sum(count for key, count in whole.items() if key not in tail)
+    """Parameters of the model's bodies and of a tail, from the graphs as they were split; ``hoisted``: held by the prologue."""
+    wholes = [_parameters(plain.modules[name]) for name in compute_graphs(plain)]
+    tail = _parameters(plain.modules[FORECAST]) if FORECAST in plain.modules else {}
+    body = sum(sum(whole.values()) for whole in wholes) - sum(tail.values())
     prologue = engine.modules.get(PROLOGUE)
     held = {} if prologue is None else {id(one): one.numel() for one in (*prologue.parameters(), *prologue.buffers())}
     return {"body": body, "tail": sum(tail.values()), "hoisted": sum(held.values())}

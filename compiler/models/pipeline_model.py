@@ -100,7 +100,7 @@ class PipelineModel(Family):
     def apart(self) -> Self:
         pipeline = copy.copy(self.pipeline)
         own = vars(pipeline)
-        own.update({name: None for name, part in own.items() if isinstance(part, nn.Module) and name != TRANSFORMER})
+        own.update({name: None for name, part in own.items() if isinstance(part, nn.Module) and name not in self.parts})
         return type(self)(self.spec, pipeline)
 
     def scheduled(self, settings: Settings) -> Any:

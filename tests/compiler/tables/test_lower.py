@@ -9,7 +9,8 @@ from cachec.compiler.tables.coefficients import AdvanceTable, collapse, compose
 from cachec.compiler.tables.lower import lower, lower_advance, lower_predictor, lower_table, lower_uncached
 from cachec.compiler.tables.sampling import Sampling
 from cachec.compiler.tables.schedule import Schedule, interval_schedule
-from cachec.runtime.abi import FEATURE, VELOCITY
+from cachec.runtime.abi import COMPUTE, EXPERT, FEATURE, VELOCITY
+from cachec.runtime.errors import InputError
 from cachec.runtime.instructions import Compute
 from cachec.runtime.program import ProgramKey, hash_sigmas
 
@@ -215,3 +216,18 @@ def test_predictor_programs_read_the_right_features_and_never_overwrite_one_in_u
             assert slot not in sources
             holds[slot] = step
     assert program.capacity <= window + 1
+
+
+def test_steps_run_on_the_graphs_that_the_sampling_names():
+    sigmas = np.linspace(1, 0, 7)
+    sampling = Sampling(sigmas, sigmas[:-1], graphs=(COMPUTE,) * 2 + (EXPERT,) * 4)
+    program = lower_uncached(key_of(sigmas), sampling)
+    assert [one.graph for one in program.instructions] == list(sampling.graphs)
+    assert Sampling.of_program(program).graphs == sampling.graphs
+    assert sampling.first(2).graphs == (COMPUTE,) * 2
+    schedule = Schedule(6, (0, 3))
+    moved = lower(AdvanceTable(schedule, np.tri(2)), key_of(sigmas), sampling)
+    assert [one.graph for one in moved.instructions if one.computes] == [COMPUTE, EXPERT]
+    table = Newton(1).table(schedule, sigmas, None)
+    with pytest.raises(InputError, match="made by the tail of one transformer, and the model has two"):
+        lower(table, key_of(sigmas), sampling)
