@@ -134,3 +134,11 @@ def test_a_level_below_the_gate_on_the_late_engines_is_an_error_and_in_the_bundl
     with pytest.raises(QualityError, match="level default reaches 0.50 dB"):
         compile_bundle(ToyModel(), wish, tmp_path / "out")
     assert Bundle.open(tmp_path / "out").manifest.facts["levels"]["default"]["psnr_db"] == 0.5
+
+
+def test_every_number_of_steps_is_measured_on_the_late_engines(tmp_path, twin, prompts):
+    wish = make_request(ToyModel.spec, **{**WANTED, "steps": (4, 3)}, targets="twin", prompts=prompts, min_psnr=1.0)
+    manifest = compile_bundle(ToyModel(), wish, tmp_path / "out").bundle.manifest
+    assert [one.facts["levels"]["default"]["measured_by"] for one in manifest.variants] == ["twin on cpu"] * 2
+    assert Bundle.open(tmp_path / "out", verify=True).at(steps=3).program().num_steps == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "prompts.txt"]
