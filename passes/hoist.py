@@ -120,8 +120,8 @@ class Hoist(Pass):
                 known[node] = max((known[value] for value in node.all_input_nodes), default=CONSTANT)
             if known[node] == STEP and _has_tokens(node):
                 known[node] = LIVE
-            if _is_batched(node) and str(node.meta["val"].shape[0]) not in batch:
-                known[node] = LIVE  # rows of heads, say: what crosses has a row for each sample
+            if _is_batched(node) and str(node.meta["val"].shape[0]) not in batch:  # rows of heads, say
+                known[node] = LIVE
         return known
 
 
@@ -382,10 +382,9 @@ def _is_batched(node: fx.Node) -> bool:
 
 def _name_of(node: fx.Node, taken: Any) -> str:
     """Its module's path, as a name."""
-    stack = node.meta.get("nn_module_stack") or {}
-    path = [str(entry[0] if isinstance(entry, tuple) else entry) for entry in stack.values()]
-    base = re.sub(r"\W", "_", path[-1] if path else "") or node.name  # a name of Python, whatever parts are called
-    name, number = base, 2
+    path = [str(one[0] if isinstance(one, tuple) else one) for one in (node.meta.get("nn_module_stack") or {}).values()]
+    name = base = re.sub(r"\W", "_", path[-1] if path else "") or node.name  # a name of Python, whatever parts are called
+    number = 2
     while name in taken:
         name, number = f"{base}_{number}", number + 1
     return name
