@@ -21,14 +21,14 @@ from cachec.compiler.frontend import (
     make_plans,
     make_programs,
 )
-from cachec.compiler.handed import handed_constants
+from cachec.compiler.handed import SECOND, handed_constants
 from cachec.compiler.models.base import LoadedModel, Settings
 from cachec.compiler.request import Request
 from cachec.compiler.stand_in import BACK
 from cachec.engines.eager import EagerEngine
 from cachec.engines.inductor import InductorEngine
 from cachec.engines.torch_device import TorchDevice, neutral_modes
-from cachec.runtime.abi import COMPUTE
+from cachec.runtime.abi import COMPUTE, EXPERT
 from cachec.runtime.device import CPU, DeviceName
 from cachec.runtime.engine import Engine
 from cachec.runtime.errors import InputError
@@ -47,7 +47,8 @@ def accelerate_pipeline(model: LoadedModel, request: Request, *, compiled: bool 
     Raises:
         CachecError: of the kind that fits; the pipeline is then as it was.
     """
-    check_original(model.transformer)
+    for one in (model, *(() if model.expert is None else (model.expert[0],))):
+        check_original(one.transformer)
     forms = []
     with neutral_modes(str(model.device)):
         for one in request.variants:
@@ -56,7 +57,11 @@ def accelerate_pipeline(model: LoadedModel, request: Request, *, compiled: bool 
             program = next(program for level, program in programs.items() if level != UNCACHED)
             forms.append(make_form(model, fitted.settings, engines, program))
         result = Compiled(forms, model.apart(), str(model.device))
-        model.pipeline.transformer = AcceleratedTransformer(model.transformer, model.pipeline, result)
+        first = AcceleratedTransformer(model.transformer, model.pipeline, result)
+        second = None if model.expert is None else first.beside(model.expert[0].transformer, EXPERT)
+        model.pipeline.transformer = first
+        if second is not None:
+            setattr(model.pipeline, SECOND, second)
     return model.pipeline
 
 

@@ -40,8 +40,10 @@ def as_transformer(
         raise BundleError("the bundle does not say what its pipeline hands its transformer: compile it again")
     check_original(transformer)
     schedule = Schedule(facts["scheduler"], facts["config"], np.empty(0))
-    _check_weights(bundle, facts, transformer)
+    graph = _graph_of(bundle, facts, transformer)
     _check_place(loaded, transformer)
+    if graph != COMPUTE:
+        return _first(loaded, pipeline).beside(transformer, graph)
     model = _model(facts, transformer, pipeline)
     if pipeline is not None:
         model.check_scheduler(pipeline.scheduler)
@@ -52,7 +54,7 @@ def as_transformer(
     forms = [_form(loaded, bundle, schedule, one.size, one.steps, level) for one in bundle.manifest.variants]
     own = next(form for form in forms if form.settings == settings_of(loaded.manifest))
     forms = [own, *(form for form in forms if form is not own)]
-    return AcceleratedTransformer(transformer, pipeline, Compiled(forms, model.apart(), _device(loaded)))
+    return AcceleratedTransformer(transformer, pipeline, Compiled(forms, model.apart(), _device(loaded), loaded.origin))
 
 
 def _form(loaded: LoadedBundle, bundle: Bundle, schedule: Schedule, size: str, steps: int, level: str | None) -> Form:
@@ -88,12 +90,28 @@ def _model(facts: Mapping[str, Any], transformer: nn.Module, pipeline: Any) -> L
     return kind.wrap(kind.make_spec(facts["class"], facts["class"]), pipeline, None)
 
 
-def _check_weights(bundle: Bundle, facts: Mapping[str, Any], transformer: nn.Module) -> None:
-    if (change := difference(load_file(bundle.path(facts["weights"])), transformer.state_dict())) is not None:
-        raise InputError(
-            f"the transformer is not the one that the bundle was compiled from, {bundle.manifest.model['source']}: {change}. "
-            "Take the adapter off, or compile this one"
-        )
+def _graph_of(bundle: Bundle, facts: Mapping[str, Any], transformer: nn.Module) -> str:
+    """The compute graph that was made of this transformer."""
+    changes = {}
+    for graph, name in facts["weights"].items():
+        if (change := difference(load_file(bundle.path(name)), transformer.state_dict())) is None:
+            return str(graph)
+        changes[graph] = change
+    raise InputError(
+        f"the transformer is not the one that the bundle was compiled from, {bundle.manifest.model['source']}: "
+        f"{changes[COMPUTE]}. Take the adapter off, or compile this one"
+    )
+
+
+def _first(loaded: LoadedBundle, pipeline: Any) -> AcceleratedTransformer:
+    """What stands in the place of the pipeline's first transformer."""
+    for one in () if pipeline is None else vars(pipeline).values():
+        if isinstance(one, AcceleratedTransformer) and one.plays(loaded.origin):
+            return one
+    raise InputError(
+        "this is the second of the pipeline's transformers: put the same loaded bundle in the first one's place before, and "
+        "pass pipeline=pipe"
+    )
 
 
 def _check_place(loaded: LoadedBundle, transformer: nn.Module) -> None:

@@ -13,13 +13,18 @@ from safetensors.torch import save
 from cachec.compiler.drop_in.forms import Schedule, is_empty
 from cachec.compiler.models.base import LoadedModel, Settings
 from cachec.compiler.models.samples import sample_weights
+from cachec.runtime.abi import COMPUTE, EXPERT
 from cachec.runtime.write import Collector
 
 FOLDER = "drop_in"
+SECOND = "transformer_2"  # what pipelines of diffusers call a second transformer
 
 
 def pipeline_facts(model: LoadedModel, settings: Settings, writer: Collector) -> dict[str, Any]:
-    """Its class and scheduler, and a file of some values of every weight; nothing of a family that tells no scheduler."""
+    """Its class and scheduler, and by compute graph a file of some values of every weight.
+
+    Nothing of a family that tells no scheduler.
+    """
     scheduler = model.scheduled(settings)
     if scheduler is None:
         return {}
@@ -29,7 +34,10 @@ def pipeline_facts(model: LoadedModel, settings: Settings, writer: Collector) ->
         "scheduler": schedule.kind,
         "config": json.loads(json.dumps(schedule.config, default=str)),
         "vae_scale_factor": getattr(model.pipeline, "vae_scale_factor", None),
-        "weights": writer.add_bytes(f"{FOLDER}/weights.safetensors", save(sample_weights(model))),
+        "weights": {
+            graph: writer.add_bytes(f"{FOLDER}/weights.safetensors", save(sample_weights(one)))
+            for graph, one in {COMPUTE: model, **({} if model.expert is None else {EXPERT: model.expert[0]})}.items()
+        },
     }
 
 

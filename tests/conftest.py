@@ -23,6 +23,7 @@ LONG = (  # files of more than a few seconds, the longest first; a line shares w
     ("test_tiny_flux.py",),
     ("test_accelerate.py",),
     ("test_examples.py",),
+    ("test_two_transformers.py",),
     ("test_as_transformer.py",),
     ("test_cast_precision.py",),
     ("test_gram_toy.py",),

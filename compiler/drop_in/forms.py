@@ -106,6 +106,10 @@ class Form:
         allowed = ROUNDING * max(1.0, abs(told)) + precision * np.abs(self.timesteps)
         return [int(step) for step in np.argsort(distances, kind="stable") if distances[step] <= allowed[step]]
 
+    def is_computed_by(self, step: int, graph: str) -> bool:
+        """Is the step left to the program, or computed by this compute graph?"""
+        return all(one.graph == graph for one in self.program.instructions if one.computes and step in one.steps)
+
     def strange(self, given: Mapping[str, Any]) -> list[str]:
         """Constants that are not handed over as they were baked in."""
         return [name for name, baked in self.constants.items() if not _is_same(given.get(name), baked)]
@@ -115,12 +119,13 @@ class Form:
 class Compiled:
     """All forms, the first the one that was asked for; and what knows how the pipeline's calls are read, a model without it.
 
-    ``device``: PyTorch's name of that of the engines.
+    ``device``: PyTorch's name of that of the engines. ``origin``: the bundle that they come from, if any.
     """
 
     forms: Sequence[Form]
     model: LoadedModel
     device: str
+    origin: Any = None
 
     def fitting(self, given: Mapping[str, Any], state: torch.Tensor) -> list[Form]:
         """The forms of the size that a call has.

@@ -116,7 +116,7 @@ class Run:
             branch = self.branches[key] = Branch(stepper, {name: one.clone() for name, one in asked.conditions.items()}, ())
             self._check_alone(step)
         (latents,) = _there({"latents": asked.latents}, branch.stepper).values()
-        if step is None or self.off is not None:
+        if step is None or self.off is not None or not self.form.is_computed_by(step, graph):
             self._warn(asked)
             velocity = branch.stepper.compute(asked.told, latents, graph=graph)
         else:

@@ -51,6 +51,10 @@ class AcceleratedTransformer(StandIn):
         """What stands in the place of the pipeline's other transformer, and shares this one's runs."""
         return AcceleratedTransformer(original, self._pipeline(), self._compiled, graph=graph, runs=self._runs)
 
+    def plays(self, origin: Any) -> bool:
+        """Does it play the bundle that was opened as ``origin``?"""
+        return origin is not None and self._compiled.origin is origin
+
     @property
     def program(self) -> Any:
         """The Program of the size and number of steps that were asked for first."""
