@@ -35,7 +35,7 @@ from cachec.compiler.planning.levels import forecast_cost
 from cachec.compiler.planning.planner import Calibrations, Planner
 from cachec.compiler.planning.room import check_evaluation, check_training
 from cachec.compiler.request import Request, evaluated_in
-from cachec.compiler.tables.lower import lower_predictor, lower_table, lower_uncached
+from cachec.compiler.tables.lower import NO_TAIL, lower_predictor, lower_table, lower_uncached
 from cachec.compiler.tables.schedule import Schedule
 from cachec.engines.torch_device import check_device
 from cachec.passes import Graphs, dump_to
@@ -224,9 +224,12 @@ def make_graphs(model: LoadedModel, request: Request, parameters: Parameters | N
     """The graphs of the request's cut. ``merge``: of linear layers, which copies their weights.
 
     Raises:
+        InputError: the method is of a cut that the model does not have.
         PassError: a graph cannot be rewritten.
         EngineError: an example run of the model is not finite.
     """
+    if model.expert is not None and request.method.cut == "hidden":
+        raise InputError(NO_TAIL)
     if model.stored is not None and is_large(model.stored.module) and not request.wish.graph.verify_passes:
         verify_twin(model, request.settings)
     watch = observers(model, request)

@@ -15,6 +15,11 @@ from cachec.runtime.instructions import Advance, Compute, Forecast, Instruction,
 from cachec.runtime.program import Program, ProgramKey, composed
 from cachec.runtime.specs import Array
 
+NO_TAIL = (
+    "on the hidden cut forecasts are made by the tail of one transformer, and the model has two: "
+    "take a method of the output cut (gram, bns, adams)"
+)
+
 
 def lower(table: ForecastTable | AdvanceTable, key: ProgramKey, sampling: Sampling) -> Program:
     """A program of the cut that the table is of."""
@@ -165,8 +170,7 @@ def _on_its_graph(instruction: Instruction, sampling: Sampling) -> Instruction:
         return instruction
     if isinstance(instruction, Compute):
         return replace(instruction, graph=sampling.graphs[instruction.step])
-    raise InputError("on the hidden cut forecasts are made by the tail of one transformer, and the model has two: "
-                     "take a method of the output cut (gram, bns, adams)")  # fmt: skip
+    raise InputError(NO_TAIL)
 
 
 class _Slots:
