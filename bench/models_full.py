@@ -25,7 +25,7 @@ WORDS = """
 `make models-full` captures every model that has a short name from its published configuration, weightless, at its default size
 in bfloat16, splits it and rewrites it into the graphs that engines are built from: what `cachec plan MODEL` does. Each is a
 process of its own; seconds are up to the split, and up to the estimate; memory is the peak of the resident set. The machine had
-{cores} cores, shared with other work: an idle one is several times faster. Configurations are those in `compiler/models/configs`.
+{cores} cores, shared with other work: idle ones are several times faster. The configurations lie in `compiler/models/configs`.
 Those of HunyuanVideo, HunyuanVideo-1.5, Wan and FLUX.2-dev are the constructors' defaults of diffusers 0.42.1, which name these
 models; klein's and Z-Image's are written after the models' own code. None was compared with the files on the Hub.
 
