@@ -176,7 +176,10 @@ def _variant(model: LoadedModel, made: Finished, graphs: StepGraphs, writer: Bun
 def _tell_costs(model: LoadedModel, request: Request, graphs: StepGraphs, writer: BundleWriter) -> None:
     """Say what it takes; raise an error if there is no room to build the late targets, which would be seen at the very end."""
     batch = request.wish.model.batch or 1
-    found = estimate(graphs.plain, graphs.engine, model.spec, request.settings, budget=request.computed, batch=batch)
+    branches = 2 if model.is_guided(request.settings) else 1
+    found = estimate(
+        graphs.plain, graphs.engine, model.spec, request.settings, budget=request.computed, batch=batch, branches=branches
+    )
     log.warning("plan: %s", found.short)
     for name in request.late:
         builder, device = get_builder(name.backend), device_for(name, request.device)

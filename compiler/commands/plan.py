@@ -41,4 +41,6 @@ def plan_model(source: str, *, gpu: str | None = None, **options: Any) -> "tuple
     log.warning("capturing %s without its weights, which takes up to a minute or two for a large one", model.spec.name)
     plain = linear(prepare(model, settings))
     built = engine(plain, model.io)
-    return estimate(plain, built, model.spec, settings, budget=len(schedule.compute), batch=batch or 1), gpus
+    branches = 2 if model.is_guided(settings) else 1
+    found = estimate(plain, built, model.spec, settings, budget=len(schedule.compute), batch=batch or 1, branches=branches)
+    return found, gpus

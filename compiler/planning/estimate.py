@@ -25,7 +25,7 @@ COMPILE_MEMORY = 1.7e9  # bytes, whatever the model's size: weights are streamed
 
 @dataclass(frozen=True)
 class Estimate:
-    """Sizes are bytes. ``parameters`` by part (``hoisted`` are of the two others), ``nodes`` by graph.
+    """Sizes are bytes. ``branches``: 2 where guidance has a negative one. ``parameters`` by part (``hoisted`` are of the two others), ``nodes`` by graph.
 
     ``computed`` and ``forecast`` are FLOPs of one step of the whole model, nothing hoisted, as others count them. They,
     ``feature`` and ``velocity`` (what a slot of the hidden and of the output cut holds) and ``activations`` are of one sample.
@@ -38,6 +38,7 @@ class Estimate:
     settings: Settings
     budget: int
     batch: int
+    branches: int
     nodes: Mapping[str, int]
     parameters: Mapping[str, int]
     weights: int
@@ -50,22 +51,27 @@ class Estimate:
     calibration: CalibrationCost
 
     @property
+    def rows(self) -> int:
+        """That the model runs on: of each sample one, or one for each branch of guidance."""
+        return self.batch * self.branches
+
+    @property
     def model_flops(self) -> int:
         """Of a request with all steps computed."""
-        return self.batch * self.settings.steps * self.computed
+        return self.rows * self.settings.steps * self.computed
 
     def run_flops(self, cut: str) -> int:
         """Of a request with ``budget`` steps computed. On the output cut a forecast is a sum of a few latents."""
         forecast = self.forecast if cut == "hidden" else 0
-        return self.batch * (self.budget * self.computed + (self.settings.steps - self.budget) * forecast)
+        return self.rows * (self.budget * self.computed + (self.settings.steps - self.budget) * forecast)
 
     def slots(self, cut: str) -> int:
         """Bytes if every computed step is kept: most methods keep fewer."""
-        return self.batch * self.budget * (self.feature if cut == "hidden" else self.velocity)
+        return self.budget * (self.rows * self.feature if cut == "hidden" else self.batch * self.velocity)
 
     def gpu_memory(self, cut: str) -> int:
         """Bytes of the transformer at work, without text encoders and VAE."""
-        return self.weights + self.slots(cut) + self.batch * self.activations + self.step_values
+        return self.weights + self.slots(cut) + self.rows * self.activations + self.step_values
 
     @property
     def build_memory(self) -> float:
@@ -106,7 +112,7 @@ class Estimate:
         settings = self.settings
         measured = find_measured(self.spec.source, settings.height, settings.width, gpu.name)
         return {
-            "step": self.batch * self.computed / gpu.peak,
+            "step": self.rows * self.computed / gpu.peak,
             "request": self.run_flops("output") / gpu.peak,
             "all_computed": self.model_flops / gpu.peak,
             "fits": self.needed <= gpu.memory,
@@ -124,7 +130,18 @@ class Estimate:
             }
             for cut in self.CUTS
         }
-        names = ("budget", "batch", "nodes", "parameters", "weights", "activations", "step_values", "feature", "velocity")
+        names = (
+            "budget",
+            "batch",
+            "branches",
+            "nodes",
+            "parameters",
+            "weights",
+            "activations",
+            "step_values",
+            "feature",
+            "velocity",
+        )
         return {
             "model": self.spec.source,
             "settings": asdict(self.settings),
@@ -139,7 +156,9 @@ class Estimate:
         }
 
 
-def estimate(plain: Graphs, engine: Graphs, spec: ModelSpec, settings: Settings, *, budget: int, batch: int) -> Estimate:
+def estimate(
+    plain: Graphs, engine: Graphs, spec: ModelSpec, settings: Settings, *, budget: int, batch: int, branches: int = 1
+) -> Estimate:
     """Read it off the graphs as the passes leave them, ``plain``, and as engines are built from them.
 
     Without a forecast graph, as on the output cut, what concerns one is 0.
@@ -151,11 +170,12 @@ def estimate(plain: Graphs, engine: Graphs, spec: ModelSpec, settings: Settings,
         settings=settings,
         budget=budget,
         batch=batch,
+        branches=branches,
         nodes={name: len(module.graph.nodes) for name, module in engine.modules.items()},
         parameters=parameter_counts(plain, engine),
         weights=memory["weights"],
         activations=memory["activations"],
-        step_values=batch * step_value_bytes(engine, budget),
+        step_values=batch * branches * step_value_bytes(engine, budget),
         feature=output_bytes(results[FEATURE]),
         velocity=output_bytes(results[VELOCITY]),
         computed=run_costs(plain.modules[COMPUTE])[1],

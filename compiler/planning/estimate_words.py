@@ -18,7 +18,10 @@ def _model_rows(found: Estimate) -> Iterator[tuple[str, str]]:
     settings, parts = found.settings, {name: in_count(count) for name, count in found.parameters.items()}
     sizes = f"{settings.width}x{settings.height}, {settings.text_tokens} text tokens"
     held = f"the prologue, once a request, reads {parts['hoisted']} of them"
-    yield "model", f"{found.spec.portable_source}, {sizes}, {settings.dtype}, batch {found.batch}"
+    yield (
+        "model",
+        f"{found.spec.portable_source}, {sizes}, {settings.dtype}, batch {found.batch}{', with two branches of guidance' * (found.branches > 1)}",
+    )
     yield "steps", f"{settings.steps}, {found.budget} of them computed"
     yield "graphs", ", ".join(f"{name} {count} nodes" for name, count in found.nodes.items())
     yield "parameters", f"{in_count(found.total)}: body {parts['body']}, tail {parts['tail']}; {held}"
@@ -26,11 +29,11 @@ def _model_rows(found: Estimate) -> Iterator[tuple[str, str]]:
 
 
 def _request_rows(found: Estimate) -> Iterator[tuple[str, str]]:
-    each = {"hidden": in_bytes(found.batch * found.feature), "output": in_bytes(found.batch * found.velocity)}
+    each = {"hidden": in_bytes(found.rows * found.feature), "output": in_bytes(found.batch * found.velocity)}
     slots = [f"{cut} cut {in_bytes(found.slots(cut))}, of {each[cut]} each" for cut in found.CUTS]
     ratios = [f"{found.ratio(cut):.2f} times fewer on the {cut} cut" for cut in found.CUTS]
     yield "slots at most", "; ".join(slots)
-    yield "activations at most", in_bytes(found.batch * found.activations)
+    yield "activations at most", in_bytes(found.rows * found.activations)
     yield "step values", in_bytes(found.step_values)
     yield "memory at work", f"{in_bytes(found.needed)}: all of these; text encoders and VAE come on top"
     yield "FLOPs of a step", f"computed {in_flops(found.computed)}, forecast {in_flops(found.forecast)} on the hidden cut"
@@ -44,7 +47,7 @@ def _gpu_row(found: Estimate, gpu: GpuFigures) -> tuple[str, str]:
     text = f"a computed step {step}, a request {some} ({every} with all steps computed)"
     if not facts["fits"]:
         text += f"; needs more than its {in_bytes(gpu.memory)}"
-    if (measured := facts["measured"]) is not None and found.batch == 1:
+    if (measured := facts["measured"]) is not None and found.rows == 1:
         share = facts["step"] / measured["seconds"]
         text += f"; a step was measured at {in_seconds(measured['seconds'])}, {share:.0%} of peak ({measured['where']})"
     return f"floor on {gpu.name}", f"{text}; estimate, by {gpu.peak / 1e12:.0f} TFLOP/s of dense bfloat16"
