@@ -18,10 +18,8 @@ def _model_rows(found: Estimate) -> Iterator[tuple[str, str]]:
     settings, parts = found.settings, {name: in_count(count) for name, count in found.parameters.items()}
     sizes = f"{settings.width}x{settings.height}, {settings.text_tokens} text tokens"
     held = f"the prologue, once a request, reads {parts['hoisted']} of them"
-    yield (
-        "model",
-        f"{found.spec.portable_source}, {sizes}, {settings.dtype}, batch {found.batch}{', with two branches of guidance' * (found.branches > 1)}",
-    )
+    guided = ", with two branches of guidance" if found.branches > 1 else ""
+    yield "model", f"{found.spec.portable_source}, {sizes}, {settings.dtype}, batch {found.batch}{guided}"
     yield "steps", f"{settings.steps}, {found.budget} of them computed"
     yield "graphs", ", ".join(f"{name} {count} nodes" for name, count in found.nodes.items())
     yield "parameters", f"{in_count(found.total)}: body {parts['body']}, tail {parts['tail']}; {held}"
