@@ -27,9 +27,10 @@ COMPILE_MEMORY = 1.7e9  # bytes, whatever the model's size: weights are streamed
 class Estimate:
     """Sizes are bytes. ``parameters`` by part (``hoisted`` are of the two others), ``nodes`` by graph.
 
-    ``branches``: 2 where guidance has a negative one. ``computed`` and ``forecast`` are FLOPs of one step of the whole model, nothing hoisted, as others count them. They,
-    ``feature`` and ``velocity`` (what a slot of the hidden and of the output cut holds) and ``activations`` are of one sample.
-    ``step_values``: what the prologue leaves for a request. ``calibration``: of the usual prompts, without a fine reference.
+    ``branches``: 2 where guidance has a negative one. ``computed`` and ``forecast`` are FLOPs of one step of the whole model,
+    nothing hoisted, as others count them. They, ``feature`` and ``velocity`` (what a slot of the hidden and of the output cut
+    holds) and ``activations`` are of one sample. ``step_values``: what the prologue leaves for a request. ``calibration``: of
+    the usual prompts, without a fine reference.
     """
 
     CUTS: ClassVar = ("hidden", "output")
