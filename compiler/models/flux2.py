@@ -73,7 +73,9 @@ class Flux2KleinModel(Flux2Model):
 
     @property
     def io(self) -> ModelIO:
-        return ModelIO("hidden_states", "timestep", (STATES,), guidance=None if self.pipeline.config.is_distilled else "plain")
+        options = getattr(self.pipeline, "config", None)  # what stands around a transformer alone has none
+        distilled = getattr(options, "is_distilled", False)
+        return ModelIO("hidden_states", "timestep", (STATES,), guidance=None if distilled else "plain")
 
     def _run(self, call: Mapping[str, Any], noise: torch.Tensor) -> torch.Tensor:
         """The pipeline turns the latents that it ends with into what its autoencoder takes: those of its last step are kept."""

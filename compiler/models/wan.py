@@ -51,7 +51,8 @@ class WanModel(VideoModel):
 
     @property
     def _switches(self) -> bool:
-        return self.pipeline.config.boundary_ratio is not None
+        options = getattr(self.pipeline, "config", None)  # what stands around a transformer alone has none
+        return getattr(options, "boundary_ratio", None) is not None
 
     @cached_property
     def expert(self) -> tuple[Self, float] | None:
