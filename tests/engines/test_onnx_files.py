@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import onnx_ir
 import pytest
+import torch
 from engine_toys import layer
 from full_disk import full_disk
 
@@ -15,6 +16,7 @@ from cachec.engines import onnx_files, ort
 from cachec.engines.onnx_files import OPSET, build_onnx
 from cachec.engines.weights_file import ALIGNMENT
 from cachec.runtime.errors import OutputError
+from cachec.runtime.specs import Signature, TensorSpec
 
 SIDE = 32  # weights of 4096 bytes: they go into the shared file, the bias does not
 
@@ -65,6 +67,23 @@ def test_weights_are_found_behind_links_into_a_store(build, tmp_path):
     session = ort.open_session(snapshot / path.name, [ort.CPU_PROVIDER])
     (result,) = session.run(None, {"x": np.ones((1, 40), np.float32)})
     np.testing.assert_array_equal(result, np.full((1, 40), 20, np.float32))
+
+
+class Twice(torch.nn.Module):
+    def forward(self, x):
+        return torch.cat([x, x]), torch.cat([x, x])
+
+
+def test_outputs_that_are_the_same_value_keep_their_names(tmp_path):
+    """Two blocks may hand over one mask: it is made once, and found under both names."""
+    program = torch.export.export(Twice(), (torch.ones(2),))
+    specs = [TensorSpec(name, (size,), "float32") for name, size in (("x", 2), ("first", 4), ("second", 4))]
+    file = build_onnx({"p": program}, {"p": Signature(tuple(specs[:1]), tuple(specs[1:]))}, tmp_path).graphs["p"]
+    assert [value.name for value in onnx.load(file).graph.output] == ["first", "second"]
+    ort._start_thread_pool(None)
+    session = ort.open_session(file, [ort.CPU_PROVIDER])
+    for result in session.run(["first", "second"], {"x": np.ones(2, np.float32)}):
+        np.testing.assert_array_equal(result, np.ones(4, np.float32))
 
 
 @pytest.fixture(scope="module")
