@@ -38,9 +38,10 @@ from tests.families import Family
 STEPS, COMPUTED = 6, (0, 1, 4)
 EXACT, SAME, DIFFERENT = 1e-5, 1e-4, 1e-3  # of the graph; of latents that are to be equal; of those that are not
 PROMPTS, NEGATIVE = ("a large blue ring", "a small red cross"), "blurred"
-SIZES: Mapping[str, tuple[tuple[int, int], ...]] = {"dit": ((64, 64),), "qwen-image-edit": ((32, 48),)}  # height, width
+SIZES: Mapping[str, tuple[tuple[int, int], ...]] = {"dit": ((64, 64),), "qwen-image-edit": ((128, 192),)}  # height, width
 USUAL_SIZES = ((32, 48), (48, 32))
-TEXT_TOKENS = {"dit": 1, "z-image": 32, "hunyuan-video-1.5": 40}
+TEXT_TOKENS = {"dit": 1, "z-image": 32, "hunyuan-video-1.5": 64, "flux-2": 96, "flux-2-klein": 48, "qwen-image-edit": 96}
+WITHOUT_NEGATIVES = ("dit", "flux-2-klein")  # their pipelines' negative branch is of nothing
 VIDEOS = ("hunyuan-video", "hunyuan-video-1.5", "wan-2.1", "wan-2.2")
 REQUESTS = {"dit": ("7", "8")}
 
@@ -62,7 +63,19 @@ class Case:
 
     @cached_property
     def model(self) -> LoadedModel:
-        return load_model(find_model(str(self.directory)))
+        model = load_model(find_model(str(self.directory)))
+        for name, stand_in in self.family.stand_ins(self.directory).items():
+            setattr(model.pipeline, name, stand_in)
+        return model
+
+    @cached_property
+    def prompts(self) -> tuple[str, ...]:
+        """Two, as the family takes them: edits begin with a picture."""
+        prompts = REQUESTS.get(self.family.name, PROMPTS)
+        if "image" not in self.family.call:
+            return prompts
+        self.family.call["image"].save(picture := self.work / "picture.png")
+        return tuple(f"[{picture}] {prompt}" for prompt in prompts)
 
     def settings(self, size: tuple[int, int]) -> Settings:
         frames = 5 if self.family.name in VIDEOS else 1
@@ -99,8 +112,8 @@ class Case:
     def given(self, size: tuple[int, int]) -> tuple[dict[str, Array], Array]:
         """Conditions of two requests, both branches' where there are two, and noise."""
         settings, model = self.settings(size), self.model
-        prompts = REQUESTS.get(self.family.name, PROMPTS)
-        negatives = [NEGATIVE, ""] if model.is_guided(settings) and self.family.name != "dit" else None
+        prompts, takes = self.prompts, self.family.name not in WITHOUT_NEGATIVES
+        negatives = [NEGATIVE, ""] if model.is_guided(settings) and takes else None
         conditions = model.encode(prompts, settings, model.conditions(settings), negatives)
         shape = model.example_inputs(settings)[model.io.latents].shape[1:]
         return conditions, np.random.default_rng(0).standard_normal((len(prompts), *shape)).astype(np.float32)
@@ -186,7 +199,9 @@ def check_drop_in(case: Case) -> Found:
         call = {name: value for name, value in call.items() if name in family.call or name == "num_inference_steps"}
         wanted = family.run(pipeline, **call)
         with cachec.load(case.bundle) as bundle:
-            pipeline.transformer = bundle.as_transformer(pipeline.transformer, level="uncached")
+            for name in family.transformers:
+                own = getattr(pipeline, name)
+                setattr(pipeline, name, bundle.as_transformer(own, pipeline=pipeline, level="uncached"))
             got = family.run(pipeline, **call)
         errors.append(_apart(got.float().numpy(), wanted.float().numpy()))
     return Found(max(errors) <= SAME, f"{max(errors):.0e} at {len(errors)} size{'s' * (len(errors) > 1)}")

@@ -90,7 +90,7 @@ def test_compiling_the_model_takes_the_calibration_of_its_bundle(toy_directory, 
     [
         (["--prompts", "p.txt"], "--prompts cannot be used with a bundle, which has no text encoders"),
         (["--num", 8], "--num cannot be used with a bundle"),
-        (["--steps", 50], "--steps cannot be used with a bundle"),
+        (["--steps", 50], "steps is 50, but the bundle was compiled for 8"),
         (["--reference-steps", 16], "reference-steps is 16, but a bundle has the noise levels of its own steps only"),
         (["--seed", -1], "seed is -1"),
     ],

@@ -12,7 +12,7 @@ RUNTIME = Path(next(iter(cachec.runtime.__path__)))
 
 def test_every_name_stands_for_one_thing():
     assert len(set(NAMES.values())) == len(NAMES)
-    assert all(re.fullmatch(r"[a-z_]+", value) for value in NAMES.values())
+    assert all(re.fullmatch(r"[a-z_]+[0-9]?", value) for value in NAMES.values())
 
 
 def test_names_that_are_put_together():

@@ -18,7 +18,7 @@ def fast():
     options = {"text_tokens": WAN.call["max_sequence_length"], "steps": 3, "schedule": "0,1,2", "compiled": False}
     pipeline = WAN.make()
     pipeline.set_progress_bar_config(disable=True)
-    return cachec.accelerate(pipeline, method="reuse", **options, **SIZES)
+    return cachec.accelerate(pipeline, method="adams", **options, **SIZES)
 
 
 @pytest.fixture(scope="module")

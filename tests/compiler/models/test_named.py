@@ -28,4 +28,4 @@ def test_published_configurations_come_without_weights_and_are_enough_to_know_a_
     inputs = model.example_inputs(settings)
     assert model.described.get_submodule(model.block) is not None
     assert set(inputs) == {model.io.latents, model.io.timestep, *model.io.conditions}
-    assert model.constants(settings)["return_dict"] is False
+    assert not model.constants(settings).get("return_dict")  # equal modules take none
