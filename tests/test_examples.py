@@ -15,6 +15,7 @@ def test_there_are_three():
     assert [script.stem for script in SCRIPTS] == ["accelerate_flux", "bundle_as_transformer", "negative_prompt"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
 def test_it_runs_and_comes_near(script, capsys):
     runpy.run_path(str(script), run_name="__main__")

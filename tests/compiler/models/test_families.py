@@ -1,4 +1,4 @@
-"""Every family: a directory becomes graphs that compute what the transformer does on what its pipeline hands over."""
+"""Families: a directory becomes graphs that compute what the transformer does on what its pipeline hands over."""
 
 from dataclasses import replace
 
@@ -10,7 +10,6 @@ from cachec.compiler.calibration.graph_evaluator import GraphEvaluator
 from cachec.compiler.graphs.capture import joined
 from cachec.compiler.graphs.prepare import compute_only, engine, prepare
 from cachec.compiler.graphs.weights import Values
-from cachec.compiler.models import FAMILIES as KINDS
 from cachec.compiler.models import find_model, load_model
 from cachec.compiler.models.base import Settings
 from cachec.compiler.models.named import MODELS
@@ -18,7 +17,6 @@ from cachec.compiler.tables.lower import lower_uncached
 from cachec.runtime.abi import ADVANCE, COMPUTE, EXPERT, FORECAST, PROLOGUE, VELOCITY
 from cachec.runtime.errors import InputError, ModelUnavailableError
 from cachec.runtime.program import ProgramKey, hash_sigmas
-from tests.compiler.models.calls import off, run_in_ort
 from tests.families import FAMILIES, NEGATIVE, PROMPT
 
 SETTINGS = Settings(height=32, width=48, text_tokens=24, guidance=3.0, steps=4, dtype="float32")
@@ -36,13 +34,14 @@ OTHERS = {
 }
 WITHOUT_NEGATIVES = ("dit", "flux-2-klein")  # their pipelines' negative branch is of nothing
 TOLERANCE = 1e-5  # relative, of the largest difference
+SOME = ("flux", "qwen-image", "pixart-sigma", "z-image", "wan-2.2")  # one of each kind; make models has all of them
 
 
 def settings_for(family):
     return replace(SETTINGS, **OTHERS.get(family.name, {}))
 
 
-@pytest.fixture(scope="module", params=[f for f in FAMILIES if f.pipeline in KINDS], ids=lambda family: family.name)
+@pytest.fixture(scope="module", params=[f for f in FAMILIES if f.name in SOME], ids=lambda family: family.name)
 def case(request, saved_family):
     family = request.param
     directory = saved_family(family.name)
@@ -147,17 +146,6 @@ def test_its_graphs_become_those_of_engines(case):
     made = engine(compute_only(prepare(model, settings)), model.io, carries=True)
     assert {PROLOGUE, COMPUTE, ADVANCE} <= made.modules.keys()
     assert (EXPERT in made.modules) == (model.expert is not None)
-
-
-@pytest.mark.slow
-def test_onnx_runtime_agrees_with_the_compute_graph(case, tmp_path):
-    family, model = case
-    settings = settings_for(family)
-    compute = prepare(model, settings).modules[COMPUTE]
-    inputs = model.example_inputs(settings, batch=3)
-    with torch.no_grad():
-        wanted = Values(torch.device("cpu")).module(compute)(**inputs)[VELOCITY]
-    assert off(run_in_ort(compute, inputs, tmp_path)[VELOCITY], wanted) < 1e-4
 
 
 def test_a_thin_twin_has_the_same_inputs(case):
