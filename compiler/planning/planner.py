@@ -17,6 +17,7 @@ from cachec.compiler.methods.base import Method
 from cachec.compiler.methods.parameters import Parameters
 from cachec.compiler.planning.goals import Goal, budget_for_speedup, smallest_budget
 from cachec.compiler.planning.search import search_schedule
+from cachec.compiler.tables.coefficients import AdvanceTable, Table
 from cachec.compiler.tables.lower import lower
 from cachec.compiler.tables.sampling import Sampling
 from cachec.compiler.tables.schedule import Schedule
@@ -155,9 +156,12 @@ class Planner:
     def _fit(self, goal: Goal, schedule: Schedule, fine: bool, *, draft: bool = False) -> LevelPlan:
         method, parameters = self._method.draft() if draft else self._method, self._parameters
         sampling = self._sampling(schedule.num_steps)
-        if method.needs_calibration:
-            parameters = method.calibrate(self._calibration(fine).of("fit"), schedule)
-        table = method.table(schedule, sampling.levels(method.cut), parameters)
+        if not schedule.forecast and method.cut == "output":  # nothing is left to the method: the sampler's own steps
+            table: Table = AdvanceTable(schedule, sampling.moves[1:])
+        else:
+            if method.needs_calibration:
+                parameters = method.calibrate(self._calibration(fine).of("fit"), schedule)
+            table = method.table(schedule, sampling.levels(method.cut), parameters)
         key = replace(self._key, steps=schedule.num_steps, sigmas_hash=hash_sigmas(sampling.sigmas), level=goal.level)
         return LevelPlan(goal, lower(table, key, sampling), fine)
 

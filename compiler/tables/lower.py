@@ -21,6 +21,9 @@ NO_TAIL = (
 )
 
 
+NOTHING = 1e-9  # a weight of rounding: what it weighs need not be there
+
+
 def lower(table: ForecastTable | AdvanceTable, key: ProgramKey, sampling: Sampling) -> Program:
     """A program of the cut that the table is of."""
     if isinstance(table, ForecastTable):
@@ -128,6 +131,7 @@ def _answers(rows: Array, schedule: Schedule, sampling: Sampling) -> Array:
                 "compile for the hidden cut, or take another sampler"
             )
         answers[begin:end] = missing / weights.sum()
+    answers[np.abs(answers) < NOTHING] = 0.0
     return answers
 
 
