@@ -197,6 +197,8 @@ def check_drop_in(case: Case) -> Found:
         call: dict[str, Any] = {"height": size[0], "width": size[1], "num_inference_steps": STEPS}
         call |= {"num_frames": settings.frames} if settings.frames > 1 else {}
         call = {name: value for name, value in call.items() if name in family.call or name == "num_inference_steps"}
+        if "image" in family.call:  # of the size that is drawn, as the bundle's
+            call["image"] = family.call["image"].resize((size[1], size[0]))
         wanted = family.run(pipeline, **call)
         with cachec.load(case.bundle) as bundle:
             for name in family.transformers:
