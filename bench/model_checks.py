@@ -8,7 +8,7 @@ are played there by hooks on the last block, which is what a Program's forecasts
 
 import itertools
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,7 +25,7 @@ from cachec.compiler.graphs.weights import Values
 from cachec.compiler.methods import get_method
 from cachec.compiler.models import find_model, load_model
 from cachec.compiler.models.base import LoadedModel, Settings
-from cachec.compiler.pipeline import compile_bundle
+from cachec.compiler.pipeline import Compilation, compile_bundle
 from cachec.compiler.request import make_request
 from cachec.compiler.tables.lower import lower
 from cachec.compiler.tables.schedule import Schedule
@@ -82,31 +82,37 @@ class Case:
         tokens = TEXT_TOKENS.get(self.family.name, 24)
         return Settings(*size, text_tokens=tokens, guidance=3.0, steps=STEPS, dtype="float32", frames=frames)
 
-    @cached_property
-    def bundle(self) -> Path:
-        """Both sizes in one bundle, hidden cut, ONNX Runtime."""
-        out, first = self.work / "bundle.cachec", self.settings(self.sizes[0])
-        frames = f"x{first.frames}" if first.frames > 1 else ""
-        hidden = self.model.expert is None  # a model of two transformers has the output cut alone
+    def compile(self, name: str, sizes: Sequence[tuple[int, int]], target: str, dtype: str) -> Compilation:
+        """A bundle of these sizes, by a method of the cut that the family has."""
+        first, method = self.settings(sizes[0]), {"method": "taylor", "options": {"order": "1"}}
         request = make_request(
             self.model.spec,
-            method="taylor" if hidden else "adams",
-            options={"order": "1" if hidden else "2"},
+            **(method if self.model.expert is None else {"method": "adams"}),
             schedule=",".join(map(str, COMPUTED)),
             steps=str(STEPS),
-            size=",".join(f"{width}x{height}{frames}" for height, width in self.sizes),
+            size=",".join(map(self.size_text, sizes)),
             text_tokens=first.text_tokens,
             guidance=first.guidance,
-            targets=("ort",),
+            dtype=dtype,
+            targets=(target,),
         )
-        compile_bundle(self.model, request, out, force=True)
-        return out
+        return compile_bundle(self.model, request, self.work / name, force=True)
+
+    def size_text(self, size: tuple[int, int]) -> str:
+        """As the command line has it."""
+        settings = self.settings(size)
+        return f"{settings.width}x{settings.height}" + (f"x{settings.frames}" if settings.frames > 1 else "")
+
+    @cached_property
+    def bundle(self) -> Path:
+        """All sizes in one bundle, ONNX Runtime."""
+        name = "bundle.cachec"
+        self.compile(name, self.sizes, "ort", "float32")
+        return self.work / name
 
     @contextmanager
     def loaded(self, size: tuple[int, int]) -> Iterator[LoadedBundle]:
-        settings = self.settings(size)
-        frames = f"x{settings.frames}" if settings.frames > 1 else ""
-        with cachec.load(self.bundle, size=f"{settings.width}x{settings.height}{frames}") as bundle:
+        with cachec.load(self.bundle, size=self.size_text(size)) as bundle:
             yield bundle
 
     def given(self, size: tuple[int, int]) -> tuple[dict[str, Array], Array]:
@@ -211,22 +217,8 @@ def check_drop_in(case: Case) -> Found:
 
 def check_rtx(case: Case) -> Found:
     """TensorRT for RTX builds engines in bfloat16."""
-    first, out = case.settings(case.sizes[0]), case.work / "rtx.cachec"
-    request = make_request(
-        case.model.spec,
-        method="taylor" if case.model.expert is None else "adams",
-        schedule=",".join(map(str, COMPUTED)),
-        steps=str(STEPS),
-        height=first.height,
-        width=first.width,
-        text_tokens=first.text_tokens,
-        guidance=first.guidance,
-        dtype="bfloat16",
-        targets=("tensorrt-rtx",),
-        **({"frames": first.frames} if first.frames > 1 else {}),
-    )
     start = time.perf_counter()
-    compiled = compile_bundle(case.model, request, out, force=True)
+    compiled = case.compile("rtx.cachec", case.sizes[:1], "tensorrt-rtx", "bfloat16")
     built = [target for target in compiled.bundle.manifest.targets if target.backend == "tensorrt-rtx"]
     return Found(bool(built), f"{len(built[0].engines)} engines, {time.perf_counter() - start:.0f} s" if built else "none")
 

@@ -17,6 +17,7 @@ class Instruction(ABC):
 
     op: ClassVar[str]
     computes: ClassVar[bool] = False  # does it run the whole model?
+    from_noise: bool = False  # are latents moved from where the request began, not from where they are?
 
     @property
     @abstractmethod

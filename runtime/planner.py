@@ -246,7 +246,7 @@ class _Planner:
     def _plan_advance(self, instruction: Instruction) -> list[PlannedCall]:
         """The move of an ``Advance``; guided, one for each branch's copy of the latents."""
         before = self._latents()
-        base = View(NOISE_BUFFER) if getattr(instruction, "from_noise", True) else before
+        base = View(NOISE_BUFFER) if instruction.from_noise else before
         inputs = {**self._inputs(instruction, before), BASE: self._branch(base)}
         values = self._values(instruction)
         self._moves += 1

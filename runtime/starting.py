@@ -26,7 +26,7 @@ def starting_at(program: Program, step: int, told: Array | None = None) -> Progr
     ``told`` [T]: what the sampler itself tells the model, where the program's own time steps are fitted to its rows.
 
     Raises:
-        InputError: the program has no such step, or its sampler looks back at steps that such a request does not have.
+        InputError: the program has no such step, or moves the latents from noise that such a request does not have.
     """
     first = program.key.start_step
     if step == first:
@@ -36,8 +36,8 @@ def starting_at(program: Program, step: int, told: Array | None = None) -> Progr
     looks_back = any(isinstance(one, Advance) and one.from_noise for one in program.instructions)
     if program.shares is not None if program.cut == "output" else looks_back:
         raise InputError(
-            f"the request begins at step {step}, but this program's sampler looks back at the steps before: begin at step "
-            f"{first}, or let a sampler outside make the steps (for_sampler)"
+            f"the request begins at step {step}, but this program moves the latents from the noise of step {first}, which such "
+            f"a request does not have: begin at step {first}, or let a sampler outside make the steps (for_sampler)"
         )
     if program.cut == "hidden":
         return _hidden(program, step)

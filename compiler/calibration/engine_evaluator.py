@@ -26,7 +26,7 @@ from cachec.runtime.abi import (
 )
 from cachec.runtime.binding import Binding
 from cachec.runtime.device import CPU
-from cachec.runtime.engine import Engine
+from cachec.runtime.engine import Engine, ExecutionContext
 from cachec.runtime.errors import InputError
 from cachec.runtime.instructions import Compute, Forecast, Instruction
 from cachec.runtime.model_io import ModelIO
@@ -53,6 +53,7 @@ class EngineEvaluator(Evaluator):
         self.device, self.precision, self.max_batch = device, precision, max_batch
         forecast = engines.get(FORECAST)
         self._has_tail = forecast is not None and FEATURES in {spec.name for spec in forecast.signature.inputs}
+        self._guide: ExecutionContext | None = None
         self._played: Program | None = None
         self._sessions: dict[int, Session] = {}
         self._bindings: dict[int, Binding] = {}
@@ -144,7 +145,8 @@ class EngineEvaluator(Evaluator):
         for name, value in values.items():
             device.upload(np.ascontiguousarray(value), inputs[name])
         combined = device.empty(values[POSITIVE].shape, "float32")
-        guide.context(device).bind(inputs, {VELOCITY: combined}).run()
+        self._guide = self._guide or guide.context(device)  # which some back ends take long to make
+        self._guide.bind(inputs, {VELOCITY: combined}).run()
         result: Array = device.download(combined)
         return result
 

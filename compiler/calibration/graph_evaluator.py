@@ -239,7 +239,7 @@ class _Loop:
 
     def _advance(self, instruction: Instruction) -> None:
         first, shares = instruction.rows[0], self._program.shares
-        base = self._noise if getattr(instruction, "from_noise", True) else self.latents
+        base = self._noise if instruction.from_noise else self.latents
         share = 1.0 if shares is None else float(shares[first])
         self.latents = share * base + self._weighted(instruction, first, VELOCITY)
 

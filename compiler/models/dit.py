@@ -26,15 +26,12 @@ class DiTModel(PipelineModel):
 
     DEFAULTS = "dit"
     ARGUMENTS: ClassVar = {LABELS: LABELS}
+    TOKENIZER = None
     LENGTH = None
 
     @property
     def io(self) -> ModelIO:
         return ModelIO("hidden_states", "timestep", (LABELS,), output=without_variance(self.config), guidance="plain")
-
-    @property
-    def block(self) -> str:
-        return f"transformer_blocks.{self.config.num_layers - 1}"
 
     @property
     def side(self) -> int:

@@ -24,15 +24,12 @@ class _Flux(PipelineModel):
     """What all of FLUX.1 has."""
 
     ARGUMENTS: ClassVar = {"encoder_hidden_states": "prompt_embeds", "pooled_projections": "pooled_prompt_embeds"}
+    BLOCKS = "single_transformer_blocks"
 
     @property
     def io(self) -> ModelIO:
         guidance = ("guidance",) if self.config.guidance_embeds else ()  # FLUX.1-schnell takes none
         return ModelIO(latents="hidden_states", timestep="timestep", conditions=(*self.ARGUMENTS, *guidance))
-
-    @property
-    def block(self) -> str:
-        return f"single_transformer_blocks.{len(self.described.single_transformer_blocks) - 1}"  # type: ignore[arg-type]
 
     @property
     def side(self) -> int:

@@ -5,14 +5,13 @@ input; klein takes none when distilled, and otherwise has true guidance.
 """
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
 
 from cachec.compiler.models.base import Settings
-from cachec.compiler.models.lost_text import Reader
 from cachec.compiler.models.pipeline_model import PipelineModel
 from cachec.runtime.model_io import ModelIO
 
@@ -25,15 +24,12 @@ class Flux2Model(PipelineModel):
 
     DEFAULTS = "flux2"
     ARGUMENTS: ClassVar = {STATES: "prompt_embeds"}
+    BLOCKS = "single_transformer_blocks"
 
     @property
     def io(self) -> ModelIO:
         guidance = ("guidance",) if self.config.guidance_embeds else ()
         return ModelIO("hidden_states", "timestep", (STATES, *guidance))
-
-    @property
-    def block(self) -> str:
-        return f"single_transformer_blocks.{self.config.num_single_layers - 1}"
 
     @property
     def side(self) -> int:
@@ -49,9 +45,6 @@ class Flux2Model(PipelineModel):
 
     def thin(self, config: Mapping[str, Any]) -> dict[str, Any]:
         return {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 2}
-
-    def readers(self, settings: Settings) -> Sequence[Reader]:
-        return [Reader("tokenizer", settings.text_tokens)]
 
     def handed(self, noise: torch.Tensor, settings: Settings) -> torch.Tensor:
         """Latents as a picture [B, C, rows, columns] of tokens."""

@@ -37,6 +37,7 @@ class GenericModel(PipelineModel):
     """A pipeline of an unknown kind."""
 
     ARGUMENTS: ClassVar = {}
+    TOKENIZER = None
     LENGTH = None
     SHOWN = ("vae", "transformer")
 

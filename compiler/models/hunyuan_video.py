@@ -23,14 +23,11 @@ class HunyuanVideoModel(VideoModel):
 
     DEFAULTS = "hunyuan-video"
     ARGUMENTS: ClassVar = {STATES: "prompt_embeds", MASK: "prompt_attention_mask", POOLED: "pooled_prompt_embeds"}
+    BLOCKS = "single_transformer_blocks"
 
     @property
     def io(self) -> ModelIO:
         return ModelIO("hidden_states", "timestep", (STATES, MASK, POOLED, "guidance"))
-
-    @property
-    def block(self) -> str:
-        return f"single_transformer_blocks.{self.config.num_single_layers - 1}"
 
     @property
     def side(self) -> int:

@@ -6,7 +6,7 @@ guider. Glyphs that a prompt has in quotes are a text of their own, of fixed len
 """
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -16,7 +16,6 @@ from torch import nn
 from cachec.compiler.models.base import Settings
 from cachec.compiler.models.hunyuan_video_15_equal import HunyuanVideo15Equal
 from cachec.compiler.models.inputs import ragged_mask
-from cachec.compiler.models.lost_text import Reader
 from cachec.compiler.models.video_model import VideoModel
 from cachec.runtime.errors import InputError
 from cachec.runtime.model_io import ModelIO
@@ -41,10 +40,6 @@ class HunyuanVideo15Model(VideoModel):
     @property
     def io(self) -> ModelIO:
         return ModelIO("hidden_states", "timestep", tuple(self.ARGUMENTS), guidance="plain")
-
-    @property
-    def block(self) -> str:
-        return f"transformer_blocks.{self.config.num_layers - 1}"
 
     @property
     def side(self) -> int:
@@ -90,9 +85,6 @@ class HunyuanVideo15Model(VideoModel):
 
     def thin(self, config: Mapping[str, Any]) -> dict[str, Any]:
         return {"num_layers": 1, "num_refiner_layers": 1, "num_attention_heads": 2}
-
-    def readers(self, settings: Settings) -> Sequence[Reader]:
-        return [Reader("tokenizer", settings.text_tokens)]
 
     def pictures(self, latents: torch.Tensor, settings: Settings) -> torch.Tensor:
         """One by one: the autoencoder's own masks have no batch."""

@@ -1,5 +1,7 @@
 """Small things that families make of inputs and outputs. ``B`` batch, ``L`` tokens, ``D`` channels."""
 
+import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,25 @@ def owned(tensor: torch.Tensor) -> torch.Tensor:
     """A copy with memory of its own; floating-point numbers are float32, labels and masks keep their types."""
     copied = tensor.detach().contiguous().clone()
     return copied.float() if copied.is_floating_point() else copied
+
+
+def as_the_weights(value: Array, like: torch.Tensor) -> torch.Tensor:
+    """Where the weights ``like`` are, and of their type if it is floating-point."""
+    given = torch.from_numpy(value).to(like.device)
+    return given.to(like.dtype) if given.is_floating_point() else given
+
+
+def own_levels(pipeline: Any, sigmas: Sequence[float] | None) -> dict[str, Any]:
+    """Noise levels of the user's own, if there are any, as a keyword of the pipeline's call.
+
+    Raises:
+        InputError: its call takes none.
+    """
+    if sigmas is None:
+        return {}
+    if "sigmas" not in inspect.signature(type(pipeline).__call__).parameters:
+        raise InputError(f"{type(pipeline).__name__} takes no noise levels of one's own: leave sigmas out")
+    return {"sigmas": list(sigmas)}
 
 
 def ragged_mask(states: torch.Tensor) -> torch.Tensor:
@@ -33,6 +54,12 @@ def widened(velocity: torch.Tensor, axis: int, kept: tuple[int, int], channels: 
     begin, end = kept
     whole = torch.nn.functional.pad(torch.movedim(velocity, axis, -1), (begin, channels - end))
     return torch.movedim(whole, -1, axis)
+
+
+def spread(latents: torch.Tensor, config: Any) -> torch.Tensor:
+    """Latents [B, C, F, H, W] with the mean and deviation by channel that a video autoencoder's configuration has."""
+    mean, deviation = (torch.tensor(one).view(1, -1, 1, 1, 1).to(latents) for one in (config.latents_mean, config.latents_std))
+    return latents * deviation + mean
 
 
 def only_scale(scales: Array) -> float:

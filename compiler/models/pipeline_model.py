@@ -4,12 +4,11 @@ A family adds what it knows: names, sizes, the cut, random embeddings, how laten
 """
 
 import copy
-import inspect
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -19,9 +18,9 @@ from accelerate import init_empty_weights
 from diffusers.image_processor import VaeImageProcessor
 from torch import nn
 
-from cachec.compiler.models.base import Family, ModelSpec, Settings
+from cachec.compiler.models.base import UNGUIDED, Family, ModelSpec, Settings
 from cachec.compiler.models.components import Components
-from cachec.compiler.models.inputs import only_scale, owned, widened
+from cachec.compiler.models.inputs import as_the_weights, only_scale, own_levels, owned, widened
 from cachec.compiler.models.lost_text import Reader, not_said_twice, tell_of_lost_text
 from cachec.compiler.models.named import MODELS
 from cachec.compiler.models.observed import TRANSFORMER, Observed, observe
@@ -44,8 +43,10 @@ class PipelineModel(Family):
     - ``DEFAULTS``: the short name of the model whose sizes and scales a directory of this family gets.
     - ``ARGUMENTS``: by condition, the keyword of the pipeline's call that takes it ready made; for the negative branch the
       pipelines have the same with ``negative_``. Other conditions follow from the settings, and the pipeline makes them.
-    - ``SCALE``: the keyword of the guidance scale, and ``UNGUIDED`` its value that switches true guidance off.
+    - ``SCALE``: the keyword of the guidance scale.
     - ``LENGTH``: the keyword of the text length, if there is one.
+    - ``BLOCKS``: the transformer's list of blocks, behind the last of which is the cut.
+    - ``TOKENIZER``: of the text encoder that reads ``text_tokens`` of a prompt, if there is one.
     - ``SIGN``: -1 where the pipeline hands its sampler the negated output.
     - ``SHOWN``: components that the pipeline's constructor looks at.
 
@@ -55,8 +56,9 @@ class PipelineModel(Family):
     DEFAULTS: ClassVar[str]
     ARGUMENTS: ClassVar[Mapping[str, str]]
     SCALE: ClassVar[str] = "guidance_scale"
-    UNGUIDED: ClassVar[float] = 1.0
     LENGTH: ClassVar[str | None] = "max_sequence_length"
+    BLOCKS: ClassVar[str] = "transformer_blocks"
+    TOKENIZER: ClassVar[str | None] = "tokenizer"
     SIGN: ClassVar[float] = 1.0
     SHOWN: ClassVar[tuple[str, ...]] = ("vae",)
     part = TRANSFORMER
@@ -90,7 +92,11 @@ class PipelineModel(Family):
 
     def readers(self, settings: Settings) -> Sequence[Reader]:
         """What reads the prompts, and how much of them."""
-        return ()
+        return () if self.TOKENIZER is None else [Reader(self.TOKENIZER, settings.text_tokens)]
+
+    @property
+    def block(self) -> str:
+        return f"{self.BLOCKS}.{len(self.described.get_submodule(self.BLOCKS)) - 1}"  # type: ignore[arg-type]
 
     def answer(self, velocity: torch.Tensor, given: Mapping[str, Any]) -> Any:
         """Zeros stand for a variance that the network gives besides."""
@@ -140,6 +146,12 @@ class PipelineModel(Family):
         scaled = self.unpacked(latents, settings) / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)
         picture: torch.Tensor = vae.decode(scaled, return_dict=False)[0]
         return picture
+
+    def finished(self, made: torch.Tensor) -> Array:
+        """Pictures [B, H, W, 3] in [0, 1] of what :meth:`pictures` gives."""
+        processor = getattr(self.pipeline, "image_processor", None) or VaeImageProcessor()
+        array: Array = processor.postprocess(made, output_type="np")
+        return array
 
     def small(self, settings: Settings) -> Settings:
         """Settings of a thin twin."""
@@ -269,7 +281,7 @@ class PipelineModel(Family):
 
     def _observe(self, settings: Settings, given: Mapping[str, Any], *, whole: bool = True) -> Observed:
         call = {**self._wanted(settings), **given}
-        call[self.SCALE] = settings.guidance if self.io.guidance is None else self.UNGUIDED
+        call[self.SCALE] = settings.guidance if (rule := self.io.guidance) is None else UNGUIDED[rule]
         pipeline, call = self.staged(call)
         return observe(pipeline, self.parts, call, device=self.device, whole=whole)
 
@@ -280,11 +292,7 @@ class PipelineModel(Family):
 
     def _wanted(self, settings: Settings) -> dict[str, Any]:
         """The settings, noise levels of the user's own among them, as keywords of the pipeline's call."""
-        if settings.sigmas is None:
-            return self.sized(settings)
-        if "sigmas" not in inspect.signature(type(self.pipeline).__call__).parameters:
-            raise InputError(f"{type(self.pipeline).__name__} takes no noise levels of one's own: leave sigmas out")
-        return {**self.sized(settings), "sigmas": list(settings.sigmas)}
+        return {**self.sized(settings), **own_levels(self.pipeline, settings.sigmas)}
 
     def check_sizes(self, settings: Settings) -> None:
         """Raise ``InputError`` unless the model draws pictures of this size."""
@@ -364,25 +372,17 @@ class PipelineModel(Family):
         self._load("vae")
         vae = self.pipeline.vae
         made = self.pictures(torch.from_numpy(latents).to(vae.device, vae.dtype), settings)
-        processor = getattr(self.pipeline, "image_processor", None) or VaeImageProcessor()
-        array: Array = processor.postprocess(made, output_type="np")
-        return array.astype(np.float32)
+        return self.finished(made).astype(np.float32)
 
     def generate(self, conditions: Mapping[str, Array], noise: Array, settings: Settings) -> Array:
-        dtype = next(self.transformer.parameters()).dtype
-
-        def there(value: Array) -> torch.Tensor:
-            given = torch.from_numpy(value).to(self.device)
-            return given.to(dtype) if given.is_floating_point() else given
-
+        there = partial(as_the_weights, like=next(self.transformer.parameters()))
         given = {name: there(value) for name, value in conditions.items()}
         call = {**self._wanted(settings), **self.arguments(given, settings), self.SCALE: self.scale(conditions, settings)}
         if self.io.guidance is not None and GUIDANCE in conditions:
             others = {name: given[negative_name(name)] for name in self.io.conditions}
             negative = self.arguments({**given, **others}, settings)
             call |= {negative_name(keyword): negative[keyword] for keyword in self.ARGUMENTS.values()}
-        latents: torch.Tensor = self._run({**call, "return_dict": False}, self.handed(there(noise), settings))
-        return latents.float().cpu().numpy()
+        return self._run({**call, "return_dict": False}, self.handed(there(noise), settings)).float().cpu().numpy()
 
     def _run(self, call: Mapping[str, Any], noise: torch.Tensor) -> torch.Tensor:
         pipeline, given = self.staged(call)
@@ -391,9 +391,9 @@ class PipelineModel(Family):
 
     def scale(self, conditions: Mapping[str, Array], settings: Settings) -> float:
         """What the pipeline's call gets as its guidance scale."""
-        if self.io.guidance is None:
+        if (rule := self.io.guidance) is None:
             return settings.guidance
-        return only_scale(conditions[GUIDANCE]) if GUIDANCE in conditions else self.UNGUIDED
+        return only_scale(conditions[GUIDANCE]) if GUIDANCE in conditions else UNGUIDED[rule]
 
     @staticmethod
     def check_scheduler(scheduler: Any) -> None:

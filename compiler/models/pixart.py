@@ -11,7 +11,6 @@ from diffusers.utils import is_bs4_available, is_ftfy_available
 
 from cachec.compiler.models.base import Settings
 from cachec.compiler.models.inputs import ragged_mask, without_variance
-from cachec.compiler.models.lost_text import Reader
 from cachec.compiler.models.pipeline_model import PipelineModel
 from cachec.runtime.model_io import ModelIO
 
@@ -27,10 +26,6 @@ class PixArtModel(PipelineModel):
     @property
     def io(self) -> ModelIO:
         return ModelIO("hidden_states", "timestep", (STATES, MASK), output=without_variance(self.config), guidance="plain")
-
-    @property
-    def block(self) -> str:
-        return f"transformer_blocks.{self.config.num_layers - 1}"
 
     @property
     def side(self) -> int:
@@ -53,6 +48,3 @@ class PixArtModel(PipelineModel):
 
     def thin(self, config: Mapping[str, Any]) -> dict[str, Any]:
         return {"num_layers": 1, "num_attention_heads": 2, "cross_attention_dim": 2 * config["attention_head_dim"]}
-
-    def readers(self, settings: Settings) -> Sequence[Reader]:
-        return [Reader("tokenizer", settings.text_tokens)]

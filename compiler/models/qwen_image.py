@@ -21,8 +21,7 @@ from PIL import Image
 from torch.nn.functional import pad
 
 from cachec.compiler.models.base import Settings
-from cachec.compiler.models.inputs import ragged_mask
-from cachec.compiler.models.lost_text import Reader
+from cachec.compiler.models.inputs import ragged_mask, spread
 from cachec.compiler.models.pictured_prompts import on_pictures_of, read_pictured
 from cachec.compiler.models.pipeline_model import PipelineModel
 from cachec.runtime.errors import InputError
@@ -30,8 +29,6 @@ from cachec.runtime.model_io import ModelIO
 from cachec.runtime.specs import Array
 
 STATES, MASK = "encoder_hidden_states", "encoder_hidden_states_mask"
-
-
 REFERENCE = "reference"  # the picture to edit, as tokens
 PICTURE_AREA = 1024 * 1024  # pixels that the pipeline scales a picture to
 
@@ -45,10 +42,6 @@ class _QwenImage(PipelineModel):
     @property
     def io(self) -> ModelIO:
         return ModelIO("hidden_states", "timestep", (STATES, MASK), guidance="renormalised")
-
-    @property
-    def block(self) -> str:
-        return f"transformer_blocks.{self.config.num_layers - 1}"
 
     @property
     def side(self) -> int:
@@ -78,10 +71,7 @@ class _QwenImage(PipelineModel):
     def pictures(self, latents: torch.Tensor, settings: Settings) -> torch.Tensor:
         pipe, vae = self.pipeline, self.pipeline.vae
         unpacked = pipe._unpack_latents(latents, settings.height, settings.width, pipe.vae_scale_factor)
-        mean, deviation = (
-            torch.tensor(one).view(1, -1, 1, 1, 1).to(unpacked) for one in (vae.config.latents_mean, vae.config.latents_std)
-        )
-        video: torch.Tensor = vae.decode(unpacked * deviation + mean, return_dict=False)[0]
+        video: torch.Tensor = vae.decode(spread(unpacked, vae.config), return_dict=False)[0]
         return video[:, :, 0]
 
 
@@ -89,9 +79,6 @@ class QwenImageModel(_QwenImage):
     """Text to image."""
 
     DEFAULTS = "qwen-image"
-
-    def readers(self, settings: Settings) -> Sequence[Reader]:
-        return [Reader("tokenizer", settings.text_tokens)]
 
 
 class QwenImageEditModel(_QwenImage):
@@ -102,6 +89,7 @@ class QwenImageEditModel(_QwenImage):
 
     DEFAULTS = "qwen-image-edit"
     LENGTH = None
+    TOKENIZER = None  # counts the picture's tokens, too: what does not fit is refused
 
     @property
     def io(self) -> ModelIO:

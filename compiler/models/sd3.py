@@ -4,13 +4,12 @@ Cut: the image tokens after the last block, before ``norm_out`` and ``proj_out``
 ``text_tokens`` of T5. Skip-layer guidance is none of what is compiled: it calls the transformer a third time.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
 
 from cachec.compiler.models.base import Settings
-from cachec.compiler.models.lost_text import Reader
 from cachec.compiler.models.pipeline_model import PipelineModel
 from cachec.runtime.model_io import ModelIO
 
@@ -20,15 +19,12 @@ class StableDiffusion3Model(PipelineModel):
 
     DEFAULTS = "sd3"
     ARGUMENTS: ClassVar = {"encoder_hidden_states": "prompt_embeds", "pooled_projections": "pooled_prompt_embeds"}
+    TOKENIZER = "tokenizer_3"
     SHOWN = ("vae", "transformer")
 
     @property
     def io(self) -> ModelIO:
         return ModelIO("hidden_states", "timestep", tuple(self.ARGUMENTS), guidance="plain")
-
-    @property
-    def block(self) -> str:
-        return f"transformer_blocks.{self.config.num_layers - 1}"
 
     @property
     def side(self) -> int:
@@ -50,6 +46,3 @@ class StableDiffusion3Model(PipelineModel):
             "caption_projection_dim": 2 * config["attention_head_dim"],
             "dual_attention_layers": tuple(layer for layer in config["dual_attention_layers"] if layer < 1),
         }
-
-    def readers(self, settings: Settings) -> Sequence[Reader]:
-        return [Reader("tokenizer_3", settings.text_tokens)]

@@ -34,11 +34,7 @@ class VideoModel(PipelineModel):
     def small(self, settings: Settings) -> Settings:
         return replace(super().small(settings), frames=1 + self.spacing)
 
-    @torch.no_grad()
-    def decode(self, latents: Array, settings: Settings) -> Array:
+    def finished(self, made: torch.Tensor) -> Array:
         """Videos [B, F, H, W, 3]."""
-        self._load("vae")
-        vae = self.pipeline.vae
-        made = self.pictures(torch.from_numpy(latents).to(vae.device, vae.dtype), settings)
         array: Array = self.pipeline.video_processor.postprocess_video(made, output_type="np")
-        return array.astype("float32")
+        return array

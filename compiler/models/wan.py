@@ -6,7 +6,7 @@ guidance here. Its 5B model is told a time for each token, which are all the sam
 """
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -16,7 +16,7 @@ from torch import nn
 
 from cachec.compiler.models.base import ModelSpec, Settings
 from cachec.compiler.models.components import Components
-from cachec.compiler.models.lost_text import Reader
+from cachec.compiler.models.inputs import spread
 from cachec.compiler.models.observed import TRANSFORMER
 from cachec.compiler.models.own_weights import hash_digests
 from cachec.compiler.models.shards import Stored
@@ -32,6 +32,7 @@ class WanModel(VideoModel):
 
     DEFAULTS = "wan"
     ARGUMENTS: ClassVar = {STATES: "prompt_embeds"}
+    BLOCKS = "blocks"
     _stored_second: Stored | None = None
     _first: nn.Module | None = None  # of the model that this one is the expert of
 
@@ -94,10 +95,6 @@ class WanModel(VideoModel):
         return ModelIO("hidden_states", "timestep", (STATES,), guidance="plain")
 
     @property
-    def block(self) -> str:
-        return f"blocks.{self.config.num_layers - 1}"
-
-    @property
     def side(self) -> int:
         side: int = self.pipeline.vae_scale_factor_spatial * self.config.patch_size[1]
         return side
@@ -108,13 +105,7 @@ class WanModel(VideoModel):
     def thin(self, config: Mapping[str, Any]) -> dict[str, Any]:
         return {"num_layers": 1, "num_attention_heads": 2}
 
-    def readers(self, settings: Settings) -> Sequence[Reader]:
-        return [Reader("tokenizer", settings.text_tokens)]
-
     def pictures(self, latents: torch.Tensor, settings: Settings) -> torch.Tensor:
         vae = self.pipeline.vae
-        mean, deviation = (
-            torch.tensor(one).view(1, -1, 1, 1, 1).to(latents) for one in (vae.config.latents_mean, vae.config.latents_std)
-        )
-        video: torch.Tensor = vae.decode(latents * deviation + mean, return_dict=False)[0]
+        video: torch.Tensor = vae.decode(spread(latents, vae.config), return_dict=False)[0]
         return video

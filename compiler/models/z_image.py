@@ -4,7 +4,7 @@ Cut: the tokens after the last block, before the final layer. What is captured i
 batch (``z_image_equal``); the pipeline hands lists. It negates what the transformer gives.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -13,7 +13,6 @@ from torch.nn.functional import pad
 
 from cachec.compiler.models.base import Settings
 from cachec.compiler.models.inputs import ragged_mask
-from cachec.compiler.models.lost_text import Reader
 from cachec.compiler.models.pipeline_model import PipelineModel
 from cachec.compiler.models.z_image_equal import ZImageEqual
 from cachec.runtime.model_io import ModelIO
@@ -26,16 +25,12 @@ class ZImageModel(PipelineModel):
 
     DEFAULTS = "z-image"
     ARGUMENTS: ClassVar = {TEXTS: "prompt_embeds"}
-    UNGUIDED = 0.0
+    BLOCKS = "layers"
     SIGN = -1.0
 
     @property
     def io(self) -> ModelIO:
         return ModelIO(LATENTS, "t", (TEXTS, MASK), guidance="extra")
-
-    @property
-    def block(self) -> str:
-        return f"layers.{self.config.n_layers - 1}"
 
     @property
     def side(self) -> int:
@@ -71,6 +66,3 @@ class ZImageModel(PipelineModel):
     def thin(self, config: Mapping[str, Any]) -> dict[str, Any]:
         width = 2 * config["dim"] // config["n_heads"]
         return {"n_layers": 1, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2, "dim": width}
-
-    def readers(self, settings: Settings) -> Sequence[Reader]:
-        return [Reader("tokenizer", settings.text_tokens)]

@@ -96,9 +96,9 @@ def test_steps_that_are_not_there_are_refused(start):
         starting_at(make_program("hidden"), start)
 
 
-def test_samplers_that_look_back_cannot_begin_later():
+def test_programs_that_move_latents_from_the_noise_cannot_begin_later():
     program = replace(make_program("output"), shares=np.ones(STEPS, np.float32))
-    with pytest.raises(InputError, match="looks back at the steps before"):
+    with pytest.raises(InputError, match="moves the latents from the noise of step 0, which such a request does not have"):
         starting_at(program, 3)
 
 
