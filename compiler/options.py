@@ -30,7 +30,7 @@ def option(
     also: tuple[Command, ...] = (),
     only: tuple[Command, ...] = (),
     metavar: str | None = None,
-    read: Callable[[Any], tuple[Any, ...]] | None = None,
+    read: Callable[[Any], Any] | None = None,
 ) -> Any:
     """A field of a group. ``flags``: others than ``--its-name``.
 
@@ -56,10 +56,10 @@ def read_levels(value: Any) -> tuple[float, ...]:
     return tuple(map(float, value.split(",") if isinstance(value, str) else value))
 
 
-def read_sizes(value: Any) -> tuple[PictureSize, ...]:
-    """Sizes, from one, several, or ``832x1216,1024x1024``. Raises ``InputError`` or ``TypeError`` if they are none."""
+def read_sizes(value: Any) -> tuple[PictureSize, ...] | Literal["all"]:
+    """Sizes, from one, several, ``832x1216,1024x1024``, or ``all``. Raises ``InputError`` or ``TypeError`` if they are none."""
     if isinstance(value, str):
-        return tuple(map(PictureSize.parse, value.split(",")))
+        return "all" if value == "all" else tuple(map(PictureSize.parse, value.split(",")))
     several = value if isinstance(value, list | tuple) else (value,)
     if wrong := [one for one in several if not isinstance(one, str | PictureSize)]:
         raise TypeError(f"{wrong[0]} is no size")
@@ -81,8 +81,8 @@ class ModelSettings:
     height: int | None = option(None, "Pixels; default from the model.", also=SIZES)
     width: int | None = option(None, "Pixels; default from the model.", also=SIZES)
     frames: int | None = option(None, "Frames of a video; default from the model.", also=SIZES)
-    size: tuple[PictureSize, ...] | None = option(
-        None, "Width and height, and frames of a video, as 832x480x81; compile takes several, with commas.",
+    size: tuple[PictureSize, ...] | Literal["all"] | None = option(
+        None, "Width and height, and frames of a video, as 832x480x81; compile takes several, or all that the family lists.",
         also=SIZES, metavar="WxH[xF][,…]", read=read_sizes,
     )  # fmt: skip
     text_tokens: int | None = option(None, "Length of the text sequence; default from the model.", also=SIZES)
@@ -230,7 +230,7 @@ def plain_type(kind: Any) -> Any:
     return typing.get_origin(kinds[0]) or kinds[0]
 
 
-def _read(name: str, value: Any, kind: Any, read: Callable[[Any], tuple[Any, ...]] | None) -> Any:
+def _read(name: str, value: Any, kind: Any, read: Callable[[Any], Any] | None) -> Any:
     plain = plain_type(kind)
     if value is None and type(None) in typing.get_args(kind):
         return None
@@ -287,6 +287,8 @@ def make_settings(spec: ModelSpec, wish: ModelSettings) -> Settings:
 
 def check_single(wish: ModelSettings) -> None:
     """Raise ``InputError`` if several sizes or numbers of steps are given."""
+    if wish.size == "all":
+        raise InputError("size is all, but only compile takes several: give one")
     for name, several in (("steps", wish.steps or ()), ("size", wish.size or ())):
         if len(several) > 1:
             raise InputError(f"{name} is {','.join(map(str, several))}, but only compile takes several: give one")
@@ -300,16 +302,23 @@ def make_all_settings(spec: ModelSpec, wish: ModelSettings) -> tuple[Settings, .
     """
     if wish.size is not None and (wish.height, wish.width) != (None, None):
         raise InputError("--size contradicts --height and --width: give one")
-    for name, several in (("steps", wish.steps or ()), ("size", wish.size or ())):
+    wished = _listed(spec) if wish.size == "all" else wish.size or ()
+    for name, several in (("steps", wish.steps or ()), ("size", wished)):
         if twice := sorted({str(one) for one in several if several.count(one) > 1}):
             raise InputError(f"{name} {', '.join(twice)} is given twice")
     given = {name: getattr(wish, name) for name in ("height", "width", "frames", "text_tokens", "guidance")}
     usual = {name: getattr(spec, name) if value is None else value for name, value in given.items()}
     usual |= {"dtype": wish.dtype, "sigmas": wish.sigmas, "cut": wish.cut}
     counts = wish.steps or ((spec.steps,) if wish.sigmas is None else (len(wish.sigmas),))
-    sizes: list[dict[str, int]] = [vars(size) for size in wish.size or ()]
+    sizes: list[dict[str, int]] = [vars(size) for size in wished]
     sizes = [size if size["frames"] > 1 else {**size, "frames": usual["frames"]} for size in sizes] or [{}]
     return tuple(Settings(**{**usual, **size, "steps": steps}) for size in sizes for steps in counts)
+
+
+def _listed(spec: ModelSpec) -> tuple[PictureSize, ...]:
+    if not spec.sizes:
+        raise InputError(f"size is all, but {spec.name} has no list of sizes: give them, as --size 1024x1024,832x1216")
+    return tuple(map(PictureSize.parse, spec.sizes))
 
 
 def check_batch(batch: int | None) -> None:

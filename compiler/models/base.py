@@ -33,6 +33,7 @@ UNGUIDED = {"plain": 1.0, "renormalised": 1.0, "extra": 0.0}  # the scale at whi
 class ModelSpec:
     """A model, and its defaults: sizes in pixels, text length in tokens, guidance scale, steps, frames, and its prompt lists.
 
+    ``sizes`` are those that ``--size all`` compiles, the usual one first; none is listed of a model with one size.
     ``source`` is a Hub id or a directory; ``name`` is what the command line calls it; ``probe`` a file of weights that read
     what its pictures show (``cachec.compiler.evaluation.probe``).
     """
@@ -48,6 +49,7 @@ class ModelSpec:
     prompts: str = "general"
     packaged: bool = False
     probe: Path | None = None
+    sizes: tuple[str, ...] = ()
 
     @property
     def portable_source(self) -> str:

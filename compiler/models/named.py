@@ -24,15 +24,40 @@ PUBLISHED = {
     **{f"Tongyi-MAI/{name}": CONFIGS / name for name in ("Z-Image", "Z-Image-Turbo")},
 }
 
+# about a million pixels, used with FLUX and Stable Diffusion alike, and bins of PixArt's; their authors list none
+MEGAPIXEL = ("1024x1024", "832x1216", "1216x832", "896x1152", "1152x896", "768x1344", "1344x768")
+# what FluxKontextPipeline brings every picture to: PREFERRED_KONTEXT_RESOLUTIONS of diffusers 0.42.1
+TALL = ("944x1104", "880x1184", "832x1248", "800x1328", "752x1392", "720x1456", "688x1504", "672x1568")
+KONTEXT = ("1024x1024", *TALL, *("x".join(reversed(size.split("x"))) for size in TALL))
+# as the models' own READMEs list them: tencent/HunyuanVideo (720p), Qwen/Qwen-Image, Wan-Video/Wan2.1 and 2.2
+HUNYUAN_VIDEO = tuple(f"{size}x129" for size in ("1280x720", "720x1280", "1104x832", "832x1104", "960x960"))
+QWEN_IMAGE = ("1328x1328", "1664x928", "928x1664", "1472x1104", "1104x1472", "1584x1056", "1056x1584")
+WAN = tuple(f"{size}x81" for size in ("832x480", "480x832", "1280x720", "720x1280"))
+
 MODELS = {
     "dit": ModelSpec("dit", "facebook/DiT-XL-2-256", 256, 256, text_tokens=1, guidance=4.0, prompts="classes"),
-    "flux": ModelSpec("flux", "black-forest-labs/FLUX.1-dev", height=1024, width=1024, text_tokens=512, guidance=3.5),
-    "flux-kontext": ModelSpec("flux-kontext", "black-forest-labs/FLUX.1-Kontext-dev", 1024, 1024, 512, guidance=2.5, steps=28),
-    "flux-schnell": ModelSpec("flux-schnell", "black-forest-labs/FLUX.1-schnell", 1024, 1024, 256, guidance=0.0, steps=4),
-    "flux2": ModelSpec("flux2", "black-forest-labs/FLUX.2-dev", 1024, 1024, text_tokens=512, guidance=4.0),
-    "flux2-klein": ModelSpec("flux2-klein", "black-forest-labs/FLUX.2-klein-4B", 1024, 1024, 512, guidance=1.0, steps=4),
+    "flux": ModelSpec(
+        "flux", "black-forest-labs/FLUX.1-dev", height=1024, width=1024, text_tokens=512, guidance=3.5, sizes=MEGAPIXEL
+    ),
+    "flux-kontext": ModelSpec(
+        "flux-kontext", "black-forest-labs/FLUX.1-Kontext-dev", 1024, 1024, 512, 2.5, steps=28, sizes=KONTEXT
+    ),
+    "flux-schnell": ModelSpec(
+        "flux-schnell", "black-forest-labs/FLUX.1-schnell", 1024, 1024, 256, guidance=0.0, steps=4, sizes=MEGAPIXEL
+    ),
+    "flux2": ModelSpec("flux2", "black-forest-labs/FLUX.2-dev", 1024, 1024, text_tokens=512, guidance=4.0, sizes=MEGAPIXEL),
+    "flux2-klein": ModelSpec(
+        "flux2-klein", "black-forest-labs/FLUX.2-klein-4B", 1024, 1024, 512, guidance=1.0, steps=4, sizes=MEGAPIXEL
+    ),
     "hunyuan-video": ModelSpec(
-        "hunyuan-video", "hunyuanvideo-community/HunyuanVideo", 720, 1280, text_tokens=256, guidance=6.0, frames=129
+        "hunyuan-video",
+        "hunyuanvideo-community/HunyuanVideo",
+        720,
+        1280,
+        text_tokens=256,
+        guidance=6.0,
+        frames=129,
+        sizes=HUNYUAN_VIDEO,
     ),
     "hunyuan-video-1.5": ModelSpec(
         "hunyuan-video-1.5",
@@ -43,11 +68,15 @@ MODELS = {
         guidance=6.0,
         frames=121,
     ),
-    "pixart": ModelSpec("pixart", "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS", 1024, 1024, 300, guidance=4.5, steps=20),
-    "qwen-image": ModelSpec("qwen-image", "Qwen/Qwen-Image", 1328, 1328, text_tokens=512, guidance=4.0),
-    "qwen-image-edit": ModelSpec("qwen-image-edit", "Qwen/Qwen-Image-Edit", 1024, 1024, text_tokens=1536, guidance=4.0),
-    "sd3": ModelSpec("sd3", "stabilityai/stable-diffusion-3-medium-diffusers", 1024, 1024, 256, guidance=7.0, steps=28),
-    "sd3.5": ModelSpec("sd3.5", "stabilityai/stable-diffusion-3.5-large", 1024, 1024, 256, guidance=3.5, steps=28),
+    "pixart": ModelSpec("pixart", "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS", 1024, 1024, 300, 4.5, steps=20, sizes=MEGAPIXEL),
+    "qwen-image": ModelSpec("qwen-image", "Qwen/Qwen-Image", 1328, 1328, text_tokens=512, guidance=4.0, sizes=QWEN_IMAGE),
+    "qwen-image-edit": ModelSpec("qwen-image-edit", "Qwen/Qwen-Image-Edit", 1024, 1024, 1536, guidance=4.0, sizes=MEGAPIXEL),
+    "sd3": ModelSpec(
+        "sd3", "stabilityai/stable-diffusion-3-medium-diffusers", 1024, 1024, 256, guidance=7.0, steps=28, sizes=MEGAPIXEL
+    ),
+    "sd3.5": ModelSpec(
+        "sd3.5", "stabilityai/stable-diffusion-3.5-large", 1024, 1024, 256, guidance=3.5, steps=28, sizes=MEGAPIXEL
+    ),
     "tiny-flux": ModelSpec(
         "tiny-flux",
         str(TINY_FLUX_DIR),
@@ -59,10 +88,20 @@ MODELS = {
         packaged=True,
         probe=TINY_FLUX_DIR / "probe.safetensors",
     ),
-    "wan": ModelSpec("wan", "Wan-AI/Wan2.1-T2V-14B-Diffusers", 480, 832, text_tokens=512, guidance=5.0, frames=81),
+    "wan": ModelSpec("wan", "Wan-AI/Wan2.1-T2V-14B-Diffusers", 480, 832, text_tokens=512, guidance=5.0, frames=81, sizes=WAN),
     "wan-2.2": ModelSpec(
-        "wan-2.2", "Wan-AI/Wan2.2-T2V-A14B-Diffusers", 720, 1280, text_tokens=512, guidance=4.0, steps=40, frames=81
+        "wan-2.2",
+        "Wan-AI/Wan2.2-T2V-A14B-Diffusers",
+        720,
+        1280,
+        text_tokens=512,
+        guidance=4.0,
+        steps=40,
+        frames=81,
+        sizes=(*WAN[2:], *WAN[:2]),
     ),
-    "z-image": ModelSpec("z-image", "Tongyi-MAI/Z-Image", 1024, 1024, text_tokens=512, guidance=5.0),
-    "z-image-turbo": ModelSpec("z-image-turbo", "Tongyi-MAI/Z-Image-Turbo", 1024, 1024, 512, guidance=0.0, steps=9),
+    "z-image": ModelSpec("z-image", "Tongyi-MAI/Z-Image", 1024, 1024, text_tokens=512, guidance=5.0, sizes=MEGAPIXEL),
+    "z-image-turbo": ModelSpec(
+        "z-image-turbo", "Tongyi-MAI/Z-Image-Turbo", 1024, 1024, 512, guidance=0.0, steps=9, sizes=MEGAPIXEL
+    ),
 }

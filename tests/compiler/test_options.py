@@ -114,6 +114,18 @@ def test_lists_that_cannot_be_used_are_refused(given, message):
         make_all_settings(MODELS["tiny-flux"], read_options(given).model)
 
 
+def test_all_sizes_are_those_that_the_family_lists():
+    found = make_all_settings(MODELS["wan-2.2"], read_options({"steps": "20,8", "size": "all"}).model)
+    assert [(one.size, one.steps) for one in found][:3] == [("1280x720x81", 20), ("1280x720x81", 8), ("720x1280x81", 20)]
+    for spec in filter(lambda spec: spec.sizes, MODELS.values()):  # the usual one first
+        every, usual = (make_all_settings(spec, read_options(of).model) for of in ({"size": "all"}, {}))
+        assert every[0] == usual[0]
+    with pytest.raises(InputError, match="dit has no list of sizes: give them, as"):
+        make_all_settings(MODELS["dit"], read_options({"size": "all"}).model)
+    with pytest.raises(InputError, match="size is all, but only compile takes several"):
+        make_settings(MODELS["wan"], read_options({"size": "all"}).model)
+
+
 def test_other_commands_take_one_size_and_one_number_of_steps():
     with pytest.raises(InputError, match="steps is 20,8, but only compile takes several"):
         make_settings(MODELS["tiny-flux"], read_options({"steps": "20,8"}, "train").model)
