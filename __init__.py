@@ -91,6 +91,9 @@ def accelerate(pipeline: Any, *, method: str = "taylor", compiled: bool = True, 
         options |= wanted
     if given := sorted({"device", "dtype"} & options.keys()):
         raise InputError(f"{' and '.join(given)} cannot be given: the pipeline's own are taken; move it first with pipe.to(…)")
+    if "lora" in options:
+        raise InputError("lora cannot be given: fuse it in the pipeline first, with load_lora_weights, fuse_lora and "
+                         "unload_lora_weights")  # fmt: skip
     model = wrap_pipeline(pipeline)
     return accelerate_pipeline(model, make_request(model.spec, method=method, **options), compiled=compiled)
 

@@ -23,6 +23,7 @@ from cachec.compiler.frontend import (
 )
 from cachec.compiler.handed import SECOND, handed_constants
 from cachec.compiler.models.base import LoadedModel, Settings
+from cachec.compiler.models.samples import lora_layers
 from cachec.compiler.request import Request
 from cachec.compiler.stand_in import BACK
 from cachec.engines.eager import EagerEngine
@@ -49,6 +50,9 @@ def accelerate_pipeline(model: LoadedModel, request: Request, *, compiled: bool 
     """
     for one in (model, *(() if model.expert is None else (model.expert[0],))):
         check_original(one.transformer)
+        if lora_layers(one.transformer):
+            raise InputError("the transformer has a LoRA beside its weights: fuse it with pipe.fuse_lora(), then call "
+                             "pipe.unload_lora_weights()")  # fmt: skip
     forms = []
     with neutral_modes(str(model.device)):
         for one in request.variants:

@@ -16,10 +16,11 @@ from cachec.compiler.drop_in.forms import Compiled, Form, Schedule
 from cachec.compiler.drop_in.transformer import AcceleratedTransformer
 from cachec.compiler.models import FAMILIES
 from cachec.compiler.models.base import Family, LoadedModel, settings_of
-from cachec.compiler.models.samples import difference
+from cachec.compiler.models.samples import difference, held_samples, lora_layers
 from cachec.runtime.abi import COMPUTE
 from cachec.runtime.bundle import Bundle
 from cachec.runtime.errors import BundleError, InputError
+from cachec.runtime.inspect import describe_loras
 from cachec.runtime.session import LoadedBundle
 from cachec.runtime.stepper import Stepper
 
@@ -92,15 +93,27 @@ def _model(facts: Mapping[str, Any], transformer: nn.Module, pipeline: Any) -> L
 
 def _graph_of(bundle: Bundle, facts: Mapping[str, Any], transformer: nn.Module) -> str:
     """The compute graph that was made of this transformer."""
-    changes = {}
+    changes, held = {}, held_samples(transformer)
     for graph, name in facts["weights"].items():
-        if (change := difference(load_file(bundle.path(name)), transformer.state_dict())) is None:
+        if (change := difference(load_file(bundle.path(name)), held)) is None:
             return str(graph)
         changes[graph] = change
+    model = bundle.manifest.model
     raise InputError(
-        f"the transformer is not the one that the bundle was compiled from, {bundle.manifest.model['source']}: "
-        f"{changes[COMPUTE]}. Take the adapter off, or compile this one"
+        f"the transformer is not the one that the bundle was compiled from, {model['source']}"
+        f"{''.join(f' with {text}' for text in describe_loras(model.get('loras', ())))}: {changes[COMPUTE]}. "
+        + _advice(model, has_lora=bool(lora_layers(transformer)))
     )
+
+
+def _advice(model: Mapping[str, Any], *, has_lora: bool) -> str:
+    """What to do about a transformer of other weights."""
+    if loras := model.get("loras"):
+        return (f"Load the same with pipe.load_lora_weights('{loras[0]['name']}') and pipe.fuse_lora(lora_scale="
+                f"{loras[0]['scale']:g}), or take a bundle without")  # fmt: skip
+    if has_lora:
+        return f"Take the LoRA off, or compile with it: cachec compile {model['source']} --lora FILE"
+    return "Take the adapter off, or compile this one"
 
 
 def _first(loaded: LoadedBundle, pipeline: Any) -> AcceleratedTransformer:

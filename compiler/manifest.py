@@ -31,7 +31,12 @@ def make_manifest(
     """
     method = request.method
     return Manifest(
-        model={"name": model.spec.name, "source": model.spec.portable_source, "weights_sha256": model.weights_hash},
+        model={
+            "name": model.spec.name,
+            "source": model.spec.portable_source,
+            "weights_sha256": model.weights_hash,
+            **({"plain_sha256": model.plain_hash, "loras": [dict(one) for one in model.loras]} if model.loras else {}),
+        },
         io=model.io.to_json(),
         method={
             "name": method.name,
@@ -42,6 +47,7 @@ def make_manifest(
             "fold": "static" if request.folds else "none",
             "hoist": request.wish.graph.hoist,
             "slots": request.wish.graph.slots or "their own type",
+            "velocities": request.wish.graph.velocities,
             "predictor": dict(parameters.facts) if parameters else None,
         },
         settings={

@@ -89,6 +89,10 @@ class ModelSettings:
     guidance: float | None = option(None, "Guidance scale; default from the model.", also=SIZES)
     dtype: str = option("float32", "float32, float16 or bfloat16.", also=RUNS)
     cut: str | None = option(None, "Path of the block behind which forecasts begin; default the model's last.", also=RUNS)
+    lora: tuple[str, ...] = option(
+        (), "LoRA to fuse with the weights, by default at scale 1. May be given several times.",
+        also=("train", "calibrate"), metavar="FILE[:SCALE]",
+    )  # fmt: skip
     batch: int | None = option(None, "Accept batches of this size only; default any.", also=("plan",))
 
 

@@ -12,6 +12,7 @@ from cachec.compiler.calibration.prompts import read_prompts
 from cachec.compiler.methods import get_method
 from cachec.compiler.methods.base import Method, PredictorMethod
 from cachec.compiler.models.base import ModelSpec, Settings
+from cachec.compiler.models.lora_files import LoraFile, parse_loras
 from cachec.compiler.options import (
     BuildWish,
     FitWish,
@@ -64,6 +65,7 @@ class Request:
     build: BuildOptions
     interval: int | None
     reference_steps: int | None
+    loras: tuple[LoraFile, ...] = ()
     more: tuple["Request", ...] = ()
 
     @property
@@ -168,12 +170,12 @@ def check_wish(spec: ModelSpec, wish: Options) -> Request:
     method = get_method(wish.schedule.method).with_options(wish.schedule.options or {})
     _check_files(method, wish.fit, len(settings))
     prompts = None if wish.fit.prompts is None else read_prompts(wish.fit.prompts)
-    build, requests = make_build_options(wish.build), list[Request]()
+    build, loras, requests = make_build_options(wish.build), parse_loras(wish.model.lora), list[Request]()
     for one in settings:
         goals, interval = make_goals(method, one.steps, wish.schedule)
         _check_graph(method, goals, wish.graph)
         reference = _choose_reference(method, goals, one, wish.fit)
-        requests.append(Request(wish, method, goals, one, prompts, targets, device, build, interval, reference))
+        requests.append(Request(wish, method, goals, one, prompts, targets, device, build, interval, reference, loras))
     if wish.graph.fold == "none" and len({one.steps for one in settings}) > 1:
         raise InputError(
             "fold is none, which keeps a predictor of one schedule in the engine, and several numbers of steps are asked for: "

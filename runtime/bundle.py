@@ -25,16 +25,17 @@ from cachec.runtime.variants import Variant, find_variant
 log = logging.getLogger(__name__)
 
 FORMAT = "cachec-bundle"
-FORMAT_VERSION = 7  # 7: several sizes and numbers of steps
+FORMAT_VERSION = 8  # 8: LoRAs, and further weights
 MANIFEST = "manifest.json"
 ANY_DEVICE = "any"  # of a target whose artifacts are bound to no device
 LARGE_FILE_BYTES = 64 * 2**20  # files above are hashed once per machine, then known by size and time
 
 
 _TENSORS = [{"name": str, "shape": [], "dtype": str}]
+_LORA = {"name": str, "sha256": str, "scale": float}
 _PROGRAMS: Form = {ANY: {"json": str, "arrays": str}}
 _FORM: Form = {  # of a manifest
-    "model": {"name": str, "source": str, "weights_sha256": str},
+    "model": {"name": str, "source": str, "weights_sha256": str, "plain_sha256?": str, "loras?": [_LORA]},
     "io": {"latents": str, "timestep": str, "conditions": [str], "guidance?": str},
     "method": {"name": str},
     "settings": {},

@@ -18,6 +18,7 @@ def describe_bundle(bundle: Bundle, fits: Sequence[str] = ()) -> list[tuple[str,
     options = ", ".join(f"{k}={v}" for k, v in method["options"].items())
     rows = [
         ("model", f"{manifest.model['name']} ({manifest.model['source']}), weights {manifest.model['weights_sha256'][:16]}"),
+        *[("lora", in_words) for in_words in describe_loras(manifest.model.get("loras", ()))],
         ("method", method["name"] + (f" ({options})" if options else "") + f", fold {method['fold']}"),
         ("cut", f"{method['cut']}, after {settings['block']}"),
         ("setting", f"{PictureSize.of(settings)}, {settings['text_tokens']} text tokens, guidance {settings['guidance']}, "
@@ -39,6 +40,11 @@ def describe_bundle(bundle: Bundle, fits: Sequence[str] = ()) -> list[tuple[str,
     total = sum(entry["bytes"] for entry in manifest.files.values())
     rows.append(("size", f"{total / 1e6:.1f} MB in {len(manifest.files)} files, all hashes match"))
     return rows
+
+
+def describe_loras(loras: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What is fused with the weights."""
+    return [f"{one['name']} at scale {one['scale']:g}, {one['sha256'][:16]}" for one in loras]
 
 
 def _choices(bundle: Bundle) -> list[tuple[str, str]]:

@@ -15,6 +15,7 @@ from cachec.compiler.calibration.uses import UsedPrompts, choose_prompts
 from cachec.compiler.calibration.workers import at_work
 from cachec.compiler.commands.recipes import BundleRecorder, ModelRecorder, check_torch_device
 from cachec.compiler.models import find_model, load_model
+from cachec.compiler.models.lora_files import parse_loras
 from cachec.compiler.options import ModelSettings, Options, check_single, make_settings, read_options
 from cachec.engines import open_bundle
 from cachec.engines.gpu import check_gpu
@@ -98,7 +99,8 @@ def _of_model(source: str, wish: Options, num: int | None, work: Path) -> Iterat
         )
     prompts = choose_prompts(spec.prompts, wish.fit.prompts, num)
     check_reference(settings.steps, wish.fit.reference_steps or 0)
-    model = load_model(spec)
+    loras = parse_loras(wish.model.lora)
+    model = load_model(spec, loras=loras)
     check_calibration(model, settings, len(prompts.prompts), wish.fit.reference_steps or 0, work)
     if crew is None:
         with model.hashing_weights():
@@ -107,7 +109,7 @@ def _of_model(source: str, wish: Options, num: int | None, work: Path) -> Iterat
             subject = Subject.of(model, settings)
         yield Calibrated(subject, recording_here(subject, evaluator), prompts)
         return
-    with model.hashing_weights(), at_work(crew, ModelRecorder(spec.portable_source, settings)) as recorders:
+    with model.hashing_weights(), at_work(crew, ModelRecorder(spec.portable_source, settings, loras)) as recorders:
         yield Calibrated(Subject.of(model, settings), recorders, prompts)
 
 

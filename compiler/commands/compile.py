@@ -27,4 +27,4 @@ def compile_to_bundle(source: str, out: Path | None, *, force: bool, **options: 
     request = make_request(spec, **options)
     out = out or Path(f"{spec.name.replace('/', '--')}-{request.method.name}.cachec")
     check_output(out, force=force)
-    return out, compile_bundle(load_model(spec), request, out, force=force)
+    return out, compile_bundle(load_model(spec, loras=request.loras), request, out, force=force)

@@ -12,6 +12,7 @@ from cachec.compiler.calibration.workers import Place, Recipe
 from cachec.compiler.commands.messages import set_up_messages
 from cachec.compiler.models import find_model, load_model
 from cachec.compiler.models.base import Settings
+from cachec.compiler.models.lora_files import LoraFile
 from cachec.engines import open_bundle
 from cachec.runtime.device import CPU, DeviceName
 from cachec.runtime.specs import Array
@@ -34,10 +35,11 @@ def take_threads(place: Place) -> None:
 
 @dataclass(frozen=True)
 class ModelRecorder(Recipe[RecorderFacts, Batch, dict[str, Array]]):
-    """A model by name or directory, with these settings."""
+    """A model by name or directory, with these settings and LoRAs."""
 
     source: str
     settings: Settings
+    loras: tuple[LoraFile, ...] = ()
 
     @contextmanager
     def open(self, place: Place) -> Iterator[Recorder]:
@@ -45,7 +47,7 @@ class ModelRecorder(Recipe[RecorderFacts, Batch, dict[str, Array]]):
 
         set_up_messages()
         take_threads(place)
-        model, device = load_model(find_model(self.source)), DeviceName.parse(place.device or CPU)
+        model, device = load_model(find_model(self.source), loras=self.loras), DeviceName.parse(place.device or CPU)
         with model.hashing_weights():
             evaluator = evaluator_of(model, self.settings, device)
             subject = Subject.of(model, self.settings)

@@ -45,10 +45,10 @@ def train_to_file(source: str, out: Path, *, force: bool, **options: Any) -> lis
     training = training_of(spec, request)
     check_file(out, force=force)
     work = out.with_name(out.name + ".training")
-    model = load_model(spec)
+    model = load_model(spec, loras=request.loras)
     if crew is not None:
         check_training(model, request.settings, len(training.prompts.prompts), work)
-        recipe = ModelRecorder(spec.portable_source, request.settings)
+        recipe = ModelRecorder(spec.portable_source, request.settings, request.loras)
         with model.hashing_weights(), at_work(crew, recipe) as recorders:
             record_for_training(model, recorders, training, work=work)
     with model.hashing_weights():

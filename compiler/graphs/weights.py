@@ -47,7 +47,7 @@ class Expression:
     def key(self) -> Hashable:
         """The same for expressions of the same value; its ``repr`` is the same in all processes that open the same files."""
         if self.shards is not None:
-            return (*map(str, self.shards.files), self.name, self.dtype)
+            return (self.shards.key(self.name), self.dtype)
         return (str(self.operator), _key(self.args), _key(self.kwargs))
 
     def pieces(self, device: torch.device) -> Iterator[torch.Tensor]:
@@ -146,10 +146,9 @@ def _made(operator: Any, args: Any, kwargs: Any, dtype: torch.dtype) -> Expressi
 def _is_exact(stored: Expression, dtype: torch.dtype) -> bool:
     """Does a cast on the way change nothing? What is stored fits into it, or is what is wanted in the end."""
     assert stored.shards is not None
-    place = stored.shards.places.get(stored.name)
-    if place is None:  # nothing is read that could be rounded
+    kept = stored.shards.dtype(stored.name)
+    if kept is None:  # nothing is read that could be rounded
         return True
-    kept = place.dtype
     return torch.promote_types(kept, stored.dtype) == stored.dtype or kept == dtype
 
 

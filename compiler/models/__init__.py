@@ -2,12 +2,14 @@
 
 import inspect
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
 from cachec.compiler.models.base import Family, LoadedModel, ModelSpec
+from cachec.compiler.models.lora_files import LoraFile
 from cachec.compiler.models.named import MODELS, PUBLISHED, TINY_FLUX_DIR
 from cachec.runtime.errors import InputError, ModelUnavailableError, unknown_name
 from cachec.runtime.registry import Registry
@@ -57,19 +59,24 @@ def find_model(model: str) -> ModelSpec:
     raise unknown_name("model", model, MODELS)
 
 
-def load_model(spec: ModelSpec, *, with_transformer: bool = True) -> LoadedModel:
+def load_model(spec: ModelSpec, *, with_transformer: bool = True, loras: Sequence[LoraFile] = ()) -> LoadedModel:
     """Load a model with the class of its family; without its transformer if only text and pictures are wanted.
+
+    ``loras`` are fused with its weights.
 
     Raises:
         ModelUnavailableError: the weights cannot be reached, or are damaged.
-        InputError: no family knows this kind of pipeline.
+        InputError: no family knows this kind of pipeline, or a LoRA does not fit.
     """
     directory = _directory(spec, with_transformer=with_transformer)
     family = _find_family(directory, spec.source)
     try:
-        return family.load(spec, directory, with_transformer=with_transformer)
+        model = family.load(spec, directory, with_transformer=with_transformer)
     except (OSError, ValueError, SafetensorError) as error:
         raise ModelUnavailableError(f"{spec.source} cannot be loaded: {error}") from error
+    if loras:
+        model.fuse(loras)
+    return model
 
 
 def outline_model(model: str) -> LoadedModel:

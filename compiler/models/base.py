@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # text and pictures are made without torch where a family can
     import torch
     from torch import nn
 
+    from cachec.compiler.models.lora_files import LoraFile
     from cachec.compiler.models.shards import Stored
     from cachec.compiler.tables.sampling import Sampling
 
@@ -185,7 +186,36 @@ class LoadedModel(ABC):
     @property
     @abstractmethod
     def weights_hash(self) -> str:
-        """SHA-256 over the transformer's weight files; over its tensors, if it is in memory and not what its files say."""
+        """SHA-256 over the transformer's weight files; over its tensors, if it is in memory and not what its files say.
+
+        Another one with LoRAs fused.
+        """
+
+    @property
+    def plain_hash(self) -> str:
+        """The same without LoRAs."""
+        return self.weights_hash
+
+    @property
+    def loras(self) -> Sequence[Mapping[str, Any]]:
+        """What is fused: by LoRA the ``name`` of a file, its ``sha256``, and its ``scale``."""
+        return ()
+
+    def fuse(self, loras: "Sequence[LoraFile]") -> None:
+        """Take weights with all of these fused, before anything is made of them; none is in memory for it.
+
+        Raises:
+            InputError: the model's weights are in memory, or of two transformers; or a file does not fit.
+        """
+        if self.expert is not None:
+            raise InputError(
+                f"{self.spec.name} has two transformers, and a LoRA file does not say which it is for: fuse it in diffusers "
+                "(load_lora_weights with load_into_transformer_2, fuse_lora), save the pipeline, and compile that"
+            )
+        raise InputError(
+            f"the weights of {self.spec.name} are in memory: fuse the LoRA there (pipe.load_lora_weights, pipe.fuse_lora, "
+            "pipe.unload_lora_weights)"
+        )
 
     def hashing_weights(self) -> AbstractContextManager[None]:
         """Within it, ``weights_hash`` is made beside other work, if that takes long: it may be asked for late."""

@@ -5,8 +5,8 @@ A family adds what it knows: names, sizes, the cut, random embeddings, how laten
 
 import copy
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -21,17 +21,17 @@ from torch import nn
 from cachec.compiler.models.base import UNGUIDED, Family, ModelSpec, Settings
 from cachec.compiler.models.components import Components
 from cachec.compiler.models.inputs import as_the_weights, only_scale, own_levels, owned, widened
+from cachec.compiler.models.lora import fuse_loras
+from cachec.compiler.models.lora_files import LoraFile
 from cachec.compiler.models.lost_text import Reader, not_said_twice, tell_of_lost_text
 from cachec.compiler.models.named import MODELS
 from cachec.compiler.models.observed import TRANSFORMER, Observed, observe
-from cachec.compiler.models.own_weights import files_of, hash_digests, hash_tensors
+from cachec.compiler.models.own_weights import OwnHash, hash_with_loras
 from cachec.compiler.models.shards import Stored
 from cachec.compiler.tables.sampler_probe import check_sampler, probe_sampler
 from cachec.compiler.tables.sampling import Sampling
 from cachec.runtime.abi import GUIDANCE, negative_name
 from cachec.runtime.errors import InputError, ModelUnavailableError
-from cachec.runtime.files import hash_file, reason_of
-from cachec.runtime.hashing import hashing
 from cachec.runtime.specs import Array
 
 
@@ -70,7 +70,6 @@ class PipelineModel(Family):
         self._components = None if directory is None else Components(spec.source, directory)
         self._stored = stored
         self._described: nn.Module | None = None
-        self._digests: Callable[[], list[str]] | None = None  # of the weights' files, if they are being made
         self._told: set[str] = set()  # prompts that are cut, and that was said
         self._samplings: dict[Settings, Sampling] = {}
         self._seen: tuple[tuple[Settings, int], Observed] | None = None  # the last run that was observed
@@ -199,7 +198,8 @@ class PipelineModel(Family):
         if self._held is None:
             if self._stored is None or self._components is None:
                 raise ModelUnavailableError(f"{self.spec.name} was loaded without its {self.part}")
-            setattr(self.pipeline, self.part, self._components.load(self.part))
+            setattr(self.pipeline, self.part, loaded := self._components.load(self.part))
+            self._stored.fuse_into(loaded)
         module: nn.Module = self._held.eval()
         return module
 
@@ -210,6 +210,16 @@ class PipelineModel(Family):
     @property
     def stored(self) -> Stored | None:
         return self._stored
+
+    @property
+    def loras(self) -> Sequence[Mapping[str, Any]]:
+        return () if self._stored is None else self._stored.loras
+
+    def fuse(self, loras: Sequence[LoraFile]) -> None:
+        if self._stored is None or self.expert is not None:
+            super().fuse(loras)
+        else:
+            self._stored = fuse_loras(self._stored, loras, self.pipeline)
 
     @property
     def device(self) -> torch.device:
@@ -232,32 +242,21 @@ class PipelineModel(Family):
         """The transformer's configuration."""
         return self.described.config
 
-    @cached_property
+    @property
+    def plain_hash(self) -> str:
+        return self._own_hash.value
+
+    @property
     def weights_hash(self) -> str:
-        if not (files := self._own_files()):
-            return hash_tensors(self.transformer)
-        try:
-            return hash_digests([hash_file(file) for file in files] if self._digests is None else self._digests())
-        except OSError as error:
-            raise ModelUnavailableError(f"the weights of {self.spec.source} cannot be read: {reason_of(error)}") from error
+        return hash_with_loras(self.plain_hash, self.loras)
 
-    @contextmanager
-    def hashing_weights(self) -> Iterator[None]:
-        if self._stored is None or "weights_hash" in vars(self):
-            yield
-            return
-        with hashing(self._own_files()) as self._digests:
-            try:
-                yield
-            finally:
-                self._digests = None
+    def hashing_weights(self) -> AbstractContextManager[None]:
+        return self._own_hash.beside()
 
-    def _own_files(self) -> list[Path]:
-        """Files with the very weights of the transformer."""
-        if self._stored is not None:
-            return list(self._stored.shards.files)
-        found = self._components
-        return [] if found is None else files_of(self.spec.source, found.directory / self.part, self.transformer)
+    @cached_property
+    def _own_hash(self) -> OwnHash:
+        folder = None if self._components is None else self._components.directory / self.part
+        return OwnHash(self.spec.source, self._stored, folder, lambda: self.transformer)
 
     # --- what the pipeline hands over
 

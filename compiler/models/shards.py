@@ -8,8 +8,8 @@ import json
 import math
 import re
 import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from operator import index
 from pathlib import Path
 from typing import Any, Self
@@ -42,11 +42,33 @@ class Place:
 
 
 @dataclass(frozen=True, eq=False)
+class Update:
+    """What a LoRA adds to a weight [N, …]: ``scale`` times ``up`` [N, R] by ``down`` [R, …]; convolutions may have more axes.
+
+    ``origin`` says where it is from, and is the same for the same update in all processes.
+    """
+
+    down: torch.Tensor
+    up: torch.Tensor
+    scale: float
+    origin: Hashable
+
+    def added_to(self, weight: torch.Tensor) -> torch.Tensor:
+        """The sum, in the weight's type."""
+        up, down = (tensor.to(weight.dtype).flatten(1) for tensor in (self.up, self.down))
+        return torch.add(weight, (up @ down).reshape(weight.shape), alpha=self.scale)
+
+
+@dataclass(frozen=True, eq=False)
 class Shards:
-    """Tensors by name, in ``files``; in none, of a model of which only the configuration is there."""
+    """Tensors by name, in ``files``; in none, of a model of which only the configuration is there.
+
+    ``updates``: what is added, in float32, to those that a LoRA changes.
+    """
 
     places: Mapping[str, Place]
     files: Sequence[Path] = ()
+    updates: Mapping[str, Sequence[Update]] = field(default_factory=dict)
 
     @classmethod
     def open(cls, files: Sequence[Path]) -> Self:
@@ -63,12 +85,31 @@ class Shards:
                 places[name] = place
         return cls(places, files)
 
+    def key(self, name: str) -> Hashable:
+        """The same for tensors of the same value, in all processes that open the same files."""
+        return (*map(str, self.files), name, *(update.origin for update in self.updates.get(name, ())))
+
+    def dtype(self, name: str) -> torch.dtype | None:
+        """The type that a tensor is read in; ``None`` where there are no values."""
+        place = self.places.get(name)
+        return torch.float32 if name in self.updates else None if place is None else place.dtype
+
     def read(self, name: str) -> torch.Tensor:
-        """The tensor, on the CPU, in the type that it is stored in.
+        """The tensor, on the CPU, in the type that it is stored in; in float32 if it is updated.
 
         Raises:
             ModelUnavailableError: its file is gone, or has become shorter, or there never was one.
         """
+        stored = self.read_plain(name)
+        if not (updates := self.updates.get(name)):
+            return stored
+        sum_ = stored.float()
+        for update in updates:
+            sum_ = update.added_to(sum_)
+        return sum_
+
+    def read_plain(self, name: str) -> torch.Tensor:
+        """The tensor without updates. Raises as :meth:`read`."""
         place = self.places.get(name)
         if place is None:
             raise ModelUnavailableError(f"{name} has no values: of this model only the configuration was given")
@@ -85,10 +126,14 @@ class Shards:
 
 @dataclass(frozen=True, eq=False)
 class Stored:
-    """A transformer on disk: the ``module``, its parameters without values, its buffers with theirs, and the weights' files."""
+    """A transformer on disk: the ``module``, its parameters without values, its buffers with theirs, and the weights' files.
+
+    ``loras``: what is fused with the weights, by name of a file, with its ``sha256`` and ``scale``.
+    """
 
     module: nn.Module
     shards: Shards
+    loras: Sequence[Mapping[str, Any]] = ()
 
     @classmethod
     def open(cls, build: Callable[[], nn.Module], files: Sequence[Path], configuration: Path) -> Self:
@@ -106,6 +151,16 @@ class Stored:
                 with torch.no_grad():
                     buffer.copy_(shards.read(name))
         return cls(module, shards)
+
+    def fused(self, updates: Mapping[str, Sequence[Update]], loras: Sequence[Mapping[str, Any]]) -> Self:
+        """With these updates of its weights, by name."""
+        return replace(self, shards=replace(self.shards, updates=updates), loras=loras)
+
+    @torch.no_grad()
+    def fuse_into(self, module: nn.Module) -> None:
+        """Give ``module``, which has the plain weights, those that are updated."""
+        for name in self.shards.updates:
+            module.get_parameter(name).copy_(self.shards.read(name))
 
     @classmethod
     def outline(cls, build: Callable[[], nn.Module]) -> Self:

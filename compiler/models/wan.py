@@ -61,7 +61,7 @@ class WanModel(VideoModel):
             return None
         second = copy.copy(self)
         second.part, second._stored, second._described, second._first = SECOND, self._stored_second, None, self.described
-        vars(second).pop("weights_hash", None)
+        vars(second).pop("_own_hash", None)
         return second, self.pipeline.config.boundary_ratio * self.pipeline.scheduler.config.num_train_timesteps
 
     @property
@@ -71,11 +71,11 @@ class WanModel(VideoModel):
         expert = self.expert
         return {TRANSFORMER: self.described} if expert is None else expert[0].parts
 
-    @cached_property
-    def weights_hash(self) -> str:
+    @property
+    def plain_hash(self) -> str:
         """Of both transformers."""
-        own, expert = super().weights_hash, self.expert
-        return own if expert is None else hash_digests([own, expert[0].weights_hash])
+        own, expert = super().plain_hash, self.expert
+        return own if expert is None else hash_digests([own, expert[0].plain_hash])
 
     def _run(self, call: Mapping[str, Any], noise: torch.Tensor) -> torch.Tensor:
         """Both transformers are loaded for it."""
