@@ -259,6 +259,7 @@ def train_command(model: str, out: Path, force: bool, **given: Any) -> None:
 @click.option("--level", help="Quality level: cachec inspect lists them; default the bundle's first.")
 @click.option("--negative-prompt", "negative", help="What guidance leads away from; default no text.")
 @click.option("--guidance", type=float, help="Guidance scale; default the bundle's.")
+@click.option("--true-cfg-scale", type=float, help="That of two branches beside an embedded one; default the bundle's.")
 @click.option("--seed", default=0, show_default=True, help="Noise of the first prompt; the next has the next seed.")
 @click.option("--model", "source", help="Directory of the model's text encoders and VAE; default from the bundle.")
 @click.option("--compare", is_flag=True, help="Also run every step, and write both side by side.")

@@ -38,11 +38,15 @@ from tests.families import Family
 STEPS, COMPUTED = 6, (0, 1, 4)
 EXACT, SAME, DIFFERENT = 1e-5, 1e-4, 1e-3  # of the graph; of latents that are to be equal; of those that are not
 PROMPTS, NEGATIVE = ("a large blue ring", "a small red cross"), "blurred"
-SIZES: Mapping[str, tuple[tuple[int, int], ...]] = {"dit": ((64, 64),), "qwen-image-edit": ((128, 192),)}  # height, width
+SIZES: Mapping[str, tuple[tuple[int, int], ...]] = {  # height, width
+    "dit": ((64, 64),),
+    "qwen-image-edit": ((128, 192),),
+    "wan-2.2-5b": ((64, 96), (96, 64)),
+}
 USUAL_SIZES = ((32, 48), (48, 32))
 TEXT_TOKENS = {"dit": 1, "z-image": 32, "hunyuan-video-1.5": 64, "flux-2": 96, "flux-2-klein": 48, "qwen-image-edit": 96}
 WITHOUT_NEGATIVES = ("dit", "flux-2-klein")  # their pipelines' negative branch is of nothing
-VIDEOS = ("hunyuan-video", "hunyuan-video-1.5", "wan-2.1", "wan-2.2")
+VIDEOS = ("hunyuan-video", "hunyuan-video-1.5", "wan-2.1", "wan-2.2", "wan-2.2-5b")
 REQUESTS = {"dit": ("7", "8")}
 
 

@@ -251,15 +251,15 @@ def _engine(
     model: LoadedModel, request: Request, plain: Graphs, watch: Sequence[Observer] = (), *, merge: bool = True
 ) -> Graphs:
     """The graphs that engines are built from: how the sampler moves latents, and whether velocities are wanted, is theirs."""
-    wish, settings = request.wish.graph, request.settings
+    wish, settings, guided = request.wish.graph, request.settings, model.is_guided(request.settings)
     sampling = model.sampling(settings)
     return engine(
         plain,
-        model.io,
+        model.io if guided else replace(model.io, guidance=None),
         watch,
         hoist=wish.hoist,
         merge=merge,
-        velocities=wish.velocities or model.is_guided(settings) or sampling.euler is None,
+        velocities=wish.velocities or guided or sampling.euler is None,
         slots=wish.slots,
         carries=sampling.rows is not None,
     )

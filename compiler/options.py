@@ -87,6 +87,9 @@ class ModelSettings:
     )  # fmt: skip
     text_tokens: int | None = option(None, "Length of the text sequence; default from the model.", also=SIZES)
     guidance: float | None = option(None, "Guidance scale; default from the model.", also=SIZES)
+    true_cfg_scale: float = option(
+        1.0, "Scale of true guidance, with a negative prompt, beside an embedded one (FLUX.1, HunyuanVideo).", also=SIZES
+    )
     dtype: str = option("float32", "float32, float16 or bfloat16.", also=RUNS)
     cut: str | None = option(None, "Path of the block behind which forecasts begin; default the model's last.", also=RUNS)
     lora: tuple[str, ...] = option(
@@ -312,7 +315,7 @@ def make_all_settings(spec: ModelSpec, wish: ModelSettings) -> tuple[Settings, .
             raise InputError(f"{name} {', '.join(twice)} is given twice")
     given = {name: getattr(wish, name) for name in ("height", "width", "frames", "text_tokens", "guidance")}
     usual = {name: getattr(spec, name) if value is None else value for name, value in given.items()}
-    usual |= {"dtype": wish.dtype, "sigmas": wish.sigmas, "cut": wish.cut}
+    usual |= {"dtype": wish.dtype, "sigmas": wish.sigmas, "cut": wish.cut, "true_cfg_scale": wish.true_cfg_scale}
     counts = wish.steps or ((spec.steps,) if wish.sigmas is None else (len(wish.sigmas),))
     sizes: list[dict[str, int]] = [vars(size) for size in wished]
     sizes = [size if size["frames"] > 1 else {**size, "frames": usual["frames"]} for size in sizes] or [{}]

@@ -109,6 +109,7 @@ def _convert(program: "ExportedProgram", signature: Signature, weights: NamedWei
         log.info("an operator has no ONNX function: %s", in_one_line(error.__cause__ or error))
         model = _export(program, signature)
     _read_later(model, weights)
+    _repeat_masks(model)
     _simplify(model)
     _name_outputs(model, signature)
     return model
@@ -161,6 +162,29 @@ def _read_later(model: Any, weights: NamedWeights | None) -> None:
         onnx_ir.convenience.replace_all_uses_with(result, value)
         model.graph.remove(node, safe=True)
         model.graph.register_initializer(value)
+
+
+def _repeat_masks(model: Any) -> None:
+    """Repeat masks of attention ``[B, 1 or heads, 1, K]`` for every query: ONNX Runtime's CPU kernel takes no others.
+
+    The scores, which it holds too, are larger by the number of heads and of bytes. TensorRT, which would write the mask
+    out, is given the short one again (``tensorrt_from_onnx``).
+    """
+    import onnx_ir
+
+    for node in list(model.graph):
+        mask = node.inputs[3] if node.op_type == "Attention" and len(node.inputs) > 3 else None
+        if mask is None or mask.shape[-2] != 1 or node.inputs[0].shape[-2] == 1:
+            continue
+        rows = onnx_ir.node("Shape", [node.inputs[0]], attributes={"start": 2, "end": 3})
+        ones = onnx_ir.node("Constant", [], attributes={"value_ints": [1] * (len(mask.shape) - 2)})
+        last = onnx_ir.node("Constant", [], attributes={"value_ints": [1]})
+        sizes = onnx_ir.node("Concat", [n.outputs[0] for n in (ones, rows, last)], attributes={"axis": 0})
+        full = onnx_ir.node("Expand", [mask, sizes.outputs[0]])
+        model.graph.insert_before(node, [rows, ones, last, sizes, full])
+        full.outputs[0].type = mask.type
+        full.outputs[0].shape = onnx_ir.Shape([*mask.shape[:-2], node.inputs[0].shape[-2], mask.shape[-1]])
+        node.replace_input_with(3, full.outputs[0])
 
 
 def _simplify(model: Any) -> None:

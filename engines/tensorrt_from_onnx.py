@@ -77,6 +77,7 @@ class PlanFromOnnx:
         if not parser.parse_from_file(str(onnx)):
             raise EngineError(f"TensorRT's parser rejects {onnx.name}: {_parser_errors(parser)}")
         allow_decomposition(self.library, network)
+        shorten_masks(self.library, network)
         check_borders(self.library, network, signature, onnx)
         config: trt.IBuilderConfig = builder.create_builder_config()
         self._configure(config, name)
@@ -208,11 +209,30 @@ def make_monitor(library: ModuleType, name: str, cancelled: threading.Event) -> 
 
 def allow_decomposition(library: ModuleType, network: "trt.INetworkDefinition") -> None:
     """Let attention run as several kernels where there is none for all of it, as in float32; else the build would fail."""
+    for attention in attentions(library, network):
+        attention.decomposable = True
+
+
+def shorten_masks(library: ModuleType, network: "trt.INetworkDefinition") -> None:
+    """Give attention its masks before they are repeated for every query: TensorRT repeats them itself, without memory.
+
+    For 32,768 queries and keys in bfloat16, the scratch memory is 0.07 GB so, and 2.2 GB with the mask that is written out.
+    """
+    layers = [network.get_layer(index) for index in range(network.num_layers)]
+    repeated = {layer.get_output(0).name: layer.get_input(0) for layer in layers if layer.type == library.LayerType.SLICE}
+    for attention in attentions(library, network):
+        short = repeated.get(attention.mask.name) if attention.mask is not None else None
+        if short is not None and short.shape[-2] == 1:
+            attention.mask = short
+
+
+def attentions(library: ModuleType, network: "trt.INetworkDefinition") -> "Iterator[trt.IAttention]":
+    """All attention of a network."""
     for index in range(network.num_layers):
         layer: trt.ILayer = network.get_layer(index)
         if layer.type == library.LayerType.ATTENTION_INPUT:
             layer.__class__ = library.IAttentionInputLayer
-            layer.attention.decomposable = True
+            yield layer.attention
 
 
 def check_borders(library: ModuleType, network: "trt.INetworkDefinition", signature: Signature, onnx: Path) -> None:

@@ -17,7 +17,6 @@ from cachec.passes.cast_precision import CastPrecision
 from cachec.passes.cast_slots import CastSlots
 from cachec.passes.decomplexify import Decomplexify
 from cachec.passes.drop_asserts import DropAsserts
-from cachec.passes.expand_attention_masks import ExpandAttentionMasks
 from cachec.passes.find_cut import FindCut
 from cachec.passes.fold_constants import FoldConstants
 from cachec.passes.fold_predictor import BindingTimes, binding_times, fold_step
@@ -48,7 +47,6 @@ __all__ = [
     "Decomplexify",
     "DropAsserts",
     "Equivalence",
-    "ExpandAttentionMasks",
     "FindCut",
     "FoldConstants",
     "FuseSampler",
@@ -97,7 +95,6 @@ def canonical_passes(io: ModelIO | None = None, sizes: tuple[int, ...] = ()) -> 
             SimplifyShapes(),  # what is gone need not be folded, cast or exported
             ReplaceTypeAs(),  # before the split: a fake dependency would become an input of the forecast graph
             RewriteBoolMaskedFill(),  # ONNX Runtime cannot run it
-            ExpandAttentionMasks(),  # ONNX Runtime cannot run it either
             FoldConstants(),  # after all rewrites, so that what they made constant is folded too
             Prune(),
         ),

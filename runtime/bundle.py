@@ -25,7 +25,7 @@ from cachec.runtime.variants import Variant, find_variant
 log = logging.getLogger(__name__)
 
 FORMAT = "cachec-bundle"
-FORMAT_VERSION = 8  # 8: LoRAs, and further weights
+FORMAT_VERSION = 8  # 8: LoRAs, and further weights; a true guidance scale beside an embedded one
 MANIFEST = "manifest.json"
 ANY_DEVICE = "any"  # of a target whose artifacts are bound to no device
 LARGE_FILE_BYTES = 64 * 2**20  # files above are hashed once per machine, then known by size and time

@@ -320,22 +320,49 @@ def _hunyuan_video_15() -> Any:
     )
 
 
-def _wan_transformer() -> Any:
+def _wan_transformer(channels: int = 16) -> Any:
     return diffusers.WanTransformer3DModel(
-        num_attention_heads=HEADS, attention_head_dim=HEAD, text_dim=WIDTH, freq_dim=WIDTH, ffn_dim=2 * WIDTH, num_layers=2
+        num_attention_heads=HEADS,
+        attention_head_dim=HEAD,
+        in_channels=channels,
+        out_channels=channels,
+        text_dim=WIDTH,
+        freq_dim=WIDTH,
+        ffn_dim=2 * WIDTH,
+        num_layers=2,
     )
 
 
-def _wan(*, experts: int = 1) -> Any:
+def _wan_5b_vae() -> Any:
+    """Sixteenfold: of patches of two by two pixels."""
+    return diffusers.AutoencoderKLWan(
+        base_dim=4,
+        decoder_base_dim=4,
+        z_dim=48,
+        dim_mult=[1] * 4,
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+        latents_mean=[0.0] * 48,
+        latents_std=[1.0] * 48,
+        is_residual=True,
+        in_channels=12,
+        out_channels=12,
+        patch_size=2,
+        scale_factor_spatial=16,
+    )
+
+
+def _wan(*, experts: int = 1, told_by_token: bool = False) -> Any:
     second = {"transformer_2": _wan_transformer(), "boundary_ratio": 0.875} if experts == 2 else {}
     scheduler = diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
     return assemble(
         diffusers.WanPipeline,
-        transformer=_wan_transformer(),
+        transformer=_wan_transformer(48 if told_by_token else 16),
         scheduler=scheduler,
-        vae=_video_vae(diffusers.AutoencoderKLWan),
+        vae=_wan_5b_vae() if told_by_token else _video_vae(diffusers.AutoencoderKLWan),
         text_encoder=_t5("UMT5"),
         tokenizer=make_tokenizer(ends=True),
+        expand_timesteps=told_by_token,
         **second,
     )
 
@@ -489,6 +516,13 @@ FAMILIES = (
         _call(**VIDEO, **_SHORT, **_GUIDED),
         output="frames",
         transformers=("transformer", "transformer_2"),
+    ),
+    Family(
+        "wan-2.2-5b",
+        "WanPipeline",
+        lambda: _wan(told_by_token=True),
+        _call(height=64, width=96, num_frames=5, **_SHORT, **_GUIDED),
+        output="frames",
     ),
     Family("sd3", "StableDiffusion3Pipeline", _sd3, _call(**IMAGE, **_SHORT, **_GUIDED)),
     Family(

@@ -25,7 +25,7 @@ CHUNK = 16  # prompts a batch, at most
 KEPT_TOKENS = 256  # whose features are kept; of longer sequences they stand for all
 MAX_TRAINING_BYTES = 4 << 30  # of features in memory
 TRAINING_SEED_BASE = NUM_SEEDS  # training noise has seeds from here on; people's seeds are smaller
-EncodedKey = tuple[str, str, int, float]
+EncodedKey = tuple[str, str, int, float, float]
 _ENCODED: WeakKeyDictionary[LoadedModel, dict[EncodedKey, Conditions]] = WeakKeyDictionary()  # ahead of runs
 SEEDS_A_RUN = 4096  # of training noise, for each seed that a user may choose
 
@@ -250,7 +250,7 @@ def encode_prompts(model: LoadedModel, prompts: Sequence[str], settings: Setting
 
 
 def _key(prompt: str, settings: Settings) -> EncodedKey:
-    return prompt, settings.size, settings.text_tokens, settings.guidance
+    return prompt, settings.size, settings.text_tokens, settings.guidance, settings.true_cfg_scale
 
 
 def some_tokens(num_tokens: int, wanted: int) -> Array:

@@ -1,6 +1,5 @@
 """``cachec run``: text in, pictures out. The denoise loop is the light runtime's; text encoders and VAE are the model's."""
 
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -32,6 +31,7 @@ def generate_pictures(
     level: str | None = None,
     negative: str | None = None,
     guidance: float | None = None,
+    true_cfg_scale: float | None = None,
     seed: int = 0,
     compare: bool = False,
     device: str | None = None,
@@ -46,7 +46,7 @@ def generate_pictures(
     """Make a picture per prompt, or with ``compare`` one sheet of all. Returns the rows of a short table.
 
     ``size`` and ``steps``: one of each that the bundle was compiled for; by default its first. ``negative``: the prompt of
-    guidance's negative branch, ``guidance`` its scale; by default no text, and the bundle's scale.
+    guidance's negative branch, ``guidance`` and ``true_cfg_scale`` scales; by default no text, and the bundle's scales.
 
     ``profile``: where to write a trace of the last request's engine calls, after one request to warm up.
 
@@ -68,7 +68,7 @@ def generate_pictures(
     with open_bundle(bundle, **where, verify=verify, threads=threads) as loaded:
         model = load_model(find_model(source or loaded.manifest.model["source"]), with_transformer=False)
         level = loaded.check_level(level)
-        make = _Maker(model, _guided(loaded, guidance, negative), negative)
+        make = _Maker(model, _guided(loaded, guidance, true_cfg_scale, negative), negative)
         if compare:
             return _compare(loaded, level, make, prompts, seed, out)
         session = loaded.session(batch=loaded.programs[level].key.batch or 1, level=level)
@@ -90,8 +90,8 @@ def _numbered(out: Path, num: int) -> list[Path]:
     return [out.with_name(f"{out.stem}-{i + 1}{out.suffix or '.png'}") for i in range(num)]
 
 
-def _guided(loaded: LoadedBundle, guidance: float | None, negative: str | None) -> Settings:
-    """The bundle's settings, at another scale of guidance if one is asked for.
+def _guided(loaded: LoadedBundle, guidance: float | None, true_cfg_scale: float | None, negative: str | None) -> Settings:
+    """The bundle's settings, at other scales of guidance if these are asked for.
 
     Raises:
         InputError: its model takes no scale, or its Programs no negative branch.
@@ -101,12 +101,20 @@ def _guided(loaded: LoadedBundle, guidance: float | None, negative: str | None) 
     if negative is not None and not two_branches:
         raise InputError(
             "--negative-prompt: the bundle's requests have no negative branch"
-            + ("; compile it at a guidance scale that has one" if io.guidance else ", as its model has none: leave it out")
+            + (
+                "; compile it at a scale that has one (--guidance, or --true-cfg-scale beside an embedded one)"
+                if io.guidance
+                else ", as its model has none: leave it out"
+            )
         )
+    if true_cfg_scale is not None:
+        if not two_branches:
+            raise InputError(
+                f"--true-cfg-scale {true_cfg_scale:g}: the bundle's requests have no negative branch; compile it with one"
+            )
+        settings = replace(settings, true_cfg_scale=true_cfg_scale)
     if guidance is None:
         return settings
-    if not math.isfinite(guidance):
-        raise InputError(f"guidance is {guidance}; it must be a finite number")
     if not two_branches and "guidance" not in io.conditions:
         raise InputError(
             f"--guidance {guidance:g}: the bundle's requests have no guidance scale: leave it out, or compile at one"

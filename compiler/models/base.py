@@ -62,6 +62,7 @@ class ModelSpec:
 class Settings:
     """What one bundle is compiled for; ``frames`` of a video, 1 for a picture.
 
+    ``true_cfg_scale``: of two branches, where a model takes a guidance scale as an input besides; at 1 it has one branch.
     ``cut``: the module path of the block behind which the forecasts begin; ``None`` is the last one, as the family says.
     """
 
@@ -74,14 +75,16 @@ class Settings:
     frames: int = 1
     sigmas: tuple[float, ...] | None = None
     cut: str | None = None
+    true_cfg_scale: float = 1.0
 
     def __post_init__(self) -> None:
         if self.sigmas is not None:
             check_sigmas(self.sigmas, self.steps)
         if self.steps < 1:
             raise InputError(f"steps is {self.steps}; it must be at least 1")
-        if not math.isfinite(self.guidance):
-            raise InputError(f"guidance is {self.guidance}; it must be a finite number")
+        for name, scale in (("guidance", self.guidance), ("true-cfg-scale", self.true_cfg_scale)):
+            if not math.isfinite(scale):
+                raise InputError(f"{name} is {scale}; it must be a finite number")
         if self.text_tokens < 1:
             raise InputError(f"text-tokens is {self.text_tokens}; it must be at least 1")
         if self.frames < 1:
@@ -102,7 +105,8 @@ class Settings:
     @property
     def facts(self) -> dict[str, str]:
         """Sizes and guidance, as files say what they are of."""
-        return {name: str(value) for name, value in {**self.sizes, "guidance": self.guidance}.items()}
+        true = {} if self.true_cfg_scale == 1 else {"true_cfg_scale": self.true_cfg_scale}
+        return {name: str(value) for name, value in {**self.sizes, "guidance": self.guidance, **true}.items()}
 
     @property
     def size(self) -> str:
@@ -173,10 +177,20 @@ class LoadedModel(ABC):
     def io(self) -> ModelIO:
         """Which input plays which part."""
 
+    def branch_scale(self, settings: Settings) -> float:
+        """The scale at which the two branches of guidance are combined.
+
+        Raises:
+            InputError: there is a second scale, and the model has one only.
+        """
+        if settings.true_cfg_scale != 1:
+            raise InputError(f"{self.spec.name} has no true_cfg_scale: it has one scale of guidance, which is --guidance")
+        return settings.guidance
+
     def is_guided(self, settings: Settings) -> bool:
         """Do requests at the settings' guidance scale have a negative branch? At other scales the positive one is all."""
-        rule = self.io.guidance
-        return rule is not None and settings.guidance > UNGUIDED[rule]
+        rule, scale = self.io.guidance, self.branch_scale(settings)
+        return rule is not None and scale > UNGUIDED[rule]
 
     def conditions(self, settings: Settings) -> tuple[str, ...]:
         """What a request brings besides noise, by name."""
@@ -325,7 +339,7 @@ class Family(LoadedModel):
 
 def settings_of(manifest: Manifest) -> Settings:
     """The settings that a bundle was compiled for."""
-    names = ("height", "width", "text_tokens", "guidance", "steps", "dtype", "frames", "cut")
+    names = ("height", "width", "text_tokens", "guidance", "true_cfg_scale", "steps", "dtype", "frames", "cut")
     sigmas = manifest.settings.get("sigmas")
     return Settings(**{name: manifest.settings[name] for name in names}, sigmas=None if sigmas is None else tuple(sigmas))
 

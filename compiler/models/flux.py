@@ -25,11 +25,12 @@ class _Flux(PipelineModel):
 
     ARGUMENTS: ClassVar = {"encoder_hidden_states": "prompt_embeds", "pooled_projections": "pooled_prompt_embeds"}
     BLOCKS = "single_transformer_blocks"
+    SCALE, EMBEDDED = "true_cfg_scale", "guidance_scale"
 
     @property
     def io(self) -> ModelIO:
         guidance = ("guidance",) if self.config.guidance_embeds else ()  # FLUX.1-schnell takes none
-        return ModelIO(latents="hidden_states", timestep="timestep", conditions=(*self.ARGUMENTS, *guidance))
+        return ModelIO("hidden_states", "timestep", (*self.ARGUMENTS, *guidance), guidance="plain")
 
     @property
     def side(self) -> int:

@@ -1,7 +1,7 @@
 """HunyuanVideo (``HunyuanVideoPipeline``): the guidance scale is an input. Read Tencent/HunyuanVideo, arXiv 2412.03603.
 
 Cut: the video tokens after the last single block, before ``norm_out`` and ``proj_out``. The pipeline can guide once more,
-with a negative prompt (``true_cfg_scale``): that is not compiled.
+with a negative prompt: ``--true-cfg-scale``.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -24,10 +24,11 @@ class HunyuanVideoModel(VideoModel):
     DEFAULTS = "hunyuan-video"
     ARGUMENTS: ClassVar = {STATES: "prompt_embeds", MASK: "prompt_attention_mask", POOLED: "pooled_prompt_embeds"}
     BLOCKS = "single_transformer_blocks"
+    SCALE, EMBEDDED = "true_cfg_scale", "guidance_scale"
 
     @property
     def io(self) -> ModelIO:
-        return ModelIO("hidden_states", "timestep", (STATES, MASK, POOLED, "guidance"))
+        return ModelIO("hidden_states", "timestep", (STATES, MASK, POOLED, "guidance"), guidance="plain")
 
     @property
     def side(self) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from cachec.compiler.models.base import UNGUIDED
 from cachec.runtime.errors import InputError
 from cachec.runtime.specs import Array
 
@@ -62,12 +63,14 @@ def spread(latents: torch.Tensor, config: Any) -> torch.Tensor:
     return latents * deviation + mean
 
 
-def only_scale(scales: Array) -> float:
-    """The one guidance scale of all requests.
+def only_scale(scales: Array | None, rule: str) -> float:
+    """The one guidance scale of all requests; of those without, the one at which ``rule`` has one branch.
 
     Raises:
         InputError: there are several.
     """
+    if scales is None:
+        return UNGUIDED[rule]
     different = np.unique(scales)
     if len(different) != 1:
         raise InputError(f"a pipeline's call takes one guidance scale, not {', '.join(map(str, different))}")

@@ -20,7 +20,7 @@ PUBLISHED = {
     "hunyuanvideo-community/HunyuanVideo": CONFIGS / "HunyuanVideo",
     "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_t2v": CONFIGS / "HunyuanVideo-1.5-480p_t2v",
     "Wan-AI/Wan2.1-T2V-14B-Diffusers": CONFIGS / "Wan2.1-T2V-14B",
-    "Wan-AI/Wan2.2-T2V-A14B-Diffusers": CONFIGS / "Wan2.2-T2V-A14B",
+    **{f"Wan-AI/Wan2.2-{name}-Diffusers": CONFIGS / f"Wan2.2-{name}" for name in ("T2V-A14B", "TI2V-5B")},
     **{f"Tongyi-MAI/{name}": CONFIGS / name for name in ("Z-Image", "Z-Image-Turbo")},
 }
 
@@ -99,6 +99,16 @@ MODELS = {
         steps=40,
         frames=81,
         sizes=(*WAN[2:], *WAN[:2]),
+    ),
+    "wan-2.2-5b": ModelSpec(
+        "wan-2.2-5b",
+        "Wan-AI/Wan2.2-TI2V-5B-Diffusers",
+        704,
+        1280,
+        text_tokens=512,
+        guidance=5.0,
+        frames=121,
+        sizes=("1280x704x121", "704x1280x121"),
     ),
     "z-image": ModelSpec("z-image", "Tongyi-MAI/Z-Image", 1024, 1024, text_tokens=512, guidance=5.0, sizes=MEGAPIXEL),
     "z-image-turbo": ModelSpec(

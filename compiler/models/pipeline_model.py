@@ -18,7 +18,7 @@ from accelerate import init_empty_weights
 from diffusers.image_processor import VaeImageProcessor
 from torch import nn
 
-from cachec.compiler.models.base import UNGUIDED, Family, ModelSpec, Settings
+from cachec.compiler.models.base import Family, ModelSpec, Settings
 from cachec.compiler.models.components import Components
 from cachec.compiler.models.inputs import as_the_weights, only_scale, own_levels, owned, widened
 from cachec.compiler.models.lora import fuse_loras
@@ -43,19 +43,19 @@ class PipelineModel(Family):
     - ``DEFAULTS``: the short name of the model whose sizes and scales a directory of this family gets.
     - ``ARGUMENTS``: by condition, the keyword of the pipeline's call that takes it ready made; for the negative branch the
       pipelines have the same with ``negative_``. Other conditions follow from the settings, and the pipeline makes them.
-    - ``SCALE``: the keyword of the guidance scale.
+    - ``SCALE``: the keyword of the guidance scale; ``EMBEDDED`` that of one which is an input of the model, if it is another.
     - ``LENGTH``: the keyword of the text length, if there is one.
     - ``BLOCKS``: the transformer's list of blocks, behind the last of which is the cut.
     - ``TOKENIZER``: of the text encoder that reads ``text_tokens`` of a prompt, if there is one.
     - ``SIGN``: -1 where the pipeline hands its sampler the negated output.
     - ``SHOWN``: components that the pipeline's constructor looks at.
-
-    ``part`` is which of the pipeline's transformers the model is about.
+    - ``part``: which of the pipeline's transformers the model is about.
     """
 
     DEFAULTS: ClassVar[str]
     ARGUMENTS: ClassVar[Mapping[str, str]]
     SCALE: ClassVar[str] = "guidance_scale"
+    EMBEDDED: ClassVar[str | None] = None
     LENGTH: ClassVar[str | None] = "max_sequence_length"
     BLOCKS: ClassVar[str] = "transformer_blocks"
     TOKENIZER: ClassVar[str | None] = "tokenizer"
@@ -279,10 +279,16 @@ class PipelineModel(Family):
         return self.arguments(embeddings, settings)
 
     def _observe(self, settings: Settings, given: Mapping[str, Any], *, whole: bool = True) -> Observed:
-        call = {**self._wanted(settings), **given}
-        call[self.SCALE] = settings.guidance if (rule := self.io.guidance) is None else UNGUIDED[rule]
-        pipeline, call = self.staged(call)
+        pipeline, call = self.staged({**self._wanted(settings), **given, **self._scales(settings)})
         return observe(pipeline, self.parts, call, device=self.device, whole=whole)
+
+    def branch_scale(self, settings: Settings) -> float:
+        return super().branch_scale(settings) if self.EMBEDDED is None else settings.true_cfg_scale
+
+    def _scales(self, settings: Settings, scales: Array | None = None) -> dict[str, float]:
+        """Guidance as keywords of the pipeline's call: of two branches with the ``scales`` of all requests, else of one."""
+        given = {self.EMBEDDED or self.SCALE: settings.guidance}
+        return given if (rule := self.io.guidance) is None else {**given, self.SCALE: only_scale(scales, rule)}
 
     @property
     def parts(self) -> dict[str, nn.Module]:
@@ -330,7 +336,7 @@ class PipelineModel(Family):
         if any(negative_name(name) in names for name in self.io.conditions):
             others = self._encode(self.opposed(prompts, negatives), settings)
             found |= {negative_name(name): value for name, value in others.items()}
-        found.setdefault(GUIDANCE, np.full(len(prompts), settings.guidance, np.float32))
+        found.setdefault(GUIDANCE, np.full(len(prompts), self.branch_scale(settings), np.float32))
         return {name: found[name] for name in names}
 
     def _encode(self, prompts: Sequence[str], settings: Settings) -> dict[str, Array]:
@@ -376,7 +382,7 @@ class PipelineModel(Family):
     def generate(self, conditions: Mapping[str, Array], noise: Array, settings: Settings) -> Array:
         there = partial(as_the_weights, like=next(self.transformer.parameters()))
         given = {name: there(value) for name, value in conditions.items()}
-        call = {**self._wanted(settings), **self.arguments(given, settings), self.SCALE: self.scale(conditions, settings)}
+        call = {**self._wanted(settings), **self.arguments(given, settings), **self._scales(settings, conditions.get(GUIDANCE))}
         if self.io.guidance is not None and GUIDANCE in conditions:
             others = {name: given[negative_name(name)] for name in self.io.conditions}
             negative = self.arguments({**given, **others}, settings)
@@ -387,12 +393,6 @@ class PipelineModel(Family):
         pipeline, given = self.staged(call)
         latents: torch.Tensor = pipeline(**given, latents=noise, output_type="latent")[0]
         return latents
-
-    def scale(self, conditions: Mapping[str, Array], settings: Settings) -> float:
-        """What the pipeline's call gets as its guidance scale."""
-        if (rule := self.io.guidance) is None:
-            return settings.guidance
-        return only_scale(conditions[GUIDANCE]) if GUIDANCE in conditions else UNGUIDED[rule]
 
     @staticmethod
     def check_scheduler(scheduler: Any) -> None:

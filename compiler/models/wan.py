@@ -2,7 +2,8 @@
 
 Cut: the video tokens after the last block, before the final norm and projection. Texts have no mask: padding is attended to.
 Wan 2.2 has two transformers, of which the second takes over when the told time falls below a boundary; both have one scale of
-guidance here. Its 5B model is told a time for each token, which are all the same where no picture is given: one here.
+guidance here. Its 5B model (``expand_timesteps``) is told a time for each token [B, L], all the same where no picture is given:
+here one for each sample [B], which comes to the same.
 """
 
 import copy

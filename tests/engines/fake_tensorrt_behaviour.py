@@ -226,7 +226,7 @@ def layer(fake: Fake, model: onnx.ModelProto, node: onnx.NodeProto) -> Any:
     )
     if node.op_type == "Attention":
         wide = TensorProto.FLOAT in types_at(model, node)
-        facts_of(made)["of"] = fake.new("IAttention", name=node.name, decomposable=False, float32=wide)
+        facts_of(made)["of"] = fake.new("IAttention", name=node.name, decomposable=False, float32=wide, mask=None)
     return made
 
 

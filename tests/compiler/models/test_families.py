@@ -23,6 +23,7 @@ SETTINGS = Settings(height=32, width=48, text_tokens=24, guidance=3.0, steps=4, 
 VIDEO = {"frames": 5}
 OTHERS = {
     "dit": {"height": 64, "width": 64, "text_tokens": 1},
+    "flux": {"true_cfg_scale": 2.0},
     "flux-2": {"text_tokens": 96},
     "flux-2-klein": {"text_tokens": 48},
     "hunyuan-video": VIDEO,
@@ -30,6 +31,7 @@ OTHERS = {
     "qwen-image-edit": {"height": 128, "width": 192, "text_tokens": 96, "steps": 2},
     "wan-2.1": VIDEO,
     "wan-2.2": VIDEO,
+    "wan-2.2-5b": {**VIDEO, "height": 64, "width": 96},
     "z-image": {"text_tokens": 48},
 }
 WITHOUT_NEGATIVES = ("dit", "flux-2-klein")  # their pipelines' negative branch is of nothing
@@ -67,7 +69,7 @@ def own_call(family, model, settings, prompts, negatives, noise):
     call = {**family.call, "prompt": texts, "latents": noise, "num_inference_steps": settings.steps}
     call |= {} if negatives is None else {"negative_prompt": negatives}
     call |= {"image": [call["image"]] * len(prompts)} if "image" in call else {}
-    return {**call, model.SCALE: settings.guidance}
+    return {**call, model.SCALE: settings.true_cfg_scale, model.EMBEDDED or model.SCALE: settings.guidance}
 
 
 def own_loop(family, pipeline, call):
@@ -112,9 +114,7 @@ def test_the_runs_are_those_of_the_pipeline(case, tmp_path):
     family, model = case
     settings = settings_for(family)
     prompts = prompts_for(family, tmp_path)
-    guided = model.io.guidance is not None
-    names = [*model.io.conditions]
-    names += [*(f"negative_{name}" for name in names), "guidance_scale"] if guided else []
+    guided, names = model.is_guided(settings), model.conditions(settings)
     negatives = [NEGATIVE, "blurred and dim"] if guided and family.name not in WITHOUT_NEGATIVES else None
     conditions = model.encode(prompts, settings, names, negatives)
     assert all(len(value) == 2 for value in conditions.values())
@@ -136,8 +136,7 @@ def test_the_runs_are_those_of_the_pipeline(case, tmp_path):
         np.testing.assert_allclose(made, own_loop(family, pipeline, call), atol=1e-4)
     key = ProgramKey(settings.steps, hash_sigmas(sampling.sigmas), {}, guided=model.is_guided(settings))
     evaluator = GraphEvaluator(prepare(model, settings), model.io)
-    given = {name: conditions[name] for name in model.conditions(settings)}
-    np.testing.assert_allclose(evaluator.play(lower_uncached(key, sampling), noise, given), made, atol=1e-4)
+    np.testing.assert_allclose(evaluator.play(lower_uncached(key, sampling), noise, conditions), made, atol=1e-4)
 
 
 def test_its_graphs_become_those_of_engines(case):
