@@ -54,6 +54,8 @@ def as_transformer(
             )
     forms = [_form(loaded, bundle, schedule, one.size, one.steps, level) for one in bundle.manifest.variants]
     own = next(form for form in forms if form.settings == settings_of(loaded.manifest))
+    for form in forms:
+        form.program.check_both_branches()
     forms = [own, *(form for form in forms if form is not own)]
     return AcceleratedTransformer(transformer, pipeline, Compiled(forms, model.apart(), _device(loaded), loaded.origin))
 

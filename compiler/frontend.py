@@ -112,6 +112,8 @@ def _check_cut(model: LoadedModel, settings: Settings) -> None:
 def _check_given(model: LoadedModel, request: Request) -> Checked:
     model.example_inputs(request.settings)  # which knows the model's sizes
     _check_cut(model, request.settings)
+    if request.schedule is not None:
+        request.schedule.check_conditional(request.method.cut, guided=model.is_guided(request.settings))
     training = training_of(model.spec, request) if request.method.needs_training else None
     parameters = None if training is None else _find_trained(model, request, training)
     if not request.needs_calibration:

@@ -111,7 +111,11 @@ class ScheduleWish:
     budget: int | None = option(
         None, "Compute K steps: searched for fitted methods, else evenly spread.", also=("train", "plan")
     )
-    schedule: str | None = option(None, "uniform, interval, search, or the steps to compute, as 0,1,2,9,16.", also=("train",))
+    schedule: str | None = option(
+        None,
+        "uniform, interval, search, or the steps to compute, as 0,1,2,9,16; 9c: one branch of guidance.",
+        also=("train", "plan"),
+    )
     levels: str | None = option(None, "Several levels in one bundle: fine,high,balanced,fast, or a PSNR in dB each: fast=30.")
     target_psnr: float | None = option(None, "As few computed steps as reach this PSNR in dB against the uncached run.")
     target_speedup: float | None = option(None, "As many computed steps as leave the loop this many times as fast.")

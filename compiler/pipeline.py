@@ -178,7 +178,14 @@ def _tell_costs(model: LoadedModel, request: Request, graphs: StepGraphs, writer
     batch = request.wish.model.batch or 1
     branches = 2 if model.is_guided(request.settings) else 1
     found = estimate(
-        graphs.plain, graphs.engine, model.spec, request.settings, budget=request.computed, batch=batch, branches=branches
+        graphs.plain,
+        graphs.engine,
+        model.spec,
+        request.settings,
+        budget=request.computed,
+        batch=batch,
+        branches=branches,
+        work=request.work,
     )
     log.warning("plan: %s", found.short)
     for name in request.late:

@@ -94,6 +94,11 @@ class Request:
         """How many steps are computed: of the schedule, or a usual number where it is yet to be found."""
         return max(1, self.settings.steps // USUAL_STRIDE) if self.schedule is None else len(self.schedule.compute)
 
+    @property
+    def work(self) -> float:
+        """The same in computed steps, of which one branch of guidance is half."""
+        return self.computed if self.schedule is None else self.schedule.work
+
     def options_for(self, timing: Path) -> BuildOptions:
         """What builders are asked for; kernel timings are kept in the folder ``timing``."""
         most = max(self.variants, key=lambda one: one.settings.steps)

@@ -25,6 +25,7 @@ BASE_SHARE = "base_share"  # how much of it [1]
 TARGET_TIMESTEP = "target_timestep"  # the second time that flow maps are told [B]
 GUIDANCE = "guidance_scale"  # [B]
 NEGATIVE, POSITIVE = "negative", "positive"  # velocities of the branches of guidance [B, …]
+PAIR = "pair"  # both, one behind the other [2 B, …]
 DELTA = "delta"  # what a velocity is worth, of each sample [B]: for flows a step in sigma
 CARRY = "carry"  # how much of the latents a step keeps [B], or of a run of steps [1]; 1 for flows
 DELTAS = "deltas"  # [n]

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cachec.runtime.abi import BATCH, FEATURE, PROLOGUE, VELOCITY, steps_of
+from cachec.runtime.abi import BATCH, FEATURE, PAIR, PROLOGUE, VELOCITY, steps_of
 from cachec.runtime.bundle import Bundle, Target
 from cachec.runtime.program import UNCACHED, Program
 from cachec.runtime.specs import TensorSpec, itemsize
@@ -144,9 +144,12 @@ def describe_levels(bundle: Bundle, *, only: str | None = None) -> list[tuple[st
             continue
         program, facts = bundle.program(level), measured.get(level, {})
         own = f", by {facts['method']}" if "method" in facts else ""
-        rows.append((f"level {level}", f"computes {len(program.compute_steps)} of {program.num_steps} steps{own}"))
+        one = (
+            f", {len(alone)} of them one branch alone: {program.work:g} in work" if (alone := program.one_branch_steps) else ""
+        )
+        rows.append((f"level {level}", f"computes {len(program.compute_steps)} of {program.num_steps} steps{one}{own}"))
         rows.append(("", schedule_strip(program)))
-        rows.append(("", ", ".join(map(str, program.compute_steps))))
+        rows.append(("", ", ".join(f"{step}{'c' * (step in alone)}" for step in program.compute_steps)))
         size = _slot_bytes(bundle, program) / 1e6
         kinds = ", ".join(
             f"{count} {kind} slots of {_slot_spec(bundle, program, kind).dtype}" for kind, count in program.slots.items()
@@ -170,13 +173,13 @@ def _measured(facts: Mapping[str, Any]) -> str:
 
 
 def schedule_strip(program: Program) -> str:
-    """One character a step: # computed, · forecast."""
-    computed = set(program.compute_steps)
-    return "".join("#" if step in computed else "·" for step in range(program.num_steps))
+    """One character a step: # computed, c of one branch of guidance, · forecast."""
+    signs = dict.fromkeys(program.compute_steps, "#") | dict.fromkeys(program.one_branch_steps, "c")
+    return "".join(signs.get(step, "·") for step in range(program.num_steps))
 
 
 def _slot_bytes(bundle: Bundle, program: Program) -> int:
-    rows = {FEATURE: _rows(program), VELOCITY: 1}  # a velocity is that of both branches combined
+    rows = {FEATURE: _rows(program), PAIR: _rows(program), VELOCITY: 1}  # a velocity is that of both branches combined
     specs = {kind: _slot_spec(bundle, program, kind) for kind in program.slots}
     return sum(_tensor_bytes(specs[kind], {BATCH: rows[kind]}) * count for kind, count in program.slots.items())
 
@@ -188,4 +191,4 @@ def _rows(program: Program) -> int:
 
 def _slot_spec(bundle: Bundle, program: Program, kind: str) -> TensorSpec:
     writer = next(instruction.graph for instruction in program.instructions if kind in instruction.writes)
-    return bundle.target.engines[writer].signature.output(kind)
+    return bundle.target.engines[writer].signature.output(VELOCITY if kind == PAIR else kind)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
-from cachec.runtime.abi import ADVANCE, COMPUTE, FEATURE, FORECAST, VELOCITY
+from cachec.runtime.abi import ADVANCE, COMPUTE, FEATURE, FORECAST, PAIR, VELOCITY
 from cachec.runtime.errors import BundleError, shortened
 
 
@@ -17,6 +17,7 @@ class Instruction(ABC):
 
     op: ClassVar[str]
     computes: ClassVar[bool] = False  # does it run the whole model?
+    work: ClassVar[float] = 0.0  # of a computed step, all branches of guidance counted
     from_noise: bool = False  # are latents moved from where the request began, not from where they are?
 
     @property
@@ -63,16 +64,19 @@ class Instruction(ABC):
 class Compute(Instruction):
     """Run the whole model at ``step``; keep what it ``keeps`` in ``slot`` unless nothing reads it (``None``).
 
-    One that keeps the velocity, alone or in ``velocity_slot``, leaves the latents to the ``Advance`` behind it.
+    One that keeps the velocity, alone or in ``velocity_slot``, leaves the latents to the ``Advance`` behind it. A guided
+    request's velocities, before they are combined, go to ``pair_slot``.
     """
 
     op: ClassVar[str] = "compute"
     computes: ClassVar[bool] = True
+    work: ClassVar[float] = 1.0
     step: int
     slot: int | None = None
     keeps: str = FEATURE
     graph: str = COMPUTE
     velocity_slot: int | None = None
+    pair_slot: int | None = None
 
     @property
     def steps(self) -> tuple[int, ...]:
@@ -80,11 +84,44 @@ class Compute(Instruction):
 
     @property
     def writes(self) -> Mapping[str, tuple[int, ...]]:
-        return _run(self.keeps, self.slot) | _run(VELOCITY, self.velocity_slot)
+        return _run(self.keeps, self.slot) | _run(VELOCITY, self.velocity_slot) | _run(PAIR, self.pair_slot)
 
     @property
     def moves(self) -> tuple[int, ...]:
         return () if self.keeps == VELOCITY else super().moves
+
+
+@dataclass(frozen=True)
+class ComputePositive(Instruction):
+    """Run the model at ``step`` on the positive branch alone, forecast the negative one's velocity, and combine both.
+
+    The forecast is ``program.pair_shares[step]`` of the positive branch's velocity, plus those of both branches in the pair
+    slots ``0 … num_pairs - 1``, weighted by ``program.pair_rows[step, :, :num_pairs]``. What is combined goes to ``slot``.
+    """
+
+    op: ClassVar[str] = "compute-positive"
+    computes: ClassVar[bool] = True
+    work: ClassVar[float] = 0.5
+    step: int
+    slot: int
+    num_pairs: int
+    graph: str = COMPUTE
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        return (self.step,)
+
+    @property
+    def reads(self) -> Mapping[str, tuple[int, ...]]:
+        return {PAIR: tuple(range(self.num_pairs))}
+
+    @property
+    def writes(self) -> Mapping[str, tuple[int, ...]]:
+        return _run(VELOCITY, self.slot)
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        return self.steps
 
 
 @dataclass(frozen=True)
@@ -178,8 +215,8 @@ def _run(kind: str, slot: int | None, length: int = 1) -> dict[str, tuple[int, .
     return {kind: tuple(range(slot, slot + length)) if type(slot) is int else (slot,)} if slot is not None else {}
 
 
-_INSTRUCTIONS: dict[str, type[Compute | Forecast | Predict | Advance]] = {
-    kind.op: kind for kind in (Compute, Forecast, Predict, Advance)
+_INSTRUCTIONS: dict[str, type[Compute | ComputePositive | Forecast | Predict | Advance]] = {
+    kind.op: kind for kind in (Compute, ComputePositive, Forecast, Predict, Advance)
 }
 
 

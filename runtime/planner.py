@@ -18,7 +18,6 @@ from cachec.runtime.abi import (
     BIAS,
     CARRY,
     COEFFICIENTS,
-    COMPUTE,
     DELTA,
     DELTAS,
     FEATURE,
@@ -29,6 +28,7 @@ from cachec.runtime.abi import (
     HISTORY_STEPS,
     NEGATIVE,
     NEXT_LATENTS,
+    PAIR,
     POSITIVE,
     PROLOGUE,
     SIGMAS,
@@ -51,17 +51,21 @@ from cachec.runtime.plan import (
     VELOCITY_BUFFER,
     BindingPlan,
     PlannedAside,
-    PlannedBuffer,
     PlannedCall,
     Slot,
     View,
     condition_name,
     slots_name,
 )
+from cachec.runtime.plan_buffers import PlannedBuffers
 from cachec.runtime.program import Program
 from cachec.runtime.specs import Array, Signature, TensorSpec
 
-SIDE_BY_SIDE = {FEATURE: FEATURES, VELOCITY: VELOCITIES}  # the input that takes several slots of a kind at once
+SIDE_BY_SIDE = {
+    FEATURE: FEATURES,
+    VELOCITY: VELOCITIES,
+    PAIR: VELOCITIES,
+}  # the input that takes several slots of a kind at once
 DTYPE_NAMES = {np.dtype(name): name for name in ("float32", "int64")}  # of constants; numpy takes long to say them
 
 
@@ -72,8 +76,10 @@ def plan_binding(
 
     Raises:
         BundleError: the program needs an engine, or an engine an input, that there is not.
-        InputError: velocities are wanted, and the engines hand out none.
+        InputError: velocities are wanted, and the engines hand out none; or of a program that computes one branch alone.
     """
+    if for_sampler:
+        program.check_both_branches()
     return _Planner(signatures, program, io, batch, for_sampler).plan()
 
 
@@ -85,7 +91,7 @@ class _Planner:
     ) -> None:
         self._signatures, self._program, self._io, self._for_sampler = signatures, program, io, for_sampler
         self._batch, self._guided = batch, program.key.guided and not for_sampler
-        self._rows = 2 * batch if self._guided else batch  # that the model runs on
+        self._space = PlannedBuffers(batch, guided=self._guided)
         if missing := {one.graph for one in program.instructions} - set(signatures):
             raise BundleError(f"the program needs the engine {', '.join(missing)}, which the bundle lacks: compile it again")
         self._steps = {
@@ -100,7 +106,6 @@ class _Planner:
             **({} if program.target_timesteps is None else {TARGET_TIMESTEP: program.target_timesteps}),
         }
         self._holds: dict[tuple[str, int], int] = {}  # the step that a slot, by kind and number, is of
-        self._buffers: dict[str, PlannedBuffer] = {}
         self._moves = 0
 
     def plan(self) -> BindingPlan:
@@ -110,22 +115,22 @@ class _Planner:
         for kind, count in self._program.slots.items():
             writer = next(one.graph for one in instructions if kind in one.writes)
             combined = self._guided and kind == VELOCITY
-            kept = self._signatures[GUIDE if combined else writer].output(kind)
-            self._add(slots_name(kind), (count, *self._resolve(kept, GUIDE if combined else writer)), kept.dtype)
+            kept = self._signatures[GUIDE if combined else writer].output(VELOCITY if kind == PAIR else kind)
+            self._space.add(slots_name(kind), (count, *self._space.resolve(kept, GUIDE if combined else writer)), kept.dtype)
         for name in (NOISE_BUFFER, *TURNS):
-            self._add_like(name, latents)
-        self._add_like(VELOCITY_BUFFER, model.output(VELOCITY))
+            self._space.add_like(name, latents)
+        self._space.add_like(VELOCITY_BUFFER, model.output(VELOCITY))
         given = self._plan_given()
         prologue = self._plan_prologue()
         operations = tuple(call for instruction in instructions for call in self._plan_calls(instruction))
         return BindingPlan(
-            self._buffers,
+            self._space.found,
             prologue,
             operations,
-            self._branch(self._latents()),
+            self._space.branch(self._latents()),
             latents,
             given,
-            self._branches(NOISE_BUFFER),
+            self._space.branches(NOISE_BUFFER),
             self._plan_asides() if self._for_sampler else {},
         )
 
@@ -133,38 +138,16 @@ class _Planner:
         """What a request brings besides noise: the conditions that any engine reads, for each branch, and the scale."""
         specs = {spec.name: spec for signature in self._signatures.values() for spec in signature.inputs}
         read = [name for name in self._io.conditions if name in specs]
-        self._conditions = {name: self._add_like(condition_name(name), specs[name]) for name in read}
-        given = {name: (specs[name], self._branch(self._conditions[name])) for name in read}
+        self._conditions = {name: self._space.add_like(condition_name(name), specs[name]) for name in read}
+        given = {name: (specs[name], self._space.branch(self._conditions[name])) for name in read}
         if self._guided:
             for name in read:
                 negative, spec = negative_name(name), specs[name]
-                given[negative] = (TensorSpec(negative, spec.shape, spec.dtype), self._branches(condition_name(name))[0])
+                given[negative] = (TensorSpec(negative, spec.shape, spec.dtype), self._space.branches(condition_name(name))[0])
             scale = self._signatures[GUIDE].input(GUIDANCE)
-            self._scale = self._add(condition_name(GUIDANCE), (self._batch,), scale.dtype)
+            self._scale = self._space.add(condition_name(GUIDANCE), (self._batch,), scale.dtype)
             given[GUIDANCE] = (scale, self._scale)
         return given
-
-    def _branches(self, buffer: str) -> tuple[View, ...]:
-        """The rows of each branch of a buffer [rows, …], the positive one's last; all of it if there is one only."""
-        size = self._batch
-        return (View(buffer, 0, size), View(buffer, size, 2 * size)) if self._guided else (View(buffer),)
-
-    def _branch(self, whole: View) -> View:
-        """The positive branch's rows of a whole buffer."""
-        return self._branches(whole.buffer)[-1]
-
-    def _resolve(self, spec: TensorSpec, graph: str, **sizes: int) -> tuple[int, ...]:
-        """The shape of an input or output of a graph: those that move or combine latents see no branches."""
-        return spec.resolve({BATCH: self._batch if graph in (ADVANCE, GUIDE) else self._rows, **sizes})
-
-    def _add(
-        self, name: str, shape: tuple[int, ...], dtype: str, value: Array | None = None, same_as: str | None = None
-    ) -> View:
-        self._buffers[name] = PlannedBuffer(name, shape, dtype, value, same_as)
-        return View(name)
-
-    def _add_like(self, name: str, spec: TensorSpec, **sizes: int) -> View:
-        return self._add(name, self._resolve(spec, COMPUTE, **sizes), spec.dtype)
 
     def _latents(self) -> View:
         """Where the latents are after the moves so far."""
@@ -177,7 +160,7 @@ class _Planner:
         steps = {graph: some or (0,) for graph, some in self._steps.items()}  # no size may be zero
         times = {timesteps_of(graph): self._program.timesteps[list(some)] for graph, some in steps.items()}
         sizes = {steps_of(graph): len(some) for graph, some in steps.items()}
-        outputs = {name: self._add_like(f"hoisted/{name}", spec, **sizes) for name, spec in self._hoisted.items()}
+        outputs = {name: self._space.add_like(f"hoisted/{name}", spec, **sizes) for name, spec in self._hoisted.items()}
         return self._call(PROLOGUE, (), self._conditions, times, outputs)
 
     def _plan_asides(self) -> dict[str, PlannedAside]:
@@ -195,16 +178,16 @@ class _Planner:
             if (name := hoisted_name(graph, spec.name)) in self._hoisted:
                 made = self._hoisted[name]
                 if made.shape[0] == steps_of(graph):
-                    by_step[name] = self._add_like(f"{place}/{name}", made, **{steps_of(graph): 1})
+                    by_step[name] = self._space.add_like(f"{place}/{name}", made, **{steps_of(graph): 1})
                 inputs[spec.name] = View(by_step[name].buffer, 0) if name in by_step else View(f"hoisted/{name}")
             elif spec.name == self._io.timestep:
-                inputs[spec.name] = self._add_like(f"{place}/{spec.name}", spec)
+                inputs[spec.name] = self._space.add_like(f"{place}/{spec.name}", spec)
                 told.append(f"{place}/{spec.name}")
             elif spec.name in (DELTA, CARRY):  # what moves the latents, which stay
-                zeros = np.zeros(self._resolve(spec, graph), spec.dtype)
-                inputs[spec.name] = self._add(f"{place}/{spec.name}", zeros.shape, spec.dtype, zeros)
+                zeros = np.zeros(self._space.resolve(spec, graph), spec.dtype)
+                inputs[spec.name] = self._space.add(f"{place}/{spec.name}", zeros.shape, spec.dtype, zeros)
         if by_step:
-            time = self._add(f"{place}/told", (1,), "float32")
+            time = self._space.add(f"{place}/told", (1,), "float32")
             told.append(time.buffer)
             times = {spec.name: time for spec in self._signatures[PROLOGUE].inputs if spec.name not in self._conditions}
             calls.append(self._call(PROLOGUE, (), {**self._conditions, **times}, {}, by_step))
@@ -219,11 +202,13 @@ class _Planner:
                 return self._plan_advance(instruction)
             steps = instruction.steps if self._program.rows_out is not None else ()
             return [self._plan_step_out(instruction, step) for step in steps]
+        if PAIR in instruction.reads:
+            return self._plan_positive(instruction)
         latents = self._latents()
         results = self._results(instruction)
         velocities = self._velocities(instruction, results) if self._for_sampler else ()
         pairs = self._pairs(instruction, results) if self._guided else None
-        inputs, values = self._inputs(instruction, latents), self._values(instruction)
+        inputs, values = self._inputs(instruction, latents), self._values(instruction, self._space.rows)
         reads = tuple(self._counting(instruction, self._program.coefficients, step) for step in instruction.steps)
         keeps = {
             (kind, slot): step
@@ -247,12 +232,12 @@ class _Planner:
         """The move of an ``Advance``; guided, one for each branch's copy of the latents."""
         before = self._latents()
         base = View(NOISE_BUFFER) if instruction.from_noise else before
-        inputs = {**self._inputs(instruction, before), BASE: self._branch(base)}
-        values = self._values(instruction)
+        inputs = {**self._inputs(instruction, before), BASE: self._space.branch(base)}
+        values = self._values(instruction, self._space.rows)
         self._moves += 1
         return [
             self._call(ADVANCE, instruction.steps, inputs, values, {NEXT_LATENTS: after}, before, place=f"{ADVANCE}/{branch}")
-            for branch, after in enumerate(self._branches(self._latents().buffer))
+            for branch, after in enumerate(self._space.branches(self._latents().buffer))
         ]
 
     def _pairs(self, instruction: Instruction, results: dict[str, View]) -> list[tuple[View, View]]:
@@ -261,14 +246,31 @@ class _Planner:
         if VELOCITIES in results:
             spec = self._signatures[instruction.graph].output(VELOCITIES)
             name = f"pairs/{instruction.steps[0]}"
-            results[VELOCITIES] = self._add_like(name, spec, **{FORECASTS: steps})
-            shape = self._buffers[name].shape
-            rows = self._add(f"{name}/rows", (shape[0] * shape[1], *shape[2:]), spec.dtype, same_as=name).buffer
+            results[VELOCITIES] = self._space.add_like(name, spec, **{FORECASTS: steps})
+            rows, starts = self._space.one_by_one(name), [2 * size * step for step in range(steps)]
+        elif PAIR in results:
+            slot = results[VELOCITY] = results.pop(PAIR)
+            rows, starts = self._space.one_by_one(slot.buffer), [2 * size * (slot.start or 0)]
         else:
             results[VELOCITY] = View(VELOCITY_BUFFER)
-            rows = VELOCITY_BUFFER
-        starts = [2 * size * step for step in range(steps)]
+            rows, starts = VELOCITY_BUFFER, [0]
         return [(View(rows, at, at + size), View(rows, at + size, at + 2 * size)) for at in starts]
+
+    def _plan_positive(self, instruction: Instruction) -> list[PlannedCall]:
+        """The model on the positive branch's rows, the negative one's velocity by rows over pairs, and both combined."""
+        latents, (step,), num = self._latents(), instruction.steps, len(instruction.reads[PAIR])
+        negative, positive = self._space.branches(VELOCITY_BUFFER)
+        inputs, row, share = self._inputs(instruction, latents), *self._program.pair_weights(step, num)
+        for spec in self._signatures[instruction.graph].inputs:
+            if spec.name in inputs and spec.shape[:1] == (BATCH,):
+                inputs[spec.name] = self._space.positive(inputs[spec.name])
+        values = self._values(instruction, self._batch)
+        model = self._call(instruction.graph, (step,), inputs, values, {VELOCITY: positive}, latents)
+        given = {BASE: positive, VELOCITIES: View(self._space.one_by_one(slots_name(PAIR), self._batch), 0, 2 * num)}
+        weights, made, place = {COEFFICIENTS: row, BASE_SHARE: share}, {NEXT_LATENTS: negative}, f"{ADVANCE}/{NEGATIVE}"
+        forecast = self._call(ADVANCE, (step,), given, weights, made, latents, place=place)
+        self._holds.update({(VELOCITY, slot): step for slot in instruction.writes[VELOCITY]})
+        return [model, forecast, *self._plan_guides(instruction, [(negative, positive)], latents)]
 
     def _plan_guides(self, instruction: Instruction, pairs: list[tuple[View, View]], latents: View) -> list[PlannedCall]:
         """A call for each step that combines both branches' velocities into the slot that is for it."""
@@ -294,7 +296,7 @@ class _Planner:
                 inputs[spec.name] = View(f"hoisted/{name}", *rows) if by_step else View(f"hoisted/{name}")
         return inputs
 
-    def _values(self, instruction: Instruction) -> dict[str, Array]:
+    def _values(self, instruction: Instruction, samples: int) -> dict[str, Array]:
         """The numbers that its engine may read: rows of all its steps for a run of them, else the row of its first."""
         history = [self._holds[kind, slot] for kind, slots in instruction.reads.items() for slot in slots]
         (kept, worth), shares = self._program.step_numbers(instruction.steps), self._program.shares
@@ -303,12 +305,12 @@ class _Planner:
             STEP: np.array(instruction.steps[0], np.int64),
             HISTORY_STEPS: np.array(history, np.int64),
             BASE_SHARE: np.ones(1, np.float32) if shares is None else shares[instruction.steps[0], None],
-            DELTA: np.broadcast_to(worth[0], (self._rows,)),
+            DELTA: np.broadcast_to(worth[0], (samples,)),
             DELTAS: worth,
         }
         for spec in self._signatures[instruction.graph].inputs:
             if spec.name == CARRY:
-                values[CARRY] = np.broadcast_to(np.float32(kept), (self._rows if spec.shape[-1:] == (BATCH,) else 1,))
+                values[CARRY] = np.broadcast_to(np.float32(kept), (samples if spec.shape[-1:] == (BATCH,) else 1,))
             if spec.name in self._by_step:
                 weights = self._program.weights_of(instruction) if spec.name == COEFFICIENTS else None
                 series = self._by_step[spec.name] if weights is None else weights
@@ -316,7 +318,7 @@ class _Planner:
                 if spec.name == COEFFICIENTS:
                     rows = rows[..., : len(history)]
                 elif spec.shape[-1:] == (BATCH,):  # the same for each sample
-                    rows = np.broadcast_to(rows[..., None], (*rows.shape, self._rows))
+                    rows = np.broadcast_to(rows[..., None], (*rows.shape, samples))
                 values[spec.name] = rows
         return values
 
@@ -349,7 +351,7 @@ class _Planner:
         if VELOCITIES not in {spec.name for spec in signature.outputs}:
             raise _no_velocities("a sampler outside needs")
         name = f"velocities/{steps[0]}"
-        results[VELOCITIES] = self._add_like(name, signature.output(VELOCITIES), **{FORECASTS: len(steps)})
+        results[VELOCITIES] = self._space.add_like(name, signature.output(VELOCITIES), **{FORECASTS: len(steps)})
         return tuple(View(name, row) for row in range(len(steps)))
 
     def _plan_step_out(self, instruction: Instruction, step: int) -> PlannedCall:
@@ -380,12 +382,12 @@ class _Planner:
         for name in wanted:
             if name in constants:
                 value = constants[name]
-                known[name] = self._add(
+                known[name] = self._space.add(
                     "/".join([place or engine, *map(str, steps[:1]), name]), value.shape, DTYPE_NAMES[value.dtype], value
                 )
         if missing := [name for name in wanted if name not in known]:
             raise BundleError(f"the engine {engine} takes {', '.join(missing)}, which its program does not have: compile again")
-        start = None if latents is None else self._branch(latents)
+        start = None if latents is None else self._space.branch(latents)
         return PlannedCall(engine, steps, {name: known[name] for name in wanted}, results, start, velocities)
 
 

@@ -19,8 +19,8 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from cachec.runtime.abi import ADVANCE, CARRY, FEATURE, VELOCITY
-from cachec.runtime.errors import BundleError, shortened
+from cachec.runtime.abi import ADVANCE, CARRY, FEATURE, PAIR, VELOCITY
+from cachec.runtime.errors import BundleError, InputError, shortened
 from cachec.runtime.instructions import Instruction, check_known, read_instruction
 from cachec.runtime.specs import Array
 
@@ -74,7 +74,8 @@ class Program:
 
     What a step does to the latents: ``carry[s] * latents + gain[s] * velocity``, both [T]; without them the flow's Euler step,
     1 and the step in ``sigmas``. Instructions that move by rows: ``moves`` [T, V] on the hidden cut, and ``shares`` [T], 1
-    without, of what they start from. All float32.
+    without, of what they start from. Steps that compute one branch of guidance: ``pair_rows`` [T, 2, P] over the negative and
+    the positive velocities of the pair slots, and ``pair_shares`` [T] of their own positive one. All float32.
     """
 
     key: ProgramKey
@@ -92,12 +93,14 @@ class Program:
     gain: Array | None = None
     moves: Array | None = None
     shares: Array | None = None
+    pair_rows: Array | None = None
+    pair_shares: Array | None = None
 
     def __post_init__(self) -> None:
         if self.cut not in get_args(Cut):
             raise BundleError(f"program: cut {shortened(self.cut)} is not one of {get_args(Cut)}")
         for kind, count in self.slots.items():
-            if kind not in KEPT.values() or type(count) is not int or count < 1:
+            if kind not in (*KEPT.values(), PAIR) or type(count) is not int or count < 1:
                 raise BundleError(f"program: {shortened(count)} slots of {shortened(kind)} are not what a session can have")
         self._check_arrays()
         self._check_steps()
@@ -110,6 +113,24 @@ class Program:
     @property
     def compute_steps(self) -> tuple[int, ...]:
         return tuple(step for one in self.instructions if one.computes for step in one.steps)
+
+    @property
+    def one_branch_steps(self) -> tuple[int, ...]:
+        """Computed steps that run one branch of guidance only."""
+        return tuple(step for one in self.instructions if one.computes and PAIR in one.reads for step in one.steps)
+
+    def check_both_branches(self) -> None:
+        """Raise ``InputError`` where a step computes one branch of guidance: a sampler outside asks for each of them apart."""
+        if steps := self.one_branch_steps:
+            raise InputError(
+                f"level {self.key.level} computes one branch of guidance at steps {', '.join(map(str, steps))}, and a sampler "
+                "outside combines them itself: take another level, or a session"
+            )
+
+    @property
+    def work(self) -> float:
+        """What is computed, in computed steps; one branch of two is half of one."""
+        return sum(one.work for one in self.instructions)
 
     @property
     def capacity(self) -> int:
@@ -125,8 +146,9 @@ class Program:
             "bias": (steps,),
             "target_timesteps": (steps,),
             "rows_out": rows,
-            **dict.fromkeys(("share_out", CARRY, "gain", "shares"), (steps,)),
+            **dict.fromkeys(("share_out", CARRY, "gain", "shares", "pair_shares"), (steps,)),
             "moves": (steps, self.slots.get(VELOCITY, 0)),
+            "pair_rows": (steps, 2, self.slots.get(PAIR, 0)),
         }
         for name, value in self.arrays().items():
             shape = shapes[name]
@@ -150,6 +172,8 @@ class Program:
             raise BundleError("program: carry and gain belong together, and it has one of them")
         if self.key.guided and any(one.moves and one.graph != ADVANCE for one in self.instructions):
             raise BundleError("program: it is guided, but steps move the latents before both branches are combined")
+        if PAIR in self.slots and (not self.key.guided or self.pair_rows is None or self.pair_shares is None):
+            raise BundleError("program: it keeps both branches of guidance, but is not guided, or has no rows over them")
         covered = [step for instruction in self.instructions for step in instruction.moves]
         expected = range(self.key.start_step, self.key.steps)
         if covered != list(expected):
@@ -189,18 +213,26 @@ class Program:
         if not instruction.rows:
             return
         weights, kinds = self.weights_of(instruction), set(instruction.reads)
-        if weights is None or len(kinds) != 1 or (self.cut == "output" and kinds != {VELOCITY}):
+        if weights is None or len(kinds) != 1 or (self.cut == "output" and FEATURE in kinds):
             raise BundleError(f"program: instruction {instruction.op!r} does not exist on the {self.cut} cut")
         bound = len(instruction.reads[kinds.pop()])
-        out = None if self.rows_out is None else self.rows_out[list(instruction.moves), :, bound:]
+        out = None if self.rows_out is None or not instruction.moves else self.rows_out[list(instruction.moves), :, bound:]
         if weights[list(instruction.rows), :, bound:].any() or (out is not None and out.any()):
             raise BundleError(f"program: steps {shortened(instruction.steps)} have coefficients for slots that are not bound")
 
     def weights_of(self, instruction: Instruction) -> Array | None:
         """Rows [T, G, slots] that weigh what an instruction reads; ``None``: it has none of that kind."""
+        if PAIR in instruction.reads:
+            return self.pair_rows
         if self.cut == "output" or FEATURE in instruction.reads:
             return self.coefficients
         return None if self.moves is None else self.moves[:, None]
+
+    def pair_weights(self, step: int, num_pairs: int) -> tuple[Array, Array]:
+        """How a step forecasts the negative branch's velocity: weights [1, 2 P] of pairs, negative first, and its share [1]."""
+        assert self.pair_rows is not None, "it has a step that reads pairs"
+        assert self.pair_shares is not None, "it has a step that reads pairs"
+        return self.pair_rows[step, :, :num_pairs].T.reshape(1, -1), self.pair_shares[step, None]
 
     def step_numbers(self, steps: Sequence[int]) -> tuple[float, Array]:
         """What a run of steps does: so much of the latents is kept, and each velocity is worth so much [n], float32."""
@@ -224,7 +256,7 @@ class Program:
     def arrays(self) -> dict[str, Array]:
         """All numbers by name; those that it may lack, only if it has them."""
         own = ("sigmas", "timesteps", "coefficients", "bias", "target_timesteps")
-        moved = ("rows_out", "share_out", CARRY, "gain", "moves", "shares")
+        moved = ("rows_out", "share_out", CARRY, "gain", "moves", "shares", "pair_rows", "pair_shares")
         return {name: np.asarray(value, order="C") for name in (*own, *moved) if (value := getattr(self, name)) is not None}
 
     @classmethod

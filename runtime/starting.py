@@ -34,6 +34,11 @@ def starting_at(program: Program, step: int, told: Array | None = None) -> Progr
     if not first < step < program.num_steps:
         raise InputError(f"the request begins at step {step}; this program has steps {first} to {program.num_steps - 1}")
     looks_back = any(isinstance(one, Advance) and one.from_noise for one in program.instructions)
+    if program.one_branch_steps:
+        raise InputError(
+            f"the request begins at step {step}, but level {program.key.level} computes one branch of guidance at some, by "
+            f"what both were before: begin at step {first}, or take another level"
+        )
     if program.shares is not None if program.cut == "output" else looks_back:
         raise InputError(
             f"the request begins at step {step}, but this program moves the latents from the noise of step {first}, which such "

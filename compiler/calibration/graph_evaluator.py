@@ -27,6 +27,7 @@ from cachec.runtime.abi import (
     GUIDANCE,
     HISTORY_STEPS,
     NEGATIVE,
+    PAIR,
     POSITIVE,
     SIGMAS,
     STEP,
@@ -137,10 +138,18 @@ class GraphEvaluator(Evaluator):
         self, x: torch.Tensor, t: torch.Tensor, conditions: Tensors, graph: str | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """``graph``: which one answers, by default the one that is for these times."""
-        given, scale = self._rows({self._io.latents: x, self._io.timestep: t}, conditions)
+        velocity, feature = self._answer(x, t, conditions, graph)
+        scale = conditions.get(GUIDANCE)
+        return self._combined(velocity, scale), _side_by_side(feature, scale)
+
+    def _answer(
+        self, x: torch.Tensor, t: torch.Tensor, conditions: Tensors, graph: str | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Velocity and feature of all branches that there are, [2 B, …] of two."""
+        given, _ = self._rows({self._io.latents: x, self._io.timestep: t}, conditions)
         expert = self._expert if (self._graph_at(t) if graph is None else graph) == EXPERT else None
         result = (expert or self._compute)(**given)
-        return self._combined(result[VELOCITY], scale), _side_by_side(result[FEATURE], scale)
+        return result[VELOCITY], result[FEATURE]
 
     def _graph_at(self, t: torch.Tensor) -> str:
         """Which compute graph answers at these told times [B]: all by one."""
@@ -210,8 +219,7 @@ class _Loop:
         """Carry out one instruction, by what it says of itself."""
         if instruction.computes:
             (step,) = instruction.steps
-            made = self._evaluator._evaluate(self.latents, self._told(step), self._conditions, instruction.graph)
-            self._keep(instruction, *made)
+            self._compute(instruction, step, both=PAIR not in instruction.reads)
         elif not instruction.rows:
             (step,) = instruction.steps
             history = self._history(step, instruction.reads[FEATURE])
@@ -223,6 +231,19 @@ class _Loop:
                 feature = self._weighted(instruction, step, FEATURE) + self._bias[step]
                 velocity = self._evaluator._tail(feature, self._told(step), self._conditions)
                 self._keep_velocity(instruction, step, velocity)
+
+    def _compute(self, instruction: Instruction, step: int, *, both: bool) -> None:
+        """Run the model: on ``both`` branches, or all that there are; or on the positive one, and forecast the other."""
+        evaluator, scale = self._evaluator, self._conditions.get(GUIDANCE)
+        known = self._conditions if both else {name: self._conditions[name] for name in evaluator._io.conditions}
+        velocity, feature = evaluator._answer(self.latents, self._told(step), known, instruction.graph)
+        for slot in instruction.writes.get(PAIR, ()):
+            self._slots[PAIR, slot] = velocity
+        if not both:
+            pairs = torch.cat([torch.stack(self._slots[PAIR, slot].chunk(2)) for slot in instruction.reads[PAIR]])
+            row, share = (torch.from_numpy(one).to(velocity) for one in self._program.pair_weights(step, len(pairs) // 2))
+            velocity = torch.cat([share * velocity + torch.tensordot(row[0], pairs, 1), velocity])
+        self._keep(instruction, evaluator._combined(velocity, scale), _side_by_side(feature, scale if both else None))
 
     def _keep(self, instruction: Instruction, velocity: torch.Tensor, feature: torch.Tensor) -> None:
         (step,) = instruction.steps

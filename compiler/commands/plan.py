@@ -3,7 +3,7 @@
 import logging
 from typing import TYPE_CHECKING, Any
 
-from cachec.runtime.errors import need
+from cachec.runtime.errors import InputError, need
 from cachec.runtime.sizes import USUAL_STRIDE
 
 if TYPE_CHECKING:
@@ -29,18 +29,32 @@ def plan_model(source: str, *, gpu: str | None = None, **options: Any) -> "tuple
     from cachec.compiler.options import check_batch, make_settings, read_options
     from cachec.compiler.planning.estimate import estimate
     from cachec.compiler.planning.gpus import get_gpus
-    from cachec.compiler.tables.schedule import uniform_schedule
+    from cachec.compiler.tables.schedule import parse_schedule, uniform_schedule
 
     wish, gpus = read_options(options, "plan"), get_gpus(gpu)
-    budget, batch = wish.schedule.budget, wish.model.batch
+    budget, given, batch = wish.schedule.budget, wish.schedule.schedule, wish.model.batch
     check_batch(batch)
+    if budget is not None and given is not None:
+        raise InputError("--budget and --schedule contradict each other: give one")
     model = outline_model(source)
     settings = make_settings(model.spec, wish.model)
     usual = max(1, settings.steps // USUAL_STRIDE)
     schedule = uniform_schedule(settings.steps, usual if budget is None else budget)
+    if given is not None:
+        schedule = parse_schedule(given, settings.steps)
+        schedule.check_conditional("output", guided=model.is_guided(settings))
     log.warning("capturing %s without its weights, which takes up to a minute or two for a large one", model.spec.name)
     plain = linear(prepare(model, settings))
     built = engine(plain, model.io)
     branches = 2 if model.is_guided(settings) else 1
-    found = estimate(plain, built, model.spec, settings, budget=len(schedule.compute), batch=batch or 1, branches=branches)
+    found = estimate(
+        plain,
+        built,
+        model.spec,
+        settings,
+        budget=len(schedule.compute),
+        batch=batch or 1,
+        branches=branches,
+        work=schedule.work,
+    )
     return found, gpus

@@ -68,8 +68,9 @@ def render_markdown(report: Report) -> str:
 
 
 def _schedule_line(name: str, program: Program) -> str:
-    computed = program.compute_steps
-    steps = "all" if len(computed) == program.num_steps else ", ".join(map(str, computed))
+    computed, alone = program.compute_steps, program.one_branch_steps
+    every = len(computed) == program.num_steps and not alone
+    steps = "all" if every else ", ".join(f"{step}{'c' * (step in alone)}" for step in computed)
     return f"- {name} computes {steps} of {program.num_steps} steps"
 
 

@@ -29,7 +29,7 @@ class Estimate:
 
     ``branches``: 2 where guidance has a negative one. ``computed`` and ``forecast`` are FLOPs of one step of the whole model,
     nothing hoisted, as others count them. They, ``feature`` and ``velocity`` (what a slot of the hidden and of the output cut
-    holds) and ``activations`` are of one sample. ``step_values``: what the prologue leaves for a request. ``calibration``: of
+    holds) and ``activations`` are of one sample. ``work``: what is computed, in computed steps. ``step_values``: what the prologue leaves for a request. ``calibration``: of
     the usual prompts, without a fine reference.
     """
 
@@ -38,6 +38,7 @@ class Estimate:
     spec: ModelSpec
     settings: Settings
     budget: int
+    work: float
     batch: int
     branches: int
     nodes: Mapping[str, int]
@@ -61,10 +62,10 @@ class Estimate:
         """Of a request with all steps computed."""
         return self.rows * self.settings.steps * self.computed
 
-    def run_flops(self, cut: str) -> int:
+    def run_flops(self, cut: str) -> float:
         """Of a request with ``budget`` steps computed. On the output cut a forecast is a sum of a few latents."""
         forecast = self.forecast if cut == "hidden" else 0
-        return self.rows * (self.budget * self.computed + (self.settings.steps - self.budget) * forecast)
+        return self.rows * (self.work * self.computed + (self.settings.steps - self.budget) * forecast)
 
     def slots(self, cut: str) -> int:
         """Bytes if every computed step is kept: most methods keep fewer."""
@@ -133,6 +134,7 @@ class Estimate:
         }
         names = (
             "budget",
+            "work",
             "batch",
             "branches",
             "nodes",
@@ -158,10 +160,19 @@ class Estimate:
 
 
 def estimate(
-    plain: Graphs, engine: Graphs, spec: ModelSpec, settings: Settings, *, budget: int, batch: int, branches: int = 1
+    plain: Graphs,
+    engine: Graphs,
+    spec: ModelSpec,
+    settings: Settings,
+    *,
+    budget: int,
+    batch: int,
+    branches: int = 1,
+    work: float | None = None,
 ) -> Estimate:
     """Read it off the graphs as the passes leave them, ``plain``, and as engines are built from them.
 
+    ``work``: in computed steps, if it is less than that of ``budget`` whole ones.
     Without a forecast graph, as on the output cut, what concerns one is 0.
     """
     results = outputs(plain.modules[COMPUTE])
@@ -170,6 +181,7 @@ def estimate(
         spec=spec,
         settings=settings,
         budget=budget,
+        work=budget if work is None else work,
         batch=batch,
         branches=branches,
         nodes={name: len(module.graph.nodes) for name, module in engine.modules.items()},

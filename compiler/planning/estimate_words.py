@@ -20,7 +20,8 @@ def _model_rows(found: Estimate) -> Iterator[tuple[str, str]]:
     held = f"the prologue, once a request, reads {parts['hoisted']} of them"
     guided = ", with two branches of guidance" if found.branches > 1 else ""
     yield "model", f"{found.spec.portable_source}, {sizes}, {settings.dtype}, batch {found.batch}{guided}"
-    yield "steps", f"{settings.steps}, {found.budget} of them computed"
+    work = "" if found.work == found.budget else f", some of one branch of guidance alone: {found.work:g} in work"
+    yield "steps", f"{settings.steps}, {found.budget} of them computed{work}"
     yield "graphs", ", ".join(f"{name} {count} nodes" for name, count in found.nodes.items())
     yield "parameters", f"{in_count(found.total)}: body {parts['body']}, tail {parts['tail']}; {held}"
     yield "weights", in_bytes(found.weights)

@@ -48,7 +48,7 @@ class Goal:
 
     def __str__(self) -> str:
         if self.schedule is not None:
-            return f"{len(self.schedule.compute)} given steps"
+            return f"{len(self.schedule.compute)} given steps" + ", some of one branch" * bool(self.schedule.conditional)
         if self.budget is not None:
             return f"{self.budget} steps, searched"
         if self.fine:
@@ -104,6 +104,7 @@ def _one_goal(method: Method, steps: int, wish: ScheduleWish) -> tuple[Goal, int
     kind, budget = wish.schedule, wish.budget
     if kind is not None and kind not in KINDS:
         given = parse_schedule(kind, steps)
+        given.check_conditional(method.cut, guided=True)
         if len(given.compute) < method.min_budget:
             raise InputError(f"schedule {kind} is too short: {method.name} needs {method.min_budget} computed steps to start")
         return Goal(schedule=given), None

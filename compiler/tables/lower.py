@@ -9,9 +9,9 @@ import numpy as np
 from cachec.compiler.tables.coefficients import AdvanceTable, ForecastTable
 from cachec.compiler.tables.sampling import Sampling
 from cachec.compiler.tables.schedule import Schedule
-from cachec.runtime.abi import FEATURE, VELOCITY
+from cachec.runtime.abi import FEATURE, PAIR, VELOCITY
 from cachec.runtime.errors import InputError
-from cachec.runtime.instructions import Advance, Compute, Forecast, Instruction, Predict
+from cachec.runtime.instructions import Advance, Compute, ComputePositive, Forecast, Instruction, Predict
 from cachec.runtime.program import Program, ProgramKey, composed
 from cachec.runtime.specs import Array
 
@@ -25,7 +25,12 @@ NOTHING = 1e-9  # a weight of rounding: what it weighs need not be there
 
 
 def lower(table: ForecastTable | AdvanceTable, key: ProgramKey, sampling: Sampling) -> Program:
-    """A program of the cut that the table is of."""
+    """A program of the cut that the table is of.
+
+    Raises:
+        InputError: steps compute one branch of guidance, of a request without, or on the hidden cut.
+    """
+    table.schedule.check_conditional("hidden" if isinstance(table, ForecastTable) else "output", guided=key.guided)
     if isinstance(table, ForecastTable):
         return lower_table(table, key, sampling)
     return lower_advance(table, key, sampling)
@@ -93,7 +98,8 @@ def lower_uncached(key: ProgramKey, sampling: Sampling) -> Program:
 def lower_advance(table: AdvanceTable, key: ProgramKey, sampling: Sampling) -> Program:
     """A program for the output cut: it needs no forecast engine. Every velocity keeps its own slot to the end.
 
-    A sampler outside gets one and the same answer at all steps of a gap, which brings it to where the program moves.
+    A sampler outside gets one and the same answer at all steps of a gap, which brings it to where the program moves. A step
+    that computes the positive branch alone takes the two branches to be as far apart as they were when both were computed last.
 
     Raises:
         InputError: there is no such answer, as the sampler lets a gap's outputs cancel.
@@ -106,14 +112,21 @@ def lower_advance(table: AdvanceTable, key: ProgramKey, sampling: Sampling) -> P
     if table.timesteps is not None:
         timesteps[list(schedule.compute)] = table.timesteps
     instructions: list[Instruction] = []
-    for slot, (step, end) in enumerate(zip(schedule.compute, ends, strict=True)):
-        instructions += [Compute(step, slot, VELOCITY), Advance(tuple(range(step, end)), slot + 1)]
-    numbers = {"rows_out": _answers(rows, schedule, sampling), "share_out": np.zeros(key.steps)}
+    for slot, (step, end, following) in enumerate(zip(schedule.compute, ends, [*schedule.compute[1:], None], strict=True)):
+        kept = 0 if following in schedule.conditional and step not in schedule.conditional else None
+        one = ComputePositive(step, slot, 1) if step in schedule.conditional else Compute(step, slot, VELOCITY, pair_slot=kept)
+        instructions += [one, Advance(tuple(range(step, end)), slot + 1)]
+    slots, numbers = {VELOCITY: num}, {"rows_out": _answers(rows, schedule, sampling), "share_out": np.zeros(key.steps)}
     if sampling.rows is not None:
         numbers["shares"] = np.ones(key.steps)
         numbers["shares"][list(schedule.compute)] = sampling.shares[ends]
+    if schedule.conditional:
+        slots[PAIR] = 1
+        numbers["pair_rows"], numbers["pair_shares"] = np.zeros((key.steps, 2, 1)), np.zeros(key.steps)
+        numbers["pair_rows"][list(schedule.conditional)] = [[1.0], [-1.0]]
+        numbers["pair_shares"][list(schedule.conditional)] = 1.0
     told = replace(sampling, timesteps=timesteps)
-    return _program(key, instructions, {VELOCITY: num}, told, coefficients, np.zeros(key.steps), **numbers)
+    return _program(key, instructions, slots, told, coefficients, np.zeros(key.steps), **numbers)
 
 
 def _answers(rows: Array, schedule: Schedule, sampling: Sampling) -> Array:
@@ -172,7 +185,7 @@ def _on_its_graph(instruction: Instruction, sampling: Sampling) -> Instruction:
     """An instruction of a model with several compute graphs, on the one that runs its step."""
     if sampling.graphs is None or isinstance(instruction, Advance):
         return instruction
-    if isinstance(instruction, Compute):
+    if isinstance(instruction, Compute | ComputePositive):
         return replace(instruction, graph=sampling.graphs[instruction.step])
     raise InputError(NO_TAIL)
 

@@ -8,10 +8,14 @@ from cachec.runtime.errors import InputError
 
 @dataclass(frozen=True)
 class Schedule:
-    """``compute`` lists the computed steps of ``num_steps``; all others are forecast."""
+    """``compute`` lists the computed steps of ``num_steps``; all others are forecast.
+
+    ``conditional``: those of them that run the positive branch of guidance only.
+    """
 
     num_steps: int
     compute: tuple[int, ...]
+    conditional: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.num_steps < 1:
@@ -24,6 +28,34 @@ class Schedule:
             raise InputError(
                 f"schedule computes step {self.compute[-1]}, but {self.num_steps} steps are numbered 0 to {self.num_steps - 1}"
             )
+
+        if wrong := sorted({*self.conditional} - {*self.compute[1:]}):
+            raise InputError(
+                f"schedule runs one branch of guidance at step {wrong[0]}, which "
+                + ("has no step before it that ran both" if wrong[0] == 0 else "it does not compute")
+            )
+
+    def __str__(self) -> str:
+        """As :func:`parse_schedule` reads it."""
+        return ",".join(f"{step}{'c' * (step in self.conditional)}" for step in self.compute)
+
+    def check_conditional(self, cut: str, *, guided: bool) -> None:
+        """Raise ``InputError`` if there are steps of one branch of guidance where there cannot be."""
+        if self.conditional and cut == "hidden":
+            raise InputError(
+                f"schedule {self} computes one branch of guidance at step {self.conditional[0]}, and the hidden cut both: "
+                "take a method of the output cut (gram, bns, adams)"
+            )
+        if self.conditional and not guided:
+            raise InputError(
+                f"schedule {self} computes one branch of guidance at step {self.conditional[0]}, but requests have no other: "
+                "leave the c out, or compile at a scale of guidance that has two"
+            )
+
+    @property
+    def work(self) -> float:
+        """What is computed, in computed steps; one branch of two is half of one."""
+        return len(self.compute) - 0.5 * len(self.conditional)
 
     @property
     def forecast(self) -> tuple[int, ...]:
@@ -86,13 +118,14 @@ def interval_for_budget(num_steps: int, budget: int, extra: tuple[int, ...] = ()
 
 
 def parse_schedule(text: str, num_steps: int) -> Schedule:
-    """Read ``0,1,2,9``.
+    """Read ``0,1,2,9``, or ``0 1 2 9``; at ``2c`` the positive (conditional) branch of guidance runs alone.
 
     Raises:
         InputError: it is no list of whole numbers, or no schedule of ``num_steps`` steps.
     """
+    parts = text.replace(",", " ").split()
     try:
-        steps = tuple(int(part) for part in text.split(","))
+        steps = tuple(int(part.removesuffix("c")) for part in parts)
     except ValueError as error:
         raise InputError(f"schedule {text!r} is not a list of steps such as 0,1,2,9,16") from error
-    return Schedule(num_steps, steps)
+    return Schedule(num_steps, steps, tuple(step for step, part in zip(steps, parts, strict=True) if part.endswith("c")))
