@@ -135,7 +135,7 @@ def _compile(
         clock.lap()
         unfinished = partial(unfinished_weights, model, works["weights"])
         sources = planned_sources(plans, writer, request.settings.dtype, unfinished)
-        options, chosen = request.options_for(works["timing"]), {}
+        options, chosen = request.options_for(works["timing"], guided=model.is_guided(request.settings)), {}
         if request.auto:
             targets, facts = build_fastest(request.targets, sources, writer, request.device, options, left_out)
             chosen[AUTO] = facts

@@ -99,12 +99,11 @@ class Request:
         """The same in computed steps, of which one branch of guidance is half."""
         return self.computed if self.schedule is None else self.schedule.work
 
-    def options_for(self, timing: Path) -> BuildOptions:
+    def options_for(self, timing: Path, *, guided: bool) -> BuildOptions:
         """What builders are asked for; kernel timings are kept in the folder ``timing``."""
-        most = max(self.variants, key=lambda one: one.settings.steps)
-        sizes = size_ranges(
-            most.settings.steps, most.computed, batch=self.wish.model.batch, max_batch=self.wish.build.max_batch
-        )
+        most, wish = max(self.variants, key=lambda one: one.settings.steps), self.wish
+        batch, max_batch = wish.model.batch, wish.build.max_batch
+        sizes = size_ranges(most.settings.steps, most.computed, batch=batch, max_batch=max_batch, guided=guided)
         return replace(self.build, sizes=sizes, timing_cache=timing)
 
     @property

@@ -156,7 +156,9 @@ def _sizes(bundle: Bundle, max_batch: int) -> Mapping[str, Any]:
         raise InputError(
             f"max-batch is {max_batch}, but the bundle was compiled for batches of {program.key.batch}: leave it out"
         )
-    return size_ranges(program.num_steps, len(program.compute_steps), batch=program.key.batch, max_batch=max_batch)
+    return size_ranges(
+        program.num_steps, len(program.compute_steps), batch=program.key.batch, max_batch=max_batch, guided=program.key.guided
+    )
 
 
 def _unpack_timing(bundle: Bundle, folder: Path) -> None:

@@ -122,12 +122,13 @@ class LoadedBundle:
         one by one, and says where it begins.
         """
         bundle = self.at(size, steps)
-        if batch > (most := bundle.target.sizes.get(BATCH, (batch,))[-1]):
-            raise InputError(
-                f"batch is {batch}; the engines of {bundle.target} take up to {most}: build them with --max-batch {batch}, "
-                "or take another target"
-            )
         program = bundle.programs[bundle.check_level(level)]
+        rows = 2 if program.key.guided and not for_sampler else 1  # that the model runs on for each sample
+        if rows * batch > (most := bundle.target.sizes.get(BATCH, (rows * batch,))[-1]):
+            raise InputError(
+                f"batch is {batch}; the engines of {bundle.target} take up to {most // rows}: build them with --max-batch "
+                f"{batch}, or take another target"
+            )
         if for_sampler:
             if start:
                 raise InputError(f"start is {start}, but a sampler outside says where it begins: call begin(first={start})")

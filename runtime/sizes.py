@@ -9,16 +9,20 @@ from cachec.runtime.errors import InputError
 USUAL_STRIDE = 6  # a step in so many is computed, where the schedule is not known when engines are built
 
 
-def size_ranges(steps: int, computed: int, *, batch: int | None = None, max_batch: int = 1) -> dict[str, SizeRange]:
+def size_ranges(
+    steps: int, computed: int, *, batch: int | None = None, max_batch: int = 1, guided: bool = False
+) -> dict[str, SizeRange]:
     """Ranges of all symbolic sizes, for any schedule over ``steps`` steps; tuned for ``computed`` evenly spread ones.
 
-    ``batch``: exactly so many samples a call. ``max_batch``: up to so many.
+    ``batch``: exactly so many samples a request. ``max_batch``: up to so many. ``guided``: the model runs on two rows for each.
     """
+    least, most = (1, max_batch) if batch is None else (batch, batch)
+    rows = 2 * most if guided else most
     computed = min(max(computed, 1), steps)
     forecast = max(steps - computed, 1)
     several = max(steps - 1, 1)
     return {
-        BATCH: SizeRange(1, max_batch, max_batch) if batch is None else SizeRange(batch, batch, batch),
+        BATCH: SizeRange(least, rows, rows),
         SLOTS: SizeRange(1, computed, steps),
         FORECASTS: SizeRange(1, min(math.ceil(forecast / computed), several), several),
         steps_of(COMPUTE): SizeRange(1, computed, steps),

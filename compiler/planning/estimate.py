@@ -29,8 +29,8 @@ class Estimate:
 
     ``branches``: 2 where guidance has a negative one. ``computed`` and ``forecast`` are FLOPs of one step of the whole model,
     nothing hoisted, as others count them. They, ``feature`` and ``velocity`` (what a slot of the hidden and of the output cut
-    holds) and ``activations`` are of one sample. ``work``: what is computed, in computed steps. ``step_values``: what the prologue leaves for a request. ``calibration``: of
-    the usual prompts, without a fine reference.
+    holds) and ``activations`` are of one sample. ``work``: what is computed, in computed steps. ``step_values``: what the
+    prologue leaves for a request. ``calibration``: of the usual prompts, without a fine reference.
     """
 
     CUTS: ClassVar = ("hidden", "output")

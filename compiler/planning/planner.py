@@ -41,7 +41,7 @@ class LevelPlan:
         return {
             "goal": str(self.goal),
             "computed": len(self.program.compute_steps),
-            "work": self.program.work,
+            **({"work": self.program.work} if self.program.one_branch_steps else {}),
             "grid": self.program.num_steps,
             "target": "fine reference" if self.fine else "uncached run",
         }

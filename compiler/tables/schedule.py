@@ -125,7 +125,7 @@ def parse_schedule(text: str, num_steps: int) -> Schedule:
     """
     parts = text.replace(",", " ").split()
     try:
-        steps = tuple(int(part.removesuffix("c")) for part in parts)
+        steps = tuple(int(part.removesuffix("c")) for part in parts or [text])
     except ValueError as error:
         raise InputError(f"schedule {text!r} is not a list of steps such as 0,1,2,9,16") from error
     return Schedule(num_steps, steps, tuple(step for step, part in zip(steps, parts, strict=True) if part.endswith("c")))

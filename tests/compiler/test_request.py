@@ -15,7 +15,7 @@ def test_defaults_are_those_of_the_model_and_the_method():
     request = make_request(SPEC)
     assert vars(request.settings) == {
         "height": 64, "width": 64, "text_tokens": 16, "guidance": 3.5, "steps": 50, "dtype": "float32",
-        "frames": 1, "cut": None, "sigmas": None,
+        "frames": 1, "cut": None, "sigmas": None, "true_cfg_scale": 1.0,
     }  # fmt: skip
     assert request.method.name == "lesa"
     assert (request.interval, request.schedule.compute[:5]) == (request.method.default_interval, (0, 1, 2, 3, 9))
@@ -38,7 +38,7 @@ def test_the_fine_reference_is_that_of_the_file_or_some_times_finer():
 
 
 def test_builders_get_sizes_by_the_schedule(tmp_path):
-    options = make_request(SPEC, method="taylor", budget=10, batch=2, workspace=1.5).options_for(tmp_path)
+    options = make_request(SPEC, method="taylor", budget=10, batch=2, workspace=1.5).options_for(tmp_path, guided=False)
     assert (options.sizes["batch"].most, options.sizes["slots"].usual) == (2, 10)
     assert (options.workspace, options.timing_cache) == (1_500_000_000, tmp_path)
 

@@ -48,5 +48,7 @@ def test_unknown_words_are_refused():
     check_known({"op": 1}, {"op", "step"}, "it")
     with pytest.raises(BundleError, match=r"program: it says \['branch', 'colour'\], which this cachec does not know"):
         check_known({"op": 1, "colour": 2, "branch": 3}, {"op"}, "it")
-    with pytest.raises(BundleError, match="no instruction 'guess'; known are compute, forecast, predict, advance"):
+    with pytest.raises(
+        BundleError, match="no instruction 'guess'; known are compute, compute-positive, forecast, predict, advance"
+    ):
         read_instruction({"op": "guess"})

@@ -16,6 +16,8 @@ def test_ranges_of_symbolic_sizes():
         "forecast_steps": SizeRange(1, 40, 50),
     }
     assert size_ranges(50, 10, batch=3)["batch"] == SizeRange(3, 3, 3)
+    assert size_ranges(50, 10, batch=3, guided=True)["batch"] == SizeRange(3, 6, 6)
+    assert size_ranges(50, 10, max_batch=2, guided=True)["batch"] == SizeRange(1, 4, 4)
 
 
 @pytest.mark.parametrize(("steps", "computed"), [(1, 1), (1, 0), (2, 9), (4, 4)])
