@@ -188,7 +188,10 @@ def test_the_digest_sees_every_change(changes):
         (lambda data: data["key"].pop("sigmas_hash"), "does not read as a program"),
         (lambda data: data["key"].update(colour="red"), r"the key says \['colour'\], which this cachec does not know"),
         (lambda data: data.update(colour="red"), r"the file says \['colour'\]"),
-        (lambda data: data["instructions"][0].update(op="guess"), "no instruction 'guess'; known are compute, compute-positive, forecast"),
+        (
+            lambda data: data["instructions"][0].update(op="guess"),
+            "no instruction 'guess'; known are compute, compute-positive, forecast",
+        ),
         (lambda data: data["instructions"][0].update(op=[]), "does not read as a program"),
         (lambda data: data["instructions"][0].pop("step"), "does not read as a program"),
         (lambda data: data["instructions"][0].update(step="0"), "does not read as an instruction"),
