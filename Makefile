@@ -5,7 +5,7 @@ READY := $(VENV)/.ready
 BUILD := reference/build
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo test test-slow models models-full check types wheel eval quality bench engines sizes fits gpu reference clean
+.PHONY: help demo test test-slow models models-full check types wheel eval quality bench engines sizes fits gpu reference avatars clean
 
 help:  ## Say what can be made
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -88,5 +88,11 @@ reference: $(READY)  ## Retrain tiny-flux from nothing (an hour or two on two id
 	$(BIN)/python -m reference.probe --out $(BUILD)
 	$(BIN)/python -m reference.plot_loss --out $(BUILD)
 
-clean:  ## Remove what was built
-	rm -rf build dist demo .mypy_cache .ruff_cache .pytest_cache *.egg-info
+avatars: $(READY)  ## Train the reference models of avatars: Node draws the pictures; resumable, checkpoints in build/reference
+	$(BIN)/python -m reference.avatars.dataset
+	$(BIN)/python -m reference.avatars.autoencoder --threads 2
+	$(BIN)/python -m reference.avatars.tiny_flux --threads 2
+
+clean:  ## Remove what was built, but not what was trained (build/reference)
+	find build -mindepth 1 -maxdepth 1 ! -name reference -exec rm -rf {} + || true
+	rm -rf dist demo .mypy_cache .ruff_cache .pytest_cache *.egg-info

@@ -40,9 +40,9 @@ def build_tokenizer(words: list[str], *, bos: str | None, max_length: int) -> Pr
     )
 
 
-def build_clip(words: list[str]) -> tuple[PreTrainedTokenizerFast, CLIPTextModel]:
-    """CLIP text model (2 layers, width 64) and its tokenizer."""
-    tokenizer = build_tokenizer(words, bos="<s>", max_length=CLIP_TOKENS)
+def build_clip(words: list[str], tokens: int = CLIP_TOKENS) -> tuple[PreTrainedTokenizerFast, CLIPTextModel]:
+    """CLIP text model (2 layers, width 64) and its tokenizer, which pads to ``tokens``."""
+    tokenizer = build_tokenizer(words, bos="<s>", max_length=tokens)
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=WIDTH,
@@ -50,7 +50,7 @@ def build_clip(words: list[str]) -> tuple[PreTrainedTokenizerFast, CLIPTextModel
         projection_dim=WIDTH,
         num_hidden_layers=2,
         num_attention_heads=4,
-        max_position_embeddings=CLIP_TOKENS,
+        max_position_embeddings=tokens,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -87,11 +87,9 @@ def build_t5(words: list[str]) -> tuple[PreTrainedTokenizerFast, T5EncoderModel]
 
 
 @torch.no_grad()
-def encode(captions: list[str], clip: tuple, t5: tuple) -> tuple[torch.Tensor, torch.Tensor]:
-    """Encode as ``FluxPipeline`` does. Returns T5 states [B, 16, 64] and the pooled CLIP vector [B, 64]."""
+def encode(captions: list[str], clip: tuple, t5: tuple, tokens: int = T5_TOKENS) -> tuple[torch.Tensor, torch.Tensor]:
+    """Encode as ``FluxPipeline`` does. Returns T5 states [B, tokens, 64] and the pooled CLIP vector [B, 64]."""
     (clip_tokenizer, clip_model), (t5_tokenizer, t5_model) = clip, t5
-    clip_ids = clip_tokenizer(
-        captions, padding="max_length", max_length=CLIP_TOKENS, truncation=True, return_tensors="pt"
-    ).input_ids
-    t5_ids = t5_tokenizer(captions, padding="max_length", max_length=T5_TOKENS, truncation=True, return_tensors="pt").input_ids
+    clip_ids = clip_tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
+    t5_ids = t5_tokenizer(captions, padding="max_length", max_length=tokens, truncation=True, return_tensors="pt").input_ids
     return t5_model(t5_ids)[0], clip_model(clip_ids).pooler_output
