@@ -1,8 +1,8 @@
 """Rectified flow and guidance distillation, for any of the reference models.
 
 First plain rectified flow with the guidance input at 1 and a tenth of the captions dropped. Then, for models that take a
-guidance scale, distillation as FLUX.1-dev had it: the target is the first stage's own classifier-free guided velocity at a random
-scale, and that scale is the input. Muon learns the blocks' matrices, AdamW the rest.
+guidance scale, distillation as FLUX.1-dev had it: the target is the first stage's own classifier-free guided velocity at a
+random scale, and that scale is the input. Muon learns the blocks' matrices, AdamW the rest.
 """
 
 import math
