@@ -19,6 +19,7 @@ from cachec.runtime.plan import (
     View,
     constant_data,
     lay_out,
+    part_of,
     slots_name,
 )
 from cachec.runtime.planner import plan_binding
@@ -93,7 +94,7 @@ class Binding:
             for context in self._contexts.values():
                 context.scratch = memory[layout.scratch_offset :]
         self.slots = {kind: self._buffers[slots_name(kind)] for kind in program.slots}
-        self.latent_spec = plan.latent_spec
+        self.latent_spec, self._check_names = plan.latent_spec, plan.check_names
         self._given = {name: (spec, self._part(view)) for name, (spec, view) in plan.given.items()}
         self._noises = [self._part(view) for view in plan.noises]
         self.noise = self._noises[0]
@@ -122,8 +123,7 @@ class Binding:
         Raises:
             InputError: a condition is missing, unknown, of the wrong shape or dtype, or not finite (looked at on the host).
         """
-        if set(conditions) != set(self._given):
-            raise InputError(f"conditions are {sorted(self._given)}, got {sorted(conditions)}")
+        self._check_names(conditions)
         given = [(spec, conditions[name], buffer) for name, (spec, buffer) in self._given.items()]
         if latents is not None:
             given += [(self.latent_spec, latents, buffer) for buffer in self._noises]
@@ -171,10 +171,7 @@ class Binding:
         return self._contexts[planned.engine].scratch_bytes(shapes)
 
     def _part(self, view: View) -> Buffer:
-        buffer = self._buffers[view.buffer]
-        if view.start is None:
-            return buffer
-        return buffer[view.start] if view.stop is None else buffer[view.start : view.stop]
+        return part_of(self._buffers[view.buffer], view)
 
     def _bind(self, planned: PlannedCall) -> Call:
         inputs, outputs = (

@@ -69,6 +69,16 @@ class QualityError(CachecError):
     exit_code: ClassVar[int] = 10
 
 
+class DeadlineError(CachecError):
+    """A request cannot be done in time; ``seconds``: what it would take."""
+
+    exit_code: ClassVar[int] = 12
+
+    def __init__(self, message: str, seconds: float) -> None:
+        super().__init__(message)
+        self.seconds = seconds
+
+
 def shortened(value: object, limit: int = 80) -> str:
     """``value`` as ``repr`` writes it, for a message: at most ``limit`` characters, and then how many there are."""
     text = repr(value)

@@ -3,13 +3,14 @@
 ``B`` batch, ``S`` slots.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from math import prod
 
 import numpy as np
 
-from cachec.runtime.device import ALIGNMENT
+from cachec.runtime.device import ALIGNMENT, Buffer
+from cachec.runtime.errors import InputError
 from cachec.runtime.specs import Array, TensorSpec, itemsize
 
 NOISE_BUFFER, TURNS, VELOCITY_BUFFER = "noise", ("latents/0", "latents/1"), "velocity"
@@ -125,6 +126,11 @@ class BindingPlan:
         buffer = self.buffers[view.buffer]
         return 0 if not view.start else view.start * (buffer.nbytes // buffer.shape[0])
 
+    def check_names(self, conditions: Collection[str]) -> None:
+        """Raise ``InputError`` unless these are what a request brings besides noise."""
+        if set(conditions) != set(self.given):
+            raise InputError(f"conditions are {sorted(self.given)}, got {sorted(conditions)}")
+
     def is_aligned(self, view: View) -> bool:
         """Does it begin at a multiple of ``ALIGNMENT``, as its buffer does? Rows in the midst of a buffer may not."""
         return self.begin(view) % ALIGNMENT == 0
@@ -144,6 +150,13 @@ class Layout:
         return self.scratch_offset + self.scratch_bytes
 
 
+def part_of(buffer: Buffer, view: View) -> Buffer:
+    """What a view covers of its buffer on a device."""
+    if view.start is None:
+        return buffer
+    return buffer[view.start] if view.stop is None else buffer[view.start : view.stop]
+
+
 def lay_out(plan: BindingPlan, scratch_bytes: int = 0) -> Layout:
     """Put the buffers one after another, each at a multiple of ``ALIGNMENT``."""
     offsets, end, constant_bytes = {}, 0, 0
@@ -151,7 +164,7 @@ def lay_out(plan: BindingPlan, scratch_bytes: int = 0) -> Layout:
         if buffer.same_as is not None:
             continue
         offsets[buffer.name] = end
-        end = _aligned(end + buffer.nbytes)
+        end = aligned(end + buffer.nbytes)
         constant_bytes = end if buffer.value is not None else constant_bytes
     offsets |= {name: offsets[one.same_as] for name, one in plan.buffers.items() if one.same_as is not None}
     return Layout(offsets, constant_bytes, end, scratch_bytes)
@@ -167,5 +180,6 @@ def constant_data(plan: BindingPlan, layout: Layout) -> Array:
     return data
 
 
-def _aligned(size: int) -> int:
+def aligned(size: int) -> int:
+    """``size`` bytes, up to a multiple of ``ALIGNMENT``."""
     return -(-size // ALIGNMENT) * ALIGNMENT

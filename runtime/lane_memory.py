@@ -1,0 +1,69 @@
+"""Memory of ``lanes``: constants of every program once, and for each lane room for a request of any of them."""
+
+from collections.abc import Hashable, Mapping
+
+from cachec.runtime.device import Buffer, Device
+from cachec.runtime.lane_plan import LanePlan
+from cachec.runtime.lane_ports import Ends
+from cachec.runtime.plan import constant_data, part_of
+from cachec.runtime.specs import Array
+
+
+class View:
+    """A lane as one program sees it: where what a request brings goes, the ``ends`` of each call, the latents after it."""
+
+    def __init__(self, plan: LanePlan, device: Device, constants: Buffer, own: Buffer) -> None:
+        layout, planned = plan.layout, plan.plan
+        self._device, self._buffers = device, dict[str, Buffer]()
+        for name, one in planned.buffers.items():
+            at = layout.offsets[name]
+            where = (constants, at) if at < layout.constant_bytes else (own, at - layout.constant_bytes)
+            self._buffers[name] = device.part(*where, one.shape, one.dtype)
+        self._noises = [part_of(self._buffers[view.buffer], view) for view in planned.noises]
+        self._given = {name: part_of(self._buffers[view.buffer], view) for name, (_, view) in planned.given.items()}
+        self.ends = [
+            Ends.of(
+                call,
+                {name: part_of(self._buffers[view.buffer], view) for name, view in call.planned.inputs.items()},
+                {name: part_of(self._buffers[view.buffer], view) for name, view in call.planned.outputs.items()},
+            )
+            for call in plan.calls
+        ]
+        after = [plan.latents_after(place) for place in range(len(plan.calls))]
+        self._latents = [part_of(self._buffers[view.buffer], view) for view in after]
+
+    def take(self, conditions: Mapping[str, Array], noise: Array) -> None:
+        """Copy what a request brings to where its calls read it."""
+        for buffer in self._noises:
+            self._device.upload(noise, buffer)
+        for name, buffer in self._given.items():
+            self._device.upload(conditions[name], buffer)
+
+    def latents(self, made: int) -> Array:
+        """The latents [1, …] after so many calls."""
+        return self._device.download(self._latents[made - 1])
+
+
+class LaneMemory:
+    """All memory of lanes, taken at once. ``view``: of a lane, by its number, and a program."""
+
+    def __init__(self, plans: Mapping[Hashable, LanePlan], lanes: int, device: Device) -> None:
+        self._plans, self._device = plans, device
+        data = {key: constant_data(plan.plan, plan.layout) for key, plan in plans.items()}
+        constants = device.empty((sum(one.nbytes for one in data.values()),), "uint8")
+        self._constants, end = dict[Hashable, Buffer](), 0
+        for key, one in data.items():
+            self._constants[key] = constants[end : end + one.nbytes]
+            end += one.nbytes
+            device.upload(one, self._constants[key])
+        own = max(plan.own_bytes for plan in plans.values())
+        memory = device.empty((lanes * own,), "uint8")
+        self._lanes = [memory[place * own : (place + 1) * own] for place in range(lanes)]
+        self.nbytes = end + lanes * own
+        self._views: dict[tuple[int, Hashable], View] = {}
+
+    def view(self, lane: int, key: Hashable) -> View:
+        """Made when it is first asked for; that takes no memory of the device."""
+        if (lane, key) not in self._views:
+            self._views[lane, key] = View(self._plans[key], self._device, self._constants[key], self._lanes[lane])
+        return self._views[lane, key]

@@ -1,0 +1,229 @@
+"""Which requests share the next batch: pure functions over what waits, what runs, and what things cost.
+
+A request is a row of *stages*. A stage is one run of the model, which may be shared, and the cheap calls around it, which are
+made for this request alone. A tick carries out one stage of each of some requests whose stages are of one group.
+All times are in seconds.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from math import inf
+
+from cachec.runtime.errors import InputError, unknown_name
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One run of the model on ``rows`` rows, and ``aside`` seconds of other calls. Runs of one ``group`` can be one batch."""
+
+    group: str
+    rows: int
+    aside: float
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds of a call, by its name and the rows of the batch that it is made in, padding included."""
+
+    seconds: Mapping[str, Mapping[int, float]]
+
+    def bucket(self, name: str, rows: int) -> int:
+        """The smallest batch with room for ``rows``, or the largest there is."""
+        buckets = self.seconds[name]
+        return min((bucket for bucket in buckets if bucket >= rows), default=max(buckets))
+
+    def of(self, name: str, rows: int) -> float:
+        return self.seconds[name][self.bucket(name, rows)]
+
+
+class Kind:
+    """All requests that play one program: their stages, and what is left of one from each stage on.
+
+    ``alone[stage]``: seconds if nobody shares them; ``asides[stage]``: those of them that nobody can share;
+    ``shared[width][stage]``: of the runs of the model, in batches of ``width`` rows.
+    """
+
+    def __init__(self, stages: Sequence[Stage], costs: Costs) -> None:
+        self.stages, self.costs = tuple(stages), costs
+        self.alone = _left([costs.of(stage.group, stage.rows) + stage.aside for stage in stages])
+        self.asides = _left([stage.aside for stage in stages])
+        widths = sorted({bucket for stage in stages for bucket in costs.seconds[stage.group]})
+        self.shared = {width: _left([costs.of(one.group, max(width, one.rows)) for one in stages]) for width in widths}
+
+
+def _left(seconds: Sequence[float]) -> tuple[float, ...]:
+    """Sums from each place to the end; the last one is 0."""
+    return (*reversed(tuple(accumulate(reversed(seconds)))), 0.0)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Job:
+    """A request and how far it is: ``stage`` of its kind comes next. ``number``: in order of arrival; ``deadline``: when."""
+
+    number: int
+    kind: Kind
+    deadline: float = inf
+    stage: int = 0
+
+    @property
+    def group(self) -> str:
+        return self.kind.stages[self.stage].group
+
+    @property
+    def rows(self) -> int:
+        return self.kind.stages[self.stage].rows
+
+    @property
+    def seconds_left(self) -> float:
+        """What is left of it, if nobody shares it."""
+        return self.kind.alone[self.stage]
+
+
+Order = Callable[[Job], tuple[float, ...]]  # the smaller, the sooner
+
+
+def first_come(job: Job) -> tuple[float, ...]:
+    """In order of arrival."""
+    return (job.number,)
+
+
+def shortest_first(job: Job) -> tuple[float, ...]:
+    """Shortest remaining work first: the least mean time in the system where requests are served one by one (Schrage 1968)."""
+    return (job.seconds_left, job.number)
+
+
+def earliest_deadline(job: Job) -> tuple[float, ...]:
+    """Requests without a deadline come last, the shortest first."""
+    return (job.deadline, job.seconds_left, job.number)
+
+
+ORDERS: Mapping[str, Order] = {"fifo": first_come, "shortest": shortest_first, "deadline": earliest_deadline}
+LOOKS_AT = 64  # requests, when a width is chosen: what comes behind them changes little
+
+
+@dataclass(frozen=True)
+class Policy:
+    """An order by name (``ORDERS``), and how many rows share a tick: ``None`` finds what serves those present soonest."""
+
+    order: str = "shortest"
+    width: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.order not in ORDERS:
+            raise unknown_name("policy", self.order, ORDERS)
+        if self.width is not None and self.width < 1:
+            raise InputError(f"width is {self.width}; a tick has at least one row")
+
+
+def choose(policy: Policy, queued: Sequence[Job], running: Sequence[Job], *, free: int) -> list[Job]:
+    """Whose next stage is carried out now, the most urgent one first; of those queued at most ``free``, which begin.
+
+    All are of the group of the first one. There is always one if any can go on.
+    """
+    order = ORDERS[policy.order]
+    waits = {id(job) for job in queued}
+    takers = list[Job]()
+    ordered = sorted((*running, *queued), key=order)
+    for job in ordered:
+        if id(job) in waits:
+            if not free:
+                continue
+            free -= 1
+        takers.append(job)
+    if not takers:
+        return []
+    first = takers[0]
+    alike = [job for job in takers if job.group == first.group]
+    width = policy.width or best_width([job for job in ordered[:LOOKS_AT] if job.group == first.group])
+    width = min(width, max(first.kind.costs.seconds[first.group]))
+    chosen, rows = [first], first.rows
+    for job in alike[1:]:
+        if rows + job.rows <= width:
+            chosen.append(job)
+            rows += job.rows
+    return chosen
+
+
+def best_width(jobs: Sequence[Job]) -> int:
+    """Rows of a tick with which ``jobs``, served in this order, are done soonest in the mean. Of equals, the most.
+
+    Each window of so many rows is reckoned to go on in step, and to make room for the next as it empties.
+    """
+    kind, group = jobs[0].kind, jobs[0].group
+    widths = sorted(kind.costs.seconds[group])
+    if len(jobs) == 1:
+        return kind.costs.bucket(group, jobs[0].rows)
+    return max(widths, key=lambda width: (-_sum_of_ends(jobs, width), width))
+
+
+def _sum_of_ends(jobs: Sequence[Job], width: int) -> float:
+    clock = ends = 0.0
+    place = 0
+    while place < len(jobs):
+        window, rows = [jobs[place]], jobs[place].rows
+        while (place := place + 1) < len(jobs) and rows + jobs[place].rows <= width:
+            window.append(jobs[place])
+            rows += jobs[place].rows
+        fits = jobs[0].kind.costs.bucket(jobs[0].group, min(rows, width))
+        took = [job.kind.shared[fits][job.stage] + len(window) * job.kind.asides[job.stage] for job in window]
+        ends += sum(took) + clock * len(window)
+        clock += sum(took) / len(window)
+    return ends
+
+
+class Roster:
+    """Who waits and who runs on one set of engines, by number; ``lanes`` can run at once. It knows no clock."""
+
+    def __init__(self, policy: Policy, lanes: int, queued: Iterable[Job] = (), running: Iterable[Job] = ()) -> None:
+        self.policy, self.lanes = policy, lanes
+        self.queued = {job.number: job for job in queued}
+        self.running = {job.number: job for job in running}
+
+    def copy(self) -> "Roster":
+        return Roster(self.policy, self.lanes, self.queued.values(), self.running.values())
+
+    @property
+    def jobs(self) -> list[Job]:
+        return [*self.running.values(), *self.queued.values()]
+
+    @property
+    def seconds_left(self) -> float:
+        """Of all requests, one after another."""
+        return sum(job.seconds_left for job in self.jobs)
+
+    def add(self, job: Job) -> None:
+        self.queued[job.number] = job
+
+    def remove(self, number: int) -> None:
+        """Nothing is left of this request, wherever it was."""
+        self.queued.pop(number, None)
+        self.running.pop(number, None)
+
+    def pick(self) -> list[Job]:
+        """Whose stage comes next; those who waited run from now on."""
+        free = self.lanes - len(self.running)
+        chosen = choose(self.policy, tuple(self.queued.values()), tuple(self.running.values()), free=free)
+        for job in chosen:
+            if self.queued.pop(job.number, None) is not None:
+                self.running[job.number] = job
+        return chosen
+
+    def advance(self, chosen: Sequence[Job]) -> list[int]:
+        """These are a stage further. The numbers of those who are done, and gone."""
+        done = []
+        for job in chosen:
+            if job.number not in self.running:
+                continue
+            if job.stage + 1 == len(job.kind.stages):
+                del self.running[job.number]
+                done.append(job.number)
+            else:
+                self.running[job.number] = replace(job, stage=job.stage + 1)
+        return done
+
+
+def tick_seconds(chosen: Sequence[Job]) -> float:
+    """What the next stages of these take together."""
+    batch = chosen[0].kind.costs.of(chosen[0].group, sum(job.rows for job in chosen))
+    return batch + sum(job.kind.stages[job.stage].aside for job in chosen)

@@ -1,0 +1,369 @@
+"""Lanes: many requests on one set of engines, a step of many of them at a time.
+
+Requests of any level, number of steps, seed and guidance scale share the runs of the model, and come and go at any tick. What
+one of them gets does not depend on its neighbours: rows of a batch know nothing of each other. All memory is taken, all calls
+are bound and timed when the lanes are made; a tick only copies rows and makes calls.
+"""
+
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from math import inf
+
+import numpy as np
+
+from cachec.runtime.binding import not_finite
+from cachec.runtime.errors import DeadlineError, EngineError, InputError, cannot_be_pickled
+from cachec.runtime.lane_memory import LaneMemory, View
+from cachec.runtime.lane_plan import LaneCall, LanePlan, Port
+from cachec.runtime.lane_policy import Costs, Job, Kind, Policy, Roster
+from cachec.runtime.lane_ports import Ends, Ports
+from cachec.runtime.lane_simulator import ends_of
+from cachec.runtime.session import LoadedBundle
+from cachec.runtime.specs import Array
+from cachec.runtime.variants import PictureSize, find_variant
+
+log = logging.getLogger(__name__)
+Key = tuple[int, str]  # which size and number of steps, by its place, and the level
+
+
+@dataclass(eq=False)
+class Ticket:
+    """A request that was taken. ``future`` is how it ends: with its latents [1, …], an error, or cancelled, at any time.
+
+    ``step``: of its ``num_steps`` so many are done.
+    """
+
+    number: int
+    level: str
+    num_steps: int
+    step: int = 0
+    future: "Future[Array]" = field(default_factory=Future)
+
+    def result(self, timeout: float | None = None) -> Array:
+        """The latents [1, …], a numpy array of its own; waits for them, at most ``timeout`` seconds.
+
+        Raises:
+            EngineError: the request failed; says where.
+            TimeoutError, concurrent.futures.CancelledError: it is not done, or was cancelled.
+        """
+        return self.future.result(timeout)
+
+    @property
+    def done(self) -> bool:
+        """Is there a result, an error, or was it cancelled?"""
+        return self.future.done()
+
+    def cancel(self) -> bool:
+        """Let go of it; its lane is free from the next tick on. ``False``: it was done already."""
+        return self.future.cancel()
+
+
+@dataclass(frozen=True)
+class Tick:
+    """What a tick did: whose step it was, on how many rows, who is done or has failed, and how many seconds it took."""
+
+    tickets: tuple[Ticket, ...]
+    rows: int
+    ended: tuple[Ticket, ...]
+    seconds: float
+
+
+@dataclass(eq=False)
+class _Request:
+    """A request on its way. ``made``: so many of its calls are made."""
+
+    ticket: Ticket
+    key: Key
+    plan: LanePlan
+    conditions: Mapping[str, Array]
+    noise: Array
+    digest: bytes
+    lane: int | None = None
+    made: int = 0
+    error: EngineError | None = None
+
+    @property
+    def next_call(self) -> LaneCall:
+        return self.plan.calls[self.made]
+
+    @property
+    def meets(self) -> Hashable:
+        """Requests of which this is equal may share their next call."""
+        call = self.next_call
+        alone = None if call.port.shares else self.ticket.number
+        return call.port.name, call.shared, self.digest if call.asks else b"", alone
+
+
+class Lanes:
+    """``lanes`` requests at once, ``submit`` for more to wait; ``tick`` carries out one step of some, by ``policy``.
+
+    ``submit`` and ``Ticket.cancel`` may be called from any thread, ``tick`` from one at a time. ``buckets``: the batches that
+    engines are bound to, in rows (a guided request has two); a batch is filled up to the smallest that fits. ``policy``: how
+    requests are ordered and how many share a tick, or the name of an order. ``costs``: seconds of every call, as the ``costs``
+    of other lanes on such a machine; without, they are measured. ``sizes``: of the bundle, which requests may ask for; the one
+    it was loaded for without. ``clock``: seconds, as ``time.monotonic``.
+
+    Raises:
+        InputError: no request fits in the buckets, the engines take no such batches, or there is no memory.
+    """
+
+    def __init__(
+        self,
+        bundle: LoadedBundle,
+        *,
+        lanes: int = 8,
+        buckets: Sequence[int] = (1, 2, 4, 8),
+        policy: Policy | str = "shortest",
+        costs: Costs | None = None,
+        sizes: Sequence[str] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        if lanes < 1 or not buckets:
+            raise InputError(f"there are {lanes} lanes and buckets {list(buckets)}; there must be one of each")
+        for bucket in buckets:
+            bundle.check_batch(bucket)
+        self._clock, self._variants = clock, _variants(bundle, sizes)
+        self._plans = _plans(self._variants)
+        self._device = next(iter(bundle.engines.values())).device.for_session()
+        self._ports = Ports((call for plan in self._plans.values() for call in plan.calls), buckets, self._device)
+        self._memory, self._free = LaneMemory(self._plans, lanes, self._device), list(range(lanes))
+        self.costs = self._prepare(costs)
+        self._kinds = {key: plan.kind(self.costs) for key, plan in self._plans.items()}
+        self._roster = Roster(Policy(policy) if isinstance(policy, str) else policy, lanes)
+        self._requests: dict[int, _Request] = {}
+        self._numbers = itertools.count()
+        self._changed = threading.Condition()
+
+    def __reduce__(self) -> str:
+        raise cannot_be_pickled("lanes", "load the bundle in the other process, and make some there")
+
+    @property
+    def num_queued(self) -> int:
+        """Requests that wait for a lane."""
+        return len(self._roster.queued)
+
+    @property
+    def num_running(self) -> int:
+        """Requests in lanes."""
+        return len(self._roster.running)
+
+    def kind(self, level: str | None = None, *, steps: int | None = None, size: str | None = None) -> Kind:
+        """What a request is to the policy and to the simulator: its stages, with the costs that were measured here."""
+        return self._kinds[self._key(level, steps, size)]
+
+    def submit(
+        self,
+        conditions: Mapping[str, Array],
+        *,
+        noise: Array | None = None,
+        seed: int | None = None,
+        level: str | None = None,
+        steps: int | None = None,
+        size: str | None = None,
+        deadline: float | None = None,
+    ) -> Ticket:
+        """Take a request of one sample: conditions [1, …], and noise [1, …] or a ``seed``; numpy arrays, which are copied.
+
+        ``deadline``: seconds from now within which it is to be done.
+
+        Raises:
+            InputError: it does not fit, or there is no such level, size or number of steps.
+            DeadlineError: it cannot be done in time, or only if others that were taken are late.
+        """
+        key = self._key(level, steps, size)
+        plan = self._plans[key]
+        start = plan.noise(noise, seed)
+        plan.check(conditions)
+        kept = {name: value.copy() for name, value in conditions.items()}
+        with self._changed:
+            now, number = self._clock(), next(self._numbers)
+            job = Job(number, self._kinds[key], inf if deadline is None else now + deadline)
+            if deadline is not None:
+                check_deadline(self._roster, job, now)
+            ticket = Ticket(number, plan.level, plan.num_steps)
+            self._requests[number] = _Request(ticket, key, plan, kept, start, plan.shared_digest(kept))
+            self._roster.add(job)
+            self._changed.notify_all()
+        return ticket
+
+    def _key(self, level: str | None, steps: int | None, size: str | None) -> Key:
+        place = 0
+        if (size, steps) != (None, None):
+            place = find_variant([one.manifest.variants[0] for one in self._variants], size, steps)
+        return place, self._variants[place].check_level(level)
+
+    def _prepare(self, costs: Costs | None) -> Costs:
+        """Make every call once on empty lanes, so that nothing is left that happens only the first time; measure."""
+        examples = dict[str, Ends]()
+        for key, plan in self._plans.items():
+            for call, ends in zip(plan.calls, self._memory.view(0, key).ends, strict=True):
+                if call.port.name not in examples or ends.rows < examples[call.port.name].rows:
+                    examples[call.port.name] = ends
+        self._ports.warm_up(examples)
+        if costs is None:
+            return self._ports.measure(examples)
+        self._ports.check(costs)
+        return costs
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until there is something to do, at most ``timeout`` seconds; is there?"""
+        with self._changed:
+            return self._changed.wait_for(lambda: bool(self._requests), timeout)
+
+    def run_until_idle(self) -> None:
+        """Tick until every request is done."""
+        while self.tick() is not None:
+            pass
+
+    def tick(self) -> Tick | None:
+        """One step of the requests that the policy chooses; ``None``: there are none.
+
+        A request that fails, or was cancelled, leaves the others alone.
+        """
+        start = self._clock()
+        with self._changed:
+            for request in [one for one in self._requests.values() if one.ticket.done]:
+                self._leave(request)
+            chosen = self._roster.pick()
+            requests = [self._requests[job.number] for job in chosen]
+            begun = [request for request in requests if request.lane is None]
+            for request in begun:
+                request.lane = self._free.pop()
+        if not requests:
+            return None
+        for request in begun:
+            self._view(request).take(request.conditions, request.noise)
+        self._play(requests, [one.plan.stages[job.stage].stop for one, job in zip(requests, chosen, strict=True)])
+        ended = [one for one in requests if one.error is not None or one.made == len(one.plan.calls)]
+        latents = [self._view(one).latents(one.made) for one in ended]
+        with self._changed:
+            self._roster.advance(chosen)
+            for request in ended:
+                self._leave(request)
+        for request, result in zip(ended, latents, strict=True):
+            _deliver(request, result)
+        tickets, rows = tuple(one.ticket for one in requests), sum(job.rows for job in chosen)
+        return Tick(tickets, rows, tuple(one.ticket for one in ended), self._clock() - start)
+
+    def _view(self, request: _Request) -> View:
+        assert request.lane is not None  # as the tick has given it one
+        return self._memory.view(request.lane, request.key)
+
+    def _leave(self, request: _Request) -> None:
+        """Nothing is left of it here."""
+        del self._requests[request.ticket.number]
+        self._roster.remove(request.ticket.number)
+        if request.lane is not None:
+            self._free.append(request.lane)
+
+    def _play(self, requests: Sequence[_Request], stops: Sequence[int]) -> None:
+        """Make each request's calls up to its stop: those of the model when all are there, so that most are shared."""
+        while active := [one for one, stop in zip(requests, stops, strict=True) if one.error is None and one.made < stop]:
+            ready = [one for one in active if not one.next_call.port.computes] or active
+            groups = dict[Hashable, list[_Request]]()
+            for request in ready:
+                groups.setdefault(request.meets, []).append(request)
+            for group in groups.values():
+                self._call(group)
+        for request in requests:
+            self._look(request)
+
+    def _call(self, group: Sequence[_Request]) -> None:
+        """Make the next call of requests that meet there: in one batch unless alone is quicker."""
+        port, rows = group[0].next_call.port, [one.next_call.rows for one in group]
+        alone = sum(self.costs.of(port.name, count) for count in rows)
+        if len(group) > 1 and not port.computes and self.costs.of(port.name, sum(rows)) > alone:
+            for request in group:
+                self._call([request])
+            return
+        ends = [self._view(one).ends[one.made] for one in group]
+        try:
+            self._ports.run(port, self.costs.bucket(port.name, sum(rows)), ends)
+        except EngineError as error:
+            self._apart(group, error)
+            return
+        for request in group:
+            request.ticket.step = max((request.ticket.step, *(step + 1 for step in request.next_call.planned.steps)))
+            request.made += 1
+
+    def _apart(self, group: Sequence[_Request], error: EngineError) -> None:
+        """A call failed: one request may be why, and the others are to go on."""
+        if len(group) == 1:
+            group[0].error = EngineError(f"request {group[0].ticket.number}: {error}")
+            return
+        log.warning("a batch of %d requests failed, which are tried one by one: %s", len(group), error)
+        for request in group:
+            self._call([request])
+
+    def _look(self, request: _Request) -> None:
+        """Are its latents numbers? Beside the host that is seen when they are fetched, not to wait for every step."""
+        if request.error is None and not self._device.beside_host:
+            _check_latents(request, self._view(request).latents(request.made))
+
+
+def _check_latents(request: _Request, latents: Array) -> None:
+    if not np.isfinite(latents).all():
+        ticket = request.ticket
+        request.error = not_finite(f"the latents of request {ticket.number}", ticket.level, f"after step {ticket.step - 1}")
+
+
+def _deliver(request: _Request, latents: Array) -> None:
+    """Tell whoever waits, unless the request was cancelled meanwhile."""
+    if request.error is None:
+        _check_latents(request, latents)
+    future = request.ticket.future
+    if not future.set_running_or_notify_cancel():
+        return
+    if request.error is None:
+        future.set_result(latents)
+    else:
+        future.set_exception(request.error)
+
+
+def _variants(bundle: LoadedBundle, sizes: Sequence[str] | None) -> tuple[LoadedBundle, ...]:
+    """The bundle at each size and number of steps that requests may ask for, what it was loaded for first."""
+    if bundle.bundle is None:
+        return (bundle,)
+    (own,) = bundle.manifest.variants
+    wanted = [own.size] if sizes is None else [str(PictureSize.parse(size)) for size in sizes]
+    there = bundle.bundle.manifest
+    for size in wanted:
+        there.at(size)
+    known = {(one.size, one.steps): None for one in (own, *there.variants) if one.size in wanted}
+    return tuple(bundle if at == (own.size, own.steps) else bundle.at(*at) for at in known)
+
+
+def _plans(variants: Sequence[LoadedBundle]) -> dict[Hashable, LanePlan]:
+    """The plan of every level of each, by the variant's place and the level; calls of one size meet at one port."""
+    ports: dict[str, Port] = {}
+    several = len({one.target.size for one in variants}) > 1 if len(variants) > 1 else False
+    return {
+        (place, level): LanePlan.of(one, level, f"{one.target.size}/" if several else "", ports)
+        for place, one in enumerate(variants)
+        for level in one.programs
+    }
+
+
+def check_deadline(roster: Roster, job: Job, now: float) -> None:
+    """Raise ``DeadlineError`` unless a request can be done in time, and those with a deadline that were taken stay so."""
+    trial = roster.copy()
+    trial.add(job)
+    dated = {one.number: one.deadline for one in trial.jobs if one.deadline < inf}
+    if now + trial.seconds_left <= min(dated.values()):
+        return
+    ends = ends_of(trial, now)
+    took, within = ends[job.number] - now, job.deadline - now
+    if took > within:
+        raise DeadlineError(
+            f"the deadline is in {within:.3g} s, but the request would take {took:.3g} s, {job.seconds_left:.3g} s of them "
+            "its own: give it more time, or take another level or fewer steps",
+            took,
+        )
+    before = ends_of(roster, now)
+    if late := [number for number, when in dated.items() if ends[number] > when and before.get(number, inf) <= when]:
+        raise DeadlineError(f"requests {late}, which were taken before, would miss their deadlines: give it more time", took)
