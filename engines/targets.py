@@ -72,8 +72,11 @@ class Fit:
     @property
     def in_words(self) -> str:
         """What a user wants to know."""
+        if self.backend is None:
+            return f"does not fit here: {self.reason}"
         tuned = "" if self.exact else ", but was not tuned for just this GPU: add-target makes one that is"
-        return f"fits here, on {self.device}{tuned}" if self.fits else f"does not fit here: {self.reason}"
+        equal = "bit for bit" if self.backend.rows_are_exact(self.device) else "to rounding (1e-5 in float32)"
+        return f"fits here, on {self.device}{tuned}; a request gets the same in batches of any size, {equal}"
 
     @property
     def rank(self) -> tuple[bool, int, bool]:

@@ -101,6 +101,11 @@ class Engine(ABC):
         return True
 
     @classmethod
+    def rows_are_exact(cls, device: DeviceName) -> bool:
+        """Does a row get the same bits in batches of every size? If not, the same to rounding."""
+        return False
+
+    @classmethod
     @abstractmethod
     def load(
         cls, files: Mapping[str, Path], signatures: Mapping[str, Signature], options: LoadOptions = ON_HOST

@@ -5,7 +5,7 @@ made for this request alone. A tick carries out one stage of each of some reques
 All times are in seconds.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from math import inf
@@ -116,60 +116,65 @@ class Policy:
             raise InputError(f"width is {self.width}; a tick has at least one row")
 
 
-def choose(policy: Policy, queued: Sequence[Job], running: Sequence[Job], *, free: int) -> list[Job]:
-    """Whose next stage is carried out now, the most urgent one first; of those queued at most ``free``, which begin.
+def in_order(policy: Policy, queued: Iterable[Job], running: Iterable[Job]) -> list[Job]:
+    """All requests, the most urgent one first."""
+    return sorted((*running, *queued), key=ORDERS[policy.order])
 
-    All are of the group of the first one. There is always one if any can go on.
-    """
-    order = ORDERS[policy.order]
-    waits = {id(job) for job in queued}
-    takers = list[Job]()
-    ordered = sorted((*running, *queued), key=order)
+
+def takers(ordered: Iterable[Job], waiting: Collection[int], free: int) -> list[Job]:
+    """Who may go on: those with a lane, and of those ``waiting``, by number, the first ``free``."""
+    going = list[Job]()
     for job in ordered:
-        if id(job) in waits:
+        if job.number in waiting:
             if not free:
                 continue
             free -= 1
-        takers.append(job)
-    if not takers:
-        return []
-    first = takers[0]
-    alike = [job for job in takers if job.group == first.group]
-    width = policy.width or best_width([job for job in ordered[:LOOKS_AT] if job.group == first.group])
-    width = min(width, max(first.kind.costs.seconds[first.group]))
-    chosen, rows = [first], first.rows
-    for job in alike[1:]:
-        if rows + job.rows <= width:
+        going.append(job)
+    return going
+
+
+def share(going: Sequence[Job], width: int) -> list[Job]:
+    """Whose next stage is carried out now: the first of those who go on, and more of its group, up to ``width`` rows."""
+    chosen, rows = [going[0]], going[0].rows
+    for job in going[1:]:
+        if job.group == chosen[0].group and rows + job.rows <= width:
             chosen.append(job)
             rows += job.rows
     return chosen
 
 
 def best_width(jobs: Sequence[Job]) -> int:
-    """Rows of a tick with which ``jobs``, served in this order, are done soonest in the mean. Of equals, the most.
+    """Rows of a tick with which ``jobs`` of one group, served in this order, are done soonest in the mean. Of equals, the most.
 
     Each window of so many rows is reckoned to go on in step, and to make room for the next as it empties.
     """
-    kind, group = jobs[0].kind, jobs[0].group
-    widths = sorted(kind.costs.seconds[group])
+    group, costs = jobs[0].group, jobs[0].kind.costs
     if len(jobs) == 1:
-        return kind.costs.bucket(group, jobs[0].rows)
-    return max(widths, key=lambda width: (-_sum_of_ends(jobs, width), width))
+        return costs.bucket(group, jobs[0].rows)
+    rows = [job.rows for job in jobs]
+    asides = _sums([job.kind.asides[job.stage] for job in jobs])
+    shared = {width: _sums([job.kind.shared[width][job.stage] for job in jobs]) for width in costs.seconds[group]}
+    best, least = 0, inf
+    for width in sorted(shared, reverse=True):
+        clock, ends, first = 0.0, 0.0, 0
+        while first < len(jobs):
+            last, filled = first + 1, rows[first]
+            while last < len(jobs) and filled + rows[last] <= width:
+                filled += rows[last]
+                last += 1
+            batch, many = shared[costs.bucket(group, filled)], last - first
+            took = batch[last] - batch[first] + many * (asides[last] - asides[first])
+            ends += took + clock * many
+            clock += took / many
+            first = last
+        if ends < least:
+            best, least = width, ends
+    return best
 
 
-def _sum_of_ends(jobs: Sequence[Job], width: int) -> float:
-    clock = ends = 0.0
-    place = 0
-    while place < len(jobs):
-        window, rows = [jobs[place]], jobs[place].rows
-        while (place := place + 1) < len(jobs) and rows + jobs[place].rows <= width:
-            window.append(jobs[place])
-            rows += jobs[place].rows
-        fits = jobs[0].kind.costs.bucket(jobs[0].group, min(rows, width))
-        took = [job.kind.shared[fits][job.stage] + len(window) * job.kind.asides[job.stage] for job in window]
-        ends += sum(took) + clock * len(window)
-        clock += sum(took) / len(window)
-    return ends
+def _sums(values: Iterable[float]) -> list[float]:
+    """Up to each place."""
+    return list(accumulate(values, initial=0.0))
 
 
 class Roster:
@@ -179,6 +184,7 @@ class Roster:
         self.policy, self.lanes = policy, lanes
         self.queued = {job.number: job for job in queued}
         self.running = {job.number: job for job in running}
+        self._widths = dict[str, int]()  # by group, for those who are present
 
     def copy(self) -> "Roster":
         return Roster(self.policy, self.lanes, self.queued.values(), self.running.values())
@@ -194,16 +200,25 @@ class Roster:
 
     def add(self, job: Job) -> None:
         self.queued[job.number] = job
+        self._widths.clear()
 
     def remove(self, number: int) -> None:
         """Nothing is left of this request, wherever it was."""
         self.queued.pop(number, None)
         self.running.pop(number, None)
+        self._widths.clear()
 
     def pick(self) -> list[Job]:
         """Whose stage comes next; those who waited run from now on."""
-        free = self.lanes - len(self.running)
-        chosen = choose(self.policy, tuple(self.queued.values()), tuple(self.running.values()), free=free)
+        ordered = in_order(self.policy, self.queued.values(), self.running.values())
+        going = takers(ordered, self.queued.keys(), self.lanes - len(self.running))
+        if not going:
+            return []
+        group = going[0].group
+        if group not in self._widths:
+            width = self.policy.width or best_width([job for job in ordered[:LOOKS_AT] if job.group == group] or going[:1])
+            self._widths[group] = min(width, max(going[0].kind.costs.seconds[group]))
+        chosen = share(going, self._widths[group])
         for job in chosen:
             if self.queued.pop(job.number, None) is not None:
                 self.running[job.number] = job
@@ -216,7 +231,7 @@ class Roster:
             if job.number not in self.running:
                 continue
             if job.stage + 1 == len(job.kind.stages):
-                del self.running[job.number]
+                self.remove(job.number)
                 done.append(job.number)
             else:
                 self.running[job.number] = replace(job, stage=job.stage + 1)

@@ -16,11 +16,12 @@ from math import inf
 
 import numpy as np
 
+from cachec.runtime.abi import BATCH
 from cachec.runtime.binding import not_finite
 from cachec.runtime.errors import DeadlineError, EngineError, InputError, cannot_be_pickled
 from cachec.runtime.lane_memory import LaneMemory, View
 from cachec.runtime.lane_plan import LaneCall, LanePlan, Port
-from cachec.runtime.lane_policy import Costs, Job, Kind, Policy, Roster
+from cachec.runtime.lane_policy import Costs, Job, Kind, Policy, Roster, tick_seconds
 from cachec.runtime.lane_ports import Ends, Ports
 from cachec.runtime.lane_simulator import ends_of
 from cachec.runtime.session import LoadedBundle
@@ -28,6 +29,7 @@ from cachec.runtime.specs import Array
 from cachec.runtime.variants import PictureSize, find_variant
 
 log = logging.getLogger(__name__)
+BUCKETS = (1, 2, 4, 8)
 Key = tuple[int, str]  # which size and number of steps, by its place, and the level
 
 
@@ -65,12 +67,16 @@ class Ticket:
 
 @dataclass(frozen=True)
 class Tick:
-    """What a tick did: whose step it was, on how many rows, who is done or has failed, and how many seconds it took."""
+    """What a tick did: whose step it was, on how many rows, and who is done or has failed.
+
+    ``seconds``: what it took; ``reckoned``: what it should have by the costs, asides one by one.
+    """
 
     tickets: tuple[Ticket, ...]
     rows: int
     ended: tuple[Ticket, ...]
     seconds: float
+    reckoned: float
 
 
 @dataclass(eq=False)
@@ -103,7 +109,8 @@ class Lanes:
     """``lanes`` requests at once, ``submit`` for more to wait; ``tick`` carries out one step of some, by ``policy``.
 
     ``submit`` and ``Ticket.cancel`` may be called from any thread, ``tick`` from one at a time. ``buckets``: the batches that
-    engines are bound to, in rows (a guided request has two); a batch is filled up to the smallest that fits. ``policy``: how
+    engines are bound to, in rows (a guided request has two), 1, 2, 4 and 8 of them that the engines take if nothing is said; a
+    batch is filled up to the smallest that fits. ``policy``: how
     requests are ordered and how many share a tick, or the name of an order. ``costs``: seconds of every call, as the ``costs``
     of other lanes on such a machine; without, they are measured. ``sizes``: of the bundle, which requests may ask for; the one
     it was loaded for without. ``clock``: seconds, as ``time.monotonic``.
@@ -117,16 +124,18 @@ class Lanes:
         bundle: LoadedBundle,
         *,
         lanes: int = 8,
-        buckets: Sequence[int] = (1, 2, 4, 8),
+        buckets: Sequence[int] | None = None,
         policy: Policy | str = "shortest",
         costs: Costs | None = None,
         sizes: Sequence[str] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        if lanes < 1 or not buckets:
-            raise InputError(f"there are {lanes} lanes and buckets {list(buckets)}; there must be one of each")
-        for bucket in buckets:
-            bundle.check_batch(bucket)
+        if buckets is None:
+            most = bundle.target.sizes.get(BATCH, BUCKETS)[-1]
+            buckets = [bucket for bucket in BUCKETS if bucket <= most]
+        if lanes < 1 or not buckets or min(buckets) < 1:
+            raise InputError(f"there are {lanes} lanes and buckets {list(buckets)}; there must be one of each, of 1 or more")
+        bundle.check_batch(max(buckets))
         self._clock, self._variants = clock, _variants(bundle, sizes)
         self._plans = _plans(self._variants)
         self._device = next(iter(bundle.engines.values())).device.for_session()
@@ -248,7 +257,8 @@ class Lanes:
         for request, result in zip(ended, latents, strict=True):
             _deliver(request, result)
         tickets, rows = tuple(one.ticket for one in requests), sum(job.rows for job in chosen)
-        return Tick(tickets, rows, tuple(one.ticket for one in ended), self._clock() - start)
+        seconds = self._clock() - start
+        return Tick(tickets, rows, tuple(one.ticket for one in ended), seconds, tick_seconds(chosen))
 
     def _view(self, request: _Request) -> View:
         assert request.lane is not None  # as the tick has given it one

@@ -1,0 +1,63 @@
+"""Queues whose ends can be reckoned by hand, and what is said about them."""
+
+import pytest
+
+from cachec.runtime.errors import InputError
+from cachec.runtime.lane_policy import Costs, Job, Kind, Policy, Roster, Stage
+from cachec.runtime.lane_simulator import Arrival, ends_of, poisson, simulate
+
+COSTS = Costs({"m": {1: 1.0, 2: 1.5}})
+LONG, SHORT = (Kind([Stage("m", 1, 0.0)] * steps, COSTS) for steps in (4, 1))
+ONE_BY_ONE = Policy("fifo", 1)
+
+
+def test_ends_are_those_of_a_queue_served_by_hand():
+    arrivals = [Arrival(0, LONG), Arrival(0.5, SHORT), Arrival(2.5, SHORT)]
+    assert simulate(arrivals, ONE_BY_ONE, lanes=3).ends == {0: 4, 1: 5, 2: 6}
+    assert simulate(arrivals, Policy("shortest", 1), lanes=3).ends == {1: 2, 2: 4, 0: 6}
+    assert simulate(arrivals, Policy("shortest", 1), lanes=1).ends == {0: 4, 1: 5, 2: 6}, "its lane is taken"
+    assert simulate(arrivals, Policy("fifo", 2), lanes=3).ends == {1: 2.5, 2: 4, 0: 5}
+    assert simulate(arrivals, ONE_BY_ONE, lanes=3, engines=2).ends == {0: 4, 1: 1.5, 2: 3.5}
+
+
+def test_what_is_said_of_a_simulation():
+    done = simulate([Arrival(1, LONG, 3), Arrival(1, SHORT), Arrival(11, SHORT)], ONE_BY_ONE, lanes=2)
+    assert done.order == [0, 1, 2]
+    assert done.latencies == [4, 5, 1]
+    assert (done.span, done.busy) == (11, 6)
+    assert done.utilisation == pytest.approx(6 / 11)
+    assert [done.percentile(p) for p in (1, 50, 67, 100)] == [1, 4, 5, 5]
+    assert done.goodput() == pytest.approx(2 / 11)
+    assert done.goodput(4) == pytest.approx(1 / 11)
+
+
+def test_poisson_arrivals_are_those_of_their_seed_and_rate():
+    arrivals = poisson(4.0, 2000, [LONG, SHORT], 7, within=2)
+    assert arrivals == poisson(4.0, 2000, [LONG, SHORT], 7, within=2) != poisson(4.0, 2000, [LONG, SHORT], 8, within=2)
+    assert arrivals[-1].time == pytest.approx(500, rel=0.1)
+    assert sum(one.kind is LONG for one in arrivals) == pytest.approx(1000, rel=0.1)
+
+
+def test_more_engines_serve_more_and_shortest_first_waits_less():
+    arrivals = poisson(0.5, 300, [LONG, SHORT], 1)
+
+    def mean(policy, engines=1):
+        done = simulate(arrivals, policy, lanes=8, engines=engines)
+        return sum(done.latencies) / len(arrivals)
+
+    assert mean(Policy("shortest")) < mean(Policy("fifo"))
+    assert mean(ONE_BY_ONE, 3) < 0.5 * mean(ONE_BY_ONE)
+
+
+def test_when_all_are_done_if_nobody_comes():
+    roster = Roster(ONE_BY_ONE, 1, [Job(5, LONG), Job(6, SHORT)])
+    assert ends_of(roster, 10.0) == {5: 14, 6: 15}
+    assert len(roster.queued) == 2, "it was only asked"
+
+
+def test_nothing_to_simulate_is_said():
+    for arrivals, engines in (([], 1), ([Arrival(0, LONG)], 0)):
+        with pytest.raises(InputError, match="there must be one of each"):
+            simulate(arrivals, ONE_BY_ONE, lanes=1, engines=engines)
+    with pytest.raises(InputError, match="rate is 0"):
+        poisson(0, 1, [LONG], 1)

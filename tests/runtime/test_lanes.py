@@ -1,0 +1,321 @@
+"""Lanes on engines of numpy: whoever shares a batch, a request gets what its own session gives it."""
+
+import pickle
+import threading
+from concurrent.futures import CancelledError
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from numpy_engines import KEY, SCHEDULE, SHAPE, SIGMAS, NumpyContext, NumpyEngine, X, compute, load, noise, prompt
+
+from cachec.compiler.methods.adams import Adams
+from cachec.compiler.tables.lower import lower_advance
+from cachec.compiler.tables.sampling import Sampling
+from cachec.runtime.abi import COMPUTE, GUIDE
+from cachec.runtime.device import Host
+from cachec.runtime.errors import DeadlineError, EngineError, InputError
+from cachec.runtime.lane_policy import Costs, Policy
+from cachec.runtime.lane_simulator import poisson, simulate
+from cachec.runtime.lanes import Lanes
+from cachec.runtime.program import UNCACHED
+from cachec.runtime.specs import Signature, TensorSpec
+
+LEVELS = ("default", UNCACHED)
+ORDERS = ("fifo", "shortest", "deadline")
+MARK = 50.0  # in a prompt: the request is to go wrong
+
+
+def wide(cut, **options):
+    """Engines that take batches of 8."""
+    bundle = load(cut, **options)
+    bundle.target.sizes["batch"] = (1, 2, 8)
+    return bundle
+
+
+def alone(bundle, seed, level, conditions=None):
+    return bundle.session(level=level).run(conditions or prompt(seed), noise(seed))
+
+
+def check(bundle, ticket, seed, conditions=None):
+    np.testing.assert_allclose(ticket.result(0), alone(bundle, seed, ticket.level, conditions), atol=1e-6)
+
+
+def marked(seed):
+    return {"prompt": np.full_like(prompt(seed)["prompt"], MARK)}
+
+
+def goes_wrong(latents, delta, shift, prompt):
+    made = compute(latents, delta, shift, prompt)
+    made["next_latents"][prompt[:, 0] == MARK] = np.nan
+    return made
+
+
+def breaks(latents, delta, shift, prompt):
+    if (prompt == MARK).any():
+        raise EngineError("there is no memory")
+    return compute(latents, delta, shift, prompt)
+
+
+@pytest.mark.parametrize("cut", ["hidden", "output"])
+@pytest.mark.parametrize("policy", ORDERS)
+@pytest.mark.parametrize("buckets", [(1, 2, 4), (8,)])
+def test_requests_of_all_levels_get_what_their_sessions_give(cut, policy, buckets):
+    bundle = wide(cut)
+    lanes = Lanes(bundle, lanes=5, buckets=buckets, policy=policy)
+    tickets = []
+    for seed in range(12):
+        tickets.append(lanes.submit(prompt(seed), seed=seed, level=LEVELS[seed % 3 == 0]))
+        if seed % 2:
+            lanes.tick()
+    lanes.run_until_idle()
+    for seed, ticket in enumerate(tickets):
+        check(bundle, ticket, seed)
+        assert ticket.step == ticket.num_steps
+    assert (lanes.num_queued, lanes.num_running, lanes.tick()) == (0, 0, None)
+
+
+@pytest.mark.parametrize("cut", ["hidden", "output"])
+def test_neighbours_change_no_bit_in_one_bucket(cut):
+    bundle, results = load(cut), []
+    for others in ([], [2], [3, 4, 5]):
+        lanes = Lanes(bundle, buckets=(4,), policy=Policy("fifo", 4))
+        ticket = lanes.submit(prompt(1), seed=1)
+        for other in others:
+            lanes.submit(prompt(other), seed=other, level=LEVELS[other % 2])
+        rows = [lanes.tick().rows for _ in range(2)]
+        assert rows == [1 + len(others)] * 2
+        lanes.run_until_idle()
+        results.append(ticket.result(0))
+    for result in results[1:]:
+        np.testing.assert_array_equal(result, results[0])
+
+
+def test_requests_come_and_go_at_any_tick():
+    lanes = Lanes(load("hidden"), lanes=2, policy=Policy("fifo", 4))
+    first = lanes.submit(prompt(1), seed=1)
+    assert [ticket.number for ticket in lanes.tick().tickets] == [first.number]
+    second, third = (lanes.submit(prompt(seed), noise=noise(seed)) for seed in (2, 3))
+    assert [ticket.number for ticket in lanes.tick().tickets] == [first.number, second.number], "there are two lanes"
+    assert (lanes.num_running, lanes.num_queued) == (2, 1)
+    assert first.cancel()
+    assert [ticket.number for ticket in lanes.tick().tickets] == [second.number, third.number]
+    assert second.cancel()
+    lanes.run_until_idle()
+    check(load("hidden"), third, 3)
+    assert not third.cancel()
+    with pytest.raises(CancelledError):
+        first.result(0)
+
+
+@pytest.mark.parametrize("kind", ["NaN", "error"])
+def test_a_request_that_fails_fails_alone_and_by_name(kind, caplog):
+    lanes = Lanes(load("hidden", compute=goes_wrong if kind == "NaN" else breaks), policy=Policy("fifo", 4))
+    tickets = [lanes.submit(marked(seed) if seed == 1 else prompt(seed), seed=seed) for seed in range(4)]
+    assert tickets[1] in lanes.tick().ended
+    lanes.run_until_idle()
+    for seed in (0, 2, 3):
+        check(load("hidden"), tickets[seed], seed)
+    message = "latents of request 1 hold NaN or infinity after step 1" if kind == "NaN" else "request 1: there is no memory"
+    with pytest.raises(EngineError, match=message):
+        tickets[1].result(0)
+    assert ("tried one by one" in caplog.text) == (kind == "error")
+    again = lanes.submit(prompt(1), seed=1)
+    lanes.run_until_idle()
+    check(load("hidden"), again, 1)
+
+
+def guide(negative, positive, guidance_scale):
+    return {"velocity": negative + guidance_scale[:, None, None] * (positive - negative)}
+
+
+def mixed_bundle():
+    """Guided and unguided programs over the same engines."""
+    bundle = wide("output")
+    rows, sampling = Adams(2).table(SCHEDULE, SIGMAS, None), Sampling(SIGMAS, SIGMAS[:-1])
+    guided = lower_advance(rows, replace(KEY, guided=True), sampling)
+    specs = [TensorSpec(name, X, "float32") for name in ("negative", "positive", "velocity")]
+    scale = TensorSpec("guidance_scale", ("batch",), "float32")
+    engines = {**bundle.engines, GUIDE: NumpyEngine(guide, Signature((*specs[:2], scale), (specs[2],)))}
+    return replace(bundle, engines=engines, programs={**bundle.programs, "guided": guided})
+
+
+def test_guided_requests_are_two_rows_beside_others():
+    bundle = mixed_bundle()
+    lanes = Lanes(bundle, policy=Policy("fifo", 8))
+    both = {**prompt(1), "negative_prompt": prompt(2)["prompt"], "guidance_scale": np.full(1, 3, np.float32)}
+    other = {**both, "guidance_scale": np.full(1, 1.5, np.float32)}
+    tickets = [lanes.submit(both, seed=1, level="guided"), lanes.submit(other, seed=2, level="guided")]
+    plain = lanes.submit(prompt(3), seed=3)
+    assert lanes.tick().rows == 5
+    lanes.run_until_idle()
+    for seed, (ticket, conditions) in enumerate(zip(tickets, (both, other), strict=True), 1):
+        check(bundle, ticket, seed, conditions)
+    check(bundle, plain, 3)
+
+
+class CountingHost(Host):
+    """Counts what it is asked to allocate."""
+
+    taken = 0
+
+    def empty(self, shape, dtype):
+        self.taken += 1
+        return super().empty(shape, dtype)
+
+
+def test_nothing_is_allocated_or_bound_in_a_tick(monkeypatch):
+    device, bound = CountingHost(), []
+    bind = NumpyContext.bind
+    monkeypatch.setattr(NumpyContext, "bind", lambda *args: bound.append(1) or bind(*args))
+    lanes = Lanes(load("hidden", device=device))
+    before = device.taken, len(bound)
+    assert device.taken == 3, "constants, lanes, batches"
+    for seed in range(10):
+        lanes.submit(prompt(seed), seed=seed, level=LEVELS[seed % 2])
+        lanes.tick()
+    lanes.run_until_idle()
+    assert (device.taken, len(bound)) == before
+
+
+def made_up(bundle):
+    """Costs of a second for each run of the model, in batches of any size, and nothing for all else."""
+    seconds = Lanes(bundle).costs.seconds
+    return Costs({name: dict.fromkeys(some, float(name == COMPUTE)) for name, some in seconds.items()})
+
+
+def test_a_request_that_cannot_be_in_time_is_refused_with_the_time_it_takes():
+    bundle, now = load("hidden"), [100.0]
+    costs = made_up(bundle)
+    lanes = Lanes(bundle, lanes=2, costs=costs, policy=Policy("deadline", 1), clock=lambda: now[0])
+    for level, seconds in (("default", 4), (UNCACHED, 8)):
+        assert lanes.kind(level).alone[0] == seconds
+        with pytest.raises(DeadlineError, match=f"deadline is in 3.9 s, but the request would take {seconds} s") as caught:
+            lanes.submit(prompt(1), seed=1, level=level, deadline=3.9)
+        assert caught.value.seconds == seconds
+    lanes.submit(prompt(1), seed=1, deadline=4.5)
+    with pytest.raises(DeadlineError, match=r"in 7 s, but the request would take 8 s, 4 s of them its own"):
+        lanes.submit(prompt(2), seed=2, deadline=7)
+    with pytest.raises(DeadlineError, match=r"requests .* would miss their deadlines"):
+        lanes.submit(prompt(2), seed=2, deadline=4.2)
+    lanes.submit(prompt(2), seed=2, deadline=8.1)
+    lanes.submit(prompt(3), seed=3)
+    ends = []
+    while tick := lanes.tick():
+        now[0] += tick.reckoned
+        ends += [now[0]] * len(tick.ended)
+    assert ends == [104, 108, 112]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_the_simulator_tells_who_is_done_when(order):
+    bundle, now = load("hidden"), [0.0]
+    costs = Lanes(bundle).costs  # measured, but not here
+    lanes = Lanes(bundle, lanes=3, costs=costs, policy=order, clock=lambda: now[0])
+    kinds = {id(lanes.kind(level)): level for level in LEVELS}
+    rate = 1.5 / lanes.kind().alone[0]
+    arrivals = poisson(rate, 15, [lanes.kind(level) for level in LEVELS], 3, within=20 / rate)
+    told, tickets, ends, place = simulate(arrivals, Policy(order), lanes=3), {}, {}, 0
+    while place < len(arrivals) or lanes.num_queued + lanes.num_running:
+        at = now[0]
+        while place < len(arrivals) and arrivals[place].time <= at:
+            now[0], level = arrivals[place].time, kinds[id(arrivals[place].kind)]
+            tickets[lanes.submit(prompt(place), seed=place, level=level, deadline=20 / rate).number] = place
+            place += 1
+        now[0] = at
+        tick = lanes.tick()
+        now[0] = now[0] + tick.reckoned if tick else arrivals[place].time
+        ends |= {tickets[ticket.number]: now[0] for ticket in (tick.ended if tick else ())}
+    assert sorted(ends, key=lambda one: (ends[one], one)) == told.order
+    assert len(set(told.ends.values())) > 3
+
+
+def test_requests_may_come_from_other_threads():
+    bundle = load("hidden")
+    lanes, tickets = Lanes(bundle, lanes=3), {}
+
+    def send(first):
+        for seed in range(first, first + 5):
+            tickets[seed] = lanes.submit(prompt(seed), seed=seed)
+
+    threads = [threading.Thread(target=send, args=(first,)) for first in (0, 5, 10)]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads) or lanes.num_queued + lanes.num_running:
+        if lanes.wait(0.01):
+            lanes.tick()
+    for seed, ticket in tickets.items():
+        check(bundle, ticket, seed)
+    assert len(tickets) == 15
+
+
+def test_a_request_keeps_nothing_of_what_it_was_given():
+    bundle = load("hidden")
+    lanes, conditions, start = Lanes(bundle), prompt(1), noise(1)
+    ticket = lanes.submit(conditions, noise=start)
+    conditions["prompt"][:], start[:] = np.nan, np.nan
+    lanes.run_until_idle()
+    check(bundle, ticket, 1)
+
+
+BAD = {
+    "level": ({"level": "fast"}, "unknown level 'fast'"),
+    "both": ({"noise": noise(1)}, "either noise or a seed"),
+    "neither": ({"seed": None}, "either noise or a seed"),
+    "seed": ({"seed": -1}, "seed is -1"),
+    "shape": ({"seed": None, "noise": noise(1, 2)}, r"'latents' has shape \[2, 3, 4\], expected \[1, 3, 4\]"),
+    "NaN": ({"seed": None, "noise": np.full((1, *SHAPE), np.nan, np.float32)}, "'latents' holds NaN"),
+    "missing": ({"conditions": {}}, "conditions are .'prompt'., got"),
+    "batch": ({"conditions": prompt(1, 2)}, "'prompt' has shape"),
+}
+
+
+@pytest.fixture(scope="module")
+def idle():
+    return Lanes(load("hidden"))
+
+
+@pytest.mark.parametrize(("given", "message"), BAD.values(), ids=BAD.keys())
+def test_bad_requests_are_refused_and_leave_nothing(idle, given, message):
+    with pytest.raises(InputError, match=message):
+        idle.submit(**{"conditions": prompt(1), "seed": 1, **given})
+    assert not idle.wait(0)
+    assert idle.num_queued == 0
+
+
+def test_impossible_lanes_are_refused():
+    for message, given in {
+        "there are 0 lanes": {"lanes": 0},
+        "there must be one of each": {"buckets": ()},
+        "batch is 8; the engines of .* take up to 5": {"buckets": (1, 8)},
+        "unknown policy 'lifo'": {"policy": "lifo"},
+        r"costs lack prologue .* in batches of \[1, 4\]": {"buckets": (1, 4), "costs": Costs({COMPUTE: {1: 1.0}})},
+    }.items():
+        with pytest.raises(InputError, match=message):
+            Lanes(replace(load("hidden"), programs={UNCACHED: load("hidden").programs[UNCACHED]}), **given)
+    with pytest.raises(InputError, match=r"buckets are \[1\], but a request has 2 rows"):
+        Lanes(mixed_bundle(), buckets=(1,))
+    with pytest.raises(InputError, match="lanes cannot be pickled"):
+        pickle.dumps(Lanes(load("hidden")))
+
+
+def test_engines_of_one_batch_run_requests_one_by_one():
+    bundle = load("output")
+    fixed = {name: NumpyEngine(engine._native, at_one(engine.signature)) for name, engine in bundle.engines.items()}
+    key = replace(bundle.programs["default"].key, batch=1)
+    fixed_bundle = replace(bundle, engines=fixed, programs={"default": replace(bundle.programs["default"], key=key)})
+    lanes = Lanes(fixed_bundle, policy=Policy("fifo", 4))
+    tickets = [lanes.submit(prompt(seed), seed=seed) for seed in range(3)]
+    lanes.run_until_idle()
+    for seed, ticket in enumerate(tickets):
+        check(bundle, ticket, seed)
+    program = replace(bundle.programs["default"], key=replace(key, batch=2))
+    with pytest.raises(InputError, match="compiled for batches of 2: lanes take requests of one"):
+        Lanes(replace(fixed_bundle, programs={"default": program}))
+
+
+def at_one(signature):
+    def fix(specs):
+        return tuple(replace(spec, shape=tuple(1 if dim == "batch" else dim for dim in spec.shape)) for spec in specs)
+
+    return Signature(fix(signature.inputs), fix(signature.outputs))
