@@ -16,7 +16,7 @@ from math import inf
 
 import numpy as np
 
-from cachec.runtime.abi import BATCH
+from cachec.runtime.abi import BATCH, MAX_BATCH
 from cachec.runtime.binding import not_finite
 from cachec.runtime.errors import DeadlineError, EngineError, InputError, cannot_be_pickled
 from cachec.runtime.lane_memory import LaneMemory, View
@@ -130,12 +130,16 @@ class Lanes:
         sizes: Sequence[str] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        most = bundle.target.sizes.get(BATCH, (MAX_BATCH,))[-1]
         if buckets is None:
-            most = bundle.target.sizes.get(BATCH, BUCKETS)[-1]
             buckets = [bucket for bucket in BUCKETS if bucket <= most]
         if lanes < 1 or not buckets or min(buckets) < 1:
             raise InputError(f"there are {lanes} lanes and buckets {list(buckets)}; there must be one of each, of 1 or more")
-        bundle.check_batch(max(buckets))
+        if max(buckets) > most:
+            raise InputError(
+                f"buckets are {list(buckets)}; the engines of {bundle.target} take up to {most} rows: name smaller ones, or "
+                "build the engines with a larger --max-batch"
+            )
         self._clock, self._variants = clock, _variants(bundle, sizes)
         self._plans = _plans(self._variants)
         self._device = next(iter(bundle.engines.values())).device.for_session()

@@ -42,6 +42,7 @@ LONG = (  # files of more than a few seconds, the longest first; a line shares w
     ("test_cli.py",),
     ("test_calibrate.py",),
     ("test_engines.py",),
+    ("test_lanes_toy.py",),
 )
 PLACES = {name: place for place, names in enumerate(LONG) for name in names}
 

@@ -287,7 +287,7 @@ def test_impossible_lanes_are_refused():
     for message, given in {
         "there are 0 lanes": {"lanes": 0},
         "there must be one of each": {"buckets": ()},
-        "batch is 8; the engines of .* take up to 5": {"buckets": (1, 8)},
+        r"buckets are \[1, 8\]; the engines of .* take up to 5 rows": {"buckets": (1, 8)},
         "unknown policy 'lifo'": {"policy": "lifo"},
         r"costs lack prologue .* in batches of \[1, 4\]": {"buckets": (1, 4), "costs": Costs({COMPUTE: {1: 1.0}})},
     }.items():
