@@ -48,8 +48,13 @@ class PlannedBuffers:
         begin = 2 * self._batch * view.start + self._batch
         return View(self.one_by_one(view.buffer), begin, begin + self._batch)
 
-    def one_by_one(self, name: str, rows: int = 1) -> str:
-        """A buffer [n, m, …] seen as [n m / rows, …], or as [n m / rows, rows, …] of several rows each."""
-        kept, first = self.found[name], prod(self.found[name].shape[:2])
-        shape = (first, *kept.shape[2:]) if rows == 1 else (first // rows, rows, *kept.shape[2:])
-        return self.add(f"{name}/by {rows}", shape, kept.dtype, same_as=name).buffer
+    def one_by_one(self, name: str) -> str:
+        """A buffer [n, m, …] seen as [n m, …]."""
+        kept = self.found[name]
+        return self.add(f"{name}/rows", (prod(kept.shape[:2]), *kept.shape[2:]), kept.dtype, same_as=name).buffer
+
+    def by_batch(self, name: str) -> str:
+        """A buffer [n, m, …] seen as [n m / B, B, …]."""
+        kept, size = self.found[name], self._batch
+        shape = (prod(kept.shape[:2]) // size, size, *kept.shape[2:])
+        return self.add(f"{name}/by batch", shape, kept.dtype, same_as=name).buffer

@@ -266,7 +266,7 @@ class _Planner:
                 inputs[spec.name] = self._space.positive(inputs[spec.name])
         values = self._values(instruction, self._batch)
         model = self._call(instruction.graph, (step,), inputs, values, {VELOCITY: positive}, latents)
-        given = {BASE: positive, VELOCITIES: View(self._space.one_by_one(slots_name(PAIR), self._batch), 0, 2 * num)}
+        given = {BASE: positive, VELOCITIES: View(self._space.by_batch(slots_name(PAIR)), 0, 2 * num)}
         weights, made, place = {COEFFICIENTS: row, BASE_SHARE: share}, {NEXT_LATENTS: negative}, f"{ADVANCE}/{NEGATIVE}"
         forecast = self._call(ADVANCE, (step,), given, weights, made, latents, place=place)
         self._holds.update({(VELOCITY, slot): step for slot in instruction.writes[VELOCITY]})

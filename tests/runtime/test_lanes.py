@@ -7,11 +7,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from numpy_engines import KEY, SCHEDULE, SHAPE, SIGMAS, NumpyContext, NumpyEngine, X, compute, load, noise, prompt
+from numpy_engines import KEY, SCHEDULE, SHAPE, SIGMAS, STEPS, NumpyContext, NumpyEngine, X, compute, load, noise, prompt
 
 from cachec.compiler.methods.adams import Adams
 from cachec.compiler.tables.lower import lower_advance
 from cachec.compiler.tables.sampling import Sampling
+from cachec.compiler.tables.schedule import parse_schedule
 from cachec.runtime.abi import COMPUTE, GUIDE
 from cachec.runtime.device import Host
 from cachec.runtime.errors import DeadlineError, EngineError, InputError
@@ -130,28 +131,31 @@ def guide(negative, positive, guidance_scale):
 
 
 def mixed_bundle():
-    """Guided and unguided programs over the same engines."""
-    bundle = wide("output")
-    rows, sampling = Adams(2).table(SCHEDULE, SIGMAS, None), Sampling(SIGMAS, SIGMAS[:-1])
-    guided = lower_advance(rows, replace(KEY, guided=True), sampling)
+    """Guided and unguided programs over the same engines; at some steps of ``half`` the negative branch is forecast."""
+    bundle, sampling = wide("output"), Sampling(SIGMAS, SIGMAS[:-1])
+    guided, half = (
+        lower_advance(Adams(2).table(schedule, SIGMAS, None), replace(KEY, guided=True), sampling)
+        for schedule in (SCHEDULE, parse_schedule("0 2c 3 6c", STEPS))
+    )
     specs = [TensorSpec(name, X, "float32") for name in ("negative", "positive", "velocity")]
     scale = TensorSpec("guidance_scale", ("batch",), "float32")
     engines = {**bundle.engines, GUIDE: NumpyEngine(guide, Signature((*specs[:2], scale), (specs[2],)))}
-    return replace(bundle, engines=engines, programs={**bundle.programs, "guided": guided})
+    return replace(bundle, engines=engines, programs={**bundle.programs, "guided": guided, "half": half})
 
 
 def test_guided_requests_are_two_rows_beside_others():
     bundle = mixed_bundle()
     lanes = Lanes(bundle, policy=Policy("fifo", 8))
-    both = {**prompt(1), "negative_prompt": prompt(2)["prompt"], "guidance_scale": np.full(1, 3, np.float32)}
-    other = {**both, "guidance_scale": np.full(1, 1.5, np.float32)}
-    tickets = [lanes.submit(both, seed=1, level="guided"), lanes.submit(other, seed=2, level="guided")]
-    plain = lanes.submit(prompt(3), seed=3)
-    assert lanes.tick().rows == 5
+    given = {
+        seed: {**prompt(seed), "negative_prompt": prompt(9)["prompt"], "guidance_scale": np.full(1, seed, np.float32)}
+        for seed in (1, 2)
+    } | {3: prompt(3)}
+    levels = {1: "guided", 2: "half", 3: "default"}
+    tickets = {seed: lanes.submit(given[seed], seed=seed, level=level) for seed, level in levels.items()}
+    assert [lanes.tick().rows for _ in range(3)] == [5, 4, 5]
     lanes.run_until_idle()
-    for seed, (ticket, conditions) in enumerate(zip(tickets, (both, other), strict=True), 1):
-        check(bundle, ticket, seed, conditions)
-    check(bundle, plain, 3)
+    for seed, ticket in tickets.items():
+        check(bundle, ticket, seed, given[seed])
 
 
 class CountingHost(Host):
