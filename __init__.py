@@ -22,6 +22,7 @@ def load(
     target: str | None = None,
     size: str | None = None,
     steps: int | None = None,
+    weights: str | None = None,
     verify: bool = False,
     threads: int | None = None,
 ) -> LoadedBundle:
@@ -29,7 +30,8 @@ def load(
 
     ``device``: only on ``cpu``, ``cuda``, or ``cuda:1``, the second GPU. ``target``: only this one, ``tensorrt`` say.
     ``size`` (as ``832x1216``) and ``steps`` are what it is at, by default the bundle's first: it has all others as well.
-    ``verify`` hashes large files even if this machine has hashed them before; ``threads`` limits CPU threads.
+    ``weights``: some that ``cachec add-weights`` added, in place of its own. ``verify`` hashes large files even if this machine
+    has hashed them before; ``threads`` limits CPU threads.
 
     Raises:
         BundleError: the directory is no bundle, damaged, or none of its targets fits this machine or device.
@@ -38,7 +40,9 @@ def load(
     from cachec.engines import open_bundle
 
     where = Path(bundle)
-    loaded = open_bundle(where, device=device, target=target, size=size, steps=steps, verify=verify, threads=threads)
+    loaded = open_bundle(
+        where, device=device, target=target, size=size, steps=steps, verify=verify, threads=threads, weights=weights
+    )
     return replace(loaded, drop_in=_as_transformer)
 
 

@@ -4,17 +4,17 @@ import json
 import logging
 import signal
 from collections.abc import Callable, Mapping
-from dataclasses import Field
 from pathlib import Path
 from typing import Any
 
 import click
 from click.core import ParameterSource
 
+from cachec.compiler.commands.flags import declared_flags, parse_pairs, several
 from cachec.compiler.commands.groups import Group
 from cachec.compiler.commands.messages import set_up_messages
-from cachec.compiler.options import BuildWish, Command, declared, make_build_options, plain_type
-from cachec.runtime.errors import CachecError, InputError, need
+from cachec.compiler.options import BuildWish, make_build_options
+from cachec.runtime.errors import CachecError, need
 from cachec.runtime.version import VERSION
 
 log = logging.getLogger("cachec")
@@ -62,50 +62,11 @@ def start() -> None:
     main()
 
 
-def _options(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    def apply(function: Any) -> Any:
-        for decorator in reversed(decorators):
-            function = decorator(function)
-        return function
-
-    return apply
-
-
-def _declared(command: Command) -> Callable[[Any], Any]:
-    """The flags of all options that are declared for ``command``."""
-    return _options(*(_flag(one, kind) for _, one, kind in declared(command)))
-
-
-def _flag(one: Field[Any], kind: Any) -> Callable[[Any], Any]:
-    plain, meta = plain_type(kind), one.metadata
-    names = (*(meta["flags"] or (f"--{one.name.replace('_', '-')}",)), one.name)
-    about = {"help": meta["help"], "default": one.default}
-    if meta["read"] is not None:
-        default: Any = one.default
-        text = None if default is None else ",".join(map(str, default))
-        return click.option(*names, metavar=meta["metavar"], show_default=True, **{**about, "default": text})
-    if plain is bool:
-        return click.option(*names, is_flag=True, flag_value=not one.default, **about)
-    about |= {"metavar": meta["metavar"], "show_default": True}
-    if plain is tuple:
-        return click.option(*names, multiple=True, **about)
-    if plain is Mapping:
-        return click.option(*names, multiple=True, callback=_parse_pairs, **{**about, "default": ()})
-    return click.option(*names, type=click.Path(path_type=Path) if plain is Path else plain, **about)
-
-
-def _parse_pairs(context: click.Context, parameter: click.Parameter, given: tuple[str, ...]) -> dict[str, str] | None:
-    pairs = [text.partition("=") for text in given]
-    for key, equals, value in pairs:
-        if not (key and equals and value):
-            raise InputError(f"{parameter.opts[0]} {key}{equals}{value} is not of the form name=value")
-    return {key: value for key, _, value in pairs} or None
-
-
 _force = click.option("--force", is_flag=True, help="Replace the output if it exists.")
 _num = click.option("--num", type=int, default=32, show_default=True, help="How many of the prompts.")
-_run_options = _options(
+_run_options = several(
     click.option("--size", metavar="WxH[xF]", help="One that BUNDLE was compiled for, as 832x1216; default its first."),
+    click.option("--weights", help="Some that add-weights added to BUNDLE; default its own."),
     click.option("--steps", type=int, help="One number of steps that BUNDLE was compiled for; default its first."),
     click.option("--device", help="cpu, cuda, or cuda:1 for the second GPU; default the best that a target fits."),
     click.option("--target", help="Use this target of the bundle only, as tensorrt or ort-cpu; default the best that fits."),
@@ -116,7 +77,7 @@ _run_options = _options(
 @_talking
 @click.argument("model")
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Bundle directory [default: MODEL-METHOD.cachec].")
-@_declared("compile")
+@declared_flags("compile")
 @_force
 def compile_command(model: str, out: Path | None, force: bool, **given: Any) -> None:
     """Compile MODEL: a short name (tiny-flux, flux), a Hub id, or a directory."""
@@ -144,7 +105,7 @@ def compile_command(model: str, out: Path | None, force: bool, **given: Any) -> 
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--target", "names", multiple=True, required=True, help="tensorrt, tensorrt-rtx, several; or auto.")
 @click.option("--device", help="cuda, or cuda:1 for the second GPU; default the first.")
-@_declared("add-target")
+@declared_flags("add-target")
 @click.option("--force", is_flag=True, help="Replace a target that the bundle has already.")
 def add_target_command(bundle: Path, names: tuple[str, ...], device: str | None, force: bool, **given: Any) -> None:
     """Build engines into BUNDLE on this machine, from the ONNX files in it. Needs no torch."""
@@ -175,7 +136,7 @@ def add_target_command(bundle: Path, names: tuple[str, ...], device: str | None,
 @click.option("--budget", type=int, help="Compute K steps, which are searched.")
 @click.option("--target-psnr", type=float, help="As few computed steps as reach this PSNR in dB; not with --conditions.")
 @click.option("--method", help="Method of the bundle's cut; default gram or gram-hidden.")
-@click.option("--set", "options", multiple=True, callback=_parse_pairs, metavar="K=V", help="Option of the method.")
+@click.option("--set", "options", multiple=True, callback=parse_pairs, metavar="K=V", help="Option of the method.")
 @click.option("--name", help="What the level is called; default budget-K or psnr-D.")
 @click.option("--seed", default=0, show_default=True, help="Of the search.")
 @click.option("--device", help="cpu, cuda, or cuda:1 for the second GPU; default the best that a target fits.")
@@ -187,12 +148,26 @@ def add_level_command(bundle: Path, stats: Path, **given: Any) -> None:
     _table(add_level(bundle, stats, **given))
 
 
+@main.command("add-weights")
+@_talking
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--lora", "loras", multiple=True, required=True, metavar="FILE[:SCALE]", help="May be given several times.")
+@click.option("--name", help="What they are called; default made of the files' names.")
+@click.option("--model", "source", help="The model that BUNDLE was compiled from; default as the bundle names it.")
+@click.option("--force", is_flag=True, help="Replace weights of this name.")
+def add_weights_command(bundle: Path, loras: tuple[str, ...], **rest: Any) -> None:
+    """Add weights with LoRAs fused to BUNDLE, over its graphs, for run --weights NAME. Only changed tensors are written."""
+    from cachec.compiler.commands.add_weights import add_weights
+
+    _table(add_weights(bundle, loras, **rest))
+
+
 @main.command("encode")
 @_talking
 @click.argument("model")
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Conditions file (safetensors).")
 @_num
-@_declared("encode")
+@declared_flags("encode")
 @_force
 def encode_command(model: str, out: Path, num: int, force: bool, **given: Any) -> None:
     """Encode prompts by MODEL's text encoders, for cachec calibrate on a machine that has a bundle only."""
@@ -204,7 +179,7 @@ def encode_command(model: str, out: Path, num: int, force: bool, **given: Any) -
 @main.command("plan", context_settings={"default_map": {"dtype": "bfloat16"}})
 @_talking
 @click.argument("model")
-@_declared("plan")
+@declared_flags("plan")
 @click.option("--gpu", help="Say what this one allows, as H100; default all that are known.")
 @click.option("--json", "as_json", is_flag=True, help="Print it as JSON: bytes, FLOPs, seconds.")
 def plan_command(model: str, gpu: str | None, as_json: bool, **given: Any) -> None:
@@ -226,7 +201,7 @@ def plan_command(model: str, gpu: str | None, as_json: bool, **given: Any) -> No
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Calibration file (safetensors).")
 @click.option("--conditions", type=click.Path(path_type=Path), help="Encoded prompts for a bundle, from cachec encode.")
 @_num
-@_declared("calibrate")
+@declared_flags("calibrate")
 @_force
 def calibrate_command(source: str, out: Path, **given: Any) -> None:
     """Run a model uncached on some prompts and keep what fits and searches need. Interrupted, the same command goes on.
@@ -242,7 +217,7 @@ def calibrate_command(source: str, out: Path, **given: Any) -> None:
 @_talking
 @click.argument("model")
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Predictor file (safetensors).")
-@_declared("train")
+@declared_flags("train")
 @_force
 def train_command(model: str, out: Path, force: bool, **given: Any) -> None:
     """Train a method's predictor for MODEL. Interrupted, the same command goes on where it was."""
@@ -276,12 +251,13 @@ def run_command(bundle: Path, prompts: tuple[str, ...], out: Path, source: str |
     _table(rows)
 
 
-_evaluation_options = _options(
+_evaluation_options = several(
     click.option("--against", default="taylor:1,taylor:2,reuse,plain,unipc", show_default=True, help="What to compare with."),
     click.option("--level", help="Quality level whose number of computed steps they get; default the first."),
     click.option("--prompts", "file", type=click.Path(path_type=Path), help="Prompts, one a line; a held-out list ships."),
     click.option("--seed", default=0, show_default=True, help="Noise of the first prompt; the next has the next seed."),
     click.option("--model", "source", help="Directory of the model; default from the bundle."),
+    click.option("--lora", "loras", multiple=True, metavar="FILE[:SCALE]", help="What is fused in what is measured."),
     _run_options,
 )
 
@@ -290,7 +266,7 @@ _evaluation_options = _options(
 @_talking
 @click.argument("bundle", type=click.Path(path_type=Path))
 @_evaluation_options
-@_declared("eval")
+@declared_flags("eval")
 @click.option("--num", default=32, show_default=True, help="How many prompts.")
 @click.option(
     "--json", "json_file", type=click.Path(path_type=Path), help="Write the table here, too; interrupted, it goes on."

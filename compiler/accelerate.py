@@ -108,7 +108,7 @@ def compile_in_memory(
         device = TorchDevice(DeviceName.parse(str(model.device)))
         engines: dict[str, Engine] = {
             plan.name: kind(graphs.engine.modules[plan.name], plan.signature, device)
-            for plan in make_plans(model, request, graphs)
+            for plan in make_plans(model, request.settings, graphs)
         }
         calibrations = find_calibrations(model, request, checked, work / "calibration")
         return engines, make_programs(model, request, engines, calibrations, parameters).by_level

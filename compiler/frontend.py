@@ -31,6 +31,7 @@ from cachec.compiler.methods.base import PredictorMethod
 from cachec.compiler.methods.parameters import Parameters, check_fit, load_predictor
 from cachec.compiler.methods.training import Training, find_shipped, train_predictor, training_facts
 from cachec.compiler.models.base import LoadedModel, ModelSpec, Settings
+from cachec.compiler.options import GraphWish
 from cachec.compiler.planning.levels import forecast_cost
 from cachec.compiler.planning.planner import Calibrations, Planner
 from cachec.compiler.planning.room import check_evaluation, check_training
@@ -239,21 +240,32 @@ def make_graphs(model: LoadedModel, request: Request, parameters: Parameters | N
     inputs = model.example_inputs(request.settings)
     check_finite_run(split, inputs, request.settings.dtype, request.wish.graph.slots)
     plain = add_forecast(model, split, request, parameters, watch)
-    return StepGraphs(plain, _engine(model, request, plain, watch, merge=merge))
+    return StepGraphs(plain, _engine(model, request.settings, request.wish.graph, plain, watch, merge=merge))
 
 
 def plan_graphs(model: LoadedModel, request: Request) -> StepGraphs:
     """What :func:`make_graphs` gives for the forecast of all linear methods: what sizes tell, before a predictor is trained."""
-    split = prepare(model, request.settings)
-    plain = compute_only(split) if request.method.cut == "output" else linear(split)
-    return StepGraphs(plain, _engine(model, request, plain))
+    return usual_graphs(model, request.settings, request.wish.graph, request.method.cut)
+
+
+def usual_graphs(model: LoadedModel, settings: Settings, wish: GraphWish, cut: str) -> StepGraphs:
+    """The graphs of a cut that all linear methods share."""
+    split = prepare(model, settings)
+    plain = compute_only(split) if cut == "output" else linear(split)
+    return StepGraphs(plain, _engine(model, settings, wish, plain))
 
 
 def _engine(
-    model: LoadedModel, request: Request, plain: Graphs, watch: Sequence[Observer] = (), *, merge: bool = True
+    model: LoadedModel,
+    settings: Settings,
+    wish: GraphWish,
+    plain: Graphs,
+    watch: Sequence[Observer] = (),
+    *,
+    merge: bool = True,
 ) -> Graphs:
     """The graphs that engines are built from: how the sampler moves latents, and whether velocities are wanted, is theirs."""
-    wish, settings, guided = request.wish.graph, request.settings, model.is_guided(request.settings)
+    guided = model.is_guided(settings)
     sampling = model.sampling(settings)
     return engine(
         plain,
@@ -267,10 +279,10 @@ def _engine(
     )
 
 
-def make_plans(model: LoadedModel, request: Request, graphs: StepGraphs) -> list[EnginePlan]:
+def make_plans(model: LoadedModel, settings: Settings, graphs: StepGraphs) -> list[EnginePlan]:
     """What engines are built from."""
-    inputs = model.example_inputs(request.settings)
-    return plan_engines(graphs.engine, inputs, model.io.latents, request.settings.steps)
+    inputs = model.example_inputs(settings)
+    return plan_engines(graphs.engine, inputs, model.io.latents, settings.steps)
 
 
 def add_forecast(

@@ -13,6 +13,8 @@ from cachec.runtime.variants import Variant
 from cachec.runtime.version import VERSION
 from cachec.runtime.write import BundleWriter
 
+OWN_TYPE = "their own type"  # of slots
+
 
 def make_manifest(
     model: LoadedModel,
@@ -46,7 +48,7 @@ def make_manifest(
             "short_history": "repeat the oldest entry",
             "fold": "static" if request.folds else "none",
             "hoist": request.wish.graph.hoist,
-            "slots": request.wish.graph.slots or "their own type",
+            "slots": request.wish.graph.slots or OWN_TYPE,
             "velocities": request.wish.graph.velocities,
             "predictor": dict(parameters.facts) if parameters else None,
         },

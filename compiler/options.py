@@ -152,6 +152,9 @@ class BuildWish:
     strip_weights: bool = option(
         False, "TensorRT: engines without weights, which the bundle then has once.", also=("add-target",)
     )
+    refittable: bool = option(
+        False, "TensorRT: engines that take a bundle's further weights (add-weights), slower.", also=("add-target",)
+    )
     hardware_compatibility: str = option(
         "none", "TensorRT: none, same-capability or ampere-plus: also run on other GPUs, slower.", also=("add-target",)
     )
@@ -279,6 +282,7 @@ def make_build_options(wish: BuildWish) -> BuildOptions:
         raise InputError(f"workspace is {space} GB; it must be above 0")
     return BuildOptions(
         strip=wish.strip_weights,
+        refit=wish.refittable,
         compatibility=wish.hardware_compatibility,
         version_compatible=wish.version_compatible,
         level=wish.optimization_level,

@@ -129,7 +129,7 @@ def _compile(
             _tell_costs(model, request, graphs[request.settings.size], writer)
         clock.lap()
         plans = {
-            some[0].request.settings.shape_bucket: make_plans(model, some[0].request, graphs[size])
+            some[0].request.settings.shape_bucket: make_plans(model, some[0].request.settings, graphs[size])
             for size, some in by_size.items()
         }
         clock.lap()

@@ -35,20 +35,24 @@ def open_bundle(
     steps: int | None = None,
     verify: bool = False,
     threads: int | None = None,
+    weights: str | None = None,
 ) -> LoadedBundle:
     """Check the bundle at ``root`` and load the engines of the best of its targets that fits here.
 
     ``device`` is ``cpu``, ``cuda``, or ``cuda:1`` for the second GPU, by default the best that a target fits. ``target``
     allows only targets of this name: ``tensorrt``, ``ort-cpu``. ``size`` (as ``832x1216``) and ``steps`` are those that the
-    result is at, by default the bundle's first; engines of other sizes are loaded when they are asked for.
+    result is at, by default the bundle's first; engines of other sizes are loaded when they are asked for. ``weights`` names
+    some that ``cachec add-weights`` added, in place of the bundle's own.
 
     Raises:
         BundleError: it is damaged, or none of its targets fits: another operating system, GPU, or version of its back end.
-        InputError: there is no such device, size, or number of steps.
+        InputError: there is no such device, size, or number of steps, or no such weights for a target.
     """
     check_threads(threads)
     name, wanted = parse_device(device), None if target is None else TargetName.parse(target, BACKENDS)
     bundle = Bundle.open(root, verify=verify)
+    if weights is not None:
+        bundle = _with_weights(bundle, weights, wanted)
     try:
         fit, others = choose_target(bundle.at(size, steps).manifest.targets, device=name, wanted=wanted)
     except CachecError as error:
@@ -59,6 +63,24 @@ def open_bundle(
     log.log(logging.WARNING if better or not fit.exact else logging.INFO, "using target %s, which %s", fit.target, fit.in_words)
     assert fit.backend is not None, "chosen targets fit"
     return load_bundle(bundle, fit.target, fit.backend, device=fit.device, threads=threads, steps=steps)
+
+
+def _with_weights(bundle: Bundle, name: str, wanted: TargetName | None) -> Bundle:
+    """The bundle as if it had been compiled with its further weights ``name``."""
+    other = Bundle(bundle.root, bundle.manifest.with_weights(name))
+    lacking = [one for one in bundle.manifest.targets if name not in one.added and (wanted is None or wanted.matches(one))]
+    if lacking and not any(wanted is None or wanted.matches(one) for one in other.manifest.targets):
+        raise InputError(f"{lacking[0]} has not the weights {name}: {no_other_weights(lacking[0].backend)}")
+    for target in lacking:
+        log.info("target %s has not the weights %s", target, name)
+    return other
+
+
+def no_other_weights(backend: str) -> str:
+    """What to do where engines of a back end take no other weights than they were built with."""
+    if "refit" in get_builder(backend).options:
+        return "its engines keep their own; build them again with cachec add-target --refittable --force"
+    return f"{backend} engines keep their own; take a target that takes others, as ort, aoti or eager"
 
 
 def _again(bundle: Bundle) -> str:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cachec.engines.backends import BACKENDS, FROM_ONNX
+from cachec.engines.backends import BACKENDS, FROM_ONNX, get_engine
 from cachec.engines.build_target import build_into, check_build, keep_timing, plan_target
 from cachec.engines.fastest import AUTO, check_alone, find_usable, keep_fastest
 from cachec.engines.targets import ONNX_TARGET, TargetName, parse_device
@@ -17,6 +17,7 @@ from cachec.runtime.build_options import DEFAULTS, BuildOptions
 from cachec.runtime.builder import Sources
 from cachec.runtime.bundle import Bundle, Target
 from cachec.runtime.device import CUDA, DeviceName
+from cachec.runtime.engine import ONNX
 from cachec.runtime.errors import BundleError, InputError, OutputError
 from cachec.runtime.files import write_file
 from cachec.runtime.program import UNCACHED
@@ -103,8 +104,16 @@ def add_targets(
         except BaseException:
             _keep_timing_alone(writer, folder)
             raise
+        added = [_with_further(target, bundle) for target in added]
         _commit(writer, added, replaced, keep_timing(writer, folder))
     return Bundle.open(root), added
+
+
+def _with_further(target: Target, bundle: Bundle) -> Target:
+    """A target that has the bundle's further weights, if it takes those of the ONNX files."""
+    onnx = next(one for one in bundle.at(target.size).manifest.targets if one.backend == ONNX_TARGET.backend)
+    takes = get_engine(target.backend).weights_form(target.needs) == ONNX
+    return replace(target, added=onnx.added) if takes else target
 
 
 def _add_fastest(

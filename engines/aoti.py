@@ -18,7 +18,7 @@ from typing import Any, Self
 from cachec.runtime.build_options import DEFAULTS, BuildOptions
 from cachec.runtime.builder import EngineBuilder, Sources
 from cachec.runtime.device import CUDA, Device, DeviceName
-from cachec.runtime.engine import HOST, ON_HOST, Engine, ExecutionContext, LoadOptions
+from cachec.runtime.engine import CONSTANTS, HOST, ON_HOST, Engine, ExecutionContext, LoadOptions
 from cachec.runtime.errors import BundleError, EngineError, InputError, in_one_line, missing_extra
 from cachec.runtime.specs import Signature
 
@@ -31,6 +31,7 @@ from cachec.engines import torch_device
 from cachec.engines.torch_context import Tensors, TorchContext
 from cachec.engines.torch_device import is_out_of_memory, take_options
 from cachec.engines.torch_files import archive
+from cachec.engines.torch_weights import read_constants
 
 FILE = "model.pt2"
 LOADING = "import sys; from torch.export.pt2_archive._package import load_pt2; load_pt2(sys.argv[1], run_single_threaded=True)"
@@ -55,7 +56,7 @@ class AotiEngine(Engine):
         path = next(iter(files.values()))
         on_gpu = options.device.kind == CUDA  # PyTorch's locks between threads cannot be captured as a CUDA graph
         try:
-            runners = _load_runners(path, single_threaded=on_gpu)
+            runners = _load_runners(path, options.weights, single_threaded=on_gpu)
         except (RuntimeError, ValueError, OSError) as error:
             if is_out_of_memory(error):
                 raise EngineError(f"there is no memory for the weights of {path.name} on {options.device}: {error}") from error
@@ -75,6 +76,10 @@ class AotiEngine(Engine):
         return TorchContext(function, self.signature, device)
 
     @classmethod
+    def weights_form(cls, needs: Mapping[str, Any]) -> str | None:
+        return CONSTANTS
+
+    @classmethod
     def version(cls) -> str:
         return str(torch.__version__)
 
@@ -85,8 +90,8 @@ class AotiEngine(Engine):
             raise InputError(f"device is {device}, but aoti loads onto the first GPU only: choose it with CUDA_VISIBLE_DEVICES")
 
 
-def _load_runners(path: Path, *, single_threaded: bool) -> dict[str, Any]:
-    """Runners by graph, each with weights of its own.
+def _load_runners(path: Path, changed: Mapping[str, Path], *, single_threaded: bool) -> dict[str, Any]:
+    """Runners by graph, each with weights of its own; ``changed``: files with other ones, by graph.
 
     PyTorch's own ``load_weights_from_disk`` lets the runners share them, and then never frees them.
     """
@@ -102,7 +107,11 @@ def _load_runners(path: Path, *, single_threaded: bool) -> dict[str, Any]:
             if name.startswith(AOTINDUCTOR_DIR) and name.endswith("weights_config.json"):
                 places = json.loads(archive.read_string(name))
                 wanted = {key: weights[file].as_strided(*layout) for key, (file, *layout) in places.items()}
-                runners[name.removeprefix(AOTINDUCTOR_DIR).split("/")[0]].load_constants(wanted, check_full_update=True)
+                graph = name.removeprefix(AOTINDUCTOR_DIR).split("/")[0]
+                if graph in changed:
+                    others = read_constants(changed[graph], wanted)
+                    wanted |= {key: value.to(wanted[key].device) for key, value in others.items()}
+                runners[graph].load_constants(wanted, check_full_update=True)
     return dict(runners)
 
 

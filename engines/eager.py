@@ -12,7 +12,7 @@ from zipfile import BadZipFile
 from cachec.runtime.build_options import DEFAULTS, BuildOptions
 from cachec.runtime.builder import EngineBuilder, Sources
 from cachec.runtime.device import CPU, Device, DeviceName
-from cachec.runtime.engine import HOST, ON_HOST, Engine, ExecutionContext, LoadOptions
+from cachec.runtime.engine import CONSTANTS, HOST, ON_HOST, Engine, ExecutionContext, LoadOptions
 from cachec.runtime.errors import BundleError, missing_extra
 from cachec.runtime.specs import Signature
 
@@ -25,6 +25,7 @@ from cachec.engines import torch_device
 from cachec.engines.torch_context import TorchContext
 from cachec.engines.torch_device import neutral_modes, take_options, watching_memory
 from cachec.engines.torch_files import archive
+from cachec.engines.torch_weights import read_constants
 
 
 class ProgramEngine(Engine):
@@ -38,7 +39,14 @@ class ProgramEngine(Engine):
     ) -> dict[str, Self]:
         there = take_options(options, signatures.values())
         with neutral_modes(there.name):
-            return {name: cls(_load_module(path, there), signatures[name], there) for name, path in files.items()}
+            return {
+                name: cls(_load_module(path, there, options.weights.get(name)), signatures[name], there)
+                for name, path in files.items()
+            }
+
+    @classmethod
+    def weights_form(cls, needs: Mapping[str, Any]) -> str | None:
+        return CONSTANTS
 
     def _context(self, native: Any, device: Device) -> ExecutionContext:
         return TorchContext(lambda inputs: native(**inputs), self.signature, device)
@@ -52,11 +60,15 @@ class ProgramEngine(Engine):
         torch_device.check_device(device)
 
 
-def _load_module(path: Path, device: Device) -> torch.nn.Module:
+def _load_module(path: Path, device: Device, weights: Path | None) -> torch.nn.Module:
     try:
         program = torch.export.load(path)
     except (RuntimeError, ValueError, OSError, BadZipFile) as error:
         raise BundleError(f"torch {torch.__version__} cannot load {path}: {error}") from error
+    if weights is not None:
+        for name, value in read_constants(weights, program.state_dict).items():
+            is_parameter = isinstance(program.state_dict[name], torch.nn.Parameter)
+            program.state_dict[name] = torch.nn.Parameter(value, requires_grad=False) if is_parameter else value
     if device.name != CPU:
         with watching_memory(f"the weights of {path.name} on {device.name}"):
             program = move_to_device_pass(program, device.name)

@@ -60,7 +60,6 @@ def _only_errors(*names: str) -> Iterator[None]:
             logger.setLevel(level)
 
 
-@_only_errors("torch.onnx", "onnxscript", "onnx_ir")  # they tell of every pattern that they do not apply
 def build_onnx(
     programs: Mapping[str, "ExportedProgram"],
     signatures: Mapping[str, Signature],
@@ -83,8 +82,7 @@ def build_onnx(
 
     models: dict[str, Any] = {}
     for name, program in programs.items():
-        models[name] = _convert(program, signatures[name], weights)
-        _drop_metadata(models[name])
+        models[name] = converted(program, signatures[name], weights)
     file, digest = _share_weights(models, out, unfinished or Unfinished(out, {}))
     paths = {name: out / f"{name}.onnx" for name in models}
     for name, model in models.items():
@@ -93,8 +91,9 @@ def build_onnx(
     return OnnxFiles(paths, file, digest)
 
 
-def _convert(program: "ExportedProgram", signature: Signature, weights: NamedWeights | None) -> Any:
-    """The ONNX model of a program.
+@_only_errors("torch.onnx", "onnxscript", "onnx_ir")  # they tell of every pattern that they do not apply
+def converted(program: "ExportedProgram", signature: Signature, weights: NamedWeights | None) -> Any:
+    """The ONNX model of a program, whose weights are read when their values are wanted.
 
     ``torch.onnx`` traces a program anew to write it in operators that ONNX has functions for. The compiler's graphs are in
     such already, so that is left out, and done only if it turns out that one is not.
@@ -112,6 +111,7 @@ def _convert(program: "ExportedProgram", signature: Signature, weights: NamedWei
     _repeat_masks(model)
     _simplify(model)
     _name_outputs(model, signature)
+    _drop_metadata(model)
     return model
 
 
@@ -241,7 +241,7 @@ def _share_weights(models: Mapping[str, Any], out: Path, unfinished: Unfinished)
     initializers = [
         (model, key, value.const_value) for model in models.values() for key, value in model.graph.initializers.items()
     ]
-    wanted = [(model, key, tensor, identity(tensor)) for model, key, tensor in initializers if _is_shared(tensor)]
+    wanted = [(model, key, tensor, identity(tensor)) for model, key, tensor in initializers if is_shared(tensor)]
     once = {what: tensor for _, _, tensor, what in wanted}
     with WeightsFile(unfinished) as file:
         file.expect(tensor.nbytes for tensor in once.values())
@@ -254,5 +254,6 @@ def _share_weights(models: Mapping[str, Any], out: Path, unfinished: Unfinished)
     return named, file.digest
 
 
-def _is_shared(tensor: Any) -> bool:
+def is_shared(tensor: Any) -> bool:
+    """Does an initializer go to the weights file?"""
     return tensor.nbytes >= SHARED_FROM and not tensor.dtype.is_integer()

@@ -21,7 +21,7 @@ from cachec.engines.cuda_device import CudaBuffer, CudaDevice, cuda_device
 from cachec.runtime.build_options import DEFAULTS, BuildOptions
 from cachec.runtime.builder import EngineBuilder, Sources
 from cachec.runtime.device import CPU, CUDA, Buffer, Device, DeviceName, Host
-from cachec.runtime.engine import HOST, ON_HOST, Call, Engine, ExecutionContext, LoadOptions, check_bindings
+from cachec.runtime.engine import HOST, ON_HOST, ONNX, Call, Engine, ExecutionContext, LoadOptions, check_bindings
 from cachec.runtime.errors import BundleError, EngineError, InputError, missing_extra
 from cachec.runtime.specs import BFLOAT16, Signature
 
@@ -41,7 +41,7 @@ NO_MEMORY = ("Failed to allocate memory", "out of memory", "bad_alloc")  # in ON
 
 
 class OrtFamily(Engine):
-    """An ``InferenceSession``, with one execution provider or another on a GPU."""
+    """An ``InferenceSession``, with one execution provider or another on a GPU. Other weights are other ONNX files."""
 
     needs_same_version = False  # an ONNX file is a standard
 
@@ -50,6 +50,7 @@ class OrtFamily(Engine):
         cls, files: Mapping[str, Path], signatures: Mapping[str, Signature], options: LoadOptions = ON_HOST
     ) -> dict[str, Self]:
         _start_thread_pool(options.threads)
+        files = {name: options.weights.get(name, path) for name, path in files.items()}
         if options.device.kind == CPU:
             host = Host()
             return {name: cls(open_session(path, [CPU_PROVIDER]), signatures[name], host) for name, path in files.items()}
@@ -74,6 +75,10 @@ class OrtEngine(OrtFamily):
     """ONNX Runtime's own kernels, on the CPU or on CUDA."""
 
     name = "ort"
+
+    @classmethod
+    def weights_form(cls, needs: Mapping[str, Any]) -> str | None:
+        return ONNX
 
     @classmethod
     def check_target(cls, device: DeviceName, precision: str) -> None:

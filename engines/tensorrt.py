@@ -18,7 +18,7 @@ from cachec.engines.tensorrt_run import Native, TensorRTContext, load_native
 from cachec.runtime.build_options import DEFAULTS, WORDS, BuildOptions
 from cachec.runtime.builder import EngineBuilder, Sources
 from cachec.runtime.device import CUDA, Device, DeviceName
-from cachec.runtime.engine import HOST, ON_HOST, Engine, ExecutionContext, LoadOptions
+from cachec.runtime.engine import HOST, ON_HOST, ONNX, Engine, ExecutionContext, LoadOptions
 from cachec.runtime.errors import BundleError, EngineError, InputError
 from cachec.runtime.room import check_disk, check_memory, in_bytes
 from cachec.runtime.specs import BFLOAT16, Signature
@@ -67,6 +67,10 @@ class TensorRTFamily(Engine):
         if not runs_on(gpu.capability, needs):
             built = ", ".join(f"sm_{sm}" for sm in needs["sm"])
             raise BundleError(f"it was built for {built}, and {gpu.name} is sm_{gpu.capability}")
+
+    @classmethod
+    def weights_form(cls, needs: Mapping[str, Any]) -> str | None:
+        return ONNX if needs.get("refittable") else None
 
     @classmethod
     def is_made_for(cls, needs: Mapping[str, Any], device: DeviceName) -> bool:
@@ -127,6 +131,8 @@ class PlanBuilder(EngineBuilder):
             needs["version_from"] = self.engine.version()
         if options.strip:
             needs["stripped"] = True
+        if options.refit:
+            needs["refittable"] = True
         return needs
 
     def tag(self, device: DeviceName) -> str:

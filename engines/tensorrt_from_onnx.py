@@ -102,8 +102,11 @@ class PlanFromOnnx:
         config.set_preview_feature(self.library.PreviewFeature.RUNTIME_ACTIVATION_RESIZE_10_10, True)
         if options.workspace is not None:
             config.set_memory_pool_limit(self.library.MemoryPoolType.WORKSPACE, options.workspace)
-        if options.strip:
+        if options.refit:
+            config.set_flag(flags.REFIT)
+        elif options.strip:  # whose results are undefined with other weights than these
             config.set_flag(flags.REFIT_IDENTICAL)
+        if options.strip:
             config.set_flag(flags.STRIP_PLAN)
         if options.version_compatible:
             config.set_flag(flags.VERSION_COMPATIBLE)

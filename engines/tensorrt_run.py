@@ -45,7 +45,9 @@ def load_native(
     host_code: bool = False,
     names: Mapping[str, str] | None = None,
 ) -> Native:
-    """Load an engine. ``onnx``: where the weights of an engine without are. ``host_code``: it may bring code for the host.
+    """Load an engine. ``onnx``: where its weights are, if it has none, or is to have others.
+
+    ``host_code``: it may bring code for the host.
 
     Raises:
         BundleError: the file is no engine of this version and GPU, lacks weights, or takes and gives something else.
@@ -70,11 +72,16 @@ def load_native(
 
 
 def _refit(library: ModuleType, engine: "trt.ICudaEngine", path: Path, onnx: Path | None, reports: Reports) -> None:
-    """Give an engine the weights that it was built without."""
-    if onnx is None:
-        raise BundleError(f"{path.name} was built without weights, and the bundle names none for it: compile the bundle again")
-    with reports.explaining(f"load the weights of {onnx.name}"):
+    """Give an engine the weights that it was built without, or others than it was built with."""
+    with reports.explaining(f"load weights into {path.name}"):
         refitter: trt.Refitter = library.Refitter(engine, reports.logger)
+    if onnx is None:
+        if refitter.get_missing_weights():
+            raise BundleError(
+                f"{path.name} was built without weights, and the bundle names none for it: compile the bundle again"
+            )
+        return
+    with reports.explaining(f"load the weights of {onnx.name}"):
         parser: trt.OnnxParserRefitter = library.OnnxParserRefitter(refitter, reports.logger)
     if not parser.refit_from_file(str(onnx)):
         found = [parser.get_error(index).desc() for index in range(parser.num_errors)]

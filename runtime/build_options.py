@@ -10,6 +10,7 @@ from cachec.runtime.specs import TensorSpec
 MAX_LEVEL = 5  # of TensorRT's optimisation levels
 WORDS = {  # what messages call the options that only some back ends take
     "strip": "stripped weights",
+    "refit": "refittable engines",
     "compatibility": "hardware compatibility",
     "version_compatible": "version compatibility",
     "level": "optimization level",
@@ -36,14 +37,15 @@ class BuildOptions:
     """What can be asked of a builder; each back end says which options it takes.
 
     ``strip``: leave the weights out of the engines, and take them from the bundle's one weights file when they are loaded.
-    ``compatibility``: run on other GPUs than the one that builds; some speed is lost. ``version_compatible``: load in later
-    versions of the same major one. ``level``: 0 builds fast, 5 searches longest. ``workspace``: bytes of scratch memory that
-    kernels may ask for, by default all that the GPU has. ``timing_cache``: a folder with kernel timings of earlier builds,
-    which is added to.
+    ``refit``: engines take other weights, too; some speed is lost. ``compatibility``: run on other GPUs than the one that
+    builds; some speed is lost. ``version_compatible``: load in later versions of the same major one. ``level``: 0 builds fast,
+    5 searches longest. ``workspace``: bytes of scratch memory that kernels may ask for, by default all that the GPU has.
+    ``timing_cache``: a folder with kernel timings of earlier builds, which is added to.
     """
 
     sizes: Mapping[str, SizeRange] = field(default_factory=dict)
     strip: bool = False
+    refit: bool = False
     compatibility: str = COMPATIBILITIES[0]
     version_compatible: bool = False
     level: int = 3
@@ -53,10 +55,10 @@ class BuildOptions:
     def __post_init__(self) -> None:
         if self.compatibility not in COMPATIBILITIES:
             raise unknown_name("hardware compatibility", self.compatibility, COMPATIBILITIES)
-        if self.strip and self.version_compatible:
+        if (self.strip or self.refit) and self.version_compatible:
             raise InputError(
-                "stripped weights and version compatibility exclude each other: later versions cannot load weights into an "
-                "engine; leave one out"
+                f"{WORDS['strip' if self.strip else 'refit']} and version compatibility exclude each other: later versions "
+                "cannot load weights into an engine; leave one out"
             )
         if not 0 <= self.level <= MAX_LEVEL:
             raise InputError(f"the optimization level is {self.level}; it must be from 0 to {MAX_LEVEL}")

@@ -15,7 +15,7 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from cachec.runtime.errors import BundleError, OutputError, in_one_line, shortened, unknown_name
+from cachec.runtime.errors import BundleError, InputError, OutputError, in_one_line, shortened, unknown_name
 from cachec.runtime.files import cache_folder, hash_file, reason_of, write_file
 from cachec.runtime.forms import ANY, Form, check_form
 from cachec.runtime.program import Program
@@ -47,9 +47,11 @@ _FORM: Form = {  # of a manifest
             "needs?": {"sm?": [int]},
             "sizes?": {ANY: [int]},
             "weights?": {ANY: str},
+            "added?": {ANY: {ANY: str}},
         }
     ],
     "programs": _PROGRAMS,
+    "weights?": {ANY: {"weights_sha256": str, "file": str, "loras": [_LORA], "samples": {ANY: str}}},
     "more?": [{"settings": {"width": int, "height": int, "steps": int}, "programs": _PROGRAMS, "facts": {}}],
     "files": {ANY: {"bytes": int, "sha256": str}},
     "facts?": {},
@@ -78,7 +80,8 @@ class Target:
 
     ``device`` is the kind, ``cpu`` or ``cuda``, that the artifacts were built for, or ``any``. ``needs`` is what else the
     machine must have, in words of the back end. ``sizes`` are the least, usual and most of symbolic sizes; what is not
-    listed may be any. ``weights`` names, by engine, the ONNX file whose weights go into an engine without.
+    listed may be any. ``weights`` names, by engine, the file whose weights go into an engine without, or in place of its own;
+    ``added`` has the same for each of the bundle's further weights, by their name, of engines that they change.
     """
 
     backend: str
@@ -91,6 +94,7 @@ class Target:
     needs: Mapping[str, Any] = field(default_factory=dict)
     sizes: Mapping[str, Sequence[int]] = field(default_factory=dict)
     weights: Mapping[str, str] = field(default_factory=dict)
+    added: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     def __str__(self) -> str:
         """In short, as ``tensorrt 11.0.0.114, linux, cuda sm_90, bfloat16``."""
@@ -110,6 +114,10 @@ class Target:
             for k in ("backend", "version", "os", "device", "precision", "shape_bucket", "needs")
         )
 
+    def with_weights(self, name: str) -> "Target":
+        """With further weights in place of its own."""
+        return replace(self, weights={**self.weights, **self.added[name]}, added={})
+
     def to_json(self) -> dict[str, Any]:
         return {**vars(self), "engines": {name: a.to_json() for name, a in self.engines.items()}}
 
@@ -125,7 +133,8 @@ class Manifest:
 
     ``model`` says which weights (name, source, hash), ``io`` which engine input plays which part (latents, timestep,
     conditions), ``method`` how forecasts are made, ``settings`` what was asked for, ``programs`` maps a level to its two
-    files, ``files`` maps each file to its size in bytes and SHA-256. ``timing`` names files with kernel timings, which make
+    files, ``files`` maps each file to its size in bytes and SHA-256. ``weights`` are further ones for the same graphs, by name:
+    what is fused in them, and what pipelines are compared with. ``timing`` names files with kernel timings, which make
     the next build quicker. All of it is of the bundle's first size and number of steps; ``more`` says what differs for each of
     the others, and there are targets for each size.
     """
@@ -140,6 +149,7 @@ class Manifest:
     files: Mapping[str, Mapping[str, Any]]
     facts: Mapping[str, Any] = field(default_factory=dict)
     timing: Mapping[str, str] = field(default_factory=dict)
+    weights: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     more: tuple[Variant, ...] = ()
 
     @property
@@ -167,6 +177,25 @@ class Manifest:
         targets = tuple(target for target in self.targets if target.size == one.size)
         settings, facts = {**self.settings, **one.settings}, {**self.facts, **one.facts}
         return replace(self, settings=settings, programs=one.programs, facts=facts, targets=targets, more=())
+
+    def with_weights(self, name: str) -> "Manifest":
+        """As if the bundle had been compiled with its further weights ``name``; targets that have not got them are left out.
+
+        Raises:
+            InputError: the bundle lacks them; with what there is.
+        """
+        if not self.weights:
+            raise InputError(
+                f"the bundle has no further weights, so none called {shortened(name)}: cachec add-weights adds some"
+            )
+        if name not in self.weights:
+            raise unknown_name("weights", name, self.weights)
+        facts, other = dict(self.facts), self.weights[name]
+        if pipeline := facts.get("pipeline"):
+            facts["pipeline"] = {**pipeline, "weights": other["samples"]}
+        model = {**self.model, "weights_sha256": other["weights_sha256"], "loras": other["loras"]}
+        targets = tuple(one.with_weights(name) for one in self.targets if name in one.added)
+        return replace(self, model=model, facts=facts, targets=targets, weights={})
 
     def with_programs(
         self, programs: Mapping[str, Mapping[str, str]], levels: Mapping[str, Any], size: str | None, steps: int | None

@@ -15,14 +15,15 @@ from cachec.runtime.errors import BundleError, InputError, cannot_be_pickled
 from cachec.runtime.specs import Signature
 
 HOST = DeviceName(CPU)
+ONNX, CONSTANTS = "onnx", "constants"  # forms of other weights: an ONNX file; JSON that says where a program's constants lie
 
 
 @dataclass(frozen=True)
 class LoadOptions:
     """How engines are loaded.
 
-    ``threads`` limits the CPU threads of one call. ``weights``: ONNX files, by engine, whose weights go into engines that were
-    built without. ``needs``: what the engines were built to need.
+    ``threads`` limits the CPU threads of one call. ``weights``: files, by engine, whose weights go into engines that were built
+    without, or in place of those that they were built with. ``needs``: what the engines were built to need.
     """
 
     device: DeviceName = HOST
@@ -104,6 +105,11 @@ class Engine(ABC):
     def rows_are_exact(cls, device: DeviceName) -> bool:
         """Does a row get the same bits in batches of every size? If not, the same to rounding."""
         return False
+
+    @classmethod
+    def weights_form(cls, needs: Mapping[str, Any]) -> str | None:
+        """In what form engines that were built to have these needs take other weights; ``None``: they do not."""
+        return None
 
     @classmethod
     @abstractmethod

@@ -34,7 +34,7 @@ def describe_bundle(bundle: Bundle, fits: Sequence[str] = ()) -> list[tuple[str,
         rows += [("", text) for text in (*fits[index : index + 1], *_target_facts(target))]
         for name, artifact in target.engines.items():
             rows.append((f"  {name}", f"{artifact.path}, {manifest.files[artifact.path]['bytes'] / 1e6:.2f} MB"))
-    rows += [*describe_choice(bundle), *describe_memory(first)]
+    rows += [*describe_weights(bundle), *describe_choice(bundle), *describe_memory(first)]
     for size in manifest.sizes[1:]:
         rows += [("at", size), *describe_memory(bundle.at(size))]
     total = sum(entry["bytes"] for entry in manifest.files.values())
@@ -45,6 +45,19 @@ def describe_bundle(bundle: Bundle, fits: Sequence[str] = ()) -> list[tuple[str,
 def describe_loras(loras: Sequence[Mapping[str, Any]]) -> list[str]:
     """What is fused with the weights."""
     return [f"{one['name']} at scale {one['scale']:g}, {one['sha256'][:16]}" for one in loras]
+
+
+def describe_weights(bundle: Bundle, *, only: str | None = None) -> list[tuple[str, str]]:
+    """Rows about further weights: what they are, and which targets have them; about ``only`` one, if given."""
+    manifest, rows = bundle.manifest, []
+    for name, own in manifest.weights.items():
+        if only in (None, name):
+            size = manifest.files[own["file"]]["bytes"] / 1e6
+            having = dict.fromkeys(target.backend for target in manifest.targets if name in target.added)
+            rows += [(f"weights {name}", text) for text in describe_loras(own["loras"])]
+            rows.append(("", f"{size:.2f} MB of changed tensors, for {', '.join(having)}; levels were fitted and measured on "
+                             "the bundle's own weights"))  # fmt: skip
+    return rows
 
 
 def _choices(bundle: Bundle) -> list[tuple[str, str]]:

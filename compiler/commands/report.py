@@ -5,7 +5,7 @@ import importlib.metadata
 import json
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ from cachec.compiler.evaluation.plots import coefficients_of
 from cachec.compiler.evaluation.words import Report, render_markdown
 from cachec.compiler.models import find_model, load_model
 from cachec.compiler.models.base import check_prompts
+from cachec.compiler.models.lora_files import LoraFile, parse_loras
 from cachec.compiler.options import WorkersWish
 from cachec.engines import open_bundle
 from cachec.engines.gpu import check_gpu
@@ -51,14 +52,16 @@ class BundleBench(Recipe[BenchFacts, PromptTask, PromptResult]):
     target: str | None
     size: str | None = None
     steps: int | None = None
+    weights: str | None = None
+    loras: tuple[LoraFile, ...] = ()
 
     @contextmanager
     def open(self, place: Place) -> Iterator[Bench]:
         set_up_messages()
         take_threads(place)
         where: dict[str, Any] = {"device": place.device, "target": self.target, "size": self.size, "steps": self.steps}
-        with open_bundle(self.root, **where, threads=place.threads) as loaded:
-            model = load_model(find_model(self.source))
+        with open_bundle(self.root, **where, weights=self.weights, threads=place.threads) as loaded:
+            model = load_model(find_model(self.source), loras=self.loras)
             with open_bench(loaded, model, against=self.against, level=self.level) as bench:
                 yield bench
 
@@ -76,13 +79,16 @@ def evaluate_bundle(
     target: str | None = None,
     size: str | None = None,
     steps: int | None = None,
+    weights: str | None = None,
+    loras: Sequence[str] = (),
     keep_pictures: int = 0,
     wish: WorkersWish = WorkersWish(),  # noqa: B008  # frozen
     work: Path | None = None,
 ) -> Evaluation:
     """Evaluate a bundle on the first ``num`` prompts of ``file``, or of the list that ships for its model.
 
-    ``size`` and ``steps``: one of each that it was compiled for, by default its first.
+    ``size`` and ``steps``: one of each that it was compiled for, by default its first. ``weights``: some that were added to it.
+    ``loras``: what is fused in those that are measured, for the model beside them.
 
     ``wish`` says who measures them. What was measured before an interruption lies in ``work``, if that is given.
 
@@ -94,18 +100,20 @@ def evaluate_bundle(
         raise InputError(f"num is {num}; it must be at least 1")
     check_seed(seed)
     parse_against(against)
+    files = parse_loras(loras)
     if (crew := choose_crew(wish, device, check_gpu)) is not None:
         manifest = Bundle.open(bundle).manifest.at(size, steps)
         spec, prompts = find_model(source or manifest.model["source"]), _read_prompts(manifest, file, num)
-        bench = BundleBench(bundle.resolve(), spec.portable_source, against, level, target, size, steps)
+        bench = BundleBench(bundle.resolve(), spec.portable_source, against, level, target, size, steps, weights, files)
         with at_work(crew, bench) as benches:
             return measure(benches, manifest, prompts, seed=seed, against=against, work=work)
-    with open_bundle(bundle, device=device, target=target, size=size, steps=steps) as loaded:
+    where: dict[str, Any] = {"device": device, "target": target, "size": size, "steps": steps, "weights": weights}
+    with open_bundle(bundle, **where) as loaded:
         level = compared_level(loaded, level)
         spec = find_model(source or loaded.manifest.model["source"])
         prompts = _read_prompts(loaded.manifest, file, num)
         return evaluate(
-            loaded, load_model(spec), prompts,
+            loaded, load_model(spec, loras=files), prompts,
             seed=seed, against=against, level=level, keep_pictures=keep_pictures, work=work,
         )  # fmt: skip
 

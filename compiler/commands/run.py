@@ -38,6 +38,7 @@ def generate_pictures(
     target: str | None = None,
     size: str | None = None,
     steps: int | None = None,
+    weights: str | None = None,
     threads: int | None = None,
     verify: bool = False,
     force: bool = False,
@@ -47,6 +48,7 @@ def generate_pictures(
 
     ``size`` and ``steps``: one of each that the bundle was compiled for; by default its first. ``negative``: the prompt of
     guidance's negative branch, ``guidance`` and ``true_cfg_scale`` scales; by default no text, and the bundle's scales.
+    ``weights``: some that were added to the bundle, in place of its own.
 
     ``profile``: where to write a trace of the last request's engine calls, after one request to warm up.
 
@@ -64,7 +66,7 @@ def generate_pictures(
     files = [out] if compare or len(prompts) == 1 else _numbered(out, len(prompts))
     for file in [*files, *([] if profile is None else [profile])]:
         check_file(file, force=force)
-    where: dict[str, Any] = {"device": device, "target": target, "size": size, "steps": steps}
+    where: dict[str, Any] = {"device": device, "target": target, "size": size, "steps": steps, "weights": weights}
     with open_bundle(bundle, **where, verify=verify, threads=threads) as loaded:
         model = load_model(find_model(source or loaded.manifest.model["source"]), with_transformer=False)
         level = loaded.check_level(level)

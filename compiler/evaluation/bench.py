@@ -208,8 +208,9 @@ def _check_fit(loaded: LoadedBundle, model: LoadedModel) -> None:
         raise InputError("eval runs one prompt at a time, and this bundle takes larger batches only: compile without --batch")
     if model.weights_hash != loaded.manifest.model["weights_sha256"]:
         raise InputError(
-            f"{model.spec.source} has other weights than the bundle was compiled from: pass the right one with --model, "
-            "or compile again"
+            f"{model.spec.source} has other weights than the bundle was compiled from: pass the right one with --model"
+            + "".join(f", and --lora {one['name']}:{one['scale']:g}" for one in loaded.manifest.model.get("loras", ()))
+            + ", or compile again"
         )
 
 

@@ -50,6 +50,14 @@ class Expression:
             return (self.shards.key(self.name), self.dtype)
         return (str(self.operator), _key(self.args), _key(self.kwargs))
 
+    @property
+    def is_updated(self) -> bool:
+        """Is anything in it changed by a LoRA?"""
+        if self.shards is not None:
+            return self.name in self.shards.updates
+        parts = pytree.tree_leaves((self.args, self.kwargs))
+        return any(part.is_updated for part in parts if isinstance(part, Expression))
+
     def pieces(self, device: torch.device) -> Iterator[torch.Tensor]:
         """The value, as tensors to be joined along the first axis: what is joined by a pass need not be in memory whole."""
         if self.operator is aten.cat.default and (len(self.args) == 1 or self.args[1] == 0):
@@ -195,6 +203,10 @@ class Values:
     def pieces(self, tensor: torch.Tensor) -> Iterator[torch.Tensor]:
         """The value of a named weight, in tensors to be joined along the first axis; nothing of it is kept."""
         return expression(tensor).pieces(self._device)
+
+    def is_changed(self, tensor: torch.Tensor) -> bool:
+        """Is a weight changed by a LoRA?"""
+        return is_named(tensor) and expression(tensor).is_updated
 
     def graphs(self, graphs: Graphs) -> Graphs:
         """The graphs with values in place of named weights."""

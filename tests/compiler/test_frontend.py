@@ -109,7 +109,7 @@ def test_a_model_that_is_not_finite_is_refused(captures):
 def test_graphs_plans_and_programs_of_a_request(model, given, graphs):
     request = request_of(**given)
     made = make_graphs(model, request, None)
-    assert {plan.name for plan in make_plans(model, request, made)} == graphs
+    assert {plan.name for plan in make_plans(model, request.settings, made)} == graphs
     programs = make_programs(model, request, {}, None, None)
     assert list(programs.by_level) == [UNCACHED, "default"]
     assert len(programs.by_level["default"].compute_steps) == 3

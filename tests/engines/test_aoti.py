@@ -1,6 +1,7 @@
 """AOTInductor on a graph of one layer, compiled once: it takes C++."""
 
 import gc
+import json
 import resource
 from pathlib import Path
 
@@ -84,3 +85,25 @@ def test_a_crash_while_loading_ends_another_process(built, monkeypatch):
     monkeypatch.setattr("cachec.engines.aoti.LOADING", "raise RuntimeError('no kernel image')")
     with pytest.raises(EngineError, match="fails: RuntimeError: no kernel image when it loads"):
         check_loading(path, cuda)
+
+
+def test_other_weights_are_read_where_the_file_says(built, tmp_path):
+    module, signatures, files = built
+    other = 2 * module.layer.weight.detach()
+    (tmp_path / "w.bin").write_bytes(bytes(16) + other.T.contiguous().numpy().tobytes())
+    facts = {"begin": 16, "shape": [SIDE, SIDE], "dtype": "float32", "axes": [1, 0]}
+    said = {"weights": "w.bin", "constants": {"layer.weight": facts}}
+    (tmp_path / "w.json").write_text(json.dumps(said))
+    options = LoadOptions(weights={"compute": tmp_path / "w.json"})
+    x, y = np.ones((1, SIDE), np.float32), np.empty((1, SIDE), np.float32)
+    with AotiEngine.load(files, signatures, options)["compute"] as engine:
+        engine.context().run({"x": x}, {"y": y})
+    wanted = torch.sin(torch.from_numpy(x) @ other.T + module.layer.bias.detach())
+    np.testing.assert_allclose(y, wanted, atol=1e-4)
+    for damage, message in (
+        ({"begin": 4 * SIDE**2}, "w.json cannot be read: w.bin is cut off"),
+        ({"shape": [4]}, "no constant"),
+    ):
+        (tmp_path / "w.json").write_text(json.dumps({**said, "constants": {"layer.weight": {**facts, "axes": None, **damage}}}))
+        with pytest.raises(BundleError, match=message):
+            AotiEngine.load(files, signatures, options)

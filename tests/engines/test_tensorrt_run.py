@@ -478,3 +478,57 @@ def test_running_takes_no_torch(path, tmp_path, request_of):
         "np.testing.assert_array_equal(got, given['wanted'])\n"
     )
     subprocess.run([sys.executable, "-c", code, str(path), str(tmp_path / "request.npz")], check=True, timeout=120)
+
+
+def with_further_weights(path):
+    """The bundle with an ONNX file for compute whose weights are twice as large, as ``cachec add-weights`` would add one."""
+    import onnx
+
+    from cachec.runtime.write import BundleAdder
+
+    with BundleAdder(path) as writer:
+        manifest = writer.bundle.manifest
+        (target,) = manifest.targets
+        name = target.engines["compute"].path
+        model = onnx.load(path / name)
+        for weights in model.graph.initializer:
+            values = onnx.numpy_helper.to_array(weights)
+            if values.dtype == np.float32 and values.ndim == 2:
+                weights.CopyFrom(onnx.numpy_helper.from_array(2 * values, weights.name))
+        folder = writer.directory(str(Path(name).parent))
+        onnx.save(model, folder / "compute-twice.onnx")
+        other = writer.seal(folder / "compute-twice.onnx")
+        known = {"weights_sha256": "b" * 64, "file": other, "loras": [], "samples": {}}
+        new = replace(manifest, targets=(replace(target, added={"twice": {"compute": other}}),), weights={"twice": known})
+        writer.commit(replace(new, files=writer.files))
+    return path
+
+
+def test_refittable_engines_take_the_bundles_further_weights(bundle, trt, request_of):
+    add_targets(with_further_weights(bundle), ["tensorrt"], options=BuildOptions(refit=True))
+    assert {flag.name for (flag,) in trt.called("IBuilderConfig", "set_flag")} == {"REFIT"}
+    request, found = request_of(1), {}
+    for target in ("ort", "tensorrt"):
+        for weights in (None, "twice"):
+            with cachec.load(bundle, target=target, weights=weights) as loaded:
+                found[target, weights] = loaded.session().run(*request)
+    for weights in (None, "twice"):
+        np.testing.assert_allclose(found["tensorrt", weights], found["ort", weights], rtol=1e-5)
+    assert np.abs(found["ort", "twice"] - found["ort", None]).max() > 1e-3
+    assert len(trt.called("Refitter", "refit_cuda_engine")) == 1  # of the one graph that they change
+
+
+def test_engines_that_keep_their_weights_say_how_to_build_others(bundle, trt):
+    add_targets(with_further_weights(bundle), ["tensorrt"], options=BuildOptions(strip=True))
+    with pytest.raises(
+        InputError, match="tensorrt .* has not the weights twice: .* with cachec add-target --refittable --force"
+    ):
+        cachec.load(bundle, target="tensorrt", weights="twice")
+    assert cachec.load(bundle, weights="twice").target.backend == "ort"
+    with pytest.raises(InputError, match=r"unknown weights 'thrice'. Did you mean 'twice'\? Known: twice"):
+        cachec.load(bundle, weights="thrice")
+
+
+def test_a_bundle_without_further_weights_says_what_adds_some(bundle):
+    with pytest.raises(InputError, match="has no further weights, so none called 'x': cachec add-weights adds some"):
+        cachec.load(bundle, weights="x")

@@ -1,0 +1,194 @@
+"""Bundles with LoRAs: fused when they are compiled, or added as further weights; beside the pipeline with the sums by hand."""
+
+import pytest
+import torch
+from lora_files import RANK, fuse, linears, pairs, write_lora
+
+import cachec
+from cachec.compiler.commands.add_weights import add_weights
+from cachec.runtime.bundle import Bundle
+from cachec.runtime.errors import InputError, OutputError
+from cachec.runtime.inspect import describe_bundle
+from tests.families import FAMILIES
+from tests.toy_product import run_cli, succeed
+
+FLUX = next(family for family in FAMILIES if family.name == "flux")
+SCALE, ALPHA = 0.5, 2
+OPTIONS = {
+    "method": "reuse",
+    "schedule": "0,2",
+    "steps": FLUX.call["num_inference_steps"],
+    "height": FLUX.call["height"],
+    "width": FLUX.call["width"],
+    "text_tokens": FLUX.call["max_sequence_length"],
+}
+
+
+@pytest.fixture(scope="module")
+def directory(saved_family):
+    return saved_family("flux")
+
+
+@pytest.fixture(scope="module")
+def made(directory):
+    """The matrices, by layer: a few layers of a block, and of what the prologue is made of."""
+    transformer = FLUX.load(directory).transformer
+    return pairs(transformer, linears(transformer))
+
+
+@pytest.fixture(scope="module")
+def lora(made, tmp_path_factory):
+    return write_lora(tmp_path_factory.mktemp("lora") / "style.safetensors", made, alpha=ALPHA)
+
+
+@pytest.fixture(scope="module")
+def fused(directory, lora, tmp_path_factory):
+    out = tmp_path_factory.mktemp("fused") / "fused.cachec"
+    return cachec.compile_model(str(directory), out, targets="ort", lora=f"{lora}:{SCALE}", **OPTIONS)
+
+
+@pytest.fixture(scope="module")
+def added(directory, lora, tmp_path_factory):
+    """A bundle of the plain model, to which the weights ``style`` were added."""
+    out = cachec.compile_model(
+        str(directory), tmp_path_factory.mktemp("added") / "a.cachec", targets=("ort", "eager"), **OPTIONS
+    )
+    add_weights(out, [f"{lora}:{SCALE}"])
+    return out
+
+
+@pytest.fixture
+def pipeline(directory, made):
+    """``pipeline(scale)``: the pipeline with the LoRA fused by hand."""
+
+    def make(scale=SCALE * ALPHA / RANK):
+        found = FLUX.load(directory)
+        fuse(found.transformer, made, scale)
+        return found
+
+    return make
+
+
+def standing(pipeline, loaded):
+    pipeline.transformer = loaded.as_transformer(pipeline.transformer, pipeline=pipeline, level="uncached")
+    return pipeline
+
+
+def error(got, wanted):
+    return float((got - wanted).norm() / wanted.norm())
+
+
+def test_a_bundle_with_a_lora_is_the_pipeline_with_it(fused, pipeline, lora):
+    wanted = FLUX.run(pipeline())
+    assert error(FLUX.run(pipeline(0.0)), wanted) > 1e-3
+    assert error(FLUX.run(standing(pipeline(), cachec.load(fused))), wanted) < 1e-5
+    manifest = Bundle.open(fused).manifest
+    (told,) = manifest.model["loras"]
+    assert (told["name"], told["scale"]) == ("style.safetensors", SCALE)
+    assert manifest.model["weights_sha256"] != manifest.model["plain_sha256"]
+    assert ("lora", f"style.safetensors at scale 0.5, {told['sha256'][:16]}") in describe_bundle(Bundle.open(fused))
+
+
+def test_each_back_end_takes_added_weights(added, pipeline):
+    wanted, plain = FLUX.run(pipeline()), FLUX.run(pipeline(0.0))
+    for target in ("ort", "eager"):
+        loaded = cachec.load(added, target=target, weights="style")
+        assert error(FLUX.run(standing(pipeline(), loaded)), wanted) < 1e-5
+        assert error(FLUX.run(standing(pipeline(0.0), cachec.load(added, target=target))), plain) < 1e-5
+
+
+def test_only_changed_tensors_are_written(added, fused):
+    """And each once, for all back ends: as many bytes as there are of the fused bundle's weights that differ."""
+    manifest = Bundle.open(added).manifest
+    own = manifest.weights["style"]
+    size = manifest.files[own["file"]]["bytes"]
+    (whole,) = (entry["bytes"] for name, entry in Bundle.open(fused).manifest.files.items() if name.endswith(".bin"))
+    assert 0.2 * whole < size < 0.7 * whole
+    for target in manifest.targets:
+        changed = {*target.added["style"]}
+        assert changed == {"prologue", "compute"}  # no layer of the forecast is
+    rows = dict(describe_bundle(Bundle.open(added)))
+    assert rows["weights style"].startswith("style.safetensors at scale 0.5")
+    text = " ".join(text for _, text in describe_bundle(Bundle.open(added)))
+    assert "for ort, eager; levels were fitted and measured on the bundle's own weights" in text
+
+
+def test_a_pipeline_with_another_mix_is_refused(fused, added, pipeline):
+    for bundle, weights in ((fused, None), (added, "style")):
+        loaded = cachec.load(bundle, weights=weights)
+        with pytest.raises(
+            InputError, match=r"with style.safetensors at scale 0.5, .*: its weights have 0.00 of what the LoRA"
+        ):
+            standing(pipeline(0.0), loaded)
+        with pytest.raises(InputError, match=r"have 2.00 of what .* Load the same with pipe.load_lora_weights\('style.safet"):
+            standing(pipeline(2 * SCALE * ALPHA / RANK), loaded)
+    with pytest.raises(InputError, match="has other values. Take the adapter off, or compile this one"):
+        standing(pipeline(), cachec.load(added))
+
+
+class Layer(torch.nn.Module):
+    """PEFT's layer, as far as it is looked at; ``peft`` itself need not be installed."""
+
+    use_dora, merged_adapters, disable_adapters, active_adapters = {"a": False}, (), False, ["a"]
+
+    def __init__(self, base_layer, up, down):
+        super().__init__()
+        self.base_layer, self.scaling = base_layer, {"a": SCALE * ALPHA / RANK}
+        sides = {"lora_A": down, "lora_B": up}
+        for name, value in sides.items():
+            linear = torch.nn.Linear(*value.T.shape, bias=False)
+            linear.weight.data = value
+            setattr(self, name, torch.nn.ModuleDict({"a": linear}))
+
+
+def with_loaded_lora(pipeline, made):
+    for name, (up, down) in made.items():
+        parent, _, last = name.rpartition(".")
+        owner = pipeline.transformer.get_submodule(parent)
+        setattr(owner, last, Layer(getattr(owner, last), up, down))
+    return pipeline
+
+
+def test_a_lora_that_is_loaded_and_not_fused_is_counted(fused, added, pipeline, made):
+    held = with_loaded_lora(pipeline(0.0), made)
+    cachec.load(fused).as_transformer(held.transformer)
+    cachec.load(added, weights="style").as_transformer(held.transformer)
+    with pytest.raises(InputError, match=r"Take the LoRA off, or compile with it: cachec compile .* --lora FILE"):
+        cachec.load(added).as_transformer(held.transformer)
+    with pytest.raises(InputError, match=r"has a LoRA beside its weights: fuse it with pipe.fuse_lora\(\), then call"):
+        cachec.accelerate(held, **OPTIONS)
+    with pytest.raises(InputError, match="lora cannot be given: fuse it in the pipeline first"):
+        cachec.accelerate(held, lora="style.safetensors")
+
+
+def test_what_cannot_be_added(added, fused, lora, pipeline, tmp_path):
+    pipeline(0.3).save_pretrained(tmp_path / "other")
+
+    def refused(kind, message, bundle=added, loras=(lora,), **options):
+        with pytest.raises(kind, match=message) as found:
+            add_weights(bundle, [str(one) for one in loras], **options)
+        assert "\n" not in str(found.value)
+
+    refused(OutputError, "has weights style already: pass --force to replace them, or another --name")
+    refused(InputError, "weights 'a b' is not a name", name="a b")
+    refused(InputError, "was compiled with style.safetensors fused: compile it without", bundle=fused)
+    refused(InputError, "nothing is asked for: give --lora FILE", loras=())
+    refused(InputError, "has other weights than the bundle was compiled from", name="x", source=str(tmp_path / "other"))
+    before = sorted(path for path in added.rglob("*"))
+    refused(InputError, "unknown model", name="x", source="none")
+    assert sorted(path for path in added.rglob("*")) == before
+
+
+def test_the_command_line(added, lora, directory, tmp_path):
+    code, text = run_cli("add-weights", added, "--lora", f"{lora}:no")
+    assert (code, text.count("\n")) == (3, 1)
+    assert "the scale 'no' must be a number other than 0" in text
+    picture = tmp_path / "a.png"
+    assert str(picture) in succeed("run", added, "-p", "a ring", "-o", picture, "--weights", "style")
+    out = succeed("add-weights", added, "--lora", lora, "--name", "strong", "--model", directory)
+    assert "weights strong" in out
+    assert {*Bundle.open(added).manifest.weights} == {"style", "strong"}
+    files = {path.name for path in added.rglob("*strong*")}
+    succeed("add-weights", added, "--lora", f"{lora}:3", "--name", "strong", "--force")
+    assert not files & {path.name for path in added.rglob("*strong*")}  # those before are gone
+    Bundle.open(added, verify=True)
