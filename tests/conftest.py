@@ -25,6 +25,7 @@ LONG = (  # files of more than a few seconds, the longest first; a line shares w
     ("test_examples.py",),
     ("test_two_transformers.py",),
     ("test_as_transformer.py",),
+    ("test_lora_bundles.py",),
     ("test_cast_precision.py",),
     ("test_gram_toy.py",),
     ("test_conformance.py",),

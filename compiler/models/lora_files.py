@@ -38,7 +38,7 @@ class LoraFile:
                 f"\"import torch, safetensors.torch as s; s.save_file(torch.load('{path.name}', weights_only=True), "
                 f"'{path.stem}.safetensors')\""
             )
-        return cls(path, scale)
+        return cls(path.absolute(), scale)
 
 
 def _number(text: str, given: str) -> float:
