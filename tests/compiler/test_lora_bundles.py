@@ -153,7 +153,8 @@ def with_loaded_lora(pipeline, made):
 def test_a_lora_that_is_loaded_and_not_fused_is_counted(fused, added, pipeline, made):
     held = with_loaded_lora(pipeline(0.0), made)
     cachec.load(fused).as_transformer(held.transformer)
-    cachec.load(added, weights="style").as_transformer(held.transformer)
+    again = standing(with_loaded_lora(pipeline(0.0), made), cachec.load(added, weights="style"))
+    assert error(FLUX.run(again), FLUX.run(pipeline())) < 1e-5
     with pytest.raises(InputError, match=r"Take the LoRA off, or compile with it: cachec compile .* --lora FILE"):
         cachec.load(added).as_transformer(held.transformer)
     with pytest.raises(InputError, match=r"has a LoRA beside its weights: fuse it with pipe.fuse_lora\(\), then call"):
@@ -195,5 +196,5 @@ def test_weights_are_replaced_by_those_of_another_mix(added, lora, directory, tm
     succeed("add-weights", bundle, "--lora", f"{lora}:3", "--name", "style", "--force", "--model", directory)
     after = {path.name for path in bundle.rglob("*") if path.is_file()}
     assert len(after) == len(before)
-    assert len(after - before) == 6  # weights, samples, and for two graphs an ONNX file and one of constants; but two of these
+    assert len(after - before) == 6  # weights, samples, and for two graphs an ONNX file and one of constants
     assert Bundle.open(bundle, verify=True).manifest.weights["style"]["loras"][0]["scale"] == 3

@@ -40,7 +40,7 @@ def build(monkeypatch, tmp_path):
     """Write the files of a model as if it had been exported."""
 
     def built(model):
-        monkeypatch.setattr(onnx_files, "_convert", lambda *_: model)
+        monkeypatch.setattr(onnx_files, "converted", lambda *_: model)
         signature = SimpleNamespace(inputs=(), outputs=())
         return build_onnx({"compute": None}, {"compute": signature}, tmp_path).graphs["compute"]
 
