@@ -91,8 +91,10 @@ class Request:
 
     @property
     def computed(self) -> int:
-        """How many steps are computed: of the schedule, or a usual number where it is yet to be found."""
-        return max(1, self.settings.steps // USUAL_STRIDE) if self.schedule is None else len(self.schedule.compute)
+        """How many steps are computed: of the schedule, of the budget, or a usual number where that is yet to be found."""
+        if self.schedule is not None:
+            return len(self.schedule.compute)
+        return self.goals[0].budget or max(1, self.settings.steps // USUAL_STRIDE)
 
     @property
     def work(self) -> float:

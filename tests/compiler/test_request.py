@@ -41,6 +41,7 @@ def test_builders_get_sizes_by_the_schedule(tmp_path):
     options = make_request(SPEC, method="taylor", budget=10, batch=2, workspace=1.5).options_for(tmp_path, guided=False)
     assert (options.sizes["batch"].most, options.sizes["slots"].usual) == (2, 10)
     assert (options.workspace, options.timing_cache) == (1_500_000_000, tmp_path)
+    assert make_request(SPEC, method="gram", budget=9).computed == 9  # searched for, but so many
 
 
 @pytest.mark.parametrize(
