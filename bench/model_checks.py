@@ -19,7 +19,11 @@ import numpy as np
 import torch
 
 import cachec
+from cachec.compiler.calibration.calibration import open_calibration
 from cachec.compiler.calibration.graph_evaluator import GraphEvaluator
+from cachec.compiler.calibration.runs import Subject, recording_here
+from cachec.compiler.calibration.statistics import record_statistics
+from cachec.compiler.calibration.uses import UsedPrompts
 from cachec.compiler.graphs.prepare import prepare
 from cachec.compiler.graphs.weights import Values
 from cachec.compiler.methods import get_method
@@ -48,6 +52,7 @@ TEXT_TOKENS = {"dit": 1, "z-image": 32, "hunyuan-video-1.5": 64, "flux-2": 96, "
 WITHOUT_NEGATIVES = ("dit", "flux-2-klein")  # their pipelines' negative branch is of nothing
 VIDEOS = ("hunyuan-video", "hunyuan-video-1.5", "wan-2.1", "wan-2.2", "wan-2.2-5b")
 REQUESTS = {"dit": ("7", "8")}
+FITTED = 8  # prompts to fit on
 
 
 @dataclass(frozen=True)
@@ -74,10 +79,19 @@ class Case:
 
     @cached_property
     def prompts(self) -> tuple[str, ...]:
-        """Two, as the family takes them: edits begin with a picture."""
-        prompts = REQUESTS.get(self.family.name, PROMPTS)
+        """Two, as the family takes them."""
+        return self._taken(REQUESTS.get(self.family.name, PROMPTS))
+
+    @cached_property
+    def fitted_prompts(self) -> tuple[str, ...]:
+        """Others, to fit on."""
+        classes = self.family.name in REQUESTS
+        return self._taken([str(number) if classes else f"{number} green houses" for number in range(20, 20 + FITTED)])
+
+    def _taken(self, prompts: Sequence[str]) -> tuple[str, ...]:
+        """As the family takes them: edits begin with a picture."""
         if "image" not in self.family.call:
-            return prompts
+            return tuple(prompts)
         self.family.call["image"].save(picture := self.work / "picture.png")
         return tuple(f"[{picture}] {prompt}" for prompt in prompts)
 
@@ -128,11 +142,15 @@ class Case:
         shape = model.example_inputs(settings)[model.io.latents].shape[1:]
         return conditions, np.random.default_rng(0).standard_normal((len(prompts), *shape)).astype(np.float32)
 
+    def key(self, size: tuple[int, int]) -> ProgramKey:
+        settings, model = self.settings(size), self.model
+        sigmas = model.sampling(settings).sigmas
+        return ProgramKey(STEPS, hash_sigmas(sigmas), settings.sizes, guided=model.is_guided(settings))
+
     def programs(self, size: tuple[int, int]) -> dict[str, Program]:
         """Half-computed Programs of the families' own samplers: features reused and extrapolated, and one of the output cut."""
-        settings, model = self.settings(size), self.model
-        sampling, schedule = model.sampling(settings), Schedule(STEPS, COMPUTED)
-        key = ProgramKey(STEPS, hash_sigmas(sampling.sigmas), settings.sizes, guided=model.is_guided(settings))
+        model, key = self.model, self.key(size)
+        sampling, schedule = model.sampling(self.settings(size)), Schedule(STEPS, COMPUTED)
         methods = {
             "reuse": get_method("reuse")(),
             "taylor": get_method("taylor")(order=1),
@@ -143,6 +161,20 @@ class Case:
             for name, method in methods.items()
             if model.expert is None or method.cut == "output"
         }
+
+    def fitted(self, evaluator: GraphEvaluator, size: tuple[int, int]) -> Program:
+        """gram's, fitted to runs of other prompts."""
+        subject = Subject.of(self.model, self.settings(size))
+        prompts = UsedPrompts(self.fitted_prompts, ("fit",) * FITTED)
+        runs = record_statistics(subject, recording_here(subject, evaluator), prompts, reference_steps=0, seed=0, work=None)
+        calibration, schedule, method = (
+            open_calibration(runs, subject, evaluator),
+            Schedule(STEPS, COMPUTED),
+            get_method("gram")(),
+        )
+        sampling = subject.own_sampling
+        table = method.table(schedule, sampling.levels(method.cut), method.calibrate(calibration, schedule))
+        return lower(table, self.key(size), sampling)
 
 
 def check_capture(case: Case) -> Found:
@@ -185,17 +217,20 @@ def check_forecasts(case: Case) -> Found:
         with counting_calls(case.model) as calls:
             uncached = case.model.generate(conditions, noise, settings)
         with case.loaded(size) as bundle:
-            for name in programs.keys() - {"adams"}:
+            evaluator = GraphEvaluator(prepare(case.model, settings), case.model.io)
+            if size == case.sizes[0]:
+                programs["gram"] = case.fitted(evaluator, size)
+            for name in programs.keys() & {"reuse", "taylor"}:
                 with cached_by_hooks(case.model, programs[name], calls_a_step=len(calls) // STEPS):
                     wanted = case.model.generate(conditions, noise, settings)
                 got = Session(bundle.engines, programs[name], bundle.io, batch=len(noise)).run(conditions, noise)
                 same.append(_apart(got, wanted))
                 other.append(_apart(got, uncached))
-            evaluator = GraphEvaluator(prepare(case.model, settings), case.model.io)
-            wanted = evaluator.play(programs["adams"], noise, conditions)
-            got = Session(bundle.engines, programs["adams"], bundle.io, batch=len(noise)).run(conditions, noise)
-            same.append(_apart(got, wanted))
-            other.append(_apart(got, uncached))
+            for name in programs.keys() & {"adams", "gram"}:
+                wanted = evaluator.play(programs[name], noise, conditions)
+                got = Session(bundle.engines, programs[name], bundle.io, batch=len(noise)).run(conditions, noise)
+                same.append(_apart(got, wanted))
+                other.append(_apart(got, uncached))
     return Found(max(same) <= SAME and min(other) > DIFFERENT, f"{max(same):.0e}, from uncached {min(other):.0e}")
 
 

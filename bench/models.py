@@ -20,6 +20,9 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "models.md"
 BEGIN, END = "<!-- models -->", "<!-- end of models -->"
+FULL_SIZE = ROOT / "bench" / "models-full.json"
+SHORT = {"wan-2.1": "wan", "pixart-sigma": "pixart", "flux-2": "flux2", "flux-2-klein": "flux2-klein"}  # where names differ
+TRAINED = {"flux": "tiny-flux"}  # families of which a trained model was measured
 
 
 def check_family(name: str) -> dict[str, Any]:
@@ -54,10 +57,13 @@ def check_family(name: str) -> dict[str, Any]:
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """In Markdown."""
-    checks = list(rows[0]["checks"])
-    lines = [f"| family | pipeline | {' | '.join(checks)} |", f"|{'---|' * (2 + len(checks))}"]
+    checks, planned = list(rows[0]["checks"]), json.loads(FULL_SIZE.read_text(encoding="utf-8"))
+    titles = ["family", "pipeline", *checks, "full size planned", "trained quality", "real weights seen"]
+    lines = [f"| {' | '.join(titles)} |", f"|{'---|' * len(titles)}"]
     for row in rows:
         cells = [f"{'yes' if one['passed'] else 'no'}: {one['said']}" for one in row["checks"].values()]
+        full = planned.get(SHORT.get(row["family"], row["family"]))
+        cells += ["no" if full is None else f"{full['parameters'] / 1e9:.2f} B", TRAINED.get(row["family"], "no"), "no"]
         lines.append(f"| {row['family']} | `{row['pipeline']}` | {' | '.join(cell.replace('|', '/') for cell in cells)} |")
     return "\n".join(lines)
 
