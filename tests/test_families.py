@@ -1,4 +1,4 @@
-"""Every small pipeline of ``tests/families.py`` saves, loads from disk and runs, in diffusers' own classes."""
+"""The small pipelines of ``tests/families.py`` are what checks of all families take them for."""
 
 import pytest
 import torch
@@ -7,20 +7,12 @@ from torch import nn
 from tests.families import FAMILIES
 
 OTHER_PROMPT = "a small green square"
-SLOW = ("hunyuan-video-1.5", "qwen-image-edit")  # two thousand tokens; a picture of a million pixels
-MARKED = [pytest.param(f, id=f.name, marks=pytest.mark.slow if f.name in SLOW else ()) for f in FAMILIES]
+RUN = ("flux", "qwen-image", "dit")  # the checks of make models run all of them
 
 
-@pytest.fixture(scope="module", params=MARKED)
-def loaded(request, tmp_path_factory):
-    family = request.param
-    directory = tmp_path_factory.mktemp(family.name)
-    family.make().save_pretrained(directory)
-    return family, family.load(directory)
-
-
-def test_every_parameter_is_random_and_blocks_are_there_twice(loaded):
-    family, pipeline = loaded
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_every_parameter_is_random_and_blocks_are_there_twice(family):
+    pipeline = family.make()
     for part in pipeline.components.values():
         for name, parameter in part.named_parameters() if isinstance(part, nn.Module) else ():
             assert parameter.std(correction=0) > 0 or (parameter.numel() == 1 and parameter.item() not in (0, 1)), name
@@ -30,8 +22,9 @@ def test_every_parameter_is_random_and_blocks_are_there_twice(loaded):
         assert min(lists.values()) >= 2, lists
 
 
-def test_it_runs_repeats_itself_and_listens_to_its_prompt(loaded):
-    family, pipeline = loaded
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f.name in RUN], ids=lambda family: family.name)
+def test_it_saves_loads_repeats_itself_and_listens_to_its_prompt(family, saved_family):
+    pipeline = family.load(saved_family(family.name))
     first = family.run(pipeline)
     assert torch.isfinite(first).all()
     assert first.std() > 0.01
