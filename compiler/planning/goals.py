@@ -120,6 +120,8 @@ def _one_goal(method: Method, steps: int, wish: ScheduleWish) -> tuple[Goal, int
     if budget is not None:
         return Goal(schedule=method.published(steps, budget) if kind == "interval" else uniform_schedule(steps, budget)), None
     interval = method.default_interval if wish.interval is None else wish.interval
+    if wish.interval is not None and wish.interval > steps:
+        raise InputError(f"interval is {wish.interval}, but there are {steps} steps: give at most {steps}, or --schedule 0")
     return Goal(schedule=method.interval(steps, interval)), interval
 
 

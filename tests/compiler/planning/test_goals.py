@@ -81,6 +81,7 @@ def test_bad_levels_are_refused(text, message):
     [
         ("gram", {"budget": 8, "levels": "high"}, "--budget and --levels contradict"),
         ("gram", {"target_psnr": 30.0, "target_speedup": 3.0}, "contradict each other"),
+        ("taylor", {"interval": 51}, "interval is 51, but there are 50 steps: give at most 50"),
         ("taylor", {"interval": 5, "budget": 8}, "--interval and --budget contradict"),
         ("taylor", {"schedule": "0,1,2", "budget": 8}, "--schedule 0,1,2 and --budget contradict"),
         ("taylor", {"schedule": "serach"}, "Did you mean 'search'"),
