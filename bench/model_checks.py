@@ -48,9 +48,17 @@ SIZES: Mapping[str, tuple[tuple[int, int], ...]] = {  # height, width
     "wan-2.2-5b": ((64, 96), (96, 64)),
 }
 USUAL_SIZES = ((32, 48), (48, 32))
-TEXT_TOKENS = {"dit": 1, "z-image": 32, "hunyuan-video-1.5": 64, "flux-2": 96, "flux-2-klein": 48, "qwen-image-edit": 96}
+TEXT_TOKENS = {
+    "dit": 1,
+    "z-image": 32,
+    "hunyuan-video-1.5": 64,
+    "flux-2": 96,
+    "flux-2-klein": 48,
+    "qwen-image-edit": 96,
+    "wan-i2v": 512,  # where CLIP sees the picture, diffusers' attention takes no other number
+}
 WITHOUT_NEGATIVES = ("dit", "flux-2-klein")  # their pipelines' negative branch is of nothing
-VIDEOS = ("hunyuan-video", "hunyuan-video-1.5", "wan-2.1", "wan-2.2", "wan-2.2-5b")
+VIDEOS = ("hunyuan-video", "hunyuan-video-1.5", "wan-2.1", "wan-2.2", "wan-2.2-5b", "wan-i2v")
 REQUESTS = {"dit": ("7", "8")}
 FITTED = 8  # prompts to fit on
 

@@ -115,6 +115,10 @@ def _check_given(model: LoadedModel, request: Request) -> Checked:
     _check_cut(model, request.settings)
     if request.schedule is not None:
         request.schedule.check_conditional(request.method.cut, guided=model.is_guided(request.settings))
+    if request.wish.graph.slots is not None and request.method.cut == "output" and model.is_guided(request.settings):
+        raise InputError(
+            f"slots is {request.wish.graph.slots}, but the output cut's slots of guided requests are float32: leave it out"
+        )
     training = training_of(model.spec, request) if request.method.needs_training else None
     parameters = None if training is None else _find_trained(model, request, training)
     if not request.needs_calibration:

@@ -78,6 +78,7 @@ class PlanFromOnnx:
             raise EngineError(f"TensorRT's parser rejects {onnx.name}: {_parser_errors(parser)}")
         allow_decomposition(self.library, network)
         shorten_masks(self.library, network)
+        part_attention(self.library, network)
         check_borders(self.library, network, signature, onnx)
         config: trt.IBuilderConfig = builder.create_builder_config()
         self._configure(config, name)
@@ -227,6 +228,24 @@ def shorten_masks(library: ModuleType, network: "trt.INetworkDefinition") -> Non
         short = repeated.get(attention.mask.name) if attention.mask is not None else None
         if short is not None and short.shape[-2] == 1:
             attention.mask = short
+
+
+def part_attention(library: ModuleType, network: "trt.INetworkDefinition") -> None:
+    """Let no two attentions read the same queries or keys: TensorRT for RTX 1.7.1 crashes while it builds those.
+
+    The later one reads both negated, which is the same to the last bit; in front of the scaling that the parser puts there.
+    """
+    layers = [network.get_layer(index) for index in range(network.num_layers)]
+    scaled = {layer.get_output(0).name: layer for layer in layers if layer.type == library.LayerType.ELEMENTWISE}
+    known: set[str] = set()
+    for attention in attentions(library, network):
+        given = [attention.get_input(index).name for index in (0, 1)]
+        scales = [scaled[name] for name in given if name in scaled]
+        names = {layer.get_input(0).name for layer in scales}
+        if names & known:
+            for layer in scales:
+                layer.set_input(0, network.add_unary(layer.get_input(0), library.UnaryOperation.NEG).get_output(0))
+        known |= names
 
 
 def attentions(library: ModuleType, network: "trt.INetworkDefinition") -> "Iterator[trt.IAttention]":

@@ -34,6 +34,7 @@ FAMILIES = Registry(
         "QwenImageEditPipeline": "cachec.compiler.models.qwen_image:QwenImageEditModel",
         "QwenImagePipeline": "cachec.compiler.models.qwen_image:QwenImageModel",
         "StableDiffusion3Pipeline": "cachec.compiler.models.sd3:StableDiffusion3Model",
+        "WanImageToVideoPipeline": "cachec.compiler.models.wan_image:WanImageModel",
         "WanPipeline": "cachec.compiler.models.wan:WanModel",
         "ZImagePipeline": "cachec.compiler.models.z_image:ZImageModel",
     },

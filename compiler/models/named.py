@@ -19,8 +19,8 @@ PUBLISHED = {
     **{f"black-forest-labs/{name}": CONFIGS / name for name in ("FLUX.2-dev", "FLUX.2-klein-4B")},
     "hunyuanvideo-community/HunyuanVideo": CONFIGS / "HunyuanVideo",
     "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_t2v": CONFIGS / "HunyuanVideo-1.5-480p_t2v",
-    "Wan-AI/Wan2.1-T2V-14B-Diffusers": CONFIGS / "Wan2.1-T2V-14B",
-    **{f"Wan-AI/Wan2.2-{name}-Diffusers": CONFIGS / f"Wan2.2-{name}" for name in ("T2V-A14B", "TI2V-5B")},
+    **{f"Wan-AI/Wan2.1-{name}-Diffusers": CONFIGS / f"Wan2.1-{name}" for name in ("T2V-14B", "I2V-14B-480P")},
+    **{f"Wan-AI/Wan2.2-{name}-Diffusers": CONFIGS / f"Wan2.2-{name}" for name in ("T2V-A14B", "I2V-A14B", "TI2V-5B")},
     **{f"Tongyi-MAI/{name}": CONFIGS / name for name in ("Z-Image", "Z-Image-Turbo")},
 }
 
@@ -89,6 +89,9 @@ MODELS = {
         probe=TINY_FLUX_DIR / "probe.safetensors",
     ),
     "wan": ModelSpec("wan", "Wan-AI/Wan2.1-T2V-14B-Diffusers", 480, 832, text_tokens=512, guidance=5.0, frames=81, sizes=WAN),
+    "wan-i2v": ModelSpec(
+        "wan-i2v", "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers", 480, 832, text_tokens=512, guidance=5.0, frames=81, sizes=WAN[:2]
+    ),
     "wan-2.2": ModelSpec(
         "wan-2.2",
         "Wan-AI/Wan2.2-T2V-A14B-Diffusers",
@@ -99,6 +102,9 @@ MODELS = {
         steps=40,
         frames=81,
         sizes=(*WAN[2:], *WAN[:2]),
+    ),
+    "wan-2.2-i2v": ModelSpec(
+        "wan-2.2-i2v", "Wan-AI/Wan2.2-I2V-A14B-Diffusers", 480, 832, 512, guidance=3.5, steps=40, frames=81, sizes=WAN
     ),
     "wan-2.2-5b": ModelSpec(
         "wan-2.2-5b",

@@ -120,6 +120,14 @@ for plural in ("inputs", "outputs", "layers"):
     does("INetworkDefinition", f"get_{plural[:-1]}")(at)
 
 
+for owner, side in (("ILayer", "input"), ("ILayer", "output"), ("IAttention", "input")):
+
+    def tensor_at(fake, self, index, side=side):
+        return fake.new("ITensor", name=facts_of(self)["takes" if side == "input" else "gives"][index])
+
+    does(owner, f"get_{side}")(tensor_at)
+
+
 @reads("IAttentionBoundaryLayer", "attention")
 def attention_of(_fake, self):
     return facts_of(self)["of"]
@@ -227,6 +235,8 @@ def layer(fake: Fake, model: onnx.ModelProto, node: onnx.NodeProto) -> Any:
     if node.op_type == "Attention":
         wide = TensorProto.FLOAT in types_at(model, node)
         facts_of(made)["of"] = fake.new("IAttention", name=node.name, decomposable=False, float32=wide, mask=None)
+        facts_of(facts_of(made)["of"])["takes"] = list(node.input)
+    facts_of(made).update(takes=list(node.input), gives=list(node.output))
     return made
 
 

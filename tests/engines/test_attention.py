@@ -1,4 +1,4 @@
-"""Masks of attention ``[B, 1, 1, K]``: repeated for every query in ONNX files only, and taken back by TensorRT."""
+"""Attention: masks of keys are repeated for every query in ONNX files only; TensorRT takes them back, and shared queries apart."""
 
 import numpy as np
 import onnx
@@ -21,6 +21,14 @@ class Twice(nn.Module):
         short, keys, values = mask[:, None, None], x.sin(), x.cos()
         first = nn.functional.scaled_dot_product_attention(x, keys, values, attn_mask=short)
         return nn.functional.scaled_dot_product_attention(first + x, first, values, attn_mask=short)
+
+
+class Beside(nn.Module):
+    """As where a text and a picture are attended to by the same queries."""
+
+    def forward(self, x, y):
+        attend = nn.functional.scaled_dot_product_attention
+        return attend(x, x.sin(), x.cos()) + attend(x, y, y.cos())
 
 
 @pytest.fixture(scope="module")
@@ -52,4 +60,16 @@ def test_tensorrt_repeats_masks_itself(file):
     draft = PlanFromOnnx(library, DEFAULTS, flags=TENSORRT_RTX.flags).prepare("compute", *file)
     masks = [list(attention.mask.shape) for attention in attentions(library, draft.network)]
     assert masks == [[BATCH, 1, 1, TOKENS]] * 2
+    assert draft.builder.build_serialized_network(draft.network, draft.config) is not None
+
+
+def test_tensorrt_builds_attention_of_the_same_queries(tmp_path, inputs):
+    """TensorRT for RTX 1.7.1 crashes at it as it is written."""
+    pytest.importorskip("tensorrt_rtx_bindings", reason="the extra rtx is not installed")
+    library, x = TENSORRT_RTX.load(), inputs[0]
+    program = torch.export.export(Beside(), (x, x[:, :, :4])).run_decompositions({})
+    x, y = (TensorSpec(name, (BATCH, HEADS, length, WIDTH), "float32") for name, length in (("x", TOKENS), ("y", 4)))
+    signature = Signature((x, y), (TensorSpec("z", x.shape, "float32"),))
+    path = build_onnx({"p": program}, {"p": signature}, tmp_path).graphs["p"]
+    draft = PlanFromOnnx(library, DEFAULTS, flags=TENSORRT_RTX.flags).prepare("compute", path, signature)
     assert draft.builder.build_serialized_network(draft.network, draft.config) is not None
