@@ -51,6 +51,19 @@ class WanImageModel(WanModel):
         if self.config.image_dim is not None and settings.text_tokens != TEXT_TOKENS:
             raise InputError(f"text-tokens is {settings.text_tokens}; {self.spec.name} takes {TEXT_TOKENS} beside a picture")
 
+    def small(self, settings: Settings) -> Settings:
+        made = super().small(settings)
+        return made if self.config.image_dim is None else replace(made, text_tokens=settings.text_tokens)
+
+    def thin(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        made = super().thin(config)
+        seen = (
+            {}
+            if config["image_dim"] is None
+            else {"added_kv_proj_dim": made["num_attention_heads"] * config["attention_head_dim"]}
+        )
+        return {**made, **seen}
+
     def embeddings(self, settings: Settings, random: Callable[..., torch.Tensor]) -> dict[str, torch.Tensor]:
         config, shrink = self.config, self.pipeline.vae_scale_factor_spatial
         frames = (settings.frames - 1) // self.spacing + 1

@@ -1,4 +1,4 @@
-"""Attention: masks of keys are repeated for every query in ONNX files only; TensorRT takes them back, and shared queries apart."""
+"""Attention: masks of keys are repeated for every query in ONNX files only; TensorRT takes them back."""
 
 import numpy as np
 import onnx

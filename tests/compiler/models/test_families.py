@@ -31,6 +31,7 @@ OTHERS = {
     "qwen-image-edit": {"height": 128, "width": 192, "text_tokens": 96, "steps": 2},
     "wan-2.1": VIDEO,
     "wan-2.2": VIDEO,
+    "wan-i2v": {**VIDEO, "text_tokens": 512},
     "wan-2.2-5b": {**VIDEO, "height": 64, "width": 96},
     "z-image": {"text_tokens": 48},
 }
@@ -68,7 +69,8 @@ def own_call(family, model, settings, prompts, negatives, noise):
     texts = [prompt.rpartition("] ")[2] for prompt in prompts]
     call = {**family.call, "prompt": texts, "latents": noise, "num_inference_steps": settings.steps}
     call |= {} if negatives is None else {"negative_prompt": negatives}
-    call |= {"image": [call["image"]] * len(prompts)} if "image" in call else {}
+    if "image" in call and settings.frames == 1:  # videos of one call begin with one picture
+        call["image"] = [call["image"]] * len(prompts)
     return {**call, model.SCALE: settings.true_cfg_scale, model.EMBEDDED or model.SCALE: settings.guidance}
 
 
