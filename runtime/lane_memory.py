@@ -1,10 +1,11 @@
 """Memory of ``lanes``: constants of every program once, and for each lane room for a request of any of them."""
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 
 from cachec.runtime.device import Buffer, Device
 from cachec.runtime.lane_plan import LanePlan
 from cachec.runtime.lane_ports import Ends
+from cachec.runtime.lane_request import Key
 from cachec.runtime.plan import constant_data, part_of
 from cachec.runtime.specs import Array
 
@@ -45,25 +46,17 @@ class View:
 
 
 class LaneMemory:
-    """All memory of lanes, taken at once. ``view``: of a lane, by its number, and a program."""
+    """All memory of lanes, taken at once. ``views``: by lane and program."""
 
-    def __init__(self, plans: Mapping[Hashable, LanePlan], lanes: int, device: Device) -> None:
-        self._plans, self._device = plans, device
+    def __init__(self, plans: Mapping[Key, LanePlan], lanes: int, device: Device) -> None:
         data = {key: constant_data(plan.plan, plan.layout) for key, plan in plans.items()}
-        constants = device.empty((sum(one.nbytes for one in data.values()),), "uint8")
-        self._constants, end = dict[Hashable, Buffer](), 0
-        for key, one in data.items():
-            self._constants[key] = constants[end : end + one.nbytes]
-            end += one.nbytes
-            device.upload(one, self._constants[key])
         own = max(plan.own_bytes for plan in plans.values())
+        constants, end = device.empty((sum(one.nbytes for one in data.values()),), "uint8"), 0
         memory = device.empty((lanes * own,), "uint8")
-        self._lanes = [memory[place * own : (place + 1) * own] for place in range(lanes)]
-        self.nbytes = end + lanes * own
-        self._views: dict[tuple[int, Hashable], View] = {}
-
-    def view(self, lane: int, key: Hashable) -> View:
-        """Made when it is first asked for; that takes no memory of the device."""
-        if (lane, key) not in self._views:
-            self._views[lane, key] = View(self._plans[key], self._device, self._constants[key], self._lanes[lane])
-        return self._views[lane, key]
+        self.views: dict[tuple[int, Key], View] = {}
+        for key, one in data.items():
+            part = constants[end : end + one.nbytes]
+            end += one.nbytes
+            device.upload(one, part)
+            for lane in range(lanes):
+                self.views[lane, key] = View(plans[key], device, part, memory[lane * own : (lane + 1) * own])

@@ -125,17 +125,25 @@ class LanePlan:
     def noise(self, noise: Array | None, seed: int | None) -> Array:
         """A copy of the noise, or what a seed stands for [1, …]. Raises ``InputError`` unless one of them is given."""
         if seed is not None and noise is None:
-            return make_noise(seed, self.plan.latent_spec.resolve({BATCH: 1})[1:])[None]
+            return make_noise(seed, self.plan.shape(self.plan.noises[0])[1:])[None]
         if noise is None or seed is not None:
             raise InputError("a request has either noise or a seed")
-        self.plan.latent_spec.check(noise, {BATCH: 1})
+        self._check(self.plan.latent_spec, self.plan.noises[0], noise)
         return noise.copy()
 
     def check(self, conditions: Mapping[str, Array]) -> None:
         """Raise ``InputError`` unless these are numpy arrays for a request of one sample."""
         self.plan.check_names(conditions)
-        for name, (spec, _) in self.plan.given.items():
-            spec.check(conditions[name], {BATCH: 1})
+        for name, (spec, view) in self.plan.given.items():
+            self._check(spec, view, conditions[name])
+
+    def _check(self, spec: TensorSpec, view: View, value: Array) -> None:
+        sizes = {dim: size for dim, size in zip(spec.shape, self.plan.shape(view), strict=True) if isinstance(dim, str)}
+        spec.check(value, sizes)
+
+    def zeros(self) -> dict[str, Array]:
+        """Conditions that say nothing."""
+        return {name: np.zeros(self.plan.shape(view), spec.dtype) for name, (spec, view) in self.plan.given.items()}
 
     def shared_digest(self, conditions: Mapping[str, Array]) -> bytes:
         """Stands for what a request brings without a batch axis: requests of different such data share few calls."""

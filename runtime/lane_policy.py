@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from math import inf
+from operator import add
 
 from cachec.runtime.errors import InputError, unknown_name
 
@@ -24,9 +25,14 @@ class Stage:
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds of a call, by its name and the rows of the batch that it is made in, padding included."""
+    """Seconds of a call, by its name and the rows of the batch that it is made in, padding included.
+
+    What the host does around them: ``tick`` seconds in every tick, and ``request`` for each request in it.
+    """
 
     seconds: Mapping[str, Mapping[int, float]]
+    tick: float = 0.0
+    request: float = 0.0
 
     def bucket(self, name: str, rows: int) -> int:
         """The smallest batch with room for ``rows``, or the largest there is."""
@@ -41,15 +47,18 @@ class Kind:
     """All requests that play one program: their stages, and what is left of one from each stage on.
 
     ``alone[stage]``: seconds if nobody shares them; ``asides[stage]``: those of them that nobody can share;
-    ``shared[width][stage]``: of the runs of the model, in batches of ``width`` rows.
+    ``shared[width][stage]``: of the runs of the model and the ticks around them, in batches of ``width`` rows.
     """
 
     def __init__(self, stages: Sequence[Stage], costs: Costs) -> None:
         self.stages, self.costs = tuple(stages), costs
-        self.alone = _left([costs.of(stage.group, stage.rows) + stage.aside for stage in stages])
-        self.asides = _left([stage.aside for stage in stages])
         widths = sorted({bucket for stage in stages for bucket in costs.seconds[stage.group]})
-        self.shared = {width: _left([costs.of(one.group, max(width, one.rows)) for one in stages]) for width in widths}
+        self.shared = {
+            width: _left([costs.of(one.group, max(width, one.rows)) + costs.tick for one in stages]) for width in widths
+        }
+        self.asides = _left([stage.aside + costs.request for stage in stages])
+        own = _left([costs.of(stage.group, stage.rows) + costs.tick for stage in stages])
+        self.alone: tuple[float, ...] = tuple(map(add, own, self.asides))
 
 
 def _left(seconds: Sequence[float]) -> tuple[float, ...]:
@@ -240,5 +249,6 @@ class Roster:
 
 def tick_seconds(chosen: Sequence[Job]) -> float:
     """What the next stages of these take together."""
-    batch = chosen[0].kind.costs.of(chosen[0].group, sum(job.rows for job in chosen))
-    return batch + sum(job.kind.stages[job.stage].aside for job in chosen)
+    costs = chosen[0].kind.costs
+    batch = costs.of(chosen[0].group, sum(job.rows for job in chosen))
+    return batch + costs.tick + sum(job.kind.stages[job.stage].aside + costs.request for job in chosen)

@@ -4,11 +4,11 @@ All batches lie in one piece of memory, the *arena*, in which one call is made a
 """
 
 import logging
-import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from math import prod
+from statistics import median
 
 from cachec.runtime.abi import BATCH
 from cachec.runtime.device import Buffer, Device
@@ -20,6 +20,7 @@ from cachec.runtime.plan import aligned
 from cachec.runtime.specs import TensorSpec, itemsize
 
 log = logging.getLogger(__name__)
+REPEATS, ENOUGH = 7, 1.0  # how often a call is timed, and seconds after which it was often enough
 Pieces = list[list[Buffer]]  # by tensor, in the port's order: contiguous parts that rows are copied from or to
 
 
@@ -174,21 +175,25 @@ class Ports:
                     log.warning("calls of %s are made as they are: %s", name, error)
                     return
 
-    def measure(self, examples: Mapping[str, Ends], repeats: int = 3) -> Costs:
-        """Seconds of every call in every batch, copies included: the least of some."""
+    def flat(self, seconds: float) -> Costs:
+        """Costs of this much for every call."""
+        return Costs({name: dict.fromkeys(batches, seconds) for name, batches in self._batches.items()})
+
+    def measure(self, examples: Mapping[str, Ends], clock: Callable[[], float]) -> Costs:
+        """Seconds of every call in every batch, copies included: the median of some."""
         return Costs({
-            name: {bucket: self._time(batch, examples[name], repeats) for bucket, batch in batches.items()}
+            name: {bucket: self._time(batch, examples[name], clock) for bucket, batch in batches.items()}
             for name, batches in self._batches.items()
         })  # fmt: skip
 
-    def _time(self, batch: _Batch, example: Ends, repeats: int) -> float:
+    def _time(self, batch: _Batch, example: Ends, clock: Callable[[], float]) -> float:
         ends, took = _filled(batch, example), list[float]()
-        for _ in range(repeats):
-            start = time.perf_counter()
+        while len(took) < REPEATS and sum(took) < ENOUGH:
+            start = clock()
             batch.run(self._device, ends)
             self._device.synchronize()
-            took.append(time.perf_counter() - start)
-        return min(took)
+            took.append(clock() - start)
+        return median(took)
 
     def check(self, costs: Costs) -> None:
         """Raise ``InputError`` unless ``costs`` say what every call takes in every batch."""

@@ -10,19 +10,16 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass, field
 from math import inf
-
-import numpy as np
+from statistics import median
 
 from cachec.runtime.abi import BATCH, MAX_BATCH
-from cachec.runtime.binding import not_finite
 from cachec.runtime.errors import DeadlineError, EngineError, InputError, cannot_be_pickled
 from cachec.runtime.lane_memory import LaneMemory, View
-from cachec.runtime.lane_plan import LaneCall, LanePlan, Port
+from cachec.runtime.lane_plan import LanePlan, Port
 from cachec.runtime.lane_policy import Costs, Job, Kind, Policy, Roster, tick_seconds
 from cachec.runtime.lane_ports import Ends, Ports
+from cachec.runtime.lane_request import Key, Request, Tick, Ticket
 from cachec.runtime.lane_simulator import ends_of
 from cachec.runtime.session import LoadedBundle
 from cachec.runtime.specs import Array
@@ -30,79 +27,7 @@ from cachec.runtime.variants import PictureSize, find_variant
 
 log = logging.getLogger(__name__)
 BUCKETS = (1, 2, 4, 8)
-Key = tuple[int, str]  # which size and number of steps, by its place, and the level
-
-
-@dataclass(eq=False)
-class Ticket:
-    """A request that was taken. ``future`` is how it ends: with its latents [1, …], an error, or cancelled, at any time.
-
-    ``step``: of its ``num_steps`` so many are done.
-    """
-
-    number: int
-    level: str
-    num_steps: int
-    step: int = 0
-    future: "Future[Array]" = field(default_factory=Future)
-
-    def result(self, timeout: float | None = None) -> Array:
-        """The latents [1, …], a numpy array of its own; waits for them, at most ``timeout`` seconds.
-
-        Raises:
-            EngineError: the request failed; says where.
-            TimeoutError, concurrent.futures.CancelledError: it is not done, or was cancelled.
-        """
-        return self.future.result(timeout)
-
-    @property
-    def done(self) -> bool:
-        """Is there a result, an error, or was it cancelled?"""
-        return self.future.done()
-
-    def cancel(self) -> bool:
-        """Let go of it; its lane is free from the next tick on. ``False``: it was done already."""
-        return self.future.cancel()
-
-
-@dataclass(frozen=True)
-class Tick:
-    """What a tick did: whose step it was, on how many rows, and who is done or has failed.
-
-    ``seconds``: what it took; ``reckoned``: what it should have by the costs, asides one by one.
-    """
-
-    tickets: tuple[Ticket, ...]
-    rows: int
-    ended: tuple[Ticket, ...]
-    seconds: float
-    reckoned: float
-
-
-@dataclass(eq=False)
-class _Request:
-    """A request on its way. ``made``: so many of its calls are made."""
-
-    ticket: Ticket
-    key: Key
-    plan: LanePlan
-    conditions: Mapping[str, Array]
-    noise: Array
-    digest: bytes
-    lane: int | None = None
-    made: int = 0
-    error: EngineError | None = None
-
-    @property
-    def next_call(self) -> LaneCall:
-        return self.plan.calls[self.made]
-
-    @property
-    def meets(self) -> Hashable:
-        """Requests of which this is equal may share their next call."""
-        call = self.next_call
-        alone = None if call.port.shares else self.ticket.number
-        return call.port.name, call.shared, self.digest if call.asks else b"", alone
+REHEARSALS = 5  # of which the median counts
 
 
 class Lanes:
@@ -145,12 +70,12 @@ class Lanes:
         self._device = next(iter(bundle.engines.values())).device.for_session()
         self._ports = Ports((call for plan in self._plans.values() for call in plan.calls), buckets, self._device)
         self._memory, self._free = LaneMemory(self._plans, lanes, self._device), list(range(lanes))
-        self.costs = self._prepare(costs)
-        self._kinds = {key: plan.kind(self.costs) for key, plan in self._plans.items()}
-        self._roster = Roster(Policy(policy) if isinstance(policy, str) else policy, lanes)
-        self._requests: dict[int, _Request] = {}
+        self._policy, self._num_lanes = Policy(policy) if isinstance(policy, str) else policy, lanes
+        self._run = self._ports.run
+        self._requests: dict[int, Request] = {}
         self._numbers = itertools.count()
         self._changed = threading.Condition()
+        self._prepare(costs)
 
     def __reduce__(self) -> str:
         raise cannot_be_pickled("lanes", "load the bundle in the other process, and make some there")
@@ -192,14 +117,18 @@ class Lanes:
         plan = self._plans[key]
         start = plan.noise(noise, seed)
         plan.check(conditions)
-        kept = {name: value.copy() for name, value in conditions.items()}
+        return self._take(key, {name: value.copy() for name, value in conditions.items()}, start, deadline)
+
+    def _take(self, key: Key, conditions: Mapping[str, Array], noise: Array, deadline: float | None = None) -> Ticket:
+        plan = self._plans[key]
+        digest = plan.shared_digest(conditions)
         with self._changed:
             now, number = self._clock(), next(self._numbers)
             job = Job(number, self._kinds[key], inf if deadline is None else now + deadline)
             if deadline is not None:
                 check_deadline(self._roster, job, now)
             ticket = Ticket(number, plan.level, plan.num_steps)
-            self._requests[number] = _Request(ticket, key, plan, kept, start, plan.shared_digest(kept))
+            self._requests[number] = Request(ticket, key, plan, conditions, noise, digest)
             self._roster.add(job)
             self._changed.notify_all()
         return ticket
@@ -210,18 +139,40 @@ class Lanes:
             place = find_variant([one.manifest.variants[0] for one in self._variants], size, steps)
         return place, self._variants[place].check_level(level)
 
-    def _prepare(self, costs: Costs | None) -> Costs:
+    def _prepare(self, costs: Costs | None) -> None:
         """Make every call once on empty lanes, so that nothing is left that happens only the first time; measure."""
+        if costs is not None:
+            self._ports.check(costs)
+        host = self._rehearse() if costs is None and not self._device.beside_host else (0.0, 0.0)  # a GPU works meanwhile
         examples = dict[str, Ends]()
         for key, plan in self._plans.items():
-            for call, ends in zip(plan.calls, self._memory.view(0, key).ends, strict=True):
+            for call, ends in zip(plan.calls, self._memory.views[0, key].ends, strict=True):
                 if call.port.name not in examples or ends.rows < examples[call.port.name].rows:
                     examples[call.port.name] = ends
         self._ports.warm_up(examples)
-        if costs is None:
-            return self._ports.measure(examples)
-        self._ports.check(costs)
-        return costs
+        self._reckon(costs or Costs(self._ports.measure(examples, self._clock).seconds, *host), self._policy)
+
+    def _reckon(self, costs: Costs, policy: Policy) -> None:
+        """Serve by these from now on; nobody is here yet."""
+        self.costs, self._kinds = costs, {key: plan.kind(costs) for key, plan in self._plans.items()}
+        self._roster, self._numbers = Roster(policy, self._num_lanes), itertools.count()
+
+    def _rehearse(self) -> tuple[float, float]:
+        """What the host does around calls: seconds of a tick, and for each request in it. No calls are made."""
+        self._reckon(self._ports.flat(0.0), Policy("fifo", self._num_lanes))
+        self._run = _no_call
+        key, plan = min(self._plans.items(), key=lambda item: len(item[1].stages))
+        took, requests = dict[int, list[float]](), 1.0
+        for count in (1, self._num_lanes) * REHEARSALS:
+            for _ in range(count):
+                self._take(key, plan.zeros(), plan.noise(None, 0))
+            ticks = list(iter(self.tick, None))
+            requests = sum(len(tick.tickets) for tick in ticks) / len(ticks)
+            took.setdefault(count, []).append(sum(tick.seconds for tick in ticks) / len(ticks))
+        self._run = self._ports.run
+        one, several = median(took[1]), median(took[self._num_lanes])
+        each = max(0.0, several - one) / max(1.0, requests - 1)
+        return max(0.0, one - each), each
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until there is something to do, at most ``timeout`` seconds; is there?"""
@@ -259,27 +210,27 @@ class Lanes:
             for request in ended:
                 self._leave(request)
         for request, result in zip(ended, latents, strict=True):
-            _deliver(request, result)
+            request.deliver(result)
         tickets, rows = tuple(one.ticket for one in requests), sum(job.rows for job in chosen)
         seconds = self._clock() - start
         return Tick(tickets, rows, tuple(one.ticket for one in ended), seconds, tick_seconds(chosen))
 
-    def _view(self, request: _Request) -> View:
+    def _view(self, request: Request) -> View:
         assert request.lane is not None  # as the tick has given it one
-        return self._memory.view(request.lane, request.key)
+        return self._memory.views[request.lane, request.key]
 
-    def _leave(self, request: _Request) -> None:
+    def _leave(self, request: Request) -> None:
         """Nothing is left of it here."""
         del self._requests[request.ticket.number]
         self._roster.remove(request.ticket.number)
         if request.lane is not None:
             self._free.append(request.lane)
 
-    def _play(self, requests: Sequence[_Request], stops: Sequence[int]) -> None:
+    def _play(self, requests: Sequence[Request], stops: Sequence[int]) -> None:
         """Make each request's calls up to its stop: those of the model when all are there, so that most are shared."""
         while active := [one for one, stop in zip(requests, stops, strict=True) if one.error is None and one.made < stop]:
             ready = [one for one in active if not one.next_call.port.computes] or active
-            groups = dict[Hashable, list[_Request]]()
+            groups = dict[Hashable, list[Request]]()
             for request in ready:
                 groups.setdefault(request.meets, []).append(request)
             for group in groups.values():
@@ -287,7 +238,7 @@ class Lanes:
         for request in requests:
             self._look(request)
 
-    def _call(self, group: Sequence[_Request]) -> None:
+    def _call(self, group: Sequence[Request]) -> None:
         """Make the next call of requests that meet there: in one batch unless alone is quicker."""
         port, rows = group[0].next_call.port, [one.next_call.rows for one in group]
         alone = sum(self.costs.of(port.name, count) for count in rows)
@@ -297,7 +248,7 @@ class Lanes:
             return
         ends = [self._view(one).ends[one.made] for one in group]
         try:
-            self._ports.run(port, self.costs.bucket(port.name, sum(rows)), ends)
+            self._run(port, self.costs.bucket(port.name, sum(rows)), ends)
         except EngineError as error:
             self._apart(group, error)
             return
@@ -305,7 +256,7 @@ class Lanes:
             request.ticket.step = max((request.ticket.step, *(step + 1 for step in request.next_call.planned.steps)))
             request.made += 1
 
-    def _apart(self, group: Sequence[_Request], error: EngineError) -> None:
+    def _apart(self, group: Sequence[Request], error: EngineError) -> None:
         """A call failed: one request may be why, and the others are to go on."""
         if len(group) == 1:
             group[0].error = EngineError(f"request {group[0].ticket.number}: {error}")
@@ -314,29 +265,14 @@ class Lanes:
         for request in group:
             self._call([request])
 
-    def _look(self, request: _Request) -> None:
+    def _look(self, request: Request) -> None:
         """Are its latents numbers? Beside the host that is seen when they are fetched, not to wait for every step."""
         if request.error is None and not self._device.beside_host:
-            _check_latents(request, self._view(request).latents(request.made))
+            request.check_latents(self._view(request).latents(request.made))
 
 
-def _check_latents(request: _Request, latents: Array) -> None:
-    if not np.isfinite(latents).all():
-        ticket = request.ticket
-        request.error = not_finite(f"the latents of request {ticket.number}", ticket.level, f"after step {ticket.step - 1}")
-
-
-def _deliver(request: _Request, latents: Array) -> None:
-    """Tell whoever waits, unless the request was cancelled meanwhile."""
-    if request.error is None:
-        _check_latents(request, latents)
-    future = request.ticket.future
-    if not future.set_running_or_notify_cancel():
-        return
-    if request.error is None:
-        future.set_result(latents)
-    else:
-        future.set_exception(request.error)
+def _no_call(port: Port, bucket: int, ends: Sequence[Ends]) -> None:
+    """In the place of ``Ports.run``."""
 
 
 def _variants(bundle: LoadedBundle, sizes: Sequence[str] | None) -> tuple[LoadedBundle, ...]:
@@ -352,7 +288,7 @@ def _variants(bundle: LoadedBundle, sizes: Sequence[str] | None) -> tuple[Loaded
     return tuple(bundle if at == (own.size, own.steps) else bundle.at(*at) for at in known)
 
 
-def _plans(variants: Sequence[LoadedBundle]) -> dict[Hashable, LanePlan]:
+def _plans(variants: Sequence[LoadedBundle]) -> dict[Key, LanePlan]:
     """The plan of every level of each, by the variant's place and the level; calls of one size meet at one port."""
     ports: dict[str, Port] = {}
     several = len({one.target.size for one in variants}) > 1 if len(variants) > 1 else False

@@ -71,6 +71,7 @@ def test_the_width_follows_what_a_batch_gains():
     assert best_width(jobs(4, 4, 4, 4, costs=STEEP)) == 1
     assert best_width(jobs(*[4] * 3, costs=BENT)) == 1, "few: the first are done sooner one by one"
     assert best_width(jobs(*[4] * 40, costs=BENT)) == 4, "many: what counts is how many are done in the long run"
+    assert best_width(jobs(1, 1, 1, 1, aside=2.0)) == 1, "a batch waits for what it cannot share"
     assert best_width(jobs(4, rows=2)) == 2
 
 
@@ -95,6 +96,23 @@ def test_a_request_that_is_removed_is_no_longer_served():
     roster.remove(1)
     assert roster.advance(chosen) == []
     assert numbers(roster.pick()) == [2]
+
+
+def test_the_width_is_that_of_those_who_are_present():
+    roster = Roster(Policy("fifo"), 8, jobs(*[4] * 40, costs=BENT))
+    assert len(roster.pick()) == 4
+    for number in range(2, 40):
+        roster.remove(number)
+    assert len(roster.pick()) == 1
+    for job in jobs(*[4] * 40, costs=BENT)[2:]:
+        roster.add(job)
+    assert len(roster.pick()) == 4
+
+
+def test_what_the_host_does_counts():
+    one = kind(2, Costs({"m": {1: 1.0, 2: 1.5}}, tick=0.5, request=0.25), aside=0.25)
+    assert one.alone == (4, 2, 0)
+    assert tick_seconds([Job(0, one), Job(1, one)]) == 1.5 + 0.5 + 2 * (0.25 + 0.25)
 
 
 def test_policies_that_there_are_not():

@@ -109,6 +109,23 @@ def test_requests_come_and_go_at_any_tick():
         first.result(0)
 
 
+def test_a_request_may_be_cancelled_in_its_last_tick():
+    tickets, calls = [], []
+
+    def cancel_at_last(**given):
+        calls.append(1)
+        if tickets and len(calls) == len(load("hidden").programs["default"].compute_steps):
+            assert tickets[0].cancel()
+        return compute(**given)
+
+    lanes = Lanes(load("hidden", compute=cancel_at_last))
+    calls.clear()
+    tickets.append(lanes.submit(prompt(1), seed=1))
+    lanes.run_until_idle()
+    assert tickets[0].future.cancelled()
+    assert lanes.num_running == 0
+
+
 @pytest.mark.parametrize("kind", ["NaN", "error"])
 def test_a_request_that_fails_fails_alone_and_by_name(kind, caplog):
     lanes = Lanes(load("hidden", compute=goes_wrong if kind == "NaN" else breaks), policy=Policy("fifo", 4))
@@ -180,6 +197,32 @@ def test_nothing_is_allocated_or_bound_in_a_tick(monkeypatch):
         lanes.tick()
     lanes.run_until_idle()
     assert (device.taken, len(bound)) == before
+
+
+class PoisonedHost(Host):
+    """Memory is NaN until something is written there."""
+
+    def empty(self, shape, dtype):
+        memory = super().empty(shape, dtype)
+        memory.view(np.uint8)[...] = 255
+        return memory
+
+
+def test_only_what_was_written_is_read_also_in_rows_that_are_left_over():
+    seen = []
+
+    def look(latents, delta, shift, prompt):
+        seen.append(all(np.isfinite(one).all() for one in (latents, delta, shift, prompt)))
+        return compute(latents, delta, shift, prompt)
+
+    bundle = load("hidden", device=PoisonedHost(), compute=look)
+    lanes = Lanes(bundle, buckets=(4,))
+    seen.clear()
+    tickets = [lanes.submit(prompt(seed), seed=seed) for seed in range(3)]
+    lanes.run_until_idle()
+    assert seen and all(seen)
+    for seed, ticket in enumerate(tickets):
+        check(load("hidden"), ticket, seed)
 
 
 def made_up(bundle):
