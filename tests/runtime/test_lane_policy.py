@@ -71,7 +71,7 @@ def test_the_width_follows_what_a_batch_gains():
     assert best_width(jobs(4, 4, 4, 4, costs=STEEP)) == 1
     assert best_width(jobs(*[4] * 3, costs=BENT)) == 1, "few: the first are done sooner one by one"
     assert best_width(jobs(*[4] * 40, costs=BENT)) == 4, "many: what counts is how many are done in the long run"
-    assert best_width(jobs(1, 1, 1, 1, aside=2.0)) == 1, "a batch waits for what it cannot share"
+    assert best_width(jobs(1, 1, 1, 1, aside=3.0)) == 1, "a batch waits for what it cannot share"
     assert best_width(jobs(4, rows=2)) == 2
 
 
