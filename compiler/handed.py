@@ -34,11 +34,14 @@ def pipeline_facts(model: LoadedModel, settings: Settings, writer: Collector) ->
         "scheduler": schedule.kind,
         "config": json.loads(json.dumps(schedule.config, default=str)),
         "vae_scale_factor": getattr(model.pipeline, "vae_scale_factor", None),
-        "weights": {
-            graph: writer.add_bytes(f"{FOLDER}/weights.safetensors", save(sample_weights(one)))
-            for graph, one in {COMPUTE: model, **({} if model.expert is None else {EXPERT: model.expert[0]})}.items()
-        },
+        "weights": samples_of(model, writer, "weights"),
     }
+
+
+def samples_of(model: LoadedModel, writer: Collector, name: str) -> dict[str, str]:
+    """By compute graph a file of some values of every weight, called ``name``."""
+    models = {COMPUTE: model, **({} if model.expert is None else {EXPERT: model.expert[0]})}
+    return {graph: writer.add_bytes(f"{FOLDER}/{name}.safetensors", save(sample_weights(one))) for graph, one in models.items()}
 
 
 def handed_facts(model: LoadedModel, settings: Settings, writer: Collector) -> dict[str, Any]:

@@ -32,7 +32,7 @@ LARGE_FILE_BYTES = 64 * 2**20  # files above are hashed once per machine, then k
 
 
 _TENSORS = [{"name": str, "shape": [], "dtype": str}]
-_LORA = {"name": str, "sha256": str, "scale": float}
+_LORA = {"name": str, "sha256": str, "scale": float, "part?": str}
 _PROGRAMS: Form = {ANY: {"json": str, "arrays": str}}
 _FORM: Form = {  # of a manifest
     "model": {"name": str, "source": str, "weights_sha256": str, "plain_sha256?": str, "loras?": [_LORA]},

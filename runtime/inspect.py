@@ -44,7 +44,11 @@ def describe_bundle(bundle: Bundle, fits: Sequence[str] = ()) -> list[tuple[str,
 
 def describe_loras(loras: Sequence[Mapping[str, Any]]) -> list[str]:
     """What is fused with the weights."""
-    return [f"{one['name']} at scale {one['scale']:g}, {one['sha256'][:16]}" for one in loras]
+    rows = []
+    for one in loras:
+        of = f" for {one['part']}" if "part" in one else ""
+        rows.append(f"{one['name']} at scale {one['scale']:g}{of}, {one['sha256'][:16]}")
+    return rows
 
 
 def describe_weights(bundle: Bundle, *, only: str | None = None) -> list[tuple[str, str]]:

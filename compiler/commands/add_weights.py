@@ -99,14 +99,11 @@ def _check_model(model: LoadedModel, manifest: Manifest) -> None:
 
 def _written(model: LoadedModel, writer: BundleAdder, forms: Mapping[str, str | None], name: str) -> Manifest:
     """The manifest with the new weights, whose files ``writer`` collects."""
-    from safetensors.torch import save
-
     from cachec.compiler.graphs.build_engines import unfinished_weights
     from cachec.compiler.graphs.weights import Values
-    from cachec.compiler.models.samples import sample_weights
+    from cachec.compiler.handed import samples_of
     from cachec.compiler.parts import work_folder
     from cachec.engines.changed_weights import write_changed
-    from cachec.runtime.abi import COMPUTE
 
     manifest, work = writer.bundle.manifest, work_folder(writer.out, f"weights-{name}")
     graphs = {label: one for size in manifest.sizes for label, one in _graphs(model, writer.bundle.at(size)).items()}
@@ -124,7 +121,7 @@ def _written(model: LoadedModel, writer: BundleAdder, forms: Mapping[str, str | 
         "samples": {},
     }
     if manifest.facts.get("pipeline"):
-        known["samples"] = {COMPUTE: writer.add_bytes(f"drop_in/{name}.safetensors", save(sample_weights(model)))}
+        known["samples"] = samples_of(model, writer, name)
     targets = [_with_added(one, name, files.get(forms[str(one)] or "")) for one in manifest.targets]
     new = replace(manifest, targets=tuple(targets), weights={**manifest.weights, name: known})
     gone = _files_of(manifest, name) - _files_of(new, name)

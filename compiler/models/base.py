@@ -212,20 +212,16 @@ class LoadedModel(ABC):
 
     @property
     def loras(self) -> Sequence[Mapping[str, Any]]:
-        """What is fused: by LoRA the ``name`` of a file, its ``sha256``, and its ``scale``."""
+        """What is fused: by LoRA the ``name`` of a file, its ``sha256``, its ``scale``, and ``part``, of two transformers."""
         return ()
 
     def fuse(self, loras: "Sequence[LoraFile]") -> None:
         """Take weights with all of these fused, before anything is made of them; none is in memory for it.
 
         Raises:
-            InputError: the model's weights are in memory, or of two transformers; or a file does not fit.
+            InputError: the model's weights are in memory; or a file does not fit, or does not say which of two transformers
+                it is for.
         """
-        if self.expert is not None:
-            raise InputError(
-                f"{self.spec.name} has two transformers, and a LoRA file does not say which it is for: fuse it in diffusers "
-                "(load_lora_weights with load_into_transformer_2, fuse_lora), save the pipeline, and compile that"
-            )
         raise InputError(
             f"the weights of {self.spec.name} are in memory: fuse the LoRA there (pipe.load_lora_weights, pipe.fuse_lora, "
             "pipe.unload_lora_weights)"

@@ -45,8 +45,8 @@ PREFIXES = ("transformer.", "base_model.model.")  # of the names of diffusers, a
 CONFIG = "adapter_config.json"  # beside a file that PEFT itself wrote
 
 
-def fuse_loras(stored: Stored, files: Sequence[LoraFile], pipeline: Any) -> Stored:
-    """The transformer with all ``files`` fused; ``pipeline`` is the one that it is of, whose class may convert names.
+def fuse_loras(stored: Stored, files: Sequence[LoraFile], pipeline: Any, part: str) -> Stored:
+    """The transformer with all ``files`` fused; ``pipeline`` is the one that it is of, as ``part``; its class converts.
 
     Raises:
         InputError: a file is of other layers, of a format that is not known, or damaged; or two are the same.
@@ -57,7 +57,10 @@ def fuse_loras(stored: Stored, files: Sequence[LoraFile], pipeline: Any) -> Stor
         digest = hash_file(file.path)
         if twice := [one["name"] for one in facts if one["sha256"] == digest]:
             raise InputError(f"lora {file.path} is the same as {twice[0]}: give it once, with the sum of the scales")
-        facts.append({"name": file.path.name, "sha256": digest, "scale": file.scale})
+        if file.part not in (None, part):
+            raise InputError(f"lora {file.path} is for {file.part}, and {type(pipeline).__name__} has no such transformer")
+        which = {} if file.part is None else {"part": part}
+        facts.append({"name": file.path.name, "sha256": digest, "scale": file.scale, **which})
         for name, update in _read_updates(file, digest, stored.module, pipeline).items():
             updates.setdefault(name, []).append(update)
     return stored.fused(updates, facts)

@@ -13,23 +13,24 @@ PICKLED = (".bin", ".ckpt", ".pt", ".pth")
 
 @dataclass(frozen=True)
 class LoraFile:
-    """A file that is to be fused, ``scale`` times what it says itself."""
+    """A file that is to be fused, ``scale`` times what it says itself; ``part``: which transformer, where there are two."""
 
     path: Path
     scale: float = 1.0
+    part: str | None = None
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """As it is written: ``FILE`` or ``FILE:SCALE``.
+        """As it is written: ``FILE``, ``FILE:SCALE``, and ``FILE@transformer_2:SCALE``.
 
         Raises:
             InputError: there is no such file, it is of a format that is not read, or the scale is no number.
         """
-        path, scale = Path(text), 1.0
-        if not path.exists() and ":" in text:
-            front, _, number = text.rpartition(":")
-            if Path(front).exists():
-                path, scale = Path(front), _number(number, text)
+        front, _, number = text.rpartition(":")
+        is_scaled = not Path(text).exists() and any(Path(one).exists() for one in (front, front.rpartition("@")[0]) if one)
+        name, scale = (front, _number(number, text)) if is_scaled else (text, 1.0)
+        whole, _, part = name.rpartition("@")
+        path, of = (Path(whole), part) if whole and not Path(name).exists() else (Path(name), None)
         if not path.is_file():
             raise InputError(f"lora {text}: there is no such file. Give FILE.safetensors, or FILE.safetensors:SCALE")
         if path.suffix in PICKLED:
@@ -38,7 +39,7 @@ class LoraFile:
                 f"\"import torch, safetensors.torch as s; s.save_file(torch.load('{path.name}', weights_only=True), "
                 f"'{path.stem}.safetensors')\""
             )
-        return cls(path.absolute(), scale)
+        return cls(path.absolute(), scale, of)
 
 
 def _number(text: str, given: str) -> float:
@@ -58,7 +59,7 @@ def parse_loras(texts: Sequence[str]) -> tuple[LoraFile, ...]:
         InputError: one cannot be used, or is given twice.
     """
     files = tuple(map(LoraFile.parse, texts))
-    places = [file.path.resolve() for file in files]
+    places = [(file.path.resolve(), file.part) for file in files]
     for file, place in zip(files, places, strict=True):
         if places.count(place) > 1:
             raise InputError(f"lora {file.path} is given twice: give it once, with the sum of the scales")

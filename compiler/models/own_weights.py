@@ -61,8 +61,12 @@ class OwnHash:
 
 
 def hash_with_loras(plain: str, loras: Sequence[Mapping[str, Any]]) -> str:
-    """SHA-256 of weights with LoRAs fused; ``plain`` is that without, and ``loras`` have ``sha256`` and ``scale`` each."""
-    return hash_digests([plain, *(json.dumps([one["sha256"], one["scale"]]) for one in loras)]) if loras else plain
+    """SHA-256 of weights with LoRAs fused; ``plain`` is that without, and ``loras`` are as ``LoadedModel.loras``."""
+    return (
+        hash_digests([plain, *(json.dumps([one["sha256"], one["scale"], one.get("part")]) for one in loras)])
+        if loras
+        else plain
+    )
 
 
 def files_of(source: str, folder: Path, module: nn.Module) -> list[Path]:

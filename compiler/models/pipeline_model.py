@@ -216,10 +216,10 @@ class PipelineModel(Family):
         return () if self._stored is None else self._stored.loras
 
     def fuse(self, loras: Sequence[LoraFile]) -> None:
-        if self._stored is None or self.expert is not None:
+        if self._stored is None:
             super().fuse(loras)
         else:
-            self._stored = fuse_loras(self._stored, loras, self.pipeline)
+            self._stored = fuse_loras(self._stored, loras, self.pipeline, self.part)
 
     @property
     def device(self) -> torch.device:

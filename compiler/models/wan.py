@@ -7,7 +7,7 @@ here one for each sample [B], which comes to the same.
 """
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -18,10 +18,12 @@ from torch import nn
 from cachec.compiler.models.base import ModelSpec, Settings
 from cachec.compiler.models.components import Components
 from cachec.compiler.models.inputs import spread
+from cachec.compiler.models.lora_files import LoraFile
 from cachec.compiler.models.observed import TRANSFORMER
 from cachec.compiler.models.own_weights import hash_digests
 from cachec.compiler.models.shards import Stored
 from cachec.compiler.models.video_model import VideoModel
+from cachec.runtime.errors import InputError
 from cachec.runtime.model_io import ModelIO
 
 STATES = "encoder_hidden_states"
@@ -77,6 +79,20 @@ class WanModel(VideoModel):
         """Of both transformers."""
         own, expert = super().plain_hash, self.expert
         return own if expert is None else hash_digests([own, expert[0].plain_hash])
+
+    @property
+    def loras(self) -> Sequence[Mapping[str, Any]]:
+        return super().loras if self.expert is None else [*super().loras, *self.expert[0].loras]
+
+    def fuse(self, loras: Sequence[LoraFile]) -> None:
+        if self.expert is None:
+            super().fuse(loras)
+            return
+        if unsaid := [file.path for file in loras if file.part is None]:
+            raise InputError(f"{self.spec.name} has two transformers: say which {unsaid[0]} is for, as {unsaid[0].name}@"
+                             f"{TRANSFORMER} or {unsaid[0].name}@{SECOND}; the second is for low noise")  # fmt: skip
+        super().fuse([file for file in loras if file.part != SECOND])
+        self.expert[0].fuse([file for file in loras if file.part == SECOND])
 
     def _run(self, call: Mapping[str, Any], noise: torch.Tensor) -> torch.Tensor:
         """Both transformers are loaded for it."""

@@ -157,10 +157,29 @@ def test_the_same_file_under_two_names_is_refused(directory, made, tmp_path):
         fused(directory, *texts)
 
 
-def test_models_in_memory_and_of_two_transformers_say_what_to_do(directory, saved_family, tmp_path):
+def test_models_in_memory_say_what_to_do(directory):
     from cachec.compiler.models import wrap_pipeline
 
     with pytest.raises(InputError, match=r"are in memory: fuse the LoRA there \(pipe.load_lora_weights"):
         wrap_pipeline(FLUX.load(directory)).fuse([])
-    with pytest.raises(InputError, match="has two transformers, and a LoRA file does not say which"):
-        load_model(find_model(str(saved_family("wan-2.2")))).fuse([])
+
+
+def test_each_of_two_transformers_has_its_own(saved_family, tmp_path):
+    directory = str(saved_family("wan-2.2"))
+    plain = load_model(find_model(directory))
+    made = [pairs(one.transformer, ["blocks.0.attn1.to_q"], seed=seed) for seed, one in enumerate((plain, plain.expert[0]))]
+    high, low = (write_lora(tmp_path / f"{name}.safetensors", one) for name, one in zip(("high", "low"), made, strict=True))
+    model = fused(directory, f"{high}@transformer:2", f"{low}@transformer_2")
+    check(model, plain.transformer, [(made[0], 2.0)])
+    check(model.expert[0], plain.expert[0].transformer, [(made[1], 1.0)])
+    assert [(one["name"], one["part"]) for one in model.loras] == [
+        ("high.safetensors", "transformer"), ("low.safetensors", "transformer_2")
+    ]  # fmt: skip
+    hashes = {fused(directory, *texts).weights_hash for texts in ([f"{high}@transformer"], [f"{high}@transformer_2"], [])}
+    assert len(hashes | {model.weights_hash}) == 4
+    with pytest.raises(
+        InputError, match="has two transformers: say which .*high.safetensors is for, as high.safetensors@transfo"
+    ):
+        fused(directory, high)
+    with pytest.raises(InputError, match="low.safetensors is for transformer_3, and WanPipeline has no such transformer"):
+        fused(directory, f"{low}@transformer_3")
