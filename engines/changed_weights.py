@@ -14,7 +14,7 @@ import onnx_ir
 import torch
 from onnx_ir.tensor_adapters import from_torch_dtype
 
-from cachec.engines.onnx_files import NamedWeights, converted, is_shared
+from cachec.engines.onnx_files import TALKING, NamedWeights, converted, is_shared, only_errors
 from cachec.engines.onnx_weights import LateWeight, contents, identity
 from cachec.engines.weights_file import Unfinished, WeightsFile
 from cachec.runtime.errors import BundleError
@@ -51,6 +51,7 @@ class Changed:
     weights_sha256: str
 
 
+@only_errors(*TALKING)
 def write_changed(
     graphs: Mapping[str, Graph], out: Path, weights: ChangedWeights, unfinished: Unfinished, *, constants: bool, tag: str
 ) -> Changed:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 OPSET = 23
+TALKING = ("torch.onnx", "onnxscript", "onnx_ir")  # loggers that tell of every pattern that they do not apply
 SHARED_FROM = 1024  # bytes; smaller tensors stay inside the ONNX file
 
 
@@ -47,7 +48,7 @@ class NamedWeights(Protocol):
 
 
 @contextmanager
-def _only_errors(*names: str) -> Iterator[None]:
+def only_errors(*names: str) -> Iterator[None]:
     """Let loggers say errors only, for as long as it lasts."""
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
@@ -60,6 +61,7 @@ def _only_errors(*names: str) -> Iterator[None]:
             logger.setLevel(level)
 
 
+@only_errors(*TALKING)
 def build_onnx(
     programs: Mapping[str, "ExportedProgram"],
     signatures: Mapping[str, Signature],
@@ -91,7 +93,7 @@ def build_onnx(
     return OnnxFiles(paths, file, digest)
 
 
-@_only_errors("torch.onnx", "onnxscript", "onnx_ir")  # they tell of every pattern that they do not apply
+@only_errors(*TALKING)
 def converted(program: "ExportedProgram", signature: Signature, weights: NamedWeights | None) -> Any:
     """The ONNX model of a program, whose weights are read when their values are wanted.
 

@@ -135,7 +135,7 @@ def test_what_libraries_may_say_is_as_before(build):
     try:
         loggers["onnx_ir"].setLevel(logging.CRITICAL)
         loggers["onnxscript"].setLevel(logging.DEBUG)
-        with onnx_files._only_errors(*loggers):
+        with onnx_files.only_errors(*loggers):
             assert [logger.level for logger in loggers.values()] == [logging.CRITICAL, logging.ERROR]
         with full_disk(), pytest.raises(OutputError):
             build(product(40))
