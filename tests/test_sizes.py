@@ -1,5 +1,7 @@
 """Several sizes and numbers of steps in one bundle: each as a bundle of that alone would have it, over one weights file."""
 
+import itertools
+
 import numpy as np
 import pytest
 from toy_product import run_cli, succeed
@@ -11,6 +13,8 @@ from cachec.compiler.options import make_settings, read_options
 from cachec.compiler.request import make_request
 from cachec.runtime.bundle import Bundle
 from cachec.runtime.errors import InputError
+from cachec.runtime.lane_policy import Policy
+from cachec.runtime.lanes import Lanes
 from cachec.runtime.noise import make_noise
 from cachec.runtime.program import UNCACHED
 
@@ -69,6 +73,22 @@ def test_the_uncached_run_equals_the_pipelines_own_at_another_size(several, mode
         session = loaded.session(level=UNCACHED)
         noise = make_noise(1, session.latent_shape[1:])[None]
         np.testing.assert_allclose(session.run(conditions, noise), model.generate(conditions, noise, settings), atol=2e-3)
+
+
+def test_lanes_serve_all_of_them_at_once(several, model):
+    with cachec.load(several) as loaded:
+        lanes, tickets = Lanes(loaded, sizes=SIZES, policy=Policy("fifo", 8)), {}
+        for where in itertools.product(SIZES, STEPS, ("default", UNCACHED)):
+            settings = settings_of(loaded.at(*where[:2]).manifest)
+            conditions = model.encode([PROMPT], settings, model.io.conditions)
+            size, steps, level = where
+            tickets[where] = lanes.submit(conditions, seed=3, size=size, steps=steps, level=level)
+        with pytest.raises(InputError, match="size is 32x32, but the bundle was compiled for"):
+            lanes.submit(conditions, seed=3, size="32x32")
+        rows = [tick.rows for tick in iter(lanes.tick, None)]
+        assert max(rows) == 4, "all of a size share"
+    for (size, steps, level), ticket in tickets.items():
+        np.testing.assert_array_equal(ticket.result(0), denoise(model, several, level, size=size, steps=steps))
 
 
 def test_run_takes_a_size_and_a_number_of_steps(several, tmp_path):

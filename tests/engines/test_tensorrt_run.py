@@ -22,6 +22,8 @@ from cachec.runtime.abi import FEATURE, STEP_VALUES, VELOCITIES, VELOCITY
 from cachec.runtime.build_options import BuildOptions
 from cachec.runtime.bundle import Bundle
 from cachec.runtime.errors import BundleError, EngineError, InputError
+from cachec.runtime.lane_policy import Policy
+from cachec.runtime.lanes import Lanes
 from cachec.runtime.program import UNCACHED
 
 BATCH_SIZE = 4  # slots of four samples are whole multiples of 256 bytes, as those of real models are
@@ -194,6 +196,21 @@ def test_interleaved_sessions_equal_sessions_alone(path, request_of):
                     session.advance()
             for session, latents in zip(sessions, wanted, strict=True):
                 np.testing.assert_array_equal(session.latents, latents)
+
+
+def test_lanes_replay_their_batches_and_allocate_nothing(path, cuda, request_of):
+    requests, levels = [request_of(seed) for seed in range(5)], (None, "output", UNCACHED)
+    with cachec.load(path) as loaded:
+        lanes, before = Lanes(loaded, lanes=3, policy=Policy("fifo", BATCH_SIZE)), len(cuda.blocks)
+        cuda.log.clear()
+        tickets = [lanes.submit(conditions, noise=noise, level=levels[seed % 3])
+                   for seed, (conditions, noise) in enumerate(requests)]  # fmt: skip
+        lanes.run_until_idle()
+        assert {"cudaMemcpyAsync", "cudaGraphLaunch"} <= set(cuda.names())
+        assert not {"kernel", "cudaMalloc", "cudaFree", "cudaGraphInstantiate"} & set(cuda.names())
+        assert len(cuda.blocks) == before
+    for seed, ticket in enumerate(tickets):
+        np.testing.assert_array_equal(ticket.result(0), expected(path, requests[seed], level=levels[seed % 3])[0])
 
 
 def test_single_calls_are_recorded_when_they_come_again(path, cuda, request_of):

@@ -7,13 +7,27 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from numpy_engines import KEY, SCHEDULE, SHAPE, SIGMAS, STEPS, NumpyContext, NumpyEngine, X, compute, load, noise, prompt
+from numpy_engines import (
+    KEY,
+    SCHEDULE,
+    SHAPE,
+    SIGMAS,
+    STEPS,
+    NumpyContext,
+    NumpyEngine,
+    X,
+    compute,
+    load,
+    noise,
+    prologue,
+    prompt,
+)
 
 from cachec.compiler.methods.adams import Adams
 from cachec.compiler.tables.lower import lower_advance
 from cachec.compiler.tables.sampling import Sampling
 from cachec.compiler.tables.schedule import parse_schedule
-from cachec.runtime.abi import COMPUTE, GUIDE
+from cachec.runtime.abi import COMPUTE, GUIDE, PROLOGUE
 from cachec.runtime.device import Host
 from cachec.runtime.errors import DeadlineError, EngineError, InputError
 from cachec.runtime.lane_policy import Costs, Policy
@@ -172,6 +186,41 @@ def test_guided_requests_are_two_rows_beside_others():
     assert [lanes.tick().rows for _ in range(3)] == [5, 4, 5]
     lanes.run_until_idle()
     for seed, ticket in tickets.items():
+        check(bundle, ticket, seed, given[seed])
+
+
+def positioned_bundle(calls):
+    """What the prologue makes of ``positions``, which have no batch axis, goes to every step."""
+    bundle, positions = load("hidden"), TensorSpec("positions", (SHAPE[0],), "float32")
+
+    def prologue_too(positions, **given):
+        return {**prologue(**given), "compute_wave": np.sin(positions)}
+
+    def compute_too(latents, wave, **given):
+        calls.append(len(latents))
+        return compute(latents + wave[:, None], **given)
+
+    before, step = bundle.engines[PROLOGUE].signature, bundle.engines[COMPUTE].signature
+    wave = replace(positions, name="compute_wave")
+    engines = {
+        PROLOGUE: NumpyEngine(prologue_too, Signature((*before.inputs, positions), (*before.outputs, wave))),
+        COMPUTE: NumpyEngine(compute_too, Signature((*step.inputs, replace(wave, name="wave")), step.outputs)),
+    }
+    bundle.manifest.io["conditions"] = ["prompt", "positions"]
+    return replace(bundle, engines={**bundle.engines, **engines})
+
+
+def test_what_has_no_batch_axis_is_the_same_for_all_who_share():
+    calls = []
+    bundle = positioned_bundle(calls)
+    lanes = Lanes(bundle, policy=Policy("fifo", 4))
+    given = [{**prompt(seed), "positions": np.full(SHAPE[0], seed % 2, np.float32)} for seed in range(3)]
+    tickets = [lanes.submit(one, seed=seed, level=LEVELS[seed == 2]) for seed, one in enumerate(given)]
+    calls.clear()
+    lanes.tick()
+    assert calls == [2, 1], "across levels, but not across positions"
+    lanes.run_until_idle()
+    for seed, ticket in enumerate(tickets):
         check(bundle, ticket, seed, given[seed])
 
 
