@@ -89,9 +89,10 @@ reference: $(READY)  ## Retrain tiny-flux from nothing (an hour or two on two id
 	$(BIN)/python -m reference.plot_loss --out $(BUILD)
 
 avatars: $(READY)  ## Train the reference models of avatars: Node draws the pictures; resumable, checkpoints in build/reference
-	$(BIN)/python -m reference.avatars.dataset
-	$(BIN)/python -m reference.avatars.autoencoder --threads 2
-	$(BIN)/python -m reference.avatars.tiny_flux --threads 2
+	for part in dataset clips; do $(BIN)/python -m reference.avatars.$$part || exit; done
+	for part in autoencoder tiny_flux qwen_autoencoder tiny_qwen video_autoencoder tiny_hunyuan; do \
+		$(BIN)/python -m reference.avatars.$$part --threads 2 || exit; done
+	for kind in pictures clips; do $(BIN)/python -m reference.avatars.probe --of $$kind --threads 2 || exit; done
 
 clean:  ## Remove what was built, but not what was trained (build/reference)
 	find build -mindepth 1 -maxdepth 1 ! -name reference -exec rm -rf {} + || true

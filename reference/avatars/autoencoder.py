@@ -22,7 +22,7 @@ from reference.train_autoencoder import edges, initialise
 
 CHANNELS = 16
 CROP = 48
-OUTERMOST = ("encoder.conv_in.weight", "decoder.conv_in.weight", "decoder.conv_out.weight")  # not Muon's
+OUTERMOST = ("encoder.conv_in.", "decoder.conv_in.", "decoder.conv_out.")  # not Muon's
 CROPPED = 0.9  # share of the updates
 
 
@@ -76,16 +76,14 @@ def save_sheet(pictures: np.ndarray, path: Path, columns: int = 8) -> None:
     Image.fromarray(np.concatenate(rows)).save(path)
 
 
-class Trainer:
-    """Pictures, the network and its optimizers."""
+class Descent:
+    """An autoencoder's optimizers and rates: what all kinds of them share."""
 
-    def __init__(self, pictures: np.ndarray, steps: int, batch: int) -> None:
-        self.pictures, self.steps, self.batch = pictures, steps, batch
-        self.vae = build_autoencoder()
-        pass_on(self.vae)
-        kernels = [p for n, p in self.vae.named_parameters() if p.ndim == 4 and n not in OUTERMOST]
+    def __init__(self, vae: nn.Module, steps: int) -> None:
+        self.vae, self.steps = vae, steps
+        kernels = [p for n, p in vae.named_parameters() if p.ndim >= 4 and not n.startswith(OUTERMOST)]
         ids = {id(p) for p in kernels}
-        rest = [p for p in self.vae.parameters() if id(p) not in ids]
+        rest = [p for p in vae.parameters() if id(p) not in ids]
         self.optimizers = (Muon(kernels, lr=3e-3, weight_decay=0.0), torch.optim.Adam(rest, lr=1e-3, betas=(0.9, 0.99)))
         self.schedules = [
             torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / 20, (steps - step) / (0.4 * steps)))
@@ -98,24 +96,47 @@ class Trainer:
         named = {f"optimizer{i}": optimizer for i, optimizer in enumerate(self.optimizers)}
         return {"vae": self.vae, **named, **{f"schedule{i}": schedule for i, schedule in enumerate(self.schedules)}}
 
-    def draw(self, step: int) -> torch.Tensor:
-        index = np.sort(torch.randint(len(self.pictures), (self.batch,)).numpy())
-        if step >= CROPPED * self.steps:
-            return to_input(self.pictures[index[: max(self.batch // 6, 1)]])
-        top, left = torch.randint((SIDE - CROP) // 2 + 1, (2, 2)).sum(0).tolist()
-        return to_input(self.pictures[index, top : top + CROP, left : left + CROP])
-
-    def update(self, step: int) -> float:
-        x = self.draw(step)
-        posterior = self.vae.encode(x).latent_dist
-        y = self.vae.decode(posterior.sample()).sample
-        loss = (y - x).abs().mean() + sum((a - b).abs().mean() for a, b in zip(edges(y), edges(x), strict=True))
-        (loss + 1e-5 * posterior.kl().mean() / 64).backward()
+    def down(self, loss: torch.Tensor) -> None:
+        """One update."""
+        loss.backward()
         nn.utils.clip_grad_norm_(self.vae.parameters(), 1.0)
         for optimizer, schedule in zip(self.optimizers, self.schedules, strict=True):
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
+
+
+def difference(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """L1 of pixels and of their differences to the next row and column."""
+    return (y - x).abs().mean() + sum((a - b).abs().mean() for a, b in zip(edges(y), edges(x), strict=True))
+
+
+def corner(side: int, crop: int, grid: int = 1) -> tuple[int, int]:
+    """Top and left of a random crop on a grid of pixels, oftener in the middle than at the borders."""
+    top, left = torch.randint((side - crop) // (2 * grid) + 1, (2, 2)).sum(0).tolist()
+    return top * grid, left * grid
+
+
+class Trainer(Descent):
+    """Pictures, the autoencoder and its optimizers."""
+
+    def __init__(self, pictures: np.ndarray, steps: int, batch: int) -> None:
+        super().__init__(build_autoencoder(), steps)
+        pass_on(self.vae)
+        self.pictures, self.batch = pictures, batch
+
+    def draw(self, step: int) -> torch.Tensor:
+        index = np.sort(torch.randint(len(self.pictures), (self.batch,)).numpy())
+        if step >= CROPPED * self.steps:
+            return to_input(self.pictures[index[: max(self.batch // 6, 1)]])
+        top, left = corner(SIDE, CROP)
+        return to_input(self.pictures[index, top : top + CROP, left : left + CROP])
+
+    def update(self, step: int) -> float:
+        x = self.draw(step)
+        posterior = self.vae.encode(x).latent_dist
+        loss = difference(self.vae.decode(posterior.sample()).sample, x)
+        self.down(loss + 1e-5 * posterior.kl().mean() / 64)
         return float(loss.item())
 
 

@@ -18,7 +18,6 @@ from reference.avatars.attributes import Look, Saying, looks, say
 from reference.avatars.render import SIDE, install, open_pictures, random_pose, render, spec_line
 
 CHUNK = 500
-BYTES = SIDE * SIDE * 3
 SEEDS = {"pictures": 11, "held-out": 12}
 
 
@@ -40,25 +39,31 @@ def make_samples(name: str, num: int) -> list[Sample]:
     return [Sample(look, say(look, rng), spec_line(look, random_pose(rng))) for look in islice(stream, num)]
 
 
-def write(name: str, num: int, out: Path) -> None:
-    """Render what is missing of ``num`` pictures and write their descriptions."""
-    samples, path = make_samples(name, num), out / f"{name}.rgb"
-    (out / f"{name}.jsonl").write_text("".join(sample.line() + "\n" for sample in samples))
+def draw(name: str, described: list[str], specs: list[str], out: Path, *, side: int = SIDE) -> None:
+    """Write the descriptions, and render what is missing of the pictures."""
+    path, size = out / f"{name}.rgb", side * side * 3
+    (out / f"{name}.jsonl").write_text("".join(line + "\n" for line in described))
     script = install(out / "node")
-    done = path.stat().st_size // BYTES if path.exists() else 0
+    done = path.stat().st_size // size if path.exists() else 0
     if done:
         with path.open("r+b") as file:
-            file.truncate(done * BYTES)
-    for start in tqdm(range(done, num, CHUNK), desc=name, mininterval=5):
-        render([sample.spec for sample in samples[start : min(start + CHUNK, num)]], path, script=script)
+            file.truncate(done * size)
+    for start in tqdm(range(done, len(specs), CHUNK), desc=name, mininterval=5):
+        render(specs[start : start + CHUNK], path, script=script, side=side)
 
 
-def read(name: str, out: Path) -> tuple[NDArray[np.uint8], list[dict]]:
-    """Pictures [N, 128, 128, 3] and their descriptions, as far as both are there."""
+def write(name: str, num: int, out: Path) -> None:
+    """``pictures`` or ``held-out``: descriptions and pictures."""
+    samples = make_samples(name, num)
+    draw(name, [sample.line() for sample in samples], [sample.spec for sample in samples], out)
+
+
+def read(name: str, out: Path, *, side: int = SIDE, frames: int = 1) -> tuple[NDArray[np.uint8], list[dict]]:
+    """Pictures [N, side, side, 3] and their descriptions, as far as both are there; one for every ``frames`` pictures."""
     path = out / f"{name}.rgb"
-    num = path.stat().st_size // BYTES
+    num = path.stat().st_size // (side * side * 3 * frames)
     lines = (out / f"{name}.jsonl").read_text().splitlines()[:num]
-    return open_pictures(path, num=len(lines)), [json.loads(line) for line in lines]
+    return open_pictures(path, num=len(lines) * frames, side=side), [json.loads(line) for line in lines]
 
 
 @click.command()

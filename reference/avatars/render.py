@@ -43,10 +43,11 @@ def random_pose(rng: np.random.Generator) -> Pose:
     )
 
 
-def spec_line(look: Look, pose: Pose) -> str:
-    """One line of ``render.mjs``'s input."""
+def spec_line(look: Look, pose: Pose, *, eyes: str | None = None) -> str:
+    """One line of ``render.mjs``'s input; ``eyes`` replaces the mood's own (the renderer's word)."""
+    options = look.options() | ({"eyes": [eyes]} if eyes else {})
     figure = [pose.dx, pose.dy, pose.scale]
-    return json.dumps({"options": look.options(), "view": VIEW, "figure": figure, "tilt": pose.tilt, "turn": pose.turn})
+    return json.dumps({"options": options, "view": VIEW, "figure": figure, "tilt": pose.tilt, "turn": pose.turn})
 
 
 def install(folder: Path) -> Path:

@@ -63,9 +63,24 @@ class PackedPictures:
         return pack(self.latents.take(index)), self.latents.say(index, rng)
 
 
+class Watch:
+    """Held-out loss, and a sheet of held-out captions beside the checkpoint: ``NAME-STEP.png``, guidance by two evaluations."""
+
+    def __init__(self, name: str, trainer: Trainer, held: Latents, out: Path) -> None:
+        self.name, self.trainer, self.held, self.out = name, trainer, held, out
+        self.clean = pack(held.take(np.arange(64)))
+        self.noise = torch.randn(SHEET, *self.clean.shape[1:], generator=torch.Generator().manual_seed(3))
+
+    def __call__(self, step: int) -> dict[str, float]:
+        captions, network = self.held.captions, self.trainer.average.network
+        tokens = sample(self.trainer.learner, network, self.noise, captions[:SHEET], scale=3.5, steps=20, shift=SHIFT)
+        save_sheet(to_pictures(self.held.decode(unpack(tokens))), self.out / f"{self.name}-{step:05d}.png")
+        return {"held_out_loss": round(self.trainer.held_out_loss(self.clean, captions[: len(self.clean)]), 5)}
+
+
 @click.command()
 @loop.options
-@click.option("--steps", default=6500, show_default=True, help="Updates in all, both stages.")
+@click.option("--steps", default=6200, show_default=True, help="Updates in all, both stages.")
 @click.option("--distill-steps", default=250, show_default=True, help="How many of them distil guidance.")
 @click.option("--batch", default=32, show_default=True)
 def main(out: Path, steps: int, distill_steps: int, batch: int, threads: int) -> None:
@@ -75,15 +90,7 @@ def main(out: Path, steps: int, distill_steps: int, batch: int, threads: int) ->
     learner = FluxLearner()
     plan = Plan(steps, batch, distill_steps, out / "tiny-flux-stage-one.pt")
     trainer = Trainer(learner, PackedPictures(Latents("pictures", out)), plan)
-    held = Latents("held-out", out)
-    clean = pack(held.take(np.arange(64)))
-    noise = torch.randn(SHEET, *clean.shape[1:], generator=torch.Generator().manual_seed(3))
-
-    def watch(step: int) -> dict[str, float]:
-        tokens = sample(learner, trainer.average.network, noise, held.captions[:SHEET], scale=3.5, steps=20, shift=SHIFT)
-        save_sheet(to_pictures(held.decode(unpack(tokens))), out / f"tiny-flux-{step:05d}.png")
-        return {"held_out_loss": round(trainer.held_out_loss(clean, held.captions[:64]), 5)}
-
+    watch = Watch("tiny-flux", trainer, Latents("held-out", out), out)
     loop.Training("tiny-flux", out, steps, trainer.parts, trainer.update, watch, seed=2).run()
 
 

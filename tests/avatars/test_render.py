@@ -20,6 +20,10 @@ def test_a_spec_is_one_line_with_all_that_the_renderer_needs():
     assert spec["options"] == LOOK.options()
 
 
+def test_eyes_can_differ_from_the_moods_own():
+    assert json.loads(spec_line(LOOK, Pose(), eyes="humble"))["options"]["eyes"] == ["humble"]
+
+
 def test_absent_node_is_said(monkeypatch, tmp_path):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(MissingExtraError, match="install node and npm"):
@@ -35,11 +39,11 @@ def test_samples_are_the_same_each_time_whatever_their_number():
 def test_what_is_there_is_not_drawn_again(monkeypatch, tmp_path):
     drawn = []
 
-    def draw(lines, to, *, script):
+    def draw(lines, to, *, script, side):
         lines = list(lines)
         drawn.append(len(lines))
         with to.open("ab") as file:
-            file.write(bytes(dataset.BYTES * len(lines)))
+            file.write(bytes(side * side * 3 * len(lines)))
 
     monkeypatch.setattr(dataset, "install", lambda folder: folder / "render.mjs")
     monkeypatch.setattr(dataset, "render", draw)

@@ -5,7 +5,7 @@ from itertools import islice
 import numpy as np
 import torch
 
-from reference.avatars import autoencoder, dataset
+from reference.avatars import autoencoder, muon
 from reference.avatars.attributes import looks, vocabulary
 from reference.avatars.flow import Plan, Trainer
 from reference.avatars.latents import Latents
@@ -15,7 +15,7 @@ from reference.networks import pack
 
 def folder(tmp_path, num=6):
     rng = np.random.default_rng(0)
-    (tmp_path / "pictures.rgb").write_bytes(rng.integers(0, 256, num * dataset.BYTES, np.uint8).tobytes())
+    (tmp_path / "pictures.rgb").write_bytes(rng.integers(0, 256, num * (128 * 128 * 3), np.uint8).tobytes())
     lines = [json.dumps({"look": asdict(look), "caption": "a"}) for look in islice(looks(1, held_out=False), num)]
     (tmp_path / "pictures.jsonl").write_text("\n".join(lines))
     torch.manual_seed(0)
@@ -40,7 +40,8 @@ def test_latents_are_encoded_once_and_kept(tmp_path):
     torch.testing.assert_close(again.take(np.array([1])), found[:1])
 
 
-def test_an_update_of_flux_on_cached_latents(tmp_path):
+def test_an_update_of_flux_on_cached_latents(tmp_path, monkeypatch):
+    monkeypatch.setattr(muon, "orthogonal", torch.sign)  # the costly part, which has tests of its own
     learner = FluxLearner()
     trainer = Trainer(learner, PackedPictures(Latents("pictures", folder(tmp_path))), Plan(10, 2, 0, tmp_path / "s.pt"))
     before = trainer.network.proj_out.weight.clone()

@@ -1,0 +1,176 @@
+"""Reads avatars: do they show what their captions say? ``python -m reference.avatars.probe --out build/reference``.
+
+A small classifier, trained on dataset pictures (or clips) only, with one answer per attribute. It is asked for what a caption
+states and nothing else. Colours are those of skin, hair, clothes and background; parts are hair, beard and clothes;
+expression is the mood; motion is what a clip's caption ends with.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from reference.avatars import loop
+from reference.avatars.attributes import MOODS, VALUES, Look
+from reference.avatars.autoencoder import to_input
+from reference.avatars.clips import load
+from reference.avatars.dataset import read
+from reference.avatars.motion import FRAMES, MOVES, Clip
+
+GROUPS = {
+    "colours": ("skin", "hair_colour", "clothes_colour", "background"),
+    "parts": ("hair", "beard", "clothes"),
+    "expression": ("mood",),
+    "motion": ("motion",),
+}
+MOTION_WORDS = (*MOVES, "blinks", *(f"becomes {mood}" for mood in MOODS))
+SEEN = (
+    0,
+    FRAMES // 2,
+    FRAMES - 1,
+)  # frames of a clip that the reader sees: eyes are closed, or the mood new, in the middle one
+PICTURE_HEADS = VALUES
+CLIP_HEADS = {**VALUES, "motion": MOTION_WORDS}
+UNSEEN = -100  # what cross entropy leaves out
+SCORED = 500
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What can be read off one picture or clip, and which of it the caption states."""
+
+    answers: dict[str, str]
+    stated: tuple[str, ...]
+
+    @classmethod
+    def of_look(cls, look: Look, stated: Sequence[str]) -> "Asked":
+        return cls({name: getattr(look, name) for name in VALUES}, tuple(stated))
+
+    @classmethod
+    def of_clip(cls, clip: Clip) -> "Asked":
+        """Clips are asked for all that every caption states."""
+        named = cls.of_look(clip.look, ("mood", "hair", "beard", "clothes", "clothes_colour", "motion")).answers
+        colour = ("hair_colour",) if clip.look.hair != "bald" else ()
+        return cls({**named, "motion": clip.words}, ("mood", "hair", "beard", "clothes", "clothes_colour", "motion", *colour))
+
+
+class Reader(nn.Module):
+    """Five strided convolutions and a linear head per attribute.
+
+    Pictures of any side that 32 divides, at best 96 or 128; ``frames`` of them side by side as channels.
+    """
+
+    def __init__(self, heads: dict[str, tuple[str, ...]], side: int, frames: int = 1) -> None:
+        super().__init__()
+        self.words = heads
+        widths = [3 * frames, 16, 32, 64, 96, 96]
+        layers: list[nn.Module] = []
+        for a, b in zip(widths[:-1], widths[1:], strict=True):
+            layers += [nn.Conv2d(a, b, 3, stride=2, padding=1), nn.BatchNorm2d(b), nn.ReLU()]
+        self.body = nn.Sequential(*layers, nn.Flatten())
+        size = widths[-1] * (side // 32) ** 2
+        self.heads = nn.ModuleDict({name: nn.Linear(size, len(words)) for name, words in heads.items()})
+
+    def forward(self, pictures: Tensor) -> dict[str, Tensor]:
+        """Answers by attribute for [B, 3 * frames, side, side] in [-1, 1]."""
+        body = self.body(pictures)
+        return {name: head(body) for name, head in self.heads.items()}
+
+    def labels(self, asked: Sequence[Asked]) -> dict[str, Tensor]:
+        """Index of each right answer; the hair colour of bald people is not asked."""
+        return {
+            name: torch.tensor([
+                UNSEEN if name == "hair_colour" and one.answers["hair"] == "bald" else words.index(one.answers[name])
+                for one in asked
+            ])
+            for name, words in self.words.items()
+        }  # fmt: skip
+
+
+def seen(clips: np.ndarray) -> Tensor:
+    """Clips, uint8 [B, 9, S, S, 3], as the reader takes them: [B, 9, S, S] in [-1, 1]."""
+    return torch.cat([to_input(clips[:, index]) for index in SEEN], 1)
+
+
+@torch.no_grad()
+def score(reader: Reader, inputs: Tensor, asked: Sequence[Asked]) -> dict[str, float]:
+    """Share of stated attributes that are read as the caption says, by group and by attribute."""
+    reader.eval()
+    answers, labels = reader(inputs), reader.labels(asked)
+    right = {name: answers[name].argmax(1) == labels[name] for name in reader.words}
+    hits = {
+        name: [bool(right[name][i]) for i, one in enumerate(asked) if name in one.stated] for name in reader.words
+    }  # fmt: skip
+    groups = {group: [hit for name in names for hit in hits.get(name, [])] for group, names in GROUPS.items()}
+    return {name: round(float(np.mean(found)), 4) for name, found in {**groups, **hits}.items() if found}
+
+
+class Trainer:
+    """Samples, their answers and the reader."""
+
+    def __init__(self, reader: Reader, samples: np.ndarray, asked: Sequence[Asked], steps: int, batch: int = 64) -> None:
+        self.reader, self.samples, self.batch = reader, samples, batch
+        self.labels = reader.labels(asked)
+        self.optimizer = torch.optim.AdamW(reader.parameters(), lr=2e-3)
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, 2e-3, total_steps=steps)
+        self.parts = {"reader": reader, "optimizer": self.optimizer, "schedule": self.schedule}
+
+    def update(self, step: int) -> float:
+        """Slightly noisy pictures, so that the reader does not depend on pixel-sharp edges."""
+        self.reader.train()
+        index = np.sort(torch.randint(len(self.samples), (self.batch,)).numpy())
+        found = self.samples[index]
+        inputs = seen(found) if found.ndim == 5 else to_input(found)
+        answers = self.reader(inputs + 0.08 * torch.randn_like(inputs))
+        loss = sum(nn.functional.cross_entropy(answers[name], self.labels[name][index]) for name in self.reader.words)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.schedule.step()
+        return float(loss.item())
+
+
+def picture_data(name: str, out: Path) -> tuple[np.ndarray, list[Asked]]:
+    """``pictures`` or ``held-out``, and what they show."""
+    pictures, described = read(name, out)
+    return pictures, [Asked.of_look(Look(**each["look"]), each["stated"]) for each in described]
+
+
+def clip_data(name: str, out: Path) -> tuple[np.ndarray, list[Asked]]:
+    """``clips`` or ``held-out-clips``, and what they show."""
+    frames, shown, _ = load(name, out)
+    return frames, [Asked.of_clip(clip) for clip in shown]
+
+
+@click.command()
+@loop.options
+@click.option("--of", "kind", type=click.Choice(["pictures", "clips"]), default="pictures", show_default=True)
+@click.option("--steps", default=800, show_default=True)
+def main(out: Path, kind: str, steps: int, threads: int) -> None:
+    """Train the reader of pictures or of clips, and let it read held-out ones of the dataset: what it gets right itself."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(9)
+    if kind == "pictures":
+        samples, asked = picture_data("pictures", out)
+        held, held_asked = picture_data("held-out", out)
+        reader, inputs = Reader(PICTURE_HEADS, samples.shape[1]), to_input(held[:SCORED])
+    else:
+        samples, asked = clip_data("clips", out)
+        held, held_asked = clip_data("held-out-clips", out)
+        reader, inputs = Reader(CLIP_HEADS, samples.shape[2], len(SEEN)), seen(held[:SCORED])
+    trainer = Trainer(reader, samples, asked, steps)
+
+    def watch(step: int) -> dict[str, float]:
+        return score(reader, inputs, held_asked[:SCORED])
+
+    loop.Training(f"probe-{kind}", out, steps, trainer.parts, trainer.update, watch, seed=9).run()
+    (out / f"probe-{kind}.json").write_text(json.dumps(watch(steps), indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

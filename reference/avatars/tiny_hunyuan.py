@@ -1,0 +1,136 @@
+"""Train the transformer of tiny-hunyuan on clips: ``python -m reference.avatars.tiny_hunyuan --out build/reference``.
+
+HunyuanVideo takes its guidance scale as an input, so guidance is distilled at the end, as it is for tiny-flux.
+"""
+
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+from diffusers import AutoencoderKLHunyuanVideo, HunyuanVideoPipeline, HunyuanVideoTransformer3DModel
+from torch import Tensor, nn
+
+from reference.avatars import loop
+from reference.avatars.attributes import vocabulary
+from reference.avatars.autoencoder import CHANNELS, save_sheet
+from reference.avatars.clips import load
+from reference.avatars.decoder_text import build_llama
+from reference.avatars.flow import Condition, Plan, Trainer, adaptive_norms, sample
+from reference.avatars.motion import CLIP_SIDE, CLIP_WORDS, FRAMES
+from reference.avatars.video_autoencoder import to_frames, to_video
+from reference.text import WIDTH, build_clip
+
+LATENT_SHAPE = (CHANNELS, 1 + (FRAMES - 1) // 4, CLIP_SIDE // 8, CLIP_SIDE // 8)
+CLIP_TOKENS = 77  # the pipeline always pads to it
+SHIFT = 1.0  # the mu of the sampler: log of the pipeline's shift
+SHOWN = 8
+
+
+def build_transformer() -> HunyuanVideoTransformer3DModel:
+    """HunyuanVideo at width 192: two double and four single blocks, one refiner layer, guidance embedding on."""
+    return HunyuanVideoTransformer3DModel(
+        in_channels=CHANNELS,
+        out_channels=CHANNELS,
+        num_attention_heads=4,
+        attention_head_dim=48,
+        num_layers=2,
+        num_single_layers=4,
+        num_refiner_layers=1,
+        text_embed_dim=WIDTH,
+        pooled_projection_dim=WIDTH,
+        rope_axes_dim=(16, 16, 16),
+    )
+
+
+class HunyuanLearner:
+    """HunyuanVideo at width 192, with its frozen readers."""
+
+    def __init__(self) -> None:
+        words = vocabulary()
+        (tokenizer, llama), (clip_tokenizer, clip) = build_llama(words), build_clip(words, CLIP_TOKENS)
+        self.pipeline = HunyuanVideoPipeline(
+            text_encoder=llama,
+            tokenizer=tokenizer,
+            transformer=None,
+            vae=None,
+            scheduler=None,
+            text_encoder_2=clip,
+            tokenizer_2=clip_tokenizer,
+        )
+
+    def build(self) -> nn.Module:
+        network = build_transformer()
+        adaptive_norms(network)
+        return network
+
+    @torch.no_grad()
+    def encode(self, captions: list[str]) -> Condition:
+        states, pooled, mask = self.pipeline.encode_prompt(captions, max_sequence_length=CLIP_WORDS)
+        return {"encoder_hidden_states": states, "pooled_projections": pooled, "encoder_attention_mask": mask}
+
+    def velocity(self, network: nn.Module, x: Tensor, sigma: Tensor, condition: Condition, guidance: Tensor) -> Tensor:
+        thousands = {"timestep": 1000 * sigma, "guidance": 1000 * guidance}  # as the pipeline hands them over
+        found: Tensor = network(hidden_states=x, return_dict=False, **thousands, **condition)[0]
+        return found
+
+
+class ClipLatents:
+    """Latents [16, 3, 12, 12] of the clips, encoded once and kept beside the autoencoder, and captions worded anew."""
+
+    def __init__(self, name: str, out: Path) -> None:
+        frames, self.clips, self.captions = load(name, out)
+        self.vae = AutoencoderKLHunyuanVideo.from_pretrained(out / "vae-video").eval().requires_grad_(False)
+        path = out / "vae-video" / f"{name}.pt"
+        if not path.exists():
+            loop.write(path, torch.cat([self._encode(frames[i : i + 16]) for i in range(0, len(frames), 16)]))
+        self.latents = torch.load(path, weights_only=True)
+
+    @torch.no_grad()
+    def _encode(self, frames: np.ndarray) -> Tensor:
+        z: Tensor = self.vae.encode(to_video(frames)).latent_dist.mode()
+        return (z * self.vae.config.scaling_factor).half()
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> np.ndarray:
+        """Frames, uint8 [B, 9, 96, 96, 3]."""
+        return to_frames(torch.cat([self.vae.decode(z[None] / self.vae.config.scaling_factor).sample for z in latents]))
+
+    def batch(self, num: int) -> tuple[Tensor, list[str]]:
+        index = torch.randint(len(self.latents), (num,))
+        rng = np.random.default_rng(int(torch.randint(2**31, ())))
+        return self.latents[index].float(), [self.clips[i].caption(rng) for i in index.tolist()]
+
+
+class Watch:
+    """Held-out loss, and a sheet of held-out clips beside the checkpoint: a row of frames each."""
+
+    def __init__(self, trainer: Trainer, held: ClipLatents, out: Path) -> None:
+        self.trainer, self.held, self.out = trainer, held, out
+        self.noise = torch.randn(SHOWN, *LATENT_SHAPE, generator=torch.Generator().manual_seed(3))
+
+    def __call__(self, step: int) -> dict[str, float]:
+        captions, network = self.held.captions, self.trainer.average.network
+        found = sample(self.trainer.learner, network, self.noise, captions[:SHOWN], scale=3.5, steps=20, shift=SHIFT)
+        frames = self.held.decode(found).reshape(-1, CLIP_SIDE, CLIP_SIDE, 3)
+        save_sheet(frames, self.out / f"tiny-hunyuan-{step:05d}.png", columns=FRAMES)
+        return {"held_out_loss": round(self.trainer.held_out_loss(self.held.latents[:64].float(), captions[:64]), 5)}
+
+
+@click.command()
+@loop.options
+@click.option("--steps", default=5000, show_default=True, help="Updates in all, both stages.")
+@click.option("--distill-steps", default=250, show_default=True, help="How many of them distil guidance.")
+@click.option("--batch", default=32, show_default=True)
+def main(out: Path, steps: int, distill_steps: int, batch: int, threads: int) -> None:
+    """Train on the clips' latents; log held-out loss and draw held-out captions every twenty minutes."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(8)
+    plan = Plan(steps, batch, distill_steps, out / "tiny-hunyuan-stage-one.pt")
+    trainer = Trainer(HunyuanLearner(), ClipLatents("clips", out), plan)
+    watch = Watch(trainer, ClipLatents("held-out-clips", out), out)
+    loop.Training("tiny-hunyuan", out, steps, trainer.parts, trainer.update, watch, seed=8).run()
+
+
+if __name__ == "__main__":
+    main()

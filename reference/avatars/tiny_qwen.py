@@ -1,0 +1,79 @@
+"""Train the transformer of tiny-qwen on avatars: ``python -m reference.avatars.tiny_qwen --out build/reference``.
+
+Qwen-Image has no guidance input: a tenth of the captions is dropped, and pictures are drawn with true classifier-free
+guidance. It learns the latents of tiny-flux's autoencoder; ``qwen_autoencoder`` makes one of Qwen-Image's own kind that
+shares them.
+"""
+
+from pathlib import Path
+
+import click
+import torch
+from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
+from torch import Tensor, nn
+
+from reference.avatars import loop
+from reference.avatars.attributes import vocabulary
+from reference.avatars.autoencoder import CHANNELS
+from reference.avatars.decoder_text import build_qwen
+from reference.avatars.flow import Condition, Plan, Trainer, adaptive_norms
+from reference.avatars.latents import LATENT_SIDE, Latents
+from reference.avatars.tiny_flux import PackedPictures, Watch
+from reference.text import WIDTH
+
+
+def build_transformer() -> QwenImageTransformer2DModel:
+    """Qwen-Image at width 192 with six blocks."""
+    return QwenImageTransformer2DModel(
+        in_channels=4 * CHANNELS,
+        out_channels=CHANNELS,
+        num_layers=6,
+        attention_head_dim=48,
+        num_attention_heads=4,
+        joint_attention_dim=WIDTH,
+        axes_dims_rope=(16, 16, 16),
+    )
+
+
+class QwenLearner:
+    """Qwen-Image at width 192, with its frozen reader."""
+
+    def __init__(self) -> None:
+        tokenizer, reader = build_qwen(vocabulary())
+        self.pipeline = QwenImagePipeline(scheduler=None, vae=None, text_encoder=reader, tokenizer=tokenizer, transformer=None)
+
+    def build(self) -> nn.Module:
+        network = build_transformer()
+        adaptive_norms(network)
+        return network
+
+    @torch.no_grad()
+    def encode(self, captions: list[str]) -> Condition:
+        states, mask = self.pipeline.encode_prompt(captions)
+        ones = torch.ones(states.shape[:2], dtype=torch.long)
+        return {"encoder_hidden_states": states, "encoder_hidden_states_mask": ones if mask is None else mask}
+
+    def velocity(self, network: nn.Module, x: Tensor, sigma: Tensor, condition: Condition, guidance: Tensor) -> Tensor:
+        del guidance  # not an input of this model
+        shapes = [[(1, LATENT_SIDE // 2, LATENT_SIDE // 2)]] * len(x)
+        found: Tensor = network(hidden_states=x, timestep=sigma, img_shapes=shapes, return_dict=False, **condition)[0]
+        return found
+
+
+@click.command()
+@loop.options
+@click.option("--steps", default=6000, show_default=True)
+@click.option("--batch", default=32, show_default=True)
+def main(out: Path, steps: int, batch: int, threads: int) -> None:
+    """Train on cached latents; log held-out loss and draw held-out captions every twenty minutes."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(4)
+    learner = QwenLearner()
+    plan = Plan(steps, batch, 0, out / "tiny-qwen-stage-one.pt")
+    trainer = Trainer(learner, PackedPictures(Latents("pictures", out)), plan)
+    watch = Watch("tiny-qwen", trainer, Latents("held-out", out), out)
+    loop.Training("tiny-qwen", out, steps, trainer.parts, trainer.update, watch, seed=4).run()
+
+
+if __name__ == "__main__":
+    main()
