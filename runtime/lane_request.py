@@ -71,6 +71,7 @@ class Request:
     noise: Array
     digest: bytes
     lane: int | None = None
+    has_begun: bool = False
     made: int = 0
     error: EngineError | None = None
 
@@ -91,14 +92,16 @@ class Request:
             ticket = self.ticket
             self.error = not_finite(f"the latents of request {ticket.number}", ticket.level, f"after step {ticket.step - 1}")
 
-    def deliver(self, latents: Array) -> None:
+    def fail(self, error: EngineError) -> None:
+        """It ends with this error, which then says whose it is."""
+        self.error = EngineError(f"request {self.ticket.number}: {error}")
+
+    def deliver(self, latents: Array | None) -> None:
         """Tell whoever waits, unless the request was cancelled meanwhile."""
-        if self.error is None:
-            self.check_latents(latents)
         future = self.ticket.future
         if not future.set_running_or_notify_cancel():
             return
-        if self.error is None:
-            future.set_result(latents)
+        if latents is None or self.error is not None:
+            future.set_exception(self.error or EngineError(f"request {self.ticket.number} has no latents"))
         else:
-            future.set_exception(self.error)
+            future.set_result(latents)

@@ -143,7 +143,7 @@ class Lanes:
         """Make every call once on empty lanes, so that nothing is left that happens only the first time; measure."""
         if costs is not None:
             self._ports.check(costs)
-        host = self._rehearse() if costs is None and not self._device.beside_host else (0.0, 0.0)  # a GPU works meanwhile
+        host = self._rehearse() if costs is None else (0.0, 0.0)
         examples = dict[str, Ends]()
         for key, plan in self._plans.items():
             for call, ends in zip(plan.calls, self._memory.views[0, key].ends, strict=True):
@@ -195,16 +195,17 @@ class Lanes:
                 self._leave(request)
             chosen = self._roster.pick()
             requests = [self._requests[job.number] for job in chosen]
-            begun = [request for request in requests if request.lane is None]
-            for request in begun:
-                request.lane = self._free.pop()
+            for request in requests:
+                if request.lane is None:
+                    request.lane = self._free.pop()
         if not requests:
             return None
-        for request in begun:
-            self._view(request).take(request.conditions, request.noise)
+        for request in requests:
+            if not request.has_begun:
+                self._begin(request)
         self._play(requests, [one.plan.stages[job.stage].stop for one, job in zip(requests, chosen, strict=True)])
         ended = [one for one in requests if one.error is not None or one.made == len(one.plan.calls)]
-        latents = [self._view(one).latents(one.made) for one in ended]
+        latents = [None if one.error is not None else self._fetch(one) for one in ended]
         with self._changed:
             self._roster.advance(chosen)
             for request in ended:
@@ -235,14 +236,17 @@ class Lanes:
                 groups.setdefault(request.meets, []).append(request)
             for group in groups.values():
                 self._call(group)
+        if self._device.beside_host:  # whose NaN is seen when a request ends, not to fetch latents in every step
+            self._device.synchronize()  # the next choice is made when this one has been carried out, as it is reckoned
+            return
         for request in requests:
-            self._look(request)
+            if request.error is None:
+                self._fetch(request)
 
     def _call(self, group: Sequence[Request]) -> None:
         """Make the next call of requests that meet there: in one batch unless alone is quicker."""
         port, rows = group[0].next_call.port, [one.next_call.rows for one in group]
-        alone = sum(self.costs.of(port.name, count) for count in rows)
-        if len(group) > 1 and not port.computes and self.costs.of(port.name, sum(rows)) > alone:
+        if len(group) > 1 and not self._gains(port, rows):
             for request in group:
                 self._call([request])
             return
@@ -256,19 +260,38 @@ class Lanes:
             request.ticket.step = max((request.ticket.step, *(step + 1 for step in request.next_call.planned.steps)))
             request.made += 1
 
+    def _gains(self, port: Port, rows: Sequence[int]) -> bool:
+        """Is one call of all these rows better than one for each request? Of the model it is, as the policy has found."""
+        if sum(rows) > max(self.costs.seconds[port.name]):
+            return False
+        alone = sum(self.costs.of(port.name, count) for count in rows)
+        return port.computes or self.costs.of(port.name, sum(rows)) <= alone
+
     def _apart(self, group: Sequence[Request], error: EngineError) -> None:
         """A call failed: one request may be why, and the others are to go on."""
         if len(group) == 1:
-            group[0].error = EngineError(f"request {group[0].ticket.number}: {error}")
+            group[0].fail(error)
             return
         log.warning("a batch of %d requests failed, which are tried one by one: %s", len(group), error)
         for request in group:
             self._call([request])
 
-    def _look(self, request: Request) -> None:
-        """Are its latents numbers? Beside the host that is seen when they are fetched, not to wait for every step."""
-        if request.error is None and not self._device.beside_host:
-            request.check_latents(self._view(request).latents(request.made))
+    def _begin(self, request: Request) -> None:
+        try:
+            self._view(request).take(request.conditions, request.noise)
+        except EngineError as error:
+            request.fail(error)
+        request.has_begun = True
+
+    def _fetch(self, request: Request) -> Array | None:
+        """Its latents, if they can be had and are numbers; if not, it knows why."""
+        try:
+            latents = self._view(request).latents(request.made)
+        except EngineError as error:
+            request.fail(error)
+            return None
+        request.check_latents(latents)
+        return latents
 
 
 def _no_call(port: Port, bucket: int, ends: Sequence[Ends]) -> None:

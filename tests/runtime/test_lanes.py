@@ -17,6 +17,7 @@ from numpy_engines import (
     NumpyEngine,
     X,
     compute,
+    forecast,
     load,
     noise,
     prologue,
@@ -157,6 +158,26 @@ def test_a_request_that_fails_fails_alone_and_by_name(kind, caplog):
     check(load("hidden"), again, 1)
 
 
+class FullHost(Host):
+    """Has no room for what is marked."""
+
+    def upload(self, value, buffer):
+        if (np.asarray(value) == MARK).all():
+            raise EngineError("the copy fails")
+        super().upload(value, buffer)
+
+
+def test_a_request_that_does_not_get_to_the_device_fails_alone():
+    lanes = Lanes(load("hidden", device=FullHost()), policy=Policy("fifo", 4))
+    tickets = [lanes.submit(marked(seed) if seed == 1 else prompt(seed), seed=seed) for seed in range(3)]
+    assert lanes.tick().ended == (tickets[1],)
+    lanes.run_until_idle()
+    with pytest.raises(EngineError, match="request 1: the copy fails"):
+        tickets[1].result(0)
+    for seed in (0, 2):
+        check(load("hidden"), tickets[seed], seed)
+
+
 def guide(negative, positive, guidance_scale):
     return {"velocity": negative + guidance_scale[:, None, None] * (positive - negative)}
 
@@ -208,6 +229,28 @@ def positioned_bundle(calls):
     }
     bundle.manifest.io["conditions"] = ["prompt", "positions"]
     return replace(bundle, engines={**bundle.engines, **engines})
+
+
+def test_cheap_calls_share_a_batch_only_where_that_is_quicker():
+    calls = []
+
+    def counted(**given):
+        calls.append(len(given["latents"]))
+        return forecast(**given)
+
+    bundle = load("hidden", forecast=counted)
+    seconds = Lanes(bundle).costs.seconds
+    for gains, wanted in ((True, {2}), (False, {1})):
+        made_up = {
+            name: {bucket: 1.0 if gains or name == COMPUTE else bucket**2 for bucket in some} for name, some in seconds.items()
+        }
+        lanes = Lanes(bundle, costs=Costs(made_up), policy=Policy("fifo", 4))
+        tickets = [lanes.submit(prompt(seed), seed=seed) for seed in range(2)]
+        calls.clear()
+        lanes.run_until_idle()
+        assert set(calls) == wanted
+        for seed, ticket in enumerate(tickets):
+            check(bundle, ticket, seed)
 
 
 def test_what_has_no_batch_axis_is_the_same_for_all_who_share():
