@@ -80,6 +80,9 @@ def test_sessions_play_a_plain_loop(name, rule, engines, given):  # noqa: F811
     session = Session(engines(rule, sampling.rows is not None), one, io, batch=BATCH)
     for _ in range(2):  # nothing is left behind
         np.testing.assert_allclose(session.run(conditions, noise), wanted, atol=2e-5 * np.abs(wanted).max())
+    alone = Session(engines(rule, sampling.rows is not None), one, io, batch=1)
+    first = alone.run({name: value[:1] for name, value in conditions.items()}, noise[:1])
+    np.testing.assert_allclose(first, wanted[:1], atol=2e-5 * np.abs(wanted).max())
     played = GraphEvaluator(split_toy(), io).play(one, noise, conditions)
     np.testing.assert_allclose(played, wanted, atol=2e-5 * np.abs(wanted).max())
     whole = program(sampling, schedule=parse_schedule("0,1,2,3,5,6", STEPS))
