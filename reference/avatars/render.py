@@ -65,7 +65,7 @@ def install(folder: Path) -> Path:
         shutil.copyfile(HERE / name, folder / name)
     if not (folder / "node_modules").exists():
         subprocess.run(["npm", "ci", "--silent", "--no-audit", "--no-fund"], cwd=folder, check=True)
-    return folder / "render.mjs"
+    return (folder / "render.mjs").resolve()
 
 
 def render(lines: Iterable[str], to: Path, *, script: Path, side: int = SIDE) -> None:

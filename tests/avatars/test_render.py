@@ -1,6 +1,7 @@
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -58,14 +59,15 @@ def test_what_is_there_is_not_drawn_again(monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-def test_pictures_show_what_they_are_asked_for(tmp_path):
+def test_pictures_show_what_they_are_asked_for(tmp_path, monkeypatch):
     if shutil.which("npm") is None:
         pytest.skip("drawing avatars needs Node and npm")
-    script = install(tmp_path / "node")
+    monkeypatch.chdir(tmp_path)
+    script = install(Path("node"))
     plain = [LOOK, replace(LOOK, background="green"), replace(LOOK, hair_colour="pink")]
     lines = [spec_line(look, Pose()) for look in plain] + [spec_line(LOOK, Pose(dx=100))]
-    render.render(lines, tmp_path / "a.rgb", script=script)
-    pictures = open_pictures(tmp_path / "a.rgb", num=4)
+    render.render(lines, Path("a.rgb"), script=script)
+    pictures = open_pictures(Path("a.rgb"), num=4)
     assert pictures[0, 2, 2].tolist() == [0x8F, 0xD0, 0xF0]
     assert pictures[1, 2, 2].tolist() == [0xA9, 0xDF, 0xA0]
     assert pictures[2, 12, 64].tolist() == [0xEC, 0x6F, 0xB0]
