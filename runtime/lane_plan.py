@@ -73,13 +73,15 @@ class LanePlan:
     calls: tuple[LaneCall, ...]
 
     @classmethod
-    def of(cls, bundle: LoadedBundle, level: str, place: str, ports: dict[str, Port]) -> "LanePlan":
-        """The plan of a level. ``place`` tells engines of one name apart; ``ports`` takes in those that are new.
+    def of(cls, bundle: LoadedBundle, level: str, start: int, place: str, ports: dict[str, Port]) -> "LanePlan":
+        """The plan of a level from step ``start`` on.
+
+        ``place`` tells engines of one name apart; ``ports`` takes in those that are new.
 
         Raises:
-            InputError: the bundle was compiled for another batch.
+            InputError: the bundle was compiled for another batch, or the level cannot begin at this step.
         """
-        program = bundle.programs[level]
+        program = bundle.begun(bundle.programs[level], start)
         if program.key.batch not in (None, 1):
             raise InputError(f"this bundle was compiled for batches of {program.key.batch}: lanes take requests of one sample")
         signatures = {name: engine.signature for name, engine in bundle.engines.items()}
@@ -90,7 +92,7 @@ class LanePlan:
             engine = bundle.engines[planned.engine]
             port, rows = _port(engine, planned, plan, place, computes=planned.engine in computing)
             port = ports.setdefault(port.name, port)
-            shared, asks = _shared(planned, port, plan, f"{place}{program.num_steps}/{level}")
+            shared, asks = _shared(planned, port, plan, f"{place}{program.num_steps}/{start}/{level}")
             made.append(LaneCall(planned, port, rows, shared, asks))
         return cls(level, program.num_steps, plan, lay_out(plan), tuple(made))
 

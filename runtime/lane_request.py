@@ -11,7 +11,7 @@ from cachec.runtime.errors import EngineError
 from cachec.runtime.lane_plan import LaneCall, LanePlan
 from cachec.runtime.specs import Array
 
-Key = tuple[int, str]  # which size and number of steps, by its place, and the level
+Key = tuple[int, str, int]  # which size and number of steps, by its place; the level; the step it begins at
 
 
 @dataclass(eq=False)

@@ -38,7 +38,8 @@ class Lanes:
     batch is filled up to the smallest that fits. ``policy``: how
     requests are ordered and how many share a tick, or the name of an order. ``costs``: seconds of every call, as the ``costs``
     of other lanes on such a machine; without, they are measured. ``sizes``: of the bundle, which requests may ask for; the one
-    it was loaded for without. ``clock``: seconds, as ``time.monotonic``.
+    it was loaded for without. ``starts``: steps, beside the first, that requests may begin at. ``clock``: seconds, as
+    ``time.monotonic``.
 
     Raises:
         InputError: no request fits in the buckets, the engines take no such batches, or there is no memory.
@@ -53,6 +54,7 @@ class Lanes:
         policy: Policy | str = "shortest",
         costs: Costs | None = None,
         sizes: Sequence[str] | None = None,
+        starts: Sequence[int] = (),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         most = bundle.target.sizes.get(BATCH, (MAX_BATCH,))[-1]
@@ -66,7 +68,7 @@ class Lanes:
                 "build the engines with a larger --max-batch"
             )
         self._clock, self._variants = clock, _variants(bundle, sizes)
-        self._plans = _plans(self._variants)
+        self._plans, self._cannot = _plans(self._variants, starts)
         self._device = next(iter(bundle.engines.values())).device.for_session()
         self._ports = Ports((call for plan in self._plans.values() for call in plan.calls), buckets, self._device)
         self._memory, self._free = LaneMemory(self._plans, lanes, self._device), list(range(lanes))
@@ -90,9 +92,9 @@ class Lanes:
         """Requests in lanes."""
         return len(self._roster.running)
 
-    def kind(self, level: str | None = None, *, steps: int | None = None, size: str | None = None) -> Kind:
+    def kind(self, level: str | None = None, *, steps: int | None = None, size: str | None = None, start: int = 0) -> Kind:
         """What a request is to the policy and to the simulator: its stages, with the costs that were measured here."""
-        return self._kinds[self._key(level, steps, size)]
+        return self._kinds[self._key(level, steps, size, start)]
 
     def submit(
         self,
@@ -103,21 +105,25 @@ class Lanes:
         level: str | None = None,
         steps: int | None = None,
         size: str | None = None,
+        start: int = 0,
         deadline: float | None = None,
     ) -> Ticket:
         """Take a request of one sample: conditions [1, …], and noise [1, …] or a ``seed``; numpy arrays, which are copied.
 
+        ``start``: the step it begins at, one of the ``starts``, with latents of its noise level in the place of noise.
         ``deadline``: seconds from now within which it is to be done.
 
         Raises:
             InputError: it does not fit, or there is no such level, size or number of steps.
             DeadlineError: it cannot be done in time, or only if others that were taken are late.
         """
-        key = self._key(level, steps, size)
+        key = self._key(level, steps, size, start)
         plan = self._plans[key]
-        start = plan.noise(noise, seed)
+        if start and seed is not None:
+            raise InputError(f"start is {start}, and no seed stands for latents of that noise level: give them as noise")
+        latents = plan.noise(noise, seed)
         plan.check(conditions)
-        return self._take(key, {name: value.copy() for name, value in conditions.items()}, start, deadline)
+        return self._take(key, {name: value.copy() for name, value in conditions.items()}, latents, deadline)
 
     def _take(self, key: Key, conditions: Mapping[str, Array], noise: Array, deadline: float | None = None) -> Ticket:
         plan = self._plans[key]
@@ -133,11 +139,16 @@ class Lanes:
             self._changed.notify_all()
         return ticket
 
-    def _key(self, level: str | None, steps: int | None, size: str | None) -> Key:
+    def _key(self, level: str | None, steps: int | None, size: str | None, start: int) -> Key:
         place = 0
         if (size, steps) != (None, None):
             place = find_variant([one.manifest.variants[0] for one in self._variants], size, steps)
-        return place, self._variants[place].check_level(level)
+        key = place, self._variants[place].check_level(level), start
+        if key in self._cannot:
+            raise InputError(str(self._cannot[key]))
+        if key not in self._plans:
+            raise InputError(f"start is {start}, which these lanes were not made for: name it in Lanes(…, starts=[…])")
+        return key
 
     def _prepare(self, costs: Costs | None) -> None:
         """Make every call once on empty lanes, so that nothing is left that happens only the first time; measure."""
@@ -311,15 +322,20 @@ def _variants(bundle: LoadedBundle, sizes: Sequence[str] | None) -> tuple[Loaded
     return tuple(bundle if at == (own.size, own.steps) else bundle.at(*at) for at in known)
 
 
-def _plans(variants: Sequence[LoadedBundle]) -> dict[Key, LanePlan]:
-    """The plan of every level of each, by the variant's place and the level; calls of one size meet at one port."""
+def _plans(variants: Sequence[LoadedBundle], starts: Sequence[int]) -> tuple[dict[Key, LanePlan], dict[Key, InputError]]:
+    """The plan of every level of each from each start, or why it cannot begin there; calls of one size meet at one port."""
     ports: dict[str, Port] = {}
-    several = len({one.target.size for one in variants}) > 1 if len(variants) > 1 else False
-    return {
-        (place, level): LanePlan.of(one, level, f"{one.target.size}/" if several else "", ports)
-        for place, one in enumerate(variants)
-        for level in one.programs
-    }
+    plans, cannot = dict[Key, LanePlan](), dict[Key, InputError]()
+    several = len(variants) > 1 and len({one.target.size for one in variants}) > 1
+    for place, one in enumerate(variants):
+        for level, start in itertools.product(one.programs, dict.fromkeys((0, *starts))):
+            try:
+                plans[place, level, start] = LanePlan.of(one, level, start, f"{one.target.size}/" if several else "", ports)
+            except InputError as error:
+                if not start:
+                    raise
+                cannot[place, level, start] = error  # for those who ask for it
+    return plans, cannot
 
 
 def check_deadline(roster: Roster, job: Job, now: float) -> None:

@@ -133,10 +133,10 @@ class LoadedBundle:
             if start:
                 raise InputError(f"start is {start}, but a sampler outside says where it begins: call begin(first={start})")
             return Stepper(bundle.engines, program, bundle.io, batch=batch)
-        return Session(bundle.engines, bundle._begun(program, start), bundle.io, batch=batch)
+        return Session(bundle.engines, bundle.begun(program, start), bundle.io, batch=batch)
 
-    def _begun(self, program: Program, start: int) -> Program:
-        """A program from step ``start`` on."""
+    def begun(self, program: Program, start: int) -> Program:
+        """A program of this bundle from step ``start`` on. Raises ``InputError`` if it cannot begin there."""
         if not start:
             return program
         uncached = self.programs[UNCACHED]

@@ -107,6 +107,24 @@ def test_neighbours_change_no_bit_in_one_bucket(cut):
         np.testing.assert_array_equal(result, results[0])
 
 
+def test_requests_may_begin_later():
+    bundle = load("hidden")
+    lanes = Lanes(bundle, starts=(3, 5), policy=Policy("fifo", 4))
+    wheres = [("default", 3), (UNCACHED, 5), ("default", 0)]
+    tickets = [lanes.submit(prompt(1), noise=noise(1), level=level, start=start) for level, start in wheres]
+    assert lanes.tick().rows == 3
+    lanes.run_until_idle()
+    for (level, start), ticket in zip(wheres, tickets, strict=True):
+        wanted = bundle.session(level=level, start=start).run(prompt(1), noise(1))
+        np.testing.assert_allclose(ticket.result(0), wanted, atol=1e-6)
+    with pytest.raises(InputError, match="start is 3, and no seed stands for latents of that noise level"):
+        lanes.submit(prompt(1), seed=1, start=3)
+    with pytest.raises(InputError, match="start is 4, which these lanes were not made for"):
+        lanes.submit(prompt(1), seed=1, start=4)
+    with pytest.raises(InputError, match="begins at step 9; this program has steps 0 to 7"):
+        Lanes(bundle, starts=(9,)).submit(prompt(1), noise=noise(1), start=9)
+
+
 def test_requests_come_and_go_at_any_tick():
     lanes = Lanes(load("hidden"), lanes=2, policy=Policy("fifo", 4))
     first = lanes.submit(prompt(1), seed=1)
