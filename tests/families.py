@@ -324,38 +324,31 @@ def _hunyuan_video_15() -> Any:
     )
 
 
-def _wan_transformer(channels: int = 16) -> Any:
+def _wan_transformer(channels: int = 16, reference: int = 0, **other: Any) -> Any:
     return diffusers.WanTransformer3DModel(
         num_attention_heads=HEADS,
         attention_head_dim=HEAD,
-        in_channels=channels,
+        in_channels=channels + reference,
         out_channels=channels,
         text_dim=WIDTH,
         freq_dim=WIDTH,
         ffn_dim=2 * WIDTH,
         num_layers=2,
+        **other,
     )
+
+
+def _wan_scheduler() -> Any:
+    return diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
 
 
 def _wan_image() -> Any:
     """Picture to video, which CLIP sees, too."""
-    transformer = diffusers.WanTransformer3DModel(
-        num_attention_heads=HEADS,
-        attention_head_dim=HEAD,
-        in_channels=36,
-        out_channels=16,
-        text_dim=WIDTH,
-        freq_dim=WIDTH,
-        ffn_dim=2 * WIDTH,
-        num_layers=2,
-        image_dim=WIDTH,
-        added_kv_proj_dim=HEADS * HEAD,
-    )
     seen = {"hidden_size": WIDTH, "intermediate_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": HEADS}
     return assemble(
         diffusers.WanImageToVideoPipeline,
-        transformer=transformer,
-        scheduler=diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+        transformer=_wan_transformer(reference=20, image_dim=WIDTH, added_kv_proj_dim=HEADS * HEAD),
+        scheduler=_wan_scheduler(),
         vae=_video_vae(diffusers.AutoencoderKLWan),
         text_encoder=_t5("UMT5"),
         tokenizer=make_tokenizer(ends=True),
@@ -385,11 +378,10 @@ def _wan_5b_vae() -> Any:
 
 def _wan(*, experts: int = 1, told_by_token: bool = False) -> Any:
     second = {"transformer_2": _wan_transformer(), "boundary_ratio": 0.875} if experts == 2 else {}
-    scheduler = diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
     return assemble(
         diffusers.WanPipeline,
         transformer=_wan_transformer(48 if told_by_token else 16),
-        scheduler=scheduler,
+        scheduler=_wan_scheduler(),
         vae=_wan_5b_vae() if told_by_token else _video_vae(diffusers.AutoencoderKLWan),
         text_encoder=_t5("UMT5"),
         tokenizer=make_tokenizer(ends=True),

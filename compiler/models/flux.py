@@ -13,7 +13,7 @@ import torch
 
 from cachec.compiler.models.base import Settings
 from cachec.compiler.models.lost_text import Reader
-from cachec.compiler.models.pictured_prompts import read_pictured
+from cachec.compiler.models.pictured_prompts import on_pictures_of, read_pictured
 from cachec.compiler.models.pipeline_model import PipelineModel
 from cachec.runtime.model_io import ModelIO
 
@@ -91,6 +91,10 @@ class FluxKontextModel(_Flux):
         self._load("vae")
         texts, pictures = read_pictured(prompts, settings.width, settings.height)
         return {"prompt": texts, "image": pictures}
+
+    def opposed(self, prompts: Sequence[str], negatives: Sequence[str] | None) -> Sequence[str]:
+        """The pipeline shows the picture to both branches."""
+        return on_pictures_of(prompts, super().opposed(prompts, negatives))
 
     def state(self, given: Mapping[str, Any]) -> torch.Tensor:
         return super().state(given)[:, : _image_tokens(given)]

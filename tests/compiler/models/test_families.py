@@ -24,6 +24,7 @@ VIDEO = {"frames": 5}
 OTHERS = {
     "dit": {"height": 64, "width": 64, "text_tokens": 1},
     "flux": {"true_cfg_scale": 2.0},
+    "flux-kontext": {"true_cfg_scale": 2.0},
     "flux-2": {"text_tokens": 96},
     "flux-2-klein": {"text_tokens": 48},
     "hunyuan-video": VIDEO,
