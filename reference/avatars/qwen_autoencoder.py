@@ -27,9 +27,9 @@ from reference.avatars.render import SIDE
 
 
 def build_autoencoder() -> AutoencoderKLQwenImage:
-    """4.1 M parameters; latents are normalised as they are."""
+    """2.9 M parameters; latents are normalised as they are."""
     return AutoencoderKLQwenImage(
-        base_dim=12,
+        base_dim=10,
         dim_mult=[1, 2, 4, 8],
         num_res_blocks=1,
         temperal_downsample=[False] * 3,

@@ -3,6 +3,7 @@
 HunyuanVideo takes its guidance scale as an input, so guidance is distilled at the end, as it is for tiny-flux.
 """
 
+import math
 from pathlib import Path
 
 import click
@@ -23,7 +24,7 @@ from reference.text import WIDTH, build_clip
 
 LATENT_SHAPE = (CHANNELS, 1 + (FRAMES - 1) // 4, CLIP_SIDE // 8, CLIP_SIDE // 8)
 CLIP_TOKENS = 77  # the pipeline always pads to it
-SHIFT = 1.0  # the mu of the sampler: log of the pipeline's shift
+SHIFT = math.log(3.0)  # the mu of the sampler: log of the shift that its pipeline has
 SHOWN = 8
 
 
