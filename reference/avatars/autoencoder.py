@@ -165,11 +165,13 @@ def main(out: Path, steps: int, batch: int, threads: int) -> None:
         mse = np.square((again.astype(np.float32) - shown) / 255).mean((1, 2, 3))
         return {"held_out_psnr": float(np.mean(-10 * np.log10(mse)))}
 
-    loop.Training("autoencoder", out, steps, trainer.parts, trainer.update, watch, seed=1, watch_seconds=400).run()
+    training = loop.Training("autoencoder", out, steps, trainer.parts, trainer.update, watch, seed=1, watch_seconds=400)
+    if not training.run() and (out / "vae").exists():
+        return
     with torch.no_grad():
         z = trainer.vae.encode(to_input(read("pictures", out)[0][:256])).latent_dist.mode()
     trainer.vae.register_to_config(scaling_factor=1 / z.std().item(), shift_factor=z.mean().item())
-    trainer.vae.save_pretrained(out / "vae")
+    loop.replace_network(trainer.vae, out / "vae")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -35,6 +36,12 @@ class Average:
         decay = min(self.decay, (step + 1) / (step + 10))
         for mean, parameter in zip(self.network.parameters(), self.live.parameters(), strict=True):
             mean.lerp_(parameter.detach(), 1 - decay)
+
+
+def replace_network(network: Any, to: Path) -> None:
+    """Save ``network`` (of diffusers) in the folder ``to``; what was cached there belonged to the one before and goes."""
+    shutil.rmtree(to, ignore_errors=True)
+    network.save_pretrained(to)
 
 
 def write(path: Path, state: Any) -> None:
@@ -82,8 +89,8 @@ class Training:
         with (self.folder / f"{self.name}.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
 
-    def run(self) -> None:
-        """Go on to the last update; saves every five minutes and at the end."""
+    def run(self) -> int:
+        """Go on to the last update; saves every five minutes and at the end. Returns the updates done by this run."""
         self.folder.mkdir(parents=True, exist_ok=True)
         done = self.resume()
         torch.manual_seed(self.seed + done)
@@ -104,6 +111,7 @@ class Training:
                 self.log({"step": step + 1, **self.watch(step + 1)})
                 watched = reported = time.monotonic()
                 losses = []
+        return max(self.steps - done, 0)
 
 
 def options(command: Callable[..., None]) -> Callable[..., None]:

@@ -100,14 +100,16 @@ def main(out: Path, steps: int, batch: int, threads: int) -> None:
         mse = np.square((found.astype(np.float32) - shown) / 255).mean((1, 2, 3, 4))
         return {"held_out_psnr": float(np.mean(-10 * np.log10(mse)))}
 
-    loop.Training("autoencoder-video", out, steps, trainer.parts, trainer.update, watch, seed=7).run()
+    training = loop.Training("autoencoder-video", out, steps, trainer.parts, trainer.update, watch, seed=7)
+    if not training.run() and (out / "vae-video").exists():
+        return
     with torch.no_grad():
         z = trainer.vae.encode(to_video(clips[:32])).latent_dist.mode()
     # This class has no shift: the last of the encoder's layers and the first of the decoder's take it.
     trainer.vae.quant_conv.bias.data[:CHANNELS] -= z.mean()
     trainer.vae.post_quant_conv.bias.data += trainer.vae.post_quant_conv.weight.data.sum((1, 2, 3, 4)) * z.mean()
     trainer.vae.register_to_config(scaling_factor=1 / z.std().item())
-    trainer.vae.save_pretrained(out / "vae-video")
+    loop.replace_network(trainer.vae, out / "vae-video")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ def test_a_run_that_was_stopped_goes_on_from_its_checkpoint(tmp_path, monkeypatc
         training(tmp_path, 10, fail_at=7).run()
     again = training(tmp_path, 10)
     assert again.resume() == 7
-    again.run()
+    assert again.run() == 3
     assert again.parts["weight"].weight.item() == 10
     lines = [json.loads(line) for line in (tmp_path / "toy.jsonl").read_text().splitlines()]
     assert lines[-2]["step"] == 10
@@ -36,8 +36,20 @@ def test_a_run_that_was_stopped_goes_on_from_its_checkpoint(tmp_path, monkeypatc
 
 
 def test_a_finished_run_does_nothing(tmp_path):
-    training(tmp_path, 3).run()
-    training(tmp_path, 3, fail_at=0).run()
+    assert training(tmp_path, 3).run() == 3
+    assert training(tmp_path, 3, fail_at=0).run() == 0
+
+
+def test_a_new_network_takes_the_old_ones_cache_with_it(tmp_path):
+    class Network:
+        def save_pretrained(self, to):
+            to.mkdir()
+            (to / "weights").write_text("new")
+
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "latents.f16").write_text("old")
+    loop.replace_network(Network(), tmp_path / "vae")
+    assert [file.name for file in (tmp_path / "vae").iterdir()] == ["weights"]
 
 
 def test_a_checkpoint_is_whole_or_the_old_one(tmp_path, monkeypatch):
