@@ -5,7 +5,7 @@ READY := $(VENV)/.ready
 BUILD := reference/build
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo test test-slow models models-full check types wheel eval quality bench engines sizes fits gpu reference avatars clean
+.PHONY: help demo test test-slow models models-full check types wheel eval quality bench engines sizes static fits gpu reference avatars clean
 
 help:  ## Say what can be made
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -73,6 +73,9 @@ engines: $(READY)  ## Engines of TensorRT for RTX and errors of low precision: b
 
 sizes: $(READY)  ## Compile models of FLUX.1-dev's width and depth: bench/SIZES.md (50 GB of disk, half an hour)
 	$(BIN)/python -m bench.sizes
+
+static: $(READY)  ## What engines for one size gain over one set for all: the end of bench/SIZES.md (five minutes)
+	$(BIN)/python -m bench.static
 
 fits: $(READY)  ## What calibration and training cost, and LESA from some of the tokens: bench/FITS.md (ten minutes)
 	$(BIN)/python -m bench.fits

@@ -61,7 +61,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     titles = ["family", "pipeline", *checks, "full size planned", "trained quality", "real weights seen"]
     lines = [f"| {' | '.join(titles)} |", f"|{'---|' * len(titles)}"]
     for row in rows:
-        cells = [f"{'yes' if one['passed'] else 'no'}: {one['said']}" for one in row["checks"].values()]
+        words = {True: "yes", False: "no", None: "–"}
+        cells = [f"{words[one['passed']]}: {one['said']}" for one in row["checks"].values()]
         full = planned.get(SHORT.get(row["family"], row["family"]))
         cells += ["no" if full is None else f"{full['parameters'] / 1e9:.2f} B", TRAINED.get(row["family"], "no"), "no"]
         lines.append(f"| {row['family']} | `{row['pipeline']}` | {' | '.join(cell.replace('|', '/') for cell in cells)} |")

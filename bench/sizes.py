@@ -23,6 +23,7 @@ import click
 import numpy as np
 
 from bench.random_flux import write_flux
+from bench.static import BEGIN
 
 HERE = Path(__file__).parent
 BASE = {"method": "taylor", "interval": 5, "steps": 28, "targets": ("ort",)}
@@ -170,7 +171,9 @@ def main(only: Sequence[str], work: Path | None, out: Path) -> None:
     shown = [by_name[row.name] for row in ROWS if row.name in by_name]
     fitted = law(shown, ROWS)
     out.write_text(json.dumps({"law": fitted, "rows": [asdict(one) for one in shown]}, indent=1) + "\n")
-    out.with_name("SIZES.md").write_text(markdown(shown, fitted))
+    page = out.with_name("SIZES.md")
+    others = "".join(page.read_text(encoding="utf-8").partition(BEGIN)[1:]) if page.exists() else ""  # of bench.static
+    page.write_text("\n".join(filter(None, (markdown(shown, fitted), others))))
 
 
 if __name__ == "__main__":

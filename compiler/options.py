@@ -145,6 +145,7 @@ class BuildWish:
         "auto: build and time all that run on the device, and keep the fastest.",
         "--target", "--backend",
     )  # fmt: skip
+    static: bool = option(False, "A set of engines for each size, where one could serve all.")
     device: str | None = option(
         None, "cpu, cuda or cuda:1: run the model and measure there, aoti builds for it; default cpu, or cuda for its targets.",
         also=("train", "calibrate"),

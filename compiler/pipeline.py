@@ -17,6 +17,7 @@ from cachec.compiler.graphs.build_engines import (
     warn_unless_any_runs,
 )
 from cachec.compiler.graphs.costs import hoisting_facts, memory_facts
+from cachec.compiler.graphs.engine_sets import choose_sets
 from cachec.compiler.handed import handed_facts, pipeline_facts
 from cachec.compiler.late_targets import add_late_targets
 from cachec.compiler.manifest import make_manifest, varying_settings
@@ -128,14 +129,14 @@ def _compile(
         if not trains:
             _tell_costs(model, request, graphs[request.settings.size], writer)
         clock.lap()
-        plans = {
-            some[0].request.settings.shape_bucket: make_plans(model, some[0].request.settings, graphs[size])
-            for size, some in by_size.items()
-        }
+        of_sizes = [some[0].request.settings for some in by_size.values()]
+        plans = [make_plans(model, settings, graphs[settings.size]) for settings in of_sizes]
+        sets = choose_sets(model, of_sizes, plans, static=request.why_static)
         clock.lap()
         unfinished = partial(unfinished_weights, model, works["weights"])
-        sources = planned_sources(plans, writer, request.settings.dtype, unfinished)
-        options, chosen = request.options_for(works["timing"], guided=model.is_guided(request.settings)), {}
+        sources = planned_sources(sets.plans, writer, request.settings.dtype, unfinished)
+        options = request.options_for(works["timing"], guided=model.is_guided(request.settings)).with_axes(sets.axes)
+        chosen = sets.facts
         if request.auto:
             targets, facts = build_fastest(request.targets, sources, writer, request.device, options, left_out)
             chosen[AUTO] = facts
@@ -144,16 +145,18 @@ def _compile(
             targets = [build(one, late=request.late) for one in sources]
         clock.lap()
         made = list[Finished]()
-        for some, of_size, built in zip(by_size.values(), sources, targets, strict=True):
+        for place, (size, some) in enumerate(by_size.items()):
+            of_size, built = sources[place % len(sources)], targets[place % len(sources)]  # one set may be for all
             with ExitStack() as stack:
                 engines = load_engines(built, of_size, writer, stack, request.device) if request.measures else {}
-                made += [finish(model, part, engines, clock) for part in some]
+                made += [finish(model, part, sets.at(size, engines), clock) for part in some]
         first, *more = (_variant(model, one, graphs[one.part.request.settings.size], writer) for one in made)
         facts = {**first.facts, "pipeline": pipeline_facts(model, request.settings, writer), **chosen}
         timing = keep_timing(writer, works["timing"])
         all_targets = [target for built in targets for target in built]
         parameters = made[0].part.parameters
-        writer.commit(make_manifest(model, request, writer, all_targets, first.programs, parameters, timing, facts, more))
+        manifest = make_manifest(model, request, writer, all_targets, first.programs, parameters, timing, facts, more)
+        writer.commit(replace(manifest, shapes=sets.shapes(writer), files=writer.files))
     return made
 
 

@@ -114,6 +114,14 @@ class Request:
         return AUTO in self.wish.build.targets
 
     @property
+    def why_static(self) -> str | None:
+        """Why there is a set of engines for each size, if that is known before there are graphs."""
+        if self.wish.build.static:
+            return "asked for"
+        bounded = [str(name) for name in self.targets if name not in self.late and get_builder(name.backend).bounded]
+        return f"{bounded[0]} builds for one size" if bounded else None
+
+    @property
     def late(self) -> tuple[TargetName, ...]:
         """Targets that are built when the bundle is there without them, for what they take is much, and may end a process."""
         if self.auto:

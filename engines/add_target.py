@@ -43,7 +43,7 @@ class BundledSources(Sources):
 
     @classmethod
     def of_all_sizes(cls, bundle: Bundle) -> "list[BundledSources]":
-        """The graphs of each size."""
+        """The graphs of each size. Those of one set are fixed at it: engines of one size are what TensorRT makes best."""
         return [cls(bundle.at(size)) for size in bundle.manifest.sizes]
 
     def programs(self) -> Mapping[str, Any]:
@@ -111,7 +111,7 @@ def add_targets(
 
 def _with_further(target: Target, bundle: Bundle) -> Target:
     """A target that has the bundle's further weights, if it takes those of the ONNX files."""
-    onnx = next(one for one in bundle.at(target.size).manifest.targets if one.backend == ONNX_TARGET.backend)
+    onnx = next(one for one in bundle.at(target.picture_sizes[0]).manifest.targets if one.backend == ONNX_TARGET.backend)
     takes = get_engine(target.backend).weights_form(target.needs) == ONNX
     return replace(target, added=onnx.added) if takes else target
 

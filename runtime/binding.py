@@ -22,6 +22,7 @@ from cachec.runtime.plan import (
     part_of,
     slots_name,
 )
+from cachec.runtime.plan_buffers import tables_of
 from cachec.runtime.planner import plan_binding
 from cachec.runtime.program import Program
 from cachec.runtime.specs import Array, TensorSpec
@@ -78,7 +79,7 @@ class Binding:
         if program.key.batch not in (None, batch):
             raise InputError(f"batch is {batch}; this bundle was compiled for batches of {program.key.batch}")
         signatures = {name: engine.signature for name, engine in engines.items()}
-        self._plan = partial(plan_binding, signatures, io=io, batch=batch, for_sampler=for_sampler)
+        self._plan = partial(plan_binding, signatures, io=io, batch=batch, for_sampler=for_sampler, tables=tables_of(engines))
         plan = self._plan(program)
         self.device = next(iter(engines.values())).device.for_session()
         self._contexts = {name: engine.context(self.device) for name, engine in engines.items()}

@@ -65,6 +65,13 @@ class BuildOptions:
         if self.workspace is not None and self.workspace < 1:
             raise InputError(f"the workspace is {self.workspace} bytes; it must be above 0")
 
+    def with_axes(self, axes: Mapping[str, Mapping[str, int]]) -> "BuildOptions":
+        """For engines that are for several sizes of pictures, by which so long axes are; they are timed at the first."""
+        names = {name: None for lengths in axes.values() for name in lengths}
+        several = {name: [lengths[name] for lengths in axes.values()] for name in names}
+        own = {name: SizeRange(min(lengths), lengths[0], max(lengths)) for name, lengths in several.items()}
+        return replace(self, sizes={**self.sizes, **own})
+
     def given(self) -> set[str]:
         """Names of the options in ``WORDS`` that are not as they are by default."""
         return {name for name in WORDS if getattr(self, name) != getattr(DEFAULTS, name)}

@@ -15,20 +15,21 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from cachec.runtime.errors import BundleError, InputError, OutputError, in_one_line, shortened, unknown_name
-from cachec.runtime.files import cache_folder, hash_file, reason_of, write_file
+from cachec.runtime.checked_files import check_file
+from cachec.runtime.errors import BundleError, InputError, in_one_line, shortened, unknown_name
+from cachec.runtime.files import reason_of
 from cachec.runtime.forms import ANY, Form, check_form
 from cachec.runtime.program import Program
-from cachec.runtime.specs import Signature
+from cachec.runtime.specs import Array, Signature
 from cachec.runtime.variants import Variant, find_variant
 
 log = logging.getLogger(__name__)
 
 FORMAT = "cachec-bundle"
-FORMAT_VERSION = 8  # 8: LoRAs, and further weights; a true guidance scale beside an embedded one
+FORMAT_VERSION = 8  # 8: LoRAs, further weights, one set of engines for several sizes, a true guidance scale
 MANIFEST = "manifest.json"
+SEVERAL = "+"  # between the sizes of pictures that engines are for
 ANY_DEVICE = "any"  # of a target whose artifacts are bound to no device
-LARGE_FILE_BYTES = 64 * 2**20  # files above are hashed once per machine, then known by size and time
 
 
 _TENSORS = [{"name": str, "shape": [], "dtype": str}]
@@ -52,6 +53,7 @@ _FORM: Form = {  # of a manifest
     ],
     "programs": _PROGRAMS,
     "weights?": {ANY: {"weights_sha256": str, "file": str, "loras": [_LORA], "samples": {ANY: str}}},
+    "shapes?": {ANY: {"axes": {ANY: int}, "tables?": str}},
     "more?": [{"settings": {"width": int, "height": int, "steps": int}, "programs": _PROGRAMS, "facts": {}}],
     "files": {ANY: {"bytes": int, "sha256": str}},
     "facts?": {},
@@ -103,9 +105,15 @@ class Target:
         return f"{self.backend} {self.version}, {self.os}, {device}{gpus}, {self.precision}"
 
     @property
-    def size(self) -> str:
-        """Width and height, and of a video the number of frames: ``832x480x81``."""
-        return self.shape_bucket.split(",")[0]
+    def picture_sizes(self) -> tuple[str, ...]:
+        """Width and height, and of a video the number of frames, ``832x480x81``; of all sizes that the engines are for."""
+        return tuple(self.shape_bucket.split(",")[0].split(SEVERAL))
+
+    def at(self, size: str, axes: Mapping[str, int]) -> "Target":
+        """As it is for one of its sizes, at which axes of a name are so long."""
+        engines = {name: Artifact(one.path, one.signature.at(axes)) for name, one in self.engines.items()}
+        _, comma, rest = self.shape_bucket.partition(",")
+        return replace(self, shape_bucket=f"{size}{comma}{rest}", engines=engines)
 
     def is_like(self, other: "Target") -> bool:
         """Do both run in the same places, so that one replaces the other?"""
@@ -136,7 +144,8 @@ class Manifest:
     files, ``files`` maps each file to its size in bytes and SHA-256. ``weights`` are further ones for the same graphs, by name:
     what is fused in them, and what pipelines are compared with. ``timing`` names files with kernel timings, which make
     the next build quicker. All of it is of the bundle's first size and number of steps; ``more`` says what differs for each of
-    the others, and there are targets for each size.
+    the others. There are targets for each size; or one set of engines serves all, and ``shapes`` says of each how long its
+    ``axes`` are, and which file has the ``tables`` that engines read.
     """
 
     model: Mapping[str, Any]
@@ -150,6 +159,7 @@ class Manifest:
     facts: Mapping[str, Any] = field(default_factory=dict)
     timing: Mapping[str, str] = field(default_factory=dict)
     weights: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    shapes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     more: tuple[Variant, ...] = ()
 
     @property
@@ -174,9 +184,11 @@ class Manifest:
         if size is None and steps is None and not self.more:
             return self
         one = self.variants[find_variant(self.variants, size, steps)]
-        targets = tuple(target for target in self.targets if target.size == one.size)
+        shapes = {size: shape for size, shape in self.shapes.items() if size == one.size}
+        axes = shapes[one.size]["axes"] if shapes else {}
+        targets = tuple(target.at(one.size, axes) for target in self.targets if one.size in target.picture_sizes)
         settings, facts = {**self.settings, **one.settings}, {**self.facts, **one.facts}
-        return replace(self, settings=settings, programs=one.programs, facts=facts, targets=targets, more=())
+        return replace(self, settings=settings, programs=one.programs, facts=facts, targets=targets, shapes=shapes, more=())
 
     def with_weights(self, name: str) -> "Manifest":
         """As if the bundle had been compiled with its further weights ``name``; targets that have not got them are left out.
@@ -260,7 +272,7 @@ class Bundle:
         """
         bundle = cls(root, cls.read_manifest(root))
         for name, entry in bundle.manifest.files.items():
-            _check_file(bundle.path(name), entry, verify=verify)
+            check_file(bundle.path(name), entry, verify=verify)
         return bundle
 
     def at(self, size: str | None = None, steps: int | None = None) -> "Bundle":
@@ -294,6 +306,11 @@ class Bundle:
             raise BundleError(f"the program of level {shortened(level)} cannot be read: {reason_of(error)}") from error
         return Program.from_json(data, arrays)
 
+    def tables(self) -> dict[str, Array]:
+        """What engines for several sizes read at the bundle's own; bfloat16 as its bits, in uint16."""
+        files = [shape["tables"] for shape in self.manifest.shapes.values() if "tables" in shape]
+        return {name: table for file in files for name, table in _read_arrays(self.path(file)).items()}
+
     @property
     def target(self) -> Target:
         """The first target. All of a size have the same graphs, so that names and shapes can be read off any."""
@@ -303,6 +320,13 @@ class Bundle:
     def read_manifest(root: Path) -> Manifest:
         """The manifest alone; its files are not looked at."""
         return _read_manifest(root)
+
+
+def _read_arrays(path: Path) -> dict[str, Array]:
+    try:
+        return load_file(path)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise BundleError(f"{in_one_line(path, 300)} cannot be read: {reason_of(error)}") from error
 
 
 def is_inside(name: str) -> bool:
@@ -326,62 +350,3 @@ def _read_manifest(root: Path) -> Manifest:
         raise BundleError(f"{path} cannot be read: {reason_of(error)}") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BundleError(f"{path} does not read as a manifest ({in_one_line(error)}): compile the bundle again") from error
-
-
-def _check_file(path: Path, entry: Mapping[str, Any], *, verify: bool) -> None:
-    shown = in_one_line(path, 300)
-    try:
-        stat, known_as = path.stat(), _memory_key(path)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise BundleError(f"{shown} is missing from the bundle: copy the whole directory, or compile it again") from error
-    except (OSError, ValueError) as error:  # a name that no file can have, a loop of links, no permission
-        raise BundleError(f"{shown} cannot be read: {reason_of(error)}") from error
-    if stat.st_size != entry["bytes"]:
-        says = shortened(entry["bytes"])
-        raise BundleError(f"{shown} has {stat.st_size} bytes, the manifest says {says}: the copy is incomplete")
-    remembered = stat.st_size > LARGE_FILE_BYTES and not verify
-    if remembered and _known_hashes().get(known_as) == entry["sha256"]:
-        return
-    if _hash_bundled(path) != entry["sha256"]:
-        raise BundleError(f"{shown} does not match its SHA-256: it was altered or damaged. Compile the bundle again")
-    if stat.st_size > LARGE_FILE_BYTES:
-        _remember(known_as, entry["sha256"])
-
-
-def _hash_bundled(path: Path) -> str:
-    try:
-        return hash_file(path)
-    except OSError as error:
-        raise BundleError(f"{in_one_line(path, 300)} cannot be read: {reason_of(error)}") from error
-
-
-def _memory_file() -> Path:
-    return cache_folder() / "verified.json"
-
-
-def _memory_key(path: Path) -> str:
-    """What a file is known by: where it lies, behind all links, and which file that is, of which size and time."""
-    stat = path.stat()
-    return f"{path.resolve()}:{stat.st_ino}:{stat.st_size}:{stat.st_mtime_ns}"
-
-
-def _known_hashes() -> dict[str, str]:
-    """What this machine has hashed before; nothing if that cannot be read: it only saves time."""
-    try:
-        known = json.loads(_memory_file().read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return known if isinstance(known, dict) else {}
-
-
-def remember_hash(path: Path, entry: Mapping[str, Any]) -> None:
-    """A file with this ``entry`` in a manifest was hashed: if it is large, that need not be done again on this machine."""
-    if entry["bytes"] > LARGE_FILE_BYTES:
-        _remember(_memory_key(path), entry["sha256"])
-
-
-def _remember(key: str, digest: str) -> None:
-    try:
-        write_file(_memory_file(), json.dumps({**_known_hashes(), key: digest}).encode())
-    except OutputError as error:  # a read-only home: the file is hashed again next time
-        log.info("the hash of %s is not remembered: %s", key, error)

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Self
 
 from cachec.runtime.device import CPU, Buffer, Device, DeviceName
 from cachec.runtime.errors import BundleError, InputError, cannot_be_pickled
-from cachec.runtime.specs import Signature
+from cachec.runtime.specs import Array, Signature
 
 HOST = DeviceName(CPU)
 ONNX, CONSTANTS = "onnx", "constants"  # forms of other weights: an ONNX file; JSON that says where a program's constants lie
@@ -71,7 +71,10 @@ class ExecutionContext(ABC):
 
 
 class Engine(ABC):
-    """An immutable compiled graph, shared by all sessions. A context manager."""
+    """An immutable compiled graph, shared by all sessions. A context manager.
+
+    ``tables``: inputs that are the same in all calls (see :meth:`at`).
+    """
 
     name: ClassVar[str]
     needs_same_version: ClassVar[bool]  # artifacts load only in the version of the library that built them
@@ -81,6 +84,7 @@ class Engine(ABC):
         self._native: Any = native  # the library's own object
         self.signature = signature
         self.device = device
+        self.tables: Mapping[str, Array] = {}
 
     @classmethod
     @abstractmethod
@@ -122,6 +126,14 @@ class Engine(ABC):
             BundleError: a file is not an engine of this back end.
             InputError: there is no such device here, or no room on it.
         """
+
+    def at(self, signature: Signature, tables: Mapping[str, Array]) -> Self:
+        """The same engine for one of several sizes: ``signature`` has its shapes, and ``tables`` what it reads there."""
+        one = object.__new__(type(self))
+        vars(one).update(vars(self))
+        one.signature = signature
+        one.tables = {spec.name: tables[spec.name] for spec in signature.inputs if spec.name in tables}
+        return one
 
     def context(self, device: Device | None = None) -> ExecutionContext:
         """A new context for one session, whose buffers are of ``device``: the engine's own, or one made from it for a session.

@@ -24,6 +24,7 @@ def describe_bundle(bundle: Bundle, fits: Sequence[str] = ()) -> list[tuple[str,
         ("setting", f"{PictureSize.of(settings)}, {settings['text_tokens']} text tokens, guidance {settings['guidance']}, "
                     f"{settings['steps']} steps"),
         *_choices(bundle),
+        *_engine_sets(bundle),
     ]  # fmt: skip
     predictor = method["predictor"]
     if predictor is not None:
@@ -68,6 +69,17 @@ def _choices(bundle: Bundle) -> list[tuple[str, str]]:
     """What else a request may ask for, where there is a choice."""
     choices = {"sizes": bundle.manifest.sizes, "step counts": map(str, bundle.manifest.step_counts)}
     return [(name, ", ".join(texts)) for name, all_ in choices.items() if len(texts := tuple(all_)) > 1]
+
+
+def _engine_sets(bundle: Bundle) -> list[tuple[str, str]]:
+    """Of a bundle for several sizes: whether its engines are for all of them."""
+    shapes = bundle.manifest.shapes
+    if shapes:
+        axes = {axis: [str(shape["axes"][axis]) for shape in shapes.values()] for axis in next(iter(shapes.values()))["axes"]}
+        lengths = ", ".join(f"{axis} {', '.join(several)}" for axis, several in axes.items())
+        return [("engines", f"one set for all sizes{': ' if axes else ''}{lengths}")]
+    why = bundle.manifest.facts.get("engines_for_each_size")
+    return [] if why is None else [("engines", f"a set for each size: {why}")]
 
 
 def describe_all_levels(bundle: Bundle) -> list[tuple[str, str]]:

@@ -17,6 +17,7 @@ from cachec.runtime.errors import InputError
 from cachec.runtime.lane_policy import Costs, Kind, Stage
 from cachec.runtime.noise import make_noise
 from cachec.runtime.plan import BindingPlan, Layout, PlannedCall, View, condition_name, lay_out
+from cachec.runtime.plan_buffers import tables_of
 from cachec.runtime.planner import plan_binding
 from cachec.runtime.session import LoadedBundle
 from cachec.runtime.specs import Array, TensorSpec
@@ -85,7 +86,7 @@ class LanePlan:
         if program.key.batch not in (None, 1):
             raise InputError(f"this bundle was compiled for batches of {program.key.batch}: lanes take requests of one sample")
         signatures = {name: engine.signature for name, engine in bundle.engines.items()}
-        plan = plan_binding(signatures, program, bundle.io, batch=1)
+        plan = plan_binding(signatures, program, bundle.io, batch=1, tables=tables_of(bundle.engines))
         computing = {one.graph for one in program.instructions if one.computes}
         made = []
         for planned in (*(() if plan.prologue is None else (plan.prologue,)), *plan.operations):

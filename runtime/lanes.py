@@ -326,11 +326,12 @@ def _plans(variants: Sequence[LoadedBundle], starts: Sequence[int]) -> tuple[dic
     """The plan of every level of each from each start, or why it cannot begin there; calls of one size meet at one port."""
     ports: dict[str, Port] = {}
     plans, cannot = dict[Key, LanePlan](), dict[Key, InputError]()
-    several = len(variants) > 1 and len({one.target.size for one in variants}) > 1
+    several = len(variants) > 1 and len({one.target.picture_sizes for one in variants}) > 1
     for place, one in enumerate(variants):
+        apart = f"{one.target.picture_sizes[0]}/" if several else ""
         for level, start in itertools.product(one.programs, dict.fromkeys((0, *starts))):
             try:
-                plans[place, level, start] = LanePlan.of(one, level, start, f"{one.target.size}/" if several else "", ports)
+                plans[place, level, start] = LanePlan.of(one, level, start, apart, ports)
             except InputError as error:
                 if not start:
                     raise

@@ -9,6 +9,7 @@ from math import prod
 
 import numpy as np
 
+from cachec.runtime.abi import FORECASTS
 from cachec.runtime.device import ALIGNMENT, Buffer
 from cachec.runtime.errors import InputError
 from cachec.runtime.specs import Array, TensorSpec, itemsize
@@ -22,6 +23,16 @@ def condition_name(name: str) -> str:
     return f"condition/{name}"
 
 
+def is_run(spec: TensorSpec) -> bool:
+    """Does it have a row for each of several steps?"""
+    return spec.shape[:1] == (FORECASTS,)
+
+
+def no_velocities(who: str) -> InputError:
+    """An error for engines that hand out none."""
+    return InputError(f"{who} velocities, which these engines keep to themselves: compile the bundle without --no-velocities")
+
+
 def slots_name(kind: str) -> str:
     """Name of the buffer that holds all slots of a kind."""
     return f"slots/{kind}"
@@ -29,7 +40,7 @@ def slots_name(kind: str) -> str:
 
 @dataclass(frozen=True, eq=False)
 class PlannedBuffer:
-    """A C-contiguous buffer; ``value`` is what it holds for good, if it is a constant of the program.
+    """A C-contiguous buffer; ``value`` is what it holds for good, if it is a constant; of bfloat16 the bits, in uint16.
 
     ``same_as``: it is the memory of another one, seen in another shape.
     """
@@ -176,7 +187,7 @@ def constant_data(plan: BindingPlan, layout: Layout) -> Array:
     for buffer in plan.buffers.values():
         if buffer.value is not None:
             begin = layout.offsets[buffer.name]
-            data[begin : begin + buffer.nbytes].view(buffer.dtype).reshape(buffer.shape)[...] = buffer.value
+            data[begin : begin + buffer.nbytes].view(buffer.value.dtype).reshape(buffer.shape)[...] = buffer.value
     return data
 
 

@@ -3,11 +3,22 @@
 ``B`` batch. A guided request runs the model on ``2 B`` rows: those of the negative branch, then those of the positive one.
 """
 
+from collections.abc import Mapping
 from math import prod
 
 from cachec.runtime.abi import ADVANCE, BATCH, COMPUTE, GUIDE
+from cachec.runtime.engine import Engine
 from cachec.runtime.plan import PlannedBuffer, View
 from cachec.runtime.specs import Array, TensorSpec
+
+
+def tables_of(engines: Mapping[str, Engine]) -> dict[str, PlannedBuffer]:
+    """What engines read at all calls, by input."""
+    return {
+        name: PlannedBuffer(f"table/{name}", table.shape, engine.signature.input(name).dtype, table)
+        for engine in engines.values()
+        for name, table in engine.tables.items()
+    }
 
 
 class PlannedBuffers:
@@ -23,6 +34,11 @@ class PlannedBuffers:
     ) -> View:
         self.found[name] = PlannedBuffer(name, shape, dtype, value, same_as)
         return View(name)
+
+    def take(self, buffer: PlannedBuffer) -> View:
+        """One that was planned before."""
+        self.found[buffer.name] = buffer
+        return View(buffer.name)
 
     def add_like(self, name: str, spec: TensorSpec, **sizes: int) -> View:
         """One that holds what a graph which runs the model takes or gives."""

@@ -42,7 +42,7 @@ from cachec.runtime.abi import (
     steps_of,
     timesteps_of,
 )
-from cachec.runtime.errors import BundleError, InputError
+from cachec.runtime.errors import BundleError
 from cachec.runtime.instructions import Instruction
 from cachec.runtime.model_io import ModelIO
 from cachec.runtime.plan import (
@@ -51,10 +51,13 @@ from cachec.runtime.plan import (
     VELOCITY_BUFFER,
     BindingPlan,
     PlannedAside,
+    PlannedBuffer,
     PlannedCall,
     Slot,
     View,
     condition_name,
+    is_run,
+    no_velocities,
     slots_name,
 )
 from cachec.runtime.plan_buffers import PlannedBuffers
@@ -70,9 +73,12 @@ DTYPE_NAMES = {np.dtype(name): name for name in ("float32", "int64")}  # of cons
 
 
 def plan_binding(
-    signatures: Mapping[str, Signature], program: Program, io: ModelIO, *, batch: int, for_sampler: bool = False
-) -> BindingPlan:
+    signatures: Mapping[str, Signature], program: Program, io: ModelIO, *, batch: int, for_sampler: bool = False,
+    tables: Mapping[str, PlannedBuffer] | None = None,
+) -> BindingPlan:  # fmt: skip
     """The plan of a session. ``for_sampler``: every step leaves a velocity, and the latents come from outside.
+
+    ``tables``: inputs that are the same in all calls.
 
     Raises:
         BundleError: the program needs an engine, or an engine an input, that there is not.
@@ -80,18 +86,20 @@ def plan_binding(
     """
     if for_sampler:
         program.check_both_branches()
-    return _Planner(signatures, program, io, batch, for_sampler).plan()
+    return _Planner(signatures, program, io, batch, for_sampler, tables or {}).plan()
 
 
 class _Planner:
     """Buffers and calls found so far."""
 
     def __init__(
-        self, signatures: Mapping[str, Signature], program: Program, io: ModelIO, batch: int, for_sampler: bool
-    ) -> None:
+        self, signatures: Mapping[str, Signature], program: Program, io: ModelIO, batch: int, for_sampler: bool,
+        tables: Mapping[str, PlannedBuffer],
+    ) -> None:  # fmt: skip
         self._signatures, self._program, self._io, self._for_sampler = signatures, program, io, for_sampler
         self._batch, self._guided = batch, program.key.guided and not for_sampler
         self._space = PlannedBuffers(batch, guided=self._guided)
+        self._tables = {name: self._space.take(buffer) for name, buffer in tables.items()}
         if missing := {one.graph for one in program.instructions} - set(signatures):
             raise BundleError(f"the program needs the engine {', '.join(missing)}, which the bundle lacks: compile it again")
         self._steps = {
@@ -291,7 +299,7 @@ class _Planner:
         for spec in self._signatures[instruction.graph].inputs:
             name = hoisted_name(instruction.graph, spec.name)
             if name in self._hoisted:
-                rows = (first, first + count) if _is_run(spec) else (first, None)
+                rows = (first, first + count) if is_run(spec) else (first, None)
                 by_step = self._hoisted[name].shape[0] == steps_of(instruction.graph)
                 inputs[spec.name] = View(f"hoisted/{name}", *rows) if by_step else View(f"hoisted/{name}")
         return inputs
@@ -314,7 +322,7 @@ class _Planner:
             if spec.name in self._by_step:
                 weights = self._program.weights_of(instruction) if spec.name == COEFFICIENTS else None
                 series = self._by_step[spec.name] if weights is None else weights
-                rows = series[list(instruction.steps)] if _is_run(spec) else series[instruction.steps[0]]
+                rows = series[list(instruction.steps)] if is_run(spec) else series[instruction.steps[0]]
                 if spec.name == COEFFICIENTS:
                     rows = rows[..., : len(history)]
                 elif spec.shape[-1:] == (BATCH,):  # the same for each sample
@@ -331,7 +339,7 @@ class _Planner:
         if VELOCITY in given:
             results.setdefault(VELOCITY, View(VELOCITY_BUFFER))
         elif VELOCITY in results:
-            raise _no_velocities("latents that are moved by rows need")
+            raise no_velocities("latents that are moved by rows need")
         if self._for_sampler:
             return results
         if instruction.moves:
@@ -349,7 +357,7 @@ class _Planner:
             return (results[VELOCITY],)
         signature, steps = self._signatures[instruction.graph], instruction.steps
         if VELOCITIES not in {spec.name for spec in signature.outputs}:
-            raise _no_velocities("a sampler outside needs")
+            raise no_velocities("a sampler outside needs")
         name = f"velocities/{steps[0]}"
         results[VELOCITIES] = self._space.add_like(name, signature.output(VELOCITIES), **{FORECASTS: len(steps)})
         return tuple(View(name, row) for row in range(len(steps)))
@@ -377,24 +385,14 @@ class _Planner:
         place: str = "",
     ) -> PlannedCall:
         """A call with those of the inputs that the engine has; each constant gets a buffer of its own."""
-        known = dict(inputs)
+        known = {**self._tables, **inputs}
         wanted = [spec.name for spec in self._signatures[engine].inputs]
         for name in wanted:
             if name in constants:
                 value = constants[name]
-                known[name] = self._space.add(
-                    "/".join([place or engine, *map(str, steps[:1]), name]), value.shape, DTYPE_NAMES[value.dtype], value
-                )
+                label = "/".join([place or engine, *map(str, steps[:1]), name])
+                known[name] = self._space.add(label, value.shape, DTYPE_NAMES[value.dtype], value)
         if missing := [name for name in wanted if name not in known]:
             raise BundleError(f"the engine {engine} takes {', '.join(missing)}, which its program does not have: compile again")
         start = None if latents is None else self._space.branch(latents)
         return PlannedCall(engine, steps, {name: known[name] for name in wanted}, results, start, velocities)
-
-
-def _no_velocities(who: str) -> InputError:
-    return InputError(f"{who} velocities, which these engines keep to themselves: compile the bundle without --no-velocities")
-
-
-def _is_run(spec: TensorSpec) -> bool:
-    """Does it have a row for each of several steps?"""
-    return spec.shape[:1] == (FORECASTS,)

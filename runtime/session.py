@@ -196,7 +196,8 @@ class Origin:
     ) -> None:
         self.bundle, self._target, self._type = bundle, target, engine_type
         self._device, self._threads = device, threads
-        self._engines: dict[str, Mapping[str, Engine]] = {}
+        self._engines: dict[str, Mapping[str, Engine]] = {}  # by size
+        self._loaded: dict[frozenset[str], Mapping[str, Engine]] = {}  # by their files, which may be of several sizes
         self._lock = threading.Lock()
 
     def open(self, size: str, steps: int | None) -> LoadedBundle:
@@ -209,9 +210,9 @@ class Origin:
         bundle = self.bundle.at(size, steps)
         target = self._like(bundle)
         with self._lock:
-            if target.size not in self._engines:
-                self._engines[target.size] = self._load(target)
-            engines = self._engines[target.size]
+            if target.shape_bucket not in self._engines:
+                self._engines[target.shape_bucket] = self._of_size(bundle, target)
+            engines = self._engines[target.shape_bucket]
         programs = {level: bundle.program(level) for level in bundle.manifest.programs}
         return LoadedBundle(bundle.manifest, programs, engines, target, self)
 
@@ -222,6 +223,14 @@ class Origin:
         (one,) = bundle.manifest.variants
         raise BundleError(f"the bundle has no engines of {self._target} for the size {one.size}: compile it again")
 
+    def _of_size(self, bundle: Bundle, target: Target) -> Mapping[str, Engine]:
+        files = frozenset(artifact.path for artifact in target.engines.values())
+        loaded = self._loaded[files] = self._loaded.get(files) or self._load(target)
+        if not bundle.manifest.shapes:
+            return loaded
+        tables = bundle.tables()
+        return {name: one.at(target.engines[name].signature, tables) for name, one in loaded.items()}
+
     def _load(self, target: Target) -> Mapping[str, Engine]:
         files = {name: self.bundle.path(artifact.path) for name, artifact in target.engines.items()}
         signatures = {name: artifact.signature for name, artifact in target.engines.items()}
@@ -229,7 +238,7 @@ class Origin:
         return self._type.load(files, signatures, LoadOptions(self._device, self._threads, weights, target.needs))
 
     def close(self) -> None:
-        for engines in self._engines.values():
+        for engines in (*self._engines.values(), *self._loaded.values()):
             for engine in engines.values():
                 engine.close()
 
@@ -244,7 +253,7 @@ def load_bundle(
     steps: int | None = None,
 ) -> LoadedBundle:
     """Load the engines of one target of an opened bundle with its back end's engine class; at ``steps``, or its first."""
-    return Origin(bundle, target, engine_type, device, threads).open(target.size, steps)
+    return Origin(bundle, target, engine_type, device, threads).open(target.picture_sizes[0], steps)
 
 
 class Session:

@@ -50,12 +50,16 @@ class TensorSpec:
         dtype = str(value.dtype).removeprefix("torch.")
         if dtype != self.dtype:
             raise InputError(f"input {self.name!r} has dtype {dtype}, expected {self.dtype}: convert it first")
-        wanted = tuple((sizes or {}).get(d, d) if isinstance(d, str) else d for d in self.shape)
+        wanted = self.at(sizes or {}).shape
         fits = len(value.shape) == len(wanted) and all(
             isinstance(want, str) or want == got for want, got in zip(wanted, value.shape, strict=True)
         )
         if not fits:
             raise InputError(f"input {self.name!r} has shape {list(value.shape)}, expected {list(wanted)}")
+
+    def at(self, sizes: Mapping[str, int]) -> "TensorSpec":
+        """With these symbolic dimensions as fixed sizes; others stay symbolic."""
+        return TensorSpec(self.name, tuple(sizes.get(d, d) if isinstance(d, str) else d for d in self.shape), self.dtype)
 
     def to_json(self) -> dict[str, Any]:
         return {"name": self.name, "shape": list(self.shape), "dtype": self.dtype}
@@ -77,6 +81,11 @@ class Signature:
 
     def output(self, name: str) -> TensorSpec:
         return _by_name(self.outputs, name)
+
+    def at(self, sizes: Mapping[str, int]) -> "Signature":
+        """With these symbolic dimensions as fixed sizes."""
+        inputs, outputs = (tuple(spec.at(sizes) for spec in side) for side in (self.inputs, self.outputs))
+        return Signature(inputs, outputs)
 
     def to_json(self) -> dict[str, Any]:
         return {"inputs": [s.to_json() for s in self.inputs], "outputs": [s.to_json() for s in self.outputs]}

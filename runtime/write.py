@@ -13,10 +13,12 @@ from typing import Any, Self
 
 from safetensors.numpy import save
 
-from cachec.runtime.bundle import FORMAT, MANIFEST, Bundle, Manifest, is_inside, remember_hash
+from cachec.runtime.bundle import FORMAT, MANIFEST, Bundle, Manifest, is_inside
+from cachec.runtime.checked_files import remember_hash
 from cachec.runtime.errors import OutputError
 from cachec.runtime.files import hash_file, write_file, writing
 from cachec.runtime.program import Program
+from cachec.runtime.specs import Array
 from cachec.runtime.work import LOCK, fresh_folder, holding
 
 STAGING = ".adding"  # folder in a bundle that is being added to
@@ -77,6 +79,10 @@ class Collector(ABC):
             "json": self.add_bytes(f"programs/{level}.json", text),
             "arrays": self.add_bytes(f"programs/{level}.safetensors", save(program.arrays())),
         }
+
+    def add_tables(self, size: str, tables: Mapping[str, Array]) -> str:
+        """Collect what engines for several sizes read at one; returns its name."""
+        return self.add_bytes(f"tables/{size}.safetensors", save(dict(tables)))
 
     @abstractmethod
     def commit(self, manifest: Manifest) -> None:
@@ -233,7 +239,7 @@ def check_output(out: Path, *, force: bool) -> None:
     if not names:
         return
     is_bundle = _is_bundle(out)
-    if not is_bundle and not names <= {"engines", "programs", "predictor", "timing", "drop_in"}:
+    if not is_bundle and not names <= {"engines", "programs", "predictor", "timing", "drop_in", "tables"}:
         raise OutputError(f"{out} is a directory with other things in it; cachec will not replace it. Choose another with -o")
     if not force:
         kind = "is a bundle already" if is_bundle else "holds an interrupted build"

@@ -1,4 +1,4 @@
-"""Several sizes and numbers of steps in one bundle: each as a bundle of that alone would have it, over one weights file."""
+"""Several sizes and numbers of steps in one bundle: each as a bundle of that alone would have it, with one set of engines."""
 
 import itertools
 
@@ -19,7 +19,7 @@ from cachec.runtime.noise import make_noise
 from cachec.runtime.program import UNCACHED
 
 PROMPT = "a red circle"
-SIZES, STEPS = ("32x48", "48x32"), (6, 4)
+SIZES, STEPS = ("32x48", "64x48"), (6, 4)
 METHOD = ["--method", "taylor", "--budget", "3", "--text-tokens", "8", "--target", "ort"]
 
 
@@ -37,7 +37,7 @@ def model(directory):
 def several(tmp_path_factory, directory):
     out = tmp_path_factory.mktemp("sizes") / "several.cachec"
     output = succeed("compile", directory, *METHOD, "--size", ",".join(SIZES), "--steps", "6,4", "-o", out)
-    assert "48x32, 4 steps" in output
+    assert "64x48, 4 steps" in output
     return out
 
 
@@ -48,7 +48,7 @@ def denoise(model, bundle, level=None, **where):
         return loaded.denoise(conditions, [3], level=level, **where)
 
 
-@pytest.mark.parametrize(("size", "steps"), [("48x32", 4)])
+@pytest.mark.parametrize(("size", "steps"), [("64x48", 4)])
 def test_each_is_bit_for_bit_as_it_would_be_alone(several, directory, model, tmp_path, size, steps):
     alone = tmp_path / "alone.cachec"
     succeed("compile", directory, *METHOD, "--size", size, "--steps", steps, "-o", alone)
@@ -56,19 +56,24 @@ def test_each_is_bit_for_bit_as_it_would_be_alone(several, directory, model, tmp
         np.testing.assert_array_equal(denoise(model, several, level, size=size, steps=steps), denoise(model, alone, level))
 
 
-def test_all_sizes_lie_over_one_weights_file(several):
+def test_one_set_of_engines_is_for_all_sizes(several):
     manifest = Bundle.open(several, verify=True).manifest
     assert (manifest.sizes, manifest.step_counts) == (SIZES, STEPS)
     assert len(list(several.rglob("weights-*.bin"))) == 1
-    assert [target.shape_bucket for target in manifest.targets] == ["32x48, 8 text tokens", "48x32, 8 text tokens"]
+    assert [target.shape_bucket for target in manifest.targets] == ["32x48+64x48, 8 text tokens"]
+    assert len(list(several.rglob("*.onnx"))) == len(manifest.targets[0].engines)
+    assert {size: shape["axes"] for size, shape in manifest.shapes.items()} == {
+        "32x48": {"size_1": 6, "size_2": 14},
+        "64x48": {"size_1": 12, "size_2": 20},
+    }
     of_one = sum(path.stat().st_size for path in several.rglob("weights-*.bin"))
     assert of_one < 1.2 * manifest.facts["memory"]["weights"]
 
 
 def test_the_uncached_run_equals_the_pipelines_own_at_another_size(several, model):
-    with cachec.load(several, size="48x32", steps=4) as loaded:
+    with cachec.load(several, size="64x48", steps=4) as loaded:
         settings = settings_of(loaded.manifest)
-        assert (settings.width, settings.height, settings.steps) == (48, 32, 4)
+        assert (settings.width, settings.height, settings.steps) == (64, 48, 4)
         conditions = model.encode([PROMPT], settings, model.io.conditions)
         session = loaded.session(level=UNCACHED)
         noise = make_noise(1, session.latent_shape[1:])[None]
@@ -94,14 +99,14 @@ def test_lanes_serve_all_of_them_at_once(several, model):
 def test_run_takes_a_size_and_a_number_of_steps(several, tmp_path):
     from PIL import Image
 
-    succeed("run", several, "-p", PROMPT, "-o", tmp_path / "one.png", "--size", "48x32", "--steps", "4")
+    succeed("run", several, "-p", PROMPT, "-o", tmp_path / "one.png", "--size", "64x48", "--steps", "4")
     with Image.open(tmp_path / "one.png") as picture:
-        assert picture.size == (48, 32)
+        assert picture.size == (64, 48)
 
 
 @pytest.mark.parametrize(
     ("option", "value", "said"),
-    [("--size", "32x32", "compiled for 32x48, 48x32: take one of them"), ("--steps", "5", "compiled for 6, 4: take one")],
+    [("--size", "32x32", "compiled for 32x48, 64x48: take one of them"), ("--steps", "5", "compiled for 6, 4: take one")],
 )
 def test_what_the_bundle_lacks_is_refused_with_what_it_has(several, tmp_path, option, value, said):
     code, output = run_cli("run", several, "-p", PROMPT, "-o", tmp_path / "one.png", option, value)
@@ -111,11 +116,12 @@ def test_what_the_bundle_lacks_is_refused_with_what_it_has(several, tmp_path, op
 
 def test_inspect_lists_them(several):
     output = succeed("inspect", several)
-    assert "32x48, 48x32" in output
+    assert "32x48, 64x48" in output
+    assert "one set for all sizes: size_1 6, 12, size_2 14, 20" in output
     assert output.count("computes 3 of 6 steps") == output.count("computes 3 of 4 steps") == 2
 
 
-def test_engines_of_a_size_are_loaded_when_they_are_asked_for(several, monkeypatch):
+def test_engines_are_loaded_once_for_all_sizes(several, monkeypatch):
     from cachec.engines.ort import OrtEngine
 
     loads = []
@@ -123,15 +129,15 @@ def test_engines_of_a_size_are_loaded_when_they_are_asked_for(several, monkeypat
     monkeypatch.setattr(OrtEngine, "load", classmethod(lambda cls, files, *rest: loads.append(1) or real(cls, files, *rest)))
     with cachec.load(several) as loaded:
         assert len(loads) == 1
-        wide = loaded.at("48x32")
-        assert loaded.at("48x32", 4).engines is wide.engines
-        assert len(loads) == 2
+        wide = loaded.at("64x48")
+        assert loaded.at("64x48", 4).engines is wide.engines
+        assert len(loads) == 1
         assert wide.at("32x48", 6).engines is loaded.engines
 
 
 def test_noise_levels_of_ones_own_are_what_the_pipeline_makes_of_them(model):
     given = (1.0, 0.7, 0.4, 0.2)
-    settings = make_settings(model.spec, read_options({"sigmas": given, "size": "48x32", "text_tokens": 8}).model)
+    settings = make_settings(model.spec, read_options({"sigmas": given, "size": "64x48", "text_tokens": 8}).model)
     found = model.sampling(settings)
     assert (settings.steps, found.num_steps) == (4, 4)
     shifted = np.exp(_mu(model, settings)) / (np.exp(_mu(model, settings)) + 1 / np.array(given) - 1)

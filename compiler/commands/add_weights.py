@@ -14,7 +14,7 @@ from cachec.compiler.models.lora_files import LoraFile, parse_loras
 from cachec.compiler.options import GraphWish
 from cachec.engines import get_engine, no_other_weights
 from cachec.engines.targets import ONNX_TARGET
-from cachec.runtime.bundle import Bundle, Manifest, Target
+from cachec.runtime.bundle import SEVERAL, Bundle, Manifest, Target
 from cachec.runtime.engine import CONSTANTS, ONNX
 from cachec.runtime.errors import BundleError, InputError, MissingExtraError, OutputError, need
 from cachec.runtime.inspect import describe_weights
@@ -22,6 +22,7 @@ from cachec.runtime.work import claim_work, remove_work
 from cachec.runtime.write import BundleAdder
 
 if TYPE_CHECKING:
+    from cachec.compiler.graphs.export import EnginePlan
     from cachec.engines.changed_weights import Graph
 
 
@@ -106,7 +107,7 @@ def _written(model: LoadedModel, writer: BundleAdder, forms: Mapping[str, str | 
     from cachec.engines.changed_weights import write_changed
 
     manifest, work = writer.bundle.manifest, work_folder(writer.out, f"weights-{name}")
-    graphs = {label: one for size in manifest.sizes for label, one in _graphs(model, writer.bundle.at(size)).items()}
+    graphs = _all_graphs(model, writer.bundle)
     with claim_work(work, "weights file"):
         changed = write_changed(
             graphs, writer.directory(_place(manifest)), Values(), unfinished_weights(model, work),
@@ -122,27 +123,44 @@ def _written(model: LoadedModel, writer: BundleAdder, forms: Mapping[str, str | 
     }
     if manifest.facts.get("pipeline"):
         known["samples"] = samples_of(model, writer, name)
-    targets = [_with_added(one, name, files.get(forms[str(one)] or "")) for one in manifest.targets]
+    targets = [_with_added(manifest, one, name, files.get(forms[str(one)] or "")) for one in manifest.targets]
     new = replace(manifest, targets=tuple(targets), weights={**manifest.weights, name: known})
     gone = _files_of(manifest, name) - _files_of(new, name)
     return replace(new, files={file: entry for file, entry in writer.files.items() if file not in gone})
 
 
-def _graphs(model: LoadedModel, there: Bundle) -> "dict[str, Graph]":
-    """The graphs of a bundle of one size, by label, as they are made of ``model``.
+def _all_graphs(model: LoadedModel, bundle: Bundle) -> "dict[str, Graph]":
+    """The graphs of every size, by label, as they are made of ``model``.
 
     Raises:
         BundleError: the bundle's take or give something else.
     """
+    from cachec.compiler.graphs.shared import share_plans
+
+    sizes = [bundle.at(size) for size in bundle.manifest.sizes]
+    plans = [_plans(model, one.manifest) for one in sizes]
+    if not bundle.manifest.shapes:
+        return {
+            label: one for there, some in zip(sizes, plans, strict=True) for label, one in _graphs(model, there, some).items()
+        }
+    return _graphs(model, bundle, share_plans(plans, compare=False).plans)
+
+
+def _plans(model: LoadedModel, manifest: Manifest) -> "list[EnginePlan]":
+    """The graphs of one size."""
     from cachec.compiler.frontend import make_plans, usual_graphs
     from cachec.compiler.manifest import OWN_TYPE
-    from cachec.engines.changed_weights import Graph
 
-    manifest, engines = there.manifest, there.target.engines
     settings, method = settings_of(manifest), manifest.method
     slots = None if method["slots"] == OWN_TYPE else method["slots"]
     wish = GraphWish(hoist=method["hoist"], slots=slots, velocities=method["velocities"])
-    plans = make_plans(model, settings, usual_graphs(model, settings, wish, method["cut"]))
+    return make_plans(model, settings, usual_graphs(model, settings, wish, method["cut"]))
+
+
+def _graphs(model: LoadedModel, there: Bundle, plans: "Sequence[EnginePlan]") -> "dict[str, Graph]":
+    from cachec.engines.changed_weights import Graph
+
+    manifest, engines = there.manifest, there.target.engines
     if {plan.name: plan.signature for plan in plans} != {name: one.signature for name, one in engines.items()}:
         raise BundleError(
             f"the graphs that this cachec makes of {model.spec.source} take or give something else than those of {there.root}: "
@@ -150,11 +168,15 @@ def _graphs(model: LoadedModel, there: Bundle) -> "dict[str, Graph]":
         )
     onnx = next((one.engines for one in manifest.targets if one.backend == ONNX_TARGET.backend), {})
     paths = {name: there.path(artifact.path) for name, artifact in onnx.items()}
-    return {_label(there.target, plan.name): Graph(plan.program, plan.signature, paths.get(plan.name)) for plan in plans}
+    return {
+        _label(manifest, there.target, plan.name): Graph(plan.program, plan.signature, paths.get(plan.name)) for plan in plans
+    }
 
 
-def _label(target: Target, graph: str) -> str:
-    return f"{graph}-{target.size}"
+def _label(manifest: Manifest, target: Target, graph: str) -> str:
+    """Of one set of graphs for all sizes there may be engines for each."""
+    sizes = manifest.sizes if manifest.shapes else target.picture_sizes
+    return f"{graph}-{SEVERAL.join(sizes)}"
 
 
 def _place(manifest: Manifest) -> str:
@@ -169,12 +191,13 @@ def _sealed(writer: BundleAdder, files: Mapping[str, Path]) -> dict[str, str]:
     return {label: writer.seal(path) for label, path in files.items()}
 
 
-def _with_added(target: Target, name: str, files: Mapping[str, str] | None) -> Target:
+def _with_added(manifest: Manifest, target: Target, name: str, files: Mapping[str, str] | None) -> Target:
     """A target that has the new weights, if it takes them: ``files`` by label."""
     others = {key: value for key, value in target.added.items() if key != name}
     if files is None:
         return replace(target, added=others)
-    own = {graph: files[_label(target, graph)] for graph in target.engines if _label(target, graph) in files}
+    labels = {graph: _label(manifest, target, graph) for graph in target.engines}
+    own = {graph: files[label] for graph, label in labels.items() if label in files}
     return replace(target, added={**others, name: own})
 
 

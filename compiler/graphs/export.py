@@ -47,11 +47,12 @@ NUM_SLOTS, NUM_STEPS = 3, 4  # sizes of the example's symbolic axes; at least tw
 
 @dataclass(frozen=True, eq=False)
 class EnginePlan:
-    """One engine to build: its program and its signature."""
+    """One engine to build: its program, the graph that this was made from, and its signature."""
 
     name: str
     program: ExportedProgram
     signature: Signature
+    graph: fx.GraphModule
 
 
 def plan_engines(graphs: Graphs, inputs: Mapping[str, torch.Tensor], latents: str, num_steps: int) -> list[EnginePlan]:
@@ -106,7 +107,7 @@ def plan_engine(
     program = export_program(module, ordered, {key: known.get(key, (BATCH,)) for key in ordered})
     given = tuple(_spec(key, value, known.get(key, (BATCH,))) for key, value in ordered.items())
     made = tuple(_spec(key, value, known.get(key, (BATCH,))) for key, value in _results(module, program).items())
-    return EnginePlan(name, program, Signature(given, made))
+    return EnginePlan(name, program, Signature(given, made), module)
 
 
 def _results(module: fx.GraphModule, program: ExportedProgram) -> dict[str, torch.Tensor]:

@@ -29,18 +29,24 @@ from cachec.runtime.errors import PassError
 
 MAX_SIZE = 1024  # of the symbolic axes beside the batch: slots, steps
 
+Axes = tuple[str | None, ...]  # names of symbolic axes
+
 
 def export_program(
-    module: fx.GraphModule, inputs: Mapping[str, torch.Tensor], dynamic: Mapping[str, tuple[str, ...]]
+    module: fx.GraphModule,
+    inputs: Mapping[str, torch.Tensor],
+    dynamic: Mapping[str, Axes],
+    ranges: Mapping[str, tuple[int, int]] | None = None,
 ) -> ExportedProgram:
     """The program of a rewritten graph, for an engine builder; it shares the graph's weights.
 
-    ``inputs`` are examples by name, in the order of the program's; ``dynamic`` names the leading, symbolic axes of each.
+    ``inputs`` are examples by name, in the order of the program's; ``dynamic`` names the symbolic axes of each, from the
+    first to the last such one, ``None`` between them. ``ranges``: the least and the most of axes that are no usual ones.
 
     Raises:
         PassError: the graph does not take these inputs, or fixes a symbolic size; with the reason.
     """
-    shell = _export_shell(tuple(outputs(module)), inputs, dynamic)
+    shell = _export_shell(tuple(outputs(module)), inputs, dynamic, ranges or {})
     given = {node.name: node.meta["val"] for node in shell.graph.nodes if node.op == "placeholder"}
     mode = next(iter(given.values())).fake_mode
     graph, signature = fx.Graph(), _Signature()
@@ -57,25 +63,30 @@ def export_program(
         raise PassError(f"the graph cannot be exported: {error}") from error
     results = [values[node] for node in outputs(module).values()]
     graph.output(tuple(results))
+    symbols = _symbols(graph)
     made = [OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(node.name), None) for node in results]
     return ExportedProgram(
         root=nn.Module(),
         graph=graph,
         graph_signature=ExportGraphSignature(signature.specs, made),
         state_dict=signature.state,
-        range_constraints=shell.range_constraints,
+        range_constraints={symbol: span for symbol, span in shell.range_constraints.items() if symbol in symbols},
         module_call_graph=shell.module_call_graph,
         example_inputs=((), dict(inputs)),
     )
 
 
 def _export_shell(
-    results: tuple[str, ...], inputs: Mapping[str, torch.Tensor], dynamic: Mapping[str, tuple[str, ...]]
+    results: tuple[str, ...],
+    inputs: Mapping[str, torch.Tensor],
+    dynamic: Mapping[str, Axes],
+    ranges: Mapping[str, tuple[int, int]],
 ) -> ExportedProgram:
     """A program of these inputs and results that does nothing."""
-    names = {name for axes in dynamic.values() for name in axes if name != GROUPS}
-    dims = {name: Dim(name, min=1, max=MAX_BATCH if name == BATCH else MAX_SIZE) for name in names}
-    shapes = {name: {axis: dims[d] for axis, d in enumerate(dynamic[name]) if d in dims} for name in inputs}
+    names = {name for axes in dynamic.values() for name in axes if name is not None and name != GROUPS}
+    usual = {name: (1, MAX_BATCH if name == BATCH else MAX_SIZE) for name in names}
+    dims = {name: Dim(name, min=least, max=most) for name, (least, most) in {**usual, **ranges}.items() if name in names}
+    shapes = {name: {axis: dims[d] for axis, d in enumerate(dynamic[name]) if d is not None and d in dims} for name in inputs}
     graph = fx.Graph()
     given = [graph.placeholder(name) for name in inputs]
     graph.output({name: graph.call_function(torch.add, (given[0], number)) for number, name in enumerate(results)})
@@ -85,6 +96,14 @@ def _export_shell(
             return torch.export.export(shell, (), dict(inputs), dynamic_shapes=shapes, strict=False)
     except (RuntimeError, ValueError, UserError) as error:
         raise PassError(f"torch.export cannot take these inputs: {error}") from error
+
+
+def _symbols(graph: fx.Graph) -> set[Any]:
+    """Of its inputs' sizes. One that tracing found to be another plus a number is none."""
+    shapes = [node.meta["val"].shape for node in graph.nodes if node.op == "placeholder"]
+    return {
+        symbol for shape in shapes for size in shape if isinstance(size, torch.SymInt) for symbol in size.node.expr.free_symbols
+    }
 
 
 class _Known:
@@ -98,7 +117,7 @@ class _Known:
         self,
         inputs: Mapping[str, torch.Tensor],
         module: fx.GraphModule,
-        dynamic: Mapping[str, tuple[str, ...]],
+        dynamic: Mapping[str, Axes],
         mode: FakeTensorMode,
     ) -> None:
         self._mode = mode

@@ -34,7 +34,7 @@ def layer(side=4, dtype="float32", name="compute"):
     )
     with torch.no_grad():
         program = torch.export.export(module, (), {"x": torch.zeros(2, side, dtype=kind)}, dynamic_shapes={"x": {0: batch}})
-    return module, EnginePlan(name, program, signature)
+    return module, EnginePlan(name, program, signature, module)
 
 
 def sources(folder, *plans):

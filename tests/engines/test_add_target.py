@@ -195,7 +195,7 @@ def test_engines_are_built_for_every_size(bundle):
     _, added = add_targets(bundle, ["tensorrt"])
     assert [target.shape_bucket for target in added] == ["8x6", "9x6"]
     after = Bundle.open(bundle, verify=True).manifest
-    assert [(target.backend, target.size) for target in after.targets] == [
+    assert [(target.backend, *target.picture_sizes) for target in after.targets] == [
         ("ort", "8x6"), ("ort", "9x6"), ("tensorrt", "8x6"), ("tensorrt", "9x6"),
     ]  # fmt: skip
     assert Path(after.targets[-1].engines["compute"].path).name.startswith("compute-11.0.0.114_sm90-float32-9x6-")

@@ -246,7 +246,7 @@ def test_a_damaged_blob_behind_a_link_is_refused(bundle):
 def test_the_hash_of_another_blob_is_not_taken_for_that_of_a_link(bundle, tmp_path, monkeypatch):
     """A link that is set to another file of the same size and time is looked at anew."""
     monkeypatch.setenv("CACHEC_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("cachec.runtime.bundle.LARGE_FILE_BYTES", 0)
+    monkeypatch.setattr("cachec.runtime.checked_files.LARGE_FILE_BYTES", 0)
     snapshot, blobs = as_in_the_hubs_cache(bundle)
     Bundle.open(snapshot)
     link = only(snapshot, "compute*.pt2")
@@ -300,7 +300,7 @@ def test_manifest_round_trip(toy_bundle):
 
 def test_large_files_are_hashed_once_and_again_on_request(bundle, tmp_path, monkeypatch):
     monkeypatch.setenv("CACHEC_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("cachec.runtime.bundle.LARGE_FILE_BYTES", 0)
+    monkeypatch.setattr("cachec.runtime.checked_files.LARGE_FILE_BYTES", 0)
     Bundle.open(bundle)
     path = only(bundle, "compute*.pt2")
     before = path.stat()

@@ -72,9 +72,9 @@ def test_two_builders_of_one_bundle_work_apart(tmp_path):
 
 def test_what_was_hashed_while_it_was_written_is_not_hashed_again(tmp_path, monkeypatch):
     monkeypatch.setenv("CACHEC_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("cachec.runtime.bundle.LARGE_FILE_BYTES", 64)
+    monkeypatch.setattr("cachec.runtime.checked_files.LARGE_FILE_BYTES", 64)
     hashed = []
-    for module in ("write", "bundle"):
+    for module in ("write", "checked_files"):
         monkeypatch.setattr(f"cachec.runtime.{module}.hash_file", lambda path: hashed.append(path.name) or hash_file(path))
     with BundleWriter(tmp_path / "x.cachec", force=False) as writer:
         weights = writer.directory("engines") / "weights.bin"
