@@ -105,6 +105,7 @@ def _graph_of(bundle: Bundle, facts: Mapping[str, Any], transformer: nn.Module) 
         f"the transformer is not the one that the bundle was compiled from, {model['source']}"
         f"{''.join(f' with {text}' for text in describe_loras(model.get('loras', ())))}: {changes[COMPUTE]}. "
         + _advice(model, has_lora=bool(lora_layers(transformer)))
+        + "".join(f", or load the bundle with weights={name!r}" for name in bundle.manifest.weights)
     )
 
 

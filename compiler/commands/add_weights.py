@@ -45,7 +45,7 @@ def add_weights(
     name = _name(files) if name is None else name
     with BundleAdder(root) as writer:
         manifest = writer.bundle.manifest
-        forms = _check(root, manifest, name, force=force)
+        forms = check_bundle(root, manifest, name, force=force)
         need("torch", "diffusers", "transformers", "onnx_ir", extra="compile", purpose="adding weights")
         model = load_model(find_model(source or manifest.model["source"]), loras=files)
         with model.hashing_weights():
@@ -61,8 +61,8 @@ def _name(files: Sequence[LoraFile]) -> str:
     return "".join(letter if letter.isalnum() else "-" for letter in stems).strip("-")
 
 
-def _check(root: Path, manifest: Manifest, name: str, *, force: bool) -> dict[str, str | None]:
-    """In what form each back end of the bundle takes other weights, by target.
+def check_bundle(root: Path, manifest: Manifest, name: str, *, force: bool) -> dict[str, str | None]:
+    """In what form each target of the bundle takes other weights.
 
     Raises:
         CachecError: nothing can be added.

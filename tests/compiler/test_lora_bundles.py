@@ -1,13 +1,14 @@
 """Bundles with LoRAs: fused when they are compiled, or added as further weights; beside the pipeline with the sums by hand."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 from lora_files import RANK, fuse, linears, pairs, write_lora
 
 import cachec
-from cachec.compiler.commands.add_weights import add_weights
+from cachec.compiler.commands.add_weights import add_weights, check_bundle
 from cachec.runtime.bundle import Bundle
 from cachec.runtime.errors import InputError, OutputError
 from cachec.runtime.inspect import describe_bundle
@@ -79,6 +80,7 @@ def error(got, wanted):
     return float((got - wanted).norm() / wanted.norm())
 
 
+@pytest.mark.slow
 def test_a_bundle_with_a_lora_is_the_pipeline_with_it(fused, pipeline, lora):
     wanted = FLUX.run(pipeline())
     assert error(FLUX.run(pipeline(0.0)), wanted) > 1e-3
@@ -114,16 +116,13 @@ def test_only_changed_tensors_are_written(added):
     assert "for ort, eager; levels were fitted and measured on the bundle's own weights" in text
 
 
-def test_a_pipeline_with_another_mix_is_refused(fused, added, pipeline):
-    for bundle, weights in ((fused, None), (added, "style")):
-        loaded = cachec.load(bundle, weights=weights)
-        with pytest.raises(
-            InputError, match=r"with style.safetensors at scale 0.5, .*: its weights have 0.00 of what the LoRA"
-        ):
-            standing(pipeline(0.0), loaded)
-        with pytest.raises(InputError, match=r"have 2.00 of what .* Load the same with pipe.load_lora_weights\('style.safet"):
-            standing(pipeline(2 * SCALE * ALPHA / RANK), loaded)
-    with pytest.raises(InputError, match="has other values. Take the adapter off, or compile this one"):
+def test_a_pipeline_with_another_mix_is_refused(added, pipeline):
+    loaded = cachec.load(added, weights="style")
+    with pytest.raises(InputError, match=r"with style.safetensors at scale 0.5, .*: its weights have 0.00 of what the LoRA"):
+        standing(pipeline(0.0), loaded)
+    with pytest.raises(InputError, match=r"have 2.00 of what .* Load the same with pipe.load_lora_weights\('style.safet"):
+        standing(pipeline(2 * SCALE * ALPHA / RANK), loaded)
+    with pytest.raises(InputError, match="has other values. Take the adapter off, .*, or load the bundle with weights='style'"):
         standing(pipeline(), cachec.load(added))
 
 
@@ -150,9 +149,8 @@ def with_loaded_lora(pipeline, made):
     return pipeline
 
 
-def test_a_lora_that_is_loaded_and_not_fused_is_counted(fused, added, pipeline, made):
+def test_a_lora_that_is_loaded_and_not_fused_is_counted(added, pipeline, made):
     held = with_loaded_lora(pipeline(0.0), made)
-    cachec.load(fused).as_transformer(held.transformer)
     again = standing(with_loaded_lora(pipeline(0.0), made), cachec.load(added, weights="style"))
     assert error(FLUX.run(again), FLUX.run(pipeline())) < 1e-5
     with pytest.raises(InputError, match=r"Take the LoRA off, or compile with it: cachec compile .* --lora FILE"):
@@ -163,19 +161,29 @@ def test_a_lora_that_is_loaded_and_not_fused_is_counted(fused, added, pipeline, 
         cachec.accelerate(held, lora="style.safetensors")
 
 
-def test_what_cannot_be_added(added, fused, lora, pipeline, tmp_path):
+def test_what_cannot_be_added(added, lora, pipeline, tmp_path):
     pipeline(0.3).save_pretrained(tmp_path / "other")
 
-    def refused(kind, message, bundle=added, loras=(lora,), **options):
+    def refused(kind, message, loras=(lora,), **options):
         with pytest.raises(kind, match=message) as found:
-            add_weights(bundle, [str(one) for one in loras], **options)
+            add_weights(added, [str(one) for one in loras], **options)
         assert "\n" not in str(found.value)
 
     refused(OutputError, "has weights style already: pass --force to replace them, or another --name")
     refused(InputError, "weights 'a b' is not a name", name="a b")
-    refused(InputError, "was compiled with style.safetensors fused: compile it without", bundle=fused)
     refused(InputError, "nothing is asked for: give --lora FILE", loras=())
     refused(InputError, "has other weights than the bundle was compiled from", name="x", source=str(tmp_path / "other"))
+    manifest = Bundle.open(added).manifest
+    for changes, message in (
+        (
+            {"model": {**manifest.model, "loras": [{"name": "a.safetensors"}]}},
+            "was compiled with a.safetensors fused: compile it",
+        ),
+        ({"method": {**manifest.method, "fold": "none"}}, "was compiled with --fold none, so its graphs have a predictor"),
+        ({"targets": [replace(manifest.targets[0], backend="ort-tensorrt")]}, "ort-tensorrt .* takes no other weights"),
+    ):
+        with pytest.raises(InputError, match=message):
+            check_bundle(added, replace(manifest, **changes), "x", force=False)
     before = sorted(path for path in added.rglob("*"))
     refused(InputError, "unknown model", name="x", source="none")
     assert sorted(path for path in added.rglob("*")) == before

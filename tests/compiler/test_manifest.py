@@ -36,3 +36,11 @@ def test_a_packaged_model_is_named_without_its_place_on_this_machine(tmp_path):
     manifest, _ = made(tmp_path, ToyModel(spec=spec), fold="none")
     assert str(tmp_path) not in json.dumps(manifest.to_json())
     assert manifest.method["fold"] == "none"
+
+
+def test_it_says_what_is_fused(tmp_path):
+    class Fused(ToyModel):
+        plain_hash, loras = "p" * 64, ({"name": "a.safetensors", "sha256": "c" * 64, "scale": 0.5},)
+
+    model = made(tmp_path, Fused())[0].model
+    assert (model["plain_sha256"], model["loras"]) == ("p" * 64, [dict(Fused.loras[0])])

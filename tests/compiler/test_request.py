@@ -53,6 +53,7 @@ def test_builders_get_sizes_by_the_schedule(tmp_path):
         ({"min_psnr": 0.0}, "min-psnr is 0.0"),
         ({"workspace": 0.0}, "workspace is 0.0 GB"),
         ({"slots": "int8"}, "unknown slot type 'int8'"),
+        ({"lora": "none.safetensors"}, "lora none.safetensors: there is no such file"),
         ({"hoist": "some"}, "unknown hoist 'some'"),
         ({"method": "adams", "fold": "none"}, "adams has no predictor graph to keep"),
         ({"method": "taylor", "fold": "none", "schedule": "search", "budget": 9}, "needs its forecasts as numbers"),

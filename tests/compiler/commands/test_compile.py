@@ -96,3 +96,12 @@ def test_the_default_place_is_named_by_model_and_method(toy_directory, tmp_path,
     out, result = compile_to_bundle(str(toy_directory), None, force=False, method="adams", steps=4, targets="eager")
     assert str(out) == "toy-adams.cachec"
     assert result.bundle.root.resolve() == (tmp_path / out).resolve()
+
+
+@pytest.mark.parametrize("command", ["compile", "train", "calibrate"])
+def test_loras_are_given_to_the_model_before_anything_slow(toy_directory, tmp_path, command, captures):
+    (tmp_path / "a.safetensors").touch()
+    code, output = run_cli(command, toy_directory, "--lora", tmp_path / "a.safetensors", "-o", tmp_path / "out")
+    assert code == 3
+    assert "the weights of toy are in memory: fuse the LoRA there" in output
+    assert not captures
