@@ -53,7 +53,7 @@ def share_plans(sizes: Sequence[Sequence[EnginePlan]], *, compare: bool) -> Shar
     tables = tuple({name: several[place] for name, several in known.tables.items()} for place in range(len(sizes)))
     for place in range(len(sizes)):
         for one, plan in zip(merged, shared, strict=True):
-            one.check_shapes(plan, place, axes[place])
+            one.check_shapes(plan, place)
             if compare:
                 one.check_values(plan, place, tables[place])
     return SharedPlans(shared, axes, tables)
@@ -257,7 +257,7 @@ class _Merged:
         known = {**own, **tables}
         return {spec.name: known[spec.name] for spec in self._inputs}
 
-    def check_shapes(self, plan: EnginePlan, place: int, axes: Mapping[str, int]) -> None:
+    def check_shapes(self, plan: EnginePlan, place: int) -> None:
         """Raise ``PassError`` unless all values have the shapes of the graph of that size: tracing may fix a size."""
         examples, symbols = self._examples(place, self._tables(place)), dict[Any, int]()
         given = {node.name: node for node in plan.program.graph.nodes if node.op == "placeholder"}
@@ -308,7 +308,8 @@ def _at(size: Any, symbols: Mapping[Any, int]) -> int:
         return int(size)
     if not symbols:
         return int(size.node.hint)
-    return int(size.node.expr.xreplace(symbols))
+    length = size.node.expr.xreplace(symbols)
+    return -1 if getattr(length, "free_symbols", None) else int(length)  # less than any, where no input tells it
 
 
 def _is_same(a: Any, b: Any) -> bool:

@@ -9,7 +9,7 @@ from cachec.runtime.device import ALIGNMENT
 from cachec.runtime.errors import BundleError, InputError
 from cachec.runtime.instructions import Advance, Compute, Forecast, Predict
 from cachec.runtime.model_io import ModelIO
-from cachec.runtime.plan import View, constant_data, lay_out
+from cachec.runtime.plan import PlannedBuffer, View, constant_data, lay_out
 from cachec.runtime.planner import plan_binding
 from cachec.runtime.program import KEPT, Program, ProgramKey, hash_sigmas
 from cachec.runtime.specs import Signature, TensorSpec
@@ -380,3 +380,16 @@ def test_an_uncached_run_has_no_slots():
     plan = plan_binding(HOISTING, uncached, IO, batch=1)
     assert plan.shape(plan.prologue.inputs["forecast_timesteps"]) == (1,)
     assert not any("feature" in op.outputs for op in plan.operations)
+
+
+def test_a_table_is_a_constant_that_all_calls_share():
+    table = PlannedBuffer("table/table_1", (3,), "float32", np.arange(3, dtype=np.float32))
+    wide = Signature((*PLAIN["compute"].inputs, *specs(table_1=(3,))), COMPUTE_OUT)
+    plan = plan_binding({**PLAIN, "compute": wide}, LINEAR, IO, batch=BATCH, tables={"table_1": table})
+    read = [call.inputs["table_1"] for call in plan.calls if call.engine == "compute"]
+    assert len(read) > 1
+    assert {view.buffer for view in read} == {"table/table_1"}
+    assert "table_1" not in plan.given
+    layout = lay_out(plan)
+    held = constant_data(plan, layout)[layout.offsets["table/table_1"] :][:12]
+    np.testing.assert_array_equal(held.view("f4"), [0, 1, 2])
