@@ -74,6 +74,7 @@ def test_a_call_that_was_dropped_halfway_leaves_nothing_behind(accelerated):
     np.testing.assert_array_equal(run(accelerated), whole)
 
 
+@pytest.mark.slow
 def test_bfloat16_pipelines_keep_their_weights_and_round_less(uncached):
     uncached_bfloat16 = run(load().to(torch.bfloat16))
     pipeline = load().to(torch.bfloat16)

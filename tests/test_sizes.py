@@ -48,6 +48,7 @@ def denoise(model, bundle, level=None, **where):
         return loaded.denoise(conditions, [3], level=level, **where)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "steps"), [("64x48", 4)])
 def test_each_is_bit_for_bit_as_it_would_be_alone(several, directory, model, tmp_path, size, steps):
     alone = tmp_path / "alone.cachec"

@@ -40,7 +40,10 @@ def looks_at(monkeypatch):
 
 @pytest.mark.parametrize(
     "names",
-    [("ort", "eager"), ("eager", "ort"), pytest.param(("ort", "aoti", "inductor"), marks=pytest.mark.slow)],
+    [
+        ("ort", "eager"),
+        *(pytest.param(names, marks=pytest.mark.slow) for names in (("eager", "ort"), ("ort", "aoti", "inductor"))),
+    ],
     ids="-".join,
 )
 def test_the_one_that_the_table_says_is_fastest_is_all_that_is_kept(tmp_path, toy_directory, looks_at, names):

@@ -26,6 +26,8 @@ OPTIONS = {
     "text_tokens": FLUX.call["max_sequence_length"],
 }
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def directory(saved_family):
@@ -80,7 +82,6 @@ def error(got, wanted):
     return float((got - wanted).norm() / wanted.norm())
 
 
-@pytest.mark.slow
 def test_a_bundle_with_a_lora_is_the_pipeline_with_it(fused, pipeline, lora):
     wanted = FLUX.run(pipeline())
     assert error(FLUX.run(pipeline(0.0)), wanted) > 1e-3
@@ -197,7 +198,6 @@ def test_the_command_line(added, lora, tmp_path):
     assert str(picture) in succeed("run", added, "-p", "a ring", "-o", picture, "--weights", "style")
 
 
-@pytest.mark.slow
 def test_weights_are_replaced_by_those_of_another_mix(added, lora, directory, tmp_path):
     bundle = shutil.copytree(added, tmp_path / "a.cachec")
     before = {path.name for path in bundle.rglob("*") if path.is_file()}

@@ -15,6 +15,7 @@ def training(toy_directory, toy_training):
     return ["train", toy_directory, *toy_training]
 
 
+@pytest.mark.slow
 def test_a_killed_training_goes_on_to_the_same_result(tmp_path, training, toy_predictor):
     killed(*training, "-o", tmp_path / "killed", at="cachec.compiler.methods.lesa_training:LesaTrainer._save*3", cwd=tmp_path)
     assert not (tmp_path / "killed").exists()

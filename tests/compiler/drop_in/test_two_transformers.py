@@ -8,6 +8,7 @@ from cachec.compiler.drop_in.transformer import AcceleratedTransformer
 from cachec.runtime.abi import EXPERT
 from cachec.runtime.errors import InputError
 
+pytestmark = pytest.mark.slow
 WAN = next(family for family in FAMILIES if family.name == "wan-2.2")
 SIZES = {"height": WAN.call["height"], "width": WAN.call["width"], "frames": WAN.call["num_frames"]}
 

@@ -17,6 +17,7 @@ from cachec.runtime.abi import COMPUTE, VELOCITY
 from tests.compiler.models.calls import off, record, run_in_ort
 from tests.families import NEGATIVE, PROMPT
 
+pytestmark = pytest.mark.slow
 PROMPTS = [PROMPT + ", a line of words that goes on until the text has more than thirty-two tokens" * 2, PROMPT, "a square"]
 LENGTH = 96  # of Z-Image's texts
 
@@ -102,7 +103,6 @@ def test_it_is_captured_and_cut(case, compute):
         assert off(compute(**inputs)[VELOCITY], wanted) < 1e-5
 
 
-@pytest.mark.slow
 def test_onnx_runtime_agrees(case, compute, tmp_path):
     inputs, wanted = case.calls[-1]
     assert off(run_in_ort(compute, inputs, tmp_path)[VELOCITY], wanted) < 1e-4
