@@ -264,6 +264,8 @@ def check_drop_in(case: Case) -> Found:
         call = {name: value for name, value in call.items() if name in family.call or name == "num_inference_steps"}
         if "image" in family.call:  # of the size that is drawn, as the bundle's
             call["image"] = family.call["image"].resize((size[1], size[0]))
+        if "max_area" in family.call:  # else the pipeline takes another size of this area
+            call["max_area"] = size[0] * size[1]
         wanted = family.run(pipeline, **call)
         with cachec.load(case.bundle) as bundle:
             for name in family.transformers:

@@ -197,7 +197,8 @@ class _Planner:
         if by_step:
             time = self._space.add(f"{place}/told", (1,), "float32")
             told.append(time.buffer)
-            times = {spec.name: time for spec in self._signatures[PROLOGUE].inputs if spec.name not in self._conditions}
+            others = self._conditions.keys() | self._tables.keys()
+            times = {spec.name: time for spec in self._signatures[PROLOGUE].inputs if spec.name not in others}
             calls.append(self._call(PROLOGUE, (), {**self._conditions, **times}, {}, by_step))
         velocity = View(VELOCITY_BUFFER)
         calls.append(self._call(graph, (), inputs, {}, {VELOCITY: velocity}))
