@@ -393,3 +393,12 @@ def test_a_table_is_a_constant_that_all_calls_share():
     layout = lay_out(plan)
     held = constant_data(plan, layout)[layout.offsets["table/table_1"] :][:12]
     np.testing.assert_array_equal(held.view("f4"), [0, 1, 2])
+
+
+def test_a_prologues_table_is_no_time_where_a_step_is_computed_beside_the_program():
+    table = PlannedBuffer("table/table_1", (3,), "float32", np.arange(3, dtype=np.float32))
+    reading = Signature((*PROLOGUE.inputs, *specs(table_1=(3,))), PROLOGUE.outputs)
+    signatures = {**HOISTING, "prologue": reading}
+    plan = plan_binding(signatures, LINEAR, IO, batch=BATCH, for_sampler=True, tables={"table_1": table})
+    (prologue, _) = plan.asides["compute"].calls
+    assert prologue.inputs["table_1"] == plan.prologue.inputs["table_1"]
