@@ -155,12 +155,9 @@ def _article(word: str) -> str:
     return "an" if word[0] in "aeiou" else "a"
 
 
-def say(look: Look, rng: np.random.Generator, *, mood: str | None = None) -> Saying:
-    """One of several sentences about ``look``; skin is left out in four of ten, the background in two of ten.
-
-    ``mood`` replaces the mood's own word, for people whose mood changes.
-    """
-    mood = mood or look.mood
+def say(look: Look, rng: np.random.Generator) -> Saying:
+    """One of several sentences about ``look``; skin is left out in four of ten, the background in two of ten."""
+    mood = look.mood
     skin, background = rng.random() < 0.6, rng.random() < 0.8
     person = ("person", "face", "character")[rng.integers(3)]
     has = [f"{look.skin} skin"] * skin + [_hair_words(look)] + [f"a {look.beard}"] * bool(look.beard)
@@ -181,14 +178,9 @@ def say(look: Look, rng: np.random.Generator, *, mood: str | None = None) -> Say
     return Saying(caption, tuple(stated))
 
 
-def words_of(values: Iterator[str] | list[str]) -> set[str]:
-    """The words of some phrases."""
-    return {word for phrase in values for word in phrase.split()}
-
-
 def vocabulary() -> list[str]:
     """Every word and mark that a caption of a picture or a video can hold, sorted."""
     values = [value for name, options in VALUES.items() for value in options]
     frame = "a an with and in on wearing , no hair skin background person face character"
     motion = "who moves turns tilts left right up down blinks becomes"
-    return sorted(words_of([*values, frame, motion]))
+    return sorted({word for phrase in (*values, frame, motion) for word in phrase.split()})

@@ -1,7 +1,6 @@
 """The autoencoder of the avatars, 128 x 128 RGB to 16 channels at 16 x 16: ``python -m reference.avatars.autoencoder``.
 
-L1 on pixels and on their differences, a light KL term; Muon for the kernels, which takes a third fewer updates than Adam; nine
-updates in ten on crops.
+L1 on pixels and on their differences, a light KL term; Muon for the kernels; nine updates in ten on crops.
 """
 
 from pathlib import Path
@@ -18,9 +17,9 @@ from reference.avatars import loop
 from reference.avatars.dataset import read
 from reference.avatars.muon import Muon
 from reference.avatars.render import SIDE
+from reference.networks import LATENT_CHANNELS
 from reference.train_autoencoder import edges, initialise
 
-CHANNELS = 16
 CROP = 48
 OUTERMOST = ("encoder.conv_in.", "decoder.conv_in.", "decoder.conv_out.")  # not Muon's
 CROPPED = 0.9  # share of the updates
@@ -33,7 +32,7 @@ def build_autoencoder() -> AutoencoderKL:
         block_out_channels=(12, 24, 48, 96),
         layers_per_block=1,
         norm_num_groups=2,  # few: the last norm has 12 channels, and each group loses its mean, which is colour
-        latent_channels=CHANNELS,
+        latent_channels=LATENT_CHANNELS,
         sample_size=SIDE,
         use_quant_conv=False,
         use_post_quant_conv=False,
@@ -56,7 +55,7 @@ def pass_on(vae: AutoencoderKL) -> None:
                 module.weight[:, :, :2, :2] = rotation[..., None, None] / 4
             else:
                 module.weight[:, :, 1, 1] = rotation
-    vae.encoder.conv_out.weight[CHANNELS:] = 0  # log variance: its bias alone
+    vae.encoder.conv_out.weight[LATENT_CHANNELS:] = 0  # log variance: its bias alone
 
 
 def to_input(pictures: np.ndarray) -> torch.Tensor:
@@ -74,6 +73,12 @@ def save_sheet(pictures: np.ndarray, path: Path, columns: int = 8) -> None:
     """Pictures [N, S, S, 3] in rows of ``columns``, as PNG."""
     rows = [np.concatenate(list(pictures[i : i + columns]), 1) for i in range(0, len(pictures), columns)]
     Image.fromarray(np.concatenate(rows)).save(path)
+
+
+def psnr(found: np.ndarray, real: np.ndarray) -> float:
+    """Peak signal-to-noise ratio in dB of uint8 [N, ...], mean over N."""
+    mse = np.square((found.astype(np.float32) - real) / 255).reshape(len(real), -1).mean(1)
+    return float(np.mean(-10 * np.log10(mse)))
 
 
 class Descent:
@@ -105,6 +110,13 @@ class Descent:
             optimizer.zero_grad()
             schedule.step()
 
+    def learn(self, x: torch.Tensor) -> float:
+        """One update that shows ``x`` again from a sampled posterior. Returns the difference."""
+        posterior = self.vae.encode(x).latent_dist
+        loss = difference(self.vae.decode(posterior.sample()).sample, x)
+        self.down(loss + 1e-5 * posterior.kl().mean() / 64)
+        return float(loss.item())
+
 
 def difference(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """L1 of pixels, twice, and of their differences to the next row and column: colours are learnt last."""
@@ -133,11 +145,7 @@ class Trainer(Descent):
         return to_input(self.pictures[index, top : top + CROP, left : left + CROP])
 
     def update(self, step: int) -> float:
-        x = self.draw(step)
-        posterior = self.vae.encode(x).latent_dist
-        loss = difference(self.vae.decode(posterior.sample()).sample, x)
-        self.down(loss + 1e-5 * posterior.kl().mean() / 64)
-        return float(loss.item())
+        return self.learn(self.draw(step))
 
 
 @torch.no_grad()
@@ -162,8 +170,7 @@ def main(out: Path, steps: int, batch: int, threads: int) -> None:
         again = reconstruct(trainer.vae, shown)
         pairs = np.stack([shown[:16], again[:16]], 1).reshape(-1, SIDE, SIDE, 3)
         save_sheet(pairs, out / "vae.png")
-        mse = np.square((again.astype(np.float32) - shown) / 255).mean((1, 2, 3))
-        return {"held_out_psnr": float(np.mean(-10 * np.log10(mse)))}
+        return {"held_out_psnr": psnr(again, shown)}
 
     training = loop.Training("autoencoder", out, steps, trainer.parts, trainer.update, watch, seed=1, watch_seconds=400)
     if not training.run() and (out / "vae").exists():

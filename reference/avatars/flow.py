@@ -5,16 +5,18 @@ guidance scale, distillation as FLUX.1-dev had it: the target is the first stage
 random scale, and that scale is the input. Muon learns the blocks' matrices, AdamW the rest.
 """
 
-import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from reference.avatars.loop import Average, write
+from reference.avatars.loop import Average, Training, write
 from reference.avatars.muon import Muon
+from reference.networks import build_scheduler
 
 MAX_GUIDANCE = 5.0
 LEARNING_RATE = 1.5e-3
@@ -41,14 +43,15 @@ class Source(Protocol):
         """``num`` clean samples [num, tokens, channels] and a caption for each."""
 
 
-def adaptive_norms(network: nn.Module) -> None:
-    """AdaLN-zero, as in DiT: blocks begin as the identity, the last projection at zero."""
+def adaptive_norms(network: nn.Module) -> nn.Module:
+    """``network``, begun as AdaLN-zero (DiT): blocks as the identity, the last projection at zero."""
     for name, module in network.named_modules():
         last = name.rsplit("blocks.", 1)[-1].split(".", 1)[-1]
         if last in ("norm.linear", "norm1.linear", "norm1_context.linear", "img_mod.1", "txt_mod.1"):
             nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias)
     nn.init.zeros_(network.proj_out.weight)
+    return network
 
 
 def make_optimizers(network: nn.Module) -> list[torch.optim.Optimizer]:
@@ -92,15 +95,18 @@ class Noised:
 
 @dataclass(frozen=True)
 class Plan:
-    """How long a network is trained: updates in all, samples an update, updates that distil guidance (they come last).
+    """What is trained and how long: updates in all, samples an update, updates that distil guidance (they come last)."""
 
-    ``stage_one`` is where the network is kept that these learn from.
-    """
-
+    name: str
+    out: Path
     steps: int
     batch: int
-    distill_steps: int
-    stage_one: Path
+    distill_steps: int = 0
+
+    @property
+    def stage_one(self) -> Path:
+        """Where the network is kept that the last updates learn from."""
+        return self.out / f"{self.name}-stage-one.pt"
 
 
 class Trainer:
@@ -177,9 +183,10 @@ class Trainer:
 
 def schedule(steps: int, shift: float) -> Tensor:
     """Noise levels [steps + 1] from one to zero, shifted as ``FlowMatchEulerDiscreteScheduler`` does with ``mu = shift``."""
-    even = torch.linspace(1, 1 / steps, steps)
-    shifted = math.exp(shift) / (math.exp(shift) + 1 / even - 1)
-    return torch.cat([shifted, torch.zeros(1)])
+    scheduler = build_scheduler()
+    scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps), mu=shift)
+    levels: Tensor = scheduler.sigmas
+    return levels
 
 
 @torch.no_grad()
@@ -194,3 +201,36 @@ def sample(
         told, untold = (learner.velocity(network, x, sigma, each, ones) for each in (condition, empty))
         x = x + (then - now) * (untold + scale * (told - untold))
     return x
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Clean samples of held-out captions [N, ...], how the first ``shown`` captions are drawn and put on a sheet."""
+
+    clean: Tensor
+    captions: list[str]
+    shown: int
+    shift: float  # mu of the sampler
+    save: Callable[[Tensor, Path], None]  # samples, as an image
+
+
+class Watch:
+    """Held-out loss, and a sheet of held-out captions beside the checkpoint: ``NAME-STEP.png``, guidance by two evaluations."""
+
+    def __init__(self, trainer: Trainer, held: HeldOut) -> None:
+        self.trainer, self.held = trainer, held
+        self.noise = torch.randn(held.shown, *held.clean.shape[1:], generator=torch.Generator().manual_seed(3))
+
+    def __call__(self, step: int) -> dict[str, float]:
+        held, plan, network = self.held, self.trainer.plan, self.trainer.average.network
+        captions = held.captions[: held.shown]
+        drawn = sample(self.trainer.learner, network, self.noise, captions, scale=3.5, steps=20, shift=held.shift)
+        held.save(drawn, plan.out / f"{plan.name}-{step:05d}.png")
+        return {"held_out_loss": round(self.trainer.held_out_loss(held.clean, held.captions[: len(held.clean)]), 5)}
+
+
+def train(plan: Plan, learner: Learner, source: Source, held: HeldOut, seed: int) -> None:
+    """Go on to ``plan``'s last update; log held-out loss and draw held-out captions every twenty minutes."""
+    torch.manual_seed(seed)
+    trainer = Trainer(learner, source, plan)
+    Training(plan.name, plan.out, plan.steps, trainer.parts, trainer.update, Watch(trainer, held), seed).run()

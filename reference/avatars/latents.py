@@ -7,11 +7,9 @@ import torch
 from diffusers import AutoencoderKL
 
 from reference.avatars.attributes import Look, say
-from reference.avatars.autoencoder import CHANNELS, to_input
+from reference.avatars.autoencoder import to_input
 from reference.avatars.dataset import read
-from reference.avatars.render import SIDE
-
-LATENT_SIDE = SIDE // 8
+from reference.networks import LATENT_CHANNELS, LATENT_SIDE
 
 
 class Latents:
@@ -25,7 +23,7 @@ class Latents:
         self.looks = [Look(**each["look"]) for each in described]
         self.captions = [str(each["caption"]) for each in described]
         self.vae = AutoencoderKL.from_pretrained(out / "vae").eval().requires_grad_(False)
-        path, shape = out / "vae" / f"{name}.f16", (len(self.looks), CHANNELS, LATENT_SIDE, LATENT_SIDE)
+        path, shape = out / "vae" / f"{name}.f16", (len(self.looks), LATENT_CHANNELS, LATENT_SIDE, LATENT_SIDE)
         missing = int(np.prod(shape)) * 2 - (path.stat().st_size if path.exists() else 0)
         if missing > 0:  # zeros: a picture whose latents are all zero has not been encoded
             with path.open("ab") as file:

@@ -95,26 +95,26 @@ class Training:
         done = self.resume()
         torch.manual_seed(self.seed + done)
         losses: list[float] = []
-        reported = saved = watched = time.monotonic()
+        saved = watched = time.monotonic()
+        reported = time.process_time()  # not of the clock: other work on the machine does not count
         for step in range(done, self.steps):
             losses.append(self.update(step))
             last = step == self.steps - 1
             if step % REPORT_EVERY == REPORT_EVERY - 1 or last:
-                now = time.monotonic()
+                now = time.process_time()
                 self.log({"step": step + 1, "loss": round(float(np.mean(losses)), 5),
-                          "seconds_per_update": round((now - reported) / len(losses), 3)})  # fmt: skip
+                          "processor_seconds_per_update": round((now - reported) / len(losses), 3)})  # fmt: skip
                 losses, reported = [], now
             if last or time.monotonic() - saved > SAVE_SECONDS:
                 self.save(step + 1)
                 saved = time.monotonic()
             if last or time.monotonic() - watched > self.watch_seconds:
                 self.log({"step": step + 1, **self.watch(step + 1)})
-                watched = reported = time.monotonic()
-                losses = []
+                watched, reported, losses = time.monotonic(), time.process_time(), []
         return max(self.steps - done, 0)
 
 
 def options(command: Callable[..., None]) -> Callable[..., None]:
-    """What every training takes: ``--out``, ``--steps`` of its own default, and ``--threads``."""
+    """What every training takes: ``--out`` and ``--threads``."""
     command = click.option("--threads", default=1, show_default=True, help="Of the processor.")(command)
     return click.option("--out", type=click.Path(path_type=Path), default=Path("build/reference"), show_default=True)(command)

@@ -1,6 +1,6 @@
 """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) in float32, matrices of one shape together.
 
-``torch.optim.Muon`` orthogonalises in bfloat16, matrix by matrix: many times slower where the processor has no bfloat16.
+``torch.optim.Muon`` orthogonalises in bfloat16, matrix by matrix; not every processor has bfloat16.
 """
 
 from collections.abc import Iterable

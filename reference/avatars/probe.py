@@ -54,9 +54,9 @@ class Asked:
     @classmethod
     def of_clip(cls, clip: Clip) -> "Asked":
         """Clips are asked for all that every caption states."""
-        named = cls.of_look(clip.look, ("mood", "hair", "beard", "clothes", "clothes_colour", "motion")).answers
+        answers = {**cls.of_look(clip.look, ()).answers, "motion": clip.words}
         colour = ("hair_colour",) if clip.look.hair != "bald" else ()
-        return cls({**named, "motion": clip.words}, ("mood", "hair", "beard", "clothes", "clothes_colour", "motion", *colour))
+        return cls(answers, ("mood", "hair", "beard", "clothes", "clothes_colour", "motion", *colour))
 
 
 class Reader(nn.Module):
@@ -97,6 +97,11 @@ def seen(clips: np.ndarray) -> Tensor:
     return torch.cat([to_input(clips[:, index]) for index in SEEN], 1)
 
 
+def as_input(samples: np.ndarray) -> Tensor:
+    """Pictures, uint8 [B, S, S, 3], or clips [B, 9, S, S, 3], as the reader takes them."""
+    return seen(samples) if samples.ndim == 5 else to_input(samples)
+
+
 @torch.no_grad()
 def score(reader: Reader, inputs: Tensor, asked: Sequence[Asked]) -> dict[str, float]:
     """Share of stated attributes that are read as the caption says, by group and by attribute."""
@@ -124,8 +129,7 @@ class Trainer:
         """Slightly noisy pictures, so that the reader does not depend on pixel-sharp edges."""
         self.reader.train()
         index = np.sort(torch.randint(len(self.samples), (self.batch,)).numpy())
-        found = self.samples[index]
-        inputs = seen(found) if found.ndim == 5 else to_input(found)
+        inputs = as_input(self.samples[index])
         answers = self.reader(inputs + 0.08 * torch.randn_like(inputs))
         loss = sum(nn.functional.cross_entropy(answers[name], self.labels[name][index]) for name in self.reader.words)
         self.optimizer.zero_grad()
@@ -158,12 +162,12 @@ def main(out: Path, kind: str, steps: int, threads: int) -> None:
     if kind == "pictures":
         samples, asked = picture_data("pictures", out)
         held, held_asked = picture_data("held-out", out)
-        reader, inputs = Reader(PICTURE_HEADS, samples.shape[1]), to_input(held[:SCORED])
+        reader = Reader(PICTURE_HEADS, samples.shape[1])
     else:
         samples, asked = clip_data("clips", out)
         held, held_asked = clip_data("held-out-clips", out)
-        reader, inputs = Reader(CLIP_HEADS, samples.shape[2], len(SEEN)), seen(held[:SCORED])
-    trainer = Trainer(reader, samples, asked, steps)
+        reader = Reader(CLIP_HEADS, samples.shape[2], len(SEEN))
+    trainer, inputs = Trainer(reader, samples, asked, steps), as_input(held[:SCORED])
 
     def watch(step: int) -> dict[str, float]:
         return score(reader, inputs, held_asked[:SCORED])

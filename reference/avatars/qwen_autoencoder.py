@@ -13,17 +13,18 @@ from diffusers import AutoencoderKLQwenImage
 
 from reference.avatars import loop
 from reference.avatars.autoencoder import (
-    CHANNELS,
     CROP,
     Descent,
     corner,
     difference,
+    psnr,
     save_sheet,
     to_input,
     to_pictures,
 )
 from reference.avatars.latents import Latents
 from reference.avatars.render import SIDE
+from reference.networks import LATENT_CHANNELS
 
 
 def build_autoencoder() -> AutoencoderKLQwenImage:
@@ -33,8 +34,8 @@ def build_autoencoder() -> AutoencoderKLQwenImage:
         dim_mult=[1, 2, 4, 8],
         num_res_blocks=1,
         temperal_downsample=[False] * 3,
-        latents_mean=[0.0] * CHANNELS,
-        latents_std=[1.0] * CHANNELS,
+        latents_mean=[0.0] * LATENT_CHANNELS,
+        latents_std=[1.0] * LATENT_CHANNELS,
     )
 
 
@@ -72,8 +73,7 @@ def main(out: Path, steps: int, batch: int, threads: int) -> None:
     def watch(step: int) -> dict[str, float]:
         found = to_pictures(trainer.vae.decode(z).sample[:, :, 0])
         save_sheet(np.stack([held.pictures[:16], found], 1).reshape(-1, SIDE, SIDE, 3), out / "vae-qwen.png")
-        mse = np.square((found.astype(np.float32) - held.pictures[:16]) / 255).mean((1, 2, 3))
-        return {"held_out_psnr": float(np.mean(-10 * np.log10(mse)))}
+        return {"held_out_psnr": psnr(found, held.pictures[:16])}
 
     loop.Training("autoencoder-qwen", out, steps, trainer.parts, trainer.update, watch, seed=6).run()
     trainer.vae.save_pretrained(out / "vae-qwen")

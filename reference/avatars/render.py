@@ -14,6 +14,7 @@ from cachec.runtime.errors import MissingExtraError
 from reference.avatars.attributes import Look
 
 HERE = Path(__file__).parent
+LOCK = "package-lock.json"
 VIEW = (64, 72, 640)  # the square of the style's 768 x 768 drawing that is shown: x, y, side
 SIDE = 128
 
@@ -51,7 +52,7 @@ def spec_line(look: Look, pose: Pose, *, eyes: str | None = None) -> str:
 
 
 def install(folder: Path) -> Path:
-    """The renderer in ``folder``, with the pinned packages installed by ``npm ci`` (once).
+    """The renderer in ``folder``, with the pinned packages installed by ``npm ci`` (once for each lock file).
 
     Raises:
         MissingExtraError: Node or npm is absent.
@@ -61,9 +62,13 @@ def install(folder: Path) -> Path:
             "the avatars are drawn by Node: install node and npm (version 20 or later), then run this again"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("package.json", "package-lock.json", "render.mjs"):
+    finished, lock = folder / "node_modules" / f".{LOCK}", folder / LOCK  # npm writes the first at its end
+    installed = finished.exists() and lock.exists() and lock.read_bytes() == (HERE / LOCK).read_bytes()
+    if not installed:
+        finished.unlink(missing_ok=True)
+    for name in ("package.json", LOCK, "render.mjs"):
         shutil.copyfile(HERE / name, folder / name)
-    if not (folder / "node_modules").exists():
+    if not installed:
         subprocess.run(["npm", "ci", "--silent", "--no-audit", "--no-fund"], cwd=folder, check=True)
     return (folder / "render.mjs").resolve()
 

@@ -16,11 +16,11 @@ from tqdm import tqdm
 
 from reference.avatars import loop
 from reference.avatars.assemble import PIPELINES
-from reference.avatars.autoencoder import save_sheet, to_input
+from reference.avatars.autoencoder import save_sheet
 from reference.avatars.clips import load
 from reference.avatars.dataset import read
 from reference.avatars.motion import CLIP_SIDE, CLIP_WORDS, FRAMES
-from reference.avatars.probe import CLIP_HEADS, PICTURE_HEADS, SEEN, Reader, clip_data, picture_data, score, seen
+from reference.avatars.probe import CLIP_HEADS, PICTURE_HEADS, SEEN, Reader, as_input, clip_data, picture_data, score
 from reference.avatars.render import SIDE
 from reference.avatars.tiny_flux import TEXT_TOKENS
 
@@ -65,10 +65,6 @@ def load_reader(kind: str, out: Path) -> Reader:
     return reader.eval()
 
 
-def inputs(samples: np.ndarray) -> torch.Tensor:
-    return seen(samples) if samples.ndim == 5 else to_input(samples)
-
-
 @click.command()
 @click.argument("name", type=click.Choice(list(PIPELINES)))
 @loop.options
@@ -88,8 +84,8 @@ def main(name: str, out: Path, num: int, seed: int, threads: int) -> None:
     drawn = np.concatenate([
         drawing.draw(pipeline, captions[i : i + BATCH], generator) for i in tqdm(range(0, len(captions), BATCH), mininterval=5)
     ])  # fmt: skip
-    rows = {"dataset": score(reader, inputs(real[: len(drawn)]), asked[: len(drawn)]),
-            "generated": score(reader, inputs(drawn), asked[: len(drawn)])}  # fmt: skip
+    rows = {"dataset": score(reader, as_input(real[: len(drawn)]), asked[: len(drawn)]),
+            "generated": score(reader, as_input(drawn), asked[: len(drawn)])}  # fmt: skip
     (out / f"score-{name}.json").write_text(json.dumps({"num": len(drawn), "steps": STEPS, **rows}, indent=1) + "\n")
     frames = drawn[:8].reshape(-1, *drawn.shape[-3:]) if drawing.video else drawn[:32]
     save_sheet(frames, out / f"score-{name}.png", columns=FRAMES if drawing.video else 8)

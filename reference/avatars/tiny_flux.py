@@ -5,14 +5,16 @@ from pathlib import Path
 import click
 import numpy as np
 import torch
+from diffusers import FluxPipeline
 from torch import Tensor, nn
 
 from reference.avatars import loop
 from reference.avatars.attributes import MAX_WORDS, vocabulary
 from reference.avatars.autoencoder import save_sheet, to_pictures
-from reference.avatars.flow import Condition, Plan, Trainer, adaptive_norms, sample
-from reference.avatars.latents import LATENT_SIDE, Latents
-from reference.networks import SHIFT, build_transformer, image_ids, pack
+from reference.avatars.flow import Condition, HeldOut, Plan, adaptive_norms, train
+from reference.avatars.latents import Latents
+from reference.avatars.render import SIDE
+from reference.networks import LATENT_SIDE, SHIFT, build_transformer, image_ids, pack
 from reference.text import build_clip, build_t5, encode
 
 TEXT_TOKENS = MAX_WORDS  # max_sequence_length of the pipeline call
@@ -22,9 +24,8 @@ SHEET = 16
 
 def unpack(tokens: Tensor) -> Tensor:
     """FLUX's tokens [B, 64, 64] to latents [B, 16, 16, 16]: the reverse of ``pack``."""
-    side = LATENT_SIDE // 2
-    patches = tokens.view(len(tokens), side, side, -1, 2, 2)
-    return patches.permute(0, 3, 1, 4, 2, 5).reshape(len(tokens), -1, LATENT_SIDE, LATENT_SIDE)
+    latents: Tensor = FluxPipeline._unpack_latents(tokens, SIDE, SIDE, SIDE // LATENT_SIDE)
+    return latents
 
 
 class FluxLearner:
@@ -36,9 +37,7 @@ class FluxLearner:
         self.ids = {"txt_ids": torch.zeros(TEXT_TOKENS, 3), "img_ids": image_ids()}
 
     def build(self) -> nn.Module:
-        network = build_transformer()
-        adaptive_norms(network)
-        return network
+        return adaptive_norms(build_transformer())
 
     def encode(self, captions: list[str]) -> Condition:
         states, pooled = encode(captions, self.clip, self.t5, TEXT_TOKENS)
@@ -63,19 +62,14 @@ class PackedPictures:
         return pack(self.latents.take(index)), self.latents.say(index, rng)
 
 
-class Watch:
-    """Held-out loss, and a sheet of held-out captions beside the checkpoint: ``NAME-STEP.png``, guidance by two evaluations."""
+def held_out(out: Path) -> HeldOut:
+    """The first held-out pictures, packed."""
+    held = Latents("held-out", out)
 
-    def __init__(self, name: str, trainer: Trainer, held: Latents, out: Path) -> None:
-        self.name, self.trainer, self.held, self.out = name, trainer, held, out
-        self.clean = pack(held.take(np.arange(64)))
-        self.noise = torch.randn(SHEET, *self.clean.shape[1:], generator=torch.Generator().manual_seed(3))
+    def save(tokens: Tensor, path: Path) -> None:
+        save_sheet(to_pictures(held.decode(unpack(tokens))), path)
 
-    def __call__(self, step: int) -> dict[str, float]:
-        captions, network = self.held.captions, self.trainer.average.network
-        tokens = sample(self.trainer.learner, network, self.noise, captions[:SHEET], scale=3.5, steps=20, shift=SHIFT)
-        save_sheet(to_pictures(self.held.decode(unpack(tokens))), self.out / f"{self.name}-{step:05d}.png")
-        return {"held_out_loss": round(self.trainer.held_out_loss(self.clean, captions[: len(self.clean)]), 5)}
+    return HeldOut(pack(held.take(np.arange(64))), held.captions, SHEET, SHIFT, save)
 
 
 @click.command()
@@ -86,12 +80,8 @@ class Watch:
 def main(out: Path, steps: int, distill_steps: int, batch: int, threads: int) -> None:
     """Train on cached latents; log held-out loss and draw held-out captions every twenty minutes."""
     torch.set_num_threads(threads)
-    torch.manual_seed(2)
-    learner = FluxLearner()
-    plan = Plan(steps, batch, distill_steps, out / "tiny-flux-stage-one.pt")
-    trainer = Trainer(learner, PackedPictures(Latents("pictures", out)), plan)
-    watch = Watch("tiny-flux", trainer, Latents("held-out", out), out)
-    loop.Training("tiny-flux", out, steps, trainer.parts, trainer.update, watch, seed=2).run()
+    plan = Plan("tiny-flux", out, steps, batch, distill_steps)
+    train(plan, FluxLearner(), PackedPictures(Latents("pictures", out)), held_out(out), seed=2)
 
 
 if __name__ == "__main__":

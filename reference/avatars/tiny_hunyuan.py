@@ -14,15 +14,16 @@ from torch import Tensor, nn
 
 from reference.avatars import loop
 from reference.avatars.attributes import vocabulary
-from reference.avatars.autoencoder import CHANNELS, save_sheet
+from reference.avatars.autoencoder import save_sheet
 from reference.avatars.clips import load
 from reference.avatars.decoder_text import build_llama
-from reference.avatars.flow import Condition, Plan, Trainer, adaptive_norms, sample
+from reference.avatars.flow import Condition, HeldOut, Plan, adaptive_norms, train
 from reference.avatars.motion import CLIP_SIDE, CLIP_WORDS, FRAMES
 from reference.avatars.video_autoencoder import to_frames, to_video
+from reference.networks import LATENT_CHANNELS
 from reference.text import WIDTH, build_clip
 
-LATENT_SHAPE = (CHANNELS, 1 + (FRAMES - 1) // 4, CLIP_SIDE // 8, CLIP_SIDE // 8)
+LATENT_SHAPE = (LATENT_CHANNELS, 1 + (FRAMES - 1) // 4, CLIP_SIDE // 8, CLIP_SIDE // 8)
 CLIP_TOKENS = 77  # the pipeline always pads to it
 SHIFT = math.log(3.0)  # the mu of the sampler: log of the shift that its pipeline has
 SHOWN = 8
@@ -31,8 +32,8 @@ SHOWN = 8
 def build_transformer() -> HunyuanVideoTransformer3DModel:
     """HunyuanVideo at width 192: two double and four single blocks, one refiner layer, guidance embedding on."""
     return HunyuanVideoTransformer3DModel(
-        in_channels=CHANNELS,
-        out_channels=CHANNELS,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
         num_attention_heads=4,
         attention_head_dim=48,
         num_layers=2,
@@ -61,9 +62,7 @@ class HunyuanLearner:
         )
 
     def build(self) -> nn.Module:
-        network = build_transformer()
-        adaptive_norms(network)
-        return network
+        return adaptive_norms(build_transformer())
 
     @torch.no_grad()
     def encode(self, captions: list[str]) -> Condition:
@@ -103,19 +102,14 @@ class ClipLatents:
         return self.latents[index].float(), [self.clips[i].caption(rng) for i in index.tolist()]
 
 
-class Watch:
-    """Held-out loss, and a sheet of held-out clips beside the checkpoint: a row of frames each."""
+def held_out(out: Path) -> HeldOut:
+    """The first held-out clips; on the sheet each is a row of frames."""
+    held = ClipLatents("held-out-clips", out)
 
-    def __init__(self, trainer: Trainer, held: ClipLatents, out: Path) -> None:
-        self.trainer, self.held, self.out = trainer, held, out
-        self.noise = torch.randn(SHOWN, *LATENT_SHAPE, generator=torch.Generator().manual_seed(3))
+    def save(latents: Tensor, path: Path) -> None:
+        save_sheet(held.decode(latents).reshape(-1, CLIP_SIDE, CLIP_SIDE, 3), path, columns=FRAMES)
 
-    def __call__(self, step: int) -> dict[str, float]:
-        captions, network = self.held.captions, self.trainer.average.network
-        found = sample(self.trainer.learner, network, self.noise, captions[:SHOWN], scale=3.5, steps=20, shift=SHIFT)
-        frames = self.held.decode(found).reshape(-1, CLIP_SIDE, CLIP_SIDE, 3)
-        save_sheet(frames, self.out / f"tiny-hunyuan-{step:05d}.png", columns=FRAMES)
-        return {"held_out_loss": round(self.trainer.held_out_loss(self.held.latents[:64].float(), captions[:64]), 5)}
+    return HeldOut(held.latents[:64].float(), held.captions, SHOWN, SHIFT, save)
 
 
 @click.command()
@@ -126,11 +120,8 @@ class Watch:
 def main(out: Path, steps: int, distill_steps: int, batch: int, threads: int) -> None:
     """Train on the clips' latents; log held-out loss and draw held-out captions every twenty minutes."""
     torch.set_num_threads(threads)
-    torch.manual_seed(8)
-    plan = Plan(steps, batch, distill_steps, out / "tiny-hunyuan-stage-one.pt")
-    trainer = Trainer(HunyuanLearner(), ClipLatents("clips", out), plan)
-    watch = Watch(trainer, ClipLatents("held-out-clips", out), out)
-    loop.Training("tiny-hunyuan", out, steps, trainer.parts, trainer.update, watch, seed=8).run()
+    plan = Plan("tiny-hunyuan", out, steps, batch, distill_steps)
+    train(plan, HunyuanLearner(), ClipLatents("clips", out), held_out(out), seed=8)
 
 
 if __name__ == "__main__":

@@ -14,19 +14,19 @@ from torch import Tensor, nn
 
 from reference.avatars import loop
 from reference.avatars.attributes import vocabulary
-from reference.avatars.autoencoder import CHANNELS
 from reference.avatars.decoder_text import build_qwen
-from reference.avatars.flow import Condition, Plan, Trainer, adaptive_norms
-from reference.avatars.latents import LATENT_SIDE, Latents
-from reference.avatars.tiny_flux import PackedPictures, Watch
+from reference.avatars.flow import Condition, Plan, adaptive_norms, train
+from reference.avatars.latents import Latents
+from reference.avatars.tiny_flux import PackedPictures, held_out
+from reference.networks import LATENT_CHANNELS, LATENT_SIDE
 from reference.text import WIDTH
 
 
 def build_transformer() -> QwenImageTransformer2DModel:
     """Qwen-Image at width 192 with six blocks."""
     return QwenImageTransformer2DModel(
-        in_channels=4 * CHANNELS,
-        out_channels=CHANNELS,
+        in_channels=4 * LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
         num_layers=6,
         attention_head_dim=48,
         num_attention_heads=4,
@@ -43,9 +43,7 @@ class QwenLearner:
         self.pipeline = QwenImagePipeline(scheduler=None, vae=None, text_encoder=reader, tokenizer=tokenizer, transformer=None)
 
     def build(self) -> nn.Module:
-        network = build_transformer()
-        adaptive_norms(network)
-        return network
+        return adaptive_norms(build_transformer())
 
     @torch.no_grad()
     def encode(self, captions: list[str]) -> Condition:
@@ -67,12 +65,8 @@ class QwenLearner:
 def main(out: Path, steps: int, batch: int, threads: int) -> None:
     """Train on cached latents; log held-out loss and draw held-out captions every twenty minutes."""
     torch.set_num_threads(threads)
-    torch.manual_seed(4)
-    learner = QwenLearner()
-    plan = Plan(steps, batch, 0, out / "tiny-qwen-stage-one.pt")
-    trainer = Trainer(learner, PackedPictures(Latents("pictures", out)), plan)
-    watch = Watch("tiny-qwen", trainer, Latents("held-out", out), out)
-    loop.Training("tiny-qwen", out, steps, trainer.parts, trainer.update, watch, seed=4).run()
+    plan = Plan("tiny-qwen", out, steps, batch)
+    train(plan, QwenLearner(), PackedPictures(Latents("pictures", out)), held_out(out), seed=4)
 
 
 if __name__ == "__main__":

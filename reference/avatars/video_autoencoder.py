@@ -13,9 +13,10 @@ from diffusers import AutoencoderKL, AutoencoderKLHunyuanVideo
 from torch import Tensor, nn
 
 from reference.avatars import loop
-from reference.avatars.autoencoder import CHANNELS, Descent, corner, difference, save_sheet, to_input, to_pictures
+from reference.avatars.autoencoder import Descent, corner, psnr, save_sheet, to_input, to_pictures
 from reference.avatars.clips import load
 from reference.avatars.motion import CLIP_SIDE, FRAMES
+from reference.networks import LATENT_CHANNELS
 
 CROP = 48
 SHOWN = 6
@@ -27,7 +28,7 @@ def build_autoencoder() -> AutoencoderKLHunyuanVideo:
         block_out_channels=(12, 24, 48, 96),
         layers_per_block=1,
         norm_num_groups=2,
-        latent_channels=CHANNELS,
+        latent_channels=LATENT_CHANNELS,
         mid_block_add_attention=False,
     )
 
@@ -73,11 +74,7 @@ class Trainer(Descent):
     def update(self, step: int) -> float:
         index = np.sort(torch.randint(len(self.clips), (self.batch,)).numpy())
         top, left = corner(CLIP_SIDE, CROP)
-        x = to_video(self.clips[index, :, top : top + CROP, left : left + CROP])
-        posterior = self.vae.encode(x).latent_dist
-        loss = difference(self.vae.decode(posterior.sample()).sample, x)
-        self.down(loss + 1e-5 * posterior.kl().mean() / 64)
-        return float(loss.item())
+        return self.learn(to_video(self.clips[index, :, top : top + CROP, left : left + CROP]))
 
 
 @click.command()
@@ -97,8 +94,7 @@ def main(out: Path, steps: int, batch: int, threads: int) -> None:
         found = to_frames(trainer.vae.decode(trainer.vae.encode(to_video(shown)).latent_dist.mode()).sample)
         pairs = np.stack([shown, found], 1).reshape(-1, CLIP_SIDE, CLIP_SIDE, 3)
         save_sheet(pairs, out / "vae-video.png", columns=FRAMES)
-        mse = np.square((found.astype(np.float32) - shown) / 255).mean((1, 2, 3, 4))
-        return {"held_out_psnr": float(np.mean(-10 * np.log10(mse)))}
+        return {"held_out_psnr": psnr(found, shown)}
 
     training = loop.Training("autoencoder-video", out, steps, trainer.parts, trainer.update, watch, seed=7)
     if not training.run() and (out / "vae-video").exists():
@@ -106,7 +102,7 @@ def main(out: Path, steps: int, batch: int, threads: int) -> None:
     with torch.no_grad():
         z = trainer.vae.encode(to_video(clips[:32])).latent_dist.mode()
     # This class has no shift: the last of the encoder's layers and the first of the decoder's take it.
-    trainer.vae.quant_conv.bias.data[:CHANNELS] -= z.mean()
+    trainer.vae.quant_conv.bias.data[:LATENT_CHANNELS] -= z.mean()
     trainer.vae.post_quant_conv.bias.data += trainer.vae.post_quant_conv.weight.data.sum((1, 2, 3, 4)) * z.mean()
     trainer.vae.register_to_config(scaling_factor=1 / z.std().item())
     loop.replace_network(trainer.vae, out / "vae-video")

@@ -1,12 +1,19 @@
 import numpy as np
+import pytest
 import torch
 
-from reference.avatars.autoencoder import Trainer, build_autoencoder, pass_on, reconstruct, to_input, to_pictures
+from reference.avatars.autoencoder import Trainer, build_autoencoder, pass_on, psnr, reconstruct, to_input, to_pictures
 
 
 def test_pictures_survive_the_way_to_the_network_and_back():
     pictures = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), np.uint8)
     np.testing.assert_array_equal(to_pictures(to_input(pictures)), pictures)
+
+
+def test_psnr_is_in_decibels_and_the_mean_over_pictures():
+    real = np.zeros((2, 4, 4, 3), np.uint8)
+    found = real + np.array([255, 51], np.uint8)[:, None, None, None]  # errors of 1 and of 0.2
+    assert psnr(found, real) == pytest.approx(-10 * np.log10(0.04) / 2, rel=1e-5)
 
 
 def test_the_autoencoder_is_small_and_shrinks_eightfold():

@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -5,7 +7,18 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import nn
 
 from reference.avatars import flow
-from reference.avatars.flow import Noised, Plan, Trainer, adaptive_norms, learning_rate, make_optimizers, sample, schedule
+from reference.avatars.flow import (
+    HeldOut,
+    Noised,
+    Plan,
+    Trainer,
+    adaptive_norms,
+    learning_rate,
+    make_optimizers,
+    sample,
+    schedule,
+    train,
+)
 from reference.networks import build_transformer
 
 
@@ -39,7 +52,7 @@ class Source:
 
 
 def plan(tmp_path, *, steps=4, distill=0):
-    return Plan(steps, 8, distill, tmp_path / "stage-one.pt")
+    return Plan("small", tmp_path, steps, 8, distill)
 
 
 def test_a_noised_sample_lies_between_the_clean_one_and_noise():
@@ -87,7 +100,7 @@ def test_distillation_teaches_the_guided_velocity_of_the_first_stage(tmp_path, m
     assert scale.min() >= 1
     assert scale.max() <= flow.MAX_GUIDANCE
     assert scale.std() > 0
-    assert (tmp_path / "stage-one.pt").exists()
+    assert (tmp_path / "small-stage-one.pt").exists()
 
 
 def test_a_resumed_distillation_keeps_its_teacher(tmp_path):
@@ -119,6 +132,19 @@ def test_held_out_loss_is_the_same_each_time_and_leaves_the_noise_alone(tmp_path
     assert trainer.held_out_loss(torch.ones(4, 2, 4), ["1"] * 4) == first
     torch.manual_seed(9)
     assert torch.rand(1) == drawn
+
+
+def test_a_training_shows_held_out_captions_and_goes_on_where_it_stopped(tmp_path):
+    shown = []
+    held = HeldOut(torch.ones(4, 2, 4), ["1"] * 6, 3, 1.15, lambda samples, path: shown.append((samples.shape, path.name)))
+    for steps in (2, 3):
+        train(plan(tmp_path, steps=steps), Learner(), Source(), held, seed=1)
+    assert shown == [((3, 2, 4), "small-00002.png"), ((3, 2, 4), "small-00003.png")]
+    state = torch.load(tmp_path / "small.pt", weights_only=True)
+    assert set(state) == {"network", "average", "optimizer0", "optimizer1", "step"}
+    assert state["step"] == 3
+    lines = [json.loads(line) for line in (tmp_path / "small.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "held_out_loss" in line] == [2, 3]
 
 
 def test_blocks_of_flux_begin_as_the_identity():

@@ -31,7 +31,7 @@ def learners():
 def test_an_update(learners, name, tmp_path, monkeypatch):
     monkeypatch.setattr(muon, "orthogonal", torch.sign)  # the costly part, which has tests of its own
     learner, shape = learners[name]
-    trainer = Trainer(learner, Source(shape), Plan(10, 2, 0, tmp_path / "s.pt"))
+    trainer = Trainer(learner, Source(shape), Plan("small", tmp_path, 10, 2))
     before = trainer.network.proj_out.weight.clone()
     assert np.isfinite(trainer.update(0))
     assert not torch.equal(trainer.network.proj_out.weight, before)

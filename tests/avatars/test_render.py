@@ -31,6 +31,30 @@ def test_absent_node_is_said(monkeypatch, tmp_path):
         install(tmp_path)
 
 
+def test_packages_are_installed_until_that_is_finished_and_again_for_a_new_lock_file(monkeypatch, tmp_path):
+    runs = []
+
+    def npm(command, *, cwd, check):
+        runs.append(command[:2])
+        (cwd / "node_modules").mkdir(exist_ok=True)
+        if len(runs) in (1, 3):
+            raise KeyboardInterrupt
+        (cwd / "node_modules" / ".package-lock.json").touch()
+
+    monkeypatch.setattr(shutil, "which", lambda name: name)
+    monkeypatch.setattr(render.subprocess, "run", npm)
+    with pytest.raises(KeyboardInterrupt):
+        install(tmp_path)
+    install(tmp_path)
+    install(tmp_path)
+    assert runs == [["npm", "ci"]] * 2
+    (tmp_path / "package-lock.json").write_text("of last year")
+    with pytest.raises(KeyboardInterrupt):
+        install(tmp_path)
+    install(tmp_path)
+    assert len(runs) == 4
+
+
 def test_samples_are_the_same_each_time_whatever_their_number():
     few, more = dataset.make_samples("held-out", 3), dataset.make_samples("held-out", 5)
     assert few == more[:3]

@@ -43,7 +43,7 @@ def test_latents_are_encoded_once_and_kept(tmp_path):
 def test_an_update_of_flux_on_cached_latents(tmp_path, monkeypatch):
     monkeypatch.setattr(muon, "orthogonal", torch.sign)  # the costly part, which has tests of its own
     learner = FluxLearner()
-    trainer = Trainer(learner, PackedPictures(Latents("pictures", folder(tmp_path))), Plan(10, 2, 0, tmp_path / "s.pt"))
+    trainer = Trainer(learner, PackedPictures(Latents("pictures", folder(tmp_path))), Plan("small", tmp_path, 10, 2))
     before = trainer.network.proj_out.weight.clone()
     assert np.isfinite(trainer.update(0))
     assert not torch.equal(trainer.network.proj_out.weight, before)
