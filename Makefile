@@ -74,7 +74,7 @@ engines: $(READY)  ## Engines of TensorRT for RTX and errors of low precision: b
 sizes: $(READY)  ## Compile models of FLUX.1-dev's width and depth: bench/SIZES.md (50 GB of disk, half an hour)
 	$(BIN)/python -m bench.sizes
 
-static: $(READY)  ## What engines for one size gain over one set for all: the end of bench/SIZES.md (five minutes)
+static: $(READY)  ## What engines for one size gain over one set for all: the end of bench/SIZES.md
 	$(BIN)/python -m bench.static
 
 fits: $(READY)  ## What calibration and training cost, and LESA from some of the tokens: bench/FITS.md (ten minutes)
@@ -98,5 +98,5 @@ avatars: $(READY)  ## Train the reference models of avatars: Node draws the pict
 	for kind in pictures clips; do $(BIN)/python -m reference.avatars.probe --of $$kind --threads 2 || exit; done
 
 clean:  ## Remove what was built, but not what was trained (build/reference)
-	find build -mindepth 1 -maxdepth 1 ! -name reference -exec rm -rf {} + || true
+	rm -rf $(filter-out build/reference,$(wildcard build/*))
 	rm -rf dist demo .mypy_cache .ruff_cache .pytest_cache *.egg-info

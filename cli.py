@@ -313,7 +313,7 @@ def inspect_command(bundle: Path, as_json: bool) -> None:
     from cachec.runtime.inspect import describe_bundle
 
     opened = Bundle.open(bundle, verify=True)
-    fits = [find_fit(target).in_words for target in opened.manifest.targets]
+    fits = [fit.in_words + fit.batches_in_words for fit in map(find_fit, opened.manifest.targets)]
     if as_json:
         programs = {level: opened.program(level).to_json() for level in opened.manifest.programs}
         manifest = opened.manifest.to_json()

@@ -16,6 +16,7 @@ from cachec.compiler.drop_in.forms import Compiled, Form, Schedule
 from cachec.compiler.drop_in.transformer import AcceleratedTransformer
 from cachec.compiler.models import FAMILIES
 from cachec.compiler.models.base import Family, LoadedModel, settings_of
+from cachec.compiler.models.lora_files import as_option
 from cachec.compiler.models.samples import difference, held_samples, lora_layers
 from cachec.runtime.abi import COMPUTE
 from cachec.runtime.bundle import Bundle
@@ -111,7 +112,10 @@ def _graph_of(bundle: Bundle, facts: Mapping[str, Any], transformer: nn.Module) 
 
 def _advice(model: Mapping[str, Any], *, has_lora: bool) -> str:
     """What to do about a transformer of other weights."""
-    if loras := model.get("loras"):
+    loras = model.get("loras", ())
+    if len(loras) > 1 or any("part" in one for one in loras):
+        return f"Load and fuse all of these at their scales ({', '.join(map(as_option, loras))}), or take a bundle without"
+    if loras:
         return (f"Load the same with pipe.load_lora_weights('{loras[0]['name']}') and pipe.fuse_lora(lora_scale="
                 f"{loras[0]['scale']:g}), or take a bundle without")  # fmt: skip
     if has_lora:

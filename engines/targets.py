@@ -75,8 +75,15 @@ class Fit:
         if self.backend is None:
             return f"does not fit here: {self.reason}"
         tuned = "" if self.exact else ", but was not tuned for just this GPU: add-target makes one that is"
-        equal = "bit for bit" if self.backend.rows_are_exact(self.device) else "to rounding (1e-5 in float32)"
-        return f"fits here, on {self.device}{tuned}; a request gets the same in batches of any size, {equal}"
+        return f"fits here, on {self.device}{tuned}"
+
+    @property
+    def batches_in_words(self) -> str:
+        """What requests get that share a batch; nothing of a target that does not fit."""
+        if self.backend is None:
+            return ""
+        equal = "bit for bit" if self.backend.rows_are_exact(self.device) else "to rounding"
+        return f"; a request gets the same in batches of any size, {equal}"
 
     @property
     def rank(self) -> tuple[bool, int, bool]:

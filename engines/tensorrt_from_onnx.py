@@ -234,18 +234,33 @@ def part_attention(library: ModuleType, network: "trt.INetworkDefinition") -> No
     """Let no two attentions read the same queries or keys: TensorRT for RTX 1.7.1 crashes while it builds those.
 
     The later one reads both negated, which is the same to the last bit; in front of the scaling that the parser puts there.
+
+    Raises:
+        EngineError: they are read without being scaled, where only one of them could be negated.
     """
     layers = [network.get_layer(index) for index in range(network.num_layers)]
-    scaled = {layer.get_output(0).name: layer for layer in layers if layer.type == library.LayerType.ELEMENTWISE}
+    scaled = {layer.get_output(0).name: layer for layer in layers if is_product(library, layer)}
     known: set[str] = set()
     for attention in attentions(library, network):
         given = [attention.get_input(index).name for index in (0, 1)]
         scales = [scaled[name] for name in given if name in scaled]
         names = {layer.get_input(0).name for layer in scales}
         if names & known:
+            if len(scales) != len(given):
+                raise EngineError(
+                    "two attentions read the same queries or keys, which this TensorRT does not scale as others do"
+                )
             for layer in scales:
                 layer.set_input(0, network.add_unary(layer.get_input(0), library.UnaryOperation.NEG).get_output(0))
         known |= names
+
+
+def is_product(library: ModuleType, layer: "trt.ILayer") -> bool:
+    """Does a layer multiply two tensors?"""
+    if layer.type != library.LayerType.ELEMENTWISE:
+        return False
+    layer.__class__ = library.IElementWiseLayer
+    return bool(layer.op == library.ElementWiseOperation.PROD)
 
 
 def attentions(library: ModuleType, network: "trt.INetworkDefinition") -> "Iterator[trt.IAttention]":

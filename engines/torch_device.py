@@ -69,8 +69,12 @@ class TorchDevice(Device):
         return buffer.clone()
 
     def synchronize(self) -> None:
-        if self._device.type == CUDA:
+        if self._device.type != CUDA:
+            return
+        try:
             torch.cuda.synchronize(self._device)
+        except RuntimeError as error:
+            raise EngineError(f"work on the GPU failed: {in_one_line(error)}") from error
 
     def record(self, work: Callable[[], None]) -> Call | None:
         """A CUDA graph of ``work``; its temporary tensors get memory of their own.

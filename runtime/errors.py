@@ -5,6 +5,7 @@ A message says what is wrong, with which value, and what to do.
 
 import difflib
 import importlib.util
+import math
 from collections.abc import Iterable
 from typing import ClassVar
 
@@ -74,7 +75,7 @@ class DeadlineError(CachecError):
 
     exit_code: ClassVar[int] = 12
 
-    def __init__(self, message: str, seconds: float) -> None:
+    def __init__(self, message: str, seconds: float = math.inf) -> None:
         super().__init__(message)
         self.seconds = seconds
 

@@ -196,7 +196,7 @@ def _shared(planned: PlannedCall, port: Port, plan: BindingPlan, program: str) -
         view = planned.inputs[spec.name]
         value = plan.buffers[view.buffer].value
         if value is not None:
-            shared.append(_digest([value if view.start is None else value[slice(view.start, view.stop)]]))
+            shared.append(_digest([value]))
         else:
             asks = True
             shared.append(view.buffer if view.start is None else (program, view))

@@ -195,8 +195,9 @@ class Roster:
         self.running = {job.number: job for job in running}
         self._widths = dict[str, int]()  # by group, for those who are present
 
-    def copy(self) -> "Roster":
-        return Roster(self.policy, self.lanes, self.queued.values(), self.running.values())
+    def copy(self, without: Collection[int] = ()) -> "Roster":
+        queued, running = ([job for job in jobs.values() if job.number not in without] for jobs in (self.queued, self.running))
+        return Roster(self.policy, self.lanes, queued, running)
 
     @property
     def jobs(self) -> list[Job]:

@@ -5,7 +5,7 @@ All batches lie in one piece of memory, the *arena*, in which one call is made a
 
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from math import prod
 from statistics import median
@@ -146,7 +146,6 @@ class Ports:
         room = max(batch.nbytes for _, batch, _ in bound)
         scratch = max(context.scratch_bytes(batch.input_shapes) for context, batch, _ in bound)
         arena = device.empty((room + scratch,), "uint8")
-        self.nbytes = room + scratch
         if scratch:
             for context in contexts.values():
                 context.scratch = arena[room:]
@@ -172,7 +171,7 @@ class Ports:
                 try:
                     batch.call = self._device.record(batch.call.run) or batch.call
                 except EngineError as error:
-                    log.warning("calls of %s are made as they are: %s", name, error)
+                    log.warning("calls of %s, and all behind them, are made one by one: %s", name, error)
                     return
 
     def flat(self, seconds: float) -> Costs:
@@ -195,12 +194,18 @@ class Ports:
             took.append(clock() - start)
         return median(took)
 
-    def check(self, costs: Costs) -> None:
-        """Raise ``InputError`` unless ``costs`` say what every call takes in every batch."""
+    def of_these(self, costs: Costs) -> Costs:
+        """``costs`` of these batches alone: other lanes' may be of more.
+
+        Raises:
+            InputError: they do not say what every call takes in every batch.
+        """
         for name, batches in self._batches.items():
             known = costs.seconds.get(name, {})
             if missing := [bucket for bucket in batches if bucket not in known]:
                 raise InputError(f"the costs lack {name} in batches of {missing}: leave them out, and they are measured")
+        here = {name: {bucket: costs.seconds[name][bucket] for bucket in batches} for name, batches in self._batches.items()}
+        return replace(costs, seconds=here)
 
 
 def _fitting(port: Port, rows: Collection[int], buckets: Iterable[int]) -> list[int]:

@@ -1,8 +1,9 @@
 """Lanes: many requests on one set of engines, a step of many of them at a time.
 
 Requests of any level, number of steps, seed and guidance scale share the runs of the model, and come and go at any tick. What
-one of them gets does not depend on its neighbours: rows of a batch know nothing of each other. All memory is taken, all calls
-are bound and timed when the lanes are made; a tick only copies rows and makes calls.
+one of them gets does not depend on its neighbours: rows of a batch know nothing of each other (engines whose ``rows_are_exact``
+is false may round otherwise in batches of another size). All memory is taken, all calls are bound and timed when the lanes are
+made; a tick only copies rows and makes calls.
 """
 
 import itertools
@@ -35,8 +36,8 @@ class Lanes:
 
     ``submit`` and ``Ticket.cancel`` may be called from any thread, ``tick`` from one at a time. ``buckets``: the batches that
     engines are bound to, in rows (a guided request has two), 1, 2, 4 and 8 of them that the engines take if nothing is said; a
-    batch is filled up to the smallest that fits. ``policy``: how
-    requests are ordered and how many share a tick, or the name of an order. ``costs``: seconds of every call, as the ``costs``
+    batch is filled up to the smallest that fits. ``policy``: how requests are ordered and how many share a tick, or the name of
+    an order. ``costs``: seconds of every call, as the ``costs``
     of other lanes on such a machine; without, they are measured. ``sizes``: of the bundle, which requests may ask for; the one
     it was loaded for without. ``starts``: steps, beside the first, that requests may begin at. ``clock``: seconds, as
     ``time.monotonic``.
@@ -119,6 +120,8 @@ class Lanes:
         """
         key = self._key(level, steps, size, start)
         plan = self._plans[key]
+        if deadline is not None and not deadline > 0:
+            raise InputError(f"the deadline is in {deadline} s; it must be later than now")
         if start and seed is not None:
             raise InputError(f"start is {start}, and no seed stands for latents of that noise level: give them as noise")
         latents = plan.noise(noise, seed)
@@ -131,8 +134,9 @@ class Lanes:
         with self._changed:
             now, number = self._clock(), next(self._numbers)
             job = Job(number, self._kinds[key], inf if deadline is None else now + deadline)
-            if deadline is not None:
-                check_deadline(self._roster, job, now)
+            if job.deadline < inf:
+                gone = [number for number, one in self._requests.items() if one.ticket.done]
+                check_deadline(self._roster.copy(without=gone), job, now)
             ticket = Ticket(number, plan.level, plan.num_steps)
             self._requests[number] = Request(ticket, key, plan, conditions, noise, digest)
             self._roster.add(job)
@@ -152,16 +156,15 @@ class Lanes:
 
     def _prepare(self, costs: Costs | None) -> None:
         """Make every call once on empty lanes, so that nothing is left that happens only the first time; measure."""
-        if costs is not None:
-            self._ports.check(costs)
-        host = self._rehearse() if costs is None else (0.0, 0.0)
+        known = None if costs is None else self._ports.of_these(costs)
+        host = self._rehearse() if known is None else (0.0, 0.0)
         examples = dict[str, Ends]()
         for key, plan in self._plans.items():
             for call, ends in zip(plan.calls, self._memory.views[0, key].ends, strict=True):
                 if call.port.name not in examples or ends.rows < examples[call.port.name].rows:
                     examples[call.port.name] = ends
         self._ports.warm_up(examples)
-        self._reckon(costs or Costs(self._ports.measure(examples, self._clock).seconds, *host), self._policy)
+        self._reckon(known or Costs(self._ports.measure(examples, self._clock).seconds, *host), self._policy)
 
     def _reckon(self, costs: Costs, policy: Policy) -> None:
         """Serve by these from now on; nobody is here yet."""
@@ -202,13 +205,16 @@ class Lanes:
         """
         start = self._clock()
         with self._changed:
-            for request in [one for one in self._requests.values() if one.ticket.done]:
+            cancelled = [one for one in self._requests.values() if one.ticket.done]
+            for request in cancelled:
                 self._leave(request)
             chosen = self._roster.pick()
             requests = [self._requests[job.number] for job in chosen]
             for request in requests:
                 if request.lane is None:
                     request.lane = self._free.pop()
+        for request in cancelled:
+            request.deliver(None)
         if not requests:
             return None
         for request in requests:
@@ -248,7 +254,11 @@ class Lanes:
             for group in groups.values():
                 self._call(group)
         if self._device.beside_host:  # whose NaN is seen when a request ends, not to fetch latents in every step
-            self._device.synchronize()  # the next choice is made when this one has been carried out, as it is reckoned
+            try:
+                self._device.synchronize()  # the next choice is made when this one has been carried out, as it is reckoned
+            except EngineError as error:  # of work that was only queued: nobody knows whose
+                for request in requests:
+                    request.fail(error)
             return
         for request in requests:
             if request.error is None:
@@ -354,6 +364,7 @@ def check_deadline(roster: Roster, job: Job, now: float) -> None:
             "its own: give it more time, or take another level or fewer steps",
             took,
         )
-    before = ends_of(roster, now)
-    if late := [number for number, when in dated.items() if ends[number] > when and before.get(number, inf) <= when]:
+    late = [number for number, when in dated.items() if ends[number] > when]
+    before = ends_of(roster, now) if late else {}
+    if late := [number for number in late if before.get(number, inf) <= dated[number]]:
         raise DeadlineError(f"requests {late}, which were taken before, would miss their deadlines: give it more time", took)

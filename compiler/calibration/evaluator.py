@@ -62,10 +62,12 @@ class Evaluator(ABC):
         Raises:
             InputError: this evaluator gives no gradients.
         """
-        self.check_gradients("this fit")
-        raise NotImplementedError(f"{type(self).__name__} says that it gives gradients, and has none")
+        raise self._without_gradients("this fit")
 
     def check_gradients(self, who: str) -> None:
         """Raise ``InputError`` unless gradients can be asked for: ``who`` wants them. Fits ask before anything runs."""
         if not self.differentiable:
-            raise InputError(f"{who} needs gradients of the model, which {self.name} does not give: calibrate on its graphs")
+            raise self._without_gradients(who)
+
+    def _without_gradients(self, who: str) -> InputError:
+        return InputError(f"{who} needs gradients of the model, which {self.name} does not give: calibrate on its graphs")

@@ -28,12 +28,16 @@ def plan_model(source: str, *, gpu: str | None = None, **options: Any) -> "tuple
     from cachec.compiler.models import outline_model
     from cachec.compiler.options import check_batch, make_settings, read_options
     from cachec.compiler.planning.estimate import estimate
+    from cachec.compiler.planning.goals import KINDS
     from cachec.compiler.planning.gpus import get_gpus
     from cachec.compiler.tables.schedule import parse_schedule, uniform_schedule
 
     wish, gpus = read_options(options, "plan"), get_gpus(gpu)
     budget, given, batch = wish.schedule.budget, wish.schedule.schedule, wish.model.batch
     check_batch(batch)
+    if given in KINDS[1:]:
+        raise InputError(f"schedule is {given}, for which a method is needed: give --budget, or the steps to compute")
+    given = None if given == KINDS[0] else given
     if budget is not None and given is not None:
         raise InputError("--budget and --schedule contradict each other: give one")
     model = outline_model(source)

@@ -30,6 +30,7 @@ from cachec.compiler.evaluation.error_by_step import ErrorCurve, measure_errors
 from cachec.compiler.evaluation.probe import SIDE, load_probe, score_pictures
 from cachec.compiler.evaluation.summary import Measured
 from cachec.compiler.models.base import LoadedModel, settings_of
+from cachec.compiler.models.lora_files import as_option
 from cachec.compiler.planning.goals import DIFFUSERS
 from cachec.runtime.abi import COMPUTE
 from cachec.runtime.device import DeviceName
@@ -209,7 +210,7 @@ def _check_fit(loaded: LoadedBundle, model: LoadedModel) -> None:
     if model.weights_hash != loaded.manifest.model["weights_sha256"]:
         raise InputError(
             f"{model.spec.source} has other weights than the bundle was compiled from: pass the right one with --model"
-            + "".join(f", and --lora {one['name']}:{one['scale']:g}" for one in loaded.manifest.model.get("loras", ()))
+            + "".join(f", and --lora {as_option(one)}" for one in loaded.manifest.model.get("loras", ()))
             + ", or compile again"
         )
 

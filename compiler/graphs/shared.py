@@ -50,12 +50,12 @@ def share_plans(sizes: Sequence[Sequence[EnginePlan]], *, compare: bool) -> Shar
     merged = [_Merged(same, known) for same in zip(*sizes, strict=True)]
     shared = [one.plan() for one in merged]
     axes = tuple({name: values[place] for values, name in known.axes.items()} for place in range(len(sizes)))
-    tables = tuple({name: several[place] for name, several in known.tables.items()} for place in range(len(sizes)))
+    tables = tuple(map(known.tables_at, range(len(sizes))))
     for place in range(len(sizes)):
         for one, plan in zip(merged, shared, strict=True):
             one.check_shapes(plan, place)
             if compare:
-                one.check_values(plan, place, tables[place])
+                one.check_values(plan, place)
     return SharedPlans(shared, axes, tables)
 
 
@@ -83,6 +83,10 @@ class _Known:
         if len(set(values)) == 1:
             return values[0]
         return self.axis(tuple(int(value) for value in values))
+
+    def tables_at(self, place: int) -> dict[str, torch.Tensor]:
+        """The tables of one size, by input."""
+        return {name: several[place] for name, several in self.tables.items()}
 
     def table(self, several: tuple[torch.Tensor, ...]) -> str:
         """The input that has these values, by size."""
@@ -117,6 +121,8 @@ class _Merged:
         self._lengths: dict[tuple[int, ...], tuple[fx.Node, int]] = {}  # inputs' axes that tell a number
         self._numbers: dict[tuple[int, ...], fx.Node] = {}
         self._added: dict[str, fx.Node] = {}  # inputs
+        if len({(len(plan.signature.inputs), len(plan.signature.outputs)) for plan in same}) != 1:
+            raise PassError(f"{same[0].name} has other inputs or outputs at another size")
         self._inputs = [self._spec([plan.signature.inputs[i] for plan in same]) for i in range(len(same[0].signature.inputs))]
         self._outputs = [
             self._spec([plan.signature.outputs[i] for plan in same]) for i in range(len(same[0].signature.outputs))
@@ -205,6 +211,8 @@ class _Merged:
         """A part of a split, as a slice: of a split into sizes that are not known, ONNX makes a sequence."""
         number: int = nodes[0].args[1]  # type: ignore[assignment]
         splits: list[Any] = [node.args[0] for node in nodes]
+        if len({(node.args[1], len(split.args[1])) for node, split in zip(nodes, splits, strict=True)}) != 1:
+            raise self._differs(nodes, "it is another part")
         given = self._argument(nodes, [split.args[0] for split in splits])
         axis = self._argument(nodes, [split.args[2] if len(split.args) > 2 else 0 for split in splits])
         begin, end = ([sum(split.args[1][:count]) for split in splits] for count in (number, number + 1))
@@ -235,6 +243,10 @@ class _Merged:
         """A number that differs, read off an input."""
         if values not in self._numbers:
             if values not in self._lengths:
+                if min(values) < 0:
+                    raise PassError(
+                        f"{self._same[0].name} has a number that is {' and '.join(map(str, values))} by size, and no axis is"
+                    )
                 self._input(self._known.ruler(values), (self._known.axis(values),))
             node, axis = self._lengths[values]
             self._numbers[values] = self._graph.call_function(aten.sym_size.int, (node, axis))
@@ -246,20 +258,20 @@ class _Merged:
             return self._same[0]
         module = fx.GraphModule(self._attributes, self._graph)
         module.graph.lint()
-        inputs, axes = self._examples(0, {name: some[0] for name, some in self._known.tables.items()}), self._known.axes
+        inputs, axes = self._examples(0), self._known.axes
         dynamic = {spec.name: tuple(dim if isinstance(dim, str) else None for dim in spec.shape) for spec in self._inputs}
         ranges = {name: (min(values), max(values)) for values, name in axes.items()}
         program = export_program(module, inputs, dynamic, ranges)
         return EnginePlan(self._same[0].name, program, Signature(tuple(self._inputs), tuple(self._outputs)), module)
 
-    def _examples(self, place: int, tables: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def _examples(self, place: int) -> dict[str, torch.Tensor]:
         _, own = self._same[place].program.example_inputs
-        known = {**own, **tables}
+        known = {**own, **self._known.tables_at(place)}
         return {spec.name: known[spec.name] for spec in self._inputs}
 
     def check_shapes(self, plan: EnginePlan, place: int) -> None:
         """Raise ``PassError`` unless all values have the shapes of the graph of that size: tracing may fix a size."""
-        examples, symbols = self._examples(place, self._tables(place)), dict[Any, int]()
+        examples, symbols = self._examples(place), dict[Any, int]()
         given = {node.name: node for node in plan.program.graph.nodes if node.op == "placeholder"}
         for spec in self._inputs if plan.graph is not self._same[0].graph else ():
             value = given[spec.name].meta["val"]
@@ -276,12 +288,9 @@ class _Merged:
                 if found != [_at(size, {}) for size in other.shape]:
                     raise self._differs([old], f"it is {found}, and should be {list(other.shape)}, at another size")
 
-    def _tables(self, place: int) -> dict[str, torch.Tensor]:
-        return {name: some[place] for name, some in self._known.tables.items()}
-
-    def check_values(self, plan: EnginePlan, place: int, tables: Mapping[str, torch.Tensor]) -> None:
+    def check_values(self, plan: EnginePlan, place: int) -> None:
         """Raise ``PassError`` unless the graph gives exactly what that of the size gives."""
-        own, inputs = self._same[place], self._examples(place, tables)
+        own, inputs = self._same[place], self._examples(place)
         values = Values(next(iter(inputs.values())).device)
         with torch.no_grad():
             found = values.module(plan.graph)(**inputs)

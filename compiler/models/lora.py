@@ -19,7 +19,7 @@ from torch import nn
 from cachec.compiler.models.lora_files import LoraFile
 from cachec.compiler.models.shards import Shards, Stored, Update
 from cachec.runtime.errors import InputError, ModelUnavailableError, in_one_line
-from cachec.runtime.files import hash_file
+from cachec.runtime.files import hash_file, read_text_file
 
 log = logging.getLogger(__name__)
 
@@ -173,24 +173,31 @@ def _layers(file: LoraFile, tensors: Mapping[str, torch.Tensor]) -> dict[str, _L
             raise InputError(f"lora {file.path} holds several adapters, {found['layer']} twice: save one alone")
         sides[side][found["layer"]] = tensor
     down, up, alpha = sides.values()
+    if several := sorted(name for name, value in alpha.items() if value.numel() != 1):
+        raise InputError(f"lora {file.path} has more than one alpha for {_some(several)}: download it again")
     if alone := sorted((down.keys() ^ up.keys()) | (alpha.keys() - down.keys())):
         raise InputError(f"lora {file.path} is not whole: {_some(alone)} has not both matrices. Download it again")
     return {name: _Layer(down[name], up[name], float(alpha[name]) if name in alpha else None) for name in down}
 
 
 def _update(file: LoraFile, digest: str, name: str, layer: _Layer, module: nn.Module, config: Mapping[str, Any]) -> Update:
-    weight, rank = getattr(module, "weight", None), len(layer.down)
+    weight, down, up = getattr(module, "weight", None), tuple(layer.down.shape), tuple(layer.up.shape)
     shape: tuple[int, ...] = () if weight is None else tuple(weight.shape)
-    down, up = tuple(layer.down.shape), tuple(layer.up.shape)
-    if len(shape) < 2 or (up[:2], math.prod(up[2:]), down[1:]) != ((shape[0], rank), 1, shape[1:]):
+    rank = down[0] if down else 0
+    if not rank or len(shape) < 2 or (up[:2], math.prod(up[2:]), down[1:]) != ((shape[0], rank), 1, shape[1:]):
         raise InputError(f"lora {file.path}: {name} has matrices {list(up)} and {list(down)}, which do not multiply to the "
                          f"weight {list(shape)}: it is of another model, or not whole")  # fmt: skip
-    says = _by_pattern(config.get("rank_pattern"), name, config.get("r"))
-    if says is not None and int(says) != rank:
+    try:
+        says = _by_pattern(config.get("rank_pattern"), name, config.get("r"))
+        says = rank if says is None else int(says)
+        alpha = layer.alpha
+        if alpha is None:
+            alpha = float(_by_pattern(config.get("alpha_pattern"), name, config.get("lora_alpha", rank)))
+    except (ValueError, TypeError, AttributeError, re.error) as error:
+        raise InputError(f"lora {file.path}: what it says of {name}'s rank and scale cannot be read ({in_one_line(error)}): "
+                         "download it again") from error  # fmt: skip
+    if says != rank:
         raise InputError(f"lora {file.path}: {name} is of rank {rank}, and the file says {says}: download it again")
-    alpha = layer.alpha
-    if alpha is None:
-        alpha = float(_by_pattern(config.get("alpha_pattern"), name, config.get("lora_alpha", rank)))
     own = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     scale = file.scale * own
     return Update(layer.down, layer.up, scale, (digest, name, scale))
@@ -215,7 +222,7 @@ def _config(file: LoraFile, metadata: Mapping[str, str], *, peft: bool) -> dict[
         beside = file.path.with_name(CONFIG)
         if not beside.is_file():
             raise InputError(f"lora {file.path} was written by PEFT, which writes its scale to {CONFIG}: put that beside it")
-        text, where = beside.read_text(encoding="utf-8"), str(beside)
+        text, where = read_text_file(beside, "PEFT's configuration"), str(beside)
     try:
         said = json.loads(text or "{}")
         config = {str(name).removeprefix(PREFIXES[0]): value for name, value in said.items()}

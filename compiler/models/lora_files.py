@@ -1,10 +1,10 @@
 """LoRA files as they are asked for: which, and how much of each. No torch."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from cachec.runtime.errors import InputError
 
@@ -40,6 +40,12 @@ class LoraFile:
                 f"'{path.stem}.safetensors')\""
             )
         return cls(path.absolute(), scale, of)
+
+
+def as_option(lora: Mapping[str, Any]) -> str:
+    """What a manifest says of a fused file, as :meth:`LoraFile.parse` takes it."""
+    part = f"@{lora['part']}" if "part" in lora else ""
+    return f"{lora['name']}{part}:{lora['scale']:g}"
 
 
 def _number(text: str, given: str) -> float:

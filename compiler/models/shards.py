@@ -100,7 +100,7 @@ class Shards:
         Raises:
             ModelUnavailableError: its file is gone, or has become shorter, or there never was one.
         """
-        stored = self.read_plain(name)
+        stored = self._read_plain(name)
         if not (updates := self.updates.get(name)):
             return stored
         sum_ = stored.float()
@@ -108,7 +108,7 @@ class Shards:
             sum_ = update.added_to(sum_)
         return sum_
 
-    def read_plain(self, name: str) -> torch.Tensor:
+    def _read_plain(self, name: str) -> torch.Tensor:
         """The tensor without updates. Raises as :meth:`read`."""
         place = self.places.get(name)
         if place is None:

@@ -28,7 +28,6 @@ class Schedule:
             raise InputError(
                 f"schedule computes step {self.compute[-1]}, but {self.num_steps} steps are numbered 0 to {self.num_steps - 1}"
             )
-
         if wrong := sorted({*self.conditional} - {*self.compute[1:]}):
             raise InputError(
                 f"schedule runs one branch of guidance at step {wrong[0]}, which "

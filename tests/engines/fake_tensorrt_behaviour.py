@@ -236,7 +236,8 @@ def layer(fake: Fake, model: onnx.ModelProto, node: onnx.NodeProto) -> Any:
         wide = TensorProto.FLOAT in types_at(model, node)
         facts_of(made)["of"] = fake.new("IAttention", name=node.name, decomposable=False, float32=wide, mask=None)
         facts_of(facts_of(made)["of"])["takes"] = list(node.input)
-    facts_of(made).update(takes=list(node.input), gives=list(node.output))
+    operation = getattr(fake.module.ElementWiseOperation, "PROD" if node.op_type == "Mul" else "SUM")  # of an ELEMENTWISE one
+    facts_of(made).update(takes=list(node.input), gives=list(node.output), op=operation)
     return made
 
 

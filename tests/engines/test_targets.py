@@ -82,11 +82,9 @@ def test_of_two_that_fit_the_one_for_this_gpu_is_taken(with_gpu):
     other, mine = (target("tensorrt", "cuda", sm=[90], gpu=name) for name in ("NVIDIA H100 PCIe", H200.name))
     for order in ([other, mine], [mine, other]):
         assert choose_target(order)[0].target == mine
-    assert choose_target([other])[0].in_words == (
-        "fits here, on cuda:0, but was not tuned for just this GPU: add-target makes one that is; "
-        "a request gets the same in batches of any size, to rounding (1e-5 in float32)"
-    )
-    assert choose_target([ORT])[0].in_words.startswith("fits here, on cpu; a request gets the same in batches of any size, bit")
+    (fit, *_), same = choose_target([other]), "; a request gets the same in batches of any size, "
+    assert fit.in_words == "fits here, on cuda:0, but was not tuned for just this GPU: add-target makes one that is"
+    assert (fit.batches_in_words, find_fit(ORT, CPU).batches_in_words) == (f"{same}to rounding", f"{same}bit for bit")
 
 
 def test_onnx_runtime_is_taken_where_no_engine_fits(with_gpu):

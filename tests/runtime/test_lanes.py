@@ -2,7 +2,7 @@
 
 import pickle
 import threading
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, wait
 from dataclasses import replace
 
 import numpy as np
@@ -156,6 +156,36 @@ def test_a_request_may_be_cancelled_in_its_last_tick():
     tickets.append(lanes.submit(prompt(1), seed=1))
     lanes.run_until_idle()
     assert tickets[0].future.cancelled()
+    assert lanes.num_running == 0
+
+
+def test_who_waits_for_several_hears_of_a_cancelled_one():
+    lanes = Lanes(load("hidden"))
+    tickets = [lanes.submit(prompt(seed), seed=seed) for seed in (1, 2)]
+    assert tickets[0].cancel()
+    lanes.tick()
+    assert wait([ticket.future for ticket in tickets], timeout=0).done == {tickets[0].future}
+
+
+class Behind(Host):
+    """Works beside the host, and tells late that it failed."""
+
+    beside_host, fails = True, False
+
+    def synchronize(self):
+        if self.fails:
+            raise EngineError("it has fallen off the bus")
+
+
+def test_a_device_that_fails_behind_the_host_ends_the_requests_of_its_tick():
+    device = Behind()
+    lanes = Lanes(load("hidden", device=device), policy=Policy("fifo", 4))
+    tickets = [lanes.submit(prompt(seed), seed=seed) for seed in (1, 2)]
+    device.fails = True
+    assert set(lanes.tick().ended) == set(tickets)
+    for ticket in tickets:
+        with pytest.raises(EngineError, match=f"request {ticket.number}: it has fallen off the bus"):
+            ticket.result(0)
     assert lanes.num_running == 0
 
 
@@ -356,8 +386,10 @@ def test_a_request_that_cannot_be_in_time_is_refused_with_the_time_it_takes():
         lanes.submit(prompt(2), seed=2, deadline=7)
     with pytest.raises(DeadlineError, match=r"requests .* would miss their deadlines"):
         lanes.submit(prompt(2), seed=2, deadline=4.2)
+    assert pickle.loads(pickle.dumps(caught.value)).seconds == caught.value.seconds
+    assert lanes.submit(prompt(4), seed=4, deadline=4.4 * 2).cancel()  # in nobody's way from now on
     lanes.submit(prompt(2), seed=2, deadline=8.1)
-    lanes.submit(prompt(3), seed=3)
+    lanes.submit(prompt(3), seed=3, deadline=np.inf)
     ends = []
     while tick := lanes.tick():
         now[0] += tick.reckoned
@@ -423,6 +455,7 @@ BAD = {
     "seed": ({"seed": -1}, "seed is -1"),
     "shape": ({"seed": None, "noise": noise(1, 2)}, r"'latents' has shape \[2, 3, 4\], expected \[1, 3, 4\]"),
     "NaN": ({"seed": None, "noise": np.full((1, *SHAPE), np.nan, np.float32)}, "'latents' holds NaN"),
+    "late": ({"deadline": float("nan")}, "deadline is in nan s; it must be later than now"),
     "missing": ({"conditions": {}}, "conditions are .'prompt'., got"),
     "batch": ({"conditions": prompt(1, 2)}, "'prompt' has shape"),
 }
@@ -455,6 +488,15 @@ def test_impossible_lanes_are_refused():
         Lanes(mixed_bundle(), buckets=(1,))
     with pytest.raises(InputError, match="lanes cannot be pickled"):
         pickle.dumps(Lanes(load("hidden")))
+
+
+def test_costs_of_other_lanes_may_be_of_more_batches():
+    bundle = load("hidden")
+    lanes = Lanes(bundle, buckets=(1, 4), costs=Lanes(bundle, buckets=(1, 2, 4)).costs, policy=Policy("fifo", 2))
+    tickets = [lanes.submit(prompt(seed), seed=seed) for seed in (1, 2)]
+    lanes.run_until_idle()
+    for seed, ticket in enumerate(tickets, 1):
+        check(bundle, ticket, seed)
 
 
 def test_engines_of_one_batch_run_requests_one_by_one():

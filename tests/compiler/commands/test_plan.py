@@ -63,6 +63,8 @@ def test_published_models_are_outlined_without_weights_or_network():
         (["flux", "--height", "1000"], "height is 1000; flux takes multiples of 16 pixels"),
         (["flux", "--budget", "51"], "budget is 51"),
         (["flux", "--steps", "0"], "steps is 0"),
+        (["flux", "--schedule", "search"], "schedule is search, for which a method is needed: give --budget"),
+        (["flux", "--schedule", "0,1,51"], "schedule computes step 51"),
         (["flux", "--batch", "0"], "batch is 0"),
         (["flux", "--dtype", "int8"], "dtype is 'int8'"),
     ],

@@ -77,6 +77,26 @@ def test_graphs_that_differ_otherwise_are_refused_with_the_place(layers, other, 
         share_plans([plans(6, layers), plans(8, own, **other)], compare=True)
 
 
+class Behind(nn.Module):
+    """The last tokens of x [B, L, 4], counted from the end."""
+
+    def __init__(self, tokens):
+        super().__init__()
+        self.layer = nn.Linear(WIDTH, WIDTH)
+        self.tokens = tokens
+
+    def forward(self, x):
+        return (self.layer(x)[:, -self.tokens :],)
+
+
+def test_numbers_that_no_axis_has_are_refused():
+    (two, three), inputs = (Behind(2), Behind(3)), {"x": torch.randn(2, 8, WIDTH)}
+    three.layer = two.layer
+    made = [[plan_engine(MODEL, capture_model(one, inputs).modules[MODEL], inputs, {})] for one in (two, three)]
+    with pytest.raises(PassError, match="a number that is -2 and -3 by size, and no axis is"):
+        share_plans(made, compare=True)
+
+
 def test_tables_of_the_same_shape_may_differ_too(layers):
     shared = share_plans([plans(6, layers), plans(6, layers, kind="cos")], compare=True)
     assert shared.axes == ({}, {})

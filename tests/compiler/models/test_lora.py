@@ -124,6 +124,12 @@ def wrong_rank(path, made):
     (lambda path, made: write_lora(path, made, prefix="text_encoder."), "is for text encoders only"),
     (lambda path, made: write_lora(path, made, metadata={"lora_adapter_metadata": '{"transformer.r": 7}'}),
      "is of rank 4, and the file says 7"),
+    (lambda path, made: write_lora(path, made, metadata={"lora_adapter_metadata": '{"transformer.r": "x"}'}),
+     "rank and scale cannot be read"),
+    (lambda path, made: write_lora(path, made, metadata={"lora_adapter_metadata": '{"transformer.lora_alpha": null}'}),
+     "rank and scale cannot be read"),
+    (lambda path, made: write_lora(path, {n: (up[:, :0], down[:0]) for n, (up, down) in made.items()}), "do not multiply to"),
+    (with_tensor("transformer.proj_out.alpha"), "has more than one alpha for proj_out"),
     (lambda path, made: write_lora(path, {n: (up * torch.nan, down) for n, (up, down) in made.items()}), "holds NaN"),
     (lambda path, made: path.write_bytes(b"no"), "is no safetensors file, or is cut off"),
 ])  # fmt: skip
