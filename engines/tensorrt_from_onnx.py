@@ -220,7 +220,7 @@ def allow_decomposition(library: ModuleType, network: "trt.INetworkDefinition") 
 def shorten_masks(library: ModuleType, network: "trt.INetworkDefinition") -> None:
     """Give attention its masks before they are repeated for every query: TensorRT repeats them itself, without memory.
 
-    For 32,768 queries and keys in bfloat16, the scratch memory is 0.07 GB so, and 2.2 GB with the mask that is written out.
+    ``python -m bench.masks`` measures what that saves.
     """
     layers = [network.get_layer(index) for index in range(network.num_layers)]
     repeated = {layer.get_output(0).name: layer.get_input(0) for layer in layers if layer.type == library.LayerType.SLICE}
