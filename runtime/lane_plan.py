@@ -4,7 +4,7 @@
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -88,10 +88,10 @@ class LanePlan:
         signatures = {name: engine.signature for name, engine in bundle.engines.items()}
         plan = plan_binding(signatures, program, bundle.io, batch=1, tables=tables_of(bundle.engines))
         computing = {one.graph for one in program.instructions if one.computes}
-        made = []
+        known, made = _comparable(plan), []
         for planned in (*(() if plan.prologue is None else (plan.prologue,)), *plan.operations):
             engine = bundle.engines[planned.engine]
-            port, rows = _port(engine, planned, plan, place, computes=planned.engine in computing)
+            port, rows = _port(engine, planned, plan, place, known, computes=planned.engine in computing)
             port = ports.setdefault(port.name, port)
             shared, asks = _shared(planned, port, plan, f"{place}{program.num_steps}/{start}/{level}")
             made.append(LaneCall(planned, port, rows, shared, asks))
@@ -162,13 +162,14 @@ def _digest(arrays: Iterable[Array]) -> bytes:
     return digest.digest()
 
 
-def _port(engine: Engine, planned: PlannedCall, plan: BindingPlan, place: str, *, computes: bool) -> tuple[Port, int]:
-    """Its port, and how many rows it has there."""
+def _port(
+    engine: Engine, planned: PlannedCall, plan: BindingPlan, place: str, known: Collection[str], *, computes: bool
+) -> tuple[Port, int]:
+    """Its port, and how many rows it has there. ``known``: as :func:`_comparable`."""
     sizes = dict[str, int]()
     for spec in engine.signature.inputs:
         shape = plan.shape(planned.inputs[spec.name])
         sizes |= {dim: size for dim, size in zip(spec.shape, shape, strict=True) if isinstance(dim, str)}
-    known = _comparable(plan)
     apart = [spec for spec in engine.signature.inputs if BATCH not in spec.shape]
     shares = BATCH in sizes and all(planned.inputs[spec.name].buffer in known for spec in apart)
     rows = sizes.pop(BATCH) if shares else 1
