@@ -21,13 +21,14 @@ from cachec.compiler.calibration.statistics import (
     record_statistics,
 )
 from cachec.compiler.calibration.uses import UsedPrompts, calibration_prompts, training_prompts
+from cachec.compiler.graphs.coding import Coding
 from cachec.compiler.graphs.costs import memory_facts, samples_at_once
 from cachec.compiler.graphs.export import EnginePlan, plan_engines
 from cachec.compiler.graphs.finite import check_finite_run
 from cachec.compiler.graphs.prepare import compute_only, engine, inlined, linear, prepare
 from cachec.compiler.graphs.verify import verifier_for, verify_twin
 from cachec.compiler.graphs.weights import is_large
-from cachec.compiler.methods.base import PredictorMethod
+from cachec.compiler.methods.base import CodedMethod, Method, PredictorMethod
 from cachec.compiler.methods.parameters import Parameters, check_fit, load_predictor
 from cachec.compiler.methods.training import Training, find_shipped, train_predictor, training_facts
 from cachec.compiler.models.base import LoadedModel, ModelSpec, Settings
@@ -40,7 +41,8 @@ from cachec.compiler.tables.lower import NO_TAIL, lower_predictor, lower_table, 
 from cachec.compiler.tables.schedule import Schedule
 from cachec.engines.torch_device import check_device
 from cachec.passes import Graphs, dump_to
-from cachec.passes.base import Observer
+from cachec.passes.base import Observer, outputs
+from cachec.runtime.abi import COMPUTE, FEATURE
 from cachec.runtime.device import DeviceName
 from cachec.runtime.engine import HOST, Engine
 from cachec.runtime.errors import InputError, unknown_name
@@ -170,8 +172,25 @@ def _read_statistics(model: LoadedModel, request: Request, path: Path) -> Statis
     return statistics
 
 
-def evaluator_of(model: LoadedModel, settings: Settings, device: DeviceName = HOST) -> GraphEvaluator:
+def coding_of(split: Graphs, settings: Settings, method: Method, parameters: Parameters | None) -> Coding | None:
+    """How a method keeps the features of split graphs. Raises as ``Method.coding``."""
+    if not isinstance(method, CodedMethod):
+        return None
+    feature = outputs(split.modules[COMPUTE])[FEATURE].meta["val"]
+    return method.coding(tuple(map(int, feature.shape[1:])), settings, parameters)
+
+
+def evaluator_of(
+    model: LoadedModel,
+    settings: Settings,
+    device: DeviceName = HOST,
+    *,
+    method: Method | None = None,
+    parameters: Parameters | None = None,
+) -> GraphEvaluator:
     """The model under PyTorch on ``device``: what is trained, fitted and measured against (``request.evaluated_in``).
+
+    With a ``method`` it plays Programs that keep features in its code.
 
     Raises:
         InputError: PyTorch has no such device here.
@@ -183,7 +202,8 @@ def evaluator_of(model: LoadedModel, settings: Settings, device: DeviceName = HO
     split = prepare(model, replace(settings, dtype=precision))
     room = check_evaluation(model, precision, device, memory_facts(split)["activations"])
     most = samples_at_once(split) if room is None else min(samples_at_once(split), room)
-    return GraphEvaluator(split, model.io, device=str(device), precision=precision, max_batch=most)
+    coding = None if method is None else coding_of(split, settings, method, parameters)
+    return GraphEvaluator(split, model.io, device=str(device), precision=precision, max_batch=most, coding=coding)
 
 
 def training_evaluator(model: LoadedModel, request: Request, training: Training, work: Path) -> GraphEvaluator:
@@ -208,7 +228,9 @@ def find_parameters(model: LoadedModel, request: Request, checked: Checked, work
     return parameters
 
 
-def find_calibrations(model: LoadedModel, request: Request, checked: Checked, work: Path | None) -> Calibrations | None:
+def find_calibrations(
+    model: LoadedModel, request: Request, checked: Checked, parameters: Parameters | None, work: Path | None
+) -> Calibrations | None:
     """Calibration runs, if anything needs them: the given ones, or made now (resumable in ``work``).
 
     Raises:
@@ -220,7 +242,7 @@ def find_calibrations(model: LoadedModel, request: Request, checked: Checked, wo
     prompts = checked.prompts if statistics is None else statistics.prompts
     assert prompts is not None
     encode_ahead(model, prompts.prompts, request.settings)
-    evaluator = evaluator_of(model, request.settings, request.device)
+    evaluator = evaluator_of(model, request.settings, request.device, method=request.method, parameters=parameters)
     if statistics is None:
         fine, here = request.reference_steps or 0, recording_here(subject, evaluator)
         statistics = record_statistics(subject, here, prompts, reference_steps=fine, seed=request.wish.fit.seed, work=work)
@@ -252,10 +274,11 @@ def plan_graphs(model: LoadedModel, request: Request) -> StepGraphs:
     return usual_graphs(model, request.settings, request.wish.graph, request.method.cut)
 
 
-def usual_graphs(model: LoadedModel, settings: Settings, wish: GraphWish, cut: str) -> StepGraphs:
-    """The graphs of a cut that all linear methods share."""
+def usual_graphs(model: LoadedModel, settings: Settings, wish: GraphWish, cut: str, method: Method | None = None) -> StepGraphs:
+    """The graphs of a cut that all linear methods share; with a ``method``, those that keep features in its code."""
     split = prepare(model, settings)
-    plain = compute_only(split) if cut == "output" else linear(split)
+    coding = None if method is None else coding_of(split, settings, method, None)
+    plain = compute_only(split) if cut == "output" else linear(split, coding=coding)
     return StepGraphs(plain, _engine(model, settings, wish, plain))
 
 
@@ -301,7 +324,7 @@ def add_forecast(
     if method.cut == "output":
         return compute_only(split)
     if schedule is None or not isinstance(method, PredictorMethod):
-        return linear(split, watch)
+        return linear(split, watch, coding=coding_of(split, request.settings, method, parameters))
     if request.folds:
         method.table(
             schedule, model.sampling(request.settings).levels(method.cut), parameters

@@ -11,7 +11,7 @@ from cachec.passes.add_advance import AddAdvance
 from cachec.passes.add_guidance import AddGuidance
 from cachec.passes.add_linear_forecast import AddLinearForecast
 from cachec.passes.assemble_input import AssembleInput
-from cachec.passes.base import Equivalence, GraphPass, Graphs, Pass, PassResult, Stage, compute_graphs
+from cachec.passes.base import Equivalence, GraphPass, Graphs, Groups, Pass, PassResult, Stage, compute_graphs
 from cachec.passes.batch_forecast import BatchForecast
 from cachec.passes.cast_precision import CastPrecision
 from cachec.passes.cast_slots import CastSlots
@@ -52,6 +52,7 @@ __all__ = [
     "FuseSampler",
     "GraphPass",
     "Graphs",
+    "Groups",
     "Hoist",
     "InlinePredictor",
     "MergeLinears",
@@ -122,9 +123,23 @@ def split_passes(block: str) -> PassList:
     )
 
 
-def linear_passes(encode: fx.GraphModule | None = None, decode: fx.GraphModule | None = None) -> PassList:
-    """From a split model to the forecast graph of all linear methods; with an ``encode``, features are kept in its code."""
-    return PassList(Stage.SPLIT, (AddLinearForecast(encode, decode), Prune()), Stage.LINEAR, Equivalence.EXACT)
+def linear_passes(
+    encode: fx.GraphModule | None = None, decode: fx.GraphModule | None = None, groups: Groups | None = None
+) -> PassList:
+    """From a split model to the forecast graph of all linear methods.
+
+    With an ``encode``, features are kept in its code; ``groups`` are parts of it with weights of their own.
+    """
+    forecast = AddLinearForecast(encode, decode, groups or Groups())
+    if encode is None and decode is None:
+        return PassList(Stage.SPLIT, (forecast, Prune()), Stage.LINEAR, Equivalence.EXACT)
+    passes = (
+        forecast,
+        DropAsserts(),  # the code brings its own
+        SimplifyShapes(),
+        Prune(),
+    )
+    return PassList(Stage.SPLIT, passes, Stage.LINEAR, Equivalence.ROUNDING)
 
 
 def inline_passes(predictor: fx.GraphModule) -> PassList:

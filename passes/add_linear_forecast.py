@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from cachec.passes.base import CAST, Graphs, Pass, PassResult, emit, finish, inline, outputs, placeholders
+from cachec.passes.base import ALL, CAST, Graphs, Groups, Pass, PassResult, emit, finish, inline, outputs, placeholders
 from cachec.runtime.abi import (
     BATCH,
     BIAS,
@@ -29,14 +29,16 @@ NUM_EXAMPLES = 2  # slots, in the values that nodes are noted with
 class AddLinearForecast(Pass):
     """Replace the forecast graph's input ``feature`` by ``decode(coefficients @ features + bias)``, summed in float32.
 
-    features [H, B, …], coefficients [G, H] with one group, bias scalar. ``encode`` and ``decode`` are graphs from ``feature``
-    to ``feature``, by default none: the former stands behind the cut in the compute graph, so that it is done once for every
-    feature that is kept, the latter in front of the tail. The sum is the cut from here on.
+    features [H, B, …], coefficients [G, H], a row for each of the ``groups`` of what is kept, bias scalar. ``encode`` and
+    ``decode`` are graphs from ``feature`` to ``feature``, by default none: the former stands behind the cut in the compute
+    graph, so that it is done once for every feature that is kept, the latter in front of the tail. The sum is the cut from
+    here on.
     """
 
     name: ClassVar[str] = "add_linear_forecast"
     encode: fx.GraphModule | None = None
     decode: fx.GraphModule | None = None
+    groups: Groups = ALL
 
     def requires(self, graphs: Graphs) -> None:
         if FORECAST not in graphs.modules or FEATURE not in placeholders(graphs.modules[FORECAST]):
@@ -47,9 +49,16 @@ class AddLinearForecast(Pass):
         if self.encode is not None:
             modules[COMPUTE] = _encoded(modules[COMPUTE], self.encode)
         kept = outputs(modules[COMPUTE])[FEATURE].meta["val"]
-        modules[FORECAST], cut = _summed(modules[FORECAST], kept, self.decode)
+        self._check([int(size) for size in kept.shape[1:]])
+        modules[FORECAST], cut = _summed(modules[FORECAST], kept, self.decode, self.groups)
         axes = {**graphs.axes, FORECAST: {FEATURES: (SLOTS, BATCH), COEFFICIENTS: (GROUPS, SLOTS), BIAS: ()}}
-        return PassResult(replace(graphs, modules=modules, cut=cut, axes=axes), changed=True)
+        return PassResult(replace(graphs, modules=modules, cut=cut, axes=axes, groups=self.groups), changed=True)
+
+    def _check(self, kept: list[int]) -> None:
+        """Raise ``PassError`` unless the groups are all of what is ``kept`` of a sample."""
+        sizes, axis = self.groups.sizes, self.groups.axis
+        if sizes and not (0 < axis <= len(kept) and sum(sizes) == kept[axis - 1] and min(sizes) > 0):
+            raise PassError(f"groups of {list(sizes)} along axis {axis} are not all of what is kept, {kept} a sample")
 
 
 def _encoded(module: fx.GraphModule, encode: fx.GraphModule) -> fx.GraphModule:
@@ -62,7 +71,9 @@ def _encoded(module: fx.GraphModule, encode: fx.GraphModule) -> fx.GraphModule:
     return new
 
 
-def _summed(tail: fx.GraphModule, kept: torch.Tensor, decode: fx.GraphModule | None) -> tuple[fx.GraphModule, str]:
+def _summed(
+    tail: fx.GraphModule, kept: torch.Tensor, decode: fx.GraphModule | None, groups: Groups
+) -> tuple[fx.GraphModule, str]:
     """The tail behind the weighted sum of values like ``kept``; and the name of that sum's node."""
     graph, attributes = fx.Graph(), dict[str, torch.Tensor]()
 
@@ -72,12 +83,11 @@ def _summed(tail: fx.GraphModule, kept: torch.Tensor, decode: fx.GraphModule | N
         return node
 
     features = given(FEATURES, kept.new_empty((NUM_EXAMPLES, *kept.shape)))
-    coefficients = given(COEFFICIENTS, kept.new_empty((1, NUM_EXAMPLES), dtype=torch.float32))
+    coefficients = given(COEFFICIENTS, kept.new_empty((groups.count, NUM_EXAMPLES), dtype=torch.float32))
     bias = given(BIAS, kept.new_empty((), dtype=torch.float32))
     narrow = kept.dtype != torch.float32
     wide = emit(features, CAST, features, dtype=torch.float32) if narrow else features
-    row = emit(coefficients, aten.squeeze.dim, coefficients, 0)
-    summed = emit(features, aten.add.Tensor, emit(features, aten.tensordot.default, row, wide, [0], [0]), bias)
+    summed = emit(features, aten.add.Tensor, _weighted(wide, coefficients, groups), bias)
     summed = emit(features, CAST, summed, dtype=kept.dtype) if narrow else summed
     feature = summed
     if decode is not None:
@@ -87,3 +97,16 @@ def _summed(tail: fx.GraphModule, kept: torch.Tensor, decode: fx.GraphModule | N
     new = fx.GraphModule(attributes, graph)
     finish(new)
     return new, summed.name
+
+
+def _weighted(features: fx.Node, coefficients: fx.Node, groups: Groups) -> fx.Node:
+    """The sum [B, …] over slots [H, B, …], each group by its own row of the coefficients [G, H]."""
+    if groups.count == 1:
+        row = emit(coefficients, aten.squeeze.dim, coefficients, 0)
+        return emit(features, aten.tensordot.default, row, features, [0], [0])
+    parts = []
+    for number in range(groups.count):
+        part = emit(features, aten.slice.Tensor, features, groups.axis + 1, *groups.part(number))
+        row = emit(coefficients, aten.select.int, coefficients, 0, number)
+        parts.append(emit(features, aten.tensordot.default, row, part, [0], [0]))
+    return emit(features, aten.cat.default, parts, groups.axis)

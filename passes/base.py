@@ -1,8 +1,9 @@
 """What a pass is: a frozen dataclass from graphs to new graphs, with a contract that is checked around every run."""
 
 import re
+import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum, IntEnum
 from typing import Any, ClassVar
@@ -29,6 +30,34 @@ class Stage(Enum):
 
 
 @dataclass(frozen=True)
+class Groups:
+    """Parts of what forecasts are made of, ``sizes`` one behind the other along an ``axis``: each has weights of its own.
+
+    The batch is axis 0. Without sizes there is one group, all of it.
+    """
+
+    sizes: tuple[int, ...] = ()
+    axis: int = 1
+
+    @property
+    def count(self) -> int:
+        return max(1, len(self.sizes))
+
+    def shapes(self, whole: Sequence[int]) -> list[tuple[int, ...]]:
+        """The shape of each part, of one of the ``whole`` shape; the batch is left out of both."""
+        at = self.axis - 1
+        return [(*whole[:at], size, *whole[at + 1 :]) for size in self.sizes] or [tuple(whole)]
+
+    def part(self, number: int) -> tuple[int, int]:
+        """Where a part begins and ends along the axis; the last one ends where all does."""
+        begin = sum(self.sizes[:number])
+        return begin, sys.maxsize if number + 1 == self.count else begin + self.sizes[number]
+
+
+ALL = Groups()
+
+
+@dataclass(frozen=True)
 class Graphs:
     """What flows through the passes.
 
@@ -36,6 +65,7 @@ class Graphs:
     ``advance``. ``cut`` names the node whose value crosses from body to tail, in the forecast graph once that makes the
     feature itself. ``axes`` names, by module and tensor, the leading axes with symbolic sizes; tensors that it does not list
     have a batch in front. ``editable`` modules belong to the list of passes that is running, which may edit them in place.
+    ``groups``: of what linear forecasts are made of.
     """
 
     modules: Mapping[str, fx.GraphModule]
@@ -43,6 +73,7 @@ class Graphs:
     axes: Mapping[str, Mapping[str, tuple[str, ...]]] = field(default_factory=dict)
     stage: Stage | None = None
     editable: frozenset[str] = frozenset()
+    groups: Groups = ALL
 
     def with_modules(self, **modules: fx.GraphModule) -> "Graphs":
         return replace(self, modules=modules)

@@ -6,7 +6,19 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from cachec.passes.base import CAST, Equivalence, Graphs, Pass, PassResult, backward_slice, fetch, finish, outputs, placeholders
+from cachec.passes.base import (
+    CAST,
+    Equivalence,
+    Graphs,
+    Groups,
+    Pass,
+    PassResult,
+    backward_slice,
+    fetch,
+    finish,
+    outputs,
+    placeholders,
+)
 from cachec.runtime.abi import (
     BATCH,
     BIAS,
@@ -33,10 +45,9 @@ aten = torch.ops.aten
 class BatchForecast(Pass):
     """From one step's forecast to ``n`` of them, with the sampler's Euler steps behind.
 
-    No forecast depends on the latents, so all are one product ``coefficients @ features``, and one tail on ``n * B``
-    samples. ``coefficients`` becomes [n, G, H], with one group, ``bias`` [n]; what differs from step to step (``timestep``,
-    hoisted values) gets an axis of steps in front; latents [B, …] and ``deltas`` [n] come in, and ``next_latents`` [B, …] goes
-    out.
+    No forecast depends on the latents, so all are one product ``coefficients @ features`` (of each group), and one tail on
+    ``n * B`` samples. ``coefficients`` becomes [n, G, H], ``bias`` [n]; what differs from step to step (``timestep``, hoisted
+    values) gets an axis of steps in front; latents [B, …] and ``deltas`` [n] come in, and ``next_latents`` [B, …] goes out.
 
     ``carries``: the sampler keeps ``carry`` [1] of the latents over the run, and ``deltas`` say what each velocity is worth
     at its end. With ``velocities``, those [n, B, …] go out as well, for a sampler outside. Without, nobody reads the single
@@ -62,7 +73,7 @@ class BatchForecast(Pass):
         per_step = [
             n for n in placeholders(module) if n == self.timestep or len(hoisted.get(hoisted_name(FORECAST, n), ())) > 1
         ]
-        new = _batched(module, graphs.cut, self, per_step)
+        new = _batched(module, graphs.cut, self, per_step, graphs.groups)
         axes = {
             FEATURES: (SLOTS, BATCH),
             COEFFICIENTS: (FORECASTS, GROUPS, SLOTS),
@@ -77,7 +88,7 @@ class BatchForecast(Pass):
         )
 
 
-def _batched(module: fx.GraphModule, cut: str, wanted: BatchForecast, per_step: list[str]) -> fx.GraphModule:
+def _batched(module: fx.GraphModule, cut: str, wanted: BatchForecast, per_step: list[str], groups: Groups) -> fx.GraphModule:
     latents = wanted.latents
     feature = next(node for node in module.graph.nodes if node.name == cut)
     velocity = outputs(module)[VELOCITY]
@@ -88,15 +99,9 @@ def _batched(module: fx.GraphModule, cut: str, wanted: BatchForecast, per_step: 
     inputs |= {name: graph.placeholder(name) for name, node in placeholders(module).items() if node in tail}
     call = graph.call_function
     steps = call(aten.sym_size.int, (inputs[COEFFICIENTS], 0))
-    slots = call(aten.sym_size.int, (inputs[FEATURES], 0))
     dtype = feature.meta["val"].dtype
-    shape = [int(size) for size in feature.meta["val"].shape[1:]]
-    flat = call(aten.view.default, (inputs[FEATURES], [slots, -1]))
-    flat = flat if dtype == torch.float32 else call(CAST, (flat,), {"dtype": torch.float32})
-    rows = call(aten.squeeze.dim, (inputs[COEFFICIENTS], 1))
-    summed = call(aten.mm.default, (rows, flat))
-    forecast = call(aten.add.Tensor, (summed, call(aten.unsqueeze.default, (inputs[BIAS], 1))))
-    forecast = call(aten.view.default, (forecast, [-1, *shape]))  # [n * B, …]
+    parts = _weighted(graph, inputs, groups, feature.meta["val"])
+    forecast = parts[0] if len(parts) == 1 else call(aten.cat.default, (parts, groups.axis))  # [n * B, …]
     forecast = forecast if dtype == torch.float32 else call(CAST, (forecast,), {"dtype": dtype})
     size = call(aten.sym_size.int, (forecast, 0))
     values: dict[fx.Node, fx.Node] = {feature: forecast}
@@ -124,6 +129,26 @@ def _batched(module: fx.GraphModule, cut: str, wanted: BatchForecast, per_step: 
     new = fx.GraphModule(attributes, graph)
     finish(new)
     return new
+
+
+def _weighted(graph: fx.Graph, inputs: dict[str, fx.Node], groups: Groups, feature: torch.Tensor) -> list[fx.Node]:
+    """All steps' sums over the slots, and their biases: a part [n * B, …] for each group."""
+    call = graph.call_function
+    slots = call(aten.sym_size.int, (inputs[FEATURES], 0))
+    parts = []
+    for number, shape in enumerate(groups.shapes([int(size) for size in feature.shape[1:]])):
+        if groups.count == 1:
+            flat = call(aten.view.default, (inputs[FEATURES], [slots, -1]))
+            rows = call(aten.squeeze.dim, (inputs[COEFFICIENTS], 1))
+        else:
+            part = call(aten.slice.Tensor, (inputs[FEATURES], groups.axis + 1, *groups.part(number)))
+            flat = call(aten.reshape.default, (part, [slots, -1]))
+            rows = call(aten.select.int, (inputs[COEFFICIENTS], 1, number))
+        flat = flat if feature.dtype == torch.float32 else call(CAST, (flat,), {"dtype": torch.float32})
+        summed = call(aten.mm.default, (rows, flat))
+        summed = call(aten.add.Tensor, (summed, call(aten.unsqueeze.default, (inputs[BIAS], 1))))
+        parts.append(call(aten.view.default, (summed, [-1, *shape])))
+    return parts
 
 
 def _summed(

@@ -11,7 +11,7 @@ import numpy as np
 
 from cachec.runtime.abi import FORECASTS
 from cachec.runtime.device import ALIGNMENT, Buffer
-from cachec.runtime.errors import InputError
+from cachec.runtime.errors import BundleError, InputError
 from cachec.runtime.specs import Array, TensorSpec, itemsize
 
 NOISE_BUFFER, TURNS, VELOCITY_BUFFER = "noise", ("latents/0", "latents/1"), "velocity"
@@ -26,6 +26,18 @@ def condition_name(name: str) -> str:
 def is_run(spec: TensorSpec) -> bool:
     """Does it have a row for each of several steps?"""
     return spec.shape[:1] == (FORECASTS,)
+
+
+def for_groups(rows: Array, spec: TensorSpec) -> Array:
+    """Rows [..., G, S] as an engine takes them: the row of one group, if that is all there is, is the row of each.
+
+    Raises:
+        BundleError: there are others than the engine has.
+    """
+    known, groups = rows.shape[-2], int(spec.shape[-2])
+    if known not in (1, groups):
+        raise BundleError(f"the program has rows of {known} groups, and its engine weighs {groups}: compile the bundle again")
+    return rows if known == groups else np.repeat(rows, groups, axis=-2)
 
 
 def no_velocities(who: str) -> InputError:

@@ -56,6 +56,7 @@ from cachec.runtime.plan import (
     Slot,
     View,
     condition_name,
+    for_groups,
     is_run,
     no_velocities,
     slots_name,
@@ -325,7 +326,7 @@ class _Planner:
                 series = self._by_step[spec.name] if weights is None else weights
                 rows = series[list(instruction.steps)] if is_run(spec) else series[instruction.steps[0]]
                 if spec.name == COEFFICIENTS:
-                    rows = rows[..., : len(history)]
+                    rows = for_groups(rows[..., : len(history)], spec)
                 elif spec.shape[-1:] == (BATCH,):  # the same for each sample
                     rows = np.broadcast_to(rows[..., None], (*rows.shape, samples))
                 values[spec.name] = rows

@@ -6,7 +6,8 @@ steps at once. On either cut velocities may be put into slots, and the latents m
 guidance are combined first, and where the sampler looks back at earlier steps. The instructions name no method and test
 nothing: the same request always makes the same calls.
 
-Shapes: ``T`` sampling steps, ``G`` groups (one today), ``S`` slots of the kind that the cut keeps, ``V`` of velocities.
+Shapes: ``T`` sampling steps, ``G`` groups of what is kept (one on the output cut), ``S`` slots of the kind that the cut keeps,
+``V`` of velocities.
 """
 
 import copy

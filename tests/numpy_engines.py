@@ -145,7 +145,7 @@ def make_program(cut, *, schedule=SCHEDULE):
             before, after = (schedule.compute[index] for index in last)
             rows[step, last[1]] = (step - before) / (after - before)
             rows[step, last[0]] -= rows[step, last[1]]
-    table = ForecastTable(schedule, rows, np.zeros(STEPS))
+    table = ForecastTable.of_rows(schedule, rows)
     if cut == "hidden":
         return lower_table(table, KEY, Sampling(SIGMAS, SIGMAS[:-1]))
     moves = collapse(table, SIGMAS)

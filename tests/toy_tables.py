@@ -39,7 +39,7 @@ def table_of(method, schedule):
 def forecasts(table, features):
     """All forecasts of a table on computed features by step."""
     stacked = np.stack([features[step] for step in table.schedule.compute])
-    return {s: table.coefficients[s] @ stacked + table.bias[s] for s in table.schedule.forecast}
+    return {s: table.rows[s] @ stacked + table.bias[s] for s in table.schedule.forecast}
 
 
 def check_exact(method, degree, needed, atol=1e-9, schedules=SCHEDULES):
@@ -66,7 +66,7 @@ def check_recursion(method, recursion, rtol=1e-6, schedules=SCHEDULES):
         assert isinstance(table, ForecastTable)
         assert table.coefficients.dtype == np.float64
         assert (table.coefficients[list(schedule.compute)] == 0).all()
-        assert not any(table.coefficients[step, np.array(schedule.compute) > step].any() for step in schedule.forecast)
+        assert not any(table.coefficients[step, :, np.array(schedule.compute) > step].any() for step in schedule.forecast)
 
 
 def differences_by_step(features, schedule, order):

@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from cachec.compiler.calibration.evaluator import Conditions, Evaluator, Numbers, Time
+from cachec.compiler.graphs.coding import Coding
 from cachec.compiler.graphs.prepare import BELOW
 from cachec.compiler.graphs.weights import Values
 from cachec.engines.torch_device import watching_memory
@@ -50,8 +51,8 @@ Tensors = Mapping[str, torch.Tensor]
 class GraphEvaluator(Evaluator):
     """The split graphs, of ``precision``: the whole model, and its tail behind the cut, their weights on ``device``.
 
-    ``inlined``: graphs with a predictor inside the forecast graph, for Programs that call one. ``max_batch``: samples that are
-    run at once; more are run piece by piece.
+    ``inlined``: graphs with a predictor inside the forecast graph, for Programs that call one. ``coding``: how Programs keep
+    features. ``max_batch``: samples that are run at once; more are run piece by piece.
     """
 
     name: ClassVar[str] = "PyTorch"
@@ -66,6 +67,7 @@ class GraphEvaluator(Evaluator):
         device: str = CPU,
         precision: str = "float32",
         max_batch: int | None = None,
+        coding: Coding | None = None,
     ) -> None:
         self.device, self.precision, self._max_batch = device, precision, max_batch
         self._io, self._device = io, torch.device(device)
@@ -78,6 +80,7 @@ class GraphEvaluator(Evaluator):
         self._kept = None if feature is None else feature.dtype  # what graphs that were not captured give is taken as it is
         self._compute, self._behind = split.modules[COMPUTE], split.modules[FORECAST]
         self._expert = split.modules.get(EXPERT)
+        self._coding = None if coding is None else coding.on(self._device)
         self._predictor = None if inlined is None else inlined.modules[FORECAST]
         ndim = outputs(split.modules[COMPUTE])[VELOCITY].meta["val"].ndim if io.guidance is not None else 0
         self._guide = None if io.guidance is None else guidance_graph(io.guidance, ndim)
@@ -183,6 +186,16 @@ class GraphEvaluator(Evaluator):
         combined: torch.Tensor = self._guide(**{NEGATIVE: negative, POSITIVE: positive, GUIDANCE: scale})[VELOCITY]
         return combined
 
+    def _encode(self, feature: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+        """A feature as Programs keep it: in the code, if there is one, whose rows are those of the model."""
+        if self._coding is None:
+            return feature
+        code: torch.Tensor = self._coding.encode(feature if scale is None else torch.cat(feature.chunk(2, 1)))
+        return code
+
+    def _decode(self, kept: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+        return kept if self._coding is None else _side_by_side(self._coding.decode(kept), scale)
+
     def _predict(
         self, history: Tensors, x: torch.Tensor, t: torch.Tensor, conditions: Tensors
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -228,7 +241,8 @@ class _Loop:
             self._advance(instruction)
         else:
             for step in instruction.rows:
-                feature = self._weighted(instruction, step, FEATURE) + self._bias[step]
+                kept = self._weighted(instruction, step, FEATURE) + self._bias[step]
+                feature = self._evaluator._decode(kept, self._conditions.get(GUIDANCE))
                 velocity = self._evaluator._tail(feature, self._told(step), self._conditions)
                 self._keep_velocity(instruction, step, velocity)
 
@@ -248,7 +262,8 @@ class _Loop:
     def _keep(self, instruction: Instruction, velocity: torch.Tensor, feature: torch.Tensor) -> None:
         (step,) = instruction.steps
         for slot in instruction.writes.get(FEATURE, ()):
-            self._slots[FEATURE, slot], self._kept[FEATURE, slot] = feature, step
+            kept = self._evaluator._encode(feature, self._conditions.get(GUIDANCE))
+            self._slots[FEATURE, slot], self._kept[FEATURE, slot] = kept, step
         self._keep_velocity(instruction, step, velocity)
 
     def _keep_velocity(self, instruction: Instruction, step: int, velocity: torch.Tensor) -> None:
@@ -278,9 +293,14 @@ class _Loop:
         weights = self._program.weights_of(instruction)
         rows = self._coefficients if weights is self._program.coefficients or weights is None else weights
         values = torch.stack([self._slots[kind, slot] for slot in instruction.reads[kind]]).to(self._noise.dtype)
-        row = torch.from_numpy(rows[step, 0, : len(values)]).to(self._noise)
-        total: torch.Tensor = torch.tensordot(row, values, 1)
-        return total
+        groups = torch.from_numpy(rows[step, :, : len(values)]).to(self._noise)
+        if len(groups) == 1:
+            total: torch.Tensor = torch.tensordot(groups[0], values, 1)
+            return total
+        assert self._evaluator._coding is not None, "rows of groups are of a coding"
+        sizes, axis = self._evaluator._coding.groups.sizes, self._evaluator._coding.groups.axis
+        each = zip(groups, torch.split(values, list(sizes), axis + 1), strict=True)
+        return torch.cat([torch.tensordot(row, part, 1) for row, part in each], axis)
 
     def _move(self, step: int, velocity: torch.Tensor) -> None:
         kept, worth = self._program.step_numbers([step])

@@ -15,7 +15,7 @@ from cachec.compiler.calibration.metrics import Decode
 from cachec.compiler.calibration.runs import Subject, encode_prompts
 from cachec.compiler.calibration.statistics import Statistics, calibration_facts, check_statistics, load_statistics
 from cachec.compiler.methods import get_method
-from cachec.compiler.methods.base import Method, PredictorMethod
+from cachec.compiler.methods.base import CodedMethod, Method, PredictorMethod
 from cachec.compiler.models import find_model, load_model
 from cachec.compiler.models.base import settings_of
 from cachec.compiler.options import ScheduleWish
@@ -113,6 +113,9 @@ def _method_for(manifest: Manifest, name: str | None, options: Mapping[str, str]
         raise InputError(
             "the bundle was compiled with --fold none: its predictor is inside an engine, which takes no other level"
         )
+    for kind in (get_method(manifest.method["name"]), type(method)):
+        if issubclass(kind, CodedMethod):
+            raise InputError(f"engines of {kind.name} keep features in a code of their own: compile a bundle for each level")
     if method.cut != cut:
         raise InputError(f"{method.name} works on the {method.cut} cut, and the bundle's engines are of the {cut} cut")
     if method.needs_training or method.needs_gradients or isinstance(method, PredictorMethod):

@@ -147,14 +147,23 @@ def _all_graphs(model: LoadedModel, bundle: Bundle) -> "dict[str, Graph]":
 
 
 def _plans(model: LoadedModel, manifest: Manifest) -> "list[EnginePlan]":
-    """The graphs of one size."""
+    """The graphs of one size.
+
+    Raises:
+        InputError: features are kept in a trained code, which the engines hold.
+    """
     from cachec.compiler.frontend import make_plans, usual_graphs
     from cachec.compiler.manifest import OWN_TYPE
+    from cachec.compiler.methods import get_method
+    from cachec.compiler.methods.base import CodedMethod
 
     settings, method = settings_of(manifest), manifest.method
     slots = None if method["slots"] == OWN_TYPE else method["slots"]
     wish = GraphWish(hoist=method["hoist"], slots=slots, velocities=method["velocities"])
-    return make_plans(model, settings, usual_graphs(model, settings, wish, method["cut"]))
+    codes = get_method(method["name"])(**method["options"])
+    if isinstance(codes, CodedMethod) and codes.needs_training:
+        raise InputError(f"{codes.name} was trained for the weights of this bundle: compile another with --lora")
+    return make_plans(model, settings, usual_graphs(model, settings, wish, method["cut"], codes))
 
 
 def _graphs(model: LoadedModel, there: Bundle, plans: "Sequence[EnginePlan]") -> "dict[str, Graph]":

@@ -113,6 +113,20 @@ def capture_predictor(predictor: nn.Module, window: int, example: torch.Tensor, 
     return _trace(_NamedPredictor(predictor, names).eval(), inputs, batched=names, outputs=(FEATURE,))
 
 
+def capture_map(module: nn.Module, example: torch.Tensor) -> fx.GraphModule:
+    """Capture a module from a feature like ``example`` [B, …] to one of another kind, with a symbolic batch."""
+    return _trace(_NamedMap(module).eval(), {FEATURE: example}, batched=[FEATURE], outputs=(FEATURE,))
+
+
+class _NamedMap(nn.Module):
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {FEATURE: self.module(inputs[FEATURE])}
+
+
 class _NamedPredictor(nn.Module):
     def __init__(self, predictor: nn.Module, names: list[str]) -> None:
         super().__init__()

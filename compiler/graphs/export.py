@@ -145,7 +145,7 @@ def _forecast_inputs(
     examples = {
         **inputs,
         FEATURES: torch.stack([feature + i for i in range(NUM_SLOTS)]),
-        COEFFICIENTS: torch.linspace(1, 0.5, NUM_SLOTS).repeat(NUM_STEPS, 1, 1),
+        COEFFICIENTS: torch.linspace(1, 0.5, NUM_SLOTS).repeat(NUM_STEPS, graphs.groups.count, 1),
         BIAS: torch.linspace(0, 0.5, NUM_STEPS),
         DELTA: torch.full(feature.shape[:1], -0.1),
         DELTAS: torch.linspace(-0.1, -0.2, NUM_STEPS),

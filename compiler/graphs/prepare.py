@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from cachec.compiler.graphs.capture import capture_model, capture_predictor, joined
+from cachec.compiler.graphs.coding import Coding
 from cachec.compiler.graphs.weights import named_module, recording
 from cachec.compiler.models.base import LoadedModel, Settings
 from cachec.passes import (
@@ -97,9 +98,12 @@ def compute_only(graphs: Graphs) -> Graphs:
     return replace(graphs, modules={name: graphs.modules[name] for name in compute_graphs(graphs)}, cut=None)
 
 
-def linear(graphs: Graphs, observers: Sequence[Observer] = ()) -> Graphs:
-    """Split graphs with the forecast that all linear methods share."""
-    return _run(graphs, [linear_passes()], observers)
+def linear(graphs: Graphs, observers: Sequence[Observer] = (), *, coding: Coding | None = None) -> Graphs:
+    """Split graphs with the forecast that all linear methods share, of features as they are or in a ``coding``."""
+    if coding is None:
+        return _run(graphs, [linear_passes()], observers)
+    captured = coding.capture(outputs(graphs.modules[COMPUTE])[FEATURE].meta["val"])
+    return _run(graphs, [linear_passes(*captured, coding.groups)], observers)
 
 
 def inlined(graphs: Graphs, predictor: nn.Module, *, window: int, num_steps: int, observers: Sequence[Observer] = ()) -> Graphs:

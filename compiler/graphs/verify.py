@@ -14,7 +14,7 @@ from cachec.compiler.graphs.capture import joined, named_model
 from cachec.compiler.graphs.prepare import engine, linear, prepare
 from cachec.compiler.graphs.weights import Values
 from cachec.compiler.models.base import LoadedModel, Settings
-from cachec.passes import Equivalence, Graphs, Pass, PassResult, compute_graphs
+from cachec.passes import Equivalence, Graphs, Groups, Pass, PassResult, compute_graphs
 from cachec.passes.base import placeholders, tensors
 from cachec.runtime.abi import (
     ADVANCE,
@@ -101,7 +101,8 @@ class Verifier:
             first = name == COMPUTE
             computed = made if first else computed
             yield (VELOCITY if first else f"{name} {VELOCITY}"), made[VELOCITY], None
-            yield (FEATURE if first else f"{name} {FEATURE}"), made[FEATURE], None
+            kept = f"kept {FEATURE}" if graphs.groups.sizes else FEATURE  # in a code
+            yield (kept if first else f"{name} {kept}"), made[FEATURE], None
             if NEXT_LATENTS in made:
                 moved = self.inputs[self.io.latents] + _each(known[DELTA], made[VELOCITY]) * made[VELOCITY]
                 yield f"{name} {NEXT_LATENTS}", made[NEXT_LATENTS], moved
@@ -143,19 +144,20 @@ class Verifier:
         elif graphs.axes[FORECAST][BIAS]:
             yield from self._play_run(graphs, {**known, **_named(FORECAST, hoisted)}, feature)
         else:
-            yield "forecast", _run(module, {**single, **_in_slots(feature)})[VELOCITY], None
+            label, slots = _in_slots(feature, graphs.groups)
+            yield label, _run(module, {**single, **slots})[VELOCITY], None
 
     def _play_run(self, graphs: Graphs, known: dict[str, torch.Tensor], feature: torch.Tensor) -> Iterator[Seen]:
         """A run of as many forecasts as there are samples; of each sample the step that has its time is looked at."""
         steps, module = len(feature), graphs.modules[FORECAST]
-        slots = _in_slots(feature)
+        label, slots = _in_slots(feature, graphs.groups)
         rows = slots[COEFFICIENTS].expand(steps, *slots[COEFFICIENTS].shape)
         told = self.inputs[self.io.timestep][:, None].expand(steps, steps)
         known |= {**slots, COEFFICIENTS: rows, BIAS: slots[BIAS].expand(steps), self.io.timestep: told}
         made = [_run(module, {**known, DELTAS: row}) for row in torch.eye(steps)]
         moves = torch.stack([one[NEXT_LATENTS] - self.inputs[self.io.latents] for one in made])
-        yield "move of a forecast", _own_step(moves), self.values.get("forecast")
-        yield "forecast", _own_step(made[0].get(VELOCITIES, moves)), None
+        yield "move of a forecast", _own_step(moves), self.values.get(label)
+        yield label, _own_step(made[0].get(VELOCITIES, moves)), None
 
     def _play_advance(self, module: fx.GraphModule, velocity: torch.Tensor) -> Seen:
         base, (sizes, row) = self.inputs[self.io.latents], HALVES
@@ -229,11 +231,12 @@ def _shifted(feature: torch.Tensor) -> torch.Tensor:
     return (feature.float() + SHIFT).to(feature.dtype)
 
 
-def _in_slots(feature: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Inputs of a linear forecast that is the shifted feature."""
+def _in_slots(kept: torch.Tensor, groups: Groups) -> tuple[str, dict[str, torch.Tensor]]:
+    """Inputs of a linear forecast that is the shifted feature; in a code, where a shift means another, the feature itself."""
     sizes, row = HALVES
-    features = torch.stack([size * feature for size in sizes])
-    return {FEATURES: features, COEFFICIENTS: torch.tensor([row]), BIAS: torch.tensor(SHIFT)}
+    slots = torch.stack([size * kept for size in sizes])
+    label, shift = ("tail", 0.0) if groups.sizes else ("forecast", SHIFT)
+    return label, {FEATURES: slots, COEFFICIENTS: torch.tensor([row]).repeat(groups.count, 1), BIAS: torch.tensor(shift)}
 
 
 def _schedule(names: Mapping[str, fx.Node], num_levels: int) -> dict[str, torch.Tensor]:

@@ -7,6 +7,7 @@ METHODS = Registry("method", "cachec.methods", {
     "adams": "cachec.compiler.methods.adams:Adams",
     "bns": "cachec.compiler.methods.bns:Bns",
     "foca": "cachec.compiler.methods.foca:FoCa",
+    "freqca": "cachec.compiler.methods.freqca:FreqCa",
     "gram": "cachec.compiler.methods.gram:Gram",
     "gram-hidden": "cachec.compiler.methods.gram_hidden:GramHidden",
     "hicache": "cachec.compiler.methods.hicache:HiCache",

@@ -1,7 +1,8 @@
 """What a method is: a way to forecast at a cut, and the facts that compiling it needs.
 
-Two kinds of method. A :class:`PredictorMethod` is a graph of past features; ``predictor.py`` folds it to numbers (with
-``passes/fold_predictor.py``, an analysis that stands in no list of passes). A :class:`TableMethod` states its numbers directly.
+A :class:`PredictorMethod` is a graph of past features; ``predictor.py`` folds it to numbers (with ``passes/fold_predictor.py``,
+an analysis that stands in no list of passes). A :class:`TableMethod` states its numbers directly, and so does a
+:class:`CodedMethod`, of parts of features that it keeps in a code.
 Either way the result is a table: a ``ForecastTable`` on the hidden cut, an ``AdvanceTable`` on the output cut
 (``compiler/tables/coefficients.py``). With ``--fold none`` there is none: a pass inlines the predictor into the forecast graph.
 
@@ -20,6 +21,7 @@ from cachec.compiler.calibration.calibration import Calibration
 from cachec.compiler.calibration.evaluator import Evaluator
 from cachec.compiler.calibration.runs import Trajectories
 from cachec.compiler.methods.parameters import Parameters
+from cachec.compiler.models.base import Settings
 from cachec.compiler.tables.coefficients import ForecastTable, Table, compose
 from cachec.compiler.tables.sampling import Sampling
 from cachec.compiler.tables.schedule import Schedule, interval_for_budget, interval_schedule
@@ -28,6 +30,7 @@ from cachec.runtime.program import Cut
 from cachec.runtime.specs import Array
 
 if TYPE_CHECKING:  # a method imports without torch unless it is a graph
+    from cachec.compiler.graphs.coding import Coding
     from cachec.compiler.methods.predictor import Predictor
 
 
@@ -175,3 +178,24 @@ class PredictorMethod(Method):
 @dataclass(frozen=True)
 class TableMethod(Method):
     """A method that states its numbers: only :meth:`Method.table`, no graph."""
+
+
+@dataclass(frozen=True)
+class CodedMethod(Method):
+    """A method of the hidden cut that keeps features in a code of its own, which engines are built with.
+
+    :meth:`Method.table` has a row for each group of the code. It is not searched: no statistics of its parts are kept.
+    """
+
+    @abstractmethod
+    def coding(self, feature: tuple[int, ...], settings: Settings, parameters: Parameters | None) -> "Coding":
+        """How features of a shape, [L, D] of one sample, are kept at these sizes.
+
+        Raises:
+            InputError: the method's options do not fit the features.
+            PredictorError: it needs parameters, or others.
+        """
+
+    def fit(self, data: TrainingData) -> tuple[dict[str, Array], dict[str, str]]:
+        """Train; returns the parameters and what is worth knowing about their training."""
+        raise PredictorError(f"method {self.name!r} has nothing to train; compile it as it is")

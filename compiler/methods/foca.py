@@ -62,7 +62,7 @@ class FoCa(TableMethod):
                     unit[newest], unit[newest - 1], values[step - 2 : step], step - schedule.compute[newest]
                 )
         values[list(schedule.compute)] = 0.0
-        return ForecastTable(schedule, values, np.zeros(schedule.num_steps))
+        return ForecastTable.of_rows(schedule, values)
 
     def _forecast(self, last: Array, before: Array, recent: Array, elapsed: int) -> Array:
         """``recent`` [2, K]: the values of the last two steps, oldest first."""

@@ -56,4 +56,4 @@ class GramHidden(TableMethod):
             raise PredictorError(
                 f"rows of gram-hidden were fitted to steps {parameters.facts.get('schedule')}, wanted {wanted}"
             )
-        return ForecastTable(schedule, rows, np.zeros(schedule.num_steps))
+        return ForecastTable.of_rows(schedule, rows)

@@ -45,18 +45,20 @@ class HiCache(TableMethod):
             raise InputError(f"sigma is {self.sigma}; hicache takes more than 0, up to 1")
 
     def table(self, schedule: Schedule, sigmas: Array, parameters: Parameters | None) -> ForecastTable:
-        differences = taylor_differences(schedule, self.order)
-        rows = np.zeros((schedule.num_steps, len(schedule.compute)))
-        for step in schedule.forecast:
-            newest = max(i for i, computed in enumerate(schedule.compute) if computed < step)
-            distance = step - schedule.compute[newest]
-            for order, difference in enumerate(differences[newest]):
-                rows[step] += difference * self._basis(order, distance)
-        return ForecastTable(schedule, rows, np.zeros(schedule.num_steps))
+        return ForecastTable.of_rows(schedule, hermite_rows(schedule, self.order, self.sigma))
 
-    def _basis(self, order: int, distance: int) -> float:
-        value = hermite.hermval(self.sigma * distance, [0.0] * order + [1.0])
-        return float(self.sigma**order * value / math.factorial(order))
+
+def hermite_rows(schedule: Schedule, order: int, sigma: float, warmup: int = WARMUP) -> Array:
+    """Rows [T, K] of the forecast sum_i D_i sigma^i H_i(sigma k) / i!, up to ``order``; at order 0 of plain reuse."""
+    differences = taylor_differences(schedule, order, warmup)
+    rows = np.zeros((schedule.num_steps, len(schedule.compute)))
+    for step in schedule.forecast:
+        newest = max(i for i, computed in enumerate(schedule.compute) if computed < step)
+        distance = step - schedule.compute[newest]
+        for i, difference in enumerate(differences[newest]):
+            value = float(hermite.hermval(sigma * distance, [0.0] * i + [1.0]))
+            rows[step] += difference * sigma**i * value / math.factorial(i)
+    return rows
 
 
 def taylor_differences(schedule: Schedule, order: int, warmup: int = WARMUP) -> list[list[Array]]:

@@ -42,7 +42,7 @@ class Newton(TableMethod):
         for step in schedule.forecast:
             columns = np.flatnonzero(computed < step)[-self.order - 1 :]
             rows[step, columns] = extrapolation_weights(computed[columns], step)
-        return ForecastTable(schedule, rows, np.zeros(schedule.num_steps))
+        return ForecastTable.of_rows(schedule, rows)
 
 
 def extrapolation_weights(nodes: Array, at: float) -> Array:

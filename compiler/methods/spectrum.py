@@ -67,7 +67,7 @@ class Spectrum(TableMethod):
             fitted, last = columns[-BUFFER:], columns[-2:]
             rows[step, fitted] += self.blend * self._fit(computed[fitted], step, schedule.num_steps)
             rows[step, last] += (1 - self.blend) * extrapolation_weights(computed[last], step)
-        return ForecastTable(schedule, rows, np.zeros(schedule.num_steps))
+        return ForecastTable.of_rows(schedule, rows)
 
     def _fit(self, nodes: Array, step: int, num_steps: int) -> Array:
         """Weights [n] on the features of ``nodes`` [n] that give the fit's value at ``step``."""

@@ -18,7 +18,7 @@ from cachec.compiler.calibration.runs import (
     recording_here,
 )
 from cachec.compiler.calibration.uses import UsedPrompts
-from cachec.compiler.methods.base import Method, PredictorMethod, TrainingData
+from cachec.compiler.methods.base import CodedMethod, Method, PredictorMethod, TrainingData
 from cachec.compiler.methods.parameters import WEIGHTS, Parameters, find_pretrained
 from cachec.compiler.models.base import LoadedModel, Settings
 from cachec.compiler.tables.schedule import Schedule
@@ -40,14 +40,14 @@ class Training:
     seed: int
     interval: int | None = None
 
-    def check(self) -> PredictorMethod:
+    def check(self) -> PredictorMethod | CodedMethod:
         """The method, if there is something to train.
 
         Raises:
             PredictorError: the method has nothing to train.
             InputError: nothing is left to forecast, or there are too few prompts.
         """
-        if not isinstance(self.method, PredictorMethod) or not self.method.needs_training:
+        if not isinstance(self.method, PredictorMethod | CodedMethod) or not self.method.needs_training:
             raise PredictorError(f"method {self.method.name!r} has nothing to train: compile it as it is")
         if not self.schedule.forecast:
             raise InputError(

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from cachec.compiler.methods import METHODS
-from cachec.compiler.methods.base import Method
+from cachec.compiler.methods.base import CodedMethod, Method
 from cachec.compiler.options import ScheduleWish
 from cachec.compiler.tables.samplers import SOLVERS
 from cachec.compiler.tables.schedule import (
@@ -72,6 +72,11 @@ def make_goals(method: Method, steps: int, wish: ScheduleWish) -> tuple[tuple[Go
     else:
         goal, interval = _one_goal(method, steps, wish)
         return (goal,), interval
+    if isinstance(method, CodedMethod) and not method.needs_training:
+        raise InputError(
+            f"{method.name} forecasts parts of features on their own, so it cannot be searched for levels or targets: "
+            "give --interval, --budget or a list of steps"
+        )
     if method.needs_training:
         raise InputError(
             f"{method.name} is trained for one schedule, so it cannot be searched for levels or targets: "
@@ -113,8 +118,9 @@ def _one_goal(method: Method, steps: int, wish: ScheduleWish) -> tuple[Goal, int
     if budget is not None and budget < method.min_budget:
         raise InputError(f"budget is {budget}, but {method.name} needs {method.min_budget} computed steps to start")
     if kind == "search" or (kind is None and method.schedule_bound and wish.interval is None):
-        if method.needs_training:
-            raise InputError(f"{method.name} is trained for one schedule; it cannot be searched: give --interval or --budget")
+        if method.needs_training or isinstance(method, CodedMethod):
+            why = "is trained for one schedule" if method.needs_training else "forecasts parts of features on their own"
+            raise InputError(f"{method.name} {why}; it cannot be searched: give --interval or --budget")
         budget = len(interval_schedule(steps, method.default_interval).compute) if budget is None else budget
         return Goal(budget=budget), None
     if budget is not None:

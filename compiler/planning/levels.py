@@ -99,7 +99,7 @@ def forecast_cost(engines: Mapping[str, Engine], program: Program, io: ModelIO) 
     half, batch = program.num_steps // 2, program.key.batch or 1
     if not half:
         return 0.0
-    table = ForecastTable(Schedule(program.num_steps, tuple(range(half))), *_last_feature(program.num_steps, half))
+    table = ForecastTable.of_rows(Schedule(program.num_steps, tuple(range(half))), _last_feature(program.num_steps, half))
     plain = lower_table(table, replace(program.key, guided=False), Sampling(program.sigmas, program.timesteps))
     session = Session(engines, plain, io, batch=batch)
     conditions = {name: np.zeros(s.resolve({BATCH: batch}), s.dtype) for name, s in _conditions(engines, io).items()}
@@ -116,11 +116,11 @@ def forecast_cost(engines: Mapping[str, Engine], program: Program, io: ModelIO) 
     return min(1.0, float(np.median(seconds[False]) / np.median(seconds[True])))
 
 
-def _last_feature(num_steps: int, computed: int) -> tuple[Array, Array]:
-    """Coefficients [T, K] and bias [T] of reuse."""
+def _last_feature(num_steps: int, computed: int) -> Array:
+    """Rows [T, K] of reuse."""
     coefficients = np.zeros((num_steps, computed))
     coefficients[computed:, -1] = 1.0
-    return coefficients, np.zeros(num_steps)
+    return coefficients
 
 
 def _conditions(engines: Mapping[str, Engine], io: ModelIO) -> dict[str, TensorSpec]:

@@ -118,7 +118,7 @@ def hidden_error(table: ForecastTable, gram: Array, sigmas: Array) -> float:
     Features of neighbouring forecasts err alike, so their norms are added, not their squares. ``gram`` [T, T].
     """
     off = np.zeros((table.schedule.num_steps, len(gram)))
-    off[:, list(table.schedule.compute)] = table.coefficients
+    off[:, list(table.schedule.compute)] = table.rows
     steps = list(table.schedule.forecast)
     off[steps, steps] -= 1
     errors = np.einsum("tg,gh,th->t", off[steps], gram, off[steps]).clip(min=0)

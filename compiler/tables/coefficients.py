@@ -1,6 +1,6 @@
 """Tables: a whole schedule as numbers, for either cut, and the algebra that makes them. Pure data.
 
-Shapes: ``T`` steps, ``K`` computed steps, ``W`` window.
+Shapes: ``T`` steps, ``G`` groups, ``K`` computed steps, ``W`` window.
 """
 
 from dataclasses import dataclass
@@ -14,14 +14,32 @@ from cachec.runtime.specs import Array
 
 @dataclass(frozen=True, eq=False)
 class ForecastTable:
-    """Hidden cut, a whole schedule as numbers: the forecast of step s is ``sum_a coefficients[s, a] F_a + bias[s]``.
+    """Hidden cut, a whole schedule as numbers: group g of step s is ``sum_a coefficients[s, g, a] F_a + bias[s]``.
 
-    ``coefficients`` [T, K] over the K computed features in order, ``bias`` [T]; float64. Rows of computed steps are zero.
+    ``F_a`` is the group's part of what is kept of the computed feature a. ``coefficients`` [T, G, K] over the K computed
+    features in order, ``bias`` [T]; float64. Rows of computed steps are zero.
     """
 
     schedule: Schedule
     coefficients: Array
     bias: Array
+
+    @classmethod
+    def of_rows(cls, schedule: Schedule, *groups: Array) -> "ForecastTable":
+        """A table without bias from the rows [T, K] of each group."""
+        return cls(schedule, np.stack(groups, axis=1), np.zeros(schedule.num_steps))
+
+    @property
+    def rows(self) -> Array:
+        """Rows [T, K] of a table of one group.
+
+        Raises:
+            PredictorError: it has several.
+        """
+        if self.coefficients.shape[1] != 1:
+            raise PredictorError(f"a forecast in {self.coefficients.shape[1]} groups is no one row a step: give a schedule")
+        rows: Array = self.coefficients[:, 0]
+        return rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +61,7 @@ Table = ForecastTable | AdvanceTable
 
 
 def compose(rows: Array, bias: Array, schedule: Schedule, *, feeds_back: bool) -> ForecastTable:
-    """Write every forecast in terms of computed features only (affine maps compose).
+    """Write every forecast in terms of computed features only (affine maps compose): a table of one group.
 
     ``rows`` [T, W] and ``bias`` [T] are over each step's history, newest first. Float64 throughout.
     """
@@ -60,13 +78,13 @@ def compose(rows: Array, bias: Array, schedule: Schedule, *, feeds_back: bool) -
         offset[step] = rows[step] @ offset[history] + bias[step]
     computed = list(schedule.compute)
     full[computed], offset[computed] = 0.0, 0.0
-    return ForecastTable(schedule, full, offset)
+    return ForecastTable(schedule, full[:, None], offset)
 
 
 def collapse(table: ForecastTable, clock: Array) -> AdvanceTable:
     """Forecasts of velocities under Euler's steps along ``clock`` [T + 1], one row for each gap between computed steps."""
     schedule, steps = table.schedule, np.diff(np.asarray(clock, np.float64))
-    velocities = table.coefficients.copy()  # every step's velocity in terms of the computed ones
+    velocities = table.rows.copy()  # every step's velocity in terms of the computed ones
     velocities[list(schedule.compute), range(len(schedule.compute))] = 1.0
     if table.bias.any():
         raise PredictorError("a forecast of velocities with a bias cannot be collapsed to rows")

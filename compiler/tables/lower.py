@@ -43,12 +43,13 @@ def lower_table(table: ForecastTable, key: ProgramKey, sampling: Sampling) -> Pr
     """
     schedule = table.schedule
     row_of = {step: i for i, step in enumerate(schedule.compute)}
-    last_read = {step: int(max(np.flatnonzero(table.coefficients[:, i]), default=-1)) for step, i in row_of.items()}
+    weighed = np.any(table.coefficients, axis=1)
+    last_read = {step: int(max(np.flatnonzero(weighed[:, i]), default=-1)) for step, i in row_of.items()}
     for step in schedule.forecast:  # a row without any weight (a pure bias) still binds its newest feature
         newest = max(s for s in schedule.compute if s < step)
         last_read[newest] = max(last_read[newest], step)
     slots = _Slots()
-    coefficients = np.zeros((schedule.num_steps, max(len(row_of), 1)))
+    coefficients = np.zeros((*table.coefficients.shape[:2], max(len(row_of), 1)))
     instructions: list[Instruction] = []
     run: list[int] = []  # forecast steps since the last computed one
     for step in range(schedule.num_steps):
@@ -61,11 +62,11 @@ def lower_table(table: ForecastTable, key: ProgramKey, sampling: Sampling) -> Pr
             instructions.append(Compute(step, slot))
             continue
         for owner, slot in slots.live.items():
-            coefficients[step, slot] = table.coefficients[step, row_of[owner]]
+            coefficients[step, :, slot] = table.coefficients[step, :, row_of[owner]]
         run.append(step)
     if run:
         instructions.append(Forecast(tuple(run), slots.capacity))
-    return _hidden(key, instructions, slots.capacity, sampling, coefficients[:, : slots.capacity], table.bias)
+    return _hidden(key, instructions, slots.capacity, sampling, coefficients[..., : slots.capacity], table.bias)
 
 
 def lower_predictor(schedule: Schedule, window: int, *, feeds_back: bool, key: ProgramKey, sampling: Sampling) -> Program:
@@ -85,14 +86,14 @@ def lower_predictor(schedule: Schedule, window: int, *, feeds_back: bool, key: P
         slots.release(last_read, step)  # not those read now: the result must not overwrite them
         slot = slots.assign(step) if step in last_read else None
         instructions.append(Predict(step, sources, slot))
-    coefficients = np.zeros((schedule.num_steps, slots.capacity))
+    coefficients = np.zeros((schedule.num_steps, 1, slots.capacity))
     return _hidden(key, instructions, slots.capacity, sampling, coefficients, np.zeros(schedule.num_steps))
 
 
 def lower_uncached(key: ProgramKey, sampling: Sampling) -> Program:
     """The same sampling with every step computed: what a cached run is compared with."""
     instructions: list[Instruction] = [Compute(step) for step in range(key.start_step, key.steps)]
-    return _hidden(key, instructions, 0, sampling, np.zeros((key.steps, 0)), np.zeros(key.steps))
+    return _hidden(key, instructions, 0, sampling, np.zeros((key.steps, 1, 0)), np.zeros(key.steps))
 
 
 def lower_advance(table: AdvanceTable, key: ProgramKey, sampling: Sampling) -> Program:
@@ -126,7 +127,7 @@ def lower_advance(table: AdvanceTable, key: ProgramKey, sampling: Sampling) -> P
         numbers["pair_rows"][list(schedule.conditional)] = [[1.0], [-1.0]]
         numbers["pair_shares"][list(schedule.conditional)] = 1.0
     told = replace(sampling, timesteps=timesteps)
-    return _program(key, instructions, slots, told, coefficients, np.zeros(key.steps), **numbers)
+    return _program(key, instructions, slots, told, coefficients[:, None], np.zeros(key.steps), **numbers)
 
 
 def _answers(rows: Array, schedule: Schedule, sampling: Sampling) -> Array:
@@ -218,7 +219,7 @@ def _program(
     bias: Array,
     **numbers: Array,
 ) -> Program:
-    """``coefficients`` and ``rows_out`` are [T, S] of the one group; with the latter it is a program of the output cut."""
+    """``coefficients`` [T, G, S]; with ``rows_out`` [T, S], of the one group, it is a program of the output cut."""
     arrays = {name: np.ascontiguousarray(value, np.float32) for name, value in numbers.items()}
     rows_out = arrays.pop("rows_out", None)
     return Program(
@@ -227,7 +228,7 @@ def _program(
         slots=slots,
         sigmas=sampling.sigmas.astype(np.float32),
         timesteps=sampling.timesteps.astype(np.float32),
-        coefficients=np.ascontiguousarray(coefficients[:, None], np.float32),
+        coefficients=np.ascontiguousarray(coefficients, np.float32),
         bias=bias.astype(np.float32),
         cut="hidden" if rows_out is None else "output",
         rows_out=None if rows_out is None else rows_out[:, None],

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
-from toy import example_inputs
+from toy import WIDTH, example_inputs
 from toy_runs import HOIST, random_run, run_prologue
 
-from cachec.passes import BatchForecast, run_passes
+from cachec.compiler.graphs.coding import Coding
+from cachec.compiler.graphs.prepare import linear
+from cachec.passes import BatchForecast, Groups, run_passes
 from cachec.passes.base import placeholders
 from cachec.runtime.abi import FORECAST
 from cachec.runtime.errors import PassError
@@ -39,6 +41,47 @@ def test_a_run_of_forecasts_equals_its_steps_one_by_one(linear_graphs, num_steps
         x = x + given["deltas"][step] * velocity
     assert set(got) == {"next_latents", "velocities"} if velocities else {"next_latents"}
     torch.testing.assert_close(got["next_latents"], x, atol=1e-5, rtol=1e-5)
+
+
+class Channels(torch.nn.Module):
+    """A code [B, L, D + 2] of a feature, or back."""
+
+    def __init__(self, back):
+        super().__init__()
+        generator = torch.Generator().manual_seed(3)
+        matrix = torch.randn(WIDTH, WIDTH + 2, generator=generator)
+        self.register_buffer("matrix", torch.linalg.pinv(matrix) if back else matrix)
+
+    def forward(self, feature):
+        return feature @ self.matrix
+
+
+@pytest.mark.parametrize("velocities", [True, False])
+@torch.no_grad()
+def test_every_group_of_a_code_has_its_own_weights(toy_split, velocities):
+    coding = Coding(Channels(back=False), Channels(back=True), Groups((3, 5, 2), 2))
+    coded = linear(toy_split, coding=coding)
+    forecast = run_passes(coded, [BatchForecast("latents", "timestep", velocities)]).modules[FORECAST]
+    inputs, steps, slots = example_inputs(2), 3, 2
+    features = [coded.modules["compute"](**inputs)["feature"] * (1 + slot) for slot in range(slots)]
+    assert features[0].shape[-1] == WIDTH + 2
+    given = random_run(steps, slots, 2) | {"features": torch.stack(features)}
+    given["coefficients"] = torch.randn(steps, 3, slots, generator=torch.Generator().manual_seed(5))
+    rows = {"timestep": torch.linspace(0.9, 0.1, steps)[:, None].repeat(1, 2), "prompt": inputs["prompt"]}
+    got = forecast(**{name: {**given, **rows}[name] for name in placeholders(forecast)})
+    x, tail = given["latents"], toy_split.modules[FORECAST]
+    for step in range(steps):
+        parts = [torch.split(one, [3, 5, 2], -1) for one in features]
+        summed = [sum(given["coefficients"][step, g, s] * parts[s][g] for s in range(slots)) for g in range(3)]
+        feature = (torch.cat(summed, -1) + given["bias"][step]) @ coding.decode.matrix
+        known = {"feature": feature, "timestep": rows["timestep"][step], "prompt": inputs["prompt"]}
+        x = x + given["deltas"][step] * tail(**{name: known[name] for name in placeholders(tail)})["velocity"]
+    torch.testing.assert_close(got["next_latents"], x, atol=1e-5, rtol=1e-5)
+
+
+def test_groups_are_all_of_what_is_kept(toy_split):
+    with pytest.raises(PassError, match=r"groups of \[3, 4\] along axis 2 are not all of what is kept, \[6, 8\] a sample"):
+        linear(toy_split, coding=Coding(torch.nn.Identity(), torch.nn.Identity(), Groups((3, 4), 2)))
 
 
 def test_no_node_tells_the_shape_of_one_step_where_there_are_several(linear_graphs):

@@ -35,7 +35,7 @@ def hidden_table(window=2):
     for step in SCHEDULE.forecast:
         known = sum(s < step for s in SCHEDULE.compute)
         rows[step, max(0, known - window) : known] = generator.standard_normal(min(window, known)) / 2
-    return ForecastTable(SCHEDULE, rows, np.where(rows.any(axis=1), 0.01, 0.0))
+    return ForecastTable(SCHEDULE, rows[:, None], np.where(rows.any(axis=1), 0.01, 0.0))
 
 
 def output_table():
@@ -89,7 +89,7 @@ def test_the_hidden_cut_is_played_with_the_tail_at_its_steps(calibration):
             velocity, feature = evaluator.evaluate(x, t, conditions)
             features.append(feature)
         else:
-            forecast = np.tensordot(table.coefficients[step, : len(features)], np.stack(features), 1) + table.bias[step]
+            forecast = np.tensordot(table.rows[step, : len(features)], np.stack(features), 1) + table.bias[step]
             velocity = evaluator.tail(forecast, t, conditions)
         x = x + float(sampling.sigmas[step + 1] - sampling.sigmas[step]) * velocity
     program = calibration.program(table)

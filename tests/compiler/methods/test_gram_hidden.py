@@ -32,7 +32,7 @@ def test_rows_equal_lstsq_on_raw_features(calibration, schedule, monkeypatch):
         if step not in schedule.compute:
             design = features[:, [schedule.compute[i] for i in past]].transpose(0, 2, 1).reshape(-1, len(past))
             row[past] = np.linalg.lstsq(design, features[:, step].reshape(-1), rcond=None)[0]
-        np.testing.assert_allclose(table.coefficients[step], row, rtol=1e-6, atol=1e-8)
+        np.testing.assert_allclose(table.rows[step], row, rtol=1e-6, atol=1e-8)
 
 
 def test_a_fine_reference_has_no_features():

@@ -43,7 +43,7 @@ def test_the_table_is_the_recursion_with_its_bias():
     stacked = np.stack([features[step] for step in schedule.compute])
     scale = max(np.abs(value).max() for value in expected.values())
     for step, value in expected.items():
-        got = np.tensordot(table.coefficients[step], stacked, 1) + table.bias[step]
+        got = np.tensordot(table.rows[step], stacked, 1) + table.bias[step]
         np.testing.assert_allclose(got, value, atol=1e-5 * scale)
     assert np.abs(table.bias[list(schedule.forecast)]).max() > 1e-3
 

@@ -116,7 +116,7 @@ def test_the_error_of_features_equals_that_on_the_vectors(steps):
     expected = sum(
         np.linalg.norm(coefficients[s] @ v[list(steps)] - v[s]) * (sigmas[s] - sigmas[s + 1]) for s in schedule.forecast
     )
-    got = hidden_error(ForecastTable(schedule, coefficients, np.zeros(STEPS)), v @ v.T, sigmas)
+    got = hidden_error(ForecastTable.of_rows(schedule, coefficients), v @ v.T, sigmas)
     assert got == pytest.approx(expected, rel=1e-9, abs=1e-12)
 
 

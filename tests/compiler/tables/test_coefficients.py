@@ -22,7 +22,7 @@ def test_composed_forecasts_are_those_made_one_from_another(schedule, feeds_back
         if step in schedule.forecast:
             history = schedule.history(step, 3, feeds_back=feeds_back)
             known[step] = rows[step] @ np.array([known[past] for past in history]) + bias[step]
-            np.testing.assert_allclose(table.coefficients[step] @ computed + table.bias[step], known[step], atol=1e-9)
+            np.testing.assert_allclose(table.rows[step] @ computed + table.bias[step], known[step], atol=1e-9)
     assert not table.coefficients[list(schedule.compute)].any()
     assert not table.bias[list(schedule.compute)].any()
 

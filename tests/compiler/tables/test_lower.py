@@ -85,7 +85,7 @@ def test_a_lowered_advance_is_euler_on_forecast_velocities(schedule):
             computed.append(velocity(x, sigmas[step]))
             v = computed[-1]
         else:
-            v = table.coefficients[step, : len(computed)] @ np.array(computed)
+            v = table.rows[step, : len(computed)] @ np.array(computed)
         x = x + (sigmas[step + 1] - sigmas[step]) * v
     program = lower_advance(collapse(table, sigmas), key_of(sigmas), Sampling(sigmas, sigmas[:-1]))
     latents, _ = played(program, noise())
@@ -169,7 +169,7 @@ def test_a_lowered_table_with_a_bias_and_long_memory_is_the_table(schedule):
             slots[slot] = features[instruction.steps[0]]
         for step in instruction.rows:
             got = sum(program.coefficients[step, 0, s] * slots[s] for s in instruction.reads[FEATURE]) + program.bias[step]
-            np.testing.assert_allclose(got, table.coefficients[step] @ stacked + table.bias[step], rtol=1e-4, atol=1e-4)
+            np.testing.assert_allclose(got, table.rows[step] @ stacked + table.bias[step], rtol=1e-4, atol=1e-4)
 
 
 @each_schedule

@@ -112,7 +112,7 @@ def _check_hidden_forecasts(evaluator, sampling, scheduler, given, play, toleran
         return velocity
 
     schedule = Schedule(sampling.num_steps, COMPUTED)
-    program = lower(ForecastTable(schedule, rows, np.zeros(sampling.num_steps)), key_of(sampling), sampling)
+    program = lower(ForecastTable.of_rows(schedule, rows), key_of(sampling), sampling)
     close(play(program), own_loop(scheduler, noise, answer), tolerance)
 
 
