@@ -110,7 +110,7 @@ def compile_in_memory(
             plan.name: kind(graphs.engine.modules[plan.name], plan.signature, device)
             for plan in make_plans(model, request.settings, graphs)
         }
-        calibrations = find_calibrations(model, request, checked, parameters, work / "calibration")
+        calibrations = find_calibrations(model, request, checked, work / "calibration", parameters)
         return engines, make_programs(model, request, engines, calibrations, parameters).by_level
 
 

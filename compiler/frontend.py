@@ -229,7 +229,7 @@ def find_parameters(model: LoadedModel, request: Request, checked: Checked, work
 
 
 def find_calibrations(
-    model: LoadedModel, request: Request, checked: Checked, parameters: Parameters | None, work: Path | None
+    model: LoadedModel, request: Request, checked: Checked, work: Path | None, parameters: Parameters | None = None
 ) -> Calibrations | None:
     """Calibration runs, if anything needs them: the given ones, or made now (resumable in ``work``).
 

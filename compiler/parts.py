@@ -54,7 +54,7 @@ class Part:
 
     def calibrate(self, model: LoadedModel) -> Calibrations | None:
         """Calibration runs, if anything needs them; they are made once, and read again from their folder."""
-        return find_calibrations(model, self.request, self.checked, self.parameters, self.works.get("calibration"))
+        return find_calibrations(model, self.request, self.checked, self.works.get("calibration"), self.parameters)
 
 
 def work_folder(out: Path, name: str) -> Path:
