@@ -12,7 +12,7 @@ help:  ## Say what can be made
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[cpu,compile,rtx,ray,dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[cpu,compile,rtx,ray,serve,dev]'
 	touch $(READY)
 
 demo: $(READY)  ## Compile tiny-flux with LESA and draw a comparison: demo/comparison.png
@@ -37,7 +37,7 @@ test-slow: $(READY)  ## Run the tests that build for minutes: TensorRT for RTX o
 check: $(READY) types  ## Format, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	MYPYPATH=.types $(BIN)/mypy -m cachec -m cachec.cli -p cachec.compiler -p cachec.passes -p cachec.engines -p cachec.runtime
+	MYPYPATH=.types $(BIN)/mypy -m cachec -m cachec.cli -p cachec.compiler -p cachec.passes -p cachec.engines -p cachec.runtime -p cachec.serving
 
 types:  # type checkers cannot follow the editable install: give them a folder of the right name
 	@mkdir -p .types && ln -sfn .. .types/cachec
@@ -65,7 +65,7 @@ quality: $(READY)  ## Every method at every budget: bench/QUALITY.md (about two 
 	$(BIN)/python -m bench.quality_report --date $$(date +%F)
 
 bench: $(READY)  ## Speed beside the peers in one run: bench/RESULTS.md (under an hour on two idle cores)
-	$(BIN)/python -m pip install --quiet --editable '.[cpu,compile,rtx,ray,dev,bench]'
+	$(BIN)/python -m pip install --quiet --editable '.[cpu,compile,rtx,ray,serve,dev,bench]'
 	$(BIN)/python -m bench.speed
 
 engines: $(READY)  ## Engines of TensorRT for RTX and errors of low precision: bench/ENGINES.md (a quarter of an hour)

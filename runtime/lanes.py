@@ -188,6 +188,21 @@ class Lanes:
         each = max(0.0, several - one) / max(1.0, requests - 1)
         return max(0.0, one - each), each
 
+    def expected_ends(self) -> dict[int, float]:
+        """Seconds until each request that is here is done, by its number, if nobody comes after them."""
+        with self._changed:
+            gone = [number for number, one in self._requests.items() if one.ticket.done]
+            roster = self._roster.copy(without=gone)
+        return ends_of(roster, 0.0)
+
+    def latents(self, ticket: Ticket) -> Array | None:
+        """Those of a request on its way [1, …], as they are between two ticks; ``None``: it is in no lane.
+
+        For the thread that ticks.
+        """
+        request = self._requests.get(ticket.number)
+        return None if request is None or not request.made else self._fetch(request)
+
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until there is something to do, at most ``timeout`` seconds; is there?"""
         with self._changed:

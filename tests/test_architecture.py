@@ -12,13 +12,14 @@ from cachec.runtime.errors import MissingExtraError
 
 ROOT = Path(__file__).resolve().parent.parent
 NOT_PACKAGED = ("tests", "reference", "bench", "examples")
-LAYERS = ("cli", "compiler", "engines", "passes", "runtime")
+LAYERS = ("cli", "compiler", "serving", "pictures", "engines", "passes", "runtime")
 MAY_IMPORT = {
     "runtime": {"runtime"},
     "passes": {"passes", "runtime"},
     "engines": {"engines", "runtime"},
     "compiler": {"compiler", "passes", "engines", "runtime"},
-    "cli": {"", "compiler", "engines", "runtime"},
+    "serving": {"serving", "pictures", "engines", "runtime"},
+    "cli": {"", "compiler", "serving", "engines", "runtime"},
     "__main__": {"cli"},
     "": {"compiler", "engines", "runtime"},
 }

@@ -1,0 +1,97 @@
+"""What stands before every route: who may ask, how much is read, and what is written down about it."""
+
+import asyncio
+import hmac
+import logging
+import time
+import uuid
+from collections.abc import Mapping
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from cachec.serving.limits import Limits
+from cachec.serving.refusals import Refused
+
+log = logging.getLogger(__name__)
+OPEN = ("/", "/health", "/ping")  # need no key, and neither has what is under FILES, whose names are secret
+FILES = "/files/"
+
+
+class Guard:
+    """``key``: what requests must bring as a bearer token, if there is one.
+
+    A body is read as a whole before anybody sees it.
+    """
+
+    def __init__(self, app: ASGIApp, *, limits: Limits, key: str | None) -> None:
+        self._app, self._limits, self._key = app, limits, key
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        number, begun, status = uuid.uuid4().hex, time.monotonic(), 0
+        scope.setdefault("state", {})["number"] = number
+
+        async def answer(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message["headers"], (b"x-request-id", number.encode())]
+            await send(message)
+
+        try:
+            self._check(scope, Headers(scope=scope))
+            body = await self._read(receive)
+        except Refused as refused:
+            response = JSONResponse(refused.to_json(), refused.status_code, refused.headers)
+            await response(scope, receive, answer)
+        else:
+            if body is not None:
+                await self._app(scope, _again(body, receive), answer)
+        log.info("request %s: status %d after %.3f s", number, status, time.monotonic() - begun)
+
+    def _check(self, scope: Scope, headers: Mapping[str, str]) -> None:
+        origin = headers.get("origin")
+        if origin is not None and urlsplit(origin).netloc != headers.get("host"):
+            raise Refused(403, "a page of another site asks: only the page that this server shows may", code="origin")
+        if self._key is not None and scope["path"] not in OPEN and not scope["path"].startswith(FILES):
+            given = headers.get("authorization", "").encode("latin-1").removeprefix(b"Bearer ")  # its bytes, as they came
+            if not hmac.compare_digest(given, self._key.encode()):
+                raise Refused(401, "this server wants an API key: send Authorization: Bearer KEY", code="invalid_api_key")
+        length = headers.get("content-length", "0")
+        if not (length.isascii() and length.isdigit()) or int(length[:19]) > self._limits.body:
+            raise self._too_large()
+
+    def _too_large(self) -> Refused:
+        return Refused(413, f"the body is larger than the {self._limits.body} bytes that this server takes", code="too_large")
+
+    async def _read(self, receive: Receive) -> bytes | None:
+        """The whole body; ``None``: the client went away before it was sent."""
+        body = bytearray()
+        try:
+            async with asyncio.timeout(self._limits.body_seconds):
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        return None
+                    body += message.get("body", b"")
+                    if len(body) > self._limits.body:
+                        raise self._too_large()
+                    if not message.get("more_body"):
+                        return bytes(body)
+        except TimeoutError as error:
+            raise Refused(408, f"the body did not come within {self._limits.body_seconds:g} s", code="slow_body") from error
+
+
+def _again(body: bytes, receive: Receive) -> Receive:
+    """``receive`` for those behind: the body that was read, then what else comes."""
+    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def replay() -> Message:
+        return messages.pop() if messages else await receive()
+
+    return replay

@@ -1,0 +1,280 @@
+"""A bundle that is served: what requests may choose in it, and what they get when they choose something else."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from cachec.runtime.abi import GUIDANCE, negative_name
+from cachec.runtime.errors import InputError
+from cachec.runtime.lanes import Lanes
+from cachec.runtime.noise import NUM_SEEDS
+from cachec.runtime.program import UNCACHED, Program
+from cachec.runtime.session import LoadedBundle
+from cachec.runtime.specs import Array
+from cachec.runtime.variants import PictureSize, find_variant
+from cachec.serving.limits import Limits
+from cachec.serving.refusals import Refused
+from cachec.serving.wishes import Common, ImageWish, VideoWish
+
+EXACT = ("exact", "lossless", "extra-high")  # sglang's names for results without approximation; the last two are one to it
+AUTO = "auto"
+FPS = 16.0  # where a request does not say
+EMBEDDED = "guidance"  # the condition of models that take their guidance scale as an input
+
+
+class Pictures(Protocol):
+    """Text to conditions and latents to pictures, as ``cachec.pictures.generator.Generator`` makes them."""
+
+    def encode(self, prompts: Sequence[str], *, guidance: float | None = None) -> Mapping[str, Array]:
+        """Conditions of one branch, batch first. ``guidance``: a scale that is a condition itself, by default the bundle's."""
+
+    def decode(self, latents: Array, *, size: str | None = None) -> Array:
+        """uint8 [B, H, W, 3], of videos [B, frames, H, W, 3]."""
+
+    def to_png(self, picture: Array) -> bytes:
+        """A file of one picture [H, W, 3]."""
+
+    def to_mp4(self, frames: Array, fps: float) -> bytes:
+        """A file of one video [frames, H, W, 3]."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a request comes to: a program of the bundle, and what is handed to it."""
+
+    size: str
+    steps: int
+    level: str
+    seeds: tuple[int, ...]
+    prompt: str
+    negative: str
+    guidance: float | None
+    true_cfg_scale: float | None
+    deadline: float | None
+    fps: float
+
+
+class Served:
+    """``name`` is what requests call it, ``pictures`` its text encoders and decoder, ``lanes`` how many samples run at once."""
+
+    def __init__(
+        self,
+        name: str,
+        loaded: LoadedBundle,
+        pictures: Pictures,
+        *,
+        lanes: int = 8,
+        **options: Any,
+    ) -> None:
+        self.name, self.loaded, self.num_lanes = name, loaded, lanes
+        self.created = int(time.time())
+        self.pictures = pictures
+        there = loaded.manifest if loaded.bundle is None else loaded.bundle.manifest
+        self.variants, self.settings = there.variants, loaded.manifest.settings
+        self._at = {(one.size, one.steps): loaded.at(one.size, one.steps) for one in self.variants}
+        self.lanes = Lanes(loaded, lanes=lanes, sizes=there.sizes, **options)
+        self.seconds = dict[str, float]()  # that encoding and decoding take, as measured when it was warmed up
+
+    @property
+    def is_video(self) -> bool:
+        return any(PictureSize.parse(one.size).frames > 1 for one in self.variants)
+
+    def check_kind(self, *, video: bool) -> None:
+        """Raise ``Refused`` unless it makes videos, or pictures."""
+        if self.is_video != video:
+            makes, where = ("videos", "/v1/videos") if self.is_video else ("pictures", "/v1/images/generations")
+            raise Refused(400, f"{self.name} makes {makes}: post to {where}", code="unsupported", param="model")
+
+    @property
+    def levels(self) -> list[str]:
+        return list(dict.fromkeys(level for one in self.variants for level in one.programs))
+
+    def program(self, choice: Choice) -> Program:
+        return self._at[choice.size, choice.steps].programs[choice.level]
+
+    def warm_up(self) -> None:
+        """Encode and decode once, so that no request pays for what happens the first time; and time it."""
+        shape = self.loaded.session().latent_shape
+        for _ in range(2):
+            begun = time.perf_counter()
+            self.pictures.encode([""])
+            encoded = time.perf_counter()
+            self._to_file(self.pictures.decode(np.zeros((1, *shape[1:]), np.float32))[0], FPS)
+            self.seconds = {"encode": encoded - begun, "decode": time.perf_counter() - encoded}
+
+    def choose(self, wish: Common, limits: Limits, draw: Callable[[], int]) -> Choice:
+        """What a request comes to; ``draw`` gives a seed where it has none.
+
+        Raises:
+            Refused: the bundle has nothing of the kind, with what it has; or a limit is exceeded.
+        """
+        self._check_text(wish, limits)
+        size, steps = self._variant(wish)
+        level = self._level(wish.quality, self._at[size, steps])
+        count = wish.n if isinstance(wish, ImageWish) else 1
+        if count > limits.samples:
+            raise Refused(400, f"n is {count}; this server makes up to {limits.samples} a request", code="too_many", param="n")
+        shape = PictureSize.parse(size)
+        if (pixels := count * shape.width * shape.height * shape.frames) > limits.pixels:
+            raise Refused(400, f"the request has {pixels} pixels; this server makes up to {limits.pixels}: ask for fewer or "
+                          "smaller pictures", code="too_many", param="size")  # fmt: skip
+        choice = Choice(
+            size,
+            steps,
+            level,
+            _seeds(wish.seed, count, draw),
+            wish.prompt,
+            wish.negative_prompt or "",
+            wish.guidance_scale,
+            wish.true_cfg_scale,
+            wish.deadline,
+            _fps(wish, shape.frames),
+        )
+        self._check_guidance(choice)
+        self._check_deadline(choice)
+        return choice
+
+    def _check_text(self, wish: Common, limits: Limits) -> None:
+        if not wish.prompt.strip():
+            raise Refused(400, "the prompt is empty: say what is to be seen", code="invalid_value", param="prompt")
+        for name in ("prompt", "negative_prompt"):
+            text = getattr(wish, name)
+            if text is not None and len(text) > limits.prompt:
+                raise Refused(400, f"{name} has {len(text)} characters; this server takes up to {limits.prompt}",
+                              code="too_long", param=name)  # fmt: skip
+
+    def _variant(self, wish: Common) -> tuple[str, int]:
+        """Which size and number of steps; what is not said is the bundle's first."""
+        first = PictureSize.parse(self.variants[0].size)
+        size, text = first, wish.size
+        try:
+            if text is not None and text != "auto":
+                size = PictureSize.parse(text)
+                if first.frames > 1 and size.frames == 1:
+                    size = PictureSize(size.width, size.height, first.frames)
+            frames = wish.num_frames if isinstance(wish, VideoWish) and wish.num_frames else size.frames
+            size = PictureSize(wish.width or size.width, wish.height or size.height, frames)
+            wanted = str(size) if (text, wish.width, wish.height, frames) != (None, None, None, first.frames) else None
+            one = self.variants[find_variant(self.variants, wanted, wish.num_inference_steps)]
+        except InputError as error:
+            there = ", ".join(f"{one.size} in {one.steps} steps" for one in self.variants)
+            param = "num_inference_steps" if str(error).startswith("steps") else "size"
+            raise Refused(400, f"{error}. It has {there}", code="not_in_bundle", param=param) from error
+        return one.size, one.steps
+
+    def _level(self, quality: str | None, bundle: LoadedBundle) -> str:
+        there = bundle.programs
+        if quality in there:
+            return str(quality)
+        if quality is None or quality == AUTO:
+            return bundle.default_level
+        if quality in EXACT:
+            return UNCACHED
+        raise Refused(400, f"there is no quality {quality[:80]!r} here. Known: {', '.join(there)}; auto is "
+                      f"{bundle.default_level}, exact and lossless are {UNCACHED}", code="not_in_bundle",
+                      param="quality")  # fmt: skip
+
+    def _check_guidance(self, choice: Choice) -> None:
+        """Raise ``Refused`` for scales and negative prompts that the program has no place for."""
+        guided, embedded = self.program(choice).key.guided, EMBEDDED in self.loaded.io.conditions
+        if choice.negative.strip() and not guided:
+            raise Refused(400, "negative_prompt: requests of this bundle have no negative branch; leave it out, or compile it "
+                          "at a guidance scale that has one", code="not_in_bundle", param="negative_prompt")  # fmt: skip
+        if choice.true_cfg_scale is not None and not guided:
+            raise Refused(400, "true_cfg_scale: requests of this bundle have no negative branch; leave it out",
+                          code="not_in_bundle", param="true_cfg_scale")  # fmt: skip
+        if choice.guidance is not None and not (guided or embedded):
+            raise Refused(400, "guidance_scale: requests of this bundle have no guidance scale; leave it out",
+                          code="not_in_bundle", param="guidance_scale")  # fmt: skip
+
+    def _check_deadline(self, choice: Choice) -> None:
+        """Raise ``Refused`` for a deadline that no server of this bundle keeps."""
+        least = self.lanes.kind(choice.level, steps=choice.steps, size=choice.size).alone[0]
+        if choice.deadline is not None and choice.deadline < least:
+            raise Refused(400, f"deadline is {choice.deadline:g} s, but level {choice.level} takes {least:.3g} s where nobody "
+                          "else is: give it more time, or take another level or fewer steps", code="invalid_value",
+                          param="deadline")  # fmt: skip
+
+    def finish(self, choice: Choice, latents: Array) -> bytes:
+        """A file of latents [1, …]: PNG, or mp4."""
+        return self._to_file(self.pictures.decode(latents, size=choice.size)[0], choice.fps)
+
+    def _to_file(self, made: Array, fps: float) -> bytes:
+        return self.pictures.to_mp4(made, fps) if self.is_video else self.pictures.to_png(made)
+
+    def conditions(self, choice: Choice) -> dict[str, Array]:
+        """What the lanes take for one sample: both branches where there are two, and the scales."""
+        names = self.loaded.io.conditions
+        made = {name: value for name, value in self._encode(choice.prompt, choice).items() if name in names}
+        if self.program(choice).key.guided:
+            others = self._encode(choice.negative, choice)
+            made |= {negative_name(name): value for name, value in others.items() if name in names}
+            which = "true_cfg_scale" if EMBEDDED in names else "guidance"
+            given = (choice.true_cfg_scale, None if EMBEDDED in names else choice.guidance)
+            scale = next((one for one in given if one is not None), self.settings[which])
+            made[GUIDANCE] = np.full(1, scale, np.float32)
+        return made
+
+    def _encode(self, prompt: str, choice: Choice) -> Mapping[str, Array]:
+        return self.pictures.encode([prompt], guidance=choice.guidance)
+
+    def preview(self, choice: Choice, before: tuple[int, Array], now: tuple[int, Array]) -> bytes:
+        """A picture of where a request is heading: the straight line through its latents at two steps, at no noise."""
+        sigmas = self.program(choice).sigmas
+        first, second = float(sigmas[before[0]]), float(sigmas[now[0]])
+        latents = now[1] + (now[1] - before[1]) * (second / (first - second))
+        return self.pictures.to_png(self.pictures.decode(latents.astype(np.float32), size=choice.size)[0])
+
+    def to_json(self) -> dict[str, Any]:
+        """Its line in the list of models: sizes, steps, and of every level what was measured."""
+        choices = [self._variant_json(one.size, one.steps) for one in self.variants]
+        return {
+            "id": self.name,
+            "object": "model",
+            "created": self.created,
+            "owned_by": "cachec",
+            "model": self.loaded.manifest.model["name"],
+            "kind": "video" if self.is_video else "image",
+            "default_level": self.loaded.default_level,
+            "levels": choices[0]["levels"],
+            "choices": choices,
+            "encode_seconds": self.seconds.get("encode"),
+            "decode_seconds": self.seconds.get("decode"),
+        }
+
+    def _variant_json(self, size: str, steps: int) -> dict[str, Any]:
+        one = self.variants[find_variant(self.variants, size, steps)]
+        measured = one.facts.get("levels", {})
+        programs = self._at[size, steps].programs
+        levels = {
+            level: {
+                "seconds": self.lanes.kind(level, steps=steps, size=size).alone[0],
+                "computed_steps": len(programs[level].compute_steps),
+                "steps": programs[level].num_steps,
+                "exact": level == UNCACHED,
+                **{name: measured.get(level, {}).get(name) for name in ("psnr_db", "psnr_db_stderr", "speedup", "num_prompts")},
+            }
+            for level in one.programs
+        }
+        return {"size": size, "num_inference_steps": steps, "levels": levels}
+
+
+def _fps(wish: Common, frames: int) -> float:
+    """How fast a video plays: as said, or so that it takes the seconds that were said."""
+    if not isinstance(wish, VideoWish):
+        return FPS
+    return wish.fps or (frames / wish.seconds if wish.seconds else FPS)
+
+
+def _seeds(given: int | list[int] | None, count: int, draw: Callable[[], int]) -> tuple[int, ...]:
+    """One for each sample: the one given and those behind it, or the list."""
+    if isinstance(given, list):
+        if len(given) != count:
+            raise Refused(400, f"seed has {len(given)} numbers, and n is {count}: give one number, or {count}",
+                          code="invalid_value", param="seed")  # fmt: skip
+        return tuple(given)
+    first = draw() if given is None else given
+    return tuple((first + place) % NUM_SEEDS for place in range(count))
