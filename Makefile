@@ -5,7 +5,7 @@ READY := $(VENV)/.ready
 BUILD := reference/build
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo test test-slow models models-full check types wheel eval quality bench engines sizes static fits gpu reference avatars clean
+.PHONY: help demo test test-slow models models-full check types wheel eval quality bench engines sizes static soak fits gpu reference avatars clean
 
 help:  ## Say what can be made
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -76,6 +76,9 @@ sizes: $(READY)  ## Compile models of FLUX.1-dev's width and depth: bench/SIZES.
 
 static: $(READY)  ## What engines for one size gain over one set for all: the end of bench/SIZES.md
 	$(BIN)/python -m bench.static
+
+soak: $(READY)  ## Damage bundles and kill commands, thousands of times: docs/reliability.md
+	$(BIN)/python -m bench.soak
 
 fits: $(READY)  ## What calibration and training cost, and LESA from some of the tokens: bench/FITS.md (ten minutes)
 	$(BIN)/python -m bench.fits

@@ -47,9 +47,12 @@ def _memory_file() -> Path:
 
 
 def _memory_key(path: Path) -> str:
-    """What a file is known by: where it lies, behind all links, and which file that is, of which size and time."""
+    """What a file is known by: where it lies, behind all links, and which file that is, of which size and times.
+
+    The time of its last change of any kind is one of them: unlike the time of the last write, it cannot be set.
+    """
     stat = path.stat()
-    return f"{path.resolve()}:{stat.st_ino}:{stat.st_size}:{stat.st_mtime_ns}"
+    return f"{path.resolve()}:{stat.st_ino}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}"
 
 
 def _known_hashes() -> dict[str, str]:

@@ -154,7 +154,7 @@ class Host(Device):
         size = prod(shape) * np.dtype(dtype).itemsize
         try:
             memory = np.zeros(size + ALIGNMENT, np.uint8)
-        except MemoryError as error:
+        except (MemoryError, ValueError) as error:  # more than there is, or than numpy can count
             raise no_room(self.name, shape, np.dtype(dtype).itemsize) from error
         return self.part(memory, -memory.ctypes.data % ALIGNMENT, shape, dtype)
 

@@ -1,6 +1,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from random import Random
 
@@ -9,6 +11,7 @@ import pytest
 from toy_bundle import SCHEDULE, STEPS
 
 import cachec
+from cachec.runtime import checked_files
 from cachec.runtime.bundle import ANY_DEVICE, MANIFEST, Bundle, Manifest, Target, _digest
 from cachec.runtime.errors import BundleError, InputError
 from cachec.runtime.files import hash_file
@@ -302,16 +305,23 @@ def test_large_files_are_hashed_once_and_again_on_request(bundle, tmp_path, monk
     monkeypatch.setenv("CACHEC_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("cachec.runtime.checked_files.LARGE_FILE_BYTES", 0)
     Bundle.open(bundle)
+    hashed, hash_file = [], checked_files.hash_file
+    monkeypatch.setattr("cachec.runtime.checked_files.hash_file", lambda path: hashed.append(path) or hash_file(path))
+    Bundle.open(bundle)
+    assert not hashed
+    Bundle.open(bundle, verify=True)
+    assert len(hashed) == len(Bundle.read_manifest(bundle).files)
+
+
+def test_a_damaged_large_file_that_keeps_its_times_is_refused(bundle, tmp_path, monkeypatch):
+    monkeypatch.setenv("CACHEC_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("cachec.runtime.checked_files.LARGE_FILE_BYTES", 0)
+    Bundle.open(bundle)
     path = only(bundle, "compute*.pt2")
-    before = path.stat()
-    content = bytearray(path.read_bytes())
+    before, content = path.stat(), bytearray(path.read_bytes())
     content[100] ^= 1
     path.write_bytes(content)
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-    Bundle.open(bundle)  # same size and time: taken as known
-    with pytest.raises(BundleError, match="does not match its SHA-256"):
-        Bundle.open(bundle, verify=True)
-    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
     with pytest.raises(BundleError, match="does not match its SHA-256"):
         Bundle.open(bundle)
 
@@ -321,3 +331,20 @@ def test_loading_runs_what_the_bundle_holds(bundle):
         latents = loaded.denoise({"prompt": np.ones((2, 8), np.float32)}, seeds=[0, 1])
     assert latents.shape == (2, 6, 8)
     assert np.isfinite(latents).all()
+
+
+UNPICKLING = """
+import sys
+import numpy as np
+import cachec
+
+sys.addaudithook(lambda event, given: sys.exit(f"{event} {given}") if event == "pickle.find_class" else None)
+with cachec.load(sys.argv[1]) as loaded:
+    assert np.isfinite(loaded.denoise({"prompt": np.ones((1, 8), np.float32)}, seeds=[0])).all()
+"""
+
+
+def test_nothing_of_a_bundle_is_unpickled(bundle):
+    """An unpickler that finds a class by name is one that can be made to call it."""
+    child = subprocess.run([sys.executable, "-c", UNPICKLING, bundle], capture_output=True, text=True, check=False)
+    assert (child.returncode, child.stderr) == (0, "")

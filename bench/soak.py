@@ -1,0 +1,143 @@
+"""What damaged bundles and killed commands do: ``make soak``, soak.json and the figures of docs/reliability.md.
+
+Parts: ``manifests`` changes the JSON and the numbers of a bundle anyhow and opens it; ``files`` damages its files; ``kills``
+ends commands by SIGKILL at random moments, looks at what is left, and gives the same command again. Each part runs in
+processes of its own, goes on where it was interrupted, and keeps the number of every case that did not do as it should.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+from bench import soak_bundles, soak_kills
+from bench.timing import facts
+
+HERE = Path(__file__).parent
+PAGE = HERE.parent / "docs" / "reliability.md"
+BEGIN = "## Figures"
+CHUNK = 250  # cases of one process
+PATIENCE = 30.0  # seconds without a case done: it hangs
+PARTS = {"manifests": 10_000, "files": 2_000, "kills": 100}
+
+
+def outcomes(part: str, bundle: Path, count: int, work: Path) -> Iterator[tuple[int, str]]:
+    """(case, what came of it) of all cases, each done in some child; a child that dies or hangs is an outcome, too."""
+    log = work / f"{part}.jsonl"
+    done = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    yield from ((case, said) for case, said in done)
+    first = len(done)
+    while first < count:
+        last = min(first + CHUNK, count)
+        command = [sys.executable, "-m", "bench.soak", "--child", part, "--bundle", str(bundle), "--cases", f"{first}:{last}"]
+        for case, said in watched(command, first, last):
+            with log.open("a", encoding="utf-8") as file:
+                file.write(json.dumps([case, said]) + "\n")
+            yield case, said
+            first = case + 1
+
+
+def watched(command: list[str], first: int, last: int) -> Iterator[tuple[int, str]]:
+    """What a child prints, a line a case; the case at which it ends early or falls silent is the last."""
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    lines, expected = lines_of(process), first
+    for line in lines:
+        if line is None:
+            process.kill()
+            yield expected, "hung"
+            return
+        case, said = json.loads(line)
+        yield case, said
+        expected = case + 1
+    if process.wait() != 0 or expected < last:
+        yield expected, f"the process ended with {process.returncode}"
+
+
+def lines_of(process: "subprocess.Popen[str]") -> Iterator[str | None]:
+    """Lines as they come; ``None`` after :data:`PATIENCE` seconds without one."""
+    import selectors
+
+    assert process.stdout is not None
+    with selectors.DefaultSelector() as selector:
+        selector.register(process.stdout, selectors.EVENT_READ)
+        while True:
+            if not selector.select(PATIENCE * (5 if process.poll() is None else 1)):
+                yield None
+                return
+            line = process.stdout.readline()
+            if not line:
+                return
+            yield line
+
+
+def run_part(part: str, bundle: Path, count: int, work: Path) -> dict[str, Any]:
+    """Outcomes, counted; ``wrong`` are the cases with one that must not be."""
+    start, seen = time.monotonic(), Counter[str]()
+    wrong: list[list[Any]] = []
+    for case, said in outcomes(part, bundle, count, work):
+        seen[said if said in soak_bundles.RIGHT else "wrong"] += 1
+        if said not in soak_bundles.RIGHT:
+            wrong.append([case, said])
+            click.echo(f"{part} {case}: {said}")
+    return {"cases": count, "outcomes": dict(seen.most_common()), "wrong": wrong, "seconds": round(time.monotonic() - start)}
+
+
+def child(part: str, bundle: Path, first: int, last: int) -> None:
+    """Do the cases, printing a line for each."""
+    cases: Callable[[Path, range], Iterator[tuple[int, str]]] = getattr(soak_bundles, part)
+    for case, said in cases(bundle, range(first, last)):
+        print(json.dumps([case, said]), flush=True)
+
+
+def table(rows: dict[str, Any], where: dict[str, Any]) -> str:
+    """The end of the page."""
+    lines = [BEGIN, "", f"`make soak`: {where['cpu']}, {where['cores']} cores, {where['date']}.", ""]
+    lines += ["| part | cases | what came of them | not as it should be |", "| --- | --- | --- | --- |"]
+    for part, row in rows.items():
+        said = ", ".join(f"{what} {count:,}" for what, count in row["outcomes"].items() if what != "wrong")
+        lines.append(f"| {part} | {row['cases']:,} | {said} | {len(row['wrong'])} |")
+    return "\n".join([*lines, ""])
+
+
+@click.command()
+@click.option("--child", "asked", type=click.Choice(["manifests", "files"]), hidden=True)
+@click.option("--bundle", type=click.Path(path_type=Path), hidden=True)
+@click.option("--cases", hidden=True)
+@click.option("--part", "parts", multiple=True, type=click.Choice(list(PARTS)), help="All of them without.")
+@click.option("--share", default=1.0, show_default=True, help="Of the number of cases.")
+@click.option("--work", type=click.Path(path_type=Path), default=Path("build/soak"), show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), default=HERE / "soak.json", show_default=True)
+def main(asked: str | None, bundle: Path, cases: str, parts: tuple[str, ...], share: float, work: Path, out: Path) -> None:
+    """Damage bundles and kill commands, thousands of times."""
+    if asked is not None:
+        first, last = map(int, cases.split(":"))
+        child(asked, bundle, first, last)
+        return
+    work.mkdir(parents=True, exist_ok=True)
+    kept = json.loads(out.read_text()) if out.exists() else {"parts": {}}
+    rows = kept["parts"]
+    for part in parts or PARTS:
+        count = max(2, round(share * PARTS[part]))
+        with tempfile.TemporaryDirectory(prefix="cachec-soak-") as folder:
+            if part == "kills":
+                rows[part] = soak_kills.run(count, Path(folder), work)
+            else:
+                rows[part] = run_part(part, soak_bundles.make_bundle(Path(folder)), count, work)
+        where = facts()
+        out.write_text(json.dumps({"where": where, "parts": rows}, indent=1) + "\n")
+        if PAGE.exists():
+            before = PAGE.read_text(encoding="utf-8").partition(BEGIN)[0].rstrip()
+            PAGE.write_text(f"{before}\n\n{table(rows, where)}", encoding="utf-8")
+    sys.exit(1 if any(row["wrong"] for row in rows.values()) else 0)
+
+
+if __name__ == "__main__":
+    main()
