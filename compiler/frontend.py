@@ -141,6 +141,8 @@ def training_of(spec: ModelSpec, request: Request) -> Training:
     schedule = request.schedule
     assert schedule is not None, "goals of trained methods are schedules"
     prompts = training_prompts(spec.prompts, request.prompts)
+    if isinstance(request.method, CodedMethod):
+        prompts = prompts.first(request.method.num_prompts)
     training = Training(request.method, schedule, request.settings, prompts, request.wish.fit.seed, request.interval)
     training.check()
     return training

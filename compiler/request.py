@@ -10,7 +10,7 @@ from typing import Any
 from cachec.compiler.cache_configs import schedule_options
 from cachec.compiler.calibration.prompts import read_prompts
 from cachec.compiler.methods import get_method
-from cachec.compiler.methods.base import Method, PredictorMethod
+from cachec.compiler.methods.base import CodedMethod, Method, PredictorMethod
 from cachec.compiler.models.base import ModelSpec, Settings
 from cachec.compiler.models.lora_files import LoraFile, parse_loras
 from cachec.compiler.options import (
@@ -195,6 +195,8 @@ def check_wish(spec: ModelSpec, wish: Options) -> Request:
             "fold is none, which keeps a predictor of one schedule in the engine, and several numbers of steps are asked for: "
             "use static"
         )
+    if isinstance(method, CodedMethod) and method.needs_training and len({one.steps for one in settings}) > 1:
+        raise InputError(f"{method.name} is trained for one number of steps, and its code is in the engines: give one")
     return replace(requests[0], more=tuple(requests[1:]))
 
 

@@ -9,7 +9,7 @@ from torch import fx
 
 from cachec.passes.add_advance import AddAdvance
 from cachec.passes.add_guidance import AddGuidance
-from cachec.passes.add_linear_forecast import AddLinearForecast
+from cachec.passes.add_linear_forecast import AddCodedForecast, AddLinearForecast
 from cachec.passes.assemble_input import AssembleInput
 from cachec.passes.base import Equivalence, GraphPass, Graphs, Groups, Pass, PassResult, Stage, compute_graphs
 from cachec.passes.batch_forecast import BatchForecast
@@ -37,6 +37,7 @@ from cachec.runtime.model_io import ModelIO
 __all__ = [
     "HOISTS",
     "AddAdvance",
+    "AddCodedForecast",
     "AddGuidance",
     "AddLinearForecast",
     "AssembleInput",
@@ -130,11 +131,10 @@ def linear_passes(
 
     With an ``encode``, features are kept in its code; ``groups`` are parts of it with weights of their own.
     """
-    forecast = AddLinearForecast(encode, decode, groups or Groups())
     if encode is None and decode is None:
-        return PassList(Stage.SPLIT, (forecast, Prune()), Stage.LINEAR, Equivalence.EXACT)
+        return PassList(Stage.SPLIT, (AddLinearForecast(), Prune()), Stage.LINEAR, Equivalence.EXACT)
     passes = (
-        forecast,
+        AddCodedForecast(encode, decode, groups or Groups()),
         DropAsserts(),  # the code brings its own
         SimplifyShapes(),
         Prune(),

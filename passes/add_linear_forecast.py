@@ -6,7 +6,20 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from cachec.passes.base import ALL, CAST, Graphs, Groups, Pass, PassResult, emit, finish, inline, outputs, placeholders
+from cachec.passes.base import (
+    ALL,
+    CAST,
+    Equivalence,
+    Graphs,
+    Groups,
+    Pass,
+    PassResult,
+    emit,
+    finish,
+    inline,
+    outputs,
+    placeholders,
+)
 from cachec.runtime.abi import (
     BATCH,
     BIAS,
@@ -59,6 +72,14 @@ class AddLinearForecast(Pass):
         sizes, axis = self.groups.sizes, self.groups.axis
         if sizes and not (0 < axis <= len(kept) and sum(sizes) == kept[axis - 1] and min(sizes) > 0):
             raise PassError(f"groups of {list(sizes)} along axis {axis} are not all of what is kept, {kept} a sample")
+
+
+@dataclass(frozen=True, eq=False)
+class AddCodedForecast(AddLinearForecast):
+    """The same with a code, which gives features back up to rounding."""
+
+    name: ClassVar[str] = "add_coded_forecast"
+    equivalence: ClassVar[Equivalence] = Equivalence.ROUNDING
 
 
 def _encoded(module: fx.GraphModule, encode: fx.GraphModule) -> fx.GraphModule:

@@ -4,10 +4,12 @@ Schedules are regular, irregular, and without a warm-up; features are vectors [E
 """
 
 import numpy as np
+import torch
 from numpy.polynomial import Polynomial
 
 from cachec.compiler.methods.l2p import l2p_schedule
 from cachec.compiler.methods.spectrum import spectrum_schedule
+from cachec.compiler.models.base import Settings
 from cachec.compiler.tables.coefficients import ForecastTable
 from cachec.compiler.tables.schedule import Schedule, interval_schedule
 
@@ -40,6 +42,24 @@ def forecasts(table, features):
     """All forecasts of a table on computed features by step."""
     stacked = np.stack([features[step] for step in table.schedule.compute])
     return {s: table.rows[s] @ stacked + table.bias[s] for s in table.schedule.forecast}
+
+
+SETTINGS = Settings(height=64, width=64, text_tokens=8, guidance=1.0, steps=10, dtype="float32")
+
+
+def coded(method, parameters, features, schedule):
+    """All forecasts [L, D] of a coding and its table, by step."""
+    coding = method.coding(features.shape[1:], SETTINGS, parameters)
+    table = method.table(schedule, sigmas_of(schedule.num_steps), parameters)
+    code = coding.encode(torch.from_numpy(features[list(schedule.compute)]).float())
+    parts = torch.split(code, list(coding.groups.sizes), coding.groups.axis)
+    found = {}
+    for step in schedule.forecast:
+        rows = torch.from_numpy(table.coefficients[step]).float()
+        each = zip(rows, parts, strict=True)
+        summed = torch.cat([torch.tensordot(row, part, 1) for row, part in each], coding.groups.axis - 1)
+        found[step] = coding.decode(summed[None])[0].numpy()
+    return found
 
 
 def check_exact(method, degree, needed, atol=1e-9, schedules=SCHEDULES):

@@ -105,6 +105,14 @@ class Trajectories:
         return Trajectories(self.noise[index], self.final[index], self.features[index], conditions, self.tokens)
 
 
+def features_of(runs: Trajectories) -> Array:
+    """The features [P, T, N, D] of recorded runs in float32, whatever they are stored in."""
+    if runs.features.dtype != np.uint16:
+        return runs.features
+    wide: Array = (runs.features.astype(np.uint32) << 16).view(np.float32)
+    return wide
+
+
 def run_uncached(evaluator: Evaluator, sampling: Sampling, noise: Array, conditions: Conditions) -> Iterator[RunStep]:
     """The steps of plain sampling, every one computed, as its sampler takes them."""
     x, velocities = noise, list[Array]()

@@ -64,6 +64,10 @@ class UsedPrompts:
         words: Mapping[Use, str] = {"fit": "fit on", "stop": "choose by", "measure": "measure on"}
         return ", ".join(f"{len(self.places(use))} to {text}" for use, text in words.items())
 
+    def first(self, num: int | None) -> "UsedPrompts":
+        """The first so many prompts, or all."""
+        return UsedPrompts(self.prompts[:num], self.uses[:num])
+
     def only(self, *uses: Use) -> "UsedPrompts":
         """The prompts of some uses."""
         kept = [place for place, use in enumerate(self.uses) if use in uses]

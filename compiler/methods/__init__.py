@@ -11,11 +11,13 @@ METHODS = Registry("method", "cachec.methods", {
     "gram": "cachec.compiler.methods.gram:Gram",
     "gram-hidden": "cachec.compiler.methods.gram_hidden:GramHidden",
     "hicache": "cachec.compiler.methods.hicache:HiCache",
+    "hyca": "cachec.compiler.methods.hyca:HyCa",
     "l2p": "cachec.compiler.methods.l2p:L2p",
     "lesa": "cachec.compiler.methods.lesa:Lesa",
     "newton": "cachec.compiler.methods.newton:Newton",
     "reuse": "cachec.compiler.methods.reuse:Reuse",
     "spectrum": "cachec.compiler.methods.spectrum:Spectrum",
+    "svd-cache": "cachec.compiler.methods.svd_cache:SvdCache",
     "taylor": "cachec.compiler.methods.taylor:Taylor",
 })  # fmt: skip
 

@@ -185,7 +185,10 @@ class CodedMethod(Method):
     """A method of the hidden cut that keeps features in a code of its own, which engines are built with.
 
     :meth:`Method.table` has a row for each group of the code. It is not searched: no statistics of its parts are kept.
+    ``num_prompts``: to train it on, at most; ``None``: all that there are.
     """
+
+    num_prompts: ClassVar[int | None] = None
 
     @abstractmethod
     def coding(self, feature: tuple[int, ...], settings: Settings, parameters: Parameters | None) -> "Coding":

@@ -39,6 +39,19 @@ def load_predictor(path: Path) -> Parameters:
     return Parameters(*FILE.read(path), str(path))
 
 
+def trained_array(parameters: Parameters | None, method: str, name: str) -> Array:
+    """An array of a trained method.
+
+    Raises:
+        PredictorError: nothing was trained, or something else.
+    """
+    if parameters is None:
+        raise PredictorError(f"{method} needs what was fitted to the model: run cachec train, or let cachec compile do it")
+    if name not in parameters.arrays:
+        raise PredictorError(f"{parameters.origin} holds no {name} of {method}: it has {sorted(parameters.arrays)}")
+    return parameters.arrays[name]
+
+
 def check_fit(parameters: Parameters, wanted: Mapping[str, str]) -> None:
     """Raise ``PredictorError`` unless the predictor was trained for what is ``wanted`` (facts by name)."""
     FILE.check(parameters.facts, wanted, parameters.origin)

@@ -3,6 +3,7 @@
 Shapes: ``B`` batch, ``L`` tokens, ``D`` channels, ``r`` dimensions of the subspace.
 """
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -21,6 +22,12 @@ def token_bands(basis: Array) -> Coding:
 def channel_bands(basis: Array) -> Coding:
     """``[F V^T, F - F V^T V]`` along the channels, of orthonormal rows ``basis`` V [r, D]."""
     return _bands(basis, CHANNELS)
+
+
+def channel_groups(labels: Array) -> Coding:
+    """Channels in the order of their ``labels`` [D], 0 … G - 1: a group for each."""
+    order = np.argsort(labels, kind="stable")
+    return Coding(_Reorder(order), _Reorder(np.argsort(order)), Groups(tuple(map(int, np.bincount(labels))), CHANNELS))
 
 
 def _bands(basis: Array, axis: int) -> Coding:
@@ -66,3 +73,16 @@ class _Split(_Join):
         wide = feature.float()
         low = self.down(wide)
         return torch.cat([low, wide - self.up(low)], self.axis).to(feature.dtype)
+
+
+class _Reorder(nn.Module):
+    """Channels by their numbers."""
+
+    order: torch.Tensor
+
+    def __init__(self, order: Array) -> None:
+        super().__init__()
+        self.register_buffer("order", torch.from_numpy(order.astype(np.int64)))
+
+    def forward(self, feature: torch.Tensor) -> torch.Tensor:
+        return torch.index_select(feature, -1, self.order)
