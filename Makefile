@@ -37,7 +37,7 @@ test-slow: $(READY)  ## Run the tests that build for minutes: TensorRT for RTX o
 check: $(READY) types  ## Format, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	MYPYPATH=.types $(BIN)/mypy -m cachec -m cachec.cli -p cachec.compiler -p cachec.passes -p cachec.engines -p cachec.runtime -p cachec.serving
+	MYPYPATH=.types $(BIN)/mypy -m cachec -m cachec.cli -p cachec.compiler -p cachec.passes -p cachec.pictures -p cachec.engines -p cachec.runtime -p cachec.serving
 
 types:  # type checkers cannot follow the editable install: give them a folder of the right name
 	@mkdir -p .types && ln -sfn .. .types/cachec

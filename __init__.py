@@ -1,6 +1,8 @@
 """cachec: a compiler that removes redundant steps from diffusion transformers."""
 
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +27,15 @@ def load(
     weights: str | None = None,
     verify: bool = False,
     threads: int | None = None,
+    keep: Sequence[str] | None = None,
 ) -> LoadedBundle:
     """Open a bundle and load the engines of the best of its targets that fits here.
 
     ``device``: only on ``cpu``, ``cuda``, or ``cuda:1``, the second GPU. ``target``: only this one, ``tensorrt`` say.
     ``size`` (as ``832x1216``) and ``steps`` are what it is at, by default the bundle's first: it has all others as well.
     ``weights``: some that ``cachec add-weights`` added, in place of its own. ``verify`` hashes large files even if this machine
-    has hashed them before; ``threads`` limits CPU threads.
+    has hashed them before; ``threads`` limits CPU threads. ``keep``: which of its components (``transformer``, ``vae_decoder``,
+    the text encoders) stay loaded between calls of ``generate``, by default all.
 
     Raises:
         BundleError: the directory is no bundle, damaged, or none of its targets fits this machine or device.
@@ -43,7 +47,13 @@ def load(
     loaded = open_bundle(
         where, device=device, target=target, size=size, steps=steps, verify=verify, threads=threads, weights=weights
     )
-    return replace(loaded, drop_in=_as_transformer)
+    return replace(loaded, drop_in=_as_transformer, front=partial(_generator, keep=keep))
+
+
+def _generator(loaded: LoadedBundle, *, keep: Sequence[str] | None) -> Any:
+    from cachec.pictures.generator import Generator
+
+    return Generator(loaded, keep=keep)
 
 
 def _as_transformer(loaded: LoadedBundle, transformer: Any, **options: Any) -> Any:

@@ -22,7 +22,8 @@ from cachec.engines.targets import Fit, TargetName, find_fit
 from cachec.runtime.bundle import Bundle, Target
 from cachec.runtime.engine import HOST
 from cachec.runtime.errors import CachecError
-from cachec.runtime.session import LoadedBundle, load_bundle
+from cachec.runtime.origin import load_bundle
+from cachec.runtime.session import LoadedBundle
 from cachec.runtime.write import BundleAdder
 
 log = logging.getLogger(__name__)

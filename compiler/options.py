@@ -145,6 +145,11 @@ class BuildWish:
         "auto: build and time all that run on the device, and keep the fastest.",
         "--target", "--backend",
     )  # fmt: skip
+    components: str | None = option(
+        None,
+        "all: text encoders, tokenizers and decoder, too, so that the bundle makes pictures of prompts without torch; or "
+        "transformer. Default all for tiny-flux, else transformer.",
+    )
     static: bool = option(False, "A set of engines for each size, where one could serve all.")
     device: str | None = option(
         None, "cpu, cuda or cuda:1: run the model and measure there, aoti builds for it; default cpu, or cuda for its targets.",

@@ -27,6 +27,7 @@ from cachec.compiler.parts import Finished, Part, finish, work_folder
 from cachec.compiler.planning.estimate import estimate
 from cachec.compiler.planning.room import check_compile
 from cachec.compiler.request import Request
+from cachec.compiler.self_contained import build_parts, capture_parts
 from cachec.compiler.stages import OF_A_PART, STAGES, Clock
 from cachec.engines import get_builder
 from cachec.engines.build_target import check_build, device_for, keep_timing
@@ -131,6 +132,7 @@ def _compile(
         clock.lap()
         of_sizes = [some[0].request.settings for some in by_size.values()]
         plans = [make_plans(model, settings, graphs[settings.size]) for settings in of_sizes]
+        pieces = capture_parts(model, request)
         sets = choose_sets(model, of_sizes, plans, static=request.why_static)
         clock.lap()
         unfinished = partial(unfinished_weights, model, works["weights"])
@@ -143,6 +145,7 @@ def _compile(
         else:
             build = partial(build_targets, request.targets, writer=writer, device=request.device, options=options)
             targets = [build(one, late=request.late) for one in sources]
+        whole = build_parts(pieces, request, writer, targets[0], options)
         clock.lap()
         made = list[Finished]()
         for place, (size, some) in enumerate(by_size.items()):
@@ -156,7 +159,7 @@ def _compile(
         all_targets = [target for built in targets for target in built]
         parameters = made[0].part.parameters
         manifest = make_manifest(model, request, writer, all_targets, first.programs, parameters, timing, facts, more)
-        writer.commit(replace(manifest, shapes=sets.shapes(writer), files=writer.files))
+        writer.commit(replace(manifest, shapes=sets.shapes(writer), files=writer.files, **whole))
     return made
 
 

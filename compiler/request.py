@@ -41,6 +41,7 @@ from cachec.runtime.sizes import USUAL_STRIDE, check_max_batch, size_ranges
 log = logging.getLogger(__name__)
 
 FOLDS = ("static", "none")
+COMPONENTS = ("all", "transformer")  # what of a pipeline is in a bundle
 SLOTS = ("bfloat16", "float16", "float32")  # what features may be stored in
 REFERENCE_FACTOR = 4  # steps of the fine reference, over those of the run
 
@@ -51,8 +52,8 @@ class Request:
 
     ``interval`` is recorded if the schedule came from one. ``prompts`` ``None``: those that ship; given ones mean that a
     predictor that ships is not used. ``reference_steps`` 0: no fine reference; ``None``: that of the calibration file.
-    ``device`` is where engines are measured, and for ``aoti`` what they are built for. All of it is of the first size and
-    number of steps; ``more`` are requests for the others.
+    ``whole``: with text encoders and decoder. ``device`` is where engines are measured, and for ``aoti`` what they are built
+    for. All of it is of the first size and number of steps; ``more`` are requests for the others.
     """
 
     wish: Options
@@ -66,6 +67,7 @@ class Request:
     interval: int | None
     reference_steps: int | None
     loras: tuple[LoraFile, ...] = ()
+    whole: bool = False
     more: tuple["Request", ...] = ()
 
     @property
@@ -184,12 +186,13 @@ def check_wish(spec: ModelSpec, wish: Options) -> Request:
     method = get_method(wish.schedule.method).with_options(wish.schedule.options or {})
     _check_files(method, wish.fit, len(settings))
     prompts = None if wish.fit.prompts is None else read_prompts(wish.fit.prompts)
+    whole = _wants_all(spec, wish.build.components)
     build, loras, requests = make_build_options(wish.build), parse_loras(wish.model.lora), list[Request]()
     for one in settings:
         goals, interval = make_goals(method, one.steps, wish.schedule)
         _check_graph(method, goals, wish.graph)
         reference = _choose_reference(method, goals, one, wish.fit)
-        requests.append(Request(wish, method, goals, one, prompts, targets, device, build, interval, reference, loras))
+        requests.append(Request(wish, method, goals, one, prompts, targets, device, build, interval, reference, loras, whole))
     if wish.graph.fold == "none" and len({one.steps for one in settings}) > 1:
         raise InputError(
             "fold is none, which keeps a predictor of one schedule in the engine, and several numbers of steps are asked for: "
@@ -198,6 +201,12 @@ def check_wish(spec: ModelSpec, wish: Options) -> Request:
     if isinstance(method, CodedMethod) and method.needs_training and len({one.steps for one in settings}) > 1:
         raise InputError(f"{method.name} is trained for one number of steps, and its code is in the engines: give one")
     return replace(requests[0], more=tuple(requests[1:]))
+
+
+def _wants_all(spec: ModelSpec, components: str | None) -> bool:
+    if components not in (None, *COMPONENTS):
+        raise unknown_name("components", str(components), COMPONENTS)
+    return spec.packaged if components is None else components == COMPONENTS[0]
 
 
 def _configured(wish: ScheduleWish, steps: set[int]) -> ScheduleWish:

@@ -8,7 +8,8 @@ from cachec.engines.backends import BACKENDS, get_builder, get_engine
 from cachec.engines.targets import ONNX_TARGET, TargetName, choose_target, parse_device
 from cachec.runtime.bundle import Bundle
 from cachec.runtime.errors import CachecError, InputError
-from cachec.runtime.session import LoadedBundle, load_bundle
+from cachec.runtime.origin import load_bundle
+from cachec.runtime.session import LoadedBundle
 
 __all__ = ["BACKENDS", "check_threads", "get_builder", "get_engine", "open_bundle"]
 

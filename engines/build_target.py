@@ -61,7 +61,7 @@ def build_into(
     target = plan_target(sources, name, device=device, options=options)
     builder = get_builder(name.backend)
     own = options.only(builder.options)
-    directory, there = writer.directory(f"engines/{name}-{sources.precision}"), device_for(name, device)
+    directory, there = writer.directory(f"{sources.folder}/{name}-{sources.precision}"), device_for(name, device)
     if builder.apart:
         builder.check_room(onnx_bytes(sources), directory, there, own)
     build = partial(build_apart, builder) if apart and builder.apart else builder.build

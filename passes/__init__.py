@@ -71,6 +71,7 @@ __all__ = [
     "canonical_passes",
     "cast_passes",
     "check_stage",
+    "component_passes",
     "compute_graphs",
     "dump_to",
     "engine_passes",
@@ -102,6 +103,20 @@ def canonical_passes(io: ModelIO | None = None, sizes: tuple[int, ...] = ()) -> 
         ),
         Stage.CANONICAL,
         Equivalence.ROUNDING,
+    )
+
+
+def component_passes(dtype: torch.dtype) -> tuple[Pass, ...]:
+    """From a captured part of a pipeline (a text encoder, a decoder) to what every back end takes, in ``dtype``."""
+    return (
+        DropAsserts(),
+        Decomplexify(),
+        SimplifyShapes(),
+        ReplaceTypeAs(),
+        RewriteBoolMaskedFill(),
+        FoldConstants(),
+        CastPrecision(dtype),
+        Prune(),
     )
 
 

@@ -13,10 +13,16 @@ from cachec.runtime.device import DeviceName
 from cachec.runtime.engine import HOST, Engine
 from cachec.runtime.specs import Signature
 
+ENGINES = "engines"  # folder of a bundle's engines
+
 
 class Sources(ABC):
-    """The graphs of one bundle, in the forms that builders take. All have the same names, inputs and outputs."""
+    """The graphs of one bundle, in the forms that builders take. All have the same names, inputs and outputs.
 
+    ``folder``: where in the bundle what is built of them goes.
+    """
+
+    folder = ENGINES
     signatures: Mapping[str, Signature]
     precision: str
     shape_bucket: str

@@ -26,7 +26,7 @@ from cachec.runtime.variants import Variant, find_variant
 log = logging.getLogger(__name__)
 
 FORMAT = "cachec-bundle"
-FORMAT_VERSION = 8  # 8: LoRAs, further weights, one set of engines for several sizes, a true guidance scale
+FORMAT_VERSION = 9  # 9: text encoders, tokenizers and decoders beside the transformer
 MANIFEST = "manifest.json"
 SEVERAL = "+"  # between the sizes of pictures that engines are for
 ANY_DEVICE = "any"  # of a target whose artifacts are bound to no device
@@ -35,26 +35,35 @@ ANY_DEVICE = "any"  # of a target whose artifacts are bound to no device
 _TENSORS = [{"name": str, "shape": [], "dtype": str}]
 _LORA = {"name": str, "sha256": str, "scale": float, "part?": str}
 _PROGRAMS: Form = {ANY: {"json": str, "arrays": str}}
+_TARGET: Form = {
+    **dict.fromkeys(("backend", "version", "os", "device", "precision", "shape_bucket"), str),
+    "engines": {ANY: {"path": str, "signature": {"inputs": _TENSORS, "outputs": _TENSORS}}},
+    "needs?": {"sm?": [int]},
+    "sizes?": {ANY: [int]},
+    "weights?": {ANY: str},
+    "added?": {ANY: {ANY: str}},
+}
+_TOKENS = {"tokenizer": str, "file": str, "ids": str, "mask": str, "length": int, "pad": int, "before": str, "after": str,
+           "special": bool, "cleaning": [str], "told_length": int}  # fmt: skip
+_PICTURES: Form = {
+    "texts?": {ANY: {"tokens": [_TOKENS], "graphs": {ANY: str}}},
+    "embedded?": {ANY: float},
+    "scale?": str,
+    "decoder?": str,
+}
 _FORM: Form = {  # of a manifest
     "model": {"name": str, "source": str, "weights_sha256": str, "plain_sha256?": str, "loras?": [_LORA]},
     "io": {"latents": str, "timestep": str, "conditions": [str], "guidance?": str},
     "method": {"name": str},
     "settings": {},
     "noise": str,
-    "targets": [
-        {
-            **dict.fromkeys(("backend", "version", "os", "device", "precision", "shape_bucket"), str),
-            "engines": {ANY: {"path": str, "signature": {"inputs": _TENSORS, "outputs": _TENSORS}}},
-            "needs?": {"sm?": [int]},
-            "sizes?": {ANY: [int]},
-            "weights?": {ANY: str},
-            "added?": {ANY: {ANY: str}},
-        }
-    ],
+    "targets": [_TARGET],
     "programs": _PROGRAMS,
     "weights?": {ANY: {"weights_sha256": str, "file": str, "loras": [_LORA], "samples": {ANY: str}}},
     "shapes?": {ANY: {"axes": {ANY: int}, "tables?": str}},
     "more?": [{"settings": {"width": int, "height": int, "steps": int}, "programs": _PROGRAMS, "facts": {}}],
+    "components?": {ANY: {"targets": [_TARGET], "memory": {ANY: {"weights": int, "activations": int}}}},
+    "pictures?": _PICTURES,
     "files": {ANY: {"bytes": int, "sha256": str}},
     "facts?": {},
     "timing?": {ANY: str},
@@ -145,7 +154,8 @@ class Manifest:
     what is fused in them, and what pipelines are compared with. ``timing`` names files with kernel timings, which make
     the next build quicker. All of it is of the bundle's first size and number of steps; ``more`` says what differs for each of
     the others. There are targets for each size; or one set of engines serves all, and ``shapes`` says of each how long its
-    ``axes`` are, and which file has the ``tables`` that engines read.
+    ``axes`` are, and which file has the ``tables`` that engines read. ``components`` make conditions of prompts and pictures of
+    latents, and ``pictures`` says how (``runtime/components.py``); without them that is the pipeline's work.
     """
 
     model: Mapping[str, Any]
@@ -160,6 +170,8 @@ class Manifest:
     timing: Mapping[str, str] = field(default_factory=dict)
     weights: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     shapes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    components: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    pictures: Mapping[str, Any] = field(default_factory=dict)
     more: tuple[Variant, ...] = ()
 
     @property

@@ -5,21 +5,21 @@ and may be interleaved. All calls are bound when the session is made; a request 
 """
 
 import logging
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from types import TracebackType
-from typing import Any, Literal, Self, overload
+from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
 import numpy as np
 
 from cachec.runtime.abi import BATCH, PROLOGUE
 from cachec.runtime.binding import Binding, not_finite
 from cachec.runtime.bundle import Bundle, Manifest, Target
-from cachec.runtime.device import Buffer, DeviceName
-from cachec.runtime.engine import HOST, Call, Engine, LoadOptions
-from cachec.runtime.errors import BundleError, EngineError, InputError, unknown_name
+from cachec.runtime.device import Buffer
+from cachec.runtime.engine import Call, Engine
+from cachec.runtime.errors import EngineError, InputError, unknown_name
 from cachec.runtime.model_io import ModelIO
 from cachec.runtime.noise import make_noise
 from cachec.runtime.program import UNCACHED, Program
@@ -27,6 +27,9 @@ from cachec.runtime.specs import Array
 from cachec.runtime.starting import starting_at
 from cachec.runtime.stepper import Stepper
 from cachec.runtime.trace import Trace
+
+if TYPE_CHECKING:
+    from cachec.runtime.origin import Origin
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +48,7 @@ class LoadedBundle:
     target: Target
     origin: "Origin | None" = None
     drop_in: "Callable[..., Any] | None" = None
+    front: "Callable[[LoadedBundle], Any] | None" = None  # makes what turns prompts into pictures
 
     def __repr__(self) -> str:
         model, levels = self.manifest.model["name"], ", ".join(self.programs)
@@ -72,7 +76,7 @@ class LoadedBundle:
             return self
         (own,) = self.manifest.variants
         there = self.origin.open(own.size if size is None else size, own.steps if steps is None else steps)
-        return replace(there, drop_in=self.drop_in)
+        return replace(there, drop_in=self.drop_in, front=self.front)
 
     @property
     def bundle(self) -> Bundle | None:
@@ -92,6 +96,43 @@ class LoadedBundle:
         if self.drop_in is None:
             raise InputError("only a bundle that cachec.load opened can stand in a pipeline")
         return self.drop_in(self, transformer, pipeline=pipeline, level=self.check_level(level))
+
+    @property
+    def generator(self) -> Any:
+        """What makes pictures of prompts, a ``cachec.pictures.generator.Generator``: one for the bundle at all its sizes.
+
+        Raises:
+            InputError: the bundle has no text encoders and decoder, or was not opened by ``cachec.load``.
+        """
+        if self.front is None or self.origin is None:
+            raise InputError("only a bundle that cachec.load opened makes pictures of prompts")
+        return self.origin.once(partial(self.front, self))
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        *,
+        seeds: Sequence[int] | None = None,
+        level: str | None = None,
+        guidance: float | None = None,
+        true_cfg_scale: float | None = None,
+        negative_prompts: Sequence[str] | None = None,
+        size: str | None = None,
+        steps: int | None = None,
+    ) -> Array:
+        """Pictures [B, H, W, 3] or videos [B, F, H, W, 3] of prompts, uint8: text encoders, denoise loop and decoder.
+
+        ``seeds`` of their noise, by default 0, 1, …. ``guidance`` and ``true_cfg_scale``: by default the bundle's scales;
+        ``negative_prompts`` of guidance's negative branch, by default no text. ``size`` and ``steps``: as :meth:`at`.
+
+        Raises:
+            InputError: the bundle cannot do what is asked for, or has no text encoders and decoder.
+        """
+        (own,) = self.manifest.variants
+        there = {"size": size or own.size, "steps": steps or own.steps, "level": level}
+        scales = {"guidance": guidance, "true_cfg_scale": true_cfg_scale}
+        made: Array = self.generator.generate(prompts, seeds=seeds, negative_prompts=negative_prompts, **there, **scales)
+        return made
 
     @overload
     def session(
@@ -186,74 +227,6 @@ class LoadedBundle:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
-
-
-class Origin:
-    """Where a loaded bundle comes from, and the engines of all sizes that were loaded so far."""
-
-    def __init__(
-        self, bundle: Bundle, target: Target, engine_type: type[Engine], device: DeviceName, threads: int | None
-    ) -> None:
-        self.bundle, self._target, self._type = bundle, target, engine_type
-        self._device, self._threads = device, threads
-        self._engines: dict[str, Mapping[str, Engine]] = {}  # by size
-        self._loaded: dict[frozenset[str], Mapping[str, Engine]] = {}  # by their files, which may be of several sizes
-        self._lock = threading.Lock()
-
-    def open(self, size: str, steps: int | None) -> LoadedBundle:
-        """The bundle at a size and number of steps.
-
-        Raises:
-            InputError: it lacks it.
-            BundleError: it has no such engines of this size as of the others.
-        """
-        bundle = self.bundle.at(size, steps)
-        target = self._like(bundle)
-        with self._lock:
-            if target.shape_bucket not in self._engines:
-                self._engines[target.shape_bucket] = self._of_size(bundle, target)
-            engines = self._engines[target.shape_bucket]
-        programs = {level: bundle.program(level) for level in bundle.manifest.programs}
-        return LoadedBundle(bundle.manifest, programs, engines, target, self)
-
-    def _like(self, bundle: Bundle) -> Target:
-        for target in bundle.manifest.targets:
-            if replace(target, shape_bucket=self._target.shape_bucket).is_like(self._target):
-                return target
-        (one,) = bundle.manifest.variants
-        raise BundleError(f"the bundle has no engines of {self._target} for the size {one.size}: compile it again")
-
-    def _of_size(self, bundle: Bundle, target: Target) -> Mapping[str, Engine]:
-        files = frozenset(artifact.path for artifact in target.engines.values())
-        loaded = self._loaded[files] = self._loaded.get(files) or self._load(target)
-        if not bundle.manifest.shapes:
-            return loaded
-        tables = bundle.tables()
-        return {name: one.at(target.engines[name].signature, tables) for name, one in loaded.items()}
-
-    def _load(self, target: Target) -> Mapping[str, Engine]:
-        files = {name: self.bundle.path(artifact.path) for name, artifact in target.engines.items()}
-        signatures = {name: artifact.signature for name, artifact in target.engines.items()}
-        weights = {name: self.bundle.path(path) for name, path in target.weights.items()}
-        return self._type.load(files, signatures, LoadOptions(self._device, self._threads, weights, target.needs))
-
-    def close(self) -> None:
-        for engines in (*self._engines.values(), *self._loaded.values()):
-            for engine in engines.values():
-                engine.close()
-
-
-def load_bundle(
-    bundle: Bundle,
-    target: Target,
-    engine_type: type[Engine],
-    *,
-    device: DeviceName = HOST,
-    threads: int | None = None,
-    steps: int | None = None,
-) -> LoadedBundle:
-    """Load the engines of one target of an opened bundle with its back end's engine class; at ``steps``, or its first."""
-    return Origin(bundle, target, engine_type, device, threads).open(target.picture_sizes[0], steps)
 
 
 class Session:

@@ -22,7 +22,7 @@ from cachec.runtime.specs import Array
 from cachec.runtime.work import LOCK, fresh_folder, holding
 
 STAGING = ".adding"  # folder in a bundle that is being added to
-COLLECTED = ("engines", "timing")  # folders of a bundle in which nothing lies that the manifest does not list
+COLLECTED = ("engines", "timing", "components")  # folders of a bundle in which nothing lies that the manifest does not list
 
 
 class Collector(ABC):
@@ -239,7 +239,7 @@ def check_output(out: Path, *, force: bool) -> None:
     if not names:
         return
     is_bundle = _is_bundle(out)
-    if not is_bundle and not names <= {"engines", "programs", "predictor", "timing", "drop_in", "tables"}:
+    if not is_bundle and not names <= {"engines", "programs", "predictor", "timing", "drop_in", "tables", "components"}:
         raise OutputError(f"{out} is a directory with other things in it; cachec will not replace it. Choose another with -o")
     if not force:
         kind = "is a bundle already" if is_bundle else "holds an interrupted build"

@@ -17,11 +17,12 @@ MAY_IMPORT = {
     "runtime": {"runtime"},
     "passes": {"passes", "runtime"},
     "engines": {"engines", "runtime"},
-    "compiler": {"compiler", "passes", "engines", "runtime"},
+    "pictures": {"pictures", "engines", "runtime"},
+    "compiler": {"compiler", "pictures", "passes", "engines", "runtime"},
     "serving": {"serving", "pictures", "engines", "runtime"},
-    "cli": {"", "compiler", "serving", "engines", "runtime"},
+    "cli": {"", "compiler", "serving", "pictures", "engines", "runtime"},
     "__main__": {"cli"},
-    "": {"compiler", "engines", "runtime"},
+    "": {"compiler", "pictures", "engines", "runtime"},
 }
 # rooms of the compiler, low to high; those of one line know nothing of each other. Files beside the rooms are rooms, too.
 ROOMS = (
@@ -35,7 +36,7 @@ ROOMS = (
     ("evaluation",),
     ("request",),
     ("frontend", "manifest"),
-    ("measuring",),
+    ("measuring", "self_contained"),
     ("parts",),
     ("late_targets",),
     ("pipeline", "accelerate"),

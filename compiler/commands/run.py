@@ -1,8 +1,10 @@
-"""``cachec run``: text in, pictures out. The denoise loop is the light runtime's; text encoders and VAE are the model's."""
+"""``cachec run``: text in, pictures out. Text encoders and decoder are the bundle's, or those of the model's pipeline."""
 
+import logging
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,10 @@ import numpy as np
 from cachec.compiler.calibration.metrics import psnr_db
 from cachec.compiler.evaluation.pictures import Cell, draw_sheet, write_picture, write_png
 from cachec.compiler.models import find_model, load_model
-from cachec.compiler.models.base import LoadedModel, Settings, check_prompts, settings_of
+from cachec.compiler.models.base import check_prompts, settings_of
 from cachec.engines import open_bundle
+from cachec.pictures.generator import Generator
+from cachec.pictures.scales import Scales
 from cachec.runtime.errors import InputError
 from cachec.runtime.files import check_file, write_file
 from cachec.runtime.noise import check_seed, make_noise
@@ -20,6 +24,8 @@ from cachec.runtime.program import UNCACHED
 from cachec.runtime.session import LoadedBundle, Session
 from cachec.runtime.specs import Array
 from cachec.runtime.trace import Trace
+
+log = logging.getLogger(__name__)
 
 
 def generate_pictures(
@@ -68,13 +74,12 @@ def generate_pictures(
         check_file(file, force=force)
     where: dict[str, Any] = {"device": device, "target": target, "size": size, "steps": steps, "weights": weights}
     with open_bundle(bundle, **where, verify=verify, threads=threads) as loaded:
-        model = load_model(find_model(source or loaded.manifest.model["source"]), with_transformer=False)
         level = loaded.check_level(level)
-        make = _Maker(model, _guided(loaded, guidance, true_cfg_scale, negative), negative)
+        make = _maker(loaded, source, guidance, true_cfg_scale, negative)
         if compare:
             return _compare(loaded, level, make, prompts, seed, out)
         session = loaded.session(batch=loaded.programs[level].key.batch or 1, level=level)
-        rows = [_target_row(loaded)]
+        rows = [_target_row(loaded), _parts_row(make)]
         for index, (prompt, file) in enumerate(zip(prompts, files, strict=True)):
             picture, seconds, total = make.picture(session, prompt, seed + index)
             write_picture(picture, file)
@@ -88,62 +93,84 @@ def _target_row(loaded: LoadedBundle) -> tuple[str, str]:
     return "target", f"{loaded.target}; runs on {loaded.engines['compute'].device.name}"
 
 
+def _parts_row(make: "_Maker") -> tuple[str, str]:
+    return "text, pictures", make.told
+
+
 def _numbered(out: Path, num: int) -> list[Path]:
     return [out.with_name(f"{out.stem}-{i + 1}{out.suffix or '.png'}") for i in range(num)]
 
 
-def _guided(loaded: LoadedBundle, guidance: float | None, true_cfg_scale: float | None, negative: str | None) -> Settings:
-    """The bundle's settings, at other scales of guidance if these are asked for.
+class _Maker(ABC):
+    """Pictures of prompts: what reads prompts and decodes latents, at a request's scales of guidance."""
 
-    Raises:
-        InputError: its model takes no scale, or its Programs no negative branch.
-    """
-    settings, io = settings_of(loaded.manifest), loaded.io
-    two_branches = any(program.key.guided for program in loaded.programs.values())
-    if negative is not None and not two_branches:
-        raise InputError(
-            "--negative-prompt: the bundle's requests have no negative branch"
-            + (
-                "; compile it at a scale that has one (--guidance, or --true-cfg-scale beside an embedded one)"
-                if io.guidance
-                else ", as its model has none: leave it out"
-            )
-        )
-    if true_cfg_scale is not None:
-        if not two_branches:
-            raise InputError(
-                f"--true-cfg-scale {true_cfg_scale:g}: the bundle's requests have no negative branch; compile it with one"
-            )
-        settings = replace(settings, true_cfg_scale=true_cfg_scale)
-    if guidance is None:
-        return settings
-    if not two_branches and "guidance" not in io.conditions:
-        raise InputError(
-            f"--guidance {guidance:g}: the bundle's requests have no guidance scale: leave it out, or compile at one"
-        )
-    return replace(settings, guidance=guidance)
+    told: str  # what it is, in words
 
+    @abstractmethod
+    def encode(self, prompts: Sequence[str], names: Sequence[str]) -> dict[str, Array]:
+        """The conditions ``names`` of a request, those of the negative branch among them."""
 
-@dataclass(frozen=True)
-class _Maker:
-    """Pictures of prompts: ``settings`` have the guidance scale, ``negative`` is the negative branch's prompt."""
-
-    model: LoadedModel
-    settings: Settings
-    negative: str | None
+    @abstractmethod
+    def decode(self, latents: Array) -> Array:
+        """Pictures in [0, 1]."""
 
     def picture(self, session: Session, prompt: str, seed: int) -> tuple[Array, float, float]:
         """A picture [H, W, 3] or video [F, H, W, 3], the seconds of its denoise loop, and those of the whole request."""
         start = time.perf_counter()
         batch = session.latent_shape[0]  # more than one only if the bundle takes no other; the copies are then dropped
-        negatives = [] if self.negative is None else [[self.negative] * batch]
-        conditions = self.model.encode([prompt] * batch, self.settings, session.conditions, *negatives)
+        conditions = self.encode([prompt] * batch, session.conditions)
         noise = np.repeat(make_noise(seed, session.latent_shape[1:])[None], batch, axis=0)
         before = time.perf_counter()
         latents = session.run(conditions, noise)
         after = time.perf_counter()
-        picture = self.model.decode(latents[:1], self.settings)[0]
+        picture = self.decode(latents[:1])[0]
         return picture, after - before, time.perf_counter() - start
+
+
+class _OfBundle(_Maker):
+    """By the bundle's own text encoders and decoder, without torch."""
+
+    told = "the bundle's own text encoders and decoder"
+
+    def __init__(self, loaded: LoadedBundle, scales: Scales, negative: str | None) -> None:
+        self._generator, self._scales, self._negative = Generator(loaded), scales, negative
+
+    def encode(self, prompts: Sequence[str], names: Sequence[str]) -> dict[str, Array]:
+        negatives = None if self._negative is None else [self._negative] * len(prompts)
+        return self._generator.conditions(prompts, names, self._scales, negatives)
+
+    def decode(self, latents: Array) -> Array:
+        return self._generator.decoded(latents)
+
+
+class _OfPipeline(_Maker):
+    """By the pipeline that the bundle was compiled from."""
+
+    def __init__(self, loaded: LoadedBundle, source: str, scales: Scales, negative: str | None) -> None:
+        self._model = load_model(find_model(source), with_transformer=False)
+        settings = settings_of(loaded.manifest)
+        self._settings = replace(settings, guidance=scales.guidance, true_cfg_scale=scales.true)
+        self._negative = negative
+        self.told = f"those of {source}, loaded by diffusers"
+
+    def encode(self, prompts: Sequence[str], names: Sequence[str]) -> dict[str, Array]:
+        negatives = [] if self._negative is None else [[self._negative] * len(prompts)]
+        return self._model.encode(prompts, self._settings, names, *negatives)
+
+    def decode(self, latents: Array) -> Array:
+        return self._model.decode(latents, self._settings)
+
+
+def _maker(
+    loaded: LoadedBundle, source: str | None, guidance: float | None, true: float | None, negative: str | None
+) -> _Maker:
+    """The bundle's own parts, if it has them and no other model is asked for; else the pipeline's, and that is said."""
+    scales = Scales.of(loaded, guidance=guidance, true=true, negative=negative is not None)
+    if loaded.manifest.pictures and source is None:
+        return _OfBundle(loaded, scales, negative)
+    made = _OfPipeline(loaded, source or loaded.manifest.model["source"], scales, negative)
+    log.info("text encoders and decoder are %s", made.told)
+    return made
 
 
 def _profile(session: Session, make: _Maker, prompt: str, seed: int, out: Path) -> list[tuple[str, str]]:
@@ -174,8 +201,8 @@ def _compare(
         psnrs.append(psnr_db(picture, full))
         seconds.append((slow, fast))
         cells = [
-            Cell(full, ("uncached", f"{make.settings.steps} steps, {slow:.3f} s")),
-            Cell(picture, (name, f"{computed} of {make.settings.steps}, {fast:.3f} s", f"PSNR {psnrs[-1]:.1f} dB")),
+            Cell(full, ("uncached", f"{program.num_steps} steps, {slow:.3f} s")),
+            Cell(picture, (name, f"{computed} of {program.num_steps}, {fast:.3f} s", f"PSNR {psnrs[-1]:.1f} dB")),
         ]
         rows.append((prompt, cells))
     write_png(draw_sheet(rows), out)
@@ -183,6 +210,7 @@ def _compare(
     return [
         (str(out), f"{len(prompts)} prompt{'s' * (len(prompts) > 1)}, uncached beside {name}"),
         _target_row(loaded),
+        _parts_row(make),
         ("denoise loop", f"{slow:.3f} s uncached, {fast:.3f} s {name}: {slow / fast:.2f} times as fast (medians)"),
         ("PSNR", f"{np.mean(psnrs):.2f} dB against the uncached pictures, mean"),
     ]

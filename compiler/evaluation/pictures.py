@@ -1,13 +1,13 @@
 """Pictures on disk, and the sheet that ``cachec run --compare`` writes."""
 
 import importlib.util
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from cachec.pictures.files import png_of
 from cachec.runtime.errors import missing_extra
 from cachec.runtime.files import write_file
 from cachec.runtime.specs import Array
@@ -19,7 +19,6 @@ from PIL import Image, ImageDraw, ImageFont
 MIN_CELL = 256  # pixels; smaller pictures are enlarged by a whole factor
 MARGIN = 16
 FONT_SIZE = 15
-FRAMES_A_SECOND = 16
 INK, FAINT, PAPER = (28, 28, 30), (110, 110, 116), (255, 255, 255)
 
 
@@ -43,10 +42,7 @@ def write_png(image: Image.Image, path: Path, more: Sequence[Image.Image] = ()) 
     Raises:
         OutputError: the place cannot be written.
     """
-    buffer = io.BytesIO()
-    animation = {"save_all": True, "append_images": list(more), "duration": 1000 // FRAMES_A_SECOND, "loop": 0} if more else {}
-    image.save(buffer, format="PNG", **animation)
-    write_file(path, buffer.getvalue())
+    write_file(path, png_of([image, *more]))
 
 
 def write_picture(picture: Array, path: Path) -> None:

@@ -22,7 +22,7 @@ from cachec.engines.onnx_files import build_onnx
 from cachec.engines.targets import ONNX_TARGET, TargetName, find_fit
 from cachec.engines.weights_file import Unfinished
 from cachec.runtime.build_options import DEFAULTS, BuildOptions
-from cachec.runtime.builder import EngineBuilder, Sources
+from cachec.runtime.builder import ENGINES, EngineBuilder, Sources
 from cachec.runtime.bundle import Target
 from cachec.runtime.device import DeviceName
 from cachec.runtime.engine import HOST, Engine, LoadOptions
@@ -67,7 +67,7 @@ class PlannedSources(_Planned):
 
     def __init__(self, plans: Sequence[EnginePlan], onnx: "BundleOnnx", precision: str, shape_bucket: str) -> None:
         super().__init__(plans, precision, shape_bucket)
-        self._onnx = onnx
+        self._onnx, self.folder = onnx, onnx.folder
 
     def _place_onnx(self) -> dict[str, Path]:
         return self._onnx.of(self.shape_bucket)
@@ -77,7 +77,7 @@ class BundleOnnx:
     """The ONNX files of all sizes of a bundle, over one weights file; all are written when one is first asked for.
 
     ``plans`` by shape bucket. ``unfinished``: where the weights are until all are written, on the bundle's disk, for an
-    interrupted compilation to go on. It is asked for when they are written.
+    interrupted compilation to go on. It is asked for when they are written. ``folder``: where in the bundle they are.
     """
 
     def __init__(
@@ -86,8 +86,10 @@ class BundleOnnx:
         writer: Collector,
         precision: str,
         unfinished: Callable[[], Unfinished] | None = None,
+        folder: str = ENGINES,
     ) -> None:
         self._plans, self._writer, self._precision, self._unfinished = plans, writer, precision, unfinished
+        self.folder = folder
         self._files: dict[str, dict[str, Path]] | None = None
 
     def of(self, shape_bucket: str) -> dict[str, Path]:
@@ -101,7 +103,7 @@ class BundleOnnx:
         names = {place: f"{place[1]}-{place[0].split(',')[0]}" for place in places}
         programs = {names[place]: plan.program for place, plan in places.items()}
         signatures = {names[place]: plan.signature for place, plan in places.items()}
-        directory = self._writer.directory(f"engines/onnx-{self._precision}")
+        directory = self._writer.directory(f"{self.folder}/onnx-{self._precision}")
         with ExitStack() as stack:
             unfinished = None if self._unfinished is None else self._unfinished()
             if unfinished is not None:
@@ -119,9 +121,10 @@ def planned_sources(
     writer: Collector,
     precision: str,
     unfinished: Callable[[], Unfinished] | None = None,
+    folder: str = ENGINES,
 ) -> list[PlannedSources]:
     """The graphs of every size in a compilation; arguments as of :class:`BundleOnnx`."""
-    onnx = BundleOnnx(plans, writer, precision, unfinished)
+    onnx = BundleOnnx(plans, writer, precision, unfinished, folder)
     return [PlannedSources(some, onnx, precision, bucket) for bucket, some in plans.items()]
 
 

@@ -96,6 +96,20 @@ def named_model(model: nn.Module, constants: Mapping[str, Any]) -> nn.Module:
     return _Captured(model, constants).eval()
 
 
+def capture_component(module: nn.Module, inputs: Mapping[str, torch.Tensor], outputs: tuple[str, ...]) -> fx.GraphModule:
+    """Capture a part of a pipeline, from a dictionary to a dictionary with ``outputs`` in this order; all sizes are fixed.
+
+    Raises:
+        PassError: it cannot be captured.
+    """
+    captured = _trace(module, inputs, batched=(), outputs=outputs)
+    for node in captured.graph.nodes:
+        if node.target is torch.ops.aten.view.default:  # kernels lay out what they give as they like: views may not fit
+            node.target = torch.ops.aten.reshape.default
+    captured.recompile()
+    return captured
+
+
 def capture_predictor(predictor: nn.Module, window: int, example: torch.Tensor, num_steps: int) -> fx.GraphModule:
     """Capture ``predictor(features, history_steps, sigmas, step)``.
 

@@ -4,7 +4,7 @@ All figures are for a batch of one.
 """
 
 import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 
 import torch
 from torch import fx
@@ -48,10 +48,17 @@ def memory_facts(graphs: Graphs) -> dict[str, int]:
     The latter counts every value from its making to its last reading, views as if they were copies: a bound from above for
     an engine that fuses nothing.
     """
-    weights: dict[int, int] = {}
-    for module in graphs.modules.values():
-        weights |= {id(tensor): _bytes(tensor) for tensor in (*module.parameters(), *module.buffers())}
-    return {"weights": sum(weights.values()), "activations": _peak(graphs.modules[COMPUTE])}
+    return {"weights": _weight_bytes(graphs.modules.values()), "activations": _peak(graphs.modules[COMPUTE])}
+
+
+def component_memory(module: fx.GraphModule) -> dict[str, int]:
+    """The same of a graph that is run by itself."""
+    return {"weights": _weight_bytes([module]), "activations": _peak(module)}
+
+
+def _weight_bytes(modules: Iterable[fx.GraphModule]) -> int:
+    held = (tensor for module in modules for tensor in (*module.parameters(), *module.buffers()))
+    return sum({id(tensor): _bytes(tensor) for tensor in held}.values())
 
 
 def parameter_counts(plain: Graphs, engine: Graphs) -> dict[str, int]:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # text and pictures are made without torch where a family can
     from torch import nn
 
     from cachec.compiler.models.lora_files import LoraFile
+    from cachec.compiler.models.reading import Reading
     from cachec.compiler.models.shards import Stored
     from cachec.compiler.tables.sampling import Sampling
 
@@ -187,6 +188,11 @@ class LoadedModel(ABC):
             raise InputError(f"{self.spec.name} has no true_cfg_scale: it has one scale of guidance, which is --guidance")
         return settings.guidance
 
+    @property
+    def branch_setting(self) -> str:
+        """Which of the settings :meth:`branch_scale` is."""
+        return "guidance"
+
     def is_guided(self, settings: Settings) -> bool:
         """Do requests at the settings' guidance scale have a negative branch? At other scales the positive one is all."""
         rule, scale = self.io.guidance, self.branch_scale(settings)
@@ -251,6 +257,27 @@ class LoadedModel(ABC):
 
         Guided requests want ``negative_<name>``, too, of the ``negatives`` (by default empty), and ``guidance_scale`` [B].
         """
+
+    def reading(self, settings: Settings) -> "Reading":
+        """How its prompts are read, for bundles that read them without torch; the text encoders are loaded for it.
+
+        Raises:
+            InputError: it cannot be done without; in words.
+        """
+        raise InputError(f"how {self.spec.name} reads prompts is not known")
+
+    def pictured(self, latents: "torch.Tensor", settings: Settings) -> "torch.Tensor":
+        """Pictures [B, H, W, 3] or videos [B, F, H, W, 3] in [0, 1]: what :meth:`decode` gives, in a graph that is captured.
+
+        Raises:
+            InputError: there is none; in words.
+        """
+        raise InputError(f"how {self.spec.name} decodes latents is not known")
+
+    @property
+    def decoder(self) -> "nn.Module | None":
+        """The module whose weights :meth:`pictured` reads, loaded; ``None``: there is none."""
+        return None
 
     def release_text_encoders(self) -> None:
         """Let go of text encoders that :meth:`encode` loads again when it needs them; of others, nothing."""

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from cachec.runtime.errors import shortened
+from cachec.pictures.losses import words_of_loss
 
 log = logging.getLogger(__name__)
 
@@ -33,12 +33,7 @@ def tell_of_lost_text(prompts: Sequence[str], pipeline: Any, readers: Sequence[R
             if tokenizer is None or not (lost := lost_text(prompt, tokenizer, reader.length)):
                 continue
             told.add(prompt)
-            if reader.pooled:
-                log.warning("prompt %s: the pooled text encoder reads %d tokens only, not %s",
-                            shortened(prompt), reader.length, shortened(lost, 200))  # fmt: skip
-            else:
-                log.warning("prompt %s is cut at %d text tokens, without %s: shorten it, or compile with more --text-tokens",
-                            shortened(prompt), reader.length, shortened(lost, 200))  # fmt: skip
+            log.warning("%s", words_of_loss(prompt, lost, reader.length, pooled=reader.pooled))
 
 
 def lost_text(prompt: str, tokenizer: Any, length: int) -> str:

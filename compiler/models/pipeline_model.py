@@ -18,15 +18,15 @@ from accelerate import init_empty_weights
 from diffusers.image_processor import VaeImageProcessor
 from torch import nn
 
-from cachec.compiler.models.base import Family, ModelSpec, Settings
+from cachec.compiler.models.base import ModelSpec, Settings
 from cachec.compiler.models.components import Components
 from cachec.compiler.models.inputs import as_the_weights, only_scale, own_levels, owned, widened
 from cachec.compiler.models.lora import fuse_loras
 from cachec.compiler.models.lora_files import LoraFile
-from cachec.compiler.models.lost_text import Reader, not_said_twice, tell_of_lost_text
 from cachec.compiler.models.named import MODELS
 from cachec.compiler.models.observed import TRANSFORMER, Observed, observe
 from cachec.compiler.models.own_weights import OwnHash, hash_with_loras
+from cachec.compiler.models.prompt_model import PromptModel
 from cachec.compiler.models.shards import Stored
 from cachec.compiler.tables.sampler_probe import check_sampler, probe_sampler
 from cachec.compiler.tables.sampling import Sampling
@@ -35,18 +35,16 @@ from cachec.runtime.errors import InputError, ModelUnavailableError
 from cachec.runtime.specs import Array
 
 
-class PipelineModel(Family):
+class PipelineModel(PromptModel):
     """A pipeline of diffusers; as loaded here it is on the CPU in float32.
 
-    What a family says, beside the methods:
+    What a family says, beside the methods, and beside what it says of prompts (``prompt_model.py``):
 
     - ``DEFAULTS``: the short name of the model whose sizes and scales a directory of this family gets.
     - ``ARGUMENTS``: by condition, the keyword of the pipeline's call that takes it ready made; for the negative branch the
       pipelines have the same with ``negative_``. Other conditions follow from the settings, and the pipeline makes them.
     - ``SCALE``: the keyword of the guidance scale; ``EMBEDDED`` that of one which is an input of the model, if it is another.
-    - ``LENGTH``: the keyword of the text length, if there is one.
     - ``BLOCKS``: the transformer's list of blocks, behind the last of which is the cut.
-    - ``TOKENIZER``: of the text encoder that reads ``text_tokens`` of a prompt, if there is one.
     - ``SIGN``: -1 where the pipeline hands its sampler the negated output.
     - ``SHOWN``: components that the pipeline's constructor looks at.
     - ``part``: which of the pipeline's transformers the model is about.
@@ -56,9 +54,7 @@ class PipelineModel(Family):
     ARGUMENTS: ClassVar[Mapping[str, str]]
     SCALE: ClassVar[str] = "guidance_scale"
     EMBEDDED: ClassVar[str | None] = None
-    LENGTH: ClassVar[str | None] = "max_sequence_length"
     BLOCKS: ClassVar[str] = "transformer_blocks"
-    TOKENIZER: ClassVar[str | None] = "tokenizer"
     SIGN: ClassVar[float] = 1.0
     SHOWN: ClassVar[tuple[str, ...]] = ("vae",)
     part = TRANSFORMER
@@ -70,7 +66,7 @@ class PipelineModel(Family):
         self._components = None if directory is None else Components(spec.source, directory)
         self._stored = stored
         self._described: nn.Module | None = None
-        self._told: set[str] = set()  # prompts that are cut, and that was said
+        self._told = set()
         self._samplings: dict[Settings, Sampling] = {}
         self._seen: tuple[tuple[Settings, int], Observed] | None = None  # the last run that was observed
 
@@ -89,10 +85,6 @@ class PipelineModel(Family):
     def thin(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """What is different in the transformer's configuration of a thin twin: one block of each kind, few heads."""
 
-    def readers(self, settings: Settings) -> Sequence[Reader]:
-        """What reads the prompts, and how much of them."""
-        return () if self.TOKENIZER is None else [Reader(self.TOKENIZER, settings.text_tokens)]
-
     @property
     def block(self) -> str:
         return f"{self.BLOCKS}.{len(self.described.get_submodule(self.BLOCKS)) - 1}"  # type: ignore[arg-type]
@@ -110,14 +102,6 @@ class PipelineModel(Family):
 
     def scheduled(self, settings: Settings) -> Any:
         return self.observed(settings).scheduler
-
-    def text(self, prompts: Sequence[str], settings: Settings) -> dict[str, Any]:
-        """Prompts as keywords of the pipeline's call."""
-        return {"prompt": list(prompts)}
-
-    def opposed(self, prompts: Sequence[str], negatives: Sequence[str] | None) -> Sequence[str]:
-        """Prompts of the negative branch; by default there is nothing in them."""
-        return [""] * len(prompts) if negatives is None else negatives
 
     def sized(self, settings: Settings) -> dict[str, Any]:
         """The settings as keywords of the pipeline's call."""
@@ -285,6 +269,10 @@ class PipelineModel(Family):
     def branch_scale(self, settings: Settings) -> float:
         return super().branch_scale(settings) if self.EMBEDDED is None else settings.true_cfg_scale
 
+    @property
+    def branch_setting(self) -> str:
+        return super().branch_setting if self.EMBEDDED is None else "true_cfg_scale"
+
     def _scales(self, settings: Settings, scales: Array | None = None) -> dict[str, float]:
         """Guidance as keywords of the pipeline's call: of two branches with the ``scales`` of all requests, else of one."""
         given = {self.EMBEDDED or self.SCALE: settings.guidance}
@@ -327,32 +315,6 @@ class PipelineModel(Family):
             self._samplings[settings] = Sampling.of(probe_sampler(seen.scheduler), told, sign=self.SIGN, graphs=seen.graphs)
         return self._samplings[settings]
 
-    def encode(
-        self, prompts: Sequence[str], settings: Settings, names: Sequence[str], negatives: Sequence[str] | None = None
-    ) -> dict[str, Array]:
-        if negatives is not None and self.io.guidance is None:
-            raise InputError(f"{self.spec.name} has no negative prompt: it takes its guidance scale as an input. Leave it out")
-        found = self._encode(prompts, settings)
-        if any(negative_name(name) in names for name in self.io.conditions):
-            others = self._encode(self.opposed(prompts, negatives), settings)
-            found |= {negative_name(name): value for name, value in others.items()}
-        found.setdefault(GUIDANCE, np.full(len(prompts), self.branch_scale(settings), np.float32))
-        return {name: found[name] for name in names}
-
-    def _encode(self, prompts: Sequence[str], settings: Settings) -> dict[str, Array]:
-        self.check_sizes(settings)
-        text = self.text(prompts, settings)
-        tell_of_lost_text(text.get("prompt", ()), self.pipeline, self.readers(settings), self._told)
-        self._load(*self._text_encoders)
-        length = {} if self.LENGTH is None else {self.LENGTH: settings.text_tokens}
-        with not_said_twice(type(self.pipeline).__module__):
-            seen = self._observe(settings, {**text, **length}, whole=False)
-        return {name: owned(value).cpu().numpy() for name, value in self.taken(seen.first, settings).items()}
-
-    @property
-    def _text_encoders(self) -> list[str]:
-        return [name for name in self.pipeline.config if name.startswith("text_encoder")]
-
     def _load(self, *names: str) -> None:
         """Components that are not there yet: some have gigabytes, and compiling may never want them."""
         for name in names:
@@ -378,6 +340,16 @@ class PipelineModel(Family):
         vae = self.pipeline.vae
         made = self.pictures(torch.from_numpy(latents).to(vae.device, vae.dtype), settings)
         return self.finished(made).astype(np.float32)
+
+    def pictured(self, latents: torch.Tensor, settings: Settings) -> torch.Tensor:
+        made = (self.pictures(latents, settings) / 2 + 0.5).clamp(0, 1)
+        return made.permute(0, *range(2, made.ndim), 1)
+
+    @property
+    def decoder(self) -> nn.Module | None:
+        self._load("vae")
+        vae: nn.Module | None = self.pipeline.vae
+        return vae
 
     def generate(self, conditions: Mapping[str, Array], noise: Array, settings: Settings) -> Array:
         there = partial(as_the_weights, like=next(self.transformer.parameters()))

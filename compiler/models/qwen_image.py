@@ -24,6 +24,7 @@ from cachec.compiler.models.base import Settings
 from cachec.compiler.models.inputs import ragged_mask, spread
 from cachec.compiler.models.pictured_prompts import on_pictures_of, read_pictured
 from cachec.compiler.models.pipeline_model import PipelineModel
+from cachec.compiler.models.reading import Seen
 from cachec.runtime.errors import InputError
 from cachec.runtime.model_io import ModelIO
 from cachec.runtime.specs import Array
@@ -60,6 +61,18 @@ class _QwenImage(PipelineModel):
             raise InputError(f"a prompt with its picture has {states.shape[1]} text tokens, and {settings.text_tokens} fit: "
                              "shorten it, or compile with more --text-tokens")  # fmt: skip
         return {STATES: pad(states, (0, 0, 0, missing)), MASK: pad(mask, (0, missing))}
+
+    def read_length(self, tokenizer: str, limit: int, settings: Settings) -> int:
+        """The pipeline cuts the states of a longer text, none of which looks at what comes behind it."""
+        return limit - int(self.pipeline.tokenizer_max_length) + settings.text_tokens
+
+    def conditions_of(self, tokens: Mapping[str, torch.Tensor], seen: Seen, settings: Settings) -> dict[str, torch.Tensor]:
+        """The pipeline takes padding out, and what stands before the prompt."""
+        (call,), begin = seen.calls, self.pipeline.prompt_template_encode_start_idx
+        ids, mask = (tokens[name] for name in call.names)
+        encoded = self.pipeline.text_encoder(input_ids=ids, attention_mask=mask, output_hidden_states=True)
+        states, mask = encoded.hidden_states[-1][:, begin:], mask[:, begin:]
+        return {STATES: states * mask[..., None], MASK: mask.bool()}
 
     def constants(self, settings: Settings) -> dict[str, Any]:
         constants = super().constants(settings)

@@ -21,6 +21,7 @@ from cachec.compiler.models.inputs import spread
 from cachec.compiler.models.lora_files import LoraFile
 from cachec.compiler.models.observed import TRANSFORMER
 from cachec.compiler.models.own_weights import hash_digests
+from cachec.compiler.models.reading import Seen
 from cachec.compiler.models.shards import Stored
 from cachec.compiler.models.video_model import VideoModel
 from cachec.runtime.errors import InputError
@@ -118,6 +119,12 @@ class WanModel(VideoModel):
 
     def embeddings(self, settings: Settings, random: Callable[..., torch.Tensor]) -> dict[str, torch.Tensor]:
         return {STATES: random(settings.text_tokens, self.config.text_dim)}
+
+    def conditions_of(self, tokens: Mapping[str, torch.Tensor], seen: Seen, settings: Settings) -> dict[str, torch.Tensor]:
+        """The pipeline puts zeros in the place of what was made of padding."""
+        (call,) = seen.calls
+        ids, mask = (tokens[name] for name in call.names)
+        return {STATES: self.pipeline.text_encoder(ids, mask).last_hidden_state * mask[..., None]}
 
     def thin(self, config: Mapping[str, Any]) -> dict[str, Any]:
         return {"num_layers": 1, "num_attention_heads": 2}

@@ -14,6 +14,7 @@ from torch.nn.functional import pad
 from cachec.compiler.models.base import Settings
 from cachec.compiler.models.inputs import ragged_mask
 from cachec.compiler.models.pipeline_model import PipelineModel
+from cachec.compiler.models.reading import Seen
 from cachec.compiler.models.z_image_equal import ZImageEqual
 from cachec.runtime.model_io import ModelIO
 
@@ -53,6 +54,15 @@ class ZImageModel(PipelineModel):
         lengths = torch.tensor([len(text) for text in texts], device=texts[0].device)
         whole = torch.stack([pad(text, (0, 0, 0, settings.text_tokens - len(text))) for text in texts])
         return {TEXTS: whole, MASK: torch.arange(settings.text_tokens, device=lengths.device) < lengths[:, None]}
+
+    def conditions_of(self, tokens: Mapping[str, torch.Tensor], seen: Seen, settings: Settings) -> dict[str, torch.Tensor]:
+        """The pipeline takes padding out."""
+        (call,) = seen.calls
+        ids, mask = (tokens[name] for name in call.names)
+        states = self.pipeline.text_encoder(input_ids=ids, attention_mask=mask.bool(), output_hidden_states=True).hidden_states[
+            -2
+        ]
+        return {TEXTS: states * mask[..., None], MASK: mask.bool()}
 
     def state(self, given: Mapping[str, Any]) -> torch.Tensor:
         return torch.cat(given[LATENTS], 1).movedim(1, 0)  # of each sample one frame [C, 1, H, W]

@@ -1,0 +1,59 @@
+"""Pictures and videos as files."""
+
+import importlib.util
+import io
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+
+from cachec.runtime.errors import EngineError, in_one_line, missing_extra
+from cachec.runtime.specs import Array
+
+if importlib.util.find_spec("PIL") is None:
+    raise missing_extra("pillow", "pictures", "writing pictures")
+from PIL import Image
+
+FRAMES_A_SECOND = 16
+
+
+def png_of(images: Sequence[Image.Image]) -> bytes:
+    """A PNG file; of several images an animated one."""
+    buffer, (first, *more) = io.BytesIO(), images
+    animation: dict[str, Any] = {}
+    if more:
+        animation = {"save_all": True, "append_images": more, "duration": 1000 // FRAMES_A_SECOND, "loop": 0}
+    first.save(buffer, format="PNG", **animation)
+    return buffer.getvalue()
+
+
+def to_png(picture: Array) -> bytes:
+    """A picture [H, W, 3] as a PNG file, a video [F, H, W, 3] as an animated one; uint8."""
+    return png_of([Image.fromarray(frame) for frame in (picture if picture.ndim == 4 else [picture])])
+
+
+def to_mp4(video: Array, fps: float = FRAMES_A_SECOND) -> bytes:
+    """A video [F, H, W, 3], uint8, as an MP4 file: H.264, of ``fps`` frames a second. An odd row or column is repeated.
+
+    Raises:
+        MissingExtraError: PyAV is not installed.
+        EngineError: it cannot write H.264.
+    """
+    if importlib.util.find_spec("av") is None:
+        raise missing_extra("av", "pictures", "writing mp4")
+    import av
+
+    odd = [(0, size % 2) for size in video.shape[1:3]]
+    rate, even = Fraction(fps).limit_denominator(1000), np.pad(video, [(0, 0), *odd, (0, 0)], "edge")
+    buffer = io.BytesIO()
+    try:
+        with av.open(buffer, "w", format="mp4") as file:
+            stream = file.add_stream("libx264", rate=rate, options={"crf": "18"})
+            stream.height, stream.width, stream.pix_fmt = *even.shape[1:3], "yuv420p"
+            for frame in even:
+                file.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+            file.mux(stream.encode())
+    except (av.error.FFmpegError, ValueError) as error:
+        raise EngineError(f"PyAV {av.__version__} cannot write this video: {in_one_line(error)}") from error
+    return buffer.getvalue()

@@ -1,0 +1,79 @@
+"""What a bundle may have beside its transformer, text encoders, tokenizers, a decoder, and how pictures are made by them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+from cachec.runtime.bundle import Manifest, Target
+from cachec.runtime.errors import BundleError, InputError, shortened
+
+
+@dataclass(frozen=True)
+class Component:
+    """A part with engines of its own; ``memory``: bytes of ``weights`` and ``activations``, by engine."""
+
+    targets: tuple[Target, ...]
+    memory: Mapping[str, Mapping[str, int]]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"targets": [target.to_json() for target in self.targets], "memory": dict(self.memory)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        return cls(tuple(map(Target.from_json, data["targets"])), data["memory"])
+
+
+@dataclass(frozen=True)
+class TextFacts:
+    """How prompts are read at one text length.
+
+    ``tokens``: by tokenizer call its ``file`` and how it reads (``pictures/tokens.py``); ``graphs``: of each component whose
+    engine is run on them, which one.
+    """
+
+    tokens: tuple[Mapping[str, Any], ...]
+    graphs: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class PictureFacts:
+    """How prompts become conditions and latents pictures.
+
+    ``texts`` by number of text tokens. ``embedded``: conditions that are the guidance scale, times a factor. ``scale``: which
+    setting the two branches of guidance are combined at. ``decoder``: the component whose engines are by size.
+    """
+
+    texts: Mapping[str, TextFacts]
+    embedded: Mapping[str, float]
+    scale: str
+    decoder: str
+
+    def to_json(self) -> dict[str, Any]:
+        texts = {length: {"tokens": list(one.tokens), "graphs": dict(one.graphs)} for length, one in self.texts.items()}
+        return {**vars(self), "texts": texts}
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> Self:
+        """Those of a bundle.
+
+        Raises:
+            InputError: it has none.
+            BundleError: they are not whole.
+        """
+        data = manifest.pictures
+        if not data:
+            raise InputError(
+                "the bundle has no text encoders and no decoder, so it takes conditions and gives latents: compile it with "
+                "--components all, or use cachec run, which loads the pipeline's"
+            )
+        try:
+            texts = {length: TextFacts(tuple(one["tokens"]), one["graphs"]) for length, one in data["texts"].items()}
+            found = cls(texts, data["embedded"], data["scale"], data["decoder"])
+        except (KeyError, TypeError) as error:
+            raise BundleError(
+                f"the manifest does not say how pictures are made: {shortened(data)}. Compile it again"
+            ) from error
+        named = {found.decoder, *(name for one in texts.values() for name in one.graphs)}
+        if missing := sorted(named - manifest.components.keys()):
+            raise BundleError(f"pictures are made with {', '.join(missing)}, which the bundle lacks: compile it again")
+        return found

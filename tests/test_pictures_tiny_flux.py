@@ -1,0 +1,102 @@
+"""tiny-flux as a bundle that needs nothing else: pictures without torch, and the pipeline's own."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from toy_product import succeed
+
+import cachec
+from cachec.compiler.models import MODELS, load_model
+from cachec.compiler.models.base import settings_of
+from cachec.runtime.errors import InputError
+from cachec.runtime.noise import make_noise
+
+PROMPTS = ["a large red circle at the left on a dark background", "", "a blue ring " * 30]
+
+
+@pytest.fixture(scope="session")
+def bundle(once):
+    return once("pictures.cachec", lambda out: succeed("compile", "tiny-flux", "--method", "reuse", "--budget", "3", "-o", out))
+
+
+@pytest.fixture(scope="module")
+def loaded(bundle):
+    with cachec.load(bundle) as loaded:
+        yield loaded
+
+
+def test_conditions_and_pictures_are_the_pipelines_own(loaded):
+    model, settings = load_model(MODELS["tiny-flux"], with_transformer=False), settings_of(loaded.manifest)
+    wanted = model.encode(PROMPTS, settings, loaded.io.conditions)
+    made = loaded.generator.encode(PROMPTS)
+    assert made.keys() == wanted.keys()
+    for name, value in wanted.items():
+        np.testing.assert_allclose(made[name], value, atol=2e-5)
+    latents = np.stack([make_noise(seed, (64, 64)) for seed in (0, 1)])
+    pictures = loaded.generator.decode(latents)
+    exact = (model.decode(latents, settings) * 255).round().astype(np.uint8)
+    assert np.abs(pictures.astype(int) - exact).max() <= 1
+    assert (pictures != exact).mean() < 1e-3
+
+
+def test_a_request_is_the_denoise_loop_between_both(loaded):
+    generator = loaded.generator
+    pictures = loaded.generate(PROMPTS[:2], seeds=[7, 8])
+    latents = loaded.denoise(generator.encode(PROMPTS[:2]), [7, 8])
+    np.testing.assert_array_equal(pictures, generator.decode(latents))
+    np.testing.assert_array_equal(loaded.generate(PROMPTS[1:2], seeds=[8])[0], pictures[1])
+    assert pictures.shape == (2, 64, 64, 3)
+    assert pictures.dtype == np.uint8
+
+
+def test_another_scale_of_guidance_is_another_picture(loaded):
+    usual, other = (loaded.generate(PROMPTS[:1], guidance=scale) for scale in (None, 1.0))
+    assert (usual != other).any()
+
+
+def test_parts_that_are_not_kept_are_loaded_for_their_phase(bundle, loaded):
+    with cachec.load(bundle, keep=["transformer"]) as frugal:
+        np.testing.assert_array_equal(frugal.generate(PROMPTS[:1]), loaded.generate(PROMPTS[:1]))
+        assert not any(part._bound for part in frugal.generator._parts.values())
+
+
+def test_what_a_long_prompt_loses_is_said_once(bundle, caplog):
+    with cachec.load(bundle) as loaded:
+        for _ in range(2):
+            loaded.generator.encode([PROMPTS[2]])
+    (record,) = [one for one in caplog.records if "is cut at 16 text tokens" in one.message]
+    assert "without 'a blue ring" in record.message
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"prompts": []}, "at least one text"),
+        ({"prompts": ["x"], "seeds": [1, 2]}, "2 seeds for 1 prompts"),
+        ({"prompts": ["x"], "negative_prompts": ["y"]}, "no negative branch"),
+        ({"prompts": ["x"], "level": "best"}, "unknown level"),
+    ],
+)
+def test_what_cannot_be_made_is_refused(loaded, given, message):
+    with pytest.raises(InputError, match=message):
+        loaded.generate(**given)
+
+
+def test_an_unknown_component_is_not_kept(bundle):
+    with cachec.load(bundle, keep=["vae"]) as loaded, pytest.raises(InputError, match="keep names vae"):
+        loaded.generate(["x"])
+
+
+def test_pictures_are_made_where_there_is_no_torch(bundle, tmp_path):
+    absent = ("torch", "transformers", "diffusers", "accelerate", "scipy")
+    code = (
+        f"import sys\nfor name in {absent}: sys.modules[name] = None\n"
+        f"import cachec, pathlib\nloaded = cachec.load({str(bundle)!r})\n"
+        f"picture = loaded.generate(['a red circle'])[0]\n"
+        f"pathlib.Path({str(tmp_path / 'a.png')!r}).write_bytes(loaded.generator.to_png(picture))\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
