@@ -226,6 +226,21 @@ def train_command(model: str, out: Path, force: bool, **given: Any) -> None:
     _table(train_to_file(model, out, force=force, **given))
 
 
+@main.command("import")
+@_talking
+@click.argument("method")
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Predictor file (safetensors).")
+@click.option("--set", "options", multiple=True, callback=parse_pairs, metavar="K=V", help="What the files do not say.")
+@click.option("--license", "license_text", help="Under which licence they are, where that is not known.")
+@_force
+def import_command(method: str, files: tuple[Path, ...], out: Path, **given: Any) -> None:
+    """Read weights of METHOD that its authors released in FILES, for compile --predictor. Pickled files are refused."""
+    from cachec.compiler.commands.import_released import import_to_file
+
+    _table(import_to_file(method, files, out, **given))
+
+
 @main.command("run")
 @_talking
 @click.argument("bundle", type=click.Path(path_type=Path))
@@ -338,7 +353,7 @@ def doctor_command(as_json: bool) -> None:
 
 @main.command("list")
 @_talking
-@click.argument("what", type=click.Choice(["models", "methods", "backends"]))
+@click.argument("what", type=click.Choice(["models", "methods", "schedules", "backends"]))
 def list_command(what: str) -> None:
     """List what can be named on the command line."""
     if what == "models":
@@ -352,6 +367,10 @@ def list_command(what: str) -> None:
             return f"{get_method(name).cut} cut: {get_method(name).summary}"
 
         _table([(name, _or_why_not(in_words, name)) for name in METHODS])
+    elif what == "schedules":
+        from cachec.compiler.tables.published import PUBLISHED
+
+        _table([(name, f"{steps} steps: {', '.join(map(str, some))}") for name, (steps, some) in PUBLISHED.items()])
     else:
         from cachec.engines import BACKENDS, get_engine
 

@@ -21,7 +21,6 @@ from cachec.compiler.calibration.statistics import (
     record_statistics,
 )
 from cachec.compiler.calibration.uses import UsedPrompts, calibration_prompts, training_prompts
-from cachec.compiler.graphs.coding import Coding
 from cachec.compiler.graphs.costs import memory_facts, samples_at_once
 from cachec.compiler.graphs.export import EnginePlan, plan_engines
 from cachec.compiler.graphs.finite import check_finite_run
@@ -29,7 +28,9 @@ from cachec.compiler.graphs.prepare import compute_only, engine, inlined, linear
 from cachec.compiler.graphs.verify import verifier_for, verify_twin
 from cachec.compiler.graphs.weights import is_large
 from cachec.compiler.methods.base import CodedMethod, Method, PredictorMethod
-from cachec.compiler.methods.parameters import Parameters, check_fit, load_predictor
+from cachec.compiler.methods.codings import coding_of
+from cachec.compiler.methods.parameters import Parameters, check_fit
+from cachec.compiler.methods.released import IMPORTED, load_given
 from cachec.compiler.methods.training import Training, find_shipped, train_predictor, training_facts
 from cachec.compiler.models.base import LoadedModel, ModelSpec, Settings
 from cachec.compiler.options import GraphWish
@@ -41,8 +42,7 @@ from cachec.compiler.tables.lower import NO_TAIL, lower_predictor, lower_table, 
 from cachec.compiler.tables.schedule import Schedule
 from cachec.engines.torch_device import check_device
 from cachec.passes import Graphs, dump_to
-from cachec.passes.base import Observer, outputs
-from cachec.runtime.abi import COMPUTE, FEATURE
+from cachec.passes.base import Observer
 from cachec.runtime.device import DeviceName
 from cachec.runtime.engine import HOST, Engine
 from cachec.runtime.errors import InputError, unknown_name
@@ -122,7 +122,7 @@ def _check_given(model: LoadedModel, request: Request) -> Checked:
             f"slots is {request.wish.graph.slots}, but the output cut's slots of guided requests are float32: leave it out"
         )
     training = training_of(model.spec, request) if request.method.needs_training else None
-    parameters = None if training is None else _find_trained(model, request, training)
+    parameters = _read_given(request) if training is None else _find_trained(model, request, training)
     if not request.needs_calibration:
         return Checked(parameters, training)
     if (path := request.wish.fit.calibration) is not None:
@@ -151,12 +151,17 @@ def training_of(spec: ModelSpec, request: Request) -> Training:
 def _find_trained(model: LoadedModel, request: Request, training: Training) -> Parameters | None:
     """Trained parameters: from the given file, or of those that ship."""
     wanted = (model, request.method, training.schedule, request.settings)
-    if (path := request.wish.fit.predictor) is not None:
-        parameters = load_predictor(path)
-        check_fit(parameters, training_facts(*wanted))
-        return replace(parameters, origin=f"from {path}")
+    if (given := _read_given(request)) is not None:
+        if IMPORTED not in given.facts:
+            check_fit(given, training_facts(*wanted))
+        return given
     shipped = None if request.prompts is not None else find_shipped(*wanted)
     return None if shipped is None else replace(shipped, origin=f"ships with cachec ({Path(shipped.origin).name})")
+
+
+def _read_given(request: Request) -> Parameters | None:
+    path = request.wish.fit.predictor
+    return None if path is None else load_given(path, request.method.name, request.settings.steps)
 
 
 def _read_statistics(model: LoadedModel, request: Request, path: Path) -> Statistics:
@@ -172,14 +177,6 @@ def _read_statistics(model: LoadedModel, request: Request, path: Path) -> Statis
         )
     statistics.prompts.check(("fit", "stop", "measure") if request.fits else ("measure",), statistics.origin)
     return statistics
-
-
-def coding_of(split: Graphs, settings: Settings, method: Method, parameters: Parameters | None) -> Coding | None:
-    """How a method keeps the features of split graphs. Raises as ``Method.coding``."""
-    if not isinstance(method, CodedMethod):
-        return None
-    feature = outputs(split.modules[COMPUTE])[FEATURE].meta["val"]
-    return method.coding(tuple(map(int, feature.shape[1:])), settings, parameters)
 
 
 def evaluator_of(

@@ -113,7 +113,8 @@ class ScheduleWish:
     )
     schedule: str | None = option(
         None,
-        "uniform, interval, search, or the steps to compute, as 0,1,2,9,16; 9c: one branch of guidance.",
+        "uniform, interval, search, a published one (cachec list schedules), or the steps to compute, as 0,1,2,9,16; "
+        "9c: one branch of guidance.",
         also=("train", "plan"),
     )
     levels: str | None = option(None, "Several levels in one bundle: fine,high,balanced,fast, or a PSNR in dB each: fast=30.")

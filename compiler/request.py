@@ -143,7 +143,8 @@ class Request:
     @property
     def fits(self) -> bool:
         """Is anything fitted to calibration runs, or searched on them?"""
-        return self.method.needs_calibration or any(goal.searched for goal in self.goals)
+        fitted = self.method.needs_calibration and self.wish.fit.predictor is None
+        return fitted or any(goal.searched for goal in self.goals)
 
     @property
     def needs_calibration(self) -> bool:
@@ -245,7 +246,7 @@ def _check_files(method: Method, wish: FitWish, num: int) -> None:
             raise InputError(f"--{name} is of one size and one number of steps, and {num} are asked for: leave it out")
     if wish.predictor is not None and wish.prompts is not None:
         raise InputError("--predictor and --prompts contradict each other: a given predictor is not trained")
-    if wish.predictor is not None and not method.needs_training:
+    if wish.predictor is not None and not method.needs_training and method.released is None:
         raise InputError(f"method {method.name!r} has no trained predictor, so --predictor {wish.predictor} cannot be used")
     if wish.calibration is not None and wish.prompts is not None and not method.needs_training:
         raise InputError("--calibration and --prompts contradict each other: a given calibration has its prompts")

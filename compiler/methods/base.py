@@ -12,7 +12,7 @@ Shapes: ``B`` batch, ``L`` tokens, ``D`` channels, ``T`` steps, ``K`` computed s
 import dataclasses
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -21,6 +21,7 @@ from cachec.compiler.calibration.calibration import Calibration
 from cachec.compiler.calibration.evaluator import Evaluator
 from cachec.compiler.calibration.runs import Trajectories
 from cachec.compiler.methods.parameters import Parameters
+from cachec.compiler.methods.released import Released
 from cachec.compiler.models.base import Settings
 from cachec.compiler.tables.coefficients import ForecastTable, Table, compose
 from cachec.compiler.tables.sampling import Sampling
@@ -53,7 +54,8 @@ class Method(ABC):
 
     ``needs_training``: wants parameters from ``cachec train``. ``needs_calibration``: wants parameters that
     :meth:`calibrate` makes from calibration runs; ``schedule_bound``: those serve one schedule only. ``needs_gradients``: of
-    the model, for that. ``min_budget``: the fewest computed steps that it works with.
+    the model, for that. ``min_budget``: the fewest computed steps that it works with. ``released``: weights that its authors
+    released, in words, which :meth:`read_released` reads.
     """
 
     name: ClassVar[str]
@@ -64,6 +66,7 @@ class Method(ABC):
     schedule_bound: ClassVar[bool] = False
     needs_gradients: ClassVar[bool] = False
     min_budget: ClassVar[int] = 1
+    released: ClassVar[str | None] = None
     default_interval: ClassVar[int]
     extra_steps: ClassVar[tuple[int, ...]] = ()
 
@@ -78,6 +81,16 @@ class Method(ABC):
     def calibrate(self, calibration: Calibration, schedule: Schedule) -> Parameters:
         """Parameters from calibration runs, for :meth:`table` with the same schedule."""
         raise PredictorError(f"method {self.name!r} has nothing to calibrate; compile it as it is")
+
+    @classmethod
+    def read_released(cls, paths: Sequence[Path], options: Mapping[str, str]) -> Released:
+        """The authors' weights, for :meth:`table`; ``options`` say what their files do not.
+
+        Raises:
+            PredictorError: there are none, or the files are pickled, damaged, or hold something else.
+            InputError: an option is unknown or missing.
+        """
+        raise PredictorError(f"no weights of {cls.name} are known to be released")
 
     def draft(self) -> "Method":
         """The method at its cheapest, for searches that fit it to many schedules."""

@@ -4,7 +4,11 @@ Citation:
     "L2P", arXiv 2604.26365, CVPR 2026; fit and full-step lists of the released code (Aredstone/L2P-Cache).
 """
 
+import json
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -12,22 +16,18 @@ import numpy as np
 from cachec.compiler.calibration.calibration import Calibration
 from cachec.compiler.methods.base import TableMethod
 from cachec.compiler.methods.parameters import Parameters
+from cachec.compiler.methods.released import Released, check_no_pickle, one_file
 from cachec.compiler.tables.coefficients import AdvanceTable, collapse, compose
+from cachec.compiler.tables.published import L2P_LISTS, L2P_STEPS
 from cachec.compiler.tables.schedule import Schedule, interval_schedule
-from cachec.runtime.errors import InputError, PredictorError
+from cachec.runtime.errors import InputError, PredictorError, in_one_line, unknown_name
 from cachec.runtime.program import Cut
 from cachec.runtime.specs import Array
 
-L2P_STEPS = 50
-L2P_LISTS = {  # tuned by hand, by the interval that the paper calls each after
-    5: (0, 1, 2, 4, 6, 9, 14, 23, 30, 37, 44),
-    6: (0, 1, 2, 4, 7, 14, 23, 31, 38, 45),
-    7: (0, 1, 2, 4, 9, 17, 26, 35, 43),
-    8: (0, 1, 2, 4, 10, 20, 31, 41),
-    10: (0, 1, 2, 4, 12, 24, 38),
-    16: (0, 1, 2, 4, 16, 32),
-}
 FITS = ("closed", "adam")
+L2P_LICENSE = "FLUX.1-dev Non-Commercial License (weights fitted to that model)"
+MAX_TEXT = 8 << 20  # bytes of a released list
+NO_NUMBERS = re.compile(rb"[^\[\]0-9eE+\-.,\s]")
 LEARNING_RATE = 0.01
 EPOCHS = 201
 MOMENTS, EPSILON = (0.9, 0.999), 1e-8  # of Adam
@@ -47,6 +47,7 @@ class L2p(TableMethod):
     summary: ClassVar[str] = "forecast velocities by fitted weights on all earlier ones (L2P)"
     cut: ClassVar[Cut] = "output"
     needs_calibration: ClassVar[bool] = True
+    released: ClassVar[str | None] = "predictor/weight.txt of Aredstone/L2P-Cache, for FLUX.1-dev with 50 steps"
     default_interval: ClassVar[int] = 7
     fit: str = "closed"
     ridge: float = 1e-6
@@ -65,6 +66,16 @@ class L2p(TableMethod):
 
     def published(self, num_steps: int, budget: int) -> Schedule:
         return l2p_schedule(num_steps, budget)
+
+    @classmethod
+    def read_released(cls, paths: Sequence[Path], options: Mapping[str, str]) -> Released:
+        """The released list of rows: row r weighs the velocities of steps 0 … r, for step r + 1."""
+        if options:
+            raise unknown_name("option of import l2p", next(iter(options)), ())
+        rows = read_rows(one_file(paths, cls.name))
+        weights = np.zeros_like(rows)
+        weights[1:] = rows[:-1]  # the last row is of a step behind the end
+        return Released({"weights": weights}, {"steps": str(len(rows)), "released_for": "FLUX.1-dev"}, L2P_LICENSE)
 
     def calibrate(self, calibration: Calibration, schedule: Schedule) -> Parameters:
         gram = calibration.velocity_gram()
@@ -88,6 +99,31 @@ class L2p(TableMethod):
         for step in range(1, num):
             rows[step, :step] = weights[step, :step][::-1]
         return collapse(compose(rows, np.zeros(num), schedule, feeds_back=True), sigmas)
+
+
+def read_rows(path: Path) -> Array:
+    """Rows [T, T], lower-triangular, of a text file that is one list of lists of numbers. Nothing in it is ever evaluated.
+
+    Raises:
+        PredictorError: it holds anything else, or rows that do not fit.
+    """
+    check_no_pickle(path)
+    with path.open("rb") as file:
+        raw = file.read(MAX_TEXT + 1)
+    if len(raw) > MAX_TEXT or NO_NUMBERS.search(raw):
+        raise PredictorError(f"{path} is no list of lists of numbers, or longer than {MAX_TEXT >> 20} MB")
+    try:
+        found = json.loads(raw)
+        rows = np.array(found, np.float64)
+    except (ValueError, RecursionError) as error:
+        raise PredictorError(f"{path} does not read as a list of lists of numbers: {in_one_line(error)}") from error
+    if rows.ndim != 2 or rows.shape[0] != rows.shape[1] or len(rows) < 2 or not np.isfinite(rows).all():
+        raise PredictorError(
+            f"{path} holds numbers of shape {list(rows.shape)}; L2P has as many rows as steps, and as long ones"
+        )
+    if np.triu(rows, 1).any():
+        raise PredictorError(f"{path}: a row weighs a step that is not before its own")
+    return rows
 
 
 def l2p_schedule(num_steps: int, budget: int) -> Schedule:

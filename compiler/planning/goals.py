@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from cachec.compiler.methods import METHODS
 from cachec.compiler.methods.base import CodedMethod, Method
 from cachec.compiler.options import ScheduleWish
+from cachec.compiler.tables.published import PUBLISHED
 from cachec.compiler.tables.samplers import SOLVERS
 from cachec.compiler.tables.schedule import (
     Schedule,
@@ -90,8 +91,8 @@ def _check_conflicts(wish: ScheduleWish) -> None:
             "target-speedup": wish.target_speedup}  # fmt: skip
     given = [f"--{name}" for name, value in aims.items() if value is not None]
     if wish.schedule is not None and wish.schedule not in KINDS:
-        if wish.schedule.replace(" ", "").isalpha():
-            raise unknown_name("schedule", wish.schedule, KINDS)
+        if wish.schedule not in PUBLISHED and wish.schedule[:1].isalpha():
+            raise unknown_name("schedule", wish.schedule, (*KINDS, *PUBLISHED))
         given.insert(0, f"--schedule {wish.schedule}")
     if len(given) > 1:
         raise InputError(f"{' and '.join(given)} contradict each other: give one")

@@ -149,7 +149,7 @@ class Planner:
         if (budget, fine) not in self._schedules:
             fit, method = self._calibration(fine).of("fit"), self._method
             parameters = self._parameters
-            if method.needs_calibration and not method.schedule_bound:
+            if method.needs_calibration and not method.schedule_bound and parameters is None:
                 parameters = method.calibrate(fit, Schedule(fit.num_steps, (0,)))
             self._schedules[budget, fine] = search_schedule(method, fit, parameters, budget, seed=self._seed)
         return self._schedules[budget, fine]
@@ -157,10 +157,12 @@ class Planner:
     def _fit(self, goal: Goal, schedule: Schedule, fine: bool, *, draft: bool = False) -> LevelPlan:
         method, parameters = self._method.draft() if draft else self._method, self._parameters
         sampling = self._sampling(schedule.num_steps)
-        if not schedule.forecast and method.cut == "output":  # nothing is left to the method: the sampler's own steps
+        if (
+            not schedule.forecast and method.cut == "output" and parameters is None
+        ):  # nothing is left to the method: the sampler's own steps
             table: Table = AdvanceTable(schedule, sampling.moves[1:])
         else:
-            if method.needs_calibration:
+            if method.needs_calibration and parameters is None:  # none were given
                 parameters = method.calibrate(self._calibration(fine).of("fit"), schedule)
             table = method.table(schedule, sampling.levels(method.cut), parameters)
         key = replace(self._key, steps=schedule.num_steps, sigmas_hash=hash_sigmas(sampling.sigmas), level=goal.level)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from itertools import pairwise
 
+from cachec.compiler.tables.published import PUBLISHED
 from cachec.runtime.errors import InputError
 
 
@@ -117,11 +118,18 @@ def interval_for_budget(num_steps: int, budget: int, extra: tuple[int, ...] = ()
 
 
 def parse_schedule(text: str, num_steps: int) -> Schedule:
-    """Read ``0,1,2,9``, or ``0 1 2 9``; at ``2c`` the positive (conditional) branch of guidance runs alone.
+    """Read ``0,1,2,9``, or ``0 1 2 9``; at ``2c`` the positive (conditional) branch of guidance runs alone. Or a published one.
 
     Raises:
-        InputError: it is no list of whole numbers, or no schedule of ``num_steps`` steps.
+        InputError: it is no list of whole numbers nor a name, or no schedule of ``num_steps`` steps.
     """
+    if text in PUBLISHED:
+        own, computed = PUBLISHED[text]
+        if own != num_steps:
+            raise InputError(
+                f"schedule {text} was published for {own} steps, and {num_steps} are asked for: give --steps {own}"
+            )
+        return Schedule(num_steps, computed)
     parts = text.replace(",", " ").split()
     try:
         steps = tuple(int(part.removesuffix("c")) for part in parts or [text])
