@@ -31,6 +31,7 @@ def load(
 ) -> LoadedBundle:
     """Open a bundle and load the engines of the best of its targets that fits here.
 
+    ``bundle``: its directory, a Hub id (``owner/name``), or a tar that ``cachec pack`` wrote.
     ``device``: only on ``cpu``, ``cuda``, or ``cuda:1``, the second GPU. ``target``: only this one, ``tensorrt`` say.
     ``size`` (as ``832x1216``) and ``steps`` are what it is at, by default the bundle's first: it has all others as well.
     ``weights``: some that ``cachec add-weights`` added, in place of its own. ``verify`` hashes large files even if this machine
@@ -43,9 +44,8 @@ def load(
     """
     from cachec.engines import open_bundle
 
-    where = Path(bundle)
     loaded = open_bundle(
-        where, device=device, target=target, size=size, steps=steps, verify=verify, threads=threads, weights=weights
+        bundle, device=device, target=target, size=size, steps=steps, verify=verify, threads=threads, weights=weights
     )
     return replace(loaded, drop_in=_as_transformer, front=partial(_generator, keep=keep))
 

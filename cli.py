@@ -266,6 +266,42 @@ def run_command(bundle: Path, prompts: tuple[str, ...], out: Path, source: str |
     _table(rows)
 
 
+@main.command("pull")
+@_talking
+@click.argument("name", metavar="OWNER/NAME[@REVISION]")
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Directory; default the Hub's own cache.")
+def pull_command(name: str, out: Path | None) -> None:
+    """Fetch a bundle from the Hugging Face Hub. cachec run takes such a name, too."""
+    from cachec.engines.places import pull
+
+    _table([("bundle", str(pull(name, out)))])
+
+
+@main.command("push")
+@_talking
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("name", metavar="OWNER/NAME")
+@click.option("--private", is_flag=True, help="Nobody else sees it, if it is new.")
+def push_command(bundle: Path, name: str, private: bool) -> None:
+    """Put BUNDLE on the Hugging Face Hub, in one commit. The token is huggingface_hub's: hf auth login."""
+    from cachec.engines.places import push
+
+    _table([("bundle", push(bundle, name, private=private))])
+
+
+@main.command("pack")
+@_talking
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Tar file.")
+@_force
+def pack_command(bundle: Path, out: Path, force: bool) -> None:
+    """Write BUNDLE as a tar in the OCI image layout, for registries (oras cp --from-oci-layout). cachec run takes it, too."""
+    from cachec.engines.places import pack
+
+    pack(bundle, out, force=force)
+    _table([("bundle", str(out)), ("size", f"{out.stat().st_size / 1e6:.1f} MB")])
+
+
 _evaluation_options = several(
     click.option("--against", default="taylor:1,taylor:2,reuse,plain,unipc", show_default=True, help="What to compare with."),
     click.option("--level", help="Quality level whose number of computed steps they get; default the first."),

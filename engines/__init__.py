@@ -28,7 +28,7 @@ def check_threads(threads: int | None) -> None:
 
 
 def open_bundle(
-    root: Path,
+    root: str | Path,
     *,
     device: str | None = None,
     target: str | None = None,
@@ -40,6 +40,7 @@ def open_bundle(
 ) -> LoadedBundle:
     """Check the bundle at ``root`` and load the engines of the best of its targets that fits here.
 
+    ``root``: a directory, a Hub id or a tar (``engines/places.py``).
     ``device`` is ``cpu``, ``cuda``, or ``cuda:1`` for the second GPU, by default the best that a target fits. ``target``
     allows only targets of this name: ``tensorrt``, ``ort-cpu``. ``size`` (as ``832x1216``) and ``steps`` are those that the
     result is at, by default the bundle's first; engines of other sizes are loaded when they are asked for. ``weights`` names
@@ -51,7 +52,7 @@ def open_bundle(
     """
     check_threads(threads)
     name, wanted = parse_device(device), None if target is None else TargetName.parse(target, BACKENDS)
-    bundle = Bundle.open(root, verify=verify)
+    bundle = Bundle.open(_directory(root), verify=verify)
     if weights is not None:
         bundle = _with_weights(bundle, weights, wanted)
     try:
@@ -64,6 +65,14 @@ def open_bundle(
     log.log(logging.WARNING if better or not fit.exact else logging.INFO, "using target %s, which %s", fit.target, fit.in_words)
     assert fit.backend is not None, "chosen targets fit"
     return load_bundle(bundle, fit.target, fit.backend, device=fit.device, threads=threads, steps=steps)
+
+
+def _directory(root: str | Path) -> Path:
+    if Path(root).is_dir():
+        return Path(root)
+    from cachec.engines.places import find_bundle  # which a bundle on disk need not wait for
+
+    return find_bundle(root)
 
 
 def _with_weights(bundle: Bundle, name: str, wanted: TargetName | None) -> Bundle:

@@ -8,6 +8,7 @@ tokenizers give, is a module from tokens to conditions, which can be captured.
 """
 
 import copy
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -82,9 +83,7 @@ class Reading:
 
         def spy(*args: Any, **keywords: Any) -> Any:
             made = real(*args, **keywords)
-            if args:
-                raise InputError(f"{self._kind} calls {method} with arguments of no name")
-            encodings.append((keywords, made))
+            encodings.append((inspect.signature(real).bind(*args, **keywords).arguments, made))
             return made
 
         vars(twin.pipeline)[method] = spy
