@@ -16,6 +16,7 @@ from cachec.compiler.commands.messages import set_up_messages
 from cachec.compiler.options import BuildWish, make_build_options
 from cachec.runtime.errors import CachecError, need
 from cachec.runtime.version import VERSION
+from cachec.serving.flags import serve_flags
 
 log = logging.getLogger("cachec")
 MEASURING = ("torch", "diffusers", "transformers", "skimage", "matplotlib")  # what eval and report need
@@ -351,6 +352,17 @@ def report_command(bundle: Path, out: Path, **rest: Any) -> None:
 
     report = report_bundle(bundle, out, **rest)
     _table([("report", str(out)), ("result", headline(report))])
+
+
+@main.command("serve")
+@_talking
+@click.argument("bundles", nargs=-1, type=click.Path(path_type=Path))
+@serve_flags
+def serve_command(bundles: tuple[Path, ...], **given: Any) -> None:
+    """Serve BUNDLES over HTTP, as OpenAI's images and videos API: docs/serving.md."""
+    from cachec.serving.command import serve_bundles
+
+    serve_bundles(bundles, told=click.echo, **given)
 
 
 @main.command("inspect")

@@ -26,13 +26,15 @@ POLICY = (
 )
 
 
-def make_app(served: Sequence[Served], *, limits: Limits | None = None, key: str | None = None, threads: int = 1) -> FastAPI:
+def make_app(
+    served: Sequence[Served], *, limits: Limits | None = None, key: str | None = None, log_requests: bool = False
+) -> FastAPI:
     """The app that serves these bundles; its lanes run from its startup to its shutdown.
 
-    ``key``: an API key that requests must bring. ``threads``: how many requests encode or decode at once.
+    ``key``: an API key that requests must bring. ``log_requests``: what is asked for, too, not ids alone.
     """
     limits = limits or Limits()
-    desk = Desk(served, limits, threads=threads)
+    desk = Desk(served, limits, log_requests=log_requests)
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:

@@ -54,13 +54,14 @@ class Job:
 
 
 class Desk:
-    """One server's requests. ``threads``: how many encode and decode at once."""
+    """One server's requests. ``threads``: how many encode and decode at once. ``log_requests``: what they ask for, too."""
 
-    def __init__(self, served: Sequence[Served], limits: Limits, *, threads: int = 1) -> None:
+    def __init__(self, served: Sequence[Served], limits: Limits, *, threads: int = 1, log_requests: bool = False) -> None:
         self.served = {one.name: one for one in served}
         self.limits, self.metrics = limits, Metrics()
         self.ticker = Ticker([one.lanes for one in served], self._note)
         self._threads = ThreadPoolExecutor(threads, "cachec-pictures")
+        self._logs = log_requests
         self._names = [one.name for one in served]
         self._present = dict.fromkeys(self.served, 0)  # samples, from taken to made
         self._jobs = set[asyncio.Task[Made]]()
@@ -130,6 +131,8 @@ class Desk:
         except Refused as refused:
             self.metrics.refused.labels(refused.code).inc()
             raise
+        if self._logs:
+            log.info("request %s: %s of %s", number, choice, served.name)
         return Job(number, served, choice)
 
     def _check_room(self, served: Served, count: int) -> None:

@@ -44,7 +44,7 @@ class Guard:
             await send(message)
 
         try:
-            self._check(scope, Headers(scope=scope))
+            check_head(scope["path"], Headers(scope=scope), self._limits, self._key)
             body = await self._read(receive)
         except Refused as refused:
             response = JSONResponse(refused.to_json(), refused.status_code, refused.headers)
@@ -53,21 +53,6 @@ class Guard:
             if body is not None:
                 await self._app(scope, _again(body, receive), answer)
         log.info("request %s: status %d after %.3f s", number, status, time.monotonic() - begun)
-
-    def _check(self, scope: Scope, headers: Mapping[str, str]) -> None:
-        origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != headers.get("host"):
-            raise Refused(403, "a page of another site asks: only the page that this server shows may", code="origin")
-        if self._key is not None and scope["path"] not in OPEN and not scope["path"].startswith(FILES):
-            given = headers.get("authorization", "").encode("latin-1").removeprefix(b"Bearer ")  # its bytes, as they came
-            if not hmac.compare_digest(given, self._key.encode()):
-                raise Refused(401, "this server wants an API key: send Authorization: Bearer KEY", code="invalid_api_key")
-        length = headers.get("content-length", "0")
-        if not (length.isascii() and length.isdigit()) or int(length[:19]) > self._limits.body:
-            raise self._too_large()
-
-    def _too_large(self) -> Refused:
-        return Refused(413, f"the body is larger than the {self._limits.body} bytes that this server takes", code="too_large")
 
     async def _read(self, receive: Receive) -> bytes | None:
         """The whole body; ``None``: the client went away before it was sent."""
@@ -80,11 +65,29 @@ class Guard:
                         return None
                     body += message.get("body", b"")
                     if len(body) > self._limits.body:
-                        raise self._too_large()
+                        raise _too_large(self._limits)
                     if not message.get("more_body"):
                         return bytes(body)
         except TimeoutError as error:
             raise Refused(408, f"the body did not come within {self._limits.body_seconds:g} s", code="slow_body") from error
+
+
+def check_head(path: str, headers: Mapping[str, str], limits: Limits, key: str | None) -> None:
+    """Raise ``Refused`` for a request that may not ask, or says that its body is too large."""
+    origin = headers.get("origin")
+    if origin is not None and urlsplit(origin).netloc != headers.get("host"):
+        raise Refused(403, "a page of another site asks: only the page that this server shows may", code="origin")
+    if key is not None and path not in OPEN and not path.startswith(FILES):
+        given = headers.get("authorization", "").encode("latin-1").removeprefix(b"Bearer ")  # its bytes, as they came
+        if not hmac.compare_digest(given, key.encode()):
+            raise Refused(401, "this server wants an API key: send Authorization: Bearer KEY", code="invalid_api_key")
+    length = headers.get("content-length", "0")
+    if not (length.isascii() and length.isdigit()) or int(length[:19]) > limits.body:
+        raise _too_large(limits)
+
+
+def _too_large(limits: Limits) -> Refused:
+    return Refused(413, f"the body is larger than the {limits.body} bytes that this server takes", code="too_large")
 
 
 def _again(body: bytes, receive: Receive) -> Receive:

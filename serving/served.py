@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -39,6 +40,9 @@ class Pictures(Protocol):
 
     def to_mp4(self, frames: Array, fps: float) -> bytes:
         """A file of one video [frames, H, W, 3]."""
+
+    def close(self) -> None:
+        """Let go of its engines."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,11 @@ class Served:
 
     def program(self, choice: Choice) -> Program:
         return self._at[choice.size, choice.steps].programs[choice.level]
+
+    def close(self) -> None:
+        """Let go of its engines."""
+        self.pictures.close()
+        self.loaded.close()
 
     def warm_up(self) -> None:
         """Encode and decode once, so that no request pays for what happens the first time; and time it."""
@@ -260,6 +269,11 @@ class Served:
             for level in one.programs
         }
         return {"size": size, "num_inference_steps": steps, "levels": levels}
+
+
+def name_of(bundle: Path) -> str:
+    """What requests call it: its directory without ``.cachec``."""
+    return bundle.resolve().name.removesuffix(".cachec")
 
 
 def _fps(wish: Common, frames: int) -> float:

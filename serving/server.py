@@ -14,31 +14,39 @@ from fastapi import FastAPI
 
 from cachec.engines import open_bundle
 from cachec.runtime.errors import InputError, OutputError, in_one_line
-from cachec.runtime.session import LoadedBundle
 from cachec.serving.desk import Desk
-from cachec.serving.served import Pictures, Served
+from cachec.serving.served import Served, name_of
 
 log = logging.getLogger(__name__)
 CONNECTIONS = 2048  # at once; more get 503
 
 
-def open_served(
-    bundles: Sequence[Path],
-    pictures: Callable[[LoadedBundle], Pictures],
-    *,
-    lanes: int = 8,
-    policy: str = "shortest",
-    **where: Any,
-) -> list[Served]:
-    """Bundles by the names of their directories, without ``.cachec``. ``where``: as ``cachec.load`` takes it."""
-    served = list[Served]()
-    for bundle in bundles:
-        name = bundle.resolve().name.removesuffix(".cachec")
-        if name in [one.name for one in served]:
-            raise InputError(f"two bundles are called {name}, and requests could not tell them apart: rename one")
-        loaded = open_bundle(bundle, **where)
-        served.append(Served(name, loaded, pictures(loaded), lanes=lanes, policy=policy))
-    return served
+def open_one(bundle: str | Path, *, lanes: int = 8, policy: str = "shortest", **where: Any) -> Served:
+    """A bundle with its text encoders and decoder, called as its directory without ``.cachec``.
+
+    ``where``: as ``cachec.load`` takes it.
+
+    Raises:
+        InputError: it has none.
+        BundleError: it is damaged, or nothing of it runs here.
+    """
+    from cachec.pictures.generator import Generator
+
+    place = Path(bundle)
+    loaded = open_bundle(place, **where)
+    return Served(name_of(place), loaded, Generator(loaded), lanes=lanes, policy=policy)
+
+
+def open_all(bundles: Sequence[Path], **options: Any) -> list[Served]:
+    """All of them.
+
+    Raises:
+        InputError: two have one name.
+    """
+    names = [name_of(bundle) for bundle in bundles]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise InputError(f"two bundles are called {twice[0]}, and requests could not tell them apart: rename one")
+    return [open_one(bundle, **options) for bundle in bundles]
 
 
 class Server(uvicorn.Server):

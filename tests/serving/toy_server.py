@@ -3,6 +3,7 @@
 import asyncio
 import json
 import threading
+import time
 import zlib
 from contextlib import contextmanager
 from http.client import HTTPConnection
@@ -93,6 +94,9 @@ class ToyPictures:
     def to_mp4(self, frames, fps):
         return b"mp4 of " + repr((frames.shape, fps)).encode()
 
+    def close(self):
+        pass
+
 
 def toy_served(name="toy", pictures=ToyPictures, *, frames=1, engines=None, **options):
     loaded = toy_loaded(frames, **(engines or {}))
@@ -163,3 +167,13 @@ def running(*served, **options):
         yield one
     finally:
         one.stop()
+
+
+def open_toy(bundle, *, lanes):
+    """What opens a bundle in a replica: two names, and steps that take a while."""
+    return toy_served(bundle, engines={"compute": slow}, lanes=lanes)
+
+
+def slow(**inputs):
+    time.sleep(0.03)
+    return poisoned(**inputs)

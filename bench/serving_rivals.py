@@ -1,0 +1,103 @@
+"""What the serving bench compares lanes with: stand in the place of ``Lanes`` behind the same server.
+
+Each has what the server asks of lanes, and plays whole requests, the shortest first.
+"""
+
+import itertools
+import threading
+import time
+
+import numpy as np
+
+from cachec.runtime.lane_request import Tick, Ticket
+from cachec.runtime.noise import make_noise
+
+
+class Whole:
+    """A queue of requests; ``play`` makes the latents of some that are alike."""
+
+    def __init__(self, served, most):
+        self._served, self._most = served, most
+        self._kinds = served.lanes.kind
+        self._queue, self._numbers, self._lock = [], itertools.count(), threading.Lock()
+        self.num_running = 0
+
+    def kind(self, level=None, **where):
+        return self._kinds(level, **where)
+
+    @property
+    def num_queued(self):
+        return len(self._queue)
+
+    def expected_ends(self):
+        return {ticket.number: self.kind(ticket.level).alone[0] for ticket, _, _ in self._queue}
+
+    def latents(self, ticket):
+        return None
+
+    def submit(self, conditions, *, seed, level=None, steps=None, size=None, deadline=None):
+        program = self._served.loaded.at(size, steps).programs[level]
+        ticket = Ticket(next(self._numbers), level, program.num_steps)
+        with self._lock:
+            self._queue.append((ticket, dict(conditions), seed))
+        return ticket
+
+    def run_until_idle(self):
+        while self.tick() is not None:
+            pass
+
+    def tick(self):
+        """The shortest request, with as many like it as fit into a batch, from its first step to its last."""
+        with self._lock:
+            self._queue = [one for one in self._queue if not one[0].done]
+            if not self._queue:
+                return None
+            first = min(self._queue, key=lambda one: (self.kind(one[0].level).alone[0], one[0].number))
+            chosen = [one for one in self._queue if one[0].level == first[0].level][: self._most]
+            self._queue = [one for one in self._queue if one not in chosen]
+        begun, self.num_running = time.monotonic(), len(chosen)
+        made = self.play(first[0].level, [one[1] for one in chosen], [one[2] for one in chosen])
+        self.num_running = 0
+        tickets = tuple(one[0] for one in chosen)
+        for ticket, latents in zip(tickets, made, strict=True):
+            ticket.step = ticket.num_steps
+            if ticket.future.set_running_or_notify_cancel():
+                ticket.future.set_result(latents[None])
+        seconds = time.monotonic() - begun
+        return Tick(tickets, len(tickets), tickets, seconds, seconds)
+
+
+class WholeBatches(Whole):
+    """Batches of requests of one level, with the cache, on sessions of 1, 2, 4 and 8 samples."""
+
+    def __init__(self, served, most):
+        super().__init__(served, most)
+        self._sessions = {}
+
+    def play(self, level, conditions, seeds):
+        batch = next(size for size in (1, 2, 4, 8) if size >= len(seeds))
+        key = level, batch
+        if key not in self._sessions:
+            self._sessions[key] = self._served.loaded.session(batch=batch, level=level)
+        session = self._sessions[key]
+        places = [min(place, len(seeds) - 1) for place in range(batch)]
+        given = {name: np.concatenate([conditions[place][name] for place in places]) for name in conditions[0]}
+        noise = np.stack([make_noise(seeds[place], session.latent_shape[1:]) for place in places])
+        return session.run(given, noise)[: len(seeds)].copy()
+
+
+class Eager(Whole):
+    """diffusers' own loop under PyTorch, one request at a time, every step computed. Needs the extra ``compile``."""
+
+    def __init__(self, served):
+        super().__init__(served, most=1)
+        from cachec.compiler.models import find_model, load_model
+        from cachec.compiler.models.base import settings_of
+
+        manifest = served.loaded.manifest
+        self._model = load_model(find_model(manifest.model["source"]))
+        self._settings, self._shape = settings_of(manifest), served.loaded.session().latent_shape[1:]
+
+    def play(self, level, conditions, seeds):
+        noise = make_noise(seeds[0], self._shape)[None]
+        return self._model.generate(conditions[0], noise, self._settings)

@@ -1,0 +1,122 @@
+"""The server on a local Ray of two workers: the same pictures, also when one of the two is killed on the way."""
+
+import base64
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from http.client import HTTPConnection
+from pathlib import Path
+
+import pytest
+from toy_server import running, toy_served
+
+from cachec.runtime.errors import InputError
+
+ray = pytest.importorskip("ray")
+pytest.importorskip("ray.serve")
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+
+
+@pytest.fixture(scope="module")
+def port():
+    """Of a server with two replicas, either of which has one bundle open at a time."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    from ray import serve
+
+    from cachec.serving.ray import app
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    paths = os.pathsep.join([str(Path(__file__).parent), *(path for path in sys.path if path)])
+    ray.init(address="local", num_cpus=4, include_dashboard=False, runtime_env={"env_vars": {"PYTHONPATH": paths}})
+    try:
+        serve.start(http_options={"host": "127.0.0.1", "port": port})
+        serve.run(app({"bundles": "one,two", "replicas": 2, "opener": "toy_server:open_toy", "limits": {"seconds": 60}}))
+        yield port
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+
+
+def ask(port, path, body=None):
+    connection = HTTPConnection("127.0.0.1", port, timeout=90)
+    data = None if body is None else json.dumps(body)
+    connection.request("GET" if body is None else "POST", path, data, {"Content-Type": "application/json"})
+    answer = connection.getresponse()
+    data = answer.read()
+    connection.close()
+    return answer.status, json.loads(data) if answer.headers["content-type"].startswith("application/json") else data
+
+
+def generate(port, seed, **fields):
+    return ask(port, "/v1/images/generations", {"prompt": "a ring", "seed": seed, "quality": "exact", **fields})
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """What one process gives, by seed."""
+    with running(toy_served()) as server:
+        return {seed: server.generate("a ring", seed=seed, quality="exact")[1]["data"][0]["b64_json"] for seed in range(12)}
+
+
+def test_results_are_those_of_one_process(port, alone):
+    status, data = generate(port, 3)
+    assert (status, data["data"][0]["b64_json"], data["model"]) == (200, alone[3], "one")
+    status, data = generate(port, 3, model="two", n=2)
+    assert (status, [one["b64_json"] for one in data["data"]], data["model"]) == (200, [alone[3], alone[4]], "two")
+    status, text = generate(port, 5, stream=True)
+    last = json.loads(text.decode().strip().rpartition("data: ")[2])
+    assert (status, base64.b64decode(last["b64_json"])) == (200, base64.b64decode(alone[5]))
+    assert text.decode().count("event: image_generation.progress") == 8
+    assert [one["id"] for one in ask(port, "/v1/models")[1]["data"]] == ["one", "two"]
+
+
+def test_what_does_not_fit_is_told_in_words(port):
+    assert generate(port, 1, model="three")[0] == 404
+    status, data = generate(port, 1, num_inference_steps=5)
+    assert (status, "the bundle was compiled for 8, 4" in data["error"]["message"]) == (400, True)
+    assert generate(port, 1, response_format="url")[0] == 400
+    assert ask(port, "/v1/videos", {"prompt": "a"})[0] == 400
+    assert ask(port, "/health") == (200, {"status": "ok"})
+
+
+def test_a_killed_replica_loses_no_request(port, alone):
+    for seed in range(2):
+        generate(port, seed)  # so that both have the bundle open
+    answers = {}
+
+    def one(seed):
+        answers[seed] = generate(port, seed)
+
+    threads = [threading.Thread(target=one, args=(seed,)) for seed in range(12)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.3)
+    names = [one["name"] for one in ray.util.list_named_actors(all_namespaces=True) if "cachec-replica" in one["name"]]
+    assert len(names) == 2
+    ray.kill(ray.get_actor(names[0], namespace="serve"))
+    for thread in threads:
+        thread.join(90)
+    assert {seed: answer[0] for seed, answer in answers.items()} == dict.fromkeys(range(12), 200)
+    assert {seed: answer[1]["data"][0]["b64_json"] for seed, answer in answers.items()} == alone
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({}, "there is nothing to serve"),
+        ({"bundles": "a", "gpu": 1}, "unknown argument 'gpu'. Did you mean 'gpus'"),
+        ({"bundles": "a", "replicas": "4-2"}, "replicas is 4-2; write a number, or two as in 0-4"),
+        ({"bundles": "a", "limits": {"queue": -1}}, "the limit queue is -1"),
+    ],
+)
+def test_what_cannot_be_deployed_is_refused(args, message):
+    from cachec.serving.ray import app
+
+    with pytest.raises(InputError, match=message):
+        app(args)
