@@ -16,6 +16,7 @@ from cachec.runtime.program import UNCACHED
 from cachec.serving.app import make_app
 from cachec.serving.limits import Limits
 from cachec.serving.server import open_one, serve
+from cachec.serving.wishes import ImageWish
 
 SYSTEMS = ("lanes", "lanes uncached", "one at a time", "whole requests", "diffusers eager")
 LANES = 8
@@ -48,6 +49,11 @@ def main() -> None:
     serve(app, port=0, told=told)
 
 
+def choose(one, level):
+    """A request of this level."""
+    return one.choose(ImageWish(prompt="a yellow ring", quality=level), Limits(), lambda: 0)
+
+
 def measure_alone(one):
     """Seconds of a request without HTTP, in the median, by level: encode, denoise, decode, PNG."""
     medians = {}
@@ -55,8 +61,7 @@ def measure_alone(one):
         took = []
         for seed in range(ALONE):
             begun = time.perf_counter()
-            found = one.pictures.encode(["a yellow ring"])
-            given = {name: found[name] for name in one.loaded.io.conditions}
+            given = one.conditions(choose(one, level))
             ticket = one.lanes.submit(given, seed=seed, level=level)
             one.lanes.run_until_idle()
             one.pictures.to_png(one.pictures.decode(np.asarray(ticket.result(0)))[0])

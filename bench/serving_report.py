@@ -6,7 +6,8 @@ ABOUT = """# Serving
 
 `python -m bench.serving` on {date}: {model}, {requests} requests a rate, Poisson arrivals, levels drawn with equal chances, the
 same for every system, each of which stands behind the same HTTP server in a process of its own. Goodput: requests a second
-that were answered within {within:g} times the idle latency of *lanes* at their level. Every system takes the shortest request first.
+that were answered within {within:g} times the idle latency of *lanes* at their level.
+Every system takes the shortest request first.
 
 * **lanes**: requests at different steps and levels share the runs of the model, with the cache.
 * **lanes uncached**: the same, every step computed: what a step-level batcher without a cache does.

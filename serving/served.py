@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from cachec.runtime.abi import GUIDANCE, negative_name
+from cachec.pictures.scales import Scales
 from cachec.runtime.errors import InputError
 from cachec.runtime.lanes import Lanes
 from cachec.runtime.noise import NUM_SEEDS
@@ -29,8 +29,10 @@ EMBEDDED = "guidance"  # the condition of models that take their guidance scale 
 class Pictures(Protocol):
     """Text to conditions and latents to pictures, as ``cachec.pictures.generator.Generator`` makes them."""
 
-    def encode(self, prompts: Sequence[str], *, guidance: float | None = None) -> Mapping[str, Array]:
-        """Conditions of one branch, batch first. ``guidance``: a scale that is a condition itself, by default the bundle's."""
+    def conditions(
+        self, prompts: Sequence[str], names: Sequence[str], scales: Scales, negatives: Sequence[str] | None = None
+    ) -> Mapping[str, Array]:
+        """Conditions of whole requests, batch first: those of ``names``."""
 
     def decode(self, latents: Array, *, size: str | None = None) -> Array:
         """uint8 [B, H, W, 3], of videos [B, frames, H, W, 3]."""
@@ -106,10 +108,10 @@ class Served:
 
     def warm_up(self) -> None:
         """Encode and decode once, so that no request pays for what happens the first time; and time it."""
-        shape = self.loaded.session().latent_shape
+        first, shape = self.variants[0], self.loaded.session().latent_shape
         for _ in range(2):
             begun = time.perf_counter()
-            self.pictures.encode([""])
+            self.conditions(Choice(first.size, first.steps, self.loaded.default_level, (0,), "", "", None, None, None, FPS))
             encoded = time.perf_counter()
             self._to_file(self.pictures.decode(np.zeros((1, *shape[1:]), np.float32))[0], FPS)
             self.seconds = {"encode": encoded - begun, "decode": time.perf_counter() - encoded}
@@ -216,19 +218,10 @@ class Served:
 
     def conditions(self, choice: Choice) -> dict[str, Array]:
         """What the lanes take for one sample: both branches where there are two, and the scales."""
-        names = self.loaded.io.conditions
-        made = {name: value for name, value in self._encode(choice.prompt, choice).items() if name in names}
-        if self.program(choice).key.guided:
-            others = self._encode(choice.negative, choice)
-            made |= {negative_name(name): value for name, value in others.items() if name in names}
-            which = "true_cfg_scale" if EMBEDDED in names else "guidance"
-            given = (choice.true_cfg_scale, None if EMBEDDED in names else choice.guidance)
-            scale = next((one for one in given if one is not None), self.settings[which])
-            made[GUIDANCE] = np.full(1, scale, np.float32)
-        return made
-
-    def _encode(self, prompt: str, choice: Choice) -> Mapping[str, Array]:
-        return self.pictures.encode([prompt], guidance=choice.guidance)
+        loaded = self._at[choice.size, choice.steps]
+        scales = Scales.of(loaded, guidance=choice.guidance, true=choice.true_cfg_scale, negative=False)
+        names = self.lanes.conditions(choice.level, steps=choice.steps, size=choice.size)
+        return dict(self.pictures.conditions([choice.prompt], names, scales, [choice.negative]))
 
     def preview(self, choice: Choice, before: tuple[int, Array], now: tuple[int, Array]) -> bytes:
         """A picture of where a request is heading: the straight line through its latents at two steps, at no noise."""

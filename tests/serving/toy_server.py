@@ -41,7 +41,14 @@ class Origin:
     """What a bundle with 8 and with 4 steps would be opened from."""
 
     def __init__(self, frames, engines):
-        settings = {"height": 16, "width": 24, "guidance": 1.0, "steps": 8, **({"frames": frames} if frames > 1 else {})}
+        settings = {
+            "height": 16,
+            "width": 24,
+            "guidance": 1.0,
+            "true_cfg_scale": 1.0,
+            "steps": 8,
+            **({"frames": frames} if frames > 1 else {}),
+        }
         four = ProgramKey(4, hash_sigmas(FOUR), {}, level=UNCACHED)
         self.programs = {
             8: {UNCACHED: make_program(UNCACHED), "default": make_program("hidden")},
@@ -77,7 +84,11 @@ class ToyPictures:
         frames = settings.get("frames", 1)
         self.shape = (*((frames,) if frames > 1 else ()), settings["height"], settings["width"], 3)
 
-    def encode(self, prompts, *, guidance=None):
+    def conditions(self, prompts, names, scales, negatives=None):
+        found = self.encode(prompts)
+        return {name: found[name] for name in names}
+
+    def encode(self, prompts):
         rows = [make_noise(zlib.crc32(prompt.encode()), (WIDTH,)) for prompt in prompts]
         rows = [np.full_like(row, MARK) if prompt == POISON else row for row, prompt in zip(rows, prompts, strict=True)]
         return {"prompt": np.stack(rows)}
@@ -175,5 +186,5 @@ def open_toy(bundle, *, lanes):
 
 
 def slow(**inputs):
-    time.sleep(0.03)
+    time.sleep(0.08)
     return poisoned(**inputs)
