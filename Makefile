@@ -5,7 +5,7 @@ READY := $(VENV)/.ready
 BUILD := reference/build
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo test test-slow models models-full check types wheel eval quality bench engines sizes static soak fits gpu reference avatars clean
+.PHONY: help demo test test-slow models models-full check types wheel eval quality bench engines sizes static soak fits serve-bench gpu reference avatars clean
 
 help:  ## Say what can be made
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -79,6 +79,9 @@ static: $(READY)  ## What engines for one size gain over one set for all: the en
 
 soak: $(READY)  ## Damage bundles and kill commands, thousands of times: docs/reliability.md
 	$(BIN)/python -m bench.soak
+
+serve-bench: $(READY)  ## The server against other ways to batch: bench/SERVING.md (hours on two idle cores)
+	$(BIN)/python -m bench.serving
 
 fits: $(READY)  ## What calibration and training cost, and LESA from some of the tokens: bench/FITS.md (ten minutes)
 	$(BIN)/python -m bench.fits

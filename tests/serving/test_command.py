@@ -1,0 +1,53 @@
+"""``cachec serve`` as it is called: what is refused before anything is opened."""
+
+import pytest
+from toy_product import run_cli
+
+from cachec.runtime.errors import InputError, OutputError
+from cachec.serving.command import read_key
+from cachec.serving.server import is_loopback, open_all, serve
+
+
+def test_nothing_to_serve_is_told():
+    assert run_cli("serve") == (3, "error: there is nothing to serve: name a bundle\n")
+
+
+def test_a_limit_that_allows_nothing_is_told(tmp_path):
+    code, output = run_cli("serve", tmp_path, "--max-queue", "-1")
+    assert (code, output) == (3, "error: the limit queue is -1; it must be 0 or more\n")
+
+
+def test_what_is_no_bundle_is_told(tmp_path):
+    code, output = run_cli("serve", tmp_path)
+    assert code == 6
+    assert output.startswith("error: ")
+
+
+def test_two_bundles_of_one_name_are_refused(tmp_path):
+    with pytest.raises(InputError, match="two bundles are called a, and requests could not tell them apart"):
+        open_all([tmp_path / "a.cachec", tmp_path / "other" / "a"])
+
+
+def test_the_key_is_a_files_first_line_or_the_environments(tmp_path, monkeypatch):
+    file = tmp_path / "key"
+    file.write_text(" secret \nand more")
+    monkeypatch.setenv("CACHEC_API_KEY", "other")
+    assert (read_key(file), read_key(None)) == ("secret", "other")
+    monkeypatch.delenv("CACHEC_API_KEY")
+    assert read_key(None) is None
+    file.write_text("\nsecret")
+    with pytest.raises(InputError, match="the first line of .*key is empty"):
+        read_key(file)
+    with pytest.raises(InputError, match="the API key cannot be read from .*nowhere"):
+        read_key(tmp_path / "nowhere")
+
+
+def test_which_addresses_are_this_machines_alone():
+    assert [is_loopback(host) for host in ("127.0.0.1", "::1", "localhost", "0.0.0.0", "example.org")] == [True] * 3 + [
+        False
+    ] * 2
+
+
+def test_an_address_that_is_taken_is_told(toy):
+    with pytest.raises(OutputError, match=rf"the server cannot listen on 127.0.0.1:{toy.port} \(.*in use"):
+        serve(toy.app, port=toy.port)
