@@ -24,10 +24,10 @@ from cachec.compiler.calibration.uses import UsedPrompts, calibration_prompts, t
 from cachec.compiler.graphs.costs import memory_facts, samples_at_once
 from cachec.compiler.graphs.export import EnginePlan, plan_engines
 from cachec.compiler.graphs.finite import check_finite_run
-from cachec.compiler.graphs.prepare import compute_only, engine, inlined, linear, prepare
+from cachec.compiler.graphs.prepare import compute_only, engine, inlined, linear, prepare, with_blocks
 from cachec.compiler.graphs.verify import verifier_for, verify_twin
 from cachec.compiler.graphs.weights import is_large
-from cachec.compiler.methods.base import CodedMethod, Method, PredictorMethod
+from cachec.compiler.methods.base import BlockMethod, CodedMethod, Method, PredictorMethod
 from cachec.compiler.methods.codings import coding_of
 from cachec.compiler.methods.parameters import Parameters, check_fit
 from cachec.compiler.methods.released import IMPORTED, load_given
@@ -260,8 +260,8 @@ def make_graphs(model: LoadedModel, request: Request, parameters: Parameters | N
         raise InputError(NO_TAIL)
     if model.stored is not None and is_large(model.stored.module) and not request.wish.graph.verify_passes:
         verify_twin(model, request.settings)
-    watch = observers(model, request)
-    split = prepare(model, request.settings, watch)
+    watch, keeps = observers(model, request), isinstance(request.method, BlockMethod)
+    split = prepare(model, request.settings, watch, tokens=keeps)
     inputs = model.example_inputs(request.settings)
     check_finite_run(split, inputs, request.settings.dtype, request.wish.graph.slots)
     plain = add_forecast(model, split, request, parameters, watch)
@@ -322,6 +322,8 @@ def add_forecast(
     method, schedule = request.method, request.schedule
     if method.cut == "output":
         return compute_only(split)
+    if isinstance(method, BlockMethod):
+        return with_blocks(model, request.settings, method.blocks(model, parameters), watch)
     if schedule is None or not isinstance(method, PredictorMethod):
         return linear(split, watch, coding=coding_of(split, request.settings, method, parameters))
     if request.folds:
@@ -359,7 +361,7 @@ def make_programs(
     batch, guided = request.wish.model.batch, model.is_guided(settings)
     key = ProgramKey(settings.steps, hash_sigmas(sampling.sigmas), settings.sizes, batch=batch, guided=guided)
     programs = {UNCACHED: lower_uncached(replace(key, level=UNCACHED), sampling)}
-    if schedule is not None and isinstance(method, PredictorMethod):
+    if schedule is not None and isinstance(method, PredictorMethod | BlockMethod):
         return Programs(programs | {"default": _lower_predictor(model, request, method, schedule, parameters, key)})
     cost = forecast_cost(engines, programs[UNCACHED], model.io) if request.wants_speed else 0.0
     planner = Planner(
@@ -381,13 +383,15 @@ def make_programs(
 def _lower_predictor(
     model: LoadedModel,
     request: Request,
-    method: PredictorMethod,
+    method: PredictorMethod | BlockMethod,
     schedule: Schedule,
     parameters: Parameters | None,
     key: ProgramKey,
 ) -> Program:
     """The Program of a predictor on its one schedule: composed coefficients, or predictor calls if nothing is folded."""
     sampling = model.sampling(request.settings)
+    if isinstance(method, BlockMethod):
+        return lower_predictor(schedule, 1, feeds_back=False, key=key, sampling=sampling)
     if not request.folds:
         return lower_predictor(schedule, method.window, feeds_back=method.feeds_back, key=key, sampling=sampling)
     return lower_table(method.table(schedule, sampling.levels(method.cut), parameters), key, sampling)

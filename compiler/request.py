@@ -10,7 +10,7 @@ from typing import Any
 from cachec.compiler.cache_configs import schedule_options
 from cachec.compiler.calibration.prompts import read_prompts
 from cachec.compiler.methods import get_method
-from cachec.compiler.methods.base import CodedMethod, Method, PredictorMethod
+from cachec.compiler.methods.base import BlockMethod, CodedMethod, Method, PredictorMethod
 from cachec.compiler.models.base import ModelSpec, Settings
 from cachec.compiler.models.lora_files import LoraFile, parse_loras
 from cachec.compiler.options import (
@@ -89,7 +89,7 @@ class Request:
     @property
     def folds(self) -> bool:
         """Does the predictor become numbers?"""
-        return self.wish.graph.fold == FOLDS[0]
+        return self.method.folds and self.wish.graph.fold == FOLDS[0]
 
     @property
     def computed(self) -> int:
@@ -194,7 +194,7 @@ def check_wish(spec: ModelSpec, wish: Options) -> Request:
         _check_graph(method, goals, wish.graph)
         reference = _choose_reference(method, goals, one, wish.fit)
         requests.append(Request(wish, method, goals, one, prompts, targets, device, build, interval, reference, loras, whole))
-    if wish.graph.fold == "none" and len({one.steps for one in settings}) > 1:
+    if wish.graph.fold == "none" and method.folds and len({one.steps for one in settings}) > 1:
         raise InputError(
             "fold is none, which keeps a predictor of one schedule in the engine, and several numbers of steps are asked for: "
             "use static"
@@ -242,7 +242,8 @@ def _check_numbers(wish: Options) -> None:
 def _check_files(method: Method, wish: FitWish, num: int) -> None:
     """``num``: of sizes with numbers of steps."""
     for name in ("predictor", "calibration"):
-        if num > 1 and getattr(wish, name) is not None:
+        one_for_all = name == "predictor" and not method.folds
+        if num > 1 and getattr(wish, name) is not None and not one_for_all:
             raise InputError(f"--{name} is of one size and one number of steps, and {num} are asked for: leave it out")
     if wish.predictor is not None and wish.prompts is not None:
         raise InputError("--predictor and --prompts contradict each other: a given predictor is not trained")
@@ -315,7 +316,9 @@ def _check_graph(method: Method, goals: Sequence[Goal], wish: GraphWish) -> None
         raise unknown_name("slot type", str(wish.slots), SLOTS)
     if wish.fold not in FOLDS:
         raise InputError(f"fold is {wish.fold!r}; use {' or '.join(FOLDS)}")
-    if wish.fold == "none" and not isinstance(method, PredictorMethod):
+    if wish.fold == "none" and not isinstance(method, PredictorMethod | BlockMethod):
         raise InputError(f"fold is none, but {method.name} has no predictor graph to keep in the engine: use static")
+    if any(goal.searched for goal in goals) and not method.folds:
+        raise InputError(f"a searched schedule needs its forecasts as numbers, which {method.name} has none of: name the steps")
     if wish.fold == "none" and any(goal.searched for goal in goals):
         raise InputError("fold is none, but a searched schedule needs its forecasts as numbers: use static")

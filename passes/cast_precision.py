@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from cachec.passes.base import CAST, Equivalence, GraphPass, Graphs, emit, fetch, outputs, shape_of, sizes_by_name, tensors
-from cachec.runtime.abi import MODEL
+from cachec.runtime.abi import MODEL, VELOCITY
 from cachec.runtime.errors import PassError
 
 aten = torch.ops.aten
@@ -43,7 +43,7 @@ class CastPrecision(GraphPass):
     - but a sum is ``dtype`` if a term as large as the sum is: that is the residual stream, whatever a branch, a table of
       positions or a gate adds to it. Modulations, which are broadcast, leave what a norm gave in float32.
 
-    Casts that the model makes itself are dropped, float64 becomes float32, and what the graph returns is float32. Weights are
+    Casts that the model makes itself are dropped, float64 becomes float32, and the velocity is float32. Weights are
     converted here, once; those that have their type are kept, as the same objects. Casts to ``dtype`` stand where the value
     is made, and are shared; casts to float32 where it is read, so that the value that leaves a block is the narrow one.
 
@@ -69,7 +69,8 @@ class CastPrecision(GraphPass):
         for node in places:
             caster.visit(node)
         end = next(iter(reversed(module.graph.nodes)))
-        end.args = ({name: caster.cast(value, WIDE_TYPE, end) for name, value in outputs(module).items()},)
+        results = outputs(module)
+        end.args = ({**results, VELOCITY: caster.cast(results[VELOCITY], WIDE_TYPE, end)},)
 
     def ensures(self, graphs: Graphs) -> None:
         for node in graphs.modules[MODEL].graph.nodes:

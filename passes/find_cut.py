@@ -7,8 +7,8 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from cachec.passes.base import Graphs, Pass, PassResult, depends_on_inputs
-from cachec.runtime.abi import MODEL
+from cachec.passes.base import Graphs, Pass, PassResult, depends_on_inputs, outputs
+from cachec.runtime.abi import MODEL, TOKENS
 from cachec.runtime.errors import PassError
 
 
@@ -32,8 +32,10 @@ class FindCut(Pass):
         inside = [n for n in module.graph.nodes if n in varying and n.op != "placeholder" and self._is_inside(n)]
         if not inside:
             raise PassError(f"no node of the graph is under block {self.block!r}.{self._suggest(module)}")
-        members = set(inside)
-        crossing = [n for n in inside if isinstance(n.meta.get("val"), torch.Tensor) and n.users.keys() - members]
+        members, end = set(inside), next(iter(reversed(module.graph.nodes)))
+        kept = outputs(module).get(TOKENS)  # handed out beside what goes on to the tail
+        leaves = {n: n.users.keys() - members - ({end} if n is kept else set()) for n in inside}
+        crossing = [n for n in inside if isinstance(n.meta.get("val"), torch.Tensor) and leaves[n]]
         if len(crossing) != 1:
             names = ", ".join(f"{n.name} {list(n.meta['val'].shape)}" for n in crossing) or "none"
             raise PassError(f"block {self.block!r} must hand one value to the tail, it hands over: {names}")

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from cachec.passes.base import Graphs, Pass, PassResult, backward_slice, fetch, finish, outputs, placeholders
-from cachec.runtime.abi import COMPUTE, FEATURE, FORECAST, MODEL, VELOCITY
+from cachec.runtime.abi import COMPUTE, FEATURE, FORECAST, MODEL, TOKENS, VELOCITY
 from cachec.runtime.errors import PassError
 
 
@@ -16,8 +16,8 @@ from cachec.runtime.errors import PassError
 class SplitModel(Pass):
     """Cut the model at the marked value, by backward slices.
 
-    compute: all inputs → ``velocity`` and ``feature``. forecast: ``feature`` and what else the tail reads →
-    ``velocity``. Parameters that both need are the same objects.
+    compute: all inputs → ``velocity`` and ``feature``, and ``tokens`` if the model hands them out. forecast: ``feature`` and
+    what else the tail reads → ``velocity``. Parameters that both need are the same objects.
     """
 
     name: ClassVar[str] = "split_model"
@@ -29,8 +29,8 @@ class SplitModel(Pass):
     def run(self, graphs: Graphs) -> PassResult:
         model = graphs.modules[MODEL]
         cut = next(n for n in model.graph.nodes if n.name == graphs.cut)
-        velocity = outputs(model)[VELOCITY]
-        compute = extract(model, {VELOCITY: velocity, FEATURE: cut}, {})
+        velocity, tokens = outputs(model)[VELOCITY], outputs(model).get(TOKENS)
+        compute = extract(model, {VELOCITY: velocity, FEATURE: cut, **({} if tokens is None else {TOKENS: tokens})}, {})
         forecast = extract(model, {VELOCITY: velocity}, {cut: FEATURE})
         return PassResult(replace(graphs, modules={COMPUTE: compute, FORECAST: forecast}), changed=True)
 

@@ -25,6 +25,7 @@ from cachec.runtime.abi import (
     NEXT_LATENTS,
     POSITIVE,
     PROLOGUE,
+    TOKENS,
     VELOCITIES,
     VELOCITY,
     history_name,
@@ -119,19 +120,21 @@ def _sizes(value: torch.Tensor) -> list[int]:
     return [int(size) for size in value.shape[1:]]
 
 
+_MODEL = _spec([VELOCITY], may=[TOKENS])
 _STEP = _spec([VELOCITY, FEATURE])
 SPECS = {
-    Stage.CAPTURED: StageSpec({MODEL: _spec([VELOCITY])}, (_wide_results,)),
-    Stage.CANONICAL: StageSpec({MODEL: _spec([VELOCITY])}, (_wide_results, _canonical, _types)),
+    Stage.CAPTURED: StageSpec({MODEL: _MODEL}, (_wide_results,)),
+    Stage.CANONICAL: StageSpec({MODEL: _MODEL}, (_wide_results, _canonical, _types)),
     Stage.SPLIT: StageSpec(
-        {COMPUTE: _STEP, FORECAST: _spec([VELOCITY], [FEATURE], optional=True)}, (_wide_results, _canonical, _types, _cut)
+        {COMPUTE: _spec([VELOCITY, FEATURE], may=[TOKENS]), FORECAST: _spec([VELOCITY], [FEATURE], optional=True)},
+        (_wide_results, _canonical, _types, _cut),
     ),
     Stage.LINEAR: StageSpec(
         {COMPUTE: _STEP, FORECAST: _spec([VELOCITY], [FEATURES, COEFFICIENTS, BIAS])},
         (_wide_results, _canonical, _types, _linear),
     ),
     Stage.INLINED: StageSpec(
-        {COMPUTE: _STEP, FORECAST: _spec([VELOCITY, FEATURE], [history_name(0)])}, (_wide_results, _canonical, _types)
+        {COMPUTE: _STEP, FORECAST: _spec([VELOCITY], [history_name(0)], may=[FEATURE])}, (_wide_results, _canonical, _types)
     ),
     Stage.ENGINE: StageSpec(
         {

@@ -17,6 +17,7 @@ GUIDE = "guide"  # the velocities of both branches of guidance combined
 VELOCITY = "velocity"  # the model's output [B, …]
 VELOCITIES = "velocities"  # several of them [n, B, …], or [H, B, …] from the slots
 FEATURE = "feature"  # the hidden state at the cut [B, …]
+TOKENS = "tokens"  # of image and text behind the last block, which predictors made of blocks read [B, …]
 FEATURES = "features"  # the written slots [H, B, …]
 COEFFICIENTS = "coefficients"  # rows [n, G, H] of forecasts, or one row [G, H] that moves the latents
 BIAS = "bias"  # [n]

@@ -321,6 +321,18 @@ def record_features(
     return record_runs(recorders, prompts, [wanted], seeds=seeds, work=work, title=title)
 
 
+def keep_states(steps: Iterator[RunStep]) -> dict[str, Array]:
+    """The latents after every step."""
+    return {"after": np.stack([step.latents for step in steps], axis=1)}
+
+
+def record_states(subject: Subject, recorders: Recorders, prompts: Sequence[str], *, seed: int, work: Path) -> dict[str, Array]:
+    """Run the uncached model once per prompt; ``states`` [P, T, …] are the latents before each step. Resumable in ``work``."""
+    title, wanted = f"uncached runs of {len(prompts)} prompts", WantedRun(subject.own_sampling, keep_states)
+    runs = record_runs(recorders, prompts, [wanted], seeds=training_seeds(seed, len(prompts)), work=work, title=title)
+    return {"states": np.concatenate([runs["noise"][:, None], runs["after"][:, :-1]], axis=1)}
+
+
 def record_trajectories(
     subject: Subject,
     recorders: Recorders,

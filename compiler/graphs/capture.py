@@ -29,14 +29,14 @@ ROUNDING = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-2}  # t
 
 
 class _Captured(nn.Module):
-    """Calls ``model`` by keyword, with ``constants`` filled in, and names its output.
+    """Calls ``model`` by keyword, with ``constants`` filled in, and names its output, and ``more`` that it gives behind.
 
-    Floating inputs and the output are float32 whatever the model's own precision; labels and masks keep their types.
+    Floating inputs and the velocity are float32 whatever the model's own precision; labels and masks keep their types.
     """
 
-    def __init__(self, model: nn.Module, constants: Mapping[str, Any]) -> None:
+    def __init__(self, model: nn.Module, constants: Mapping[str, Any], more: tuple[str, ...] = ()) -> None:
         super().__init__()
-        self.model = model
+        self.model, self._more = model, more
         self._flags = {name: value for name, value in constants.items() if not isinstance(value, torch.Tensor)}
         self._tables = [name for name in constants if name not in self._flags]
         for name in self._tables:
@@ -47,11 +47,17 @@ class _Captured(nn.Module):
         dtype = next(self.model.parameters()).dtype
         given = {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
         output = self.model(**given, **tables, **self._flags)
-        return {VELOCITY: (output[0] if isinstance(output, tuple) else output).float()}
+        first, *more = output if isinstance(output, tuple) else (output,)
+        return {VELOCITY: first.float(), **dict(zip(self._more, more, strict=False))}
 
 
-def capture_model(model: nn.Module, inputs: Mapping[str, torch.Tensor], constants: Mapping[str, Any] | None = None) -> Graphs:
-    """Capture ``model(**inputs, **constants)`` with a symbolic batch; the graph returns ``{"velocity": …}``.
+def capture_model(
+    model: nn.Module,
+    inputs: Mapping[str, torch.Tensor],
+    constants: Mapping[str, Any] | None = None,
+    more: tuple[str, ...] = (),
+) -> Graphs:
+    """Capture ``model(**inputs, **constants)`` with a symbolic batch; the graph returns ``{"velocity": …}``, and ``more``.
 
     ``inputs`` are examples, batch first with at least two samples, pairwise distinct objects (``torch.export`` merges
     equal ones). ``constants`` are baked in: flags, and tensors that depend on the resolution only. The graph shares the
@@ -64,8 +70,8 @@ def capture_model(model: nn.Module, inputs: Mapping[str, torch.Tensor], constant
     """
     if len({id(t) for t in inputs.values()}) != len(inputs) or any(t.shape[0] < 2 for t in inputs.values()):
         raise PassError("example inputs must be distinct tensors with a batch of at least two")
-    wrapped = named_model(model, constants or {})
-    module = _trace(wrapped, inputs, batched=inputs, outputs=(VELOCITY,))
+    wrapped = _Captured(model, constants or {}, more).eval()
+    module = _trace(wrapped, inputs, batched=inputs, outputs=(VELOCITY, *more))
     _strip_module_prefix(module, "model")
     if not any(map(is_named, model.parameters())) or (has_values(model) and not is_large(model)):
         _compare(wrapped, module, inputs)

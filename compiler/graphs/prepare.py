@@ -11,6 +11,7 @@ from cachec.compiler.graphs.capture import capture_model, capture_predictor, joi
 from cachec.compiler.graphs.coding import Coding
 from cachec.compiler.graphs.weights import named_module, recording
 from cachec.compiler.models.base import LoadedModel, Settings
+from cachec.compiler.models.blocks import CACHED, BlockPredictor, KeepingTransformer, PredictingTransformer
 from cachec.passes import (
     Graphs,
     PassList,
@@ -24,12 +25,13 @@ from cachec.passes import (
     split_passes,
 )
 from cachec.passes.base import Observer, compute_graphs, copy_module, outputs
-from cachec.runtime.abi import COMPUTE, EXPERT, FEATURE
+from cachec.runtime.abi import COMPUTE, EXPERT, FEATURE, MODEL, TOKENS
 from cachec.runtime.model_io import ModelIO
 
+WITHIN = "transformer"  # the path of a transformer inside one that keeps its tokens
 BELOW = "below"  # in the metadata of a second transformer's compute graph: the told time below which it answers
 
-Key = tuple[int, int, int, int, str | None, str]  # sizes, cut, precision
+Key = tuple[int, int, int, int, str | None, str, bool]  # sizes, cut, precision, with tokens
 
 # Graphs of models that are still loaded. By the very object, too: two pipelines in memory may come from the same files and
 # have become different. Passes never change a graph that they are given, so that it can be shared.
@@ -37,16 +39,19 @@ _CAPTURED: WeakKeyDictionary[LoadedModel, dict[Key, Graphs]] = WeakKeyDictionary
 _SPLIT: WeakKeyDictionary[LoadedModel, dict[Key, Graphs]] = WeakKeyDictionary()
 
 
-def prepare(model: LoadedModel, settings: Settings, observers: Sequence[Observer] = ()) -> Graphs:
+def prepare(model: LoadedModel, settings: Settings, observers: Sequence[Observer] = (), *, tokens: bool = False) -> Graphs:
     """The compute graph and the forecast graph, the latter with the true feature as its input.
+
+    ``tokens``: the compute graph hands out those of image and text behind the last block, too.
 
     The transformer is captured as it was loaded, and stays as it is: a pass brings the graph to the settings' precision. Done
     once for each model, size and precision, and again if ``observers`` are to look on. Weights of a model on disk are named,
     not held (``weights.py``): whoever runs a graph gives it values first.
     """
-    known, key = _SPLIT.setdefault(model, {}), _key(settings, settings.dtype)
+    known, key = _SPLIT.setdefault(model, {}), _key(settings, settings.dtype, tokens=tokens)
     if key not in known or observers:
-        known[key] = _with_expert(_run(_capture(model, settings), model_passes(model, settings), observers), model, settings)
+        captured, passes = _capture(model, settings, tokens=tokens), model_passes(model, settings, tokens=tokens)
+        known[key] = _with_expert(_run(captured, passes, observers), model, settings)
     return known[key]
 
 
@@ -60,28 +65,38 @@ def _with_expert(graphs: Graphs, model: LoadedModel, settings: Settings) -> Grap
     return replace(graphs, modules={**graphs.modules, EXPERT: compute})
 
 
-def model_passes(model: LoadedModel, settings: Settings) -> list[PassList]:
+def model_passes(model: LoadedModel, settings: Settings, *, tokens: bool = False) -> list[PassList]:
     """What :func:`prepare` runs."""
+    block = settings.cut or model.block
+    return [*_whole_passes(model, settings), split_passes(f"{WITHIN}.{block}" if tokens else block)]
+
+
+def _whole_passes(model: LoadedModel, settings: Settings) -> list[PassList]:
+    """What is done to the whole model, or to what forecasts in its place."""
     io, sizes = model.io, tuple[int, ...]()
     if io.parts:
         inputs = model.example_inputs(settings)
         sizes = tuple(inputs[name].shape[io.axis] for name in (io.latents, *io.parts))
         io = replace(io, output=io.output or (0, sizes[0]))  # the output may be of the parts, too, behind what moves x
     dtype: torch.dtype = getattr(torch, settings.dtype)
-    return [canonical_passes(io, sizes), cast_passes(dtype), split_passes(settings.cut or model.block)]
+    return [canonical_passes(io, sizes), cast_passes(dtype)]
 
 
-def _capture(model: LoadedModel, settings: Settings) -> Graphs:
-    known, key = _CAPTURED.setdefault(model, {}), _key(settings, "its own")
+def _capture(model: LoadedModel, settings: Settings, *, tokens: bool) -> Graphs:
+    known, key = _CAPTURED.setdefault(model, {}), _key(settings, "its own", tokens=tokens)
     if key not in known:
-        inputs, constants = model.example_inputs(settings), model.constants(settings)
-        known[key] = capture_model(_module(model), joined(inputs, model.io), constants)
+        inputs, constants = joined(model.example_inputs(settings), model.io), model.constants(settings)
+        module = model.capturable(_module(model))
+        if tokens:
+            known[key] = capture_model(KeepingTransformer(module, model.body), inputs, constants, (TOKENS,))
+        else:
+            known[key] = capture_model(module, inputs, constants)
     return known[key]
 
 
 def _module(model: LoadedModel) -> nn.Module:
-    """What is captured: the transformer in memory, or one of the same configuration without values."""
-    return model.capturable(model.transformer if model.stored is None else named_module(model.stored))
+    """The transformer in memory, or one of the same configuration without values."""
+    return model.transformer if model.stored is None else named_module(model.stored)
 
 
 def _run(graphs: Graphs, passes: Sequence[PassList], observers: Sequence[Observer]) -> Graphs:
@@ -89,8 +104,8 @@ def _run(graphs: Graphs, passes: Sequence[PassList], observers: Sequence[Observe
         return run_passes(graphs, passes, observers=observers)
 
 
-def _key(settings: Settings, dtype: str) -> Key:
-    return settings.height, settings.width, settings.frames, settings.text_tokens, settings.cut, dtype
+def _key(settings: Settings, dtype: str, *, tokens: bool) -> Key:
+    return settings.height, settings.width, settings.frames, settings.text_tokens, settings.cut, dtype, tokens
 
 
 def compute_only(graphs: Graphs) -> Graphs:
@@ -112,6 +127,24 @@ def inlined(graphs: Graphs, predictor: nn.Module, *, window: int, num_steps: int
     example = torch.zeros((2, *map(int, feature.shape[1:])), dtype=feature.dtype, device=feature.device)
     captured = capture_predictor(predictor.to(example.device), window, example, num_steps)
     return _run(graphs, [inline_passes(captured)], observers)
+
+
+def with_blocks(
+    model: LoadedModel, settings: Settings, predictor: BlockPredictor, observers: Sequence[Observer] = ()
+) -> Graphs:
+    """The model's graphs with another body of blocks for the forecast graph: see ``models/blocks.py``.
+
+    Raises:
+        InputError: the family does not say how its blocks hang together.
+    """
+    split = prepare(model, settings, tokens=True)
+    kept = outputs(split.modules[COMPUTE])[TOKENS].meta["val"]
+    inputs = joined(model.example_inputs(settings), model.io)
+    shape = (len(inputs[model.io.latents]), *map(int, kept.shape[1:]))
+    inputs[CACHED] = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(kept.device, kept.dtype)
+    module = PredictingTransformer(_module(model), model.body, predictor, model.capturable)
+    whole = _run(capture_model(module, inputs, model.constants(settings)), _whole_passes(model, settings), ())
+    return _run(split, [inline_passes(whole.modules[MODEL])], observers)
 
 
 def engine(

@@ -15,7 +15,7 @@ from cachec.compiler.graphs.prepare import engine, linear, prepare
 from cachec.compiler.graphs.weights import Values
 from cachec.compiler.models.base import LoadedModel, Settings
 from cachec.passes import Equivalence, Graphs, Groups, Pass, PassResult, compute_graphs
-from cachec.passes.base import placeholders, tensors
+from cachec.passes.base import outputs, placeholders, tensors
 from cachec.runtime.abi import (
     ADVANCE,
     BASE,
@@ -34,6 +34,7 @@ from cachec.runtime.abi import (
     PROLOGUE,
     SIGMAS,
     STEP,
+    TOKENS,
     VELOCITIES,
     VELOCITY,
     history_name,
@@ -101,8 +102,10 @@ class Verifier:
             first = name == COMPUTE
             computed = made if first else computed
             yield (VELOCITY if first else f"{name} {VELOCITY}"), made[VELOCITY], None
-            kept = f"kept {FEATURE}" if graphs.groups.sizes else FEATURE  # in a code
+            kept = f"kept {FEATURE}" if graphs.groups.sizes else TOKENS if _keeps_tokens(graphs) else FEATURE  # in a code
             yield (kept if first else f"{name} {kept}"), made[FEATURE], None
+            if TOKENS in made:
+                yield TOKENS, made[TOKENS], None
             if NEXT_LATENTS in made:
                 moved = self.inputs[self.io.latents] + _each(known[DELTA], made[VELOCITY]) * made[VELOCITY]
                 yield f"{name} {NEXT_LATENTS}", made[NEXT_LATENTS], moved
@@ -138,8 +141,13 @@ class Verifier:
                 self._num_levels = int(names[SIGMAS].meta["val"].shape[0])
             past = {history_name(i): feature + i * SHIFT for i in range(history_window(names))}
             made = _run(module, {**single, **past, **_schedule(names, self._num_levels)})
-            yield "predicted feature", made[FEATURE], None
-            tail = None if self._tail is None else _run(self._tail, {**known, FEATURE: made[FEATURE]})[VELOCITY]
+            if FEATURE in made:
+                yield "predicted feature", made[FEATURE], None
+            tail = (
+                None
+                if self._tail is None or FEATURE not in made
+                else _run(self._tail, {**known, FEATURE: made[FEATURE]})[VELOCITY]
+            )
             yield "predicted velocity", made[VELOCITY], tail
         elif graphs.axes[FORECAST][BIAS]:
             yield from self._play_run(graphs, {**known, **_named(FORECAST, hoisted)}, feature)
@@ -199,6 +207,12 @@ def _compare(one: Pass, what: str, got: torch.Tensor, wanted: torch.Tensor, allo
     log.info("verified %s: %s differs by %.1e", one.name, what, error)
     if not error <= allowed:
         raise PassError(f"{what} differs by {error:.1e} from what it was, allowed is {allowed:.0e}")
+
+
+def _keeps_tokens(graphs: Graphs) -> bool:
+    """Is what slots hold not at the cut, but what a predictor with a tail of its own reads?"""
+    forecast = graphs.modules.get(FORECAST)
+    return forecast is not None and bool(history_window(placeholders(forecast))) and FEATURE not in outputs(forecast)
 
 
 def _run(module: fx.GraphModule, known: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -6,6 +6,7 @@ from cachec.runtime.registry import Registry
 METHODS = Registry("method", "cachec.methods", {
     "adams": "cachec.compiler.methods.adams:Adams",
     "bns": "cachec.compiler.methods.bns:Bns",
+    "disca": "cachec.compiler.methods.disca:Disca",
     "dyweight": "cachec.compiler.methods.dyweight:DyWeight",
     "foca": "cachec.compiler.methods.foca:FoCa",
     "freqca": "cachec.compiler.methods.freqca:FreqCa",

@@ -2,8 +2,9 @@
 
 A :class:`PredictorMethod` is a graph of past features; ``predictor.py`` folds it to numbers (with ``passes/fold_predictor.py``,
 an analysis that stands in no list of passes). A :class:`TableMethod` states its numbers directly, and so does a
-:class:`CodedMethod`, of parts of features that it keeps in a code.
-Either way the result is a table: a ``ForecastTable`` on the hidden cut, an ``AdvanceTable`` on the output cut
+:class:`CodedMethod`, of parts of features that it keeps in a code. A :class:`BlockMethod` is the model with other blocks, which
+reads the latents, too: it never folds.
+Of the others the result is a table: a ``ForecastTable`` on the hidden cut, an ``AdvanceTable`` on the output cut
 (``compiler/tables/coefficients.py``). With ``--fold none`` there is none: a pass inlines the predictor into the forecast graph.
 
 Shapes: ``B`` batch, ``L`` tokens, ``D`` channels, ``T`` steps, ``K`` computed steps, ``W`` window, ``P`` prompts.
@@ -22,7 +23,7 @@ from cachec.compiler.calibration.evaluator import Evaluator
 from cachec.compiler.calibration.runs import Trajectories
 from cachec.compiler.methods.parameters import Parameters
 from cachec.compiler.methods.released import Released
-from cachec.compiler.models.base import Settings
+from cachec.compiler.models.base import LoadedModel, Settings
 from cachec.compiler.tables.coefficients import ForecastTable, Table, compose
 from cachec.compiler.tables.sampling import Sampling
 from cachec.compiler.tables.schedule import Schedule, interval_for_budget, interval_schedule
@@ -33,6 +34,7 @@ from cachec.runtime.specs import Array
 if TYPE_CHECKING:  # a method imports without torch unless it is a graph
     from cachec.compiler.graphs.coding import Coding
     from cachec.compiler.methods.predictor import Predictor
+    from cachec.compiler.models.blocks import BlockPredictor
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +54,7 @@ class TrainingData:
 class Method(ABC):
     """A way to forecast; its fields are its options (``--set name=value``).
 
+    ``folds``: its forecasts can be numbers.
     ``needs_training``: wants parameters from ``cachec train``. ``needs_calibration``: wants parameters that
     :meth:`calibrate` makes from calibration runs; ``schedule_bound``: those serve one schedule only. ``needs_gradients``: of
     the model, for that. ``min_budget``: the fewest computed steps that it works with. ``released``: weights that its authors
@@ -69,6 +72,7 @@ class Method(ABC):
     released: ClassVar[str | None] = None
     default_interval: ClassVar[int]
     extra_steps: ClassVar[tuple[int, ...]] = ()
+    folds: ClassVar[bool] = True
 
     @abstractmethod
     def table(self, schedule: Schedule, sigmas: Array, parameters: Parameters | None) -> Table:
@@ -186,6 +190,58 @@ class PredictorMethod(Method):
 
         rows, bias = fold_rows(self, parameters, self.histories(schedule), sigmas)
         return compose(rows, bias, schedule, feeds_back=self.feeds_back)
+
+
+@dataclass(frozen=True, eq=False)
+class BlockData:
+    """What a predictor made of blocks is trained on: the model, to be run on ``device`` in ``precision``, and runs.
+
+    ``states`` [P, T, …] of uncached runs, the latents before each step; ``branches`` of guidance, the positive one last, each
+    with its conditions by name [P, …]. So many of the runs, the last ones, are ``held_out``.
+    """
+
+    model: LoadedModel
+    settings: Settings
+    device: str
+    precision: str
+    sampling: Sampling
+    states: Array
+    branches: Sequence[Mapping[str, Array]]
+    held_out: int
+    schedule: Schedule
+    seed: int
+    work: Path
+
+
+@dataclass(frozen=True)
+class BlockMethod(Method):
+    """A method whose predictor is the model with other blocks in its body (``compiler/models/blocks.py``).
+
+    It reads the current latents, times and conditions, and the tokens of the newest computed step: the one slot that there is.
+    It stays in its engine, forecasts run one by one, and one predictor serves every schedule and size.
+    """
+
+    folds: ClassVar[bool] = False
+    needs_training: ClassVar[bool] = True
+
+    @abstractmethod
+    def blocks(self, model: LoadedModel, parameters: Parameters | None) -> "BlockPredictor":
+        """The trained predictor for a model.
+
+        Raises:
+            PredictorError: there is none, or it is none for this model.
+            InputError: the family does not say how its blocks hang together.
+        """
+
+    @abstractmethod
+    def fit(self, data: BlockData) -> tuple[dict[str, Array], dict[str, str]]:
+        """Train; returns the parameters and what is worth knowing about their training."""
+
+    def table(self, schedule: Schedule, sigmas: Array, parameters: Parameters | None) -> Table:
+        raise PredictorError(
+            f"forecasts of {self.name} are no weighted sums of features, so there are no numbers of them: compile it for the "
+            "schedule that you want, by --interval, --budget or a list of steps"
+        )
 
 
 @dataclass(frozen=True)

@@ -14,15 +14,17 @@ from cachec.compiler.calibration.runs import (
     Recorders,
     Subject,
     record_features,
+    record_states,
     record_trajectories,
     recording_here,
 )
 from cachec.compiler.calibration.uses import UsedPrompts
-from cachec.compiler.methods.base import CodedMethod, Method, PredictorMethod, TrainingData
+from cachec.compiler.methods.base import BlockData, BlockMethod, CodedMethod, Method, PredictorMethod, TrainingData
 from cachec.compiler.methods.parameters import WEIGHTS, Parameters, find_pretrained
 from cachec.compiler.models.base import LoadedModel, Settings
 from cachec.compiler.tables.schedule import Schedule
 from cachec.engines.torch_device import watching_memory
+from cachec.runtime.abi import negative_name
 from cachec.runtime.errors import InputError, PredictorError
 from cachec.runtime.program import hash_sigmas
 from cachec.runtime.version import VERSION
@@ -40,14 +42,14 @@ class Training:
     seed: int
     interval: int | None = None
 
-    def check(self) -> PredictorMethod | CodedMethod:
+    def check(self) -> PredictorMethod | CodedMethod | BlockMethod:
         """The method, if there is something to train.
 
         Raises:
             PredictorError: the method has nothing to train.
             InputError: nothing is left to forecast, or there are too few prompts.
         """
-        if not isinstance(self.method, PredictorMethod | CodedMethod) or not self.method.needs_training:
+        if not isinstance(self.method, PredictorMethod | CodedMethod | BlockMethod) or not self.method.needs_training:
             raise PredictorError(f"method {self.method.name!r} has nothing to train: compile it as it is")
         if not self.schedule.forecast:
             raise InputError(
@@ -72,7 +74,11 @@ def find_shipped(model: LoadedModel, method: Method, schedule: Schedule, setting
 
 
 def _schedule_facts(model: LoadedModel, method: Method, schedule: Schedule, settings: Settings) -> dict[str, str]:
-    """What is known at once: all but which weights the model has."""
+    """What is known at once: all but which weights the model has. Blocks serve every schedule and size."""
+    return {"method": method.name} if isinstance(method, BlockMethod) else _made_for(model, method, schedule, settings)
+
+
+def _made_for(model: LoadedModel, method: Method, schedule: Schedule, settings: Settings) -> dict[str, str]:
     return {
         "method": method.name,
         "steps": str(settings.steps),
@@ -87,7 +93,10 @@ def record_for_training(model: LoadedModel, recorders: Recorders, training: Trai
     """Let others record what :func:`train_predictor` then finds in ``work``. Raises as it does."""
     subject, prompts = Subject.of(model, training.settings), training.prompts.prompts
     with claim_work(work, "training", _claimed(model, training, recorders.facts)):
-        record_features(subject, recorders, prompts, seed=training.seed, work=work)
+        if isinstance(training.method, BlockMethod):
+            record_states(subject, recorders, prompts, seed=training.seed, work=work)
+        else:
+            record_features(subject, recorders, prompts, seed=training.seed, work=work)
 
 
 def train_predictor(model: LoadedModel, evaluator: Evaluator, training: Training, *, work: Path) -> Parameters:
@@ -101,11 +110,14 @@ def train_predictor(model: LoadedModel, evaluator: Evaluator, training: Training
     method, prompts, seed = training.check(), training.prompts, training.seed
     subject = Subject.of(model, training.settings)
     recorders = recording_here(subject, evaluator)
-    with claim_work(work, "training", _claimed(model, training, recorders.facts)):
-        runs = record_trajectories(subject, recorders, prompts.prompts, seed=seed, work=work)
-        train, held_out = (runs.select(np.array(prompts.places(use))) for use in ("fit", "stop"))
-        data = TrainingData(evaluator, subject.own_sampling, train, held_out, training.schedule, seed, work)
-        with watching_memory(f"training {method.name} on {evaluator.device}"):
+    claimed = _claimed(model, training, recorders.facts)
+    with claim_work(work, "training", claimed), watching_memory(f"training {method.name} on {evaluator.device}"):
+        if isinstance(method, BlockMethod):
+            arrays, found = method.fit(_block_data(model, evaluator, training, subject, recorders, work))
+        else:
+            runs = record_trajectories(subject, recorders, prompts.prompts, seed=seed, work=work)
+            train, held_out = (runs.select(np.array(prompts.places(use))) for use in ("fit", "stop"))
+            data = TrainingData(evaluator, subject.own_sampling, train, held_out, training.schedule, seed, work)
             arrays, found = method.fit(data)
     facts = {
         **_known(model, training),
@@ -121,10 +133,36 @@ def train_predictor(model: LoadedModel, evaluator: Evaluator, training: Training
     return Parameters(arrays, {name: _text(value) for name, value in facts.items()}, "trained now")
 
 
+def _block_data(
+    model: LoadedModel, evaluator: Evaluator, training: Training, subject: Subject, recorders: Recorders, work: Path
+) -> BlockData:
+    """Recorded latents, the runs to stop by last; with each branch's conditions."""
+    prompts = training.prompts
+    runs = record_states(subject, recorders, prompts.prompts, seed=training.seed, work=work)
+    held_out = prompts.places("stop")
+    order, conditions = np.array([*prompts.places("fit"), *held_out]), subject.encode(prompts.prompts)
+    branches = [{name: conditions[name][order] for name in model.io.conditions}]
+    if model.is_guided(training.settings):
+        branches.insert(0, {name: conditions[negative_name(name)][order] for name in model.io.conditions})
+    return BlockData(
+        model=model,
+        settings=training.settings,
+        device=str(evaluator.device),
+        precision=evaluator.precision,
+        sampling=subject.own_sampling,
+        states=runs["states"][order],
+        branches=branches,
+        held_out=len(held_out),
+        schedule=training.schedule,
+        seed=training.seed,
+        work=work,
+    )
+
+
 def _known(model: LoadedModel, training: Training) -> dict[str, str]:
     """What the predictor is for, and how the method is set."""
-    facts = training_facts(model, training.method, training.schedule, training.settings)
-    return {**facts, "options": json.dumps(training.method.options())}
+    facts = _made_for(model, training.method, training.schedule, training.settings)
+    return {**facts, WEIGHTS: model.weights_hash, "options": json.dumps(training.method.options())}
 
 
 def _digest(training: Training) -> str:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # text and pictures are made without torch where a family can
     import torch
     from torch import nn
 
+    from cachec.compiler.models.blocks import Body
     from cachec.compiler.models.lora_files import LoraFile
     from cachec.compiler.models.reading import Reading
     from cachec.compiler.models.shards import Stored
@@ -172,6 +173,18 @@ class LoadedModel(ABC):
     @abstractmethod
     def block(self) -> str:
         """Path of the last block of the body, as in ``transformer.named_modules()``."""
+
+    @property
+    def body(self) -> "Body":
+        """How the blocks hang together, for predictors that are made of them.
+
+        Raises:
+            InputError: nobody has said.
+        """
+        raise InputError(
+            f"the family of {self.spec.name} does not say how its blocks hang together (Body), which a predictor made of them "
+            "must know: take another method"
+        )
 
     @property
     @abstractmethod

@@ -25,6 +25,7 @@ class DiTModel(PipelineModel):
     """A DiT pipeline. A prompt is the number of a class or its name; an empty one is nothing."""
 
     DEFAULTS = "dit"
+    GIVES = ("hidden_states",)
     ARGUMENTS: ClassVar = {LABELS: LABELS}
     TOKENIZER = None
     LENGTH = None

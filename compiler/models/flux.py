@@ -24,7 +24,8 @@ class _Flux(PipelineModel):
     """What all of FLUX.1 has."""
 
     ARGUMENTS: ClassVar = {"encoder_hidden_states": "prompt_embeds", "pooled_projections": "pooled_prompt_embeds"}
-    BLOCKS = "single_transformer_blocks"
+    BEFORE, BLOCKS = ("transformer_blocks",), "single_transformer_blocks"
+    GIVES = ("encoder_hidden_states", "hidden_states")
     SCALE, EMBEDDED = "true_cfg_scale", "guidance_scale"
 
     @property

@@ -24,7 +24,8 @@ class Flux2Model(PipelineModel):
 
     DEFAULTS = "flux2"
     ARGUMENTS: ClassVar = {STATES: "prompt_embeds"}
-    BLOCKS = "single_transformer_blocks"
+    BEFORE, BLOCKS = ("transformer_blocks",), "single_transformer_blocks"
+    GIVES = ("hidden_states",)
 
     @property
     def io(self) -> ModelIO:

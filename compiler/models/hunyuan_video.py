@@ -23,7 +23,8 @@ class HunyuanVideoModel(VideoModel):
 
     DEFAULTS = "hunyuan-video"
     ARGUMENTS: ClassVar = {STATES: "prompt_embeds", MASK: "prompt_attention_mask", POOLED: "pooled_prompt_embeds"}
-    BLOCKS = "single_transformer_blocks"
+    BEFORE, BLOCKS = ("transformer_blocks",), "single_transformer_blocks"
+    GIVES = ("hidden_states", "encoder_hidden_states")
     SCALE, EMBEDDED = "true_cfg_scale", "guidance_scale"
 
     @property

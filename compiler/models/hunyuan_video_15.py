@@ -34,6 +34,7 @@ class HunyuanVideo15Model(VideoModel):
         GLYPHS: "prompt_embeds_2",
         GLYPH_MASK: "prompt_embeds_mask_2",
     }
+    GIVES, APART = ("hidden_states", "encoder_hidden_states"), True
     LENGTH = None
     SHOWN = ("vae", "transformer")
 

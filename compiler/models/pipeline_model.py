@@ -19,6 +19,7 @@ from diffusers.image_processor import VaeImageProcessor
 from torch import nn
 
 from cachec.compiler.models.base import ModelSpec, Settings
+from cachec.compiler.models.blocks import OfBlocks
 from cachec.compiler.models.components import Components
 from cachec.compiler.models.inputs import as_the_weights, only_scale, own_levels, owned, widened
 from cachec.compiler.models.lora import fuse_loras
@@ -35,7 +36,7 @@ from cachec.runtime.errors import InputError, ModelUnavailableError
 from cachec.runtime.specs import Array
 
 
-class PipelineModel(PromptModel):
+class PipelineModel(OfBlocks, PromptModel):
     """A pipeline of diffusers; as loaded here it is on the CPU in float32.
 
     What a family says, beside the methods, and beside what it says of prompts (``prompt_model.py``):

@@ -21,6 +21,7 @@ class PixArtModel(PipelineModel):
     """A PixArt-Sigma pipeline; sizes are taken as they are, not put into bins."""
 
     DEFAULTS = "pixart"
+    GIVES = ("hidden_states",)
     ARGUMENTS: ClassVar = {STATES: "prompt_embeds", MASK: "prompt_attention_mask"}
 
     @property

@@ -38,6 +38,7 @@ class _QwenImage(PipelineModel):
     """What both have."""
 
     ARGUMENTS: ClassVar = {STATES: "prompt_embeds", MASK: "prompt_embeds_mask"}
+    GIVES, APART = ("encoder_hidden_states", "hidden_states"), True
     SCALE = "true_cfg_scale"
 
     @property

@@ -19,6 +19,7 @@ class StableDiffusion3Model(PipelineModel):
 
     DEFAULTS = "sd3"
     ARGUMENTS: ClassVar = {"encoder_hidden_states": "prompt_embeds", "pooled_projections": "pooled_prompt_embeds"}
+    GIVES = (None, "hidden_states")  # the last block gives no text
     TOKENIZER = "tokenizer_3"
     SHOWN = ("vae", "transformer")
 

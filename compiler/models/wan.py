@@ -36,7 +36,7 @@ class WanModel(VideoModel):
 
     DEFAULTS = "wan"
     ARGUMENTS: ClassVar = {STATES: "prompt_embeds"}
-    BLOCKS = "blocks"
+    BLOCKS, GIVES = "blocks", ("hidden_states",)
     _stored_second: Stored | None = None
     _first: nn.Module | None = None  # of the model that this one is the expert of
 

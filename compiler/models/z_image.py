@@ -26,7 +26,7 @@ class ZImageModel(PipelineModel):
 
     DEFAULTS = "z-image"
     ARGUMENTS: ClassVar = {TEXTS: "prompt_embeds"}
-    BLOCKS = "layers"
+    BLOCKS, GIVES = "layers", ("x",)
     SIGN = -1.0
 
     @property
@@ -37,6 +37,11 @@ class ZImageModel(PipelineModel):
     def side(self) -> int:
         side: int = self.pipeline.vae_scale_factor * self.config.all_patch_size[0]
         return side
+
+    @property
+    def width(self) -> int:
+        width: int = self.config.dim
+        return width
 
     def capturable(self, transformer: nn.Module) -> nn.Module:
         return ZImageEqual(transformer)
