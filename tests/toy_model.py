@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from toy import TOKENS, WIDTH, ToyDiT
 
 from cachec.compiler.models.base import Family, ModelSpec, Settings
+from cachec.compiler.models.blocks import Body
 from cachec.compiler.models.shards import Stored
 from cachec.compiler.tables.sampling import Sampling
 from cachec.runtime.errors import InputError, ModelUnavailableError
@@ -51,6 +52,7 @@ class ToyModel(Family):
     block = "blocks.2"
     io = ModelIO("latents", "timestep", ("prompt",))
     stored = None
+    body = Body(("blocks",), WIDTH, ("x",))
 
     def __init__(self, *, weights="a" * 64, scheduler=None, shift=1.0, pipeline=None, spec=None):
         self.pipeline = pipeline or ToyPipeline(ToyDiT(head_axis=True).eval(), scheduler)
