@@ -115,6 +115,8 @@ def _check_cut(model: LoadedModel, settings: Settings) -> None:
 def _check_given(model: LoadedModel, request: Request) -> Checked:
     model.example_inputs(request.settings)  # which knows the model's sizes
     _check_cut(model, request.settings)
+    if isinstance(request.method, BlockMethod):
+        request.method.check(model, request.settings)
     if request.schedule is not None:
         request.schedule.check_conditional(request.method.cut, guided=model.is_guided(request.settings))
     if request.wish.graph.slots is not None and request.method.cut == "output" and model.is_guided(request.settings):
@@ -260,8 +262,8 @@ def make_graphs(model: LoadedModel, request: Request, parameters: Parameters | N
         raise InputError(NO_TAIL)
     if model.stored is not None and is_large(model.stored.module) and not request.wish.graph.verify_passes:
         verify_twin(model, request.settings)
-    watch, keeps = observers(model, request), isinstance(request.method, BlockMethod)
-    split = prepare(model, request.settings, watch, tokens=keeps)
+    watch = observers(model, request)
+    split = prepare(model, request.settings, watch, tokens=isinstance(request.method, BlockMethod))
     inputs = model.example_inputs(request.settings)
     check_finite_run(split, inputs, request.settings.dtype, request.wish.graph.slots)
     plain = add_forecast(model, split, request, parameters, watch)

@@ -103,9 +103,9 @@ class ModelSettings:
 class ScheduleWish:
     """The method, and which steps to compute: at most one of interval, budget, a list of steps, levels and targets."""
 
-    method: str = option("lesa", "Forecasting method: cachec list methods.", also=("train",))
+    method: str = option("lesa", "Forecasting method: cachec list methods.", also=("train", "plan"))
     options: Mapping[str, str] | None = option(
-        None, "Option of the method, as order=2.", "--set", also=("train",), metavar="K=V"
+        None, "Option of the method, as order=2.", "--set", also=("train", "plan"), metavar="K=V"
     )
     interval: int | None = option(None, "Compute every N-th step, by the method's published rule.", also=("train",))
     budget: int | None = option(

@@ -28,7 +28,9 @@ def describe_bundle(bundle: Bundle, fits: Sequence[str] = ()) -> list[tuple[str,
     ]  # fmt: skip
     predictor = method["predictor"]
     if predictor is not None:
-        rows.append(("predictor", f"trained on {predictor['num_prompts']} prompts, seed {predictor['seed']}"))
+        own = "num_prompts" in predictor
+        made = f"trained on {predictor['num_prompts']} prompts, seed {predictor['seed']}" if own else predictor["made_by"]
+        rows.append(("predictor", made))
     rows += describe_all_levels(bundle)
     for index, target in enumerate(manifest.targets):
         rows.append(("target", f"{target}, {target.shape_bucket}"))

@@ -24,7 +24,9 @@ def plan_model(source: str, *, gpu: str | None = None, **options: Any) -> "tuple
         ModelUnavailableError: a configuration is missing or damaged.
     """
     need("torch", "diffusers", "transformers", "accelerate", extra="compile", purpose="planning")
-    from cachec.compiler.graphs.prepare import engine, linear, prepare
+    from cachec.compiler.graphs.prepare import engine, linear, prepare, with_blocks
+    from cachec.compiler.methods import get_method
+    from cachec.compiler.methods.base import BlockMethod
     from cachec.compiler.models import outline_model
     from cachec.compiler.options import check_batch, make_settings, read_options
     from cachec.compiler.planning.estimate import estimate
@@ -40,15 +42,21 @@ def plan_model(source: str, *, gpu: str | None = None, **options: Any) -> "tuple
     given = None if given == KINDS[0] else given
     if budget is not None and given is not None:
         raise InputError("--budget and --schedule contradict each other: give one")
+    method = get_method(wish.schedule.method).with_options(wish.schedule.options or {})
     model = outline_model(source)
     settings = make_settings(model.spec, wish.model)
+    if isinstance(method, BlockMethod):
+        method.check(model, settings)
     usual = max(1, settings.steps // USUAL_STRIDE)
     schedule = uniform_schedule(settings.steps, usual if budget is None else budget)
     if given is not None:
         schedule = parse_schedule(given, settings.steps)
         schedule.check_conditional("output", guided=model.is_guided(settings))
     log.warning("capturing %s without its weights, which takes up to a minute or two for a large one", model.spec.name)
-    plain = linear(prepare(model, settings))
+    if isinstance(method, BlockMethod):
+        plain = with_blocks(model, settings, method.outlined(model))
+    else:
+        plain = linear(prepare(model, settings))
     built = engine(plain, model.io)
     branches = 2 if model.is_guided(settings) else 1
     found = estimate(

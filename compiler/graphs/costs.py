@@ -58,17 +58,24 @@ def component_memory(module: fx.GraphModule) -> dict[str, int]:
 
 def _weight_bytes(modules: Iterable[fx.GraphModule]) -> int:
     held = (tensor for module in modules for tensor in (*module.parameters(), *module.buffers()))
-    return sum({id(tensor): _bytes(tensor) for tensor in held}.values())
+    return sum({_what(tensor): _bytes(tensor) for tensor in held}.values())
 
 
 def parameter_counts(plain: Graphs, engine: Graphs) -> dict[str, int]:
-    """Parameters of the model's bodies and of a tail, from the graphs as they were split; ``hoisted``: held by the prologue."""
+    """Parameters of the model's bodies and of a tail, from the graphs as they were split; ``hoisted``: held by the prologue.
+
+    The tail is what forecasts share with the model: with a predictor that has a head, that, too. ``predictor``: what they do
+    not share.
+    """
     wholes = [_parameters(plain.modules[name]) for name in compute_graphs(plain)]
-    tail = _parameters(plain.modules[FORECAST]) if FORECAST in plain.modules else {}
+    forecast = _parameters(plain.modules[FORECAST]) if FORECAST in plain.modules else {}
+    known = {key for whole in wholes for key in whole}
+    tail = {key: count for key, count in forecast.items() if key in known}
     body = sum(sum(whole.values()) for whole in wholes) - sum(tail.values())
     prologue = engine.modules.get(PROLOGUE)
     held = {} if prologue is None else {id(one): one.numel() for one in (*prologue.parameters(), *prologue.buffers())}
-    return {"body": body, "tail": sum(tail.values()), "hoisted": sum(held.values())}
+    own = sum(forecast.values()) - sum(tail.values())
+    return {"body": body, "tail": sum(tail.values()), "predictor": own, "hoisted": sum(held.values())}
 
 
 def step_value_bytes(graphs: Graphs, computed: int) -> int:
@@ -90,7 +97,12 @@ def output_bytes(node: fx.Node) -> int:
 
 def _parameters(module: fx.GraphModule) -> dict[Hashable, int]:
     """Numbers of elements, by what is the same for equal ones."""
-    return {expression(one).key if is_named(one) else id(one): one.numel() for one in module.parameters()}
+    return {_what(one): one.numel() for one in module.parameters()}
+
+
+def _what(tensor: torch.Tensor) -> Hashable:
+    """The same for tensors that are one in a weights file."""
+    return expression(tensor).key if is_named(tensor) else id(tensor)
 
 
 def _costs(module: fx.GraphModule) -> dict[str, int]:

@@ -61,8 +61,8 @@ class Expression:
     def pieces(self, device: torch.device) -> Iterator[torch.Tensor]:
         """The value, as tensors to be joined along the first axis: what is joined by a pass need not be in memory whole."""
         if self.operator is aten.cat.default and (len(self.args) == 1 or self.args[1] == 0):
-            for part in self.args[0]:
-                yield from part.pieces(device)
+            for part in self.args[0]:  # a trained predictor's weights are in memory
+                yield from part.pieces(device) if isinstance(part, Expression) else (part.detach().to(device),)
         else:
             yield self.value(device)
 
@@ -120,6 +120,19 @@ def named_module(stored: Stored) -> nn.Module:
         _KNOWN[fake] = Expression(torch.float32, stored.shards, name)
         setattr(stored.module.get_submodule(owner), last, fake)
     return stored.module
+
+
+def without_values(module: nn.Module, beside: nn.Module) -> nn.Module:
+    """The module with parameters that have no values, to be captured with those of another that has none; for estimates."""
+    modes = [one.fake_mode for one in beside.parameters() if isinstance(one, FakeTensor)]
+    mode = modes[0] if modes else FakeTensorMode(allow_non_fake_inputs=True)
+    for name, parameter in list(module.named_parameters()):
+        owner, _, last = name.rpartition(".")
+        with mode:
+            fake = nn.Parameter(torch.empty(parameter.shape, dtype=torch.float32), requires_grad=False)
+        _KNOWN[fake] = Expression(torch.float32, operator="no value", args=(name,))
+        setattr(module.get_submodule(owner), last, fake)
+    return module
 
 
 @contextmanager

@@ -224,6 +224,19 @@ class BlockMethod(Method):
     folds: ClassVar[bool] = False
     needs_training: ClassVar[bool] = True
 
+    def check(self, model: LoadedModel, settings: Settings) -> None:
+        """Raise ``InputError`` unless the model's blocks are known, and the cut is behind the last of them."""
+        _ = model.body
+        if settings.cut is not None:
+            raise InputError(f"{self.name} keeps the tokens behind the last block: leave --cut {settings.cut} out")
+        if model.expert is not None:
+            raise InputError(f"{self.name} has the blocks and the tail of one transformer, and the model has two: "
+                             "take a method of the output cut (gram, bns, adams)")  # fmt: skip
+
+    @abstractmethod
+    def outlined(self, model: LoadedModel) -> "BlockPredictor":
+        """A predictor for a model without values: what it takes can be said before it is trained."""
+
     @abstractmethod
     def blocks(self, model: LoadedModel, parameters: Parameters | None) -> "BlockPredictor":
         """The trained predictor for a model.

@@ -11,7 +11,7 @@ HunyuanVideo 1.0 (single-stream blocks) fuses image and text by one pair of matr
 
 import hashlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, cast
 from weakref import WeakKeyDictionary
 
 from cachec.compiler.methods.base import BlockData, BlockMethod
@@ -98,8 +98,25 @@ class Disca(BlockMethod):
         return trainer.run(), trainer.facts()
 
     def made(self, model: LoadedModel) -> "BlockPredictor":
-        """An untrained predictor for a model, as the options say."""
-        return make_predictor(model, self.depth, None if self.fusion == FUSIONS[0] else self.fusion == FUSIONS[2])
+        """An untrained predictor for a model, as the options say, with gradients.
+
+        Raises:
+            InputError: the family does not say how its blocks hang together.
+        """
+        from cachec.compiler.models.blocks import BlockPredictor
+
+        return BlockPredictor(model.transformer, model.body, count=self.depth, apart=self._apart).requires_grad_(True)
+
+    def outlined(self, model: LoadedModel) -> "BlockPredictor":
+        from cachec.compiler.graphs.weights import named_module, without_values
+        from cachec.compiler.models.blocks import BlockPredictor
+
+        module, apart = model.transformer if model.stored is None else named_module(model.stored), self._apart
+        return cast("BlockPredictor", without_values(BlockPredictor(module, model.body, count=self.depth, apart=apart), module))
+
+    @property
+    def _apart(self) -> bool | None:
+        return None if self.fusion == FUSIONS[0] else self.fusion == FUSIONS[2]
 
     def blocks(self, model: LoadedModel, parameters: Parameters | None) -> "BlockPredictor":
         if parameters is None:
@@ -110,32 +127,24 @@ class Disca(BlockMethod):
         return known[key]
 
 
-def make_predictor(model: LoadedModel, depth: int, apart: bool | None) -> "BlockPredictor":
-    """A predictor of blocks like a model's last ones, of which it has copies; ``apart``: a fusion for each stream.
-
-    Raises:
-        InputError: the family does not say how its blocks hang together.
-    """
-    from cachec.compiler.models.blocks import BlockPredictor
-
-    module = model.transformer if model.stored is None else model.stored.module
-    return BlockPredictor(module, model.body, count=depth, apart=apart)
-
-
 def load_blocks(model: LoadedModel, parameters: Parameters) -> "BlockPredictor":
     """A predictor with trained weights, in the type and place of the model's.
 
     Raises:
         PredictorError: the file does not hold one for this model.
+        InputError: the family does not say how its blocks hang together.
     """
     import torch
+
+    from cachec.compiler.models.blocks import BlockPredictor
 
     origin, facts = parameters.origin, parameters.facts
     try:
         depth, apart = int(facts[DEPTH]), facts[FUSION] == FUSIONS[2]
     except (KeyError, ValueError) as error:
         raise PredictorError(f"{origin} does not say what its predictor is made of: {error}") from error
-    predictor = make_predictor(model, depth, apart)
+    module = model.transformer if model.stored is None else model.stored.module
+    predictor = BlockPredictor(module, model.body, count=depth, apart=apart)
     wanted = {name: list(value.shape) for name, value in predictor.state_dict().items()}
     found = {name: list(value.shape) for name, value in parameters.arrays.items()}
     if wrong := sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)):

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from torch._subclasses import FakeTensor
 
 from cachec.compiler.models.base import LoadedModel
 from cachec.compiler.models.equal_modules import with_child
@@ -94,7 +95,7 @@ class BlockPredictor(nn.Module):
 
     A fusion is Linear(2D → D), SiLU, Linear(D → D), on current and cached tokens side by side; there is one for all streams, or
     one for each. It starts as the current tokens plus the cached ones' change, which it does not know: random, as published.
-    The ``count`` blocks start as copies of the model's last ones.
+    The ``count`` blocks start as copies of the model's last ones; where these have no values, neither do they.
     """
 
     def __init__(self, transformer: nn.Module, body: Body, *, count: int = 2, apart: bool | None = None) -> None:
@@ -102,11 +103,18 @@ class BlockPredictor(nn.Module):
         num = len(body.streams) if (body.apart if apart is None else apart) else 1
         self.fusions = nn.ModuleList(_fusion(body.width) for _ in range(num))
         own = list(transformer.get_submodule(body.lists[-1]).children())
-        self.blocks = nn.ModuleList(copy.deepcopy(own[max(0, len(own) - count + place)]) for place in range(count))
+        self.blocks = nn.ModuleList(_copied(own[max(0, len(own) - count + place)]) for place in range(count))
 
 
 def _fusion(width: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(2 * width, width), nn.SiLU(), nn.Linear(width, width))
+
+
+def _copied(block: nn.Module) -> nn.Module:
+    """A block with parameters of its own."""
+    named = [one for one in block.parameters() if isinstance(one, FakeTensor)]
+    empty = [nn.Parameter(torch.empty(one.shape, dtype=one.dtype, device="meta"), requires_grad=False) for one in named]
+    return copy.deepcopy(block, {id(one): other for one, other in zip(named, empty, strict=True)})
 
 
 class KeepingTransformer(nn.Module):

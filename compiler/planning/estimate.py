@@ -25,7 +25,7 @@ COMPILE_MEMORY = 1.7e9  # bytes, whatever the model's size: weights are streamed
 
 @dataclass(frozen=True)
 class Estimate:
-    """Sizes are bytes. ``parameters`` by part (``hoisted`` are of the two others), ``nodes`` by graph.
+    """Sizes are bytes. ``parameters`` by part (``hoisted`` are of the others; a ``predictor``'s are none of the model's), ``nodes`` by graph.
 
     ``branches``: 2 where guidance has a negative one. ``computed`` and ``forecast`` are FLOPs of one step of the whole model,
     nothing hoisted, as others count them. They, ``feature`` and ``velocity`` (what a slot of the hidden and of the output cut
@@ -68,8 +68,9 @@ class Estimate:
         return self.rows * (self.work * self.computed + (self.settings.steps - self.budget) * forecast)
 
     def slots(self, cut: str) -> int:
-        """Bytes if every computed step is kept: most methods keep fewer."""
-        return self.budget * (self.rows * self.feature if cut == "hidden" else self.batch * self.velocity)
+        """Bytes if every computed step is kept: most methods keep fewer. What blocks forecast from is the newest one's."""
+        kept = 1 if cut == "hidden" and self.parameters["predictor"] else self.budget
+        return kept * (self.rows * self.feature if cut == "hidden" else self.batch * self.velocity)
 
     def gpu_memory(self, cut: str) -> int:
         """Bytes of the transformer at work, without text encoders and VAE."""

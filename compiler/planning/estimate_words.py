@@ -24,6 +24,8 @@ def _model_rows(found: Estimate) -> Iterator[tuple[str, str]]:
     yield "steps", f"{settings.steps}, {found.budget} of them computed{work}"
     yield "graphs", ", ".join(f"{name} {count} nodes" for name, count in found.nodes.items())
     yield "parameters", f"{in_count(found.total)}: body {parts['body']}, tail {parts['tail']}; {held}"
+    if own := found.parameters["predictor"]:
+        yield "predictor", f"{parts['predictor']} parameters of its own, {own / found.total:.1%} of the model's"
     yield "weights", in_bytes(found.weights)
 
 

@@ -38,6 +38,16 @@ def test_a_model_without_weights_has_sizes_and_flops(thin):
     assert found["floor"].keys() == {"H100"}
 
 
+def test_blocks_that_forecast_are_counted_without_values(thin):
+    """DisCa on FLUX: a fusion and two single blocks; one slot, of image and text."""
+    said = succeed("plan", thin, *SMALL, "--method", "disca", "--gpu", "h100")
+    width, tokens = 3072, 4 * 3 + 5
+    fusion, block = 3 * width**2 + 2 * width, (12 + 3) * width**2 + (3 + 3 + 1 + 4) * width + 2 * 128
+    assert f"{(fusion + 2 * block) / 1e6:.2f} million parameters of its own" in said
+    assert f"of {tokens * width * 2 / 1e3:.2f} kB each" in said
+    assert f"hidden cut {tokens * width * 2 / 1e3:.2f} kB" in said
+
+
 def test_the_toy_is_planned_from_its_directory(toy_directory):
     words = succeed("plan", toy_directory, "--steps", "4", "--dtype", "float32")
     assert "4, 1 of them computed" in words

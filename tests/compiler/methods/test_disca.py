@@ -5,7 +5,7 @@ import pytest
 import torch
 from toy_model import SETTINGS, ToyModel
 
-from cachec.compiler.methods.disca import Disca, load_blocks, make_predictor
+from cachec.compiler.methods.disca import Disca, load_blocks
 from cachec.compiler.methods.parameters import Parameters
 from cachec.compiler.models.base import LoadedModel
 from cachec.compiler.models.blocks import CACHED, PredictingTransformer
@@ -57,7 +57,7 @@ def parameters(arrays, **facts):
 @torch.no_grad()
 def test_without_blocks_it_is_the_fusion_and_the_tail():
     model = ToyModel()
-    predictor = make_predictor(model, 0, None)
+    predictor = Disca(depth=0).made(model)
     assert len(predictor.fusions) == 1
     inputs = model.example_inputs(SETTINGS)
     cached = torch.randn(inputs["latents"].shape)
