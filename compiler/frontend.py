@@ -38,7 +38,7 @@ from cachec.compiler.planning.levels import forecast_cost
 from cachec.compiler.planning.planner import Calibrations, Planner
 from cachec.compiler.planning.room import check_evaluation, check_training
 from cachec.compiler.request import Request, evaluated_in
-from cachec.compiler.tables.lower import NO_TAIL, lower_predictor, lower_table, lower_uncached
+from cachec.compiler.tables.lower import NO_TAIL, lower, lower_predictor, lower_uncached
 from cachec.compiler.tables.schedule import Schedule
 from cachec.engines.torch_device import check_device
 from cachec.passes import Graphs, dump_to
@@ -115,8 +115,7 @@ def _check_cut(model: LoadedModel, settings: Settings) -> None:
 def _check_given(model: LoadedModel, request: Request) -> Checked:
     model.example_inputs(request.settings)  # which knows the model's sizes
     _check_cut(model, request.settings)
-    if isinstance(request.method, BlockMethod):
-        request.method.check(model, request.settings)
+    request.method.check(model, request.settings)
     if request.schedule is not None:
         request.schedule.check_conditional(request.method.cut, guided=model.is_guided(request.settings))
     if request.wish.graph.slots is not None and request.method.cut == "output" and model.is_guided(request.settings):
@@ -392,8 +391,6 @@ def _lower_predictor(
 ) -> Program:
     """The Program of a predictor on its one schedule: composed coefficients, or predictor calls if nothing is folded."""
     sampling = model.sampling(request.settings)
-    if isinstance(method, BlockMethod):
-        return lower_predictor(schedule, 1, feeds_back=False, key=key, sampling=sampling)
     if not request.folds:
         return lower_predictor(schedule, method.window, feeds_back=method.feeds_back, key=key, sampling=sampling)
-    return lower_table(method.table(schedule, sampling.levels(method.cut), parameters), key, sampling)
+    return lower(method.table(schedule, sampling.levels(method.cut), parameters), key, sampling)

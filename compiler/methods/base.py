@@ -96,6 +96,9 @@ class Method(ABC):
         """
         raise PredictorError(f"no weights of {cls.name} are known to be released")
 
+    def check(self, model: LoadedModel, settings: Settings) -> None:
+        """Raise ``InputError`` unless the method can be of this model at these settings, before anything slow."""
+
     def draft(self) -> "Method":
         """The method at its cheapest, for searches that fit it to many schedules."""
         return self
@@ -223,6 +226,8 @@ class BlockMethod(Method):
 
     folds: ClassVar[bool] = False
     needs_training: ClassVar[bool] = True
+    window: ClassVar[int] = 1
+    feeds_back: ClassVar[bool] = False
 
     def check(self, model: LoadedModel, settings: Settings) -> None:
         """Raise ``InputError`` unless the model's blocks are known, and the cut is behind the last of them."""

@@ -176,14 +176,9 @@ class LoadedModel(ABC):
 
     @property
     def body(self) -> "Body":
-        """How the blocks hang together, for predictors that are made of them.
-
-        Raises:
-            InputError: nobody has said.
-        """
+        """How the blocks hang together, for predictors that are made of them; ``InputError`` where nobody has said."""
         raise InputError(
-            f"the family of {self.spec.name} does not say how its blocks hang together (Body), which a predictor made of them "
-            "must know: take another method"
+            f"the family of {self.spec.name} does not say how its blocks hang together (Body): take another method"
         )
 
     @property
