@@ -25,7 +25,7 @@ COMPILE_MEMORY = 1.7e9  # bytes, whatever the model's size: weights are streamed
 
 @dataclass(frozen=True)
 class Estimate:
-    """Sizes are bytes, ``nodes`` by graph, ``parameters`` by part: ``hoisted`` are of others, a ``predictor``'s not the model's.
+    """Sizes are bytes, ``nodes`` by graph, ``parameters`` by part: ``hoisted`` are of others, ``predictor``'s not the model's.
 
     ``branches``: 2 where guidance has a negative one. ``computed`` and ``forecast`` are FLOPs of one step of the whole model,
     nothing hoisted, as others count them. They, ``feature`` and ``velocity`` (what a slot of the hidden and of the output cut
