@@ -10,25 +10,27 @@ HunyuanVideo 1.0 (single-stream blocks) fuses image and text by one pair of matr
 """
 
 import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, cast
 from weakref import WeakKeyDictionary
 
 from cachec.compiler.methods.base import BlockData, BlockMethod
 from cachec.compiler.methods.parameters import Parameters
+from cachec.compiler.methods.released import Released, check_names, one_file, read_tensors
 from cachec.compiler.models.base import LoadedModel
+from cachec.compiler.models.hunyuan_video_released import NUM_BLOCKS, released_shapes, renamed
+from cachec.compiler.tables.published import PUBLISHED
 from cachec.compiler.tables.schedule import Schedule, interval_schedule
-from cachec.runtime.errors import InputError, PredictorError
+from cachec.runtime.errors import InputError, PredictorError, unknown_name
 from cachec.runtime.specs import Array
 
 if TYPE_CHECKING:
     from cachec.compiler.models.blocks import BlockPredictor
 
-LISTS = {  # published, by number of steps and of computed ones
-    (20, 10): (0, 1, 2, 5, 9, 11, 13, 15, 17, 19),
-    (20, 8): (0, 1, 2, 5, 9, 13, 17, 19),
-    (8, 4): (0, 2, 4, 7),
-}
+NAMES = ("disca-10", "disca-8", "disca-4")  # of the published schedules
+LISTS = {(steps, len(computed)): computed for steps, computed in map(PUBLISHED.__getitem__, NAMES)}
 INTERVALS = {(20, 2): 10, (20, 3): 8, (8, 2): 4}  # steps and interval, and how many their list computes
 FUSIONS = ("model", "joint", "apart")  # as the model's blocks have it; one for all streams; one for each
 DEPTH, FUSION = "depth", "fusion"  # facts of a predictor
@@ -53,6 +55,7 @@ class Disca(BlockMethod):
     name: ClassVar[str] = "disca"
     summary: ClassVar[str] = "trained blocks on current and cached tokens (DisCa)"
     default_interval: ClassVar[int] = 2
+    released: ClassVar[str | None] = "the predictor for HunyuanVideo 1.0 (Hub tencent/DisCa, predictor_540p)"
     depth: int = 2
     fusion: str = "model"
     updates: int = 500
@@ -106,6 +109,15 @@ class Disca(BlockMethod):
         from cachec.compiler.models.blocks import BlockPredictor
 
         return BlockPredictor(model.transformer, model.body, count=self.depth, apart=self._apart).requires_grad_(True)
+
+    @classmethod
+    def read_released(cls, paths: Sequence[Path], options: Mapping[str, str]) -> Released:
+        if options:
+            raise unknown_name("option of imported DisCa weights", next(iter(options)), ["none: their files say all"])
+        path = one_file(paths, cls.name)
+        arrays, _ = read_tensors(path)
+        check_names(path, arrays, released_shapes())
+        return Released(renamed(arrays), {DEPTH: str(NUM_BLOCKS), FUSION: FUSIONS[1]})
 
     def outlined(self, model: LoadedModel) -> "BlockPredictor":
         from cachec.compiler.graphs.weights import named_module, without_values

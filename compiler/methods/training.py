@@ -162,6 +162,8 @@ def _block_data(
 def _known(model: LoadedModel, training: Training) -> dict[str, str]:
     """What the predictor is for, and how the method is set."""
     facts = _made_for(model, training.method, training.schedule, training.settings)
+    if isinstance(training.method, BlockMethod):  # whose predictor is not bound to them
+        facts = {name if name == "method" else f"trained_{name}": value for name, value in facts.items()}
     return {**facts, WEIGHTS: model.weights_hash, "options": json.dumps(training.method.options())}
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from cachec.runtime.specs import Array
 
-WIDTH, HEADS, RATIO, DEPTH = 3072, 24, 4, 2  # channels, heads, hidden channels over channels, blocks
+WIDTH, HEADS, RATIO, NUM_BLOCKS = 3072, 24, 4, 2  # channels, heads, hidden channels over channels, blocks
 FUSION, BLOCKS = "fusion_mlp", "mm_single_blocks"
 SAME = {  # of a block: theirs, and ours
     "linear2": "proj_out",
@@ -31,7 +31,7 @@ def released_shapes() -> dict[str, tuple[int, ...]]:
         "modulation.linear": (3 * WIDTH, WIDTH),
     }
     shapes = _of_linear(f"{FUSION}.0", (WIDTH, 2 * WIDTH)) | _of_linear(f"{FUSION}.2", (WIDTH, WIDTH))
-    for block in range(DEPTH):
+    for block in range(NUM_BLOCKS):
         place = f"{BLOCKS}.{block}"
         shapes |= {f"{place}.{name}.weight": (WIDTH // HEADS,) for name in ("q_norm", "k_norm")}
         for name, shape in linear.items():

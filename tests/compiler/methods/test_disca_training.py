@@ -105,4 +105,4 @@ def test_runs_are_recorded_and_the_predictor_fits_every_schedule(toy_split, tmp_
     parameters = train_predictor(model, evaluator, training, work=tmp_path)
     wanted = training_facts(model, METHOD, Schedule(9, (0, 4)), replace(SETTINGS, steps=9))
     assert wanted.items() <= parameters.facts.items()
-    assert parameters.facts["schedule"] == "0,2"
+    assert parameters.facts["trained_schedule"] == "0,2"
