@@ -12,7 +12,6 @@ from toy_product import run_cli, succeed
 from cachec.compiler.methods.disca import Disca, load_blocks
 from cachec.compiler.methods.parameters import load_predictor
 from cachec.compiler.models import find_model, hunyuan_video_released, load_model
-
 from cachec.compiler.models.blocks import BlockPredictor, Body
 from cachec.compiler.models.hunyuan_video import HunyuanVideoModel
 from cachec.compiler.models.hunyuan_video_released import JOINED, WIDTH, released_shapes, renamed
