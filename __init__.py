@@ -45,7 +45,15 @@ def load(
     from cachec.engines import open_bundle
 
     loaded = open_bundle(
-        bundle, device=device, target=target, size=size, steps=steps, verify=verify, threads=threads, weights=weights
+        bundle,
+        device=device,
+        target=target,
+        size=size,
+        steps=steps,
+        verify=verify,
+        threads=threads,
+        weights=weights,
+        late=keep is not None and "transformer" not in keep,
     )
     return replace(loaded, drop_in=_as_transformer, front=partial(_generator, keep=keep))
 

@@ -37,6 +37,7 @@ def open_bundle(
     verify: bool = False,
     threads: int | None = None,
     weights: str | None = None,
+    late: bool = False,
 ) -> LoadedBundle:
     """Check the bundle at ``root`` and load the engines of the best of its targets that fits here.
 
@@ -44,7 +45,7 @@ def open_bundle(
     ``device`` is ``cpu``, ``cuda``, or ``cuda:1`` for the second GPU, by default the best that a target fits. ``target``
     allows only targets of this name: ``tensorrt``, ``ort-cpu``. ``size`` (as ``832x1216``) and ``steps`` are those that the
     result is at, by default the bundle's first; engines of other sizes are loaded when they are asked for. ``weights`` names
-    some that ``cachec add-weights`` added, in place of the bundle's own.
+    some that ``cachec add-weights`` added, in place of the bundle's own. ``late``: engines are loaded when they are first run.
 
     Raises:
         BundleError: it is damaged, or none of its targets fits: another operating system, GPU, or version of its back end.
@@ -64,7 +65,7 @@ def open_bundle(
         log.log(logging.WARNING if other in better else logging.INFO, "target %s does not fit: %s", other.target, other.reason)
     log.log(logging.WARNING if better or not fit.exact else logging.INFO, "using target %s, which %s", fit.target, fit.in_words)
     assert fit.backend is not None, "chosen targets fit"
-    return load_bundle(bundle, fit.target, fit.backend, device=fit.device, threads=threads, steps=steps)
+    return load_bundle(bundle, fit.target, fit.backend, device=fit.device, threads=threads, steps=steps, late=late)
 
 
 def _directory(root: str | Path) -> Path:

@@ -40,7 +40,7 @@ class Generator:
             raise InputError(
                 "the bundle's files are not known, so its text encoders cannot be loaded: open it with cachec.load"
             )
-        self._loaded, self._bundle = loaded, bundle
+        self._loaded, self._bundle, self._origin = loaded, bundle, loaded.origin
         device, threads = loaded.origin.device, loaded.origin.threads
         self._parts = {name: Part(name, bundle, device, threads) for name in manifest.components}
         self._keep = check_keep(keep, self._parts)
@@ -146,11 +146,20 @@ class Generator:
         _check_counts(prompts, seeds, negative_prompts)
         loaded = self._loaded.at(size, steps)
         scales = Scales.of(loaded, guidance=guidance, true=true_cfg_scale, negative=negative_prompts is not None)
-        session = self._session_for(loaded, loaded.check_level(level), len(prompts))
-        conditions = self.conditions(prompts, session.conditions, scales, negative_prompts)
+        program = loaded.programs[loaded.check_level(level)]
+        names = loaded.io.request_conditions if program.key.guided else loaded.io.conditions
+        conditions = self.conditions(prompts, names, scales, negative_prompts)
+        latents = self._denoise(loaded, program.key.level, conditions, seeds)
+        return self.decode(latents, size=loaded.manifest.variants[0].size)
+
+    def _denoise(self, loaded: LoadedBundle, level: str, conditions: Mapping[str, Array], seeds: Sequence[int]) -> Array:
+        session = self._session_for(loaded, level, len(seeds))
         noise = np.stack([make_noise(seed, session.latent_shape[1:]) for seed in seeds])
         latents = run_in_batches(session, conditions, noise)
-        return self.decode(latents, size=loaded.manifest.variants[0].size)
+        if TRANSFORMER not in self._keep:
+            self._session = None
+            self._origin.release()
+        return latents
 
     def _session_for(self, loaded: LoadedBundle, level: str, wanted: int) -> Session:
         """A session for up to ``wanted`` samples at once: the last one, if it is like that."""

@@ -15,6 +15,16 @@ class Component:
     targets: tuple[Target, ...]
     memory: Mapping[str, Mapping[str, int]]
 
+    @property
+    def weights(self) -> int:
+        """Bytes of weights that its engines are over, the most that one has."""
+        return max(one["weights"] for one in self.memory.values())
+
+    @property
+    def activations(self) -> int:
+        """The most bytes of activations of one run."""
+        return max(one["activations"] for one in self.memory.values())
+
     def to_json(self) -> dict[str, Any]:
         return {"targets": [target.to_json() for target in self.targets], "memory": dict(self.memory)}
 
@@ -77,3 +87,22 @@ class PictureFacts:
         if missing := sorted(named - manifest.components.keys()):
             raise BundleError(f"pictures are made with {', '.join(missing)}, which the bundle lacks: compile it again")
         return found
+
+
+def components_of(manifest: Manifest) -> dict[str, Component]:
+    """Those of a bundle, by name."""
+    return {name: Component.from_json(data) for name, data in manifest.components.items()}
+
+
+def request_peaks(manifest: Manifest, weights: int, working: int) -> tuple[int, int]:
+    """Bytes that a request of one sample takes at most, with all components kept, and with none.
+
+    Engines keep what they took. ``weights`` and ``working``: the transformer's, and all else that it takes beside them.
+    """
+    parts = components_of(manifest)
+    decoder = parts.pop(PictureFacts.of(manifest).decoder)
+    reading, decoding = max((one.activations for one in parts.values()), default=0), decoder.activations
+    texts = sum(one.weights for one in parts.values())
+    kept = weights + texts + decoder.weights + working + reading + decoding
+    phases = max(texts + reading, weights + working, decoder.weights + decoding)
+    return kept, phases

@@ -6,6 +6,7 @@ from typing import Any
 
 from cachec.runtime.abi import BATCH, FEATURE, PAIR, PROLOGUE, VELOCITY, steps_of
 from cachec.runtime.bundle import Bundle, Target
+from cachec.runtime.components import components_of, request_peaks
 from cachec.runtime.program import UNCACHED, Program
 from cachec.runtime.specs import TensorSpec, itemsize
 from cachec.runtime.variants import PictureSize
@@ -37,7 +38,7 @@ def describe_bundle(bundle: Bundle, fits: Sequence[str] = ()) -> list[tuple[str,
         rows += [("", text) for text in (*fits[index : index + 1], *_target_facts(target))]
         for name, artifact in target.engines.items():
             rows.append((f"  {name}", f"{artifact.path}, {manifest.files[artifact.path]['bytes'] / 1e6:.2f} MB"))
-    rows += [*describe_weights(bundle), *describe_choice(bundle), *describe_memory(first)]
+    rows += [*describe_weights(bundle), *describe_choice(bundle), *describe_parts(bundle), *describe_memory(first)]
     for size in manifest.sizes[1:]:
         rows += [("at", size), *describe_memory(bundle.at(size))]
     total = sum(entry["bytes"] for entry in manifest.files.values())
@@ -128,6 +129,15 @@ def in_seconds(seconds: float) -> str:
     return f"{seconds:.2f} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
 
 
+def describe_parts(bundle: Bundle) -> list[tuple[str, str]]:
+    """Rows about text encoders and decoder."""
+    rows = []
+    for name, component in components_of(bundle.manifest).items():
+        targets = "; ".join(map(str, component.targets))
+        rows.append((f"  {name}", f"{component.weights / 1e6:.2f} MB of weights, for {', '.join(component.memory)}: {targets}"))
+    return [("pictures", "made of prompts by the bundle itself"), *rows] if rows else []
+
+
 def describe_memory(bundle: Bundle) -> list[tuple[str, str]]:
     """Rows about what a session of one sample takes: known before anything runs."""
     facts = bundle.manifest.facts
@@ -145,6 +155,10 @@ def describe_memory(bundle: Bundle) -> list[tuple[str, str]]:
     }
     text = " + ".join(f"{name} {size / 1e6:.2f}" for name, size in parts.items())
     rows.append(("memory", f"{sum(parts.values()) / 1e6:.1f} MB for one sample at level {level}: {text}"))
+    if bundle.manifest.pictures:
+        kept, phases = request_peaks(bundle.manifest, memory["weights"], sum(parts.values()) - memory["weights"])
+        text = f"{kept / 1e6:.1f} MB where all components are kept, {phases / 1e6:.1f} MB where each is there for its phase"
+        rows.append(("request", f"from a prompt to its picture at most {text}"))
     return rows
 
 

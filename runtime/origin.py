@@ -1,8 +1,9 @@
 """Where a loaded bundle comes from: its target, and the engines of all sizes that were loaded so far."""
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from cachec.runtime.bundle import Bundle, Target
@@ -12,16 +13,57 @@ from cachec.runtime.errors import BundleError
 from cachec.runtime.session import LoadedBundle
 
 
+class LateEngines(Mapping[str, Engine]):
+    """Engines that are loaded when one is first asked for, and again after :meth:`release`."""
+
+    def __init__(self, names: Iterable[str], load: Callable[[], Mapping[str, Engine]]) -> None:
+        self._names, self._load = tuple(names), load
+        self._held: Mapping[str, Engine] | None = None
+        self._lock = threading.Lock()
+
+    def load(self) -> Mapping[str, Engine]:
+        with self._lock:
+            if self._held is None:
+                self._held = self._load()
+            return self._held
+
+    @property
+    def is_loaded(self) -> bool:
+        return self._held is not None
+
+    def release(self) -> None:
+        """Close those that are loaded."""
+        with self._lock:
+            held, self._held = self._held, None
+        for engine in (held or {}).values():
+            engine.close()
+
+    def __getitem__(self, name: str) -> Engine:
+        if name not in self._names:
+            raise KeyError(name)
+        return self.load()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
 class Origin:
-    """Where a loaded bundle comes from, and the engines of all sizes that were loaded so far."""
+    """Where a loaded bundle comes from, and the engines of all sizes that were loaded so far.
+
+    ``late``: they are loaded when they are first run, in place of when they are opened.
+    """
 
     def __init__(
-        self, bundle: Bundle, target: Target, engine_type: type[Engine], device: DeviceName, threads: int | None
+        self, bundle: Bundle, target: Target, engine_type: type[Engine], device: DeviceName, threads: int | None, *, late: bool
     ) -> None:
         self.bundle, self._target, self._type = bundle, target, engine_type
         self.device, self.threads = device, threads
-        self._engines: dict[str, Mapping[str, Engine]] = {}  # by size
-        self._loaded: dict[frozenset[str], Mapping[str, Engine]] = {}  # by their files, which may be of several sizes
+        self._late = late
+        self._engines: dict[str, LateEngines] = {}  # by size
+        self._loaded: dict[frozenset[str], LateEngines] = {}  # by their files, which may be of several sizes
         self._lock = threading.Lock()
         self._made: Any = None
 
@@ -55,13 +97,18 @@ class Origin:
         (one,) = bundle.manifest.variants
         raise BundleError(f"the bundle has no engines of {self._target} for the size {one.size}: compile it again")
 
-    def _of_size(self, bundle: Bundle, target: Target) -> Mapping[str, Engine]:
+    def _of_size(self, bundle: Bundle, target: Target) -> LateEngines:
         files = frozenset(artifact.path for artifact in target.engines.values())
-        loaded = self._loaded[files] = self._loaded.get(files) or self._load(target)
-        if not bundle.manifest.shapes:
-            return loaded
-        tables = bundle.tables()
-        return {name: one.at(target.engines[name].signature, tables) for name, one in loaded.items()}
+        if files not in self._loaded:
+            self._loaded[files] = LateEngines(target.engines, partial(self._load, target))
+        loaded = engines = self._loaded[files]
+        if bundle.manifest.shapes:
+            tables = bundle.tables()
+            signatures = {name: artifact.signature for name, artifact in target.engines.items()}
+            engines = LateEngines(loaded, lambda: {name: one.at(signatures[name], tables) for name, one in loaded.items()})
+        if not self._late:
+            engines.load()
+        return engines
 
     def _load(self, target: Target) -> Mapping[str, Engine]:
         files = {name: self.bundle.path(artifact.path) for name, artifact in target.engines.items()}
@@ -69,11 +116,17 @@ class Origin:
         weights = {name: self.bundle.path(path) for name, path in target.weights.items()}
         return self._type.load(files, signatures, LoadOptions(self.device, self.threads, weights, target.needs))
 
+    def release(self) -> None:
+        """Close all engines; they are loaded again when they are run."""
+        with self._lock:
+            for engines in (*self._engines.values(), *self._loaded.values()):
+                engines.release()
+
     def close(self) -> None:
         if self._made is not None:
             self._made.close()
         for engines in (*self._engines.values(), *self._loaded.values()):
-            for engine in engines.values():
+            for engine in engines.values() if engines.is_loaded else ():
                 engine.close()
 
 
@@ -85,6 +138,10 @@ def load_bundle(
     device: DeviceName = HOST,
     threads: int | None = None,
     steps: int | None = None,
+    late: bool = False,
 ) -> LoadedBundle:
-    """Load the engines of one target of an opened bundle with its back end's engine class; at ``steps``, or its first."""
-    return Origin(bundle, target, engine_type, device, threads).open(target.picture_sizes[0], steps)
+    """Load the engines of one target of an opened bundle with its back end's engine class; at ``steps``, or its first.
+
+    ``late``: when they are first run.
+    """
+    return Origin(bundle, target, engine_type, device, threads, late=late).open(target.picture_sizes[0], steps)

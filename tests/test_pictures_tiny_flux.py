@@ -56,10 +56,14 @@ def test_another_scale_of_guidance_is_another_picture(loaded):
     assert (usual != other).any()
 
 
-def test_parts_that_are_not_kept_are_loaded_for_their_phase(bundle, loaded):
-    with cachec.load(bundle, keep=["transformer"]) as frugal:
-        np.testing.assert_array_equal(frugal.generate(PROMPTS[:1]), loaded.generate(PROMPTS[:1]))
-        assert not any(part._bound for part in frugal.generator._parts.values())
+@pytest.mark.parametrize("keep", [[], ["transformer"], ["vae_decoder"]])
+def test_parts_that_are_not_kept_are_loaded_for_their_phase(bundle, loaded, keep):
+    with cachec.load(bundle, keep=keep) as frugal:
+        for _ in range(2):
+            np.testing.assert_array_equal(frugal.generate(PROMPTS[:1]), loaded.generate(PROMPTS[:1]))
+        held = {name for name, part in frugal.generator._parts.items() if part._bound}
+        assert held == set(keep) - {"transformer"}
+        assert frugal.engines.is_loaded == ("transformer" in keep)
 
 
 def test_what_a_long_prompt_loses_is_said_once(bundle, caplog):

@@ -28,6 +28,14 @@ from cachec.runtime.model_io import ModelIO
 ROUNDING = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-2}  # through a whole model, relative
 
 
+aten = torch.ops.aten
+COMMON = {  # operators of encoders and decoders, and others that are the same
+    aten.view.default: aten.reshape.default,  # kernels lay out what they give as they like: views may not fit
+    aten.__and__.Tensor: aten.bitwise_and.Tensor,  # what ONNX has a function for
+    aten.__or__.Tensor: aten.bitwise_or.Tensor,
+}
+
+
 class _Captured(nn.Module):
     """Calls ``model`` by keyword, with ``constants`` filled in, and names its output, and ``more`` that it gives behind.
 
@@ -110,8 +118,7 @@ def capture_component(module: nn.Module, inputs: Mapping[str, torch.Tensor], out
     """
     captured = _trace(module, inputs, batched=(), outputs=outputs)
     for node in captured.graph.nodes:
-        if node.target is torch.ops.aten.view.default:  # kernels lay out what they give as they like: views may not fit
-            node.target = torch.ops.aten.reshape.default
+        node.target = COMMON.get(node.target, node.target)
     captured.recompile()
     return captured
 
