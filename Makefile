@@ -12,7 +12,7 @@ help:  ## Say what can be made
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[cpu,compile,rtx,ray,serve,dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[cpu,compile,rtx,ray,pictures,hub,serve,dev]'
 	touch $(READY)
 
 demo: $(READY)  ## Compile tiny-flux with LESA and draw a comparison: demo/comparison.png
@@ -65,7 +65,7 @@ quality: $(READY)  ## Every method at every budget: bench/QUALITY.md (about two 
 	$(BIN)/python -m bench.quality_report --date $$(date +%F)
 
 bench: $(READY)  ## Speed beside the peers in one run: bench/RESULTS.md (under an hour on two idle cores)
-	$(BIN)/python -m pip install --quiet --editable '.[cpu,compile,rtx,ray,serve,dev,bench]'
+	$(BIN)/python -m pip install --quiet --editable '.[cpu,compile,rtx,ray,pictures,hub,serve,dev,bench]'
 	$(BIN)/python -m bench.speed
 
 engines: $(READY)  ## Engines of TensorRT for RTX and errors of low precision: bench/ENGINES.md (a quarter of an hour)

@@ -95,7 +95,7 @@ def measure(name: str, work: Path, *, quick: bool) -> dict[str, Any]:
             "bytes": sum(file.stat().st_size for file in files),
             **{f"load_{what}": statistics.median(load[what] for load in loads) for what in loads[0]},
         }
-    found["requests"] = play_pairs(bundles, 3 if quick else 25 if name == TINY else 9)
+    found["requests"] = play_pairs(bundles, 3 if quick else 25 if name == TINY else 5)
     return found
 
 
