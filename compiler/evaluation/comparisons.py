@@ -9,8 +9,10 @@ from typing import Literal
 import numpy as np
 
 from cachec.compiler.graphs.build_engines import linear_engines
+from cachec.compiler.graphs.prepare import prepare
 from cachec.compiler.methods import METHODS, get_method
-from cachec.compiler.methods.base import Method
+from cachec.compiler.methods.base import CodedMethod, Method
+from cachec.compiler.methods.codings import coding_of
 from cachec.compiler.methods.parameters import Parameters
 from cachec.compiler.methods.training import find_shipped
 from cachec.compiler.models.base import LoadedModel, Settings, settings_of
@@ -20,7 +22,7 @@ from cachec.compiler.tables.lower import lower, lower_uncached
 from cachec.compiler.tables.samplers import SOLVERS, solver_rows
 from cachec.compiler.tables.sampling import Sampling
 from cachec.compiler.tables.schedule import Schedule
-from cachec.runtime.abi import COMPUTE, FEATURES, FORECAST
+from cachec.runtime.abi import COEFFICIENTS, COMPUTE, FEATURES, FORECAST
 from cachec.runtime.device import DeviceName
 from cachec.runtime.engine import Engine
 from cachec.runtime.errors import InputError, unknown_name
@@ -134,19 +136,20 @@ def compared_rows(
         InputError: a trained method has no predictor that fits, or a method does not fit the schedule.
     """
     programs = {entry.name: _compared_program(entry, loaded.programs[level], loaded, model) for entry in entries}
-    engines = loaded.engines
-    if any(_forecasts(program) for program in programs.values()) and not _is_linear(engines):
-        device = DeviceName.parse(engines[COMPUTE].device.name)
-        engines = linear_engines(model, settings_of(loaded.manifest), loaded.target.backend, work, stack, device)
-    return [
-        Row(
-            entry.name,
-            "solver" if entry.method is None else "method",
-            programs[entry.name],
-            engines if _forecasts(programs[entry.name]) else loaded.engines,
-        )
-        for entry in entries
-    ]
+    settings, device = settings_of(loaded.manifest), DeviceName.parse(loaded.engines[COMPUTE].device.name)
+    shared, rows = loaded.engines if _is_linear(loaded.engines) else None, list[Row]()
+    for place, entry in enumerate(entries):
+        program, engines = programs[entry.name], loaded.engines
+        if isinstance(entry.method, CodedMethod):
+            coding = coding_of(prepare(model, settings), settings, entry.method, None)
+            folder = work / f"coded-{place}"
+            folder.mkdir(parents=True)
+            engines = linear_engines(model, settings, loaded.target.backend, folder, stack, device, coding)
+        elif _forecasts(program):
+            shared = shared or linear_engines(model, settings, loaded.target.backend, work, stack, device)
+            engines = shared
+        rows.append(Row(entry.name, "solver" if entry.method is None else "method", program, engines))
+    return rows
 
 
 def _forecasts(program: Program) -> bool:
@@ -197,4 +200,6 @@ def _trained(entry: Entry, method: Method, model: LoadedModel, settings: Setting
 
 
 def _is_linear(engines: Mapping[str, Engine]) -> bool:
-    return FORECAST in engines and any(spec.name == FEATURES for spec in engines[FORECAST].signature.inputs)
+    """Do they take rows of all features as they are?"""
+    inputs = {spec.name: spec for spec in engines[FORECAST].signature.inputs} if FORECAST in engines else {}
+    return FEATURES in inputs and inputs[COEFFICIENTS].shape[-2] == 1

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch.export import ExportedProgram
 
+from cachec.compiler.graphs.coding import Coding
 from cachec.compiler.graphs.export import EnginePlan, plan_engines
 from cachec.compiler.graphs.prepare import engine, linear, prepare
 from cachec.compiler.graphs.weights import Values
@@ -223,10 +224,14 @@ def build_and_load(
 
 
 def linear_engines(
-    model: LoadedModel, settings: Settings, backend: str, folder: Path, stack: ExitStack, device: DeviceName = HOST
-) -> dict[str, Engine]:
-    """Engines that all linear methods of the hidden cut share, for comparisons; closed with ``stack``, files in ``folder``."""
-    graphs = engine(linear(prepare(model, settings)), model.io)
+    model: LoadedModel, settings: Settings, backend: str, folder: Path, stack: ExitStack, device: DeviceName = HOST,
+    coding: Coding | None = None,
+) -> dict[str, Engine]:  # fmt: skip
+    """Engines that all linear methods of the hidden cut share, or those of one ``coding``, for comparisons.
+
+    They are closed with ``stack``; their files are in ``folder``.
+    """
+    graphs = engine(linear(prepare(model, settings), coding=coding), model.io)
     plans = plan_engines(graphs, model.example_inputs(settings), model.io.latents, settings.steps)
     sources = LooseSources(plans, folder, settings.dtype, settings.shape_bucket)
     engines = build_and_load(get_builder(backend), sources, folder, device)

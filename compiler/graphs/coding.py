@@ -16,6 +16,12 @@ from torch import fx, nn
 
 from cachec.compiler.graphs.capture import capture_map
 from cachec.passes import Groups
+from cachec.passes.base import CAST
+
+
+def cast(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Of another type, in the form that every back end has; nothing at all where it has that type."""
+    return value if value.dtype == dtype else CAST(value, dtype=dtype)
 
 
 @dataclass(frozen=True, eq=False)

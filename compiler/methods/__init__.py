@@ -16,6 +16,7 @@ METHODS = Registry("method", "cachec.methods", {
     "hyca": "cachec.compiler.methods.hyca:HyCa",
     "l2p": "cachec.compiler.methods.l2p:L2p",
     "lesa": "cachec.compiler.methods.lesa:Lesa",
+    "linca": "cachec.compiler.methods.linca:LinCa",
     "newton": "cachec.compiler.methods.newton:Newton",
     "reuse": "cachec.compiler.methods.reuse:Reuse",
     "spectrum": "cachec.compiler.methods.spectrum:Spectrum",

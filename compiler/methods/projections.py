@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from cachec.compiler.graphs.coding import Coding
+from cachec.compiler.graphs.coding import Coding, cast
 from cachec.passes import Groups
 from cachec.runtime.specs import Array
 
@@ -52,10 +52,10 @@ class _Join(nn.Module):
         return torch.matmul(self.back, coordinates) if self.axis == TOKENS else torch.matmul(coordinates, self.back.T)
 
     def forward(self, code: torch.Tensor) -> torch.Tensor:
-        wide = code.float()
+        wide = cast(code, torch.float32)
         low = wide.narrow(self.axis, 0, self.rank)
         rest = wide.narrow(self.axis, self.rank, wide.shape[self.axis] - self.rank)
-        return (rest + self.up(low)).to(code.dtype)
+        return cast(rest + self.up(low), code.dtype)
 
 
 class _Split(_Join):
@@ -70,9 +70,9 @@ class _Split(_Join):
         return torch.matmul(self.rows, value) if self.axis == TOKENS else torch.matmul(value, self.rows.T)
 
     def forward(self, feature: torch.Tensor) -> torch.Tensor:
-        wide = feature.float()
+        wide = cast(feature, torch.float32)
         low = self.down(wide)
-        return torch.cat([low, wide - self.up(low)], self.axis).to(feature.dtype)
+        return cast(torch.cat([low, wide - self.up(low)], self.axis), feature.dtype)
 
 
 class _Reorder(nn.Module):
