@@ -11,8 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.serving_rivals import Eager, WholeBatches
-from cachec.runtime.program import UNCACHED
+from bench.serving_rivals import Eager, WholeBatches, compute_all
 from cachec.serving.app import make_app
 from cachec.serving.limits import Limits
 from cachec.serving.server import open_one, serve
@@ -38,8 +37,8 @@ def main() -> None:
         one.lanes = Eager(one)
     alone = {} if given.system == "diffusers eager" else measure_alone(one)
     seconds = {level: one.lanes.kind(level).alone[0] for level in one.levels}
-    if given.system in ("lanes uncached", "diffusers eager"):
-        one.loaded.programs.update(dict.fromkeys(one.loaded.programs, one.loaded.programs[UNCACHED]))
+    if given.system == "lanes uncached":
+        compute_all(one)
     app = make_app([one], limits=Limits(queue=100_000, seconds=3600))
 
     def told(where: str) -> None:

@@ -40,6 +40,7 @@ def serve_bundles(
     key = read_key(api_key_file)
     if ray:
         need("ray", extra="ray", purpose="cachec serve --ray")
+        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # looked at when Ray is imported, and by what it starts
         from cachec.serving.ray import run_on_ray
 
         lanes = rest.pop("lanes")

@@ -120,7 +120,6 @@ def run_on_ray(args: Mapping[str, Any], *, host: str, port: int, told: Callable[
         InputError: an argument cannot be used, or there is no such cluster.
     """
     application = app(args)
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # looked at by what Ray starts
     own = {} if os.environ.get("RAY_ADDRESS") else {"address": "local", "include_dashboard": False}
     try:
         ray.init(**own, logging_level=logging.ERROR)
@@ -261,19 +260,18 @@ class Ingress:
         while True:
             stream = self._replica.options(stream=True, multiplexed_model_id=name).answer.remote(asked)
             try:
-                kept = list[Any]()
-                async for message in stream:
-                    kept.append(message)
-                    if kept[0]["status"] == 503 and time.monotonic() < end:
-                        break
-                    if _is_stream(kept[0]):  # goes on as it comes; what a dead replica said before stays said
-                        if message is not kept[0] or not told:
+                head = await anext(stream)
+                if head["status"] != 503 or time.monotonic() >= end:
+                    if _is_stream(head):
+                        if not told:
+                            told = True
+                            yield head
+                        async for message in stream:  # if the replica dies now, another one's progress follows
                             yield message
-                        told = True
-                if not _is_stream(kept[0]) and (kept[0]["status"] != 503 or time.monotonic() >= end):
-                    for message in kept:
+                        return
+                    whole = [message async for message in stream]
+                    for message in map(_as_event, whole) if told else (head, *whole):
                         yield message
-                if kept[0]["status"] != 503 or time.monotonic() >= end:
                     return
             except RayActorError as error:
                 if time.monotonic() >= end:
@@ -282,6 +280,12 @@ class Ingress:
             finally:
                 stream.cancel()
             await asyncio.sleep(PAUSE)
+
+
+def _as_event(message: Mapping[str, Any]) -> dict[str, Any]:
+    """An error's body for a client that listens to events already."""
+    body = message.get("body")
+    return {**message, "body": b"event: error\ndata: " + body + b"\n\n"} if body else dict(message)
 
 
 def _is_stream(head: Mapping[str, Any]) -> bool:
