@@ -77,7 +77,7 @@ sizes: $(READY)  ## Compile models of FLUX.1-dev's width and depth: bench/SIZES.
 static: $(READY)  ## What engines for one size gain over one set for all: the end of bench/SIZES.md
 	$(BIN)/python -m bench.static
 
-soak: $(READY)  ## Damage bundles and kill commands, thousands of times: docs/reliability.md
+soak: $(READY)  ## Damage bundles, kill commands, ask a server anything, thousands of times: docs/reliability.md
 	$(BIN)/python -m bench.soak
 
 serve-bench: $(READY)  ## The server against other ways to batch: bench/SERVING.md (hours on two idle cores)

@@ -1,7 +1,8 @@
-"""What damaged bundles and killed commands do: ``make soak``, soak.json and the figures of docs/reliability.md.
+"""What damaged bundles, killed commands and odd requests do: ``make soak``, soak.json and the figures of docs/reliability.md.
 
 Parts: ``manifests`` changes the JSON and the numbers of a bundle anyhow and opens it; ``files`` damages its files; ``kills``
-ends commands by SIGKILL at random moments, looks at what is left, and gives the same command again. Each part runs in
+ends commands by SIGKILL at random moments, looks at what is left, and gives the same command again; ``requests`` asks a server
+for pictures, with malformed requests and clients that go away among the good ones. Each part runs in
 processes of its own, goes on where it was interrupted, and keeps the number of every case that did not do as it should.
 """
 
@@ -17,7 +18,7 @@ from typing import Any
 
 import click
 
-from bench import soak_bundles, soak_kills
+from bench import soak_bundles, soak_kills, soak_requests
 from bench.timing import facts
 
 HERE = Path(__file__).parent
@@ -25,7 +26,8 @@ PAGE = HERE.parent / "docs" / "reliability.md"
 BEGIN = "## Figures"
 CHUNK = 250  # cases of one process
 PATIENCE = 30.0  # seconds without a case done: it hangs
-PARTS = {"manifests": 10_000, "files": 2_000, "kills": 100}
+PARTS = {"manifests": 10_000, "files": 2_000, "kills": 100, "requests": 11_000}
+ALONE = {"kills": soak_kills.run, "requests": soak_requests.run}  # which see to their own processes
 
 
 def outcomes(part: str, bundle: Path, count: int, work: Path) -> Iterator[tuple[int, str]]:
@@ -127,8 +129,8 @@ def main(asked: str | None, bundle: Path, cases: str, parts: tuple[str, ...], sh
     for part in parts or PARTS:
         count = max(2, round(share * PARTS[part]))
         with tempfile.TemporaryDirectory(prefix="cachec-soak-") as folder:
-            if part == "kills":
-                rows[part] = soak_kills.run(count, Path(folder), work)
+            if part in ALONE:
+                rows[part] = ALONE[part](count, Path(folder), work)
             else:
                 rows[part] = run_part(part, soak_bundles.make_bundle(Path(folder)), count, work)
         where = facts()

@@ -66,7 +66,7 @@ class Desk:
         self._present = dict.fromkeys(self.served, 0)  # samples, from taken to made
         self._jobs = set[asyncio.Task[Made]]()
         self._begun = dict[Ticket, float]()  # of tickets without a step yet
-        self._retry = (0.0, 1.0)  # until when an estimate holds, and what it is
+        self._estimates = dict.fromkeys(self.served, (0.0, 1.0))  # until when one holds, and what it is
         self.draining = self._stopped = False
         for one in served:
             self.metrics.watch(one.name, lambda one=one: one.lanes.num_queued, lambda one=one: one.lanes.num_running)  # type: ignore[misc]
@@ -148,10 +148,10 @@ class Desk:
 
     def _seconds_until_room(self, served: Served) -> float:
         """Until the next of the requests that are here is done, by what their steps cost. Reckoned once a second at most."""
-        now, (until, seconds) = time.monotonic(), self._retry
+        now, (until, seconds) = time.monotonic(), self._estimates[served.name]
         if now >= until:
             seconds = min(served.lanes.expected_ends().values(), default=1.0)
-            self._retry = now + 1.0, seconds
+            self._estimates[served.name] = now + 1.0, seconds
         return seconds
 
     def start(self, job: Job, watcher: Watcher | None = None, *, latents: bool = False) -> "asyncio.Task[Made]":

@@ -79,7 +79,7 @@ class Served:
         self.created = int(time.time())
         self.pictures = pictures
         there = loaded.manifest if loaded.bundle is None else loaded.bundle.manifest
-        self.variants, self.settings = there.variants, loaded.manifest.settings
+        self.variants = there.variants
         self._at = {(one.size, one.steps): loaded.at(one.size, one.steps) for one in self.variants}
         self.lanes = Lanes(loaded, lanes=lanes, sizes=there.sizes, **options)
         self.seconds = dict[str, float]()  # that encoding and decoding take, as measured when it was warmed up
