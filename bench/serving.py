@@ -38,6 +38,7 @@ def main() -> None:
     given = parser.parse_args()
     if given.quick:
         given.requests, given.systems, given.flat = 12, "lanes,whole requests", 0
+    given.alone = 2 if given.quick else 15
     given.work.mkdir(parents=True, exist_ok=True)
     bundle = given.bundle or make_bundle(given.model, given.work)
     file = given.work / "serving.json"
@@ -64,11 +65,12 @@ def make_bundle(model: str, work: Path) -> Path:
 def with_server(bundle, system, given, found, rates, save):
     """Every rate that is missing, on a server of its own, which is stopped afterwards."""
     command = [sys.executable, "-m", "bench.serving_child", system, str(bundle)]
+    command += ["--alone", str(given.alone)]
     command += ["--threads", str(given.threads)] if given.threads else []
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
         try:
             facts = json.loads(child.stdout.readline())
-            found |= {"facts": facts, "idle": found.get("idle") or idle(facts)}
+            found |= {"facts": facts, "idle": found.get("idle") or idle(facts, given.alone)}
             save()
             most = 1 / statistics.mean(facts["seconds"].values())
             shares = SHARES[1::3] if given.quick else SHARES
@@ -83,11 +85,11 @@ def with_server(bundle, system, given, found, rates, save):
             child.send_signal(signal.SIGTERM)
 
 
-def idle(facts):
+def idle(facts, count):
     """Seconds of a request where nobody else is, in the median, by level."""
 
     async def run():
-        took = {level: [await generate(facts, level, seed) for seed in range(15)] for level in facts["levels"]}
+        took = {level: [await generate(facts, level, seed) for seed in range(count)] for level in facts["levels"]}
         return {level: statistics.median(seconds) for level, seconds in took.items()}
 
     return asyncio.run(run())

@@ -19,7 +19,6 @@ from cachec.serving.wishes import ImageWish
 
 SYSTEMS = ("lanes", "lanes uncached", "one at a time", "whole requests", "diffusers eager")
 LANES = 8
-ALONE = 15  # requests without HTTP, for the server's overhead
 
 
 def main() -> None:
@@ -28,6 +27,7 @@ def main() -> None:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--policy", default="shortest")
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--alone", type=int, default=15, help="Requests without HTTP, for the server's overhead.")
     given = parser.parse_args()
     lanes = 1 if given.system == "one at a time" else LANES
     one = open_one(given.bundle, lanes=lanes, policy=given.policy, threads=given.threads)
@@ -35,7 +35,7 @@ def main() -> None:
         one.lanes = WholeBatches(one, most=LANES)
     elif given.system == "diffusers eager":
         one.lanes = Eager(one)
-    alone = {} if given.system == "diffusers eager" else measure_alone(one)
+    alone = {} if given.system == "diffusers eager" else measure_alone(one, given.alone)
     seconds = {level: one.lanes.kind(level).alone[0] for level in one.levels}
     if given.system == "lanes uncached":
         compute_all(one)
@@ -53,12 +53,12 @@ def choose(one, level):
     return one.choose(ImageWish(prompt="a yellow ring", quality=level), Limits(), lambda: 0)
 
 
-def measure_alone(one):
+def measure_alone(one, count):
     """Seconds of a request without HTTP, in the median, by level: encode, denoise, decode, PNG."""
     medians = {}
     for level in one.levels:
         took = []
-        for seed in range(ALONE):
+        for seed in range(count):
             begun = time.perf_counter()
             given = one.conditions(choose(one, level))
             ticket = one.lanes.submit(given, seed=seed, level=level)

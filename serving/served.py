@@ -126,8 +126,8 @@ class Served:
         size, steps = self._variant(wish)
         level = self._level(wish.quality, self._at[size, steps])
         count = wish.n if isinstance(wish, ImageWish) else 1
-        if count > limits.samples:
-            raise Refused(400, f"n is {count}; this server makes up to {limits.samples} a request", code="too_many", param="n")
+        if count > (most := min(limits.samples, limits.queue + self.num_lanes)):
+            raise Refused(400, f"n is {count}; this server makes up to {most} a request", code="too_many", param="n")
         shape = PictureSize.parse(size)
         if (pixels := count * shape.width * shape.height * shape.frames) > limits.pixels:
             raise Refused(400, f"the request has {pixels} pixels; this server makes up to {limits.pixels}: ask for fewer or "
