@@ -47,7 +47,7 @@ class Mixing(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         q, r = torch.linalg.qr(torch.eye(channels) + 0.01 * torch.randn(channels, channels))
-        self.weight = nn.Parameter(q * torch.sign(torch.diag(r)))
+        self.weight = nn.Parameter((q * torch.sign(torch.diag(r))).contiguous())  # a factorisation lies column by column
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.matmul(x, self.weight)
@@ -148,7 +148,7 @@ class _Decode(nn.Module):
         self.nets = nn.ModuleList(nets)
         self.channels = len(typed("Block", nets[0].blocks[0]).conv1x1.weight)
         self.unmix = nn.ParameterList(
-            torch.linalg.inv(typed("Block", block).conv1x1.weight.detach().double()).float()
+            torch.linalg.inv(typed("Block", block).conv1x1.weight.detach().double()).float().contiguous()
             for net in nets
             for block in net.blocks
         )

@@ -1,4 +1,4 @@
-"""FreqCa's bands against Fourier transforms, its forecasts against the recursion written out, and a bundle of it."""
+"""FreqCa's bands against Fourier transforms, and its forecasts against the recursion written out."""
 
 import math
 from dataclasses import replace
@@ -7,19 +7,11 @@ import numpy as np
 import pytest
 import torch
 from scipy.fft import dctn, idctn
-from toy import TOKENS, example_inputs
-from toy_bundle import IO, KEY, SCHEDULE, SIGMAS, split_toy, write_bundle
 from toy_tables import SCHEDULES, differences_by_step, sigmas_of
 
-import cachec
-from cachec.compiler.calibration.graph_evaluator import GraphEvaluator
-from cachec.compiler.graphs.prepare import linear
 from cachec.compiler.methods.freqca import FreqCa, low_cosines, low_waves
 from cachec.compiler.models.base import Settings
-from cachec.compiler.tables.lower import lower_table
-from cachec.compiler.tables.sampling import Sampling
 from cachec.runtime.errors import InputError
-from cachec.runtime.program import UNCACHED
 
 SETTINGS = Settings(height=96, width=128, text_tokens=8, guidance=1.0, steps=10, dtype="float32")
 
@@ -77,25 +69,6 @@ def test_it_is_the_released_recursion(name, transform):
         summed = torch.cat([torch.tensordot(row, part, 1) for row, part in zip(rows, parts, strict=True)], 0)
         got = coding.decode(summed[None])[0].numpy()
         np.testing.assert_allclose(got, released(bands, features, schedule, step), atol=2e-4, rtol=2e-4)
-
-
-def test_a_bundle_of_it_plays_as_its_evaluator_does_on_every_back_end(tmp_path):
-    method, split = FreqCa(transform="fft", cutoff=0.4), split_toy(head_axis=True)
-    coding = method.coding((TOKENS, 8), SETTINGS, None)
-    program = lower_table(method.table(SCHEDULE, SIGMAS, None), KEY, Sampling(SIGMAS, SIGMAS[:-1]))
-    write_bundle(linear(split, coding=coding), program, method, tmp_path / "coded", ["eager", "ort"])
-    prompt, noise = example_inputs()["prompt"].numpy(), example_inputs()["latents"].numpy()
-    wanted = GraphEvaluator(split, IO, coding=coding).play(program, noise, {"prompt": prompt})
-    plain = GraphEvaluator(split, IO).play(program=lower_table(
-        replace(method.table(SCHEDULE, SIGMAS, None), coefficients=method.table(SCHEDULE, SIGMAS, None).coefficients[:, 1:]),
-        KEY, Sampling(SIGMAS, SIGMAS[:-1])), noise=noise, conditions={"prompt": prompt})  # fmt: skip
-    assert np.abs(wanted - plain).max() > 1e-3  # the bands are not told alike
-    for target in ("eager", "ort"):
-        with cachec.load(tmp_path / "coded", target=target) as loaded:
-            got = loaded.session(batch=2).run({"prompt": prompt}, noise)
-            np.testing.assert_allclose(got, wanted, atol=1e-5)
-            assert loaded.programs["default"].coefficients.shape[1] == 2
-            loaded.session(level=UNCACHED, batch=2).run({"prompt": prompt}, noise)
 
 
 @pytest.mark.parametrize(

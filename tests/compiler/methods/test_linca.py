@@ -1,6 +1,5 @@
 """LinCa against its recursion written out, its training, and the import of released weights."""
 
-import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,31 +7,15 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import save_file
+from toy_linca import CHANNELS, SPLIT, fitted, random_net
 from toy_tables import SCHEDULES, SETTINGS, coded
 
 from cachec.compiler.methods.linca import LinCa
-from cachec.compiler.methods.linca_net import InvertibleNet, shapes_of
+from cachec.compiler.methods.linca_net import shapes_of
 from cachec.compiler.methods.linca_training import train_linca
 from cachec.compiler.methods.parameters import Parameters
 from cachec.compiler.tables.schedule import Schedule
 from cachec.runtime.errors import InputError, PredictorError
-
-CHANNELS, SPLIT = 8, [5, 2, 1]
-
-
-def random_net(seed, blocks=2):
-    torch.manual_seed(seed)
-    net = InvertibleNet(CHANNELS, blocks, 6)
-    for parameter in net.parameters():  # the last layers begin at zero
-        torch.nn.init.normal_(parameter, std=0.3)
-    for block in net.blocks:
-        torch.nn.init.orthogonal_(block.conv1x1.weight)
-    return net.eval()
-
-
-def fitted(nets, lengths):
-    arrays = {f"segment{i}.net.{name}": v.numpy() for i, net in enumerate(nets) for name, v in net.state_dict().items()}
-    return Parameters(arrays, {"split": json.dumps(SPLIT), "segments": json.dumps(lengths)}, "a test")
 
 
 @torch.no_grad()
