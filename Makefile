@@ -15,12 +15,13 @@ $(READY): pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[cpu,compile,rtx,ray,pictures,hub,serve,dev]'
 	touch $(READY)
 
-demo: $(READY)  ## Compile tiny-flux with LESA and draw a comparison: demo/comparison.png
+demo: $(READY)  ## Compile tiny-flux with LESA into a bundle that needs nothing else, and draw a comparison: demo/comparison.png
 	$(BIN)/cachec compile tiny-flux --method lesa --interval 7 -o demo/tiny-flux-lesa.cachec --force
 	$(BIN)/cachec run demo/tiny-flux-lesa.cachec --compare --force -o demo/comparison.png \
 		-p "a large red striped circle at the left on a dark background" \
 		-p "a yellow ring left of a purple striped cross on a grey background" \
 		-p "a green triangle above an orange square on a brown background"
+	$(BIN)/cachec run demo/tiny-flux-lesa.cachec --force -o demo/alone.png -p "a blue ring above a green square"
 
 test: $(READY)  ## Run the tests, on the CPU, in two processes of one thread each
 	$(BIN)/python -m pytest -n 2 --dist loadscope --durations 10
@@ -53,6 +54,9 @@ wheel: $(READY)  ## Build the wheel, install it in clean venvs, run the smoke te
 	build/wheel/bare/bin/python -m pip install --quiet dist/*.whl
 	build/wheel/bare/bin/cachec compile tiny-flux > build/wheel/bare.log 2>&1; test $$? -eq 4
 	grep -q "pip install 'cachec\[compile\]'" build/wheel/bare.log
+	build/wheel/venv/bin/cachec compile tiny-flux --method reuse --budget 3 -o build/wheel/tiny.cachec
+	build/wheel/bare/bin/python -m pip install --quiet "$$(ls dist/*.whl)[pictures]"
+	build/wheel/bare/bin/cachec run build/wheel/tiny.cachec -p "a red circle" -o build/wheel/circle.png
 
 eval: $(READY)  ## The honest table: gram with 8 of 50 steps beside everything, demo/eval.json
 	$(BIN)/cachec compile tiny-flux --method gram --budget 8 -o demo/tiny-flux-gram.cachec --force

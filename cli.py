@@ -246,7 +246,9 @@ def import_command(method: str, files: tuple[Path, ...], out: Path, **given: Any
 @_talking
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("-p", "--prompt", "prompts", multiple=True, required=True, help="Prompt; may be given several times.")
-@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="PNG file.")
+@click.option(
+    "-o", "--out", type=click.Path(path_type=Path), required=True, help="PNG file; of a video MP4, or an animated PNG."
+)
 @click.option("--level", help="Quality level: cachec inspect lists them; default the bundle's first.")
 @click.option("--negative-prompt", "negative", help="What guidance leads away from; default no text.")
 @click.option("--guidance", type=float, help="Guidance scale; default the bundle's.")

@@ -3,7 +3,6 @@
 import logging
 import threading
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from cachec.engines.targets import Fit, find_fit
 from cachec.runtime.bundle import Bundle, Target
@@ -93,10 +92,12 @@ def best_fit(targets: Sequence[Target], device: DeviceName, name: str) -> Fit:
     Raises:
         BundleError: none fits; with all reasons.
     """
-    reasons: list[Any] = []
+    reasons: list[str] = []
     for where in dict.fromkeys((device, HOST)):
         fits = [find_fit(target, where) for target in targets]
         if good := sorted((fit for fit in fits if fit.fits), key=lambda fit: fit.rank):
+            if where != device:
+                log.warning("%s runs on %s, since nothing of it runs on %s:%s", name, where, device, "".join(reasons))
             return good[0]
         reasons += [f"\n  {fit.target}: {fit.reason}" for fit in fits]
     raise BundleError(f"nothing of {name} runs here:{''.join(reasons)}")

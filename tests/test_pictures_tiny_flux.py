@@ -56,6 +56,16 @@ def test_another_scale_of_guidance_is_another_picture(loaded):
     assert (usual != other).any()
 
 
+def test_nothing_is_written_where_the_bundle_lies(bundle):
+    def state():
+        return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in bundle.rglob("*")}
+
+    before = state()
+    with cachec.load(bundle, verify=True) as loaded:
+        loaded.generate(PROMPTS[:1])
+    assert state() == before
+
+
 @pytest.mark.parametrize("keep", [[], ["transformer"], ["vae_decoder"]])
 def test_parts_that_are_not_kept_are_loaded_for_their_phase(bundle, loaded, keep):
     with cachec.load(bundle, keep=keep) as frugal:

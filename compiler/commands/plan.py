@@ -68,5 +68,6 @@ def plan_model(source: str, *, gpu: str | None = None, **options: Any) -> "tuple
         batch=batch or 1,
         branches=branches,
         work=schedule.work,
+        others=model.part_counts(),
     )
     return found, gpus

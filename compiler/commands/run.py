@@ -15,6 +15,7 @@ from cachec.compiler.evaluation.pictures import Cell, draw_sheet, write_picture,
 from cachec.compiler.models import find_model, load_model
 from cachec.compiler.models.base import check_prompts, settings_of
 from cachec.engines import open_bundle
+from cachec.pictures.files import to_mp4
 from cachec.pictures.generator import Generator
 from cachec.pictures.scales import Scales
 from cachec.runtime.errors import InputError
@@ -59,14 +60,16 @@ def generate_pictures(
     ``profile``: where to write a trace of the last request's engine calls, after one request to warm up.
 
     Raises:
-        InputError: a prompt is empty, the seed is negative, the file is no PNG, or there is no such device, or no such
-            size or number of steps in the bundle.
+        InputError: a prompt is empty, the seed is negative, the file is no PNG nor, of a video, MP4, or there is no such
+            device, size or number of steps in the bundle.
         OutputError: a file exists already, or cannot be written.
     """
     check_prompts(prompts)
     check_seed(seed)
-    if out.suffix.lower() not in ("", ".png"):
+    if out.suffix.lower() not in ("", ".png", ".mp4"):
         raise InputError(f"-o is {out.name}, but pictures are written as PNG: name it {out.stem}.png")
+    if out.suffix.lower() == ".mp4" and compare:
+        raise InputError(f"-o is {out.name}, but a sheet is a picture: name it {out.stem}.png")
     if profile is not None and compare:
         raise InputError("--profile is of one run, --compare makes two: leave one out")
     files = [out] if compare or len(prompts) == 1 else _numbered(out, len(prompts))
@@ -75,6 +78,8 @@ def generate_pictures(
     where: dict[str, Any] = {"device": device, "target": target, "size": size, "steps": steps, "weights": weights}
     with open_bundle(bundle, **where, verify=verify, threads=threads) as loaded:
         level = loaded.check_level(level)
+        if out.suffix.lower() == ".mp4" and loaded.manifest.settings["frames"] == 1:
+            raise InputError(f"-o is {out.name}, but the bundle makes pictures: name it {out.stem}.png")
         make = _maker(loaded, source, guidance, true_cfg_scale, negative)
         if compare:
             return _compare(loaded, level, make, prompts, seed, out)
@@ -82,11 +87,18 @@ def generate_pictures(
         rows = [_target_row(loaded), _parts_row(make)]
         for index, (prompt, file) in enumerate(zip(prompts, files, strict=True)):
             picture, seconds, total = make.picture(session, prompt, seed + index)
-            write_picture(picture, file)
+            _write(picture, file)
             rows.append((str(file), f"denoise loop {seconds:.3f} s, request {total:.3f} s: {prompt}"))
         if profile is not None:
             rows += _profile(session, make, prompts[-1], seed + len(prompts) - 1, profile)
         return rows
+
+
+def _write(picture: Array, file: Path) -> None:
+    if file.suffix.lower() == ".mp4":
+        write_file(file, to_mp4((picture * 255).round().astype(np.uint8)))
+    else:
+        write_picture(picture, file)
 
 
 def _target_row(loaded: LoadedBundle) -> tuple[str, str]:

@@ -266,20 +266,16 @@ class LoadedModel(ABC):
         Guided requests want ``negative_<name>``, too, of the ``negatives`` (by default empty), and ``guidance_scale`` [B].
         """
 
-    def reading(self, settings: Settings) -> "Reading":
-        """How its prompts are read, for bundles that read them without torch; the text encoders are loaded for it.
+    def part_counts(self) -> Mapping[str, int]:
+        """Parameters of text encoders and decoder, by name, as far as their configurations are there."""
+        return {}
 
-        Raises:
-            InputError: it cannot be done without; in words.
-        """
+    def reading(self, settings: Settings) -> "Reading":
+        """How its prompts are read, for bundles without torch; loads the text encoders. ``InputError``: it is not known."""
         raise InputError(f"how {self.spec.name} reads prompts is not known")
 
     def pictured(self, latents: "torch.Tensor", settings: Settings) -> "torch.Tensor":
-        """Pictures [B, H, W, 3] or videos [B, F, H, W, 3] in [0, 1]: what :meth:`decode` gives, in a graph that is captured.
-
-        Raises:
-            InputError: there is none; in words.
-        """
+        """What :meth:`decode` gives, on tensors, to be captured. ``InputError``: it is not known."""
         raise InputError(f"how {self.spec.name} decodes latents is not known")
 
     @property

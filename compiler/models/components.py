@@ -88,6 +88,17 @@ class Components:
         module: nn.Module = kind.from_config(kind.load_config(folder, local_files_only=True))
         return module
 
+    def count(self, name: str) -> int | None:
+        """Parameters of a component, by its configuration, of an autoencoder those that decode; ``None``: it is not there."""
+        folder = self.directory / name
+        if not (folder / "config.json").is_file():
+            return None
+        kind = self.kind(name)
+        with init_empty_weights():
+            ours = hasattr(kind, "load_config")
+            module = self.describe(name) if ours else kind(kind.config_class.from_pretrained(folder, local_files_only=True))
+        return sum(one.numel() for one in getattr(module, "decoder", module).parameters())
+
     def open(self, name: str) -> Stored:
         """A component of diffusers whose weights stay on disk.
 

@@ -333,6 +333,12 @@ class PipelineModel(OfBlocks, PromptModel):
             return dict(self.pipeline.vae.config)
         return None if self._components is None else self._components.config("vae")
 
+    def part_counts(self) -> Mapping[str, int]:
+        if self._components is None:
+            return {}
+        found = {name: self._components.count(name) for name in (*self._text_encoders, "vae")}
+        return {name: count for name, count in found.items() if count is not None}
+
     # --- pictures, and the untouched run
 
     @torch.no_grad()

@@ -4,7 +4,7 @@ Shapes and counts are facts, seconds are floors: a GPU at its published peak, wh
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
 from torch import fx
@@ -19,7 +19,9 @@ from cachec.passes import Graphs
 from cachec.passes.base import outputs
 from cachec.runtime.abi import COMPUTE, FEATURE, FORECAST, VELOCITY
 from cachec.runtime.room import in_bytes, scaled
+from cachec.runtime.specs import itemsize
 
+DECODER = "vae"  # the part that turns latents into pictures
 COMPILE_MEMORY = 1.7e9  # bytes, whatever the model's size: weights are streamed. FLUX.1-dev took 1.61e9; bench/SIZES.md
 
 
@@ -30,7 +32,8 @@ class Estimate:
     ``branches``: 2 where guidance has a negative one. ``computed`` and ``forecast`` are FLOPs of one step of the whole model,
     nothing hoisted, as others count them. They, ``feature`` and ``velocity`` (what a slot of the hidden and of the output cut
     holds) and ``activations`` are of one sample. ``work``: what is computed, in computed steps. ``step_values``: what the
-    prologue leaves for a request. ``calibration``: of the usual prompts, without a fine reference.
+    prologue leaves for a request. ``others``: weights of text encoders and decoder, where known. ``calibration``: of the usual
+    prompts, without a fine reference.
     """
 
     CUTS: ClassVar = ("hidden", "output")
@@ -51,6 +54,7 @@ class Estimate:
     computed: int
     forecast: int
     calibration: CalibrationCost
+    others: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def rows(self) -> int:
@@ -75,6 +79,13 @@ class Estimate:
     def gpu_memory(self, cut: str) -> int:
         """Bytes of the transformer at work, without text encoders and VAE."""
         return self.weights + self.slots(cut) + self.rows * self.activations + self.step_values
+
+    @property
+    def whole_request(self) -> tuple[int, int]:
+        """Bytes from prompt to picture, beside activations of text encoders and decoder: all kept; each for its phase."""
+        decoder = self.others.get(DECODER, 0)
+        texts = sum(self.others.values()) - decoder
+        return self.needed + texts + decoder, max(self.needed, texts, decoder)
 
     @property
     def build_memory(self) -> float:
@@ -153,6 +164,8 @@ class Estimate:
             "step_flops": {"computed": self.computed, "forecast": self.forecast},
             "cuts": cuts,
             "gpu_memory": self.needed,
+            "others": dict(self.others),
+            "whole_request": dict(zip(("kept", "by_phase"), self.whole_request, strict=True)),
             "floor": {gpu.name: self.on(gpu) for gpu in gpus},
             "compile": {"memory": COMPILE_MEMORY, "disk": self.weights},
             "calibration": {"prompts": NUM_RUN, **asdict(self.calibration)},
@@ -170,10 +183,11 @@ def estimate(
     batch: int,
     branches: int = 1,
     work: float | None = None,
+    others: Mapping[str, int] | None = None,
 ) -> Estimate:
     """Read it off the graphs as the passes leave them, ``plain``, and as engines are built from them.
 
-    ``work``: in computed steps, if it is less than that of ``budget`` whole ones.
+    ``work``: in computed steps, if it is less than that of ``budget`` whole ones. ``others``: parameters of other parts.
     Without a forecast graph, as on the output cut, what concerns one is 0.
     """
     results = outputs(plain.modules[COMPUTE])
@@ -195,6 +209,7 @@ def estimate(
         computed=run_costs(plain.modules[COMPUTE])[1],
         forecast=run_costs(plain.modules[FORECAST])[1] if FORECAST in plain.modules else 0,
         calibration=calibration_cost(_one(results[VELOCITY]), _one(results[FEATURE]), settings, NUM_RUN, 0),
+        others={name: count * itemsize(settings.dtype) for name, count in (others or {}).items()},
     )
 
 

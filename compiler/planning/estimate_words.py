@@ -37,6 +37,10 @@ def _request_rows(found: Estimate) -> Iterator[tuple[str, str]]:
     yield "activations at most", in_bytes(found.rows * found.activations)
     yield "step values", in_bytes(found.step_values)
     yield "memory at work", f"{in_bytes(found.needed)}: all of these; text encoders and VAE come on top"
+    if found.others:
+        parts = ", ".join(f"{name} {in_bytes(size)}" for name, size in found.others.items())
+        kept, phases = map(in_bytes, found.whole_request)
+        yield "whole request", f"{kept} where all parts are kept, {phases} where each is there for its phase: {parts}"
     yield "FLOPs of a step", f"computed {in_flops(found.computed)}, forecast {in_flops(found.forecast)} on the hidden cut"
     yield "FLOPs of a request", f"{in_flops(found.model_flops)} with all steps computed; {', '.join(ratios)}"
     yield "", "a ratio of FLOPs bounds the speed-up from above; it is none"
