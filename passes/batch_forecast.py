@@ -32,6 +32,7 @@ from cachec.runtime.abi import (
     NEXT_LATENTS,
     PROLOGUE,
     SLOTS,
+    TARGET_TIMESTEP,
     VELOCITIES,
     VELOCITY,
     hoisted_name,
@@ -70,9 +71,8 @@ class BatchForecast(Pass):
         module = graphs.modules[FORECAST]
         assert graphs.cut is not None  # as requires() has checked
         hoisted = graphs.axes.get(PROLOGUE, {})
-        per_step = [
-            n for n in placeholders(module) if n == self.timestep or len(hoisted.get(hoisted_name(FORECAST, n), ())) > 1
-        ]
+        told = (self.timestep, TARGET_TIMESTEP)
+        per_step = [n for n in placeholders(module) if n in told or len(hoisted.get(hoisted_name(FORECAST, n), ())) > 1]
         new = _batched(module, graphs.cut, self, per_step, graphs.groups)
         axes = {
             FEATURES: (SLOTS, BATCH),

@@ -23,26 +23,36 @@ from cachec.passes.base import (
     outputs,
     placeholders,
 )
+from cachec.passes.side_by_side import CUTS, RESHAPES, Part, parts_of, size_of, unpack
 from cachec.passes.split_model import extract
-from cachec.runtime.abi import BATCH, COMPUTE, FORECAST, PROLOGUE, STEP_VALUES, hoisted_name, steps_of, timesteps_of
+from cachec.runtime.abi import (
+    BATCH,
+    COMPUTE,
+    FORECAST,
+    PROLOGUE,
+    STEP_VALUES,
+    TARGET_TIMESTEP,
+    hoisted_name,
+    steps_of,
+    timesteps_of,
+)
 from cachec.runtime.errors import PassError
 
 CONSTANT, REQUEST, STEP, LIVE = range(4)  # what a value depends on, at most
 aten = torch.ops.aten
-CUTS = {aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default}
-RESHAPES = {aten.unsqueeze.default, aten.squeeze.dim, aten.view.default, aten.reshape.default, aten.expand.default}
 
 
 @dataclass(frozen=True)
 class Hoist(Pass):
     """Loop-invariant code motion, by data dependence.
 
-    What depends on ``conditions`` only is computed once per request; with ``per_step`` also what depends on ``timestep``,
-    for all steps at once: modulations, time embeddings. The step graphs read the results as inputs and lose the weights:
-    one input for each value of the request, and one, ``step_values``, for all values of the step side by side. The prologue
-    takes the conditions, and the timesteps [T] of each step graph; its result for the input ``x`` of a step graph is called
-    ``compute_x`` or ``forecast_x``, [B, …] or [T, B, …]. Batched over steps it equals single steps to float rounding. What
-    depends on the step and has an axis of tokens stays: for all steps it would cost more memory than it saves time.
+    What depends on ``conditions`` only is computed once per request; with ``per_step`` also what depends on ``timestep``
+    and on the second time that flow maps are told, for all steps at once: modulations, time embeddings. The step graphs
+    read the results as inputs and lose the weights: one input for each value of the request, and one, ``step_values``, for
+    all values of the step side by side. The prologue takes the conditions, and the timesteps [T] of each step graph; its
+    result for the input ``x`` of a step graph is called ``compute_x`` or ``forecast_x``, [B, …] or [T, B, …]. Batched over
+    steps it equals single steps to float rounding. What depends on the step and has an axis of tokens stays: for all steps it
+    would cost more memory than it saves time.
     """
 
     name: ClassVar[str] = "hoist"
@@ -68,7 +78,8 @@ class Hoist(Pass):
 
     def ensures(self, graphs: Graphs) -> None:
         if PROLOGUE in graphs.modules:
-            strange = set(placeholders(graphs.modules[PROLOGUE])) - {*self.conditions, *map(timesteps_of, _step_graphs(graphs))}
+            times = {timesteps_of(owner, second=second) for owner in _step_graphs(graphs) for second in (False, True)}
+            strange = set(placeholders(graphs.modules[PROLOGUE])) - {*self.conditions} - times
             if strange:
                 raise PassError(f"the prologue reads {sorted(strange)}, which change from step to step")
 
@@ -77,7 +88,7 @@ class Hoist(Pass):
     ) -> fx.GraphModule:
         """The step graph without its invariant part, which goes to ``prologue``."""
         module = copy_module(module)
-        _size_from_live_input(module, {self.timestep, *self.conditions}, axes)
+        _size_from_live_input(module, {self.timestep, TARGET_TIMESTEP, *self.conditions}, axes)
         known = self.levels(module)
         border: dict[fx.Node, str] = {}
         for node in module.graph.nodes:
@@ -95,7 +106,7 @@ class Hoist(Pass):
                 prologue.add(name, module, node, label, known)
             else:
                 packs.setdefault(node.meta["val"].dtype, []).append(node)
-        parts = {node: _parts(node) for nodes in packs.values() for node in nodes}
+        parts = {node: parts_of(node) for nodes in packs.values() for node in nodes}
         inputs = {node: label for node, label in border.items() if node not in parts}
         inputs |= {part.node: f"{border[node]}_part_{i}" for node, some in parts.items() for i, part in enumerate(some)}
         step = extract(module, outputs(module), inputs)
@@ -103,12 +114,13 @@ class Hoist(Pass):
             label = STEP_VALUES if len(packs) == 1 else f"{STEP_VALUES}_{str(dtype).removeprefix('torch.')}"
             together = [part for node in nodes for part in parts[node]]
             prologue.add_packed(name, module, nodes, together, label, known)
-            _unpack(step, label, {inputs[part.node]: part for part in together})
+            unpack(step, label, {inputs[part.node]: part for part in together})
         return step
 
     def levels(self, module: fx.GraphModule) -> dict[fx.Node, int]:
         """What each node depends on."""
-        inputs = {**dict.fromkeys(self.conditions, REQUEST), self.timestep: STEP if self.per_step else LIVE}
+        inputs = dict.fromkeys(self.conditions, REQUEST)
+        inputs |= dict.fromkeys((self.timestep, TARGET_TIMESTEP), STEP if self.per_step else LIVE)
         known: dict[fx.Node, int] = {}
         batch = {str(node.meta["val"].shape[0]) for name, node in placeholders(module).items() if name in inputs}
         for node in module.graph.nodes:
@@ -154,14 +166,14 @@ class _Prologue:
         owner: str,
         module: fx.GraphModule,
         nodes: list[fx.Node],
-        parts: list["_Part"],
+        parts: list[Part],
         label: str,
         known: Mapping[fx.Node, int],
     ) -> None:
         """Compute ``nodes``, which depend on the step, here: side by side in one result [T, B, …]."""
         values = [self._copy(owner, module, node, STEP, known) for node in nodes]
         flat = [value if node.meta["val"].ndim == 2
-                else self._graph.call_function(aten.reshape.default, (value, [-1, _size(node)]))
+                else self._graph.call_function(aten.reshape.default, (value, [-1, size_of(node)]))
                 for value, node in zip(values, nodes, strict=True)]  # fmt: skip
         packed = self._graph.call_function(aten.cat.default, (flat, -1))
         if any(part.added for part in parts):
@@ -170,13 +182,13 @@ class _Prologue:
             added = [torch.full((part.size,), float(part.added), dtype=like.dtype, device=like.device) for part in parts]
             self._attributes[name] = torch.cat(added)
             packed = self._graph.call_function(aten.add.Tensor, (packed, self._graph.get_attr(name)))
-        shape: list[fx.Node | int] = [self._num_steps(owner), -1, sum(map(_size, nodes))]
+        shape: list[fx.Node | int] = [self._num_steps(owner), -1, sum(map(size_of, nodes))]
         name = hoisted_name(owner, label)
         self.results[name] = self._graph.call_function(aten.view.default, (packed, shape))
         self.axes[name] = (steps_of(owner), BATCH)
 
     def finish(self) -> fx.GraphModule:
-        self.axes |= {timesteps_of(owner): (steps_of(owner),) for owner in self._owners}
+        self.axes |= {timesteps_of(o, second=second): (steps_of(o),) for o in self._owners for second in (False, True)}
         self._graph.output(dict(self.results))
         module = fx.GraphModule(self._attributes, _inputs_first(self._graph))
         finish(module)
@@ -196,7 +208,9 @@ class _Prologue:
             once = self._copy(owner, module, node, REQUEST, known)
             return self._for_each_step(owner, once, node.meta["val"].ndim) if _is_batched(node) else once
         if node.op == "placeholder":
-            return self._times(owner) if str(node.target) == self._timestep else self._input(str(node.target))
+            name = str(node.target)
+            told = name in (self._timestep, TARGET_TIMESTEP)
+            return self._times(owner, second=name == TARGET_TIMESTEP) if told else self._input(name)
         if node.op == "get_attr":
             return self._attribute(owner, module, str(node.target))
         for value in node.all_input_nodes:  # before this node, so that the graph stays in order
@@ -228,16 +242,17 @@ class _Prologue:
         times = self._input(timesteps_of(owner))
         return self._node(f"steps {owner}", lambda: self._graph.call_function(aten.sym_size.int, (times, 0)))
 
-    def _times(self, owner: str) -> fx.Node:
-        """Timesteps [T * B]: those of a step lie together."""
-        times, steps, batch = self._input(timesteps_of(owner)), self._num_steps(owner), self._request_size()
+    def _times(self, owner: str, *, second: bool = False) -> fx.Node:
+        """Timesteps [T * B], or the ``second`` times of flow maps: those of a step lie together."""
+        name = timesteps_of(owner, second=second)
+        times, steps, batch = self._input(name), self._num_steps(owner), self._request_size()
 
         def make() -> fx.Node:
             column = self._graph.call_function(aten.unsqueeze.default, (times, 1))
             wide = self._graph.call_function(aten.expand.default, (column, [steps, batch]))
             return self._graph.call_function(aten.reshape.default, (wide, [-1]))
 
-        return self._node(f"times {owner}", make)
+        return self._node(f"times {name}", make)
 
     def _batch_size(self, owner: str, level: int) -> fx.Node:
         if level != STEP:
@@ -307,72 +322,6 @@ def _is_widened(node: fx.Node) -> bool:
 def _has_tokens(node: fx.Node) -> bool:
     value = node.meta.get("val")
     return isinstance(value, torch.Tensor) and math.prod(int(size) for size in value.shape[1:-1]) > 1
-
-
-def _size(node: fx.Node) -> int:
-    """Elements of a value for one sample."""
-    return math.prod(int(size) for size in node.meta["val"].shape[1:])
-
-
-@dataclass(frozen=True, eq=False)
-class _Part:
-    """A piece of a value of the border: the node that gives it in the step graph, its size, and what was added to it."""
-
-    node: fx.Node
-    size: int
-    added: float = 0.0
-
-
-def _parts(node: fx.Node) -> list[_Part]:
-    """The pieces [B, d] that the step graph cuts a value [B, …] into, if it does nothing else with it.
-
-    A number that is added to all of a piece (the 1 of a scale) is added ahead.
-    """
-    cut = next(iter(node.users))
-    if len(node.users) > 1 or cut.target not in CUTS or node.meta["val"].ndim != 2 or cut.args[-1] not in (1, -1):
-        return [_Part(node, _size(node))]
-    parts = [_follow(piece) for piece in sorted(cut.users, key=lambda user: int(str(user.args[1])))]
-    if sum(part.size for part in parts) != _size(node):  # a piece is not used: leave it to the step graph
-        return [_Part(node, _size(node))]
-    return parts
-
-
-def _follow(piece: fx.Node) -> _Part:
-    """The last mere form of a piece that is all that its readers see."""
-    node, added = piece, 0.0
-    while len(node.users) == 1:
-        user = next(iter(node.users))
-        numbers = [value for value in user.args if isinstance(value, int | float)]
-        if user.target is aten.add.Tensor and len(numbers) == 1 and not user.kwargs and not added:
-            added = float(numbers[0])
-        elif user.target not in RESHAPES or _size(user) != _size(piece):  # an expansion is left to the step graph
-            break
-        node = user
-    return _Part(node, _size(piece), added)
-
-
-def _unpack(module: fx.GraphModule, label: str, parts: Mapping[str, _Part]) -> None:
-    """Replace the inputs ``parts`` by one input that holds them side by side."""
-    graph, inputs = module.graph, placeholders(module)
-    values = {name: part.node.meta["val"] for name, part in parts.items()}
-    sizes = [part.size for part in parts.values()]
-    example = next(iter(values.values()))
-    with graph.inserting_before(next(iter(graph.nodes))):
-        packed = graph.placeholder(label)
-    packed.meta = {"val": example.new_empty((example.shape[0], sum(sizes)))}
-    with graph.inserting_before(next(node for node in graph.nodes if node.op not in ("placeholder", "get_attr"))):
-        wide = any(value.ndim == 3 for value in values.values())  # [B, 1, d], as modulations are read
-        row = graph.call_function(aten.unsqueeze.default, (packed, 1)) if wide else packed
-        cuts = graph.call_function(aten.split_with_sizes.default, (row, sizes, -1))
-        for number, (name, value) in enumerate(values.items()):
-            part = graph.call_function(operator.getitem, (cuts, number))
-            shape = [int(size) for size in value.shape[1:]]
-            if shape != [*[1] * wide, sizes[number]]:
-                part = graph.call_function(aten.view.default, (part, [-1, *shape]))
-            part.meta = {"val": value}
-            inputs[name].replace_all_uses_with(part)
-            graph.erase_node(inputs[name])
-    finish(module)
 
 
 def _is_batched(node: fx.Node) -> bool:

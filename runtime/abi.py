@@ -47,9 +47,9 @@ def steps_of(graph: str) -> str:
     return f"{graph}_steps"
 
 
-def timesteps_of(graph: str) -> str:
-    """The prologue's input [T] with what the graph ``graph`` is told at its steps."""
-    return f"{graph}_timesteps"
+def timesteps_of(graph: str, *, second: bool = False) -> str:
+    """The prologue's input [T] with what the graph ``graph`` is told at its steps; the ``second`` time is that of flow maps."""
+    return f"{graph}_{TARGET_TIMESTEP if second else 'timestep'}s"
 
 
 def history_name(index: int) -> str:

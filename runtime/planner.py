@@ -108,12 +108,9 @@ class _Planner:
             for graph in signatures
         }
         self._hoisted = {spec.name: spec for spec in signatures[PROLOGUE].outputs} if PROLOGUE in signatures else {}
-        self._by_step = {
-            COEFFICIENTS: program.coefficients,
-            BIAS: program.bias,
-            io.timestep: program.timesteps,
-            **({} if program.target_timesteps is None else {TARGET_TIMESTEP: program.target_timesteps}),
-        }
+        self._by_step = {COEFFICIENTS: program.coefficients, BIAS: program.bias, io.timestep: program.timesteps}
+        if (second := program.target_timesteps) is not None:
+            self._by_step[TARGET_TIMESTEP] = second
         self._holds: dict[tuple[str, int], int] = {}  # the step that a slot, by kind and number, is of
         self._moves = 0
 
@@ -168,6 +165,8 @@ class _Planner:
             return None
         steps = {graph: some or (0,) for graph, some in self._steps.items()}  # no size may be zero
         times = {timesteps_of(graph): self._program.timesteps[list(some)] for graph, some in steps.items()}
+        second = self._program.target_timesteps
+        times |= {} if second is None else {timesteps_of(g, second=True): second[list(some)] for g, some in steps.items()}
         sizes = {steps_of(graph): len(some) for graph, some in steps.items()}
         outputs = {name: self._space.add_like(f"hoisted/{name}", spec, **sizes) for name, spec in self._hoisted.items()}
         return self._call(PROLOGUE, (), self._conditions, times, outputs)
@@ -175,8 +174,7 @@ class _Planner:
     def _plan_asides(self) -> dict[str, PlannedAside]:
         """Each compute graph once more, for times that the program does not tell; not where it is told two of them."""
         graphs = dict.fromkeys(one.graph for one in self._program.instructions if one.computes)
-        takes = {graph: {spec.name for spec in self._signatures[graph].inputs} for graph in graphs}
-        return {graph: self._plan_aside(graph) for graph in graphs if TARGET_TIMESTEP not in takes[graph]}
+        return {} if self._program.target_timesteps is not None else {graph: self._plan_aside(graph) for graph in graphs}
 
     def _plan_aside(self, graph: str) -> PlannedAside:
         """Its calls. What its prologue makes for the request only is there already."""

@@ -67,7 +67,8 @@ def plan_engines(graphs: Graphs, inputs: Mapping[str, torch.Tensor], latents: st
     plans = []
     if PROLOGUE in graphs.modules:
         prologue = graphs.modules[PROLOGUE]
-        times = {name: torch.linspace(1, 0.1, NUM_STEPS, device=device) for name in map(timesteps_of, graphs.modules)}
+        told = [timesteps_of(graph, second=second) for graph in graphs.modules for second in (False, True)]
+        times = {name: torch.linspace(1, 0.1, NUM_STEPS, device=device) for name in told}
         given = {name: {**inputs, **times}[name] for name in placeholders(prologue)}
         plans.append(plan_engine(PROLOGUE, prologue, given, graphs.axes))
         hoisted = {name: _example(value, device) for name, value in _results(prologue, plans[-1].program).items()}

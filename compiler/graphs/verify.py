@@ -34,6 +34,7 @@ from cachec.runtime.abi import (
     PROLOGUE,
     SIGMAS,
     STEP,
+    TARGET_TIMESTEP,
     TOKENS,
     VELOCITIES,
     VELOCITY,
@@ -120,6 +121,8 @@ class Verifier:
             return {}
         owners = (*compute_graphs(graphs), FORECAST)
         times = dict.fromkeys(map(timesteps_of, owners), self.inputs[self.io.timestep])
+        if TARGET_TIMESTEP in self.inputs:
+            times |= {timesteps_of(owner, second=True): self.inputs[TARGET_TIMESTEP] for owner in owners}
         return _run(graphs.modules[PROLOGUE], {**self.inputs, **times})
 
     def _play_forecast(

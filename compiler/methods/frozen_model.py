@@ -15,6 +15,7 @@ from torch import nn
 from cachec.compiler.graphs.capture import joined
 from cachec.compiler.methods.base import BlockData
 from cachec.compiler.models.blocks import CACHED, BlockPredictor, KeepingTransformer, PredictingTransformer
+from cachec.runtime.abi import TARGET_TIMESTEP
 
 Drawn = Mapping[str, torch.Tensor]  # samples: their ``run``, ``branch``, ``step`` and ``anchor`` [B]
 
@@ -84,15 +85,15 @@ class FrozenModel:
         """Tokens [B, L, D] at the anchors, and the velocity at the steps."""
         batch = len(drawn["run"])
         states = torch.cat([self._states(drawn, drawn[name]) for name in ("anchor", "step")])
-        times = torch.cat([self._times(drawn[name]) for name in ("anchor", "step")])
         conditions = {name: torch.cat([value, value]) for name, value in self._conditions(drawn).items()}
-        velocity, tokens = self._keeping(**self._given(states, times, conditions))
+        steps = torch.cat([drawn[name] for name in ("anchor", "step")])
+        velocity, tokens = self._keeping(**self._given(states, steps, conditions))
         return tokens[:batch].float(), self._kept(velocity, states)[batch:]
 
     def forecast(self, drawn: Drawn, tokens: torch.Tensor) -> torch.Tensor:
         """The predictor's velocity at the steps, from tokens of the anchors."""
         states, conditions = self._states(drawn, drawn["step"]), self._conditions(drawn)
-        given = self._given(states, self._times(drawn["step"]), conditions)
+        given = self._given(states, drawn["step"], conditions)
         return self._kept(self._predicting(**given, **{CACHED: tokens.to(given[self._io.latents].dtype)}), states)
 
     def features(self, drawn: Drawn, velocity: torch.Tensor, depths: Sequence[float]) -> list[torch.Tensor]:
@@ -102,12 +103,12 @@ class FrozenModel:
         carry, gain = (torch.from_numpy(one[steps.numpy()].astype(np.float32)).to(self._device) for one in self._steps)
         each = (-1, *[1] * (states.ndim - 1))
         moved = carry.view(each) * states + gain.view(each) * velocity.float()
-        times = self._times((steps + 1).clamp(max=self._data.schedule.num_steps - 1))
+        later = (steps + 1).clamp(max=self._data.schedule.num_steps - 1)
         seen: list[torch.Tensor] = []
         handles = [block.register_forward_hook(lambda _module, _given, made: seen.append(_tokens(made)))
                    for block in self._looked_at(depths)]  # fmt: skip
         try:
-            self._keeping(**self._given(moved, times, self._conditions(drawn)))
+            self._keeping(**self._given(moved, later, self._conditions(drawn)))
         finally:
             for handle in handles:
                 handle.remove()
@@ -126,18 +127,22 @@ class FrozenModel:
     def _states(self, drawn: Drawn, steps: torch.Tensor) -> torch.Tensor:
         return torch.from_numpy(self._data.states[drawn["run"].numpy(), steps.numpy()]).to(self._device)
 
-    def _times(self, steps: torch.Tensor) -> torch.Tensor:
-        return torch.from_numpy(self._data.sampling.timesteps[steps.numpy()]).to(self._device)
+    def _times(self, steps: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What the model is told at the steps."""
+        sampling = self._data.sampling
+        series = {self._io.timestep: sampling.timesteps, TARGET_TIMESTEP: sampling.targets}
+        told = {name: values[steps.numpy()] for name, values in series.items() if values is not None}
+        return {name: torch.from_numpy(values).to(self._device) for name, values in told.items()}
 
     def _conditions(self, drawn: Drawn) -> dict[str, torch.Tensor]:
         pairs = list(zip(drawn["branch"].tolist(), drawn["run"].tolist(), strict=True))
         found = {name: [self._data.branches[branch][name][run] for branch, run in pairs] for name in self._io.conditions}
         return {name: torch.from_numpy(np.stack(values)).to(self._device) for name, values in found.items()}
 
-    def _given(self, states: torch.Tensor, times: torch.Tensor, conditions: Drawn) -> dict[str, Any]:
-        """Keywords of the transformer's call."""
+    def _given(self, states: torch.Tensor, steps: torch.Tensor, conditions: Drawn) -> dict[str, Any]:
+        """Keywords of the transformer's call at these steps."""
         io, dtype = self._io, next(self._transformer.parameters()).dtype
-        whole = joined({io.latents: states, io.timestep: times, **conditions}, io)
+        whole = joined({io.latents: states, **self._times(steps), **conditions}, io)
         typed = {name: value.to(dtype) if value.is_floating_point() else value for name, value in whole.items()}
         return {**typed, **self._constants}
 

@@ -231,6 +231,7 @@ def _program(
         coefficients=np.ascontiguousarray(coefficients, np.float32),
         bias=bias.astype(np.float32),
         cut="hidden" if rows_out is None else "output",
+        target_timesteps=sampling.targets,
         rows_out=None if rows_out is None else rows_out[:, None],
         **arrays,
     )

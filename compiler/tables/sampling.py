@@ -29,7 +29,8 @@ class Sampling:
 
     Noise levels are the noise's part of the latents, sigma / (alpha + sigma): those of flows, and between 1 and 0 for all.
     ``rows`` [T, 1 + T] float64 as ``Sampler`` has them, of the model's outputs; ``None``: Euler's steps along ``sigmas``.
-    ``graphs``: by step the compute graph that runs it, of a model with several; ``None``: there is one.
+    ``graphs``: by step the compute graph that runs it, of a model with several; ``None``: there is one. ``targets`` [T]: the
+    second time that flow maps are told, float32.
     """
 
     sigmas: Array
@@ -37,6 +38,7 @@ class Sampling:
     rows: Array | None = None
     name: str = "flow Euler"
     graphs: tuple[str, ...] | None = None
+    targets: Array | None = None
 
     @classmethod
     def of(cls, sampler: Sampler, timesteps: Array, *, sign: float = 1.0, graphs: tuple[str, ...] | None = None) -> "Sampling":
