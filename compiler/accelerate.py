@@ -34,6 +34,7 @@ from cachec.runtime.device import CPU, DeviceName
 from cachec.runtime.engine import Engine
 from cachec.runtime.errors import InputError
 from cachec.runtime.files import temporary_folder
+from cachec.runtime.model_io import ModelIO
 from cachec.runtime.program import UNCACHED, Program
 from cachec.runtime.stepper import Stepper
 
@@ -57,9 +58,9 @@ def accelerate_pipeline(model: LoadedModel, request: Request, *, compiled: bool 
     with neutral_modes(str(model.device)):
         for one in request.variants:
             fitted = _fit_request(model, one)
-            engines, programs = compile_in_memory(model, fitted, InductorEngine if compiled else EagerEngine)
+            by_text, programs = compile_in_memory(model, fitted, InductorEngine if compiled else EagerEngine)
             program = next(program for level, program in programs.items() if level != UNCACHED)
-            forms.append(make_form(model, fitted.settings, engines, program))
+            forms.append(make_form(model, fitted.settings, by_text, program))
         result = Compiled(forms, model.apart(), str(model.device))
         first = AcceleratedTransformer(model.transformer, model.pipeline, result)
         second = None if model.expert is None else first.beside(model.expert[0].transformer, EXPERT)
@@ -69,8 +70,9 @@ def accelerate_pipeline(model: LoadedModel, request: Request, *, compiled: bool 
     return model.pipeline
 
 
-def make_form(model: LoadedModel, settings: Settings, engines: Mapping[str, Engine], program: Program) -> Form:
-    """What the pipeline of ``model`` hands over at these settings, and what answers it."""
+def make_form(model: LoadedModel, settings: Settings, by_text: Mapping[int, Mapping[str, Engine]], program: Program) -> Form:
+    """What the pipeline of ``model`` hands over at these settings, and what answers it: engines by length of texts."""
+    engines = by_text[settings.text_tokens]
     scheduler, signature, io = model.scheduled(settings), engines[COMPUTE].signature, model.io
     sampling = model.sampling(settings)
     specs = {spec.name: spec for engine in engines.values() for spec in engine.signature.inputs}
@@ -82,8 +84,12 @@ def make_form(model: LoadedModel, settings: Settings, engines: Mapping[str, Engi
         schedule=None if scheduler is None else Schedule.of(scheduler),
         is_euler=sampling.euler is not None,
         specs={io.latents: signature.input(io.latents), **{name: specs[name] for name in io.conditions}},
-        open=partial(Stepper, engines, program, io),
+        open=partial(_open, by_text, program, io),
     )
+
+
+def _open(by_text: Mapping[int, Mapping[str, Engine]], program: Program, io: ModelIO, *, batch: int, text: int) -> Stepper:
+    return Stepper(by_text[text], program, io, batch=batch)
 
 
 def check_original(transformer: nn.Module) -> None:
@@ -99,19 +105,23 @@ def check_original(transformer: nn.Module) -> None:
 
 def compile_in_memory(
     model: LoadedModel, request: Request, kind: type[EagerEngine | InductorEngine]
-) -> tuple[dict[str, Engine], Mapping[str, Program]]:
-    """Engines by name, and Programs by level, of a request that :func:`accelerate_pipeline` fitted to the pipeline."""
+) -> tuple[dict[int, dict[str, Engine]], Mapping[str, Program]]:
+    """By length of texts engines by name, and Programs by level, of a request as :func:`accelerate_pipeline` fits them."""
     checked = check(model, request)
     with temporary_folder() as work:
         parameters = find_parameters(model, request, checked, work / "training")
-        graphs = make_graphs(model, request, parameters, merge=False)  # the transformer's weights are shared
         device = TorchDevice(DeviceName.parse(str(model.device)))
-        engines: dict[str, Engine] = {
-            plan.name: kind(graphs.engine.modules[plan.name], plan.signature, device)
-            for plan in make_plans(model, request.settings, graphs)
-        }
+
+        def engines(settings: Settings) -> dict[str, Engine]:
+            # merged linear layers would be copies: the transformer's weights are shared
+            graphs = make_graphs(model, replace(request, settings=settings), parameters, merge=False)
+            plans = make_plans(model, settings, graphs)
+            return {plan.name: kind(graphs.engine.modules[plan.name], plan.signature, device) for plan in plans}
+
+        by_text = {one.text_tokens: engines(one) for one in request.settings.by_text}
         calibrations = find_calibrations(model, request, checked, work / "calibration", parameters)
-        return engines, make_programs(model, request, engines, calibrations, parameters).by_level
+        longest = by_text[request.settings.text_tokens]
+        return by_text, make_programs(model, request, longest, calibrations, parameters).by_level
 
 
 def _fit_request(model: LoadedModel, request: Request) -> Request:

@@ -1,6 +1,7 @@
 """A bundle in the place of a pipeline's transformer: its engines and Programs answer the unmodified pipeline."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -54,7 +55,8 @@ def as_transformer(
                 f"{change}, as the bundle was compiled for: give the pipeline its scheduler again, or compile for it"
             )
     forms = [_form(loaded, bundle, schedule, one.size, one.steps, level) for one in bundle.manifest.variants]
-    own = next(form for form in forms if form.settings == settings_of(loaded.manifest))
+    (here,) = loaded.manifest.variants
+    own = next(form for form in forms if (form.settings.size, form.settings.steps) == (here.size, here.steps))
     for form in forms:
         form.program.check_both_branches()
     forms = [own, *(form for form in forms if form is not own)]
@@ -63,7 +65,8 @@ def as_transformer(
 
 def _form(loaded: LoadedBundle, bundle: Bundle, schedule: Schedule, size: str, steps: int, level: str | None) -> Form:
     there = bundle.at(size, steps)
-    settings, handed, io = settings_of(there.manifest), there.manifest.facts["handed"], loaded.io
+    settings = replace(settings_of(there.manifest), shorter_texts=bundle.manifest.texts[:-1])
+    handed, io = there.manifest.facts["handed"], loaded.io
     level = loaded.default_level if level is None else level
     signatures = {name: artifact.signature for name, artifact in there.target.engines.items()}
     specs = {spec.name: spec for signature in signatures.values() for spec in signature.inputs}
@@ -81,8 +84,8 @@ def _form(loaded: LoadedBundle, bundle: Bundle, schedule: Schedule, size: str, s
     )
 
 
-def _open(loaded: LoadedBundle, level: str, size: str, steps: int, *, batch: int) -> Stepper:
-    return loaded.session(batch=batch, level=level, size=size, steps=steps, for_sampler=True)
+def _open(loaded: LoadedBundle, level: str, size: str, steps: int, *, batch: int, text: int) -> Stepper:
+    return loaded.session(batch=batch, level=level, size=size, steps=steps, text=text, for_sampler=True)
 
 
 def _model(facts: Mapping[str, Any], transformer: nn.Module, pipeline: Any) -> LoadedModel:

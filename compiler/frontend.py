@@ -113,6 +113,7 @@ def _check_cut(model: LoadedModel, settings: Settings) -> None:
 
 
 def _check_given(model: LoadedModel, request: Request) -> Checked:
+    model.check_texts(request.settings)
     model.example_inputs(request.settings)  # which knows the model's sizes
     _check_cut(model, request.settings)
     request.method.check(model, request.settings)

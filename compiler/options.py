@@ -85,7 +85,10 @@ class ModelSettings:
         None, "Width and height, and frames of a video, as 832x480x81; compile takes several, or all that the family lists.",
         also=SIZES, metavar="WxH[xF][,…]", read=read_sizes,
     )  # fmt: skip
-    text_tokens: int | None = option(None, "Length of the text sequence; default from the model.", also=SIZES)
+    text_tokens: tuple[int, ...] | None = option(
+        None, "Length of the text sequence; compile takes several, as 64,512, where padding is masked; default from the model.",
+        also=SIZES, metavar="N[,N]", read=read_counts,
+    )  # fmt: skip
     guidance: float | None = option(None, "Guidance scale; default from the model.", also=SIZES)
     true_cfg_scale: float = option(
         1.0, "Scale of true guidance, with a negative prompt, beside an embedded one (FLUX.1, HunyuanVideo).", also=SIZES
@@ -311,9 +314,9 @@ def check_single(wish: ModelSettings) -> None:
     """Raise ``InputError`` if several sizes or numbers of steps are given."""
     if wish.size == "all":
         raise InputError("size is all, but only compile takes several: give one")
-    for name, several in (("steps", wish.steps or ()), ("size", wish.size or ())):
-        if len(several) > 1:
-            raise InputError(f"{name} is {','.join(map(str, several))}, but only compile takes several: give one")
+    for name, several in (("steps", wish.steps), ("size", wish.size), ("text-tokens", wish.text_tokens)):
+        if len(several or ()) > 1:
+            raise InputError(f"{name} is {','.join(map(str, several or ()))}, but only compile takes several: give one")
 
 
 def make_all_settings(spec: ModelSpec, wish: ModelSettings) -> tuple[Settings, ...]:
@@ -325,12 +328,14 @@ def make_all_settings(spec: ModelSpec, wish: ModelSettings) -> tuple[Settings, .
     if wish.size is not None and (wish.height, wish.width) != (None, None):
         raise InputError("--size contradicts --height and --width: give one")
     wished = _listed(spec) if wish.size == "all" else wish.size or ()
-    for name, several in (("steps", wish.steps or ()), ("size", wished)):
+    for name, several in (("steps", wish.steps or ()), ("size", wished), ("text-tokens", wish.text_tokens or ())):
         if twice := sorted({str(one) for one in several if several.count(one) > 1}):
             raise InputError(f"{name} {', '.join(twice)} is given twice")
-    given = {name: getattr(wish, name) for name in ("height", "width", "frames", "text_tokens", "guidance")}
+    given = {name: getattr(wish, name) for name in ("height", "width", "frames", "guidance")}
     usual = {name: getattr(spec, name) if value is None else value for name, value in given.items()}
-    usual |= {"dtype": wish.dtype, "sigmas": wish.sigmas, "cut": wish.cut, "true_cfg_scale": wish.true_cfg_scale}
+    *shorter, longest = sorted(wish.text_tokens or (spec.text_tokens,))
+    usual |= {"text_tokens": longest, "shorter_texts": tuple(shorter), "dtype": wish.dtype}
+    usual |= {"sigmas": wish.sigmas, "cut": wish.cut, "true_cfg_scale": wish.true_cfg_scale}
     counts = wish.steps or ((spec.steps,) if wish.sigmas is None else (len(wish.sigmas),))
     sizes: list[dict[str, int]] = [vars(size) for size in wished]
     sizes = [size if size["frames"] > 1 else {**size, "frames": usual["frames"]} for size in sizes] or [{}]

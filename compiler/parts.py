@@ -3,15 +3,24 @@
 Engines are built for each size, over one weights file. What is trained, fitted and measured is so for each part on its own.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cachec.compiler.frontend import Checked, Programs, check, find_calibrations, find_parameters, make_programs
+from cachec.compiler.frontend import (
+    Checked,
+    Programs,
+    StepGraphs,
+    check,
+    find_calibrations,
+    find_parameters,
+    make_graphs,
+    make_programs,
+)
 from cachec.compiler.measuring import measure
 from cachec.compiler.methods.parameters import Parameters
-from cachec.compiler.models.base import LoadedModel
+from cachec.compiler.models.base import LoadedModel, Settings
 from cachec.compiler.planning.levels import check_quality
 from cachec.compiler.planning.planner import Calibrations
 from cachec.compiler.planning.room import check_calibration
@@ -60,6 +69,15 @@ class Part:
 def work_folder(out: Path, name: str) -> Path:
     """A folder beside the bundle at ``out``."""
     return out.with_name(f"{out.name}.{name}")
+
+
+def graphs_of(model: LoadedModel, sizes: Sequence[Part]) -> dict[str, tuple[Settings, StepGraphs]]:
+    """By bucket the graphs of each size, of which one part each is given, with each length of texts, the longest first."""
+    return {
+        settings.shape_bucket: (settings, make_graphs(model, replace(part.request, settings=settings), part.parameters))
+        for part in sizes
+        for settings in part.request.settings.by_text
+    }
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from cachec.compiler.frontend import StepGraphs, make_graphs, make_plans, plan_graphs
+from cachec.compiler.frontend import StepGraphs, make_plans, plan_graphs
 from cachec.compiler.graphs.build_engines import (
     build_fastest,
     build_targets,
@@ -23,7 +23,7 @@ from cachec.compiler.late_targets import add_late_targets
 from cachec.compiler.manifest import make_manifest, varying_settings
 from cachec.compiler.methods.parameters import predictor_bytes
 from cachec.compiler.models.base import LoadedModel
-from cachec.compiler.parts import Finished, Part, finish, work_folder
+from cachec.compiler.parts import Finished, Part, finish, graphs_of, work_folder
 from cachec.compiler.planning.estimate import estimate
 from cachec.compiler.planning.room import check_compile
 from cachec.compiler.request import Request
@@ -63,7 +63,7 @@ def compile_bundle(model: LoadedModel, request: Request, out: Path, *, force: bo
         with model.hashing_weights(), BundleWriter(out, force=force) as writer:
             parts = [Part.of(model, one, out, alone=not request.more) for one in request.variants]
             if not request.auto:
-                check_compile(model, request.settings, request.targets, out, works["weights"], num_sizes=len(request.by_size))
+                check_compile(model, request.settings, request.targets, out, works["weights"], num_sizes=request.num_shapes)
             clock.lap()
             try:
                 made = _compile(model, request, parts, writer, works, clock, left_out)
@@ -96,7 +96,7 @@ def check_targets(model: LoadedModel, request: Request, out: Path) -> tuple[Requ
     for name in names:
         try:
             weights = work_folder(out, "weights")
-            check_compile(model, request.settings, [name], out, weights, num_sizes=len(request.by_size))
+            check_compile(model, request.settings, [name], out, weights, num_sizes=request.num_shapes)
         except (EngineError, OutputError) as error:
             left_out[str(name)] = str(error)
     if not (usable := tuple(name for name in names if str(name) not in left_out)):
@@ -126,14 +126,13 @@ def _compile(
         parts = [part.trained(model) for part in parts]
         clock.lap()
         by_size = {size: [part for part in parts if part.request.settings.size == size] for size in request.by_size}
-        graphs = {size: make_graphs(model, some[0].request, some[0].parameters) for size, some in by_size.items()}
+        graphs = graphs_of(model, [some[0] for some in by_size.values()])
         if not trains:
-            _tell_costs(model, request, graphs[request.settings.size], writer)
+            _tell_costs(model, request, graphs[request.settings.shape_bucket][1], writer)
         clock.lap()
-        of_sizes = [some[0].request.settings for some in by_size.values()]
-        plans = [make_plans(model, settings, graphs[settings.size]) for settings in of_sizes]
+        plans = [make_plans(model, settings, of_it) for settings, of_it in graphs.values()]
         pieces = capture_parts(model, request)
-        sets = choose_sets(model, of_sizes, plans, static=request.why_static)
+        sets = choose_sets(model, [settings for settings, _ in graphs.values()], plans, static=request.why_static)
         clock.lap()
         unfinished = partial(unfinished_weights, model, works["weights"])
         sources = planned_sources(sets.plans, writer, request.settings.dtype, unfinished)
@@ -148,12 +147,14 @@ def _compile(
         whole = build_parts(pieces, request, writer, targets[0], options)
         clock.lap()
         made = list[Finished]()
-        for place, (size, some) in enumerate(by_size.items()):
-            of_size, built = sources[place % len(sources)], targets[place % len(sources)]  # one set may be for all
+        for some in by_size.values():
+            bucket = some[0].request.settings.shape_bucket
+            place = sets.place(bucket)
             with ExitStack() as stack:
-                engines = load_engines(built, of_size, writer, stack, request.device) if request.measures else {}
-                made += [finish(model, part, sets.at(size, engines), clock) for part in some]
-        first, *more = (_variant(model, one, graphs[one.part.request.settings.size], writer) for one in made)
+                load = partial(load_engines, targets[place], sources[place], writer, stack, request.device)
+                engines = load() if request.measures else {}
+                made += [finish(model, part, sets.at(bucket, engines), clock) for part in some]
+        first, *more = (_variant(model, one, graphs[one.part.request.settings.shape_bucket][1], writer) for one in made)
         facts = {**first.facts, "pipeline": pipeline_facts(model, request.settings, writer), **chosen}
         timing = keep_timing(writer, works["timing"])
         all_targets = [target for built in targets for target in built]

@@ -82,6 +82,11 @@ class Request:
         return {size: tuple(one for one in self.variants if one.settings.size == size) for size in sizes}
 
     @property
+    def num_shapes(self) -> int:
+        """How many sizes with lengths of texts there are."""
+        return len(self.by_size) * len(self.settings.by_text)
+
+    @property
     def schedule(self) -> Schedule | None:
         """The one fixed schedule, if nothing is searched."""
         return self.goals[0].schedule

@@ -43,8 +43,8 @@ class BundledSources(Sources):
 
     @classmethod
     def of_all_sizes(cls, bundle: Bundle) -> "list[BundledSources]":
-        """The graphs of each size. Those of one set are fixed at it: engines of one size are what TensorRT makes best."""
-        return [cls(bundle.at(size)) for size in bundle.manifest.sizes]
+        """The graphs of each size and length of texts. Those of one set are fixed at it, which TensorRT makes best of."""
+        return [cls(place) for place in bundle.places]
 
     def programs(self) -> Mapping[str, Any]:
         raise InputError("a bundle has no exported programs, only ONNX files: give this target to cachec compile")
@@ -111,7 +111,8 @@ def add_targets(
 
 def _with_further(target: Target, bundle: Bundle) -> Target:
     """A target that has the bundle's further weights, if it takes those of the ONNX files."""
-    onnx = next(one for one in bundle.at(target.picture_sizes[0]).manifest.targets if one.backend == ONNX_TARGET.backend)
+    there = (one for place in bundle.places for one in place.manifest.targets if one.shape_bucket == target.shape_bucket)
+    onnx = next(one for one in there if one.backend == ONNX_TARGET.backend)
     takes = get_engine(target.backend).weights_form(target.needs) == ONNX
     return replace(target, added=onnx.added) if takes else target
 

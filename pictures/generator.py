@@ -56,7 +56,7 @@ class Generator:
         ``guidance``: a scale that is a condition itself, by default the bundle's.
         """
         settings = self._loaded.manifest.settings
-        text, readers = self._reading(str(settings["text_tokens"]))
+        text, readers = self._reading(str(self._loaded.texts[-1]))
         tell_of_loss(prompts, readers, self._told)
         rows = [self._encode_one(prompt, text, readers) for prompt in prompts]
         found = {name: np.concatenate([row[name] for row in rows]) for name in (rows[0] if rows else ())}
@@ -146,10 +146,9 @@ class Generator:
         _check_counts(prompts, seeds, negative_prompts)
         loaded = self._loaded.at(size, steps)
         scales = Scales.of(loaded, guidance=guidance, true=true_cfg_scale, negative=negative_prompts is not None)
-        program = loaded.programs[loaded.check_level(level)]
-        names = loaded.io.request_conditions if program.key.guided else loaded.io.conditions
-        conditions = self.conditions(prompts, names, scales, negative_prompts)
-        latents = self._denoise(loaded, program.key.level, conditions, seeds)
+        encoded = self.conditions(prompts, loaded.conditions(level), scales, negative_prompts)
+        there, conditions = loaded.fitted(encoded)
+        latents = self._denoise(there, there.check_level(level), conditions, seeds)
         return self.decode(latents, size=loaded.manifest.variants[0].size)
 
     def _denoise(self, loaded: LoadedBundle, level: str, conditions: Mapping[str, Array], seeds: Sequence[int]) -> Array:
@@ -167,7 +166,7 @@ class Generator:
         rows = 2 if key.guided else 1
         most = loaded.target.sizes.get(BATCH, (rows * wanted,))[-1] // rows
         batch = key.batch or max(1, min(wanted, most))
-        what = (loaded.manifest.variants[0].size, loaded.manifest.variants[0].steps, level, batch)
+        what = (loaded.target.shape_bucket, loaded.manifest.variants[0].steps, level, batch)
         if self._session is None or self._session[0] != what:
             self._session = None  # its memory goes first
             self._session = what, loaded.session(batch=batch, level=level)

@@ -12,6 +12,7 @@ from cachec.runtime.build_options import DEFAULTS, BuildOptions
 from cachec.runtime.device import DeviceName
 from cachec.runtime.engine import HOST, Engine
 from cachec.runtime.specs import Signature
+from cachec.runtime.variants import label_of_shapes
 
 ENGINES = "engines"  # folder of a bundle's engines
 
@@ -29,8 +30,8 @@ class Sources(ABC):
 
     @property
     def size(self) -> str:
-        """Height and width, for names of files."""
-        return self.shape_bucket.split(",")[0]
+        """The sizes and lengths of texts, for names of files."""
+        return label_of_shapes(self.shape_bucket)
 
     @abstractmethod
     def programs(self) -> Mapping[str, Any]:

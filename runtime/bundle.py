@@ -21,14 +21,13 @@ from cachec.runtime.files import reason_of
 from cachec.runtime.forms import ANY, Form, check_form
 from cachec.runtime.program import Program
 from cachec.runtime.specs import Array, Signature
-from cachec.runtime.variants import Variant, find_variant
+from cachec.runtime.variants import Variant, find_text, find_variant, name_shapes, read_shapes
 
 log = logging.getLogger(__name__)
 
 FORMAT = "cachec-bundle"
-FORMAT_VERSION = 9  # 9: text encoders, tokenizers and decoders beside the transformer
+FORMAT_VERSION = 9  # 9: text encoders, tokenizers and decoders beside the transformer; several lengths of texts
 MANIFEST = "manifest.json"
-SEVERAL = "+"  # between the sizes of pictures that engines are for
 ANY_DEVICE = "any"  # of a target whose artifacts are bound to no device
 
 
@@ -53,9 +52,9 @@ _PICTURES: Form = {
 }
 _FORM: Form = {  # of a manifest
     "model": {"name": str, "source": str, "weights_sha256": str, "plain_sha256?": str, "loras?": [_LORA]},
-    "io": {"latents": str, "timestep": str, "conditions": [str], "guidance?": str},
+    "io": {"latents": str, "timestep": str, "conditions": [str], "guidance?": str, "text?": [str]},
     "method": {"name": str},
-    "settings": {},
+    "settings": {"text_tokens?": int, "shorter_texts?": [int]},
     "noise": str,
     "targets": [_TARGET],
     "programs": _PROGRAMS,
@@ -116,13 +115,22 @@ class Target:
     @property
     def picture_sizes(self) -> tuple[str, ...]:
         """Width and height, and of a video the number of frames, ``832x480x81``; of all sizes that the engines are for."""
-        return tuple(self.shape_bucket.split(",")[0].split(SEVERAL))
+        return read_shapes(self.shape_bucket)[0]
 
-    def at(self, size: str, axes: Mapping[str, int]) -> "Target":
-        """As it is for one of its sizes, at which axes of a name are so long."""
+    @property
+    def texts(self) -> tuple[int, ...]:
+        """Lengths of texts that the engines are for; none if that is not said."""
+        return read_shapes(self.shape_bucket)[1]
+
+    def takes(self, size: str, text: int | None) -> bool:
+        """Are the engines for this size of pictures and length of texts?"""
+        return size in self.picture_sizes and (text is None or not self.texts or text in self.texts)
+
+    def at(self, size: str, text: int | None, axes: Mapping[str, int]) -> "Target":
+        """As it is for one of its sizes and lengths of texts, at which axes of a name are so long."""
         engines = {name: Artifact(one.path, one.signature.at(axes)) for name, one in self.engines.items()}
-        _, comma, rest = self.shape_bucket.partition(",")
-        return replace(self, shape_bucket=f"{size}{comma}{rest}", engines=engines)
+        name = size if text is None or not self.texts else name_shapes([size], [text])
+        return replace(self, shape_bucket=name, engines=engines)
 
     def is_like(self, other: "Target") -> bool:
         """Do both run in the same places, so that one replaces the other?"""
@@ -153,8 +161,9 @@ class Manifest:
     files, ``files`` maps each file to its size in bytes and SHA-256. ``weights`` are further ones for the same graphs, by name:
     what is fused in them, and what pipelines are compared with. ``timing`` names files with kernel timings, which make
     the next build quicker. All of it is of the bundle's first size and number of steps; ``more`` says what differs for each of
-    the others. There are targets for each size; or one set of engines serves all, and ``shapes`` says of each how long its
-    ``axes`` are, and which file has the ``tables`` that engines read. ``components`` make conditions of prompts and pictures of
+    the others. There are targets for each size and length of texts (``settings["shorter_texts"]`` are those besides
+    ``text_tokens``); or one set of engines serves all, and ``shapes`` says of each (``name_shapes``) how long its ``axes`` are,
+    and which file has the ``tables`` that engines read. ``components`` make conditions of prompts and pictures of
     latents, and ``pictures`` says how (``runtime/components.py``); without them that is the pipeline's work.
     """
 
@@ -187,19 +196,30 @@ class Manifest:
     def step_counts(self) -> tuple[int, ...]:
         return tuple(dict.fromkeys(one.steps for one in self.variants))
 
-    def at(self, size: str | None = None, steps: int | None = None) -> "Manifest":
-        """The manifest of a bundle for this size and number of steps alone; ``None`` is what comes first.
+    @property
+    def texts(self) -> tuple[int, ...]:
+        """The lengths of texts, the longest last; all programs are for all of them."""
+        longest = self.settings.get("text_tokens")
+        return () if longest is None else (*self.settings.get("shorter_texts", ()), longest)
+
+    def at(self, size: str | None = None, steps: int | None = None, text: int | None = None) -> "Manifest":
+        """The manifest of a bundle for this size, number of steps and length of texts alone.
+
+        ``None`` is what comes first, and the longest text.
 
         Raises:
             InputError: the bundle lacks it; with what there is.
         """
-        if size is None and steps is None and not self.more:
+        if (size, steps, text) == (None, None, None) and not self.more and len(self.texts) < 2:
             return self
-        one = self.variants[find_variant(self.variants, size, steps)]
-        shapes = {size: shape for size, shape in self.shapes.items() if size == one.size}
-        axes = shapes[one.size]["axes"] if shapes else {}
-        targets = tuple(target.at(one.size, axes) for target in self.targets if one.size in target.picture_sizes)
+        one, length = self.variants[find_variant(self.variants, size, steps)], None
         settings, facts = {**self.settings, **one.settings}, {**self.facts, **one.facts}
+        if self.texts:
+            settings |= {"text_tokens": (length := find_text(self.texts, text)), "shorter_texts": []}
+        place = one.size if length is None else name_shapes([one.size], [length])
+        shapes = {place: self.shapes[place]} if place in self.shapes else {}
+        axes = shapes[place]["axes"] if shapes else {}
+        targets = tuple(target.at(one.size, length, axes) for target in self.targets if target.takes(one.size, length))
         return replace(self, settings=settings, programs=one.programs, facts=facts, targets=targets, shapes=shapes, more=())
 
     def with_weights(self, name: str) -> "Manifest":
@@ -287,13 +307,20 @@ class Bundle:
             check_file(bundle.path(name), entry, verify=verify)
         return bundle
 
-    def at(self, size: str | None = None, steps: int | None = None) -> "Bundle":
-        """As if it had been compiled for this size and number of steps alone; ``None`` is what comes first.
+    def at(self, size: str | None = None, steps: int | None = None, text: int | None = None) -> "Bundle":
+        """As if it had been compiled for this size, number of steps and length of texts alone; as :meth:`Manifest.at`.
 
         Raises:
             InputError: the bundle lacks it; with what there is.
         """
-        return Bundle(self.root, self.manifest.at(size, steps))
+        return Bundle(self.root, self.manifest.at(size, steps, text))
+
+    @property
+    def places(self) -> "tuple[Bundle, ...]":
+        """It at each size with each length of texts, the first size with the longest text first."""
+        return tuple(
+            self.at(size, text=text) for size in self.manifest.sizes for text in (self.manifest.texts[::-1] or (None,))
+        )
 
     def path(self, name: str) -> Path:
         """The file ``name`` of the manifest.

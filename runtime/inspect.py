@@ -70,7 +70,12 @@ def describe_weights(bundle: Bundle, *, only: str | None = None) -> list[tuple[s
 
 def _choices(bundle: Bundle) -> list[tuple[str, str]]:
     """What else a request may ask for, where there is a choice."""
-    choices = {"sizes": bundle.manifest.sizes, "step counts": map(str, bundle.manifest.step_counts)}
+    manifest = bundle.manifest
+    choices = {
+        "sizes": manifest.sizes,
+        "step counts": map(str, manifest.step_counts),
+        "text tokens": map(str, manifest.texts),
+    }
     return [(name, ", ".join(texts)) for name, all_ in choices.items() if len(texts := tuple(all_)) > 1]
 
 

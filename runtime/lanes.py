@@ -24,7 +24,8 @@ from cachec.runtime.lane_request import Key, Request, Tick, Ticket
 from cachec.runtime.lane_simulator import ends_of
 from cachec.runtime.session import LoadedBundle
 from cachec.runtime.specs import Array
-from cachec.runtime.variants import PictureSize, find_variant
+from cachec.runtime.texts import shortest_text, text_length, with_text_length
+from cachec.runtime.variants import PictureSize, find_text, find_variant, label_of_shapes
 
 log = logging.getLogger(__name__)
 BUCKETS = (1, 2, 4, 8)
@@ -39,8 +40,9 @@ class Lanes:
     batch is filled up to the smallest that fits. ``policy``: how requests are ordered and how many share a tick, or the name of
     an order. ``costs``: seconds of every call, as the ``costs``
     of other lanes on such a machine; without, they are measured. ``sizes``: of the bundle, which requests may ask for; the one
-    it was loaded for without. ``starts``: steps, beside the first, that requests may begin at. ``clock``: seconds, as
-    ``time.monotonic``.
+    it was loaded for without. ``texts``: lengths, of which a request has the shortest that holds its own text, and shares calls
+    with others of it; all that the bundle has without. ``starts``: steps, beside the first, that requests may begin at.
+    ``clock``: seconds, as ``time.monotonic``.
 
     Raises:
         InputError: no request fits in the buckets, the engines take no such batches, or there is no memory.
@@ -55,6 +57,7 @@ class Lanes:
         policy: Policy | str = "shortest",
         costs: Costs | None = None,
         sizes: Sequence[str] | None = None,
+        texts: Sequence[int] | None = None,
         starts: Sequence[int] = (),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -68,7 +71,7 @@ class Lanes:
                 f"buckets are {list(buckets)}; the engines of {bundle.target} take up to {most} rows: name smaller ones, or "
                 "build the engines with a larger --max-batch"
             )
-        self._clock, self._variants = clock, _variants(bundle, sizes)
+        self._clock, self._variants = clock, _variants(bundle, sizes, texts)
         self._plans, self._cannot = _plans(self._variants, starts)
         self._device = next(iter(bundle.engines.values())).device.for_session()
         self._ports = Ports((call for plan in self._plans.values() for call in plan.calls), buckets, self._device)
@@ -115,6 +118,8 @@ class Lanes:
     ) -> Ticket:
         """Take a request of one sample: conditions [1, …], and noise [1, …] or a ``seed``; numpy arrays, which are copied.
 
+        Texts may have any length, where the bundle has several.
+
         ``start``: the step it begins at, one of the ``starts``, with latents of its noise level in the place of noise.
         ``deadline``: seconds from now within which it is to be done.
 
@@ -122,7 +127,7 @@ class Lanes:
             InputError: it does not fit, or there is no such level, size or number of steps.
             DeadlineError: it cannot be done in time, or only if others that were taken are late.
         """
-        key = self._key(level, steps, size, start)
+        key, conditions = self._fitted(self._key(level, steps, size, start), conditions)
         plan = self._plans[key]
         if deadline is not None and not deadline > 0:
             raise InputError(f"the deadline is in {deadline} s; it must be later than now")
@@ -157,6 +162,19 @@ class Lanes:
         if key not in self._plans:
             raise InputError(f"start is {start}, which these lanes were not made for: name it in Lanes(…, starts=[…])")
         return key
+
+    def _fitted(self, key: Key, conditions: Mapping[str, Array]) -> tuple[Key, Mapping[str, Array]]:
+        """The same at the shortest text that holds these, and them at its length; where there is a choice."""
+        io, (own,) = self._variants[key[0]].io, self._variants[key[0]].manifest.variants
+        alike: dict[int, int] = {
+            one.manifest.settings.get("text_tokens", 0): place
+            for place, one in enumerate(self._variants)
+            if (one.manifest.variants[0].size, one.manifest.variants[0].steps) == (own.size, own.steps)
+        }
+        if len(alike) < 2 or io.text is None or not set(io.text) <= conditions.keys():
+            return key, conditions
+        length = shortest_text(alike, text_length(io, conditions))
+        return (alike[length], *key[1:]), with_text_length(io, conditions, length)
 
     def _prepare(self, costs: Costs | None) -> None:
         """Make every call once on empty lanes, so that nothing is left that happens only the first time; measure."""
@@ -338,8 +356,8 @@ def _no_call(port: Port, bucket: int, ends: Sequence[Ends]) -> None:
     """In the place of ``Ports.run``."""
 
 
-def _variants(bundle: LoadedBundle, sizes: Sequence[str] | None) -> tuple[LoadedBundle, ...]:
-    """The bundle at each size and number of steps that requests may ask for, what it was loaded for first."""
+def _variants(bundle: LoadedBundle, sizes: Sequence[str] | None, texts: Sequence[int] | None) -> tuple[LoadedBundle, ...]:
+    """The bundle at each size, number of steps and length of texts, what it was loaded for first; longest texts first."""
     if bundle.bundle is None:
         return (bundle,)
     (own,) = bundle.manifest.variants
@@ -348,16 +366,19 @@ def _variants(bundle: LoadedBundle, sizes: Sequence[str] | None) -> tuple[Loaded
     for size in wanted:
         there.at(size)
     known = {(one.size, one.steps): None for one in (own, *there.variants) if one.size in wanted}
-    return tuple(bundle if at == (own.size, own.steps) else bundle.at(*at) for at in known)
+    lengths = sorted(there.texts if texts is None else {find_text(there.texts, text) for text in texts}, reverse=True)
+    here = own.size, own.steps, bundle.manifest.settings.get("text_tokens")
+    wanted_at = [(*at, text) for at in known for text in lengths or (None,)]
+    return tuple(bundle if at == here else bundle.at(*at) for at in wanted_at)
 
 
 def _plans(variants: Sequence[LoadedBundle], starts: Sequence[int]) -> tuple[dict[Key, LanePlan], dict[Key, InputError]]:
     """The plan of every level of each from each start, or why it cannot begin there; calls of one size meet at one port."""
     ports: dict[str, Port] = {}
     plans, cannot = dict[Key, LanePlan](), dict[Key, InputError]()
-    several = len(variants) > 1 and len({one.target.picture_sizes for one in variants}) > 1
+    several = len({one.target.shape_bucket for one in variants}) > 1
     for place, one in enumerate(variants):
-        apart = f"{one.target.picture_sizes[0]}/" if several else ""
+        apart = f"{label_of_shapes(one.target.shape_bucket)}/" if several else ""
         for level, start in itertools.product(one.programs, dict.fromkeys((0, *starts))):
             try:
                 plans[place, level, start] = LanePlan.of(one, level, start, apart, ports)

@@ -21,6 +21,9 @@ class ModelIO:
     ``plain`` u + s (c - u); ``renormalised`` the same, scaled to the norm of c along the last axis; ``extra`` c + s (c - u).
     ``None``: the model has one branch. Guided requests have the ``conditions``
     of both branches, those of the negative one under ``negative_name``, and a scale.
+
+    ``text`` names a condition [B, L, …] and its mask [B, L], if the model looks at nothing behind the last token of the mask:
+    then it does not matter how far the text is padded. ``None``: it does, or nobody knows.
     """
 
     latents: str
@@ -30,6 +33,7 @@ class ModelIO:
     axis: int = 1
     output: tuple[int, int] | None = None
     guidance: str | None = None
+    text: tuple[str, str] | None = None
 
     @property
     def request_conditions(self) -> tuple[str, ...]:
@@ -40,13 +44,18 @@ class ModelIO:
 
     def to_json(self) -> dict[str, Any]:
         """What engines are called with; how the input is put together is in their graphs by then."""
-        names = {"latents": self.latents, "timestep": self.timestep, "conditions": list(self.conditions)}
-        return names if self.guidance is None else {**names, "guidance": self.guidance}
+        names: dict[str, Any] = {"latents": self.latents, "timestep": self.timestep, "conditions": list(self.conditions)}
+        names |= {} if self.guidance is None else {"guidance": self.guidance}
+        return names if self.text is None else {**names, "text": list(self.text)}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "ModelIO":
         try:
             parts = data["latents"], data["timestep"], tuple(data["conditions"])
-            return cls(*parts, guidance=data.get("guidance"))
-        except (KeyError, TypeError) as error:
+            text = None
+            if data.get("text") is not None:
+                states, mask = data["text"]
+                text = states, mask
+            return cls(*parts, guidance=data.get("guidance"), text=text)
+        except (KeyError, TypeError, ValueError) as error:
             raise BundleError(f"the manifest does not say which input plays which part: io is {shortened(data)}") from error

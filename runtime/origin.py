@@ -62,8 +62,9 @@ class Origin:
         self.bundle, self._target, self._type = bundle, target, engine_type
         self.device, self.threads = device, threads
         self._late = late
-        self._engines: dict[str, LateEngines] = {}  # by size
+        self._engines: dict[str, LateEngines] = {}  # by shape bucket
         self._loaded: dict[frozenset[str], LateEngines] = {}  # by their files, which may be of several sizes
+        self._opened: dict[tuple[str, int | None, int | None], LoadedBundle] = {}
         self._lock = threading.Lock()
         self._made: Any = None
 
@@ -74,21 +75,24 @@ class Origin:
                 self._made = make()
             return self._made
 
-    def open(self, size: str, steps: int | None) -> LoadedBundle:
-        """The bundle at a size and number of steps.
+    def open(self, size: str, steps: int | None, text: int | None = None) -> LoadedBundle:
+        """The bundle at a size, number of steps and length of texts, by default the longest.
 
         Raises:
             InputError: it lacks it.
             BundleError: it has no such engines of this size as of the others.
         """
-        bundle = self.bundle.at(size, steps)
-        target = self._like(bundle)
         with self._lock:
-            if target.shape_bucket not in self._engines:
-                self._engines[target.shape_bucket] = self._of_size(bundle, target)
-            engines = self._engines[target.shape_bucket]
+            if (size, steps, text) not in self._opened:
+                self._opened[size, steps, text] = self._open(self.bundle.at(size, steps, text))
+            return self._opened[size, steps, text]
+
+    def _open(self, bundle: Bundle) -> LoadedBundle:
+        target = self._like(bundle)
+        if target.shape_bucket not in self._engines:
+            self._engines[target.shape_bucket] = self._of_size(bundle, target)
         programs = {level: bundle.program(level) for level in bundle.manifest.programs}
-        return LoadedBundle(bundle.manifest, programs, engines, target, self)
+        return LoadedBundle(bundle.manifest, programs, self._engines[target.shape_bucket], target, self)
 
     def _like(self, bundle: Bundle) -> Target:
         for target in bundle.manifest.targets:

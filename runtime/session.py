@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
 import numpy as np
 
-from cachec.runtime.abi import BATCH, PROLOGUE
+from cachec.runtime.abi import BATCH, GUIDANCE, PROLOGUE, negative_name
 from cachec.runtime.binding import Binding, not_finite
 from cachec.runtime.bundle import Bundle, Manifest, Target
 from cachec.runtime.device import Buffer
@@ -26,6 +26,7 @@ from cachec.runtime.program import UNCACHED, Program
 from cachec.runtime.specs import Array
 from cachec.runtime.starting import starting_at
 from cachec.runtime.stepper import Stepper
+from cachec.runtime.texts import fit_texts
 from cachec.runtime.trace import Trace
 
 if TYPE_CHECKING:
@@ -38,8 +39,8 @@ log = logging.getLogger(__name__)
 class LoadedBundle:
     """A bundle with its engines loaded; a context manager. Open one with ``cachec.load``.
 
-    It is of one size and one number of steps; :meth:`at` gives the others of the bundle, whose engines are loaded when they
-    are first asked for, and closed together.
+    It is of one size, one number of steps and one length of texts; :meth:`at` gives the others of the bundle, whose engines are
+    loaded when they are first asked for, and closed together.
     """
 
     manifest: Manifest
@@ -63,20 +64,47 @@ class LoadedBundle:
         """The bundle's first level that is not the uncached one."""
         return next((level for level in self.programs if level != UNCACHED), UNCACHED)
 
-    def at(self, size: str | None = None, steps: int | None = None) -> "LoadedBundle":
-        """The bundle at another size, ``832x1216`` say, and number of steps; ``None`` is what it is at.
+    def at(self, size: str | None = None, steps: int | None = None, text: int | None = None) -> "LoadedBundle":
+        """The bundle at another size, ``832x1216`` say, number of steps, and length of texts; ``None`` is what it is at.
 
         Raises:
             InputError: the bundle lacks it; with what there is.
         """
-        if size is None and steps is None:
+        if (size, steps, text) == (None, None, None):
             return self
         if self.origin is None:
-            self.manifest.at(size, steps)
+            self.manifest.at(size, steps, text)
             return self
         (own,) = self.manifest.variants
-        there = self.origin.open(own.size if size is None else size, own.steps if steps is None else steps)
+        there = self.origin.open(
+            own.size if size is None else size,
+            own.steps if steps is None else steps,
+            self.manifest.settings.get("text_tokens") if text is None else text,
+        )
         return replace(there, drop_in=self.drop_in, front=self.front)
+
+    @property
+    def texts(self) -> tuple[int, ...]:
+        """The lengths of texts that :meth:`at` takes, the longest last; none where the bundle does not say."""
+        return (self.manifest if self.bundle is None else self.bundle.manifest).texts
+
+    def conditions(self, level: str | None = None) -> tuple[str, ...]:
+        """What requests of a level bring besides noise, by name: what engines read, of both branches where there are two."""
+        read = {spec.name for engine in self.target.engines.values() for spec in engine.signature.inputs}
+        names = tuple(name for name in self.io.conditions if name in read)
+        guided = self.programs[self.check_level(level)].key.guided
+        return (*names, *map(negative_name, names), GUIDANCE) if guided else names
+
+    def fitted(self, conditions: Mapping[str, Array]) -> tuple["LoadedBundle", Mapping[str, Array]]:
+        """The bundle at the shortest of its lengths that holds the texts of these numpy arrays, and the arrays of that length.
+
+        Where it has one length only, both are as they are.
+
+        Raises:
+            InputError: none holds them.
+        """
+        length, fitted = fit_texts(self.io, conditions, self.texts)
+        return self.at(text=length), fitted
 
     @property
     def bundle(self) -> Bundle | None:
@@ -136,14 +164,14 @@ class LoadedBundle:
 
     @overload
     def session(
-        self, *, batch: int = 1, level: str | None = None, size: str | None = None, steps: int | None = None, start: int = 0,
-        for_sampler: Literal[False] = False,
+        self, *, batch: int = 1, level: str | None = None, size: str | None = None, steps: int | None = None,
+        text: int | None = None, start: int = 0, for_sampler: Literal[False] = False,
     ) -> "Session": ...  # fmt: skip
 
     @overload
     def session(
-        self, *, batch: int = 1, level: str | None = None, size: str | None = None, steps: int | None = None, start: int = 0,
-        for_sampler: Literal[True],
+        self, *, batch: int = 1, level: str | None = None, size: str | None = None, steps: int | None = None,
+        text: int | None = None, start: int = 0, for_sampler: Literal[True],
     ) -> Stepper: ...  # fmt: skip
 
     def session(
@@ -153,16 +181,17 @@ class LoadedBundle:
         level: str | None = None,
         size: str | None = None,
         steps: int | None = None,
+        text: int | None = None,
         start: int = 0,
         for_sampler: bool = False,
     ) -> "Session | Stepper":
         """A session for requests of ``batch`` samples at a quality level, by default the bundle's first.
 
-        ``size`` and ``steps``: as :meth:`at`. ``start``: the step that requests begin at, with latents of its noise level
-        (``programs[level].sigmas[start]``) in place of noise. ``for_sampler``: for a sampler outside, which asks for velocities
-        one by one, and says where it begins.
+        ``size``, ``steps`` and ``text``: as :meth:`at`; texts are that long. ``start``: the step that requests begin at, with
+        latents of its noise level (``programs[level].sigmas[start]``) in the place of noise. ``for_sampler``: for one outside,
+        which asks for velocities one by one, and says where it begins.
         """
-        bundle = self.at(size, steps)
+        bundle = self.at(size, steps, text)
         program = bundle.programs[bundle.check_level(level)]
         rows = 2 if program.key.guided and not for_sampler else 1  # that the model runs on for each sample
         if rows * batch > (most := bundle.target.sizes.get(BATCH, (rows * batch,))[-1]):
@@ -208,8 +237,12 @@ class LoadedBundle:
         size: str | None = None,
         steps: int | None = None,
     ) -> Array:
-        """Latents for ``len(seeds)`` samples, in one batch; conditions have that batch size."""
-        session = self.session(batch=len(seeds), level=level, size=size, steps=steps)
+        """Latents for ``len(seeds)`` samples, in one batch; conditions have that batch size, and texts any length.
+
+        They are played at the shortest of the bundle's lengths that holds them: see :meth:`fitted`.
+        """
+        bundle, conditions = self.at(size, steps).fitted(conditions)
+        session = bundle.session(batch=len(seeds), level=level)
         noise = np.stack([make_noise(seed, session.latent_shape[1:]) for seed in seeds])
         latents: Array = session.run(conditions, noise)
         return latents

@@ -1,12 +1,13 @@
 """Variants: a bundle may be for several sizes and several numbers of steps."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
 from cachec.runtime.errors import InputError, shortened
 
+SEVERAL = "+"  # between sizes of pictures, and lengths of texts, that engines are for
 _SIZE = re.compile(r"([1-9][0-9]{0,5})x([1-9][0-9]{0,5})(?:x([1-9][0-9]{0,5}))?")
 
 
@@ -57,6 +58,37 @@ class Variant:
     def steps(self) -> int:
         steps: int = self.settings["steps"]
         return steps
+
+
+def name_shapes(sizes: Sequence[str], texts: Sequence[int]) -> str:
+    """Which sizes of pictures and lengths of texts engines are for, in text: ``832x1216+1024x1024, 64+512 text tokens``."""
+    return f"{SEVERAL.join(sizes)}, {SEVERAL.join(map(str, texts))} text tokens"
+
+
+def read_shapes(name: str) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """The sizes and the lengths of texts that :func:`name_shapes` names; no length where none is said."""
+    sizes, _, texts = name.partition(",")
+    numbers = "".join(texts.split()[:1]).split(SEVERAL)
+    return tuple(sizes.split(SEVERAL)), tuple(int(number) for number in numbers if number.isdecimal())
+
+
+def label_of_shapes(name: str) -> str:
+    """The same for names of files: ``832x1216+1024x1024-64+512``."""
+    sizes, texts = read_shapes(name)
+    return "-".join(SEVERAL.join(map(str, part)) for part in (sizes, texts) if part)
+
+
+def find_text(texts: Sequence[int], wanted: int | None) -> int:
+    """The wanted one of the ``texts``' lengths; the longest for ``None``.
+
+    Raises:
+        InputError: it is none of them; with those that there are.
+    """
+    if wanted is None:
+        return max(texts)
+    if wanted not in texts:
+        raise _not_there("text-tokens", wanted, sorted(texts))
+    return wanted
 
 
 def find_variant(variants: Iterable[Variant], size: str | None, steps: int | None) -> int:

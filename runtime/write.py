@@ -80,9 +80,9 @@ class Collector(ABC):
             "arrays": self.add_bytes(f"programs/{level}.safetensors", save(program.arrays())),
         }
 
-    def add_tables(self, size: str, tables: Mapping[str, Array]) -> str:
-        """Collect what engines for several sizes read at one; returns its name."""
-        return self.add_bytes(f"tables/{size}.safetensors", save(dict(tables)))
+    def add_tables(self, label: str, tables: Mapping[str, Array]) -> str:
+        """Collect what engines for several sizes read at one, called ``label`` in names of files; returns its name."""
+        return self.add_bytes(f"tables/{label}.safetensors", save(dict(tables)))
 
     @abstractmethod
     def commit(self, manifest: Manifest) -> None:

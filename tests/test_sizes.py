@@ -63,9 +63,9 @@ def test_one_set_of_engines_is_for_all_sizes(several):
     assert len(list(several.rglob("weights-*.bin"))) == 1
     assert [target.shape_bucket for target in manifest.targets] == ["32x48+64x48, 8 text tokens"]
     assert len(list(several.rglob("*.onnx"))) == len(manifest.targets[0].engines)
-    assert {size: shape["axes"] for size, shape in manifest.shapes.items()} == {
-        "32x48": {"size_1": 6, "size_2": 14},
-        "64x48": {"size_1": 12, "size_2": 20},
+    assert {shape: one["axes"] for shape, one in manifest.shapes.items()} == {
+        "32x48, 8 text tokens": {"size_1": 6, "size_2": 14},
+        "64x48, 8 text tokens": {"size_1": 12, "size_2": 20},
     }
     of_one = sum(path.stat().st_size for path in several.rglob("weights-*.bin"))
     assert of_one < 1.2 * manifest.facts["memory"]["weights"]

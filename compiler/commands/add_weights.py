@@ -14,10 +14,11 @@ from cachec.compiler.models.lora_files import LoraFile, parse_loras
 from cachec.compiler.options import GraphWish
 from cachec.engines import get_engine, no_other_weights
 from cachec.engines.targets import ONNX_TARGET
-from cachec.runtime.bundle import SEVERAL, Bundle, Manifest, Target
+from cachec.runtime.bundle import Bundle, Manifest, Target
 from cachec.runtime.engine import CONSTANTS, ONNX
 from cachec.runtime.errors import BundleError, InputError, MissingExtraError, OutputError, need
 from cachec.runtime.inspect import describe_weights
+from cachec.runtime.variants import label_of_shapes, name_shapes
 from cachec.runtime.work import claim_work, remove_work
 from cachec.runtime.write import BundleAdder
 
@@ -137,7 +138,7 @@ def _all_graphs(model: LoadedModel, bundle: Bundle) -> "dict[str, Graph]":
     """
     from cachec.compiler.graphs.shared import share_plans
 
-    sizes = [bundle.at(size) for size in bundle.manifest.sizes]
+    sizes = bundle.places
     plans = [_plans(model, one.manifest) for one in sizes]
     if not bundle.manifest.shapes:
         return {
@@ -184,8 +185,8 @@ def _graphs(model: LoadedModel, there: Bundle, plans: "Sequence[EnginePlan]") ->
 
 def _label(manifest: Manifest, target: Target, graph: str) -> str:
     """Of one set of graphs for all sizes there may be engines for each."""
-    sizes = manifest.sizes if manifest.shapes else target.picture_sizes
-    return f"{graph}-{SEVERAL.join(sizes)}"
+    all_of_them = name_shapes(manifest.sizes, manifest.texts)
+    return f"{graph}-{label_of_shapes(all_of_them if manifest.shapes else target.shape_bucket)}"
 
 
 def _place(manifest: Manifest) -> str:

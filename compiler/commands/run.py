@@ -3,8 +3,8 @@
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -83,14 +83,14 @@ def generate_pictures(
         make = _maker(loaded, source, guidance, true_cfg_scale, negative)
         if compare:
             return _compare(loaded, level, make, prompts, seed, out)
-        session = loaded.session(batch=loaded.programs[level].key.batch or 1, level=level)
+        sessions = _Sessions(loaded, level)
         rows = [_target_row(loaded), _parts_row(make)]
         for index, (prompt, file) in enumerate(zip(prompts, files, strict=True)):
-            picture, seconds, total = make.picture(session, prompt, seed + index)
+            picture, seconds, total = make.picture(sessions, prompt, seed + index)
             _write(picture, file)
             rows.append((str(file), f"denoise loop {seconds:.3f} s, request {total:.3f} s: {prompt}"))
         if profile is not None:
-            rows += _profile(session, make, prompts[-1], seed + len(prompts) - 1, profile)
+            rows += _profile(sessions, make, prompts[-1], seed + len(prompts) - 1, profile)
         return rows
 
 
@@ -113,6 +113,28 @@ def _numbered(out: Path, num: int) -> list[Path]:
     return [out.with_name(f"{out.stem}-{i + 1}{out.suffix or '.png'}") for i in range(num)]
 
 
+@dataclass(frozen=True)
+class _Sessions:
+    """Sessions of a level, one for each length of texts that was met."""
+
+    loaded: LoadedBundle
+    level: str
+    known: dict[int | None, Session] = field(default_factory=dict)
+
+    @property
+    def batch(self) -> int:
+        """More than one only if the bundle takes no other."""
+        return self.loaded.programs[self.level].key.batch or 1
+
+    def fitting(self, conditions: Mapping[str, Array]) -> tuple[Session, Mapping[str, Array]]:
+        """The session for these, and them as it takes them."""
+        there, fitted = self.loaded.fitted(conditions)
+        text = there.manifest.settings.get("text_tokens")
+        if text not in self.known:
+            self.known[text] = there.session(batch=self.batch, level=self.level)
+        return self.known[text], fitted
+
+
 class _Maker(ABC):
     """Pictures of prompts: what reads prompts and decodes latents, at a request's scales of guidance."""
 
@@ -126,11 +148,13 @@ class _Maker(ABC):
     def decode(self, latents: Array) -> Array:
         """Pictures in [0, 1]."""
 
-    def picture(self, session: Session, prompt: str, seed: int) -> tuple[Array, float, float]:
+    def picture(self, sessions: _Sessions, prompt: str, seed: int, trace: Trace | None = None) -> tuple[Array, float, float]:
         """A picture [H, W, 3] or video [F, H, W, 3], the seconds of its denoise loop, and those of the whole request."""
         start = time.perf_counter()
-        batch = session.latent_shape[0]  # more than one only if the bundle takes no other; the copies are then dropped
-        conditions = self.encode([prompt] * batch, session.conditions)
+        batch = sessions.batch  # copies are dropped
+        encoded = self.encode([prompt] * batch, sessions.loaded.conditions(sessions.level))
+        session, conditions = sessions.fitting(encoded)
+        session.trace = trace
         noise = np.repeat(make_noise(seed, session.latent_shape[1:])[None], batch, axis=0)
         before = time.perf_counter()
         latents = session.run(conditions, noise)
@@ -185,11 +209,10 @@ def _maker(
     return made
 
 
-def _profile(session: Session, make: _Maker, prompt: str, seed: int, out: Path) -> list[tuple[str, str]]:
+def _profile(sessions: _Sessions, make: _Maker, prompt: str, seed: int, out: Path) -> list[tuple[str, str]]:
     """One more request, traced."""
-    session.trace = Trace()
-    _, seconds, _ = make.picture(session, prompt, seed)
-    trace, session.trace = session.trace, None
+    trace = Trace()
+    _, seconds, _ = make.picture(sessions, prompt, seed, trace)
     write_file(out, trace.to_json().encode())
     spent = trace.seconds()
     calls = {name: sum(event["name"] == name for event in trace.events) for name in spent}
@@ -202,10 +225,10 @@ def _compare(
     loaded: LoadedBundle, level: str, make: _Maker, prompts: Sequence[str], seed: int, out: Path
 ) -> list[tuple[str, str]]:
     program = loaded.programs[level]
-    batch = program.key.batch or 1
-    sessions = [Session(loaded.engines, one, loaded.io, batch=batch) for one in (loaded.programs[UNCACHED], program)]
-    for session in sessions:  # the first call of an engine is slow, and would be charged to the uncached run
-        make.picture(session, prompts[0], seed)
+    sessions = [_Sessions(loaded, one) for one in (UNCACHED, level)]
+    for prompt in prompts if len(loaded.texts) > 1 else prompts[:1]:  # an engine's first call is slow, at each length of texts
+        for one in sessions:
+            make.picture(one, prompt, seed)
     name, computed = loaded.manifest.method["name"], len(program.compute_steps)
     rows, psnrs, seconds = [], [], []
     for index, prompt in enumerate(prompts):

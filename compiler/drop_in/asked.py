@@ -11,6 +11,7 @@ from cachec.compiler.drop_in.forms import Compiled, Form, is_empty
 from cachec.compiler.stand_in import BACK
 from cachec.runtime.errors import InputError
 from cachec.runtime.specs import TensorSpec
+from cachec.runtime.texts import shortest_text
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,7 +19,7 @@ class Asked:
     """A call as the graphs take it: ``latents`` [B, …] and ``conditions``; ``told`` the time, good to ``precision``, relative.
 
     ``given`` by name, as the transformer takes it. ``made`` are objects among it that a pipeline makes once a run, or at least
-    does not make at every step. ``forms``: those of this size.
+    does not make at every step. ``forms``: those of this size. ``text``: the length that texts were brought to.
     """
 
     given: Mapping[str, Any]
@@ -29,6 +30,7 @@ class Asked:
     precision: float
     made: tuple[Any, ...]
     context: str | None
+    text: int
 
     @property
     def batch(self) -> int:
@@ -58,7 +60,7 @@ class Reader:
         state, told = model.state(given), given[model.io.timestep]
         self._check_tensors({model.io.latents: state, model.io.timestep: told}, wants_gradients=wants_gradients)
         forms = self._compiled.fitting(given, state)
-        conditions = self._conditions(given, forms[0], len(state))
+        conditions, text = self._conditions(given, forms[0], len(state))
         self._check_tensors(conditions, wants_gradients=wants_gradients)
         self._check_places({model.io.latents: state, **conditions})
         time = told.reshape(-1)
@@ -74,6 +76,7 @@ class Reader:
             precision=max(torch.finfo(dtype).eps for dtype in floats),
             made=_made(given, set(forms[0].constants), {model.io.latents, model.io.timestep}),
             context=context,
+            text=text,
         )
 
     def _bind(self, args: tuple[Any, ...], keywords: Mapping[str, Any]) -> dict[str, Any]:
@@ -99,14 +102,20 @@ class Reader:
             )
         return {name: value for name, value in bound.arguments.items() if not is_empty(value)}
 
-    def _conditions(self, given: Mapping[str, Any], form: Form, batch: int) -> dict[str, torch.Tensor]:
-        """As the graphs take them: in their types, and as long as they were compiled."""
+    def _conditions(self, given: Mapping[str, Any], form: Form, batch: int) -> tuple[dict[str, torch.Tensor], int]:
+        """As the graphs take them: in their types, and of the shortest compiled length that holds the text; and that."""
         model = self._compiled.model
         try:
             taken = model.taken(given, form.settings)
         except KeyError as error:
             raise InputError(f"{error.args[0]} is missing: the transformer was compiled with it") from error
-        return {name: _fit(name, taken, given.get(name), form.specs[name], batch) for name in model.io.conditions}
+        fitted = {name: _fit(name, taken, given.get(name), form.specs[name], batch) for name in model.io.conditions}
+        if not form.settings.shorter_texts or model.io.text is None:
+            return fitted, form.settings.text_tokens
+        places = fitted[model.io.text[1]].any(0).nonzero()
+        lengths = [one.text_tokens for one in form.settings.by_text]
+        length = shortest_text(lengths, 0 if not len(places) else int(places[-1]) + 1)
+        return {name: value[:, :length] if name in model.io.text else value for name, value in fitted.items()}, length
 
     def _check_tensors(self, tensors: Mapping[str, Any], *, wants_gradients: bool) -> None:
         for name, value in tensors.items():

@@ -78,11 +78,12 @@ def at_start(scheduler: Any) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class Form:
-    """One size with one number of steps.
+    """One size with one number of steps, for all lengths of texts.
 
     ``timesteps`` [T] are those that the pipeline's sampler hands over; the program may tell the model others. ``constants`` are
     inputs that are baked into the graphs. ``schedule``: ``None`` where it is not known. ``is_euler``: does the sampler need its
-    newest output only? ``specs``: of latents and conditions. ``open(batch=B)`` makes a stepper.
+    newest output only? ``specs``: of latents and conditions with the longest texts, of ``settings.text_tokens``; there may be
+    ``settings.shorter_texts`` besides. ``open(batch=B, text=L)`` makes a stepper.
     """
 
     settings: Settings

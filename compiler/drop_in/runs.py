@@ -27,10 +27,11 @@ Key = str | int  # a branch: its cache context, or which call it is at each time
 class Branch:
     """One branch of guidance, or the whole of a run without: ``conditions`` are those in use, ``step`` the last one answered.
 
-    ``made``: objects of its last call (``Asked.made``).
+    ``made``: objects of its last call (``Asked.made``). ``text``: the length of texts that its stepper takes.
     """
 
     stepper: Stepper
+    text: int
     conditions: Mapping[str, torch.Tensor]
     made: tuple[Any, ...]
     step: int | None = None
@@ -100,7 +101,7 @@ class Run:
         """The steps that the call may be of."""
         return [] if self.off is not None else self.form.near(asked.told, asked.precision)
 
-    def answer(self, asked: Asked, graph: str, open_stepper: Callable[[Form, int, int], Stepper]) -> torch.Tensor:
+    def answer(self, asked: Asked, graph: str, open_stepper: Callable[[Form, int, int, int], Stepper]) -> torch.Tensor:
         """The velocity [B, …] for a call of this run, of the transformer whose compute graph is ``graph``."""
         if asked.told != self.told:
             self.told, self.latents, self.answered = asked.told, asked.latents.clone(), set()
@@ -109,11 +110,14 @@ class Run:
         branch = self.branches.get(key)
         step = self._step(asked, branch)
         if branch is None or not branch.has(asked) or (step is not None and step != branch.stepper.next_step):
-            stepper = open_stepper(self.form, self.batch, len(self.branches)) if branch is None else branch.stepper
+            stepper = None if branch is None or branch.text != asked.text else branch.stepper
+            if stepper is None:
+                number = len(self.branches) if branch is None else list(self.branches).index(key)
+                stepper = open_stepper(self.form, self.batch, number, asked.text)
             stepper.begin(
                 _there(asked.conditions, stepper), first=step
             )  # what was computed for other conditions is not looked at any more
-            branch = self.branches[key] = Branch(stepper, {name: one.clone() for name, one in asked.conditions.items()}, ())
+            branch = self.branches[key] = Branch(stepper, asked.text, _cloned(asked.conditions), ())
             self._check_alone(step)
         (latents,) = _there({"latents": asked.latents}, branch.stepper).values()
         if step is None or self.off is not None or not self.form.is_computed_by(step, graph):
@@ -153,14 +157,19 @@ class Runs:
     """The run that goes on, and the steppers of runs so far, which are used again: what a pipeline's transformers share."""
 
     run: Run | None = None
-    steppers: dict[tuple[Form, int, int], Stepper] = field(default_factory=dict)
+    steppers: dict[tuple[Form, int, int, int], Stepper] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def open(self, form: Form, batch: int, number: int) -> Stepper:
-        """The stepper of a run's branch of this ``number``."""
-        if (form, batch, number) not in self.steppers:
-            self.steppers[form, batch, number] = form.open(batch=batch)
-        return self.steppers[form, batch, number]
+    def open(self, form: Form, batch: int, number: int, text: int) -> Stepper:
+        """The stepper of a run's branch of this ``number``, with texts of this length."""
+        key = form, batch, number, text
+        if key not in self.steppers:
+            self.steppers[key] = form.open(batch=batch, text=text)
+        return self.steppers[key]
+
+
+def _cloned(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: one.clone() for name, one in tensors.items()}
 
 
 def _there(tensors: Mapping[str, torch.Tensor], stepper: Stepper) -> dict[str, Any]:

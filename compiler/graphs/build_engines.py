@@ -28,6 +28,7 @@ from cachec.runtime.bundle import Target
 from cachec.runtime.device import DeviceName
 from cachec.runtime.engine import HOST, Engine, LoadOptions
 from cachec.runtime.files import temporary_folder
+from cachec.runtime.variants import label_of_shapes
 from cachec.runtime.version import VERSION
 from cachec.runtime.work import claim_work
 from cachec.runtime.write import Collector
@@ -101,7 +102,7 @@ class BundleOnnx:
 
     def _write(self) -> dict[str, dict[str, Path]]:
         places = {(bucket, plan.name): plan for bucket, plans in self._plans.items() for plan in plans}
-        names = {place: f"{place[1]}-{place[0].split(',')[0]}" for place in places}
+        names = {place: f"{place[1]}-{label_of_shapes(place[0])}" for place in places}
         programs = {names[place]: plan.program for place, plan in places.items()}
         signatures = {names[place]: plan.signature for place, plan in places.items()}
         directory = self._writer.directory(f"{self.folder}/onnx-{self._precision}")

@@ -11,10 +11,10 @@ from cachec.compiler.graphs.export import EnginePlan
 from cachec.compiler.graphs.shared import share_plans
 from cachec.compiler.graphs.weights import has_values, is_large
 from cachec.compiler.models.base import LoadedModel, Settings
-from cachec.runtime.bundle import SEVERAL
 from cachec.runtime.engine import Engine
 from cachec.runtime.errors import PassError
 from cachec.runtime.specs import BFLOAT16, Array
+from cachec.runtime.variants import label_of_shapes, name_shapes
 from cachec.runtime.write import Collector
 
 log = logging.getLogger(__name__)
@@ -24,8 +24,8 @@ log = logging.getLogger(__name__)
 class EngineSets:
     """What engines are built from, by shape bucket.
 
-    Of engines for several sizes: how long the ``axes`` are and what is in the ``tables``, by size. ``why_static``: why there
-    are others for each size, where there could be one set.
+    Of engines for several sizes: how long the ``axes`` are and what is in the ``tables``, by the bucket of one size and length
+    of texts. ``why_static``: why there are others for each, where there could be one set.
     """
 
     plans: Mapping[str, Sequence[EnginePlan]]
@@ -40,23 +40,30 @@ class EngineSets:
 
     def shapes(self, writer: Collector) -> dict[str, dict[str, Any]]:
         """The same for the manifest; tables go to files."""
-        files = {size: writer.add_tables(size, tables) for size, tables in self.tables.items() if tables}
+        files = {one: writer.add_tables(label_of_shapes(one), tables) for one, tables in self.tables.items() if tables}
         return {
-            size: {"axes": dict(axes), **({"tables": files[size]} if size in files else {})} for size, axes in self.axes.items()
+            one: {"axes": dict(axes), **({"tables": files[one]} if one in files else {})} for one, axes in self.axes.items()
         }
 
-    def at(self, size: str, engines: Mapping[str, Engine]) -> Mapping[str, Engine]:
-        """Loaded engines, at one size."""
+    def place(self, bucket: str) -> int:
+        """Which of the ``plans`` are for a bucket of one size and length of texts."""
+        return list(self.plans).index(bucket) if bucket in self.plans else 0
+
+    def at(self, bucket: str, engines: Mapping[str, Engine]) -> Mapping[str, Engine]:
+        """Loaded engines, at one size and length of texts."""
         if not self.axes:
             return engines
-        axes, tables = self.axes[size], self.tables[size]
+        axes, tables = self.axes[bucket], self.tables[bucket]
         return {name: engine.at(engine.signature.at(axes), tables) for name, engine in engines.items()}
 
 
 def choose_sets(
     model: LoadedModel, settings: Sequence[Settings], plans: Sequence[Sequence[EnginePlan]], *, static: str | None
 ) -> EngineSets:
-    """One set for all sizes if the graphs allow it, unless ``static`` says why not. ``settings`` and ``plans`` by size."""
+    """One set for all sizes if the graphs allow it, unless ``static`` says why not.
+
+    ``settings`` and ``plans`` by size and length of texts.
+    """
     alone = {one.shape_bucket: some for one, some in zip(settings, plans, strict=True)}
     if len(alone) == 1:
         return EngineSets(alone)
@@ -68,10 +75,10 @@ def choose_sets(
     except PassError as error:
         log.warning("one set of engines is built for each size: %s", error)
         return EngineSets(alone, why_static=str(error))
-    sizes = [one.size for one in settings]
-    bucket = settings[0].shape_bucket.replace(sizes[0], SEVERAL.join(sizes), 1)
+    sizes, texts = dict.fromkeys(one.size for one in settings), sorted({one.text_tokens for one in settings})
     tables = [{name: _array(table) for name, table in some.items()} for some in shared.tables]
-    return EngineSets({bucket: shared.plans}, dict(zip(sizes, shared.axes, strict=True)), dict(zip(sizes, tables, strict=True)))
+    bucket, by_bucket = name_shapes(list(sizes), texts), dict(zip(alone, tables, strict=True))
+    return EngineSets({bucket: shared.plans}, dict(zip(alone, shared.axes, strict=True)), by_bucket)
 
 
 def _array(table: torch.Tensor) -> Array:

@@ -16,7 +16,7 @@ from cachec.runtime.bundle import Manifest
 from cachec.runtime.errors import InputError, shortened
 from cachec.runtime.model_io import ModelIO
 from cachec.runtime.specs import Array
-from cachec.runtime.variants import PictureSize
+from cachec.runtime.variants import PictureSize, name_shapes
 
 if TYPE_CHECKING:  # text and pictures are made without torch where a family can
     import torch
@@ -66,6 +66,7 @@ class Settings:
 
     ``true_cfg_scale``: of two branches, where a model takes a guidance scale as an input besides; at 1 it has one branch.
     ``cut``: the module path of the block behind which the forecasts begin; ``None`` is the last one, as the family says.
+    ``shorter_texts``: lengths in tokens besides ``text_tokens``, which is the longest, that engines are for, too.
     """
 
     height: int
@@ -78,6 +79,7 @@ class Settings:
     sigmas: tuple[float, ...] | None = None
     cut: str | None = None
     true_cfg_scale: float = 1.0
+    shorter_texts: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.sigmas is not None:
@@ -87,8 +89,8 @@ class Settings:
         for name, scale in (("guidance", self.guidance), ("true-cfg-scale", self.true_cfg_scale)):
             if not math.isfinite(scale):
                 raise InputError(f"{name} is {scale}; it must be a finite number")
-        if self.text_tokens < 1:
-            raise InputError(f"text-tokens is {self.text_tokens}; it must be at least 1")
+        if (shortest := min((self.text_tokens, *self.shorter_texts))) < 1:
+            raise InputError(f"text-tokens is {shortest}; it must be at least 1")
         if self.frames < 1:
             raise InputError(f"frames is {self.frames}; it must be at least 1")
         if self.dtype not in DTYPES:
@@ -117,8 +119,16 @@ class Settings:
 
     @property
     def shape_bucket(self) -> str:
-        """The sizes that engines are built for."""
-        return f"{self.size}, {self.text_tokens} text tokens"
+        """The sizes that engines are built for, with the longest texts."""
+        return name_shapes([self.size], [self.text_tokens])
+
+    @property
+    def by_text(self) -> tuple[Self, ...]:
+        """The settings for each length of texts alone, the longest first."""
+        return tuple(
+            replace(self, text_tokens=length, shorter_texts=())
+            for length in sorted((self.text_tokens, *self.shorter_texts), reverse=True)
+        )
 
 
 class LoadedModel(ABC):
@@ -324,6 +334,15 @@ class LoadedModel(ABC):
         """The pipeline's scheduler as it is at the start of a run, its timesteps set; ``None``: a family does not tell."""
         return None
 
+    def check_texts(self, settings: Settings) -> None:
+        """Raise ``InputError`` unless texts of several lengths, if these are asked for, give the same pictures."""
+        if settings.shorter_texts and self.io.text is None:
+            lengths = ", ".join(map(str, (*settings.shorter_texts, settings.text_tokens)))
+            raise InputError(
+                f"text-tokens are {lengths}, but {self.spec.name} looks at what a text is padded with, or is not known not to: "
+                "another length is another picture. Give one"
+            )
+
     @staticmethod
     def check_scheduler(scheduler: Any) -> None:
         """Raise ``InputError`` unless runs with this scheduler of diffusers can be compiled. A family may take any."""
@@ -368,7 +387,11 @@ def settings_of(manifest: Manifest) -> Settings:
     """The settings that a bundle was compiled for."""
     names = ("height", "width", "text_tokens", "guidance", "true_cfg_scale", "steps", "dtype", "frames", "cut")
     sigmas = manifest.settings.get("sigmas")
-    return Settings(**{name: manifest.settings[name] for name in names}, sigmas=None if sigmas is None else tuple(sigmas))
+    return Settings(
+        **{name: manifest.settings[name] for name in names},
+        sigmas=None if sigmas is None else tuple(sigmas),
+        shorter_texts=tuple(manifest.settings["shorter_texts"]),
+    )
 
 
 def check_sigmas(sigmas: Sequence[float], steps: int) -> None:

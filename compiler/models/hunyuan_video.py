@@ -29,7 +29,8 @@ class HunyuanVideoModel(VideoModel):
 
     @property
     def io(self) -> ModelIO:
-        return ModelIO("hidden_states", "timestep", (STATES, MASK, POOLED, "guidance"), guidance="plain")
+        conditions = (STATES, MASK, POOLED, "guidance")
+        return ModelIO("hidden_states", "timestep", conditions, guidance="plain", text=(STATES, MASK))
 
     @property
     def side(self) -> int:

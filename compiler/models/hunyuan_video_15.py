@@ -40,7 +40,7 @@ class HunyuanVideo15Model(VideoModel):
 
     @property
     def io(self) -> ModelIO:
-        return ModelIO("hidden_states", "timestep", tuple(self.ARGUMENTS), guidance="plain")
+        return ModelIO("hidden_states", "timestep", tuple(self.ARGUMENTS), guidance="plain", text=(STATES, MASK))
 
     @property
     def side(self) -> int:

@@ -26,7 +26,8 @@ class PixArtModel(PipelineModel):
 
     @property
     def io(self) -> ModelIO:
-        return ModelIO("hidden_states", "timestep", (STATES, MASK), output=without_variance(self.config), guidance="plain")
+        output, conditions = without_variance(self.config), (STATES, MASK)
+        return ModelIO("hidden_states", "timestep", conditions, output=output, guidance="plain", text=(STATES, MASK))
 
     @property
     def side(self) -> int:

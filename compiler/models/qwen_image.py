@@ -43,7 +43,7 @@ class _QwenImage(PipelineModel):
 
     @property
     def io(self) -> ModelIO:
-        return ModelIO("hidden_states", "timestep", (STATES, MASK), guidance="renormalised")
+        return ModelIO("hidden_states", "timestep", (STATES, MASK), guidance="renormalised", text=(STATES, MASK))
 
     @property
     def side(self) -> int:

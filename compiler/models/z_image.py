@@ -31,7 +31,7 @@ class ZImageModel(PipelineModel):
 
     @property
     def io(self) -> ModelIO:
-        return ModelIO(LATENTS, "t", (TEXTS, MASK), guidance="extra")
+        return ModelIO(LATENTS, "t", (TEXTS, MASK), guidance="extra", text=(TEXTS, MASK))
 
     @property
     def side(self) -> int:

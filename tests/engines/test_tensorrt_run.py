@@ -25,7 +25,7 @@ from cachec.runtime.errors import BundleError, EngineError, InputError
 from cachec.runtime.lane_policy import Policy
 from cachec.runtime.lanes import Lanes
 from cachec.runtime.program import UNCACHED
-from cachec.runtime.variants import Variant
+from cachec.runtime.variants import Variant, name_shapes
 
 BATCH_SIZE = 4  # slots of four samples are whole multiples of 256 bytes, as those of real models are
 
@@ -555,12 +555,14 @@ def test_a_bundle_without_further_weights_says_what_adds_some(bundle):
 def test_of_files_for_all_sizes_an_engine_is_built_for_each(bundle, trt, request_of):
     """The sizes of the toy differ in what is the batch elsewhere."""
     manifest = Bundle.open(bundle).manifest
-    both = replace(manifest.targets[0], shape_bucket="8x6+9x6")
+    (text,) = manifest.texts
+    both = replace(manifest.targets[0], shape_bucket=name_shapes(["8x6", "9x6"], [text]))
     other = Variant({**manifest.settings, "width": 9}, manifest.programs, {})
-    shapes = {"8x6": {"axes": {"batch": 1}}, "9x6": {"axes": {"batch": 2}}}
+    names = [name_shapes([size], [text]) for size in ("8x6", "9x6")]
+    shapes = dict(zip(names, ({"axes": {"batch": 1}}, {"axes": {"batch": 2}}), strict=True))
     rewrite(bundle, targets=(both,), more=(other,), shapes=shapes)
     _, added = add_targets(bundle, ["tensorrt"], max_batch=2)
-    assert [target.shape_bucket for target in added] == ["8x6", "9x6"]
+    assert [target.shape_bucket for target in added] == names
     with cachec.load(bundle) as loaded, cachec.load(bundle, target="ort", device="cpu") as ort:
         for size, seeds in (("8x6", (1,)), ("9x6", (1, 2))):
             made, wanted = (one.session(batch=len(seeds), size=size).run(*request_of(*seeds)) for one in (loaded, ort))

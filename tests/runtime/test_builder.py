@@ -12,8 +12,8 @@ from cachec.runtime.engine import HOST
 from cachec.runtime.errors import InputError
 
 
-def test_files_are_named_by_height_and_width_without_the_text(tmp_path):
-    assert LooseSources([layer()[1]], tmp_path, shape_bucket="64x96,16").size == "64x96"
+def test_files_are_named_by_sizes_and_lengths_of_texts(tmp_path):
+    assert LooseSources([layer()[1]], tmp_path, shape_bucket="64x96, 16 text tokens").size == "64x96-16"
 
 
 def test_a_builder_asks_its_engine_whether_a_device_is_there_and_needs_nothing_more():

@@ -44,13 +44,13 @@ def compiled(whole):
                 make_request(model.spec, method=METHODS[cut], steps=STEPS, schedule=schedule, options={"order": "1"})
                 for schedule in ("0,1,3", "0,1,2,3")
             )
-            engines, programs = compile_in_memory(model, some, EagerEngine)
+            by_text, programs = compile_in_memory(model, some, EagerEngine)
             if cut == "output":  # there the uncached program is not of its cut
-                computed = make_programs(model, all_steps, engines, None, None).by_level["default"]
+                computed = make_programs(model, all_steps, {}, None, None).by_level["default"]
             else:
                 computed = programs[UNCACHED]
-            made[cut] = {"engines": engines} | {
-                kind: Compiled([make_form(model, some.settings, engines, program)], model.apart(), "cpu")
+            made[cut] = {"engines": by_text[some.settings.text_tokens]} | {
+                kind: Compiled([make_form(model, some.settings, by_text, program)], model.apart(), "cpu")
                 for kind, program in ((True, computed), (False, programs["default"]))
             }
         return made[cut][every]

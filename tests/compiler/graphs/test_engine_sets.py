@@ -48,8 +48,8 @@ def choose():
 def test_one_set_is_for_all_sizes(choose):
     sets = choose(1.0)
     assert list(sets.plans) == ["32x16+48x16, 8 text tokens"]
-    assert sets.axes == {"32x16": {"size_1": 2}, "48x16": {"size_1": 3}}
-    np.testing.assert_allclose(sets.tables["48x16"]["table_1"], np.arange(12).reshape(3, 4) / 3, rtol=1e-6)
+    assert sets.axes == {"32x16, 8 text tokens": {"size_1": 2}, "48x16, 8 text tokens": {"size_1": 3}}
+    np.testing.assert_allclose(sets.tables["48x16, 8 text tokens"]["table_1"], np.arange(12).reshape(3, 4) / 3, rtol=1e-6)
     assert sets.facts == {}
 
 

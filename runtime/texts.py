@@ -1,0 +1,50 @@
+"""Texts that are as long as they need be: a bundle may have engines for several lengths, where its model masks its padding.
+
+``B`` batch, ``L`` tokens.
+"""
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+
+from cachec.runtime.abi import negative_name
+from cachec.runtime.errors import InputError
+from cachec.runtime.model_io import ModelIO
+from cachec.runtime.specs import Array
+
+
+def text_length(io: ModelIO, conditions: Mapping[str, Array]) -> int:
+    """How many tokens the longest text of a request has, both branches of guidance counted; by its masks [B, L]."""
+    assert io.text is not None, "only of models with a mask"
+    masks = [conditions[name] for name in (io.text[1], negative_name(io.text[1])) if name in conditions]
+    places = [np.flatnonzero(np.asarray(mask).any(axis=0)) for mask in masks]
+    return max((int(place[-1]) + 1 for place in places if len(place)), default=0)
+
+
+def shortest_text(lengths: Iterable[int], needed: int) -> int:
+    """The shortest of the lengths that holds a text of so many tokens.
+
+    Raises:
+        InputError: none does.
+    """
+    known = sorted(lengths)
+    if needed > known[-1]:
+        raise InputError(
+            f"a text has {needed} tokens, and the engines take up to {known[-1]}: shorten the prompt, or compile with more "
+            "--text-tokens"
+        )
+    return next(length for length in known if length >= needed)
+
+
+def with_text_length(io: ModelIO, conditions: Mapping[str, Array], length: int) -> dict[str, Array]:
+    """Conditions whose texts and masks are this long: padded with zeros, or cut behind what the masks tell."""
+    assert io.text is not None, "only of models with a mask"
+    names = {*io.text, *map(negative_name, io.text)}
+    return {name: _resized(value, length) if name in names else value for name, value in conditions.items()}
+
+
+def _resized(value: Array, length: int) -> Array:
+    missing = length - value.shape[1]
+    if missing <= 0:
+        return np.ascontiguousarray(value[:, :length])
+    return np.pad(value, [(0, 0), (0, missing), *[(0, 0)] * (value.ndim - 2)])
