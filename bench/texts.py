@@ -69,4 +69,6 @@ if __name__ == "__main__":
         )  # fmt: skip
         for size in asked.sizes.split(","):
             for text, (seconds, ratio, apart) in measure(path, size, asked.rounds).items():
-                print(f"{size}, {text} text tokens: {seconds:.3f} s a step, {ratio:.3f} of the longest, latents {apart:.0e} apart")
+                print(
+                    f"{size}, {text} text tokens: {seconds:.3f} s a step, {ratio:.3f} of the longest, latents {apart:.0e} apart"
+                )

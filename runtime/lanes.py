@@ -24,7 +24,7 @@ from cachec.runtime.lane_request import Key, Request, Tick, Ticket
 from cachec.runtime.lane_simulator import ends_of
 from cachec.runtime.session import LoadedBundle
 from cachec.runtime.specs import Array
-from cachec.runtime.texts import shortest_text, text_length, with_text_length
+from cachec.runtime.texts import fit_texts
 from cachec.runtime.variants import PictureSize, find_text, find_variant, label_of_shapes
 
 log = logging.getLogger(__name__)
@@ -165,16 +165,10 @@ class Lanes:
 
     def _fitted(self, key: Key, conditions: Mapping[str, Array]) -> tuple[Key, Mapping[str, Array]]:
         """The same at the shortest text that holds these, and them at its length; where there is a choice."""
-        io, (own,) = self._variants[key[0]].io, self._variants[key[0]].manifest.variants
-        alike: dict[int, int] = {
-            one.manifest.settings.get("text_tokens", 0): place
-            for place, one in enumerate(self._variants)
-            if (one.manifest.variants[0].size, one.manifest.variants[0].steps) == (own.size, own.steps)
-        }
-        if len(alike) < 2 or io.text is None or not set(io.text) <= conditions.keys():
-            return key, conditions
-        length = shortest_text(alike, text_length(io, conditions))
-        return (alike[length], *key[1:]), with_text_length(io, conditions, length)
+        of_text = [one.manifest.settings.get("text_tokens", 0) for one in self._variants]
+        alike = {of_text[place]: place for place in range(key[0], key[0] + len({*of_text}))}  # as _variants has them
+        length, fitted = fit_texts(self._variants[key[0]].io, conditions, alike)
+        return (key if length is None else (alike[length], *key[1:])), fitted
 
     def _prepare(self, costs: Costs | None) -> None:
         """Make every call once on empty lanes, so that nothing is left that happens only the first time; measure."""

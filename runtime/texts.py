@@ -3,7 +3,7 @@
 ``B`` batch, ``L`` tokens.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import numpy as np
 
@@ -11,6 +11,18 @@ from cachec.runtime.abi import negative_name
 from cachec.runtime.errors import InputError
 from cachec.runtime.model_io import ModelIO
 from cachec.runtime.specs import Array
+
+
+def fit_texts(io: ModelIO, conditions: Mapping[str, Array], lengths: Collection[int]) -> tuple[int | None, Mapping[str, Array]]:
+    """The shortest of the lengths that holds the texts of numpy arrays, and these at it; ``None``: there is no choice.
+
+    Raises:
+        InputError: none holds them.
+    """
+    if len(lengths) < 2 or io.text is None or not set(io.text) <= conditions.keys():
+        return None, conditions
+    length = shortest_text(lengths, text_length(io, conditions))
+    return length, with_text_length(io, conditions, length)
 
 
 def text_length(io: ModelIO, conditions: Mapping[str, Array]) -> int:

@@ -54,6 +54,12 @@ def test_what_is_missing_is_known_before_it_is_made(model, prompts, captures):
     assert captures == []
 
 
+def test_several_lengths_of_texts_are_for_families_that_mask_their_padding(model, captures):
+    with pytest.raises(InputError, match="text-tokens are 1, 2, but toy looks at what a text is padded with, or is not known"):
+        check(model, request_of(method="taylor", budget=3, text_tokens="2,1"))
+    assert captures == []
+
+
 def test_a_given_calibration_is_read_and_checked(model, calibration, captures):
     assert check(model, request_of(method="gram", budget=3, calibration=calibration)).statistics.origin == str(calibration)
     with pytest.raises(InputError, match="steps is 4, wanted 5"):

@@ -100,10 +100,19 @@ def test_settings_are_of_every_size_with_every_number_of_steps():
     assert [(one.width, one.height, one.steps) for one in found] == [(64, 128, 20), (64, 128, 8), (32, 64, 20), (32, 64, 8)]
 
 
+def test_the_longest_text_is_what_all_else_is_made_at():
+    (found,) = make_all_settings(MODELS["qwen-image"], read_options({"text_tokens": "512,64,128"}).model)
+    assert (found.text_tokens, found.shorter_texts) == (512, (64, 128))
+    assert [(one.text_tokens, one.shorter_texts) for one in found.by_text] == [(512, ()), (128, ()), (64, ())]
+    with pytest.raises(InputError, match="text-tokens is 64,128, but only compile takes several: give one"):
+        make_settings(MODELS["qwen-image"], read_options({"text_tokens": "64,128"}).model)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         ({"steps": "20,20"}, "steps 20 is given twice"),
+        ({"text_tokens": "16,16"}, "text-tokens 16 is given twice"),
         ({"size": "64x32,32x32,64x32"}, "size 64x32 is given twice"),
         ({"size": "64x32", "width": 64}, "--size contradicts --height and --width"),
         ({"steps": "8,0"}, "steps is 0; it must be at least 1"),
