@@ -33,6 +33,7 @@ from cachec.compiler.methods.parameters import Parameters, check_fit
 from cachec.compiler.methods.released import IMPORTED, load_given
 from cachec.compiler.methods.training import Training, find_shipped, train_predictor, training_facts
 from cachec.compiler.models.base import LoadedModel, ModelSpec, Settings
+from cachec.compiler.models.inputs import check_texts
 from cachec.compiler.options import GraphWish
 from cachec.compiler.planning.levels import forecast_cost
 from cachec.compiler.planning.planner import Calibrations, Planner
@@ -113,7 +114,7 @@ def _check_cut(model: LoadedModel, settings: Settings) -> None:
 
 
 def _check_given(model: LoadedModel, request: Request) -> Checked:
-    model.check_texts(request.settings)
+    check_texts(model, request.settings)
     model.example_inputs(request.settings)  # which knows the model's sizes
     _check_cut(model, request.settings)
     request.method.check(model, request.settings)

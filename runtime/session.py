@@ -39,8 +39,7 @@ log = logging.getLogger(__name__)
 class LoadedBundle:
     """A bundle with its engines loaded; a context manager. Open one with ``cachec.load``.
 
-    It is of one size, one number of steps and one length of texts; :meth:`at` gives the others of the bundle, whose engines are
-    loaded when they are first asked for, and closed together.
+    It is of one size, number of steps and length of texts; :meth:`at` gives the others, whose engines are loaded when needed.
     """
 
     manifest: Manifest
@@ -75,12 +74,9 @@ class LoadedBundle:
         if self.origin is None:
             self.manifest.at(size, steps, text)
             return self
-        (own,) = self.manifest.variants
-        there = self.origin.open(
-            own.size if size is None else size,
-            own.steps if steps is None else steps,
-            self.manifest.settings.get("text_tokens") if text is None else text,
-        )
+        (own,), length = self.manifest.variants, self.manifest.settings.get("text_tokens")
+        wanted = own.size if size is None else size, own.steps if steps is None else steps, length if text is None else text
+        there = self.origin.open(*wanted)
         return replace(there, drop_in=self.drop_in, front=self.front)
 
     @property
@@ -92,13 +88,11 @@ class LoadedBundle:
         """What requests of a level bring besides noise, by name: what engines read, of both branches where there are two."""
         read = {spec.name for engine in self.target.engines.values() for spec in engine.signature.inputs}
         names = tuple(name for name in self.io.conditions if name in read)
-        guided = self.programs[self.check_level(level)].key.guided
-        return (*names, *map(negative_name, names), GUIDANCE) if guided else names
+        is_guided = self.programs[self.check_level(level)].key.guided
+        return (*names, *map(negative_name, names), GUIDANCE) if is_guided else names
 
     def fitted(self, conditions: Mapping[str, Array]) -> tuple["LoadedBundle", Mapping[str, Array]]:
-        """The bundle at the shortest of its lengths that holds the texts of these numpy arrays, and the arrays of that length.
-
-        Where it has one length only, both are as they are.
+        """The bundle at the shortest of its lengths that holds the texts of these numpy arrays, and the arrays at that length.
 
         Raises:
             InputError: none holds them.
@@ -239,7 +233,7 @@ class LoadedBundle:
     ) -> Array:
         """Latents for ``len(seeds)`` samples, in one batch; conditions have that batch size, and texts any length.
 
-        They are played at the shortest of the bundle's lengths that holds them: see :meth:`fitted`.
+        They are played at the shortest that holds them (:meth:`fitted`).
         """
         bundle, conditions = self.at(size, steps).fitted(conditions)
         session = bundle.session(batch=len(seeds), level=level)

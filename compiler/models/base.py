@@ -124,11 +124,9 @@ class Settings:
 
     @property
     def by_text(self) -> tuple[Self, ...]:
-        """The settings for each length of texts alone, the longest first."""
-        return tuple(
-            replace(self, text_tokens=length, shorter_texts=())
-            for length in sorted((self.text_tokens, *self.shorter_texts), reverse=True)
-        )
+        """For each length of texts alone, the longest first."""
+        lengths = sorted((self.text_tokens, *self.shorter_texts), reverse=True)
+        return tuple(replace(self, text_tokens=length, shorter_texts=()) for length in lengths)
 
 
 class LoadedModel(ABC):
@@ -334,15 +332,6 @@ class LoadedModel(ABC):
         """The pipeline's scheduler as it is at the start of a run, its timesteps set; ``None``: a family does not tell."""
         return None
 
-    def check_texts(self, settings: Settings) -> None:
-        """Raise ``InputError`` unless texts of several lengths, if these are asked for, give the same pictures."""
-        if settings.shorter_texts and self.io.text is None:
-            lengths = ", ".join(map(str, (*settings.shorter_texts, settings.text_tokens)))
-            raise InputError(
-                f"text-tokens are {lengths}, but {self.spec.name} looks at what a text is padded with, or is not known not to: "
-                "another length is another picture. Give one"
-            )
-
     @staticmethod
     def check_scheduler(scheduler: Any) -> None:
         """Raise ``InputError`` unless runs with this scheduler of diffusers can be compiled. A family may take any."""
@@ -386,12 +375,8 @@ class Family(LoadedModel):
 def settings_of(manifest: Manifest) -> Settings:
     """The settings that a bundle was compiled for."""
     names = ("height", "width", "text_tokens", "guidance", "true_cfg_scale", "steps", "dtype", "frames", "cut")
-    sigmas = manifest.settings.get("sigmas")
-    return Settings(
-        **{name: manifest.settings[name] for name in names},
-        sigmas=None if sigmas is None else tuple(sigmas),
-        shorter_texts=tuple(manifest.settings["shorter_texts"]),
-    )
+    own, sigmas = {name: manifest.settings[name] for name in names}, manifest.settings.get("sigmas")
+    return Settings(**own, sigmas=sigmas and tuple(sigmas), shorter_texts=tuple(manifest.settings["shorter_texts"]))
 
 
 def check_sigmas(sigmas: Sequence[float], steps: int) -> None:

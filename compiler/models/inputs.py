@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cachec.compiler.models.base import UNGUIDED
+from cachec.compiler.models.base import UNGUIDED, LoadedModel, Settings
 from cachec.runtime.errors import InputError
 from cachec.runtime.specs import Array
 
@@ -75,3 +75,13 @@ def only_scale(scales: Array | None, rule: str) -> float:
     if len(different) != 1:
         raise InputError(f"a pipeline's call takes one guidance scale, not {', '.join(map(str, different))}")
     return float(different[0])
+
+
+def check_texts(model: LoadedModel, settings: Settings) -> None:
+    """Raise ``InputError`` unless texts of several lengths, if these are asked for, give the same pictures."""
+    if settings.shorter_texts and model.io.text is None:
+        lengths = ", ".join(map(str, (*settings.shorter_texts, settings.text_tokens)))
+        raise InputError(
+            f"text-tokens are {lengths}, but {model.spec.name} looks at what a text is padded with, or is not known not to: "
+            "another length is another picture. Give one"
+        )
