@@ -15,7 +15,7 @@ def test_defaults_are_those_of_the_model_and_the_method():
     request = make_request(SPEC)
     assert vars(request.settings) == {
         "height": 64, "width": 64, "text_tokens": 16, "guidance": 3.5, "steps": 50, "dtype": "float32",
-        "frames": 1, "cut": None, "sigmas": None, "true_cfg_scale": 1.0,
+        "frames": 1, "cut": None, "sigmas": None, "true_cfg_scale": 1.0, "shorter_texts": (),
     }  # fmt: skip
     assert request.method.name == "lesa"
     assert (request.interval, request.schedule.compute[:5]) == (request.method.default_interval, (0, 1, 2, 3, 9))
