@@ -18,9 +18,10 @@ from tests.compiler.models.test_families import WITHOUT_NEGATIVES, prompts_for, 
 from tests.families import FAMILIES, NEGATIVE, PROMPT
 
 pytestmark = pytest.mark.slow
-FAMILY, TEXTS, SIZE = next(one for one in FAMILIES if one.name == "z-image"), (8, 64), "48x32"
+FAMILY, TEXTS, SIZE = next(one for one in FAMILIES if one.name == "z-image"), (32, 64), "48x32"
 LENGTHS = {"flux-2": (96, 160), "flux-2-klein": (48, 96), "hunyuan-video-1.5": (64, 128), "qwen-image-edit": (96, 128),
            "z-image": (32, 96)}  # fmt: skip
+LONG = f"{PROMPT}, {PROMPT}"
 WITHOUT_CHOICE = ("dit", "wan-i2v")  # no text, and one length
 
 
@@ -71,15 +72,15 @@ def encoded(model, loaded, prompt, negative=""):
 def test_one_set_of_engines_and_of_programs_is_for_all_lengths(bundle, loaded):
     manifest = Bundle.open(bundle, verify=True).manifest
     assert manifest.texts == loaded.texts == TEXTS
-    assert [target.shape_bucket for target in manifest.targets] == [f"{SIZE}, 8+64 text tokens"]
+    assert [target.shape_bucket for target in manifest.targets] == [f"{SIZE}, 32+64 text tokens"]
     assert manifest.more == ()
     assert len(list((bundle / "programs").iterdir())) == 2 * len(manifest.programs)
-    assert "8, 64" in succeed("inspect", bundle)
+    assert "32, 64" in succeed("inspect", bundle)
 
 
 @pytest.mark.parametrize("level", ["default", UNCACHED])
 def test_a_request_gets_the_shortest_that_holds_its_texts_and_the_same_picture(model, loaded, level):
-    for prompt, negative, length in (("a cat", "", 8), (PROMPT, "", 64), ("a cat", PROMPT, 64)):
+    for prompt, negative, length in (("a cat", "", 32), (LONG, "", 64), ("a cat", LONG, 64)):
         given = encoded(model, loaded, prompt, negative)
         there, fitted = loaded.fitted(given)
         assert there.manifest.settings["text_tokens"] == length == fitted["cap_feats"].shape[1]
@@ -90,27 +91,27 @@ def test_a_request_gets_the_shortest_that_holds_its_texts_and_the_same_picture(m
 
 def test_lanes_do_so_too(model, loaded):
     lanes = Lanes(loaded, policy="fifo")
-    requests = [encoded(model, loaded, prompt) for prompt in ("a cat", PROMPT, "a dog")]
+    requests = [encoded(model, loaded, prompt) for prompt in ("a cat", LONG, "a dog")]
     tickets = [lanes.submit(given, seed=3) for given in requests]
     lanes.run_until_idle()
     for ticket, given in zip(tickets, requests, strict=True):
         np.testing.assert_allclose(ticket.result(0), loaded.denoise(given, [3]), atol=1e-6)
-    with pytest.raises(InputError, match="a text has 38 tokens, and the engines take up to 8"):
-        Lanes(loaded, texts=[8]).submit(encoded(model, loaded, PROMPT), seed=3)
+    with pytest.raises(InputError, match="a text has [0-9]+ tokens, and the engines take up to 32"):
+        Lanes(loaded, texts=[32]).submit(encoded(model, loaded, LONG), seed=3)
 
 
 def test_the_unmodified_pipeline_does_so_too(model, loaded, saved_family):
     pipeline = FAMILY.load(saved_family(FAMILY.name))
     changes = {"num_inference_steps": 4}
-    wanted = {prompt: FAMILY.run(pipeline, prompt=prompt, **changes) for prompt in ("a cat", PROMPT)}
+    wanted = {prompt: FAMILY.run(pipeline, prompt=prompt, **changes) for prompt in ("a cat", LONG)}
     pipeline.transformer = loaded.as_transformer(pipeline.transformer, pipeline=pipeline, level=UNCACHED)
-    for prompt in ("a cat", PROMPT, "a cat"):
+    for prompt in ("a cat", LONG, "a cat"):
         np.testing.assert_allclose(FAMILY.run(pipeline, prompt=prompt, **changes), wanted[prompt], atol=1e-4)
     assert {key[-1] for key in pipeline.transformer._runs.steppers} == set(TEXTS)
 
 
 def test_run_takes_prompts_of_all_lengths(bundle, tmp_path):
-    succeed("run", bundle, "-p", "a cat", "-p", PROMPT, "-o", tmp_path / "one.png")
+    succeed("run", bundle, "-p", "a cat", "-p", LONG, "-o", tmp_path / "one.png")
     assert len(list(tmp_path.glob("one-*.png"))) == 2
 
 
