@@ -4,7 +4,7 @@
 """
 
 import hashlib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -21,6 +21,7 @@ from cachec.runtime.plan_buffers import tables_of
 from cachec.runtime.planner import plan_binding
 from cachec.runtime.session import LoadedBundle
 from cachec.runtime.specs import Array, TensorSpec
+from cachec.runtime.variants import PictureSize, find_text
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,6 +153,22 @@ class LanePlan:
         """Stands for what a request brings without a batch axis: requests of different such data share few calls."""
         shared = [conditions[name] for name, (spec, _) in self.plan.given.items() if BATCH not in spec.shape]
         return _digest(shared) if shared else b""
+
+
+def variants_of(bundle: LoadedBundle, sizes: Sequence[str] | None, texts: Sequence[int] | None) -> tuple[LoadedBundle, ...]:
+    """The bundle at each size, number of steps and length of texts, what it was loaded for first; longest texts first."""
+    if bundle.bundle is None:
+        return (bundle,)
+    (own,) = bundle.manifest.variants
+    wanted = [own.size] if sizes is None else [str(PictureSize.parse(size)) for size in sizes]
+    there = bundle.bundle.manifest
+    for size in wanted:
+        there.at(size)
+    known = {(one.size, one.steps): None for one in (own, *there.variants) if one.size in wanted}
+    lengths = sorted(there.texts if texts is None else {find_text(there.texts, text) for text in texts}, reverse=True)
+    here = own.size, own.steps, bundle.manifest.settings.get("text_tokens")
+    wanted_at = [(*at, text) for at in known for text in lengths or (None,)]
+    return tuple(bundle if at == here else bundle.at(*at) for at in wanted_at)
 
 
 def _digest(arrays: Iterable[Array]) -> bytes:

@@ -17,7 +17,7 @@ from statistics import median
 from cachec.runtime.abi import BATCH, MAX_BATCH
 from cachec.runtime.errors import DeadlineError, EngineError, InputError, cannot_be_pickled
 from cachec.runtime.lane_memory import LaneMemory, View
-from cachec.runtime.lane_plan import LanePlan, Port
+from cachec.runtime.lane_plan import LanePlan, Port, variants_of
 from cachec.runtime.lane_policy import Costs, Job, Kind, Policy, Roster, tick_seconds
 from cachec.runtime.lane_ports import Ends, Ports
 from cachec.runtime.lane_request import Key, Request, Tick, Ticket
@@ -25,7 +25,7 @@ from cachec.runtime.lane_simulator import ends_of
 from cachec.runtime.session import LoadedBundle
 from cachec.runtime.specs import Array
 from cachec.runtime.texts import fit_texts
-from cachec.runtime.variants import PictureSize, find_text, find_variant, label_of_shapes
+from cachec.runtime.variants import find_variant, label_of_shapes
 
 log = logging.getLogger(__name__)
 BUCKETS = (1, 2, 4, 8)
@@ -71,7 +71,7 @@ class Lanes:
                 f"buckets are {list(buckets)}; the engines of {bundle.target} take up to {most} rows: name smaller ones, or "
                 "build the engines with a larger --max-batch"
             )
-        self._clock, self._variants = clock, _variants(bundle, sizes, texts)
+        self._clock, self._variants = clock, variants_of(bundle, sizes, texts)
         self._plans, self._cannot = _plans(self._variants, starts)
         self._device = next(iter(bundle.engines.values())).device.for_session()
         self._ports = Ports((call for plan in self._plans.values() for call in plan.calls), buckets, self._device)
@@ -166,7 +166,7 @@ class Lanes:
     def _fitted(self, key: Key, conditions: Mapping[str, Array]) -> tuple[Key, Mapping[str, Array]]:
         """The same at the shortest text that holds these, and them at its length; where there is a choice."""
         of_text = [one.manifest.settings.get("text_tokens", 0) for one in self._variants]
-        alike = {of_text[place]: place for place in range(key[0], key[0] + len({*of_text}))}  # as _variants has them
+        alike = {of_text[place]: place for place in range(key[0], key[0] + len({*of_text}))}  # as variants_of has them
         length, fitted = fit_texts(self._variants[key[0]].io, conditions, alike)
         return (key if length is None else (alike[length], *key[1:])), fitted
 
@@ -348,22 +348,6 @@ class Lanes:
 
 def _no_call(port: Port, bucket: int, ends: Sequence[Ends]) -> None:
     """In the place of ``Ports.run``."""
-
-
-def _variants(bundle: LoadedBundle, sizes: Sequence[str] | None, texts: Sequence[int] | None) -> tuple[LoadedBundle, ...]:
-    """The bundle at each size, number of steps and length of texts, what it was loaded for first; longest texts first."""
-    if bundle.bundle is None:
-        return (bundle,)
-    (own,) = bundle.manifest.variants
-    wanted = [own.size] if sizes is None else [str(PictureSize.parse(size)) for size in sizes]
-    there = bundle.bundle.manifest
-    for size in wanted:
-        there.at(size)
-    known = {(one.size, one.steps): None for one in (own, *there.variants) if one.size in wanted}
-    lengths = sorted(there.texts if texts is None else {find_text(there.texts, text) for text in texts}, reverse=True)
-    here = own.size, own.steps, bundle.manifest.settings.get("text_tokens")
-    wanted_at = [(*at, text) for at in known for text in lengths or (None,)]
-    return tuple(bundle if at == here else bundle.at(*at) for at in wanted_at)
 
 
 def _plans(variants: Sequence[LoadedBundle], starts: Sequence[int]) -> tuple[dict[Key, LanePlan], dict[Key, InputError]]:

@@ -8,12 +8,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from cachec.compiler.tables.schedule import check_sigmas
 from cachec.runtime.bundle import Manifest
-from cachec.runtime.errors import InputError, shortened
+from cachec.runtime.errors import InputError
 from cachec.runtime.model_io import ModelIO
 from cachec.runtime.specs import Array
 from cachec.runtime.variants import PictureSize, name_shapes
@@ -377,15 +377,6 @@ def settings_of(manifest: Manifest) -> Settings:
     names = ("height", "width", "text_tokens", "guidance", "true_cfg_scale", "steps", "dtype", "frames", "cut")
     own, sigmas = {name: manifest.settings[name] for name in names}, manifest.settings.get("sigmas")
     return Settings(**own, sigmas=sigmas and tuple(sigmas), shorter_texts=tuple(manifest.settings["shorter_texts"]))
-
-
-def check_sigmas(sigmas: Sequence[float], steps: int) -> None:
-    """Raise ``InputError`` unless noise levels fall, and there is one for each step; the end of sampling is not among them."""
-    text = shortened(",".join(f"{sigma:g}" for sigma in sigmas))
-    if len(sigmas) != steps:
-        raise InputError(f"sigmas {text} are {len(sigmas)} noise levels for {steps} steps: there must be one for each")
-    if not all(map(math.isfinite, sigmas)) or not all(a > b for a, b in pairwise(sigmas)) or sigmas[-1] <= 0:
-        raise InputError(f"sigmas {text} must fall and stay above 0, which is where sampling ends")
 
 
 def check_prompts(prompts: Sequence[str]) -> None:
