@@ -9,6 +9,7 @@ from toy_product import run_cli, succeed
 from cachec.compiler.methods.l2p import L2p, read_rows
 from cachec.compiler.methods.released import load_given
 from cachec.compiler.tables.schedule import Schedule
+from cachec.runtime.bundle import Bundle
 from cachec.runtime.errors import PredictorError
 
 ROWS = np.tril(np.random.default_rng(0).standard_normal((6, 6)))
@@ -64,3 +65,16 @@ def test_methods_without_released_weights_and_other_options_are_refused(released
     code, said = run_cli("import", "l2p", released, released, "-o", tmp_path / "x")
     assert "l2p is released as one file, and 2 are given" in said
     assert not (tmp_path / "x").exists()
+
+
+def test_a_bundle_of_imported_rows_needs_no_calibration_and_keeps_the_licence(released, tmp_path, toy_directory):
+    succeed("import", "l2p", released, "-o", tmp_path / "l2p.safetensors")
+    given = ["--method", "l2p", "--predictor", tmp_path / "l2p.safetensors", "--steps", "6", "--schedule", "0,1,4"]
+    succeed("compile", toy_directory, *given, "--target", "eager", "-o", tmp_path / "bundle")
+    bundle = Bundle.open(tmp_path / "bundle")
+    assert bundle.manifest.method["predictor"]["license"].startswith("FLUX.1-dev Non-Commercial")
+    assert bundle.program("default").compute_steps == (0, 1, 4)
+    assert bundle.manifest.facts["calibration"] == {}
+    code, said = run_cli("compile", toy_directory, *given[:4], "--steps", "8", "--target", "eager", "-o", tmp_path / "other")
+    assert code != 0
+    assert "steps is 6, wanted 8" in said
