@@ -34,10 +34,10 @@ def main() -> None:
     parser.add_argument("--systems", default=",".join(SYSTEMS))
     parser.add_argument("--threads", type=int)
     parser.add_argument("--flat", type=int, default=10_000, help="Requests over which memory is watched; 0: none.")
-    parser.add_argument("--quick", action="store_true", help="Two systems, two rates, 12 requests: does it run?")
+    parser.add_argument("--quick", action="store_true", help="Two systems, two rates, 6 requests: does it run?")
     given = parser.parse_args()
     if given.quick:
-        given.requests, given.systems, given.flat = 12, "lanes,whole requests", 0
+        given.requests, given.systems, given.flat = 6, "lanes,whole requests", 0
     given.alone = 2 if given.quick else 15
     given.work.mkdir(parents=True, exist_ok=True)
     bundle = given.bundle or make_bundle(given.model, given.work)

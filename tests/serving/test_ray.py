@@ -121,3 +121,27 @@ def test_what_cannot_be_deployed_is_refused(args, message):
 
     with pytest.raises(InputError, match=message):
         app(args)
+
+
+DEPLOY = Path(__file__).parent.parent.parent / "docs" / "deploy.md"
+
+
+@pytest.mark.skipif(not DEPLOY.is_file(), reason="the source tree is not beside the tests")
+def test_the_manifest_in_the_docs_deploys():
+    import yaml
+
+    from cachec.serving.ray import Plan
+
+    manifest = yaml.safe_load(DEPLOY.read_text().partition("```yaml\n")[2].partition("```")[0])
+    (application,) = yaml.safe_load(manifest["spec"]["serveConfigV2"])["applications"]
+    plan = Plan.from_args(application["args"])
+    assert application["import_path"] == "cachec.serving.ray:app"
+    assert (list(plan.names), plan.limits.queue) == (["flux", "qwen"], 64)
+    assert plan.scaling == {"autoscaling_config": {"min_replicas": 0, "max_replicas": 4, "target_ongoing_requests": 8}}
+    mounts = [group["template"]["spec"]["containers"][0]["volumeMounts"] for group in groups(manifest["spec"])]
+    assert [one[0]["mountPath"] for one in mounts] == ["/bundles", "/bundles"]
+
+
+def groups(spec):
+    config = spec["rayClusterConfig"]
+    return [config["headGroupSpec"], *config["workerGroupSpecs"]]
