@@ -19,15 +19,12 @@ class Whole:
 
     def __init__(self, served, most):
         self._served, self._most = served, most
-        self._kinds, self._names = served.lanes.kind, served.lanes.conditions
+        self._kinds = served.lanes.kind
         self._queue, self._numbers, self._lock = [], itertools.count(), threading.Lock()
         self.num_running = 0
 
     def kind(self, level=None, **where):
         return self._kinds(level, **where)
-
-    def conditions(self, level=None, **where):
-        return self._names(level, **where)
 
     @property
     def num_queued(self):

@@ -100,10 +100,6 @@ class Lanes:
         """What a request is to the policy and to the simulator: its stages, with the costs that were measured here."""
         return self._kinds[self._key(level, steps, size, start)]
 
-    def conditions(self, level: str | None = None, *, steps: int | None = None, size: str | None = None) -> tuple[str, ...]:
-        """What a request brings besides noise, by name."""
-        return tuple(self._plans[self._key(level, steps, size, 0)].plan.given)
-
     def submit(
         self,
         conditions: Mapping[str, Array],

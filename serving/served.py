@@ -220,8 +220,7 @@ class Served:
         """What the lanes take for one sample: both branches where there are two, and the scales."""
         loaded = self._at[choice.size, choice.steps]
         scales = Scales.of(loaded, guidance=choice.guidance, true=choice.true_cfg_scale, negative=False)
-        names = self.lanes.conditions(choice.level, steps=choice.steps, size=choice.size)
-        return dict(self.pictures.conditions([choice.prompt], names, scales, [choice.negative]))
+        return dict(self.pictures.conditions([choice.prompt], loaded.conditions(choice.level), scales, [choice.negative]))
 
     def preview(self, choice: Choice, before: tuple[int, Array], now: tuple[int, Array]) -> bytes:
         """A picture of where a request is heading: the straight line through its latents at two steps, at no noise."""

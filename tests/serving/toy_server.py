@@ -61,9 +61,9 @@ class Origin:
         )
         self.bundle = SimpleNamespace(manifest=manifest)
         self._engines = make_engines(**{"compute": poisoned, **engines})
-        self._target = SimpleNamespace(sizes={"batch": (1, 2, 8)}, picture_sizes=manifest.sizes)
+        self._target = SimpleNamespace(sizes={"batch": (1, 2, 8)}, shape_bucket=manifest.sizes[0], engines=self._engines)
 
-    def open(self, size=None, steps=None):
+    def open(self, size=None, steps=None, text=None):
         manifest = self.bundle.manifest.at(size, steps)
         return LoadedBundle(manifest, self.programs[manifest.settings["steps"]], self._engines, self._target, self)
 
