@@ -82,6 +82,10 @@ class GraphEvaluator(Evaluator):
         self._expert = split.modules.get(EXPERT)
         self._coding = None if coding is None else coding.on(self._device)
         self._predictor = None if inlined is None else inlined.modules[FORECAST]
+        if inlined is not None and FEATURE not in outputs(
+            inlined.modules[FORECAST]
+        ):  # slots hold tokens, no feature of the cut
+            self._compute = inlined.modules[COMPUTE]
         ndim = outputs(split.modules[COMPUTE])[VELOCITY].meta["val"].ndim if io.guidance is not None else 0
         self._guide = None if io.guidance is None else guidance_graph(io.guidance, ndim)
 
@@ -198,14 +202,15 @@ class GraphEvaluator(Evaluator):
 
     def _predict(
         self, history: Tensors, x: torch.Tensor, t: torch.Tensor, conditions: Tensors
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if self._predictor is None:
             raise InputError("the program calls a predictor inside its engine, and this evaluator was given none")
         given, scale = self._rows({self._io.latents: x, self._io.timestep: t}, conditions)
         features = {history_name(i) for i in range(history_window(history))} if scale is not None else set()
         past = {name: torch.cat(one.chunk(2, 1)) if name in features else one for name, one in history.items()}
         result = _call(self._predictor, {**given, **past})
-        return self._combined(result[VELOCITY], scale), _side_by_side(result[FEATURE], scale)
+        feature = result.get(FEATURE)
+        return self._combined(result[VELOCITY], scale), None if feature is None else _side_by_side(feature, scale)
 
 
 class _Loop:
@@ -259,9 +264,10 @@ class _Loop:
             velocity = torch.cat([share * velocity + torch.tensordot(row[0], pairs, 1), velocity])
         self._keep(instruction, evaluator._combined(velocity, scale), _side_by_side(feature, scale if both else None))
 
-    def _keep(self, instruction: Instruction, velocity: torch.Tensor, feature: torch.Tensor) -> None:
+    def _keep(self, instruction: Instruction, velocity: torch.Tensor, feature: torch.Tensor | None) -> None:
         (step,) = instruction.steps
         for slot in instruction.writes.get(FEATURE, ()):
+            assert feature is not None, "what writes one gives one"
             kept = self._evaluator._encode(feature, self._conditions.get(GUIDANCE))
             self._slots[FEATURE, slot], self._kept[FEATURE, slot] = kept, step
         self._keep_velocity(instruction, step, velocity)

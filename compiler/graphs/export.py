@@ -150,7 +150,7 @@ def _forecast_inputs(
         BIAS: torch.linspace(0, 0.5, NUM_STEPS),
         DELTA: torch.full(feature.shape[:1], -0.1),
         DELTAS: torch.linspace(-0.1, -0.2, NUM_STEPS),
-        CARRY: torch.full((1,), 0.9),
+        CARRY: torch.full(feature.shape[:1] if axes.get(CARRY, (BATCH,)) else (1,), 0.9),  # of samples, or of a whole run
         SIGMAS: torch.linspace(1, 0, num_steps + 1),
         STEP: torch.tensor(min(3, num_steps - 1)),
         HISTORY_STEPS: torch.arange(window, 0, -1),
