@@ -163,6 +163,7 @@ def _find_trained(model: LoadedModel, request: Request, training: Training) -> P
 
 
 def _read_given(request: Request) -> Parameters | None:
+    """The given file, trained or imported."""
     path = request.wish.fit.predictor
     return None if path is None else load_given(path, request.method.name, request.settings.steps)
 

@@ -44,14 +44,15 @@ class Released:
 
 
 def load_given(path: Path, method: str, steps: int) -> Parameters:
-    """A predictor file that is given for a method, trained or imported. Of imported ones nothing but the steps is checked.
+    """A predictor file that is given. Of an imported one nothing but the method and the steps is known, and checked here.
 
     Raises:
-        PredictorError: it is of another method, or of another number of steps.
+        PredictorError: it is of another method; or imported, and of another number of steps.
     """
     parameters = load_predictor(path)
-    check_fit(parameters, {"method": method, **({"steps": str(steps)} if "steps" in parameters.facts else {})})
+    check_fit(parameters, {"method": method})
     if IMPORTED in parameters.facts:
+        check_fit(parameters, {"steps": str(steps)} if "steps" in parameters.facts else {})
         log.warning("%s: from %s; licence: %s", path, parameters.facts[IMPORTED], parameters.facts.get(LICENSE, NO_LICENSE))
     return replace(parameters, origin=f"from {path}")
 

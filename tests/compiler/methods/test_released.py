@@ -69,8 +69,11 @@ def test_licences_are_told_by_their_usual_names():
     assert not is_non_commercial("Apache-2.0")
 
 
+FACTS = {"format": "cachec-predictor-1", "method": "l2p", "steps": "50"}
+
+
 def test_a_given_file_is_of_the_method_and_the_steps(tmp_path):
-    save_file({"a": np.ones(1)}, tmp_path / "p", {"format": "cachec-predictor-1", "method": "l2p", "steps": "50"})
+    save_file({"a": np.ones(1)}, tmp_path / "p", {**FACTS, "imported_from": "them"})
     assert load_given(tmp_path / "p", "l2p", 50).origin.startswith("from ")
     with pytest.raises(PredictorError, match="method is l2p, wanted lesa"):
         load_given(tmp_path / "p", "lesa", 50)
