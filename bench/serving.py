@@ -44,11 +44,11 @@ def main() -> None:
     file = given.work / "serving.json"
     data = json.loads(file.read_text()) if file.exists() and not given.quick else {"systems": {}}
     data |= {"model": given.model, "requests": given.requests, "within": WITHIN, "date": time.strftime("%Y-%m-%d")}
-    rates = None
+    rates, base = None, None
     for system in given.systems.split(","):
         found = data["systems"].setdefault(system, {"rates": {}})
-        with_server(bundle, system, given, found, rates, lambda: file.write_text(json.dumps(data, indent=1)))
-        rates = rates or list(map(float, found["rates"]))
+        with_server(bundle, system, given, found, (rates, base), lambda: file.write_text(json.dumps(data, indent=1)))
+        rates, base = rates or list(map(float, found["rates"])), base or found["idle"]
     out = given.work if given.quick else Path("bench")
     draw(data, out / "serving.png")
     (out / "SERVING.md").write_text(report(data))
@@ -62,8 +62,12 @@ def make_bundle(model: str, work: Path) -> Path:
     return bundle
 
 
-def with_server(bundle, system, given, found, rates, save):
-    """Every rate that is missing, on a server of its own, which is stopped afterwards."""
+def with_server(bundle, system, given, found, first, save):
+    """Every rate that is missing, on a server of its own, which is stopped afterwards.
+
+    ``first``: rates and idle latencies of the first system, which all are measured by.
+    """
+    rates, base = first
     command = [sys.executable, "-m", "bench.serving_child", system, str(bundle)]
     command += ["--alone", str(given.alone)]
     command += ["--threads", str(given.threads)] if given.threads else []
@@ -76,7 +80,7 @@ def with_server(bundle, system, given, found, rates, save):
             shares = SHARES[1::3] if given.quick else SHARES
             for rate in rates or [round(share * most, 3) for share in shares]:
                 if str(rate) not in found["rates"]:
-                    found["rates"][str(rate)] = asyncio.run(load(facts, rate, given.requests, found["idle"]))
+                    found["rates"][str(rate)] = asyncio.run(load(facts, rate, given.requests, base or found["idle"]))
                     save()
             if given.flat and system == "lanes" and "flat" not in found:
                 found["flat"] = asyncio.run(flat(facts, child.pid, given.flat))
