@@ -18,6 +18,7 @@ from cachec.compiler.models.reading import PROBE, Reading
 from cachec.compiler.request import Request
 from cachec.engines.onnx_files import only_errors
 from cachec.engines.targets import TargetName
+from cachec.pictures.classes import Classes
 from cachec.pictures.tokens import TokenReader
 from cachec.runtime.bundle import Target
 from cachec.runtime.components import Component, PictureFacts, TextFacts
@@ -45,6 +46,7 @@ class Parts:
     embedded: Mapping[str, float]
     scale: str
     tokenizers: Mapping[str, str]
+    classes: Classes | None
 
 
 def capture_parts(model: LoadedModel, request: Request) -> Parts | None:
@@ -66,10 +68,11 @@ def _capture(model: LoadedModel, sizes: Sequence[Settings]) -> Parts:
     graphs: dict[str, dict[str, ComponentGraph]] = {}
     readers, texts, tokenizers = dict[str, Sequence[TokenReader]](), dict[str, dict[str, str]](), dict[str, str]()
     embedded: Mapping[str, float] = {}
+    classes: Classes | None = None
     for settings in {one.text_tokens: one for one in reversed(sizes)}.values():
         length = str(settings.text_tokens)
         reading = model.reading(settings)
-        some = text_graphs(reading)
+        some, classes = text_graphs(reading), reading.classes
         embedded = _check_texts(model, reading, some, settings)
         readers[length], texts[length] = reading.readers, {one.name: length for one in some}
         tokenizers |= {reader.facts.tokenizer: reading.file(reader.facts.tokenizer) for reader in reading.readers}
@@ -80,7 +83,7 @@ def _capture(model: LoadedModel, sizes: Sequence[Settings]) -> Parts:
         graph = decoder_graph(model, settings)
         _check_pictures(model, graph, settings)
         graphs.setdefault(DECODER, {})[settings.size] = graph.cast(getattr(torch, settings.dtype))
-    return Parts(graphs, readers, texts, embedded, model.branch_setting, tokenizers)
+    return Parts(graphs, readers, texts, embedded, model.branch_setting, tokenizers, classes)
 
 
 def build_parts(
@@ -108,7 +111,8 @@ def build_parts(
         )
         for length, readers in parts.readers.items()
     }
-    facts = PictureFacts(texts, parts.embedded, parts.scale, DECODER)
+    classes = None if parts.classes is None else parts.classes.to_json()
+    facts = PictureFacts(texts, parts.embedded, parts.scale, DECODER, classes)
     return {"components": components, "pictures": facts.to_json()}
 
 
@@ -117,6 +121,8 @@ def _check_texts(
 ) -> Mapping[str, float]:
     """Compare the conditions of some prompts with the pipeline's; returns the factors of those that are the guidance scale."""
     names, made = model.io.conditions, dict[str, Array]()
+    if reading.classes is not None:
+        return {name: _factor(model, name, settings) for name in names if name != reading.classes.condition}
     for prompt in TRIED:
         made = _conditions(reading.readers, graphs, prompt)
         with only_errors(*TALKING):

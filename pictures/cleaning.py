@@ -7,11 +7,22 @@ from types import MappingProxyType
 
 from cachec.runtime.errors import BundleError, shortened
 
+IN_QUOTES = re.compile(r"\"(.*?)\"|“(.*?)”")
+
+
+def _texts_in_quotes(prompt: str) -> str:
+    """What a picture is to show in letters, as HunyuanVideo-1.5 says it to its second encoder; nothing if there are none."""
+    found = dict.fromkeys(plain or curly for plain, curly in IN_QUOTES.findall(prompt))
+    return "".join(f'Text "{text}". ' for text in found)
+
+
 STEPS: Mapping[str, Callable[[str], str]] = MappingProxyType(
     {
         "lower": str.lower,
         "strip": str.strip,
         "unescape": lambda text: html.unescape(html.unescape(text)),
+        "space if empty": lambda text: text or " ",
+        "texts in quotes": _texts_in_quotes,
         "single spaces": lambda text: re.sub(r"\s+", " ", text),
     }
 )

@@ -8,6 +8,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from cachec.pictures.classes import Classes
 from cachec.pictures.components import Part
 from cachec.pictures.scales import Scales
 from cachec.pictures.tokens import TokenFacts, TokenReader, tell_of_loss
@@ -60,6 +61,9 @@ class Generator:
         tell_of_loss(prompts, readers, self._told)
         rows = [self._encode_one(prompt, text, readers) for prompt in prompts]
         found = {name: np.concatenate([row[name] for row in rows]) for name in (rows[0] if rows else ())}
+        if self._facts.classes is not None:
+            classes = Classes.from_json(self._facts.classes)
+            found[classes.condition] = classes.numbers(list(prompts))
         scale = settings["guidance"] if guidance is None else guidance
         for name, factor in self._facts.embedded.items():
             found[name] = np.full(len(prompts), factor * scale, np.float32)

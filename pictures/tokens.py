@@ -33,7 +33,8 @@ class TokenFacts:
 
     ``ids`` and ``mask`` are inputs of text encoders [B, L], int64. The prompt is cleaned by steps, and stands between
     ``before`` and ``after``; ``special``: the tokenizer adds what it adds to every text. It is cut at ``length`` tokens, or
-    padded with ``pad`` at its end. ``tells``: whose loss is told of, if a prompt is cut, and at how many tokens of its own.
+    padded with ``pad`` at its end; ``blank``: an empty text is padding alone. ``tells``: whose loss is told of, if a prompt is
+    cut, and at how many tokens of its own.
     """
 
     tokenizer: str
@@ -47,6 +48,7 @@ class TokenFacts:
     cleaning: tuple[str, ...] = ()
     tells: str | None = None
     told_length: int = 0
+    blank: bool = False
 
     def to_json(self) -> dict[str, Any]:
         return {**vars(self), "cleaning": list(self.cleaning)}
@@ -89,7 +91,8 @@ class TokenReader:
         ids = np.full((len(prompts), facts.length), facts.pad, np.int64)
         mask = np.zeros_like(ids)
         for row, prompt in enumerate(prompts):
-            found = self._cutting.encode(self._whole(prompt), add_special_tokens=facts.special).ids
+            whole = self._whole(prompt)
+            found = [] if facts.blank and not whole else self._cutting.encode(whole, add_special_tokens=facts.special).ids
             ids[row, : len(found)], mask[row, : len(found)] = found, 1
         return {facts.ids: ids, facts.mask: mask}
 

@@ -43,12 +43,13 @@ _TARGET: Form = {
     "added?": {ANY: {ANY: str}},
 }
 _TOKENS = {"tokenizer": str, "file": str, "ids": str, "mask": str, "length": int, "pad": int, "before": str, "after": str,
-           "special": bool, "cleaning": [str], "told_length": int}  # fmt: skip
+           "special": bool, "cleaning": [str], "told_length": int, "blank": bool}  # fmt: skip
 _PICTURES: Form = {
     "texts?": {ANY: {"tokens": [_TOKENS], "graphs": {ANY: str}}},
     "embedded?": {ANY: float},
     "scale?": str,
     "decoder?": str,
+    "classes?": {"condition": str, "names": {ANY: int}, "nothing": int},
 }
 _FORM: Form = {  # of a manifest
     "model": {"name": str, "source": str, "weights_sha256": str, "plain_sha256?": str, "loras?": [_LORA]},

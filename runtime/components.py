@@ -50,17 +50,20 @@ class PictureFacts:
     """How prompts become conditions and latents pictures.
 
     ``texts`` by number of text tokens. ``embedded``: conditions that are the guidance scale, times a factor. ``scale``: which
-    setting the two branches of guidance are combined at. ``decoder``: the component whose engines are by size.
+    setting the two branches of guidance are combined at. ``decoder``: the component whose engines are by size. ``classes``:
+    what prompts are, if they are no texts (``pictures/classes.py``).
     """
 
     texts: Mapping[str, TextFacts]
     embedded: Mapping[str, float]
     scale: str
     decoder: str
+    classes: Mapping[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         texts = {length: {"tokens": list(one.tokens), "graphs": dict(one.graphs)} for length, one in self.texts.items()}
-        return {**vars(self), "texts": texts}
+        body = {**vars(self), "texts": texts}
+        return body if self.classes is not None else {name: value for name, value in body.items() if name != "classes"}
 
     @classmethod
     def of(cls, manifest: Manifest) -> Self:
@@ -78,7 +81,7 @@ class PictureFacts:
             )
         try:
             texts = {length: TextFacts(tuple(one["tokens"]), one["graphs"]) for length, one in data["texts"].items()}
-            found = cls(texts, data["embedded"], data["scale"], data["decoder"])
+            found = cls(texts, data["embedded"], data["scale"], data["decoder"], data.get("classes"))
         except (KeyError, TypeError) as error:
             raise BundleError(
                 f"the manifest does not say how pictures are made: {shortened(data)}. Compile it again"

@@ -61,6 +61,8 @@ def text_graphs(reading: Reading) -> list[ComponentGraph]:
         PassError: they cannot be captured.
         InputError: what the pipeline does with prompts is not known.
     """
+    if reading.classes is not None:
+        return []
     examples = {name: torch.from_numpy(value) for reader in reading.readers for name, value in reader.read([PROBE]).items()}
     with torch.no_grad():
         names = tuple(reading.conditions(examples))

@@ -14,7 +14,9 @@ import torch
 from cachec.compiler.models.base import Settings
 from cachec.compiler.models.inputs import without_variance
 from cachec.compiler.models.pipeline_model import PipelineModel
-from cachec.runtime.errors import InputError, unknown_name
+from cachec.compiler.models.reading import Reading
+from cachec.pictures.classes import Classes
+from cachec.runtime.errors import InputError
 from cachec.runtime.model_io import ModelIO
 
 LABELS = "class_labels"
@@ -56,17 +58,14 @@ class DiTModel(PipelineModel):
         return {LABELS: conditions[LABELS].tolist()}
 
     def text(self, prompts: Sequence[str], settings: Settings) -> dict[str, Any]:
-        return {LABELS: [self._label(prompt.strip()) for prompt in prompts]}
+        return {LABELS: self._classes.numbers(list(prompts)).tolist()}
 
-    def _label(self, prompt: str) -> int:
-        names = self.pipeline.labels
-        if not prompt:
-            return NOTHING
-        if prompt.isdecimal() and int(prompt) <= NOTHING:
-            return int(prompt)
-        if prompt not in names:
-            raise unknown_name("class", prompt, names or ["its number, 0 to 999"])
-        return int(names[prompt])
+    @property
+    def _classes(self) -> Classes:
+        return Classes(LABELS, self.pipeline.labels, NOTHING)
+
+    def reading(self, settings: Settings) -> Reading:
+        return Reading(self, settings, self._classes)
 
     def sized(self, settings: Settings) -> dict[str, Any]:
         return {"num_inference_steps": settings.steps}

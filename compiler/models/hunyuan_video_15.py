@@ -16,6 +16,7 @@ from torch import nn
 from cachec.compiler.models.base import Settings
 from cachec.compiler.models.hunyuan_video_15_equal import HunyuanVideo15Equal
 from cachec.compiler.models.inputs import ragged_mask
+from cachec.compiler.models.reading import Seen
 from cachec.compiler.models.video_model import VideoModel
 from cachec.runtime.errors import InputError
 from cachec.runtime.model_io import ModelIO
@@ -35,6 +36,8 @@ class HunyuanVideo15Model(VideoModel):
         GLYPH_MASK: "prompt_embeds_mask_2",
     }
     GIVES, APART = ("hidden_states", "encoder_hidden_states"), True
+    CLEANING: ClassVar = {"tokenizer": ("space if empty",), "tokenizer_2": ("texts in quotes",)}
+    BLANK: ClassVar = ("tokenizer_2",)
     LENGTH = None
     SHOWN = ("vae", "transformer")
 
@@ -61,6 +64,15 @@ class HunyuanVideo15Model(VideoModel):
         cut = {name: given[name][:, : settings.text_tokens] for name in (STATES, MASK)}
         masks = {MASK: cut[MASK].bool(), GLYPH_MASK: given[GLYPH_MASK].bool()}
         return {STATES: cut[STATES], GLYPHS: given[GLYPHS], **masks}
+
+    def read_length(self, tokenizer: str, limit: int, settings: Settings) -> int:
+        """States of a longer text are cut off, and none looks at what comes behind it."""
+        return limit if tokenizer != self.TOKENIZER else limit - int(self.pipeline.tokenizer_max_length) + settings.text_tokens
+
+    def conditions_of(self, tokens: Mapping[str, torch.Tensor], seen: Seen, settings: Settings) -> dict[str, torch.Tensor]:
+        """Where nothing is in quotes, the pipeline has zeros in place of states."""
+        found = super().conditions_of(tokens, seen, settings)
+        return {**found, GLYPHS: torch.where(found[GLYPH_MASK].any(), found[GLYPHS], 0.0)}
 
     def state(self, given: Mapping[str, Any]) -> torch.Tensor:
         """The latents, without the first frame and its mask, which are empty."""

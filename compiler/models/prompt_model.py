@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import numpy as np
@@ -25,11 +26,15 @@ class PromptModel(Family):
     - ``LENGTH``: the keyword of the text length in the pipeline's call, if there is one.
     - ``TOKENIZER``: of the text encoder that reads ``text_tokens`` of a prompt, if there is one.
     - ``ENCODING``: the pipeline's method that makes embeddings of prompts.
+    - ``CLEANING``: by tokenizer, what is done to prompts, where a probe does not tell all of it; ``BLANK``: those of which
+      an empty text has no tokens at all.
     """
 
     LENGTH: ClassVar[str | None] = "max_sequence_length"
     TOKENIZER: ClassVar[str | None] = "tokenizer"
     ENCODING: ClassVar[str] = "encode_prompt"
+    CLEANING: ClassVar[Mapping[str, tuple[str, ...]]] = MappingProxyType({})
+    BLANK: ClassVar[tuple[str, ...]] = ()
     _told: set[str]  # prompts that are cut, and that was said
 
     def readers(self, settings: Settings) -> Sequence[Reader]:
@@ -63,8 +68,6 @@ class PromptModel(Family):
     def reading(self, settings: Settings) -> Reading:
         if self.io.parts:
             raise InputError(f"{self.spec.name} reads a picture with its prompt, which only its pipeline can")
-        if self.TOKENIZER is None:
-            raise InputError(f"{self.spec.name} reads no prompts, but classes")
         self._load(*self._text_encoders)
         return Reading(self, settings)
 

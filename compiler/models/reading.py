@@ -15,10 +15,13 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
-from transformers import BatchEncoding
+from transformers import BatchEncoding, ByT5Tokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from cachec.compiler.models.base import Settings
+from cachec.pictures.classes import Classes
 from cachec.pictures.cleaning import clean
 from cachec.pictures.tokens import POOLED, TEXT, TokenFacts, TokenReader
 from cachec.runtime.errors import InputError
@@ -64,14 +67,17 @@ class Seen:
 
 
 class Reading:
-    """How ``model``'s pipeline reads prompts at some settings. It needs the text encoders, which are loaded."""
+    """How ``model``'s pipeline reads prompts at some settings. It needs the text encoders, which are loaded.
 
-    def __init__(self, model: Any, settings: Settings) -> None:
-        self.model, self.settings = model, settings
+    ``classes``: what prompts are, if they are no texts.
+    """
+
+    def __init__(self, model: Any, settings: Settings, classes: Classes | None = None) -> None:
+        self.model, self.settings, self.classes = model, settings, classes
         self.names = model.io.conditions  # asked for now: a model without its transformer describes it first
         self._tokenizers = [name for name in model.pipeline.config if name.startswith("tokenizer")]
         self._tokenizers = [name for name in self._tokenizers if getattr(model.pipeline, name, None) is not None]
-        self.seen = self.watch(PROBE)
+        self.seen = Seen((), {}, {}) if classes else self.watch(PROBE)
 
     def watch(self, prompt: str) -> Seen:
         """Run the pipeline on one prompt, and look on."""
@@ -117,9 +123,8 @@ class Reading:
 
     def _facts(self, call: TokenCall) -> TokenFacts:
         tokenizer = getattr(self.model.pipeline, call.tokenizer)
-        if not getattr(tokenizer, "is_fast", False):
-            raise InputError(f"{call.tokenizer} is a {type(tokenizer).__name__}, which is not of the library tokenizers")
-        found = next((steps for steps in CLEANINGS if clean(PROBE, steps) in call.text), None)
+        known = self.model.CLEANING.get(call.tokenizer)
+        found = next((steps for steps in (CLEANINGS if known is None else [known]) if clean(PROBE, steps) in call.text), None)
         if found is None:
             raise InputError(f"{self._kind} changes prompts before it reads them, in a way that is not known: {call.text!r}")
         before, _, after = call.text.partition(clean(PROBE, found))
@@ -138,11 +143,21 @@ class Reading:
             cleaning=found,
             tells=None if reader is None else (POOLED if reader.pooled else TEXT),
             told_length=0 if reader is None else reader.length,
+            blank=call.tokenizer in self.model.BLANK,
         )
 
     def file(self, tokenizer: str) -> str:
-        """A tokenizer as ``tokenizer.json`` has it."""
-        text: str = getattr(self.model.pipeline, tokenizer).backend_tokenizer.to_str()
+        """A tokenizer as ``tokenizer.json`` has it.
+
+        Raises:
+            InputError: it is none of the library tokenizers, nor one of bytes.
+        """
+        made = getattr(self.model.pipeline, tokenizer)
+        if isinstance(made, ByT5Tokenizer):
+            return _of_bytes(made)
+        if not getattr(made, "is_fast", False):
+            raise InputError(f"{tokenizer} is a {type(made).__name__}, which is not of the library tokenizers")
+        text: str = made.backend_tokenizer.to_str()
         return text
 
     def module(self) -> nn.Module:
@@ -238,6 +253,19 @@ class _Handed:
     def _next(self) -> BatchEncoding:
         ids, mask = next(self._calls).names
         return BatchEncoding({"input_ids": self._tokens[ids], "attention_mask": self._tokens[mask]})
+
+
+def _of_bytes(tokenizer: ByT5Tokenizer) -> str:
+    """A tokenizer whose tokens are bytes, behind those that mean something, which is written in Python."""
+    special = [str(token) for _, token in sorted(tokenizer.added_tokens_decoder.items())][: tokenizer.offset]
+    numbers = {token: number for number, token in enumerate(special)}
+    numbers |= {letter: byte + tokenizer.offset for byte, letter in bytes_to_unicode().items()}
+    made = Tokenizer(models.BPE(vocab=numbers, merges=[]))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    ends = str(tokenizer.eos_token)
+    made.post_processor = processors.TemplateProcessing(single=f"$A {ends}", special_tokens=[(ends, numbers[ends])])
+    text: str = made.to_str()
+    return text
 
 
 def _is_read(options: Mapping[str, Any]) -> bool:
