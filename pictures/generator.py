@@ -27,13 +27,13 @@ class Generator:
 
     Text encoders and decoder take samples one by one, so that a picture does not depend on what else is asked for, nor the
     memory that they take. ``keep``: the components that stay loaded between requests, by default all; the others are loaded
-    for their phase.
+    for their phase. ``tells``: what long prompts lose is said in the log, with the prompts.
 
     Raises:
         InputError: the bundle has no text encoders and decoder, or no component of a name in ``keep``.
     """
 
-    def __init__(self, loaded: LoadedBundle, *, keep: Sequence[str] | None = None) -> None:
+    def __init__(self, loaded: LoadedBundle, *, keep: Sequence[str] | None = None, tells: bool = True) -> None:
         bundle = loaded.bundle
         manifest = loaded.manifest if bundle is None else bundle.manifest
         self._facts = PictureFacts.of(manifest)
@@ -46,7 +46,7 @@ class Generator:
         self._parts = {name: Part(name, bundle, device, threads) for name in manifest.components}
         self._keep = check_keep(keep, self._parts)
         self._readers: dict[str, list[TokenReader]] = {}  # by text length
-        self._told: set[str] = set()  # prompts that are cut, and that was said
+        self._tells, self._told = tells, set[str]()  # of prompts that are cut, that it was said
         self._session: tuple[tuple[Any, ...], Session] | None = None  # the last one, and what for
 
     # --- phases
@@ -58,7 +58,8 @@ class Generator:
         """
         settings = self._loaded.manifest.settings
         text, readers = self._reading(str(self._loaded.texts[-1]))
-        tell_of_loss(prompts, readers, self._told)
+        if self._tells:
+            tell_of_loss(prompts, readers, self._told)
         rows = [self._encode_one(prompt, text, readers) for prompt in prompts]
         found = {name: np.concatenate([row[name] for row in rows]) for name in (rows[0] if rows else ())}
         if self._facts.classes is not None:
@@ -180,10 +181,11 @@ class Generator:
         self, prompts: Sequence[str], names: Sequence[str], scales: Scales, negatives: Sequence[str] | None = None
     ) -> dict[str, Array]:
         """Conditions of whole requests, batch first: those of ``names``. ``negatives``: by default no text."""
-        found = self.encode(prompts, guidance=scales.guidance)
-        if any(negative_name(name) in names for name in found):
-            others = self.encode(negatives or [""] * len(prompts), guidance=scales.guidance)
-            found |= {negative_name(name): value for name, value in others.items()}
+        guided = any(negative_name(name) in names for name in self._loaded.io.conditions)
+        others = list(negatives or [""] * len(prompts)) if guided else []
+        both = self.encode([*prompts, *others], guidance=scales.guidance)  # at once: encoders may be loaded for it
+        found = {name: value[: len(prompts)] for name, value in both.items()}
+        found |= {negative_name(name): value[len(prompts) :] for name, value in both.items()}
         found[GUIDANCE] = np.full(len(prompts), scales.of_branches(self._facts.scale), np.float32)
         return {name: found[name] for name in names}
 

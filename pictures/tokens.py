@@ -24,6 +24,7 @@ from tokenizers import Tokenizer
 
 log = logging.getLogger(__name__)
 
+MOST_TOLD = 1000  # prompts that are remembered
 TEXT, POOLED = "text", "pooled"  # what is made of tokens: states by token, or one vector, for which a short length may do
 
 
@@ -114,6 +115,8 @@ class TokenReader:
 
 def tell_of_loss(prompts: Sequence[str], readers: Sequence[TokenReader], told: set[str]) -> None:
     """Warn of each prompt that is cut, with what is lost; once, by ``told``, to which it is added."""
+    if len(told) > MOST_TOLD:
+        told.clear()
     for prompt in dict.fromkeys(prompts):
         for reader in readers if prompt not in told else ():
             if reader.facts.tells is not None and (lost := reader.lost(prompt)):

@@ -34,7 +34,7 @@ def open_one(bundle: str | Path, *, lanes: int = 8, policy: str = "shortest", **
 
     place = Path(bundle)
     loaded = open_bundle(place, **where)
-    return Served(name_of(place), loaded, Generator(loaded), lanes=lanes, policy=policy)
+    return Served(name_of(place), loaded, Generator(loaded, tells=False), lanes=lanes, policy=policy)
 
 
 def open_all(bundles: Sequence[Path], **options: Any) -> list[Served]:
