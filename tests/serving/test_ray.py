@@ -14,6 +14,7 @@ import pytest
 from toy_server import running, toy_served
 
 from cachec.runtime.errors import InputError
+from cachec.serving.limits import Limits
 
 ray = pytest.importorskip("ray")
 pytest.importorskip("ray.serve")
@@ -145,3 +146,84 @@ def test_the_manifest_in_the_docs_deploys():
 def groups(spec):
     config = spec["rayClusterConfig"]
     return [config["headGroupSpec"], *config["workerGroupSpecs"]]
+
+
+class Stream:
+    """What a replica sends; an error among it is its death."""
+
+    def __init__(self, messages):
+        self._messages, self.cancelled = iter(messages), False
+
+    def __aiter__(self):
+        return self
+
+    async def __anext__(self):
+        for message in self._messages:
+            if isinstance(message, Exception):
+                raise message
+            return message
+        raise StopAsyncIteration
+
+    def cancel(self):
+        self.cancelled = True
+
+
+class Replicas:
+    """A handle whose next replica sends the next of these."""
+
+    def __init__(self, *streams):
+        self._streams, self.asked = list(map(Stream, streams)), 0
+        self.answer = self
+
+    def options(self, **given):
+        assert given == {"stream": True, "multiplexed_model_id": "one"}
+        return self
+
+    def remote(self, asked):
+        self.asked += 1
+        return self._streams[self.asked - 1]
+
+
+def answers(*streams, seconds=60.0):
+    """What the ingress sends on, and how many replicas it asked."""
+    import asyncio
+
+    from cachec.serving.ray import Ingress, Plan
+
+    replicas = Replicas(*streams)
+
+    async def collect():
+        ingress = Ingress(Plan(["one"], limits=Limits(seconds=seconds)), replicas)
+        return [message async for message in ingress._messages("one", None)]
+
+    return asyncio.run(collect()), replicas.asked
+
+
+def head(status, kind=b"application/json"):
+    return {"type": "http.response.start", "status": status, "headers": [(b"content-type", kind)]}
+
+
+def body(data):
+    return {"type": "http.response.body", "body": data}
+
+
+def test_what_a_dead_or_stopping_replica_said_is_not_sent_on():
+    from ray.exceptions import ActorDiedError
+
+    good = [head(200), body(b"{}")]
+    found = answers([ActorDiedError()], [head(200), ActorDiedError()], [head(503), body(b"stopping")], good)
+    assert found == (good, 4)
+    stopping = [head(503), body(b"stopping")]
+    assert answers(stopping, stopping, seconds=0.001)[0] == stopping
+    with pytest.raises(ActorDiedError):
+        answers([ActorDiedError()], [ActorDiedError()], seconds=0.001)
+
+
+def test_events_go_on_from_another_replica():
+    from ray.exceptions import ActorDiedError
+
+    events = head(200, b"text/event-stream; charset=utf-8")
+    found, asked = answers([events, body(b"1"), ActorDiedError()], [events, body(b"1"), body(b"2")])
+    assert (found, asked) == ([events, body(b"1"), body(b"1"), body(b"2")], 2)
+    found, _ = answers([events, ActorDiedError()], [head(400), body(b"{}"), body(b"")])
+    assert found == [events, body(b"event: error\ndata: {}\n\n"), body(b"")]
