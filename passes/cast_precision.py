@@ -43,9 +43,10 @@ class CastPrecision(GraphPass):
     - but a sum is ``dtype`` if a term as large as the sum is: that is the residual stream, whatever a branch, a table of
       positions or a gate adds to it. Modulations, which are broadcast, leave what a norm gave in float32.
 
-    Casts that the model makes itself are dropped, float64 becomes float32, and the velocity is float32. Weights are
-    converted here, once; those that have their type are kept, as the same objects. Casts to ``dtype`` stand where the value
-    is made, and are shared; casts to float32 where it is read, so that the value that leaves a block is the narrow one.
+    Casts that the model makes itself are dropped, float64 becomes float32, and the velocity is float32; of a graph that gives
+    none, all floating results are. Weights are converted here, once; those that have their type are kept, as the same objects.
+    Casts to ``dtype`` stand where the value is made, and are shared; casts to float32 where it is read, so that the value
+    that leaves a block is the narrow one.
 
     float16 ends at 65,504. Sums of the residual stream are kept within: FLUX.1's go beyond in deep blocks, and diffusers clips
     them, too, when loaded in float16. So are converted tables (masks). Not handled in float16: products that go
@@ -70,7 +71,8 @@ class CastPrecision(GraphPass):
             caster.visit(node)
         end = next(iter(reversed(module.graph.nodes)))
         results = outputs(module)
-        end.args = ({**results, VELOCITY: caster.cast(results[VELOCITY], WIDE_TYPE, end)},)
+        wide = [VELOCITY] if VELOCITY in results else [name for name, value in results.items() if _is_float(value)]
+        end.args = ({**results, **{name: caster.cast(results[name], WIDE_TYPE, end) for name in wide}},)
 
     def ensures(self, graphs: Graphs) -> None:
         for node in graphs.modules[MODEL].graph.nodes:
