@@ -93,7 +93,7 @@ def _engine_sets(bundle: Bundle) -> list[tuple[str, str]]:
 def describe_all_levels(bundle: Bundle) -> list[tuple[str, str]]:
     """Rows about the levels of every size and number of steps."""
     if not bundle.manifest.more:
-        return describe_levels(bundle)
+        return describe_levels(bundle.at())
     rows = []
     for one in bundle.manifest.variants:
         rows.append(("at", f"{one.size}, {one.steps} steps"))
