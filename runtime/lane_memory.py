@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping
 
+import numpy as np
+
 from cachec.runtime.device import Buffer, Device
 from cachec.runtime.lane_plan import LanePlan
 from cachec.runtime.lane_ports import Ends
@@ -53,6 +55,7 @@ class LaneMemory:
         own = max(plan.own_bytes for plan in plans.values())
         constants, end = device.empty((sum(one.nbytes for one in data.values()),), "uint8"), 0
         memory = device.empty((lanes * own,), "uint8")
+        self._device, self._first = device, memory[:own]
         self.views: dict[tuple[int, Key], View] = {}
         for key, one in data.items():
             part = constants[end : end + one.nbytes]
@@ -60,3 +63,7 @@ class LaneMemory:
             device.upload(one, part)
             for lane in range(lanes):
                 self.views[lane, key] = View(plans[key], device, part, memory[lane * own : (lane + 1) * own])
+
+    def clear_first(self) -> None:
+        """Zeros for the first lane: what another program left there may be no place in a table that an engine looks up."""
+        self._device.upload(np.zeros(self._first.shape, np.uint8), self._first)

@@ -160,9 +160,13 @@ class Ports:
         """
         self._batches[port.name][bucket].run(self._device, ends)
 
-    def warm_up(self, examples: Mapping[str, Ends]) -> None:
-        """Make every call once, and let the device replay them from then on, where it can and gains by it."""
+    def warm_up(self, examples: Mapping[str, Ends], clear: Callable[[], None]) -> None:
+        """Make every call once, and let the device replay them from then on, where it can and gains by it.
+
+        ``clear``: the lane of the ``examples``.
+        """
         for name, batches in self._batches.items():
+            clear()
             for batch in batches.values():
                 batch.run(self._device, _filled(batch, examples[name]))
         self._device.synchronize()
@@ -178,12 +182,13 @@ class Ports:
         """Costs of this much for every call."""
         return Costs({name: dict.fromkeys(batches, seconds) for name, batches in self._batches.items()})
 
-    def measure(self, examples: Mapping[str, Ends], clock: Callable[[], float]) -> Costs:
-        """Seconds of every call in every batch, copies included: the median of some."""
-        return Costs({
-            name: {bucket: self._time(batch, examples[name], clock) for bucket, batch in batches.items()}
-            for name, batches in self._batches.items()
-        })  # fmt: skip
+    def measure(self, examples: Mapping[str, Ends], clear: Callable[[], None], clock: Callable[[], float]) -> Costs:
+        """Seconds of every call in every batch, copies included: the median of some. ``clear``: as :meth:`warm_up`."""
+        seconds = dict[str, dict[int, float]]()
+        for name, batches in self._batches.items():
+            clear()
+            seconds[name] = {bucket: self._time(batch, examples[name], clock) for bucket, batch in batches.items()}
+        return Costs(seconds)
 
     def _time(self, batch: _Batch, example: Ends, clock: Callable[[], float]) -> float:
         ends, took = _filled(batch, example), list[float]()

@@ -175,8 +175,9 @@ class Lanes:
             for call, ends in zip(plan.calls, self._memory.views[0, key].ends, strict=True):
                 if call.port.name not in examples or ends.rows < examples[call.port.name].rows:
                     examples[call.port.name] = ends
-        self._ports.warm_up(examples)
-        self._reckon(known or Costs(self._ports.measure(examples, self._clock).seconds, *host), self._policy)
+        clear = self._memory.clear_first
+        self._ports.warm_up(examples, clear)
+        self._reckon(known or Costs(self._ports.measure(examples, clear, self._clock).seconds, *host), self._policy)
 
     def _reckon(self, costs: Costs, policy: Policy) -> None:
         """Serve by these from now on; nobody is here yet."""

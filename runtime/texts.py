@@ -14,12 +14,19 @@ from cachec.runtime.specs import Array
 
 
 def fit_texts(io: ModelIO, conditions: Mapping[str, Array], lengths: Collection[int]) -> tuple[int | None, Mapping[str, Array]]:
-    """The shortest of the lengths that holds the texts of numpy arrays, and these at it; ``None``: there is no choice.
+    """The shortest of the lengths that holds the texts of numpy arrays, and these at it; ``None``: they are left as they are.
+
+    That is so where padding counts, where the only length is theirs, and where something else is wrong with them.
 
     Raises:
         InputError: none holds them.
     """
-    if len(lengths) < 2 or io.text is None or not set(io.text) <= conditions.keys():
+    if io.text is None or not set(io.text) <= conditions.keys():
+        return None, conditions
+    own = [conditions[name] for name in (*io.text, *map(negative_name, io.text)) if name in conditions]
+    if any(not isinstance(one, np.ndarray) or one.ndim < 2 for one in own):
+        return None, conditions
+    if len(lengths) < 2 and {one.shape[1] for one in own} <= {*lengths}:
         return None, conditions
     length = shortest_text(lengths, text_length(io, conditions))
     return length, with_text_length(io, conditions, length)

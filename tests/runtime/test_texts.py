@@ -1,11 +1,13 @@
 """Texts of a request at the shortest length that holds them."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from cachec.runtime.errors import BundleError, InputError
 from cachec.runtime.model_io import ModelIO
-from cachec.runtime.texts import shortest_text, text_length, with_text_length
+from cachec.runtime.texts import fit_texts, shortest_text, text_length, with_text_length
 from cachec.runtime.variants import find_text, label_of_shapes, name_shapes, read_shapes
 
 IO = ModelIO("x", "t", ("text", "mask", "pooled"), guidance="plain", text=("text", "mask"))
@@ -45,6 +47,22 @@ def test_texts_are_cut_and_padded_and_the_rest_is_left():
         assert not long[name][:, 8:].any()
     assert long["negative_mask"].sum() == given["negative_mask"].sum()
     assert short["pooled"] is given["pooled"]
+
+
+def test_what_need_not_or_cannot_be_fitted_is_left():
+    given = conditions(2)
+    cases = [
+        (replace(IO, text=None), (4, 8), given),
+        (IO, (8,), given),
+        (IO, (4, 8), {"text": given["text"]}),
+        (IO, (4, 8), {**given, "mask": [1]}),
+    ]
+    for io, lengths, value in cases:
+        length, left = fit_texts(io, value, lengths)
+        assert length is None
+        assert left is value
+    length, fitted = fit_texts(IO, given, (4,))
+    assert (length, fitted["text"].shape) == (4, (2, 4, 3))
 
 
 def test_the_shortest_that_holds_it():
