@@ -156,7 +156,7 @@ def reconstruct(vae: AutoencoderKL, pictures: np.ndarray) -> np.ndarray:
 
 @click.command()
 @loop.options
-@click.option("--steps", default=3200, show_default=True)
+@click.option("--steps", default=6000, show_default=True)
 @click.option("--batch", default=6, show_default=True)
 def main(out: Path, steps: int, batch: int, threads: int) -> None:
     """Train the autoencoder and write it to OUT/vae."""
