@@ -1,9 +1,8 @@
 """The command line: parse, call, print. Exit codes come from the errors."""
 
 import json
-import logging
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,40 +11,18 @@ from click.core import ParameterSource
 
 from cachec.compiler.commands.flags import declared_flags, parse_pairs, several
 from cachec.compiler.commands.groups import Group
-from cachec.compiler.commands.messages import set_up_messages
+from cachec.compiler.commands.messages import set_up_messages, talking
 from cachec.compiler.options import BuildWish, make_build_options
-from cachec.runtime.errors import CachecError, need
+from cachec.runtime.errors import need
 from cachec.runtime.version import VERSION
 from cachec.serving.flags import serve_flags
 
-log = logging.getLogger("cachec")
 MEASURING = ("torch", "diffusers", "transformers", "skimage", "matplotlib")  # what eval and report need
-
-
-def _talk(level: int) -> Callable[[click.Context, click.Parameter, bool], None]:
-    def set_level(ctx: click.Context, parameter: click.Parameter, given: bool) -> None:
-        if given:
-            log.setLevel(min(level, log.level))
-            if level == logging.DEBUG:
-                logging.getLogger().setLevel(logging.DEBUG)
-
-    return set_level
-
-
-def _talking(function: Any) -> Any:
-    """``-v`` and ``--debug``, on the program and on every command."""
-    for names, level, text in (
-        (("--debug",), logging.DEBUG, "Show tracebacks and the libraries' own messages."),
-        (("-v", "--verbose"), logging.INFO, "Say what is done, stage by stage."),
-    ):
-        option = click.option(*names, is_flag=True, expose_value=False, callback=_talk(level), help=text)
-        function = option(function)
-    return function
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(VERSION)
-@_talking
+@talking
 def main() -> None:
     """Compile a diffusion transformer into a bundle that computes few steps and forecasts the rest."""
 
@@ -75,7 +52,7 @@ _run_options = several(
 
 
 @main.command("compile")
-@_talking
+@talking
 @click.argument("model")
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Bundle directory [default: MODEL-METHOD.cachec].")
 @declared_flags("compile")
@@ -102,7 +79,7 @@ def compile_command(model: str, out: Path | None, force: bool, **given: Any) -> 
 
 
 @main.command("add-target")
-@_talking
+@talking
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--target", "names", multiple=True, required=True, help="tensorrt, tensorrt-rtx, several; or auto.")
 @click.option("--device", help="cuda, or cuda:1 for the second GPU; default the first.")
@@ -130,7 +107,7 @@ def add_target_command(bundle: Path, names: tuple[str, ...], device: str | None,
 
 
 @main.command("add-level")
-@_talking
+@talking
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("stats", type=click.Path(path_type=Path))
 @click.option("--conditions", type=click.Path(path_type=Path), help="Encoded prompts of STATS: then no torch is needed.")
@@ -150,7 +127,7 @@ def add_level_command(bundle: Path, stats: Path, **given: Any) -> None:
 
 
 @main.command("add-weights")
-@_talking
+@talking
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--lora", "loras", multiple=True, required=True, metavar="FILE[:SCALE]", help="May be given several times.")
 @click.option("--name", help="What they are called; default made of the files' names.")
@@ -164,7 +141,7 @@ def add_weights_command(bundle: Path, loras: tuple[str, ...], **rest: Any) -> No
 
 
 @main.command("encode")
-@_talking
+@talking
 @click.argument("model")
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Conditions file (safetensors).")
 @_num
@@ -178,7 +155,7 @@ def encode_command(model: str, out: Path, num: int, force: bool, **given: Any) -
 
 
 @main.command("plan", context_settings={"default_map": {"dtype": "bfloat16"}})
-@_talking
+@talking
 @click.argument("model")
 @declared_flags("plan")
 @click.option("--gpu", help="Say what this one allows, as H100; default all that are known.")
@@ -197,7 +174,7 @@ def plan_command(model: str, gpu: str | None, as_json: bool, **given: Any) -> No
 
 
 @main.command("calibrate")
-@_talking
+@talking
 @click.argument("source", metavar="MODEL|BUNDLE")
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Calibration file (safetensors).")
 @click.option("--conditions", type=click.Path(path_type=Path), help="Encoded prompts for a bundle, from cachec encode.")
@@ -215,7 +192,7 @@ def calibrate_command(source: str, out: Path, **given: Any) -> None:
 
 
 @main.command("train")
-@_talking
+@talking
 @click.argument("model")
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Predictor file (safetensors).")
 @declared_flags("train")
@@ -228,7 +205,7 @@ def train_command(model: str, out: Path, force: bool, **given: Any) -> None:
 
 
 @main.command("import")
-@_talking
+@talking
 @click.argument("method")
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Predictor file (safetensors).")
@@ -243,7 +220,7 @@ def import_command(method: str, files: tuple[Path, ...], out: Path, **given: Any
 
 
 @main.command("run")
-@_talking
+@talking
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("-p", "--prompt", "prompts", multiple=True, required=True, help="Prompt; may be given several times.")
 @click.option(
@@ -270,7 +247,7 @@ def run_command(bundle: Path, prompts: tuple[str, ...], out: Path, source: str |
 
 
 @main.command("pull")
-@_talking
+@talking
 @click.argument("name", metavar="OWNER/NAME[@REVISION]")
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Directory; default the Hub's own cache.")
 def pull_command(name: str, out: Path | None) -> None:
@@ -281,7 +258,7 @@ def pull_command(name: str, out: Path | None) -> None:
 
 
 @main.command("push")
-@_talking
+@talking
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("name", metavar="OWNER/NAME")
 @click.option("--private", is_flag=True, help="Nobody else sees it, if it is new.")
@@ -293,7 +270,7 @@ def push_command(bundle: Path, name: str, private: bool) -> None:
 
 
 @main.command("pack")
-@_talking
+@talking
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Tar file.")
 @_force
@@ -317,7 +294,7 @@ _evaluation_options = several(
 
 
 @main.command("eval")
-@_talking
+@talking
 @click.argument("bundle", type=click.Path(path_type=Path))
 @_evaluation_options
 @declared_flags("eval")
@@ -339,7 +316,7 @@ def eval_command(bundle: Path, json_file: Path | None, force: bool, **rest: Any)
 
 
 @main.command("report")
-@_talking
+@talking
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="File: .html, .md or .json.")
 @_evaluation_options
@@ -357,7 +334,7 @@ def report_command(bundle: Path, out: Path, **rest: Any) -> None:
 
 
 @main.command("serve")
-@_talking
+@talking
 @click.argument("bundles", nargs=-1, type=click.Path(path_type=Path))
 @serve_flags
 def serve_command(bundles: tuple[Path, ...], **given: Any) -> None:
@@ -368,7 +345,7 @@ def serve_command(bundles: tuple[Path, ...], **given: Any) -> None:
 
 
 @main.command("inspect")
-@_talking
+@talking
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest and the programs as JSON.")
 def inspect_command(bundle: Path, as_json: bool) -> None:
@@ -388,7 +365,7 @@ def inspect_command(bundle: Path, as_json: bool) -> None:
 
 
 @main.command("doctor")
-@_talking
+@talking
 @click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
 def doctor_command(as_json: bool) -> None:
     """Say what this machine has, and what each back end would need to run and to build here."""
@@ -402,36 +379,13 @@ def doctor_command(as_json: bool) -> None:
 
 
 @main.command("list")
-@_talking
+@talking
 @click.argument("what", type=click.Choice(["models", "methods", "schedules", "backends"]))
 def list_command(what: str) -> None:
     """List what can be named on the command line."""
-    if what == "models":
-        from cachec.compiler.models import MODELS
+    from cachec.compiler.commands.listing import list_names
 
-        _table([(name, f"{spec.portable_source}, {spec.width}x{spec.height}") for name, spec in MODELS.items()])
-    elif what == "methods":
-        from cachec.compiler.methods import METHODS, get_method
-
-        def in_words(name: str) -> str:
-            return f"{get_method(name).cut} cut: {get_method(name).summary}"
-
-        _table([(name, _or_why_not(in_words, name)) for name in METHODS])
-    elif what == "schedules":
-        from cachec.compiler.tables.published import PUBLISHED
-
-        _table([(name, f"{steps} steps: {', '.join(map(str, some))}") for name, (steps, some) in PUBLISHED.items()])
-    else:
-        from cachec.engines import BACKENDS, get_engine
-
-        _table([(name, _or_why_not(lambda name: get_engine(name).version(), name)) for name in BACKENDS])
-
-
-def _or_why_not(describe: Callable[[str], str], name: str) -> str:
-    try:
-        return describe(name)
-    except CachecError as error:
-        return f"not available: {error}"
+    _table(list_names(what))
 
 
 def _table(rows: list[tuple[str, str]]) -> None:

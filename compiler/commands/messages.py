@@ -3,7 +3,11 @@
 import logging
 import os
 import warnings
+from collections.abc import Callable
 from functools import partial
+from typing import Any
+
+import click
 
 log = logging.getLogger("cachec")
 
@@ -29,3 +33,24 @@ def set_up_messages() -> None:
 
 def _is_news(noise: str, record: logging.LogRecord) -> bool:
     return noise not in record.getMessage()
+
+
+def _talk(level: int) -> Callable[[click.Context, click.Parameter, bool], None]:
+    def set_level(ctx: click.Context, parameter: click.Parameter, given: bool) -> None:
+        if given:
+            log.setLevel(min(level, log.level))
+            if level == logging.DEBUG:
+                logging.getLogger().setLevel(logging.DEBUG)
+
+    return set_level
+
+
+def talking(function: Any) -> Any:
+    """``-v`` and ``--debug``, on the program and on every command."""
+    for names, level, text in (
+        (("--debug",), logging.DEBUG, "Show tracebacks and the libraries' own messages."),
+        (("-v", "--verbose"), logging.INFO, "Say what is done, stage by stage."),
+    ):
+        option = click.option(*names, is_flag=True, expose_value=False, callback=_talk(level), help=text)
+        function = option(function)
+    return function
