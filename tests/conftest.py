@@ -20,7 +20,7 @@ sys.path.append(str(Path(__file__).parent.parent))  # bench/, where the source t
 
 LONG = (  # files of more than a few seconds, the longest first; a line shares what is slow to make
     ("test_toy.py", "test_run.py"),
-    ("test_tiny_flux.py",),
+    ("test_tiny_flux.py", "test_pictures_tiny_flux.py"),
     ("test_accelerate.py",),
     ("test_disca_toy.py",),
     ("test_examples.py",),
@@ -108,6 +108,18 @@ def toy_bundle(once):
     from toy_bundle import split_toy, write_toy_bundle
 
     return once("toy.cachec", lambda out: write_toy_bundle(split_toy(), out))
+
+
+@pytest.fixture(scope="session")
+def lesa_bundle(once):
+    """tiny-flux with the predictor that ships: ten of fifty steps computed, with its text encoders and decoder."""
+    from toy_product import succeed
+
+    def compile_lesa(out):
+        given = ("--method", "lesa", "--interval", "7", "-o", out, "--verify-passes")
+        assert "ships with cachec" in succeed("compile", "tiny-flux", *given)
+
+    return once("lesa.cachec", compile_lesa)
 
 
 @pytest.fixture(scope="session")

@@ -156,10 +156,17 @@ def make_program(cut, *, schedule=SCHEDULE):
 def load(cut, **options):
     """What ``cachec.load`` would give for a bundle of these engines."""
     manifest = SimpleNamespace(
-        io=IO.to_json(), model={"name": "numpy"}, method={"name": "line"}, programs={"default": {}, UNCACHED: {}}
+        texts=(),
+        settings={},
+        io=IO.to_json(),
+        model={"name": "numpy"},
+        method={"name": "line"},
+        programs={"default": {}, UNCACHED: {}},
     )
     programs = {"default": make_program(cut), UNCACHED: make_program(UNCACHED)}
-    return LoadedBundle(manifest, programs, make_engines(**options), SimpleNamespace(sizes={"batch": (1, 2, 5)}))
+    return LoadedBundle(
+        manifest, programs, make_engines(**options), SimpleNamespace(sizes={"batch": (1, 2, 5)}, shape_bucket="")
+    )
 
 
 def noise(*seeds):

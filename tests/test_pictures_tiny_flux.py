@@ -5,7 +5,6 @@ import sys
 
 import numpy as np
 import pytest
-from toy_product import succeed
 
 import cachec
 from cachec.compiler.models import MODELS, load_model
@@ -16,14 +15,9 @@ from cachec.runtime.noise import make_noise
 PROMPTS = ["a large red circle at the left on a dark background", "", "a blue ring " * 30]
 
 
-@pytest.fixture(scope="session")
-def bundle(once):
-    return once("pictures.cachec", lambda out: succeed("compile", "tiny-flux", "--method", "reuse", "--budget", "3", "-o", out))
-
-
 @pytest.fixture(scope="module")
-def loaded(bundle):
-    with cachec.load(bundle) as loaded:
+def loaded(lesa_bundle):
+    with cachec.load(lesa_bundle) as loaded:
         yield loaded
 
 
@@ -56,19 +50,19 @@ def test_another_scale_of_guidance_is_another_picture(loaded):
     assert (usual != other).any()
 
 
-def test_nothing_is_written_where_the_bundle_lies(bundle):
+def test_nothing_is_written_where_the_bundle_lies(lesa_bundle):
     def state():
-        return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in bundle.rglob("*")}
+        return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in lesa_bundle.rglob("*")}
 
     before = state()
-    with cachec.load(bundle, verify=True) as loaded:
+    with cachec.load(lesa_bundle, verify=True) as loaded:
         loaded.generate(PROMPTS[:1])
     assert state() == before
 
 
 @pytest.mark.parametrize("keep", [[], ["transformer"], ["vae_decoder"]])
-def test_parts_that_are_not_kept_are_loaded_for_their_phase(bundle, loaded, keep):
-    with cachec.load(bundle, keep=keep) as frugal:
+def test_parts_that_are_not_kept_are_loaded_for_their_phase(lesa_bundle, loaded, keep):
+    with cachec.load(lesa_bundle, keep=keep) as frugal:
         for _ in range(2):
             np.testing.assert_array_equal(frugal.generate(PROMPTS[:1]), loaded.generate(PROMPTS[:1]))
         held = {name for name, part in frugal.generator._parts.items() if part._bound}
@@ -76,8 +70,8 @@ def test_parts_that_are_not_kept_are_loaded_for_their_phase(bundle, loaded, keep
         assert frugal.engines.is_loaded == ("transformer" in keep)
 
 
-def test_what_a_long_prompt_loses_is_said_once(bundle, caplog):
-    with cachec.load(bundle) as loaded:
+def test_what_a_long_prompt_loses_is_said_once(lesa_bundle, caplog):
+    with cachec.load(lesa_bundle) as loaded:
         for _ in range(2):
             loaded.generator.encode([PROMPTS[2]])
     (record,) = [one for one in caplog.records if "is cut at 16 text tokens" in one.message]
@@ -98,16 +92,16 @@ def test_what_cannot_be_made_is_refused(loaded, given, message):
         loaded.generate(**given)
 
 
-def test_an_unknown_component_is_not_kept(bundle):
-    with cachec.load(bundle, keep=["vae"]) as loaded, pytest.raises(InputError, match="keep names vae"):
+def test_an_unknown_component_is_not_kept(lesa_bundle):
+    with cachec.load(lesa_bundle, keep=["vae"]) as loaded, pytest.raises(InputError, match="keep names vae"):
         loaded.generate(["x"])
 
 
-def test_pictures_are_made_where_there_is_no_torch(bundle, tmp_path):
+def test_pictures_are_made_where_there_is_no_torch(lesa_bundle, tmp_path):
     absent = ("torch", "transformers", "diffusers", "accelerate", "scipy")
     code = (
         f"import sys\nfor name in {absent}: sys.modules[name] = None\n"
-        f"import cachec, pathlib\nloaded = cachec.load({str(bundle)!r})\n"
+        f"import cachec, pathlib\nloaded = cachec.load({str(lesa_bundle)!r})\n"
         f"picture = loaded.generate(['a red circle'])[0]\n"
         f"pathlib.Path({str(tmp_path / 'a.png')!r}).write_bytes(loaded.generator.to_png(picture))\n"
     )

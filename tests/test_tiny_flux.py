@@ -26,14 +26,6 @@ def model():
 
 
 @pytest.fixture(scope="session")
-def lesa_bundle(tmp_path_factory):
-    out = tmp_path_factory.mktemp("bundles") / "lesa.cachec"
-    output = succeed("compile", "tiny-flux", "--method", "lesa", "--interval", "7", "-o", out, "--verify-passes")
-    assert "ships with cachec" in output
-    return out
-
-
-@pytest.fixture(scope="session")
 def conditions(model, lesa_bundle):
     return model.encode([PROMPT], settings_of(Bundle.open(lesa_bundle).manifest), model.io.conditions)
 

@@ -84,7 +84,7 @@ def test_schedules_that_are_equal_share_a_strip():
 def test_coefficients_are_by_computed_step_on_both_cuts():
     found = coefficients_of(hidden_program())
     assert found.steps == SCHEDULE.forecast
-    table = Taylor(1).table(SCHEDULE, SIGMAS, None).coefficients[list(found.steps)]
+    table = Taylor(1).table(SCHEDULE, SIGMAS, None).rows[list(found.steps)]
     np.testing.assert_allclose(np.nan_to_num(found.values[0]), table, atol=1e-6)
     moved = coefficients_of(output_program())
     assert moved.steps == moved.sources == SCHEDULE.compute

@@ -13,11 +13,15 @@ from cachec.runtime.abi import COMPUTE, FEATURE, FORECAST, PROLOGUE, VELOCITY
 from tests.families import FAMILIES, randomise
 from tests.family_settings import SOME, settings_for
 
-FAST = (*SOME, "hunyuan-video")
+RUN = [  # of each kind of blocks one
+    pytest.param(family, id=family.name, marks=() if family.name == "flux" else pytest.mark.slow)
+    for family in FAMILIES
+    if family.name in {"flux", *SOME, "hunyuan-video"}
+]
 TOLERANCE = 1e-4
 
 
-@pytest.fixture(scope="module", params=[f for f in FAMILIES if f.name in FAST], ids=lambda family: family.name)
+@pytest.fixture(scope="module", params=RUN)
 def case(request, saved_family):
     family = request.param
     directory = saved_family(family.name)
