@@ -86,7 +86,8 @@ def test_bfloat16_pipelines_keep_their_weights_and_round_less(uncached):
     pipeline = load().to(torch.bfloat16)
     given = {id(parameter) for parameter in pipeline.transformer.parameters()}
     cachec.accelerate(pipeline, method="taylor", steps=STEPS, schedule="0,1,2,3,4,5,6,7,8,9,10", compiled=False)
-    weights = dict(pipeline.transformer._compiled.forms[0].open.args[0][COMPUTE]._native.named_parameters())
+    (engines,) = pipeline.transformer._compiled.forms[0].open.args[0].values()  # of the one length of texts
+    weights = dict(engines[COMPUTE]._native.named_parameters())
     assert {tensor.dtype for tensor in weights.values() if id(tensor) in given} == {torch.bfloat16}
     widened = {name for name, tensor in weights.items() if id(tensor) not in given}
     assert widened
