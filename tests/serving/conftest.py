@@ -1,10 +1,13 @@
 """What the tests of the server share: a server that is asked many things."""
 
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+WANTED = ("fastapi", "uvicorn", "openai")  # the wheel's smoke tests have none of them
+collect_ignore_glob = [] if all(map(find_spec, WANTED)) else ["test_*.py"]
 sys.path.append(str(Path(__file__).parent))
 
 
