@@ -14,6 +14,8 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from queue import Empty, Queue
+from threading import Thread
 from typing import Any
 
 import click
@@ -25,7 +27,7 @@ HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "reliability.md"
 BEGIN = "## Figures"
 CHUNK = 250  # cases of one process
-PATIENCE = 30.0  # seconds without a case done: it hangs
+PATIENCE = 150.0  # seconds without a case done, or until the first: it hangs
 PARTS = {"manifests": 10_000, "files": 2_000, "kills": 100, "requests": 11_000}
 ALONE = {"kills": soak_kills.run, "requests": soak_requests.run}  # which see to their own processes
 
@@ -48,36 +50,28 @@ def outcomes(part: str, bundle: Path, count: int, work: Path) -> Iterator[tuple[
 
 def watched(command: list[str], first: int, last: int) -> Iterator[tuple[int, str]]:
     """What a child prints, a line a case; the case at which it ends early or falls silent is the last."""
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    lines, expected = lines_of(process), first
-    for line in lines:
-        if line is None:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        expected, lines = first, Queue[str]()
+        Thread(target=_read, args=(process, lines), daemon=True).start()
+        try:
+            while line := lines.get(timeout=PATIENCE):
+                case, said = json.loads(line)
+                yield case, said
+                expected = case + 1
+        except Empty:
             process.kill()
             yield expected, "hung"
             return
-        case, said = json.loads(line)
-        yield case, said
-        expected = case + 1
-    if process.wait() != 0 or expected < last:
-        yield expected, f"the process ended with {process.returncode}"
+        if process.wait() != 0 or expected < last:
+            yield min(expected, last - 1), f"the process ended with {process.returncode}"
 
 
-def lines_of(process: "subprocess.Popen[str]") -> Iterator[str | None]:
-    """Lines as they come; ``None`` after :data:`PATIENCE` seconds without one."""
-    import selectors
-
+def _read(process: "subprocess.Popen[str]", lines: "Queue[str]") -> None:
+    """Its lines as they come, and an empty one at the end."""
     assert process.stdout is not None
-    with selectors.DefaultSelector() as selector:
-        selector.register(process.stdout, selectors.EVENT_READ)
-        while True:
-            if not selector.select(PATIENCE * (5 if process.poll() is None else 1)):
-                yield None
-                return
-            line = process.stdout.readline()
-            if not line:
-                return
-            yield line
+    for line in process.stdout:
+        lines.put(line)
+    lines.put("")
 
 
 def run_part(part: str, bundle: Path, count: int, work: Path) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from cachec.runtime import checked_files
 from cachec.runtime.bundle import MANIFEST, Bundle, _digest
 from cachec.runtime.errors import CachecError
 from cachec.runtime.files import hash_file
+from tests.damage import change
 
 LONGEST = 600  # characters of a message that a person reads
 REFUSED, SAME, ANOTHER, FAILED = (
@@ -26,24 +27,6 @@ REFUSED, SAME, ANOTHER, FAILED = (
     "opens, refused when it is run",
 )
 RIGHT = (REFUSED, SAME, ANOTHER, FAILED)
-ODD: list[Any] = [
-    None,
-    True,
-    0,
-    -1,
-    2**63,
-    10**40,
-    1.5,
-    "",
-    "x" * 5000,
-    "../x",
-    "/etc/passwd",
-    "\ud800",
-    [],
-    {},
-    [1, 2],
-    {"a": 1},
-]
 NUMBERS = (np.nan, np.inf, -1e30, 0.0, -1.0, 1e38)
 
 
@@ -100,34 +83,6 @@ def judge(bundle: Path, wanted: dict[str, bytes]) -> str:
         return f"{type(error).__name__}: {str(error)[:120]}"
 
 
-def places_in(value: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Every place in a JSON value, as keys and indices."""
-    if place:
-        yield place
-    if isinstance(value, dict | list):
-        for key in value if isinstance(value, dict) else range(len(value)):
-            yield from places_in(value[key], (*place, key))
-
-
-def change(data: Any, random: Random) -> None:
-    """One place becomes another value, has another name, is there twice or not at all."""
-    *above, last = random.choice(list(places_in(data)))
-    around = data
-    for key in above:
-        around = around[key]
-    kind = random.random()
-    if kind < 0.6:
-        around[last] = random.choice(ODD)
-    elif kind < 0.75 and isinstance(around[last], int | float) and not isinstance(around[last], bool):
-        around[last] = random.choice([around[last] + 1, around[last] * 2, -around[last], around[last] + 0.5])
-    elif kind < 0.85:
-        del around[last]
-    elif isinstance(around, dict):
-        around[random.choice(["x" * 5000, "new", "../x", "\ud800"])] = around.pop(last)
-    else:
-        around.append(around[last])
-
-
 def change_numbers(path: Path, random: Random) -> None:
     """One array of a program gets another number, another shape, another type, or goes."""
     arrays = load_file(path)
@@ -169,7 +124,6 @@ def manifests(bundle: Path, cases: range) -> Iterator[tuple[int, str]]:
         for name in (MANIFEST, *(n for n in names if n.parts[0] == "programs")):  # those that are written to
             (with_copy / name).unlink()
             shutil.copyfile(bundle / name, with_copy / name)
-        outside.clear()
         damage_manifest(with_copy, case % 3, random)
         outside.clear()
         said = judge(with_copy, wanted)

@@ -8,6 +8,7 @@ from random import Random
 
 import numpy as np
 import pytest
+from damage import change
 from toy_bundle import SCHEDULE, STEPS
 
 import cachec
@@ -104,34 +105,6 @@ def test_any_flipped_byte_of_the_manifest_is_refused(bundle, bit, stride):
             Bundle.open(bundle)
 
 
-ODD = [None, True, 0, -1, 10**40, 1.5, "", "x" * 5000, "../x", "\ud800", [], {}, [1, 2], {"a": 1}, [[[]]]]
-
-
-def places_in(value, place=()):
-    """Every place in a JSON value, as keys and indices."""
-    yield place
-    if isinstance(value, dict | list):
-        for key in value if isinstance(value, dict) else range(len(value)):
-            yield from places_in(value[key], (*place, key))
-
-
-def mutate(data, random):
-    """Change one place: another value, another name, or nothing there."""
-    *above, last = random.choice([place for place in places_in(data) if place])
-    around = data
-    for key in above:
-        around = around[key]
-    kind = random.random()
-    if kind < 0.7:
-        around[last] = random.choice(ODD)
-    elif kind < 0.85:
-        del around[last]
-    elif isinstance(around, dict):
-        around[random.choice(["x" * 5000, "new", "../x", "\ud800"])] = around.pop(last)
-    else:
-        around.append(around[last])
-
-
 def test_a_manifest_that_was_damaged_anyhow_opens_or_is_refused_in_short(bundle):
     """300 changes; most with a digest that fits, as whoever means harm would write it."""
     path, random = bundle / MANIFEST, Random(0)
@@ -140,7 +113,7 @@ def test_a_manifest_that_was_damaged_anyhow_opens_or_is_refused_in_short(bundle)
     for _ in range(300):
         data = json.loads(original)
         for _ in range(random.choice([1, 1, 1, 3])):
-            mutate(data, random)
+            change(data, random)
         if random.random() < 0.8 and isinstance(data, dict):
             data["digest"] = _digest({k: v for k, v in data.items() if k != "digest"})
         text = json.dumps(data)
