@@ -24,7 +24,7 @@ from cachec.runtime.write import check_output
 
 log = logging.getLogger(__name__)
 
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(?:@[\w./-]+)?", re.ASCII)  # owner/name, and a revision
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(?:@[\w./-]+)?", re.ASCII)  # owner/name, and a revision
 LAYOUT, INDEX = "oci-layout", "index.json"
 TITLE = "org.opencontainers.image.title"  # of a layer: its name in the bundle
 EMPTY = b"{}"
@@ -37,12 +37,12 @@ def find_bundle(place: str | Path) -> Path:
     Copies are kept in the Hub's own cache and in cachec's; a tar is unpacked once.
 
     Raises:
-        BundleError: there is nothing of this name, or a tar holds no bundle.
+        BundleError: the Hub has nothing of this name, or a file is no tar with a bundle.
     """
     path = Path(place)
     if path.is_dir():
         return path
-    if path.is_file() and tarfile.is_tarfile(path):
+    if path.is_file():
         return _unpacked(path)
     if not path.exists() and HUB_ID.fullmatch(str(place)):
         return pull(str(place))
@@ -177,7 +177,7 @@ def _unpacked(path: Path) -> Path:
         BundleError: it is no bundle in the OCI image layout, or damaged.
     """
     try:
-        with tarfile.open(path) as tar:
+        with tarfile.open(path, "r:") as tar:  # not compressed: files are read by their places
             text = _read(tar, _only(json.loads(_read(tar, INDEX))["manifests"], path)["digest"])
             layers = {str(one["annotations"][TITLE]): str(one["digest"]) for one in json.loads(text)["layers"]}
             out = cache_folder() / "bundles" / hashlib.sha256(text).hexdigest()
@@ -211,7 +211,11 @@ def _unpack(tar: tarfile.TarFile, layers: Mapping[str, str], out: Path) -> None:
                         file.write(content)
         Bundle.open(folder / "whole")  # all hashes, before it is anybody's
         with writing(out):
-            (folder / "whole").replace(out)
+            try:
+                (folder / "whole").replace(out)
+            except OSError:
+                if not (out / MANIFEST).is_file():  # else another process was first
+                    raise
 
 
 def _blob(tar: tarfile.TarFile, digest: str) -> IO[bytes]:

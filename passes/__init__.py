@@ -84,6 +84,16 @@ __all__ = [
 ]
 
 
+_REWRITES: tuple[Pass, ...] = (
+    DropAsserts(),  # before all others: asserts hang on values that they want to move or fold
+    Decomplexify(),  # before folding, which turns the complex tables it leaves into real ones
+    SimplifyShapes(),  # what is gone need not be folded, cast or exported
+    ReplaceTypeAs(),  # before the split: a fake dependency would become an input of the forecast graph
+    RewriteBoolMaskedFill(),  # ONNX Runtime cannot run it
+    FoldConstants(),  # after all rewrites, so that what they made constant is folded too
+)
+
+
 def canonical_passes(io: ModelIO | None = None, sizes: tuple[int, ...] = ()) -> PassList:
     """From the captured model to one that every back end takes.
 
@@ -93,12 +103,7 @@ def canonical_passes(io: ModelIO | None = None, sizes: tuple[int, ...] = ()) -> 
         Stage.CAPTURED,
         (
             *([AssembleInput(io, sizes)] if io is not None else []),  # first: nothing else sees more than the state
-            DropAsserts(),  # before all others: asserts hang on values that they want to move or fold
-            Decomplexify(),  # before folding, which turns the complex tables it leaves into real ones
-            SimplifyShapes(),  # what is gone need not be folded, cast or exported
-            ReplaceTypeAs(),  # before the split: a fake dependency would become an input of the forecast graph
-            RewriteBoolMaskedFill(),  # ONNX Runtime cannot run it
-            FoldConstants(),  # after all rewrites, so that what they made constant is folded too
+            *_REWRITES,
             Prune(),
         ),
         Stage.CANONICAL,
@@ -108,16 +113,7 @@ def canonical_passes(io: ModelIO | None = None, sizes: tuple[int, ...] = ()) -> 
 
 def component_passes(dtype: torch.dtype) -> tuple[Pass, ...]:
     """From a captured part of a pipeline (a text encoder, a decoder) to what every back end takes, in ``dtype``."""
-    return (
-        DropAsserts(),
-        Decomplexify(),
-        SimplifyShapes(),
-        ReplaceTypeAs(),
-        RewriteBoolMaskedFill(),
-        FoldConstants(),
-        CastPrecision(dtype),
-        Prune(),
-    )
+    return (*_REWRITES, CastPrecision(dtype), Prune())
 
 
 def cast_passes(dtype: torch.dtype) -> PassList:

@@ -72,6 +72,7 @@ class Lanes:
                 "build the engines with a larger --max-batch"
             )
         self._clock, self._variants = clock, variants_of(bundle, sizes, texts)
+        self._lengths = dict.fromkeys(one.manifest.settings.get("text_tokens", 0) for one in self._variants)
         self._plans, self._cannot = _plans(self._variants, starts)
         self._device = next(iter(bundle.engines.values())).device.for_session()
         self._ports = Ports((call for plan in self._plans.values() for call in plan.calls), buckets, self._device)
@@ -140,8 +141,7 @@ class Lanes:
             now, number = self._clock(), next(self._numbers)
             job = Job(number, self._kinds[key], inf if deadline is None else now + deadline)
             if job.deadline < inf:
-                gone = [number for number, one in self._requests.items() if one.ticket.done]
-                check_deadline(self._roster.copy(without=gone), job, now)
+                check_deadline(self._present(), job, now)
             ticket = Ticket(number, plan.level, plan.num_steps)
             self._requests[number] = Request(ticket, key, plan, conditions, noise, digest)
             self._roster.add(job)
@@ -161,8 +161,7 @@ class Lanes:
 
     def _fitted(self, key: Key, conditions: Mapping[str, Array]) -> tuple[Key, Mapping[str, Array]]:
         """The same at the shortest text that holds these, and them at its length; where there is a choice."""
-        of_text = [one.manifest.settings.get("text_tokens", 0) for one in self._variants]
-        alike = {of_text[place]: place for place in range(key[0], key[0] + len({*of_text}))}  # as variants_of has them
+        alike = {length: key[0] + place for place, length in enumerate(self._lengths)}  # as variants_of has them
         length, fitted = fit_texts(self._variants[key[0]].io, conditions, alike)
         return (key if length is None else (alike[length], *key[1:])), fitted
 
@@ -204,9 +203,12 @@ class Lanes:
     def expected_ends(self) -> dict[int, float]:
         """Seconds until each request that is here is done, by its number, if nobody comes after them."""
         with self._changed:
-            gone = [number for number, one in self._requests.items() if one.ticket.done]
-            roster = self._roster.copy(without=gone)
+            roster = self._present()
         return ends_of(roster, 0.0)
+
+    def _present(self) -> Roster:
+        """A copy of who waits and who runs, without those that are done or cancelled."""
+        return self._roster.copy(without={number for number, one in self._requests.items() if one.ticket.done})
 
     def latents(self, ticket: Ticket) -> Array | None:
         """Those of a request on its way [1, …], as they are between two ticks; ``None``: it is in no lane.

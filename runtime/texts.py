@@ -36,8 +36,13 @@ def text_length(io: ModelIO, conditions: Mapping[str, Array]) -> int:
     """How many tokens the longest text of a request has, both branches of guidance counted; by its masks [B, L]."""
     assert io.text is not None, "only of models with a mask"
     masks = [conditions[name] for name in (io.text[1], negative_name(io.text[1])) if name in conditions]
-    places = [np.flatnonzero(np.asarray(mask).any(axis=0)) for mask in masks]
-    return max((int(place[-1]) + 1 for place in places if len(place)), default=0)
+    return max(map(masked_length, masks), default=0)
+
+
+def masked_length(mask: Array) -> int:
+    """How many tokens a mask [B, L] tells of, up to the last one in any row."""
+    places = np.flatnonzero(np.asarray(mask).any(axis=0))
+    return int(places[-1]) + 1 if len(places) else 0
 
 
 def shortest_text(lengths: Iterable[int], needed: int) -> int:

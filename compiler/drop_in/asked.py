@@ -11,7 +11,7 @@ from cachec.compiler.drop_in.forms import Compiled, Form, is_empty
 from cachec.compiler.stand_in import BACK
 from cachec.runtime.errors import InputError
 from cachec.runtime.specs import TensorSpec
-from cachec.runtime.texts import shortest_text
+from cachec.runtime.texts import masked_length, shortest_text
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,9 +112,8 @@ class Reader:
         fitted = {name: _fit(name, taken, given.get(name), form.specs[name], batch) for name in model.io.conditions}
         if not form.settings.shorter_texts or model.io.text is None:
             return fitted, form.settings.text_tokens
-        places = fitted[model.io.text[1]].any(0).nonzero()
-        lengths = [one.text_tokens for one in form.settings.by_text]
-        length = shortest_text(lengths, 0 if not len(places) else int(places[-1]) + 1)
+        needed = masked_length((fitted[model.io.text[1]] != 0).cpu().numpy())
+        length = shortest_text((*form.settings.shorter_texts, form.settings.text_tokens), needed)
         return {name: value[:, :length] if name in model.io.text else value for name, value in fitted.items()}, length
 
     def _check_tensors(self, tensors: Mapping[str, Any], *, wants_gradients: bool) -> None:

@@ -115,7 +115,7 @@ def read_rows(path: Path) -> Array:
     try:
         found = json.loads(raw)
         rows = np.array(found, np.float64)
-    except (ValueError, RecursionError) as error:
+    except (ValueError, OverflowError, RecursionError) as error:
         raise PredictorError(f"{path} does not read as a list of lists of numbers: {in_one_line(error)}") from error
     if rows.ndim != 2 or rows.shape[0] != rows.shape[1] or len(rows) < 2 or not np.isfinite(rows).all():
         raise PredictorError(

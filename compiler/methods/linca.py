@@ -108,7 +108,7 @@ class LinCa(CodedMethod):
             raise PredictorError(f"linca's channels {split} are not the {feature[-1]} of a feature: train it for this model")
         try:
             nets = [net_of(_of_segment(parameters.arrays, number)) for number in range(len(lengths))]
-        except (RuntimeError, KeyError, ValueError) as error:
+        except (RuntimeError, LookupError, ValueError) as error:
             raise PredictorError(f"{parameters.origin} does not hold networks of LinCa: {error}") from error
         return invertible_coding(nets, split)
 
@@ -133,7 +133,7 @@ class LinCa(CodedMethod):
             arrays, metadata = read_tensors(path)
             license_text = metadata.get("license", license_text)
             arrays = {name: value for name, value in arrays.items() if not name.endswith(".weight_inv")}
-            blocks = 1 + max((int(n.split(".")[2]) for n in arrays if n.startswith("net.blocks.")), default=0)
+            blocks = max(1, len({n.split(".")[2] for n in arrays if n.startswith("net.blocks.")}))
             hidden = arrays.get("net.blocks.0.revnet.F.0.bias", np.zeros(1)).size
             check_names(path, arrays, shapes_of(sum(split), blocks, hidden))
             found |= {f"segment{number}.{name}": value for name, value in arrays.items()}

@@ -95,7 +95,7 @@ def net_of(arrays: Mapping[str, Array]) -> InvertibleNet:
     """The network with these parameters, by the released names (``net.blocks.0.conv1x1.weight`` …).
 
     Raises:
-        RuntimeError, KeyError: they are not those of one.
+        RuntimeError, LookupError, ValueError: they are not those of one.
     """
     blocks = 1 + max(int(name.split(".")[2]) for name in arrays)
     channels, hidden = len(arrays["net.blocks.0.conv1x1.weight"]), len(arrays["net.blocks.0.revnet.F.0.bias"])

@@ -1,5 +1,6 @@
 """Bundles from elsewhere: the Hub, which a server on this machine stands in for, and tars."""
 
+import gzip
 import hashlib
 import io
 import json
@@ -7,6 +8,7 @@ import os
 import subprocess
 import sys
 import tarfile
+from pathlib import Path
 
 import pytest
 
@@ -117,3 +119,13 @@ def test_damaged_and_unsafe_tars_are_refused(toy_bundle, tmp_path):
     assert not (tmp_path / "cache" / MANIFEST).exists()
     with pytest.raises(BundleError, match="is no bundle as cachec pack writes it"):
         find_bundle(rewritten(path, tmp_path / "c.tar", lambda name, old: (name, b"{}" if name == "index.json" else old)))
+
+
+def test_what_is_no_tar_of_ours_is_refused_and_a_mistyped_directory_is_not_asked_for(toy_bundle, tmp_path):
+    path = pack(toy_bundle, tmp_path / "toy.tar")
+    for name, content in (("cut.tar.gz", gzip.compress(path.read_bytes())[:60]), ("picture.png", b"no tar")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(BundleError, match=f"{name} is no bundle as cachec pack writes it"):
+            find_bundle(tmp_path / name)
+    for mistyped in ("./to.cachec", "../to.cachec"):
+        assert find_bundle(mistyped) == Path(mistyped)

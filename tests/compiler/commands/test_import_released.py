@@ -45,6 +45,7 @@ def test_released_rows_of_l2p_are_imported_with_their_licence(released, tmp_path
         ("[[1.0, 0.0]", "does not read as a list of lists"),
         ("[[1.0, 2.0], [1.0, 1.0]]", "a row weighs a step that is not before its own"),
         ("[[1.0, 0.0, 0.0], [1.0, 1.0, 0.0]]", r"numbers of shape \[2, 3\]"),
+        (f"[[{'1' * 400}, 0], [0, 1]]", "does not read as a list of lists"),
         ("[" * 100000, "does not read as a list of lists"),
         ("[[1e999, 0], [0, 1]]", r"numbers of shape"),
     ],

@@ -113,6 +113,7 @@ def test_released_weights_are_read_by_segment(tmp_path):
     [
         ({"net.blocks.0.revnet.scale_F": None}, {}, "net.blocks.0.revnet.scale_F is missing"),
         ({"net.blocks.0.gate": np.zeros(1, np.float32)}, {}, "net.blocks.0.gate is surplus"),
+        ({"net.blocks.x.gate": np.zeros(1, np.float32)}, {}, "net.blocks.x.gate is surplus|is missing"),
         ({}, {"split": "5,2,3"}, r"net.blocks.0.conv1x1.weight is \[8, 8\], expected \[10, 10\]"),
     ],
 )
