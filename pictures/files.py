@@ -8,14 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from cachec.runtime.components import FRAMES_A_SECOND
 from cachec.runtime.errors import EngineError, in_one_line, missing_extra
 from cachec.runtime.specs import Array
 
 if importlib.util.find_spec("PIL") is None:
     raise missing_extra("pillow", "pictures", "writing pictures")
 from PIL import Image
-
-FRAMES_A_SECOND = 16
 
 
 def png_of(images: Sequence[Image.Image]) -> bytes:

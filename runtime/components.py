@@ -7,6 +7,8 @@ from typing import Any, Self
 from cachec.runtime.bundle import Manifest, Target
 from cachec.runtime.errors import BundleError, InputError, shortened
 
+FRAMES_A_SECOND = 16  # of a video, where nobody says
+
 
 @dataclass(frozen=True)
 class Component:

@@ -27,11 +27,17 @@ POLICY = (
 
 
 def make_app(
-    served: Sequence[Served], *, limits: Limits | None = None, key: str | None = None, log_requests: bool = False
+    served: Sequence[Served],
+    *,
+    limits: Limits | None = None,
+    key: str | None = None,
+    log_requests: bool = False,
+    only_here: bool = False,
 ) -> FastAPI:
     """The app that serves these bundles; its lanes run from its startup to its shutdown.
 
-    ``key``: an API key that requests must bring. ``log_requests``: what is asked for, too, not ids alone.
+    ``key``: an API key that requests must bring. ``log_requests``: what is asked for, too, not ids alone. ``only_here``: it
+    listens on loopback, so that without a key it answers under this machine's own names alone.
     """
     limits = limits or Limits()
     desk = Desk(served, limits, log_requests=log_requests)
@@ -43,7 +49,7 @@ def make_app(
 
     app = FastAPI(title="cachec", version=VERSION, lifespan=life, docs_url=None, redoc_url=None)
     app.state.desk = desk
-    app.add_middleware(Guard, limits=limits, key=key)
+    app.add_middleware(Guard, limits=limits, key=key, only_here=only_here)
     app.add_exception_handler(HTTPException, _tell)
     app.add_exception_handler(Exception, _tell)
     app.include_router(image_routes(desk))

@@ -34,10 +34,16 @@ def serve_bundles(
         CachecError: nothing is served: a bundle, a limit, the key or the address cannot be used.
     """
     need("fastapi", "uvicorn", "prometheus_client", extra="serve", purpose="cachec serve")
+    from cachec.serving.guard import is_loopback
+
     if not bundles:
         raise InputError("there is nothing to serve: name a bundle")
     limits = Limits(**{one.name: rest.pop(one.name) for one in fields(Limits) if one.name in rest})
-    key = read_key(api_key_file)
+    key, only_here = read_key(api_key_file), is_loopback(host)
+    if key is None and not only_here:
+        log.warning("everybody who can reach %s can make pictures here: give an API key (--api-key-file)", host)
+    if ray and log_requests:
+        raise InputError("--log-requests is for one process, and replicas on Ray log by themselves: leave one of both out")
     if ray:
         need("ray", extra="ray", purpose="cachec serve --ray")
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # looked at when Ray is imported, and by what it starts
@@ -46,18 +52,26 @@ def serve_bundles(
         lanes = rest.pop("lanes")
         plan = {"bundles": [str(one.resolve()) for one in bundles], "replicas": replicas, "gpus": gpus, "lanes": lanes}
         file = None if api_key_file is None else str(api_key_file.resolve())
-        run_on_ray({**plan, "limits": limits, "key_file": file, "options": rest}, host=host, port=port, told=told)
+        run_on_ray(
+            {**plan, "limits": limits, "key_file": file, "keyed": key is not None, "options": rest},
+            host=host,
+            port=port,
+            told=told,
+        )
         return
     from cachec.serving.app import make_app
-    from cachec.serving.server import is_loopback, open_all, serve
+    from cachec.serving.server import open_all, serve
 
-    if key is None and not is_loopback(host):
-        log.warning("everybody who can reach %s can make pictures here: give an API key (--api-key-file)", host)
     if log_requests:
         logging.getLogger(LOGGER).setLevel(logging.INFO)
     served = open_all(bundles, **rest)
     try:
-        serve(make_app(served, limits=limits, key=key, log_requests=log_requests), host=host, port=port, told=told)
+        serve(
+            make_app(served, limits=limits, key=key, log_requests=log_requests, only_here=only_here),
+            host=host,
+            port=port,
+            told=told,
+        )
     except KeyboardInterrupt:
         log.info("stopped")
     finally:

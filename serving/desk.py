@@ -79,16 +79,16 @@ class Desk:
     @asynccontextmanager
     async def open(self) -> AsyncIterator["Desk"]:
         """Work from here on; at the end nothing is left that runs."""
-        for one in self.served.values():
-            await self.apart(one.warm_up)
-        self.ticker.start()
         try:
+            for one in self.served.values():
+                await self.apart(one.warm_up)
+            self.ticker.start()
             yield self
         finally:
             self.draining = True
             await self._let_go()
-            await asyncio.get_running_loop().run_in_executor(None, self.ticker.stop)
-            self._threads.shutdown(cancel_futures=True)
+            await asyncio.to_thread(self.ticker.stop)
+            await asyncio.to_thread(self._threads.shutdown, cancel_futures=True)
 
     async def drain(self) -> None:
         """Take no more requests; those that are here get ``limits.grace`` seconds, and are then handed back."""
@@ -203,11 +203,22 @@ class Desk:
     async def _denoise(self, job: Job, given: dict[str, Array], watcher: Watcher | None, latents: bool) -> list[Array]:
         """Latents [1, …] of every seed. Whatever happens, no ticket of it stays behind."""
         loop, tickets = asyncio.get_running_loop(), list[Ticket]()
+        last, told = job.served.program(job.choice).num_steps, [asyncio.Event() for _ in job.choice.seeds]
+
+        def hear(place: int, seen: Seen) -> None:
+            if watcher is not None:
+                watcher(place, seen)
+            if seen.step == last:
+                told[place].set()
+
         try:
             for place, seed in enumerate(job.choice.seeds):
-                seen = None if watcher is None else _from_thread(loop, watcher, place)
+                seen = None if watcher is None else _from_thread(loop, hear, place)
                 tickets.append(self._submit(job, given, seed, seen, latents))
-            return list(await asyncio.gather(*(asyncio.wrap_future(ticket.future) for ticket in tickets)))
+            made = await asyncio.gather(*(asyncio.wrap_future(ticket.future) for ticket in tickets))
+            if watcher is not None:  # of its last step a tick tells after it has given the result
+                await asyncio.gather(*(one.wait() for one in told))
+            return list(made)
         finally:
             for ticket in tickets:
                 ticket.cancel()

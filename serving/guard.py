@@ -2,11 +2,11 @@
 
 import asyncio
 import hmac
+import ipaddress
 import logging
 import time
 import uuid
 from collections.abc import Mapping
-from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
@@ -16,18 +16,18 @@ from cachec.serving.limits import Limits
 from cachec.serving.refusals import Refused
 
 log = logging.getLogger(__name__)
-OPEN = ("/", "/health", "/ping")  # need no key, and neither has what is under FILES, whose names are secret
+OPEN = ("/", "/health")  # need no key, and neither has what is under FILES, whose names are secret
 FILES = "/files/"
 
 
 class Guard:
-    """``key``: what requests must bring as a bearer token, if there is one.
+    """``key``: what requests must bring as a bearer token, if there is one. ``only_here``: the server listens on loopback.
 
     A body is read as a whole before anybody sees it.
     """
 
-    def __init__(self, app: ASGIApp, *, limits: Limits, key: str | None) -> None:
-        self._app, self._limits, self._key = app, limits, key
+    def __init__(self, app: ASGIApp, *, limits: Limits, key: str | None, only_here: bool = False) -> None:
+        self._app, self._limits, self._key, self._only_here = app, limits, key, only_here
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -44,7 +44,10 @@ class Guard:
             await send(message)
 
         try:
-            check_head(scope["path"], Headers(scope=scope), self._limits, self._key)
+            headers = Headers(scope=scope)
+            if self._only_here and self._key is None:
+                _check_host(headers.get("host", ""))
+            check_head(scope["path"], headers, self._limits, self._key)
             body = await self._read(receive)
         except Refused as refused:
             response = JSONResponse(refused.to_json(), refused.status_code, refused.headers)
@@ -65,7 +68,7 @@ class Guard:
                         return None
                     body += message.get("body", b"")
                     if len(body) > self._limits.body:
-                        raise _too_large(self._limits)
+                        raise too_large(self._limits)
                     if not message.get("more_body"):
                         return bytes(body)
         except TimeoutError as error:
@@ -75,7 +78,7 @@ class Guard:
 def check_head(path: str, headers: Mapping[str, str], limits: Limits, key: str | None) -> None:
     """Raise ``Refused`` for a request that may not ask, or says that its body is too large."""
     origin = headers.get("origin")
-    if origin is not None and urlsplit(origin).netloc != headers.get("host"):
+    if origin is not None and origin.partition("://")[2] != headers.get("host"):
         raise Refused(403, "a page of another site asks: only the page that this server shows may", code="origin")
     if key is not None and path not in OPEN and not path.startswith(FILES):
         given = headers.get("authorization", "").encode("latin-1").removeprefix(b"Bearer ")  # its bytes, as they came
@@ -83,10 +86,27 @@ def check_head(path: str, headers: Mapping[str, str], limits: Limits, key: str |
             raise Refused(401, "this server wants an API key: send Authorization: Bearer KEY", code="invalid_api_key")
     length = headers.get("content-length", "0")
     if not (length.isascii() and length.isdigit()) or int(length[:19]) > limits.body:
-        raise _too_large(limits)
+        raise too_large(limits)
 
 
-def _too_large(limits: Limits) -> Refused:
+def _check_host(host: str) -> None:
+    """Raise ``Refused`` for a name that is not this machine's: a page of another site may have it lead here."""
+    name = host if host.endswith("]") else host.rpartition(":")[0] or host  # without a port
+    if not is_loopback(name.strip("[]")):
+        raise Refused(403, f"{name[:80]} is no name of this machine: ask 127.0.0.1, or start the server with an API key",
+                      code="host")  # fmt: skip
+
+
+def is_loopback(host: str) -> bool:
+    """Can only this machine reach it?"""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def too_large(limits: Limits) -> Refused:
+    """What a request with too large a body gets."""
     return Refused(413, f"the body is larger than the {limits.body} bytes that this server takes", code="too_large")
 
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from cachec.runtime.specs import Array
 from cachec.serving.bodies import json_body, while_there
@@ -108,8 +109,22 @@ def _stream(desk: Desk, job: Job, wish: ImageWish) -> StreamingResponse:
     progress: asyncio.Queue[tuple[int, Seen] | None] = asyncio.Queue()
     task = desk.start(job, lambda *seen: progress.put_nowait(seen), latents=wish.partial_images > 0)
     task.add_done_callback(lambda _: progress.put_nowait(None))
-    return StreamingResponse(_events(desk, job, task, progress, wish.partial_images), media_type="text/event-stream",
-                             headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})  # fmt: skip
+    return Stream(task, _events(desk, job, task, progress, wish.partial_images), media_type="text/event-stream",
+                  headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})  # fmt: skip
+
+
+class Stream(StreamingResponse):
+    """One whose end is that of its ``task``, also if the client goes away before the first event."""
+
+    def __init__(self, task: "asyncio.Task[Made]", content: AsyncIterator[str], **given: Any) -> None:
+        super().__init__(content, **given)
+        self._task = task
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._task.cancel()
 
 
 async def _events(
@@ -143,8 +158,6 @@ async def _events(
     except Exception as error:
         refused = refused_for(error)
         yield f"event: error\ndata: {json.dumps({'type': 'error', **refused.to_json()})}\n\n"
-    finally:
-        task.cancel()
 
 
 def _event(kind: str, data: dict[str, Any]) -> str:

@@ -24,12 +24,12 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from cachec.runtime.errors import InputError, in_one_line, unknown_name
 from cachec.serving.app import make_app
-from cachec.serving.command import read_key
-from cachec.serving.guard import check_head
+from cachec.serving.command import KEY, read_key
+from cachec.serving.guard import check_head, too_large
 from cachec.serving.hosted import Asked, Hosted
 from cachec.serving.limits import Limits
 from cachec.serving.refusals import Refused
-from cachec.serving.served import Served, name_of
+from cachec.serving.served import Served, check_names, name_of
 
 log = logging.getLogger(__name__)
 PAUSE = 0.2  # seconds before a request is given to another replica
@@ -41,8 +41,9 @@ class Plan:
     """What is deployed, as ``serve run`` and a RayService write it.
 
     ``bundles``: directories that every machine has. ``replicas``: how many, or ``0-4`` for as many as the load asks for;
-    ``gpus`` of each; ``per_replica``: bundles that one keeps open. ``opener``: where the function is that opens a bundle,
-    given its directory and ``options``.
+    ``gpus`` of each; ``per_replica``: bundles that one keeps open. ``keyed``: requests must bring an API key, and nothing is
+    served where the ingress finds none (``key_file``, or ``CACHEC_API_KEY`` of its machine). ``opener``: where the function is
+    that opens a bundle, given its directory and ``options``.
     """
 
     bundles: Sequence[str]
@@ -52,6 +53,7 @@ class Plan:
     per_replica: int = 1
     lanes: int = 8
     key_file: str | None = None
+    keyed: bool = False
     limits: Limits = field(default_factory=Limits)
     options: Mapping[str, Any] = field(default_factory=dict)
     opener: str = "cachec.serving.server:open_one"
@@ -81,7 +83,7 @@ class Plan:
         """From the ``args`` of a Serve application; ``bundles`` may be one text with commas, ``limits`` a mapping.
 
         Raises:
-            InputError: there is no such argument, or no bundle.
+            InputError: there is no such argument, no bundle, or two of one name.
         """
         given = dict(args)
         if strange := sorted(set(given) - set(cls.__dataclass_fields__)):
@@ -95,6 +97,7 @@ class Plan:
         for name, kind in (("gpus", float), ("cpus", float), ("per_replica", int), ("lanes", int), ("replicas", str)):
             if name in given:
                 given[name] = kind(given[name])
+        check_names([Path(bundle) for bundle in given["bundles"]])
         return cls(**given)
 
 
@@ -197,7 +200,7 @@ class _Bundle(Hosted):
 
     async def _end(self) -> None:
         await self.close()
-        self._served.close()
+        await asyncio.to_thread(self._served.close)
 
 
 class Ingress:
@@ -206,6 +209,8 @@ class Ingress:
     def __init__(self, plan: Plan, replica: Any) -> None:
         self._plan, self._replica = plan, replica
         self._key = read_key(None if plan.key_file is None else Path(plan.key_file))
+        if plan.keyed and self._key is None:
+            raise InputError(f"the API key did not reach this machine: give it as a file, or as {KEY} where Ray runs")
 
     async def __call__(self, request: Request) -> Response:
         """Ray Serve's proxy hands it every request."""
@@ -213,6 +218,8 @@ class Ingress:
         try:
             check_head(request.url.path, request.headers, limits, self._key)
             body = await request.body()
+            if len(body) > limits.body:
+                raise too_large(limits)
             name = self._name(request, body)
         except Refused as refused:
             return JSONResponse(refused.to_json(), refused.status_code, refused.headers)
@@ -235,15 +242,16 @@ class Ingress:
         path, names = request.url.path, self._plan.names
         if path.startswith("/v1/videos") and path != "/v1/videos/sync":
             raise Refused(400, "on Ray videos are made while the client waits: post to /v1/videos/sync", code="unsupported")
-        name = path.removeprefix("/v1/models/") if path.startswith("/v1/models/") else _field(body, "model")
-        if _field(body, "response_format") == "url":
+        fields = _fields(body)
+        name = path.removeprefix("/v1/models/") if path.startswith("/v1/models/") else fields.get("model")
+        if fields.get("response_format") == "url":
             raise Refused(400, "response_format: on Ray pictures are in the reply; leave it out", code="unsupported",
                           param="response_format")  # fmt: skip
-        if name is None:
+        if not isinstance(name, str):  # none, or one that the replica refuses in words
             return next(iter(names))
         if name not in names:
-            raise Refused(404, str(unknown_name("model", str(name), names)), code="model_not_found", param="model")
-        return str(name)
+            raise Refused(404, str(unknown_name("model", name, names)), code="model_not_found", param="model")
+        return name
 
     async def _models(self, request: Request) -> Response:
         """Of all bundles, which opens those that are not."""
@@ -298,10 +306,10 @@ async def _bodies(messages: AsyncIterator[Any]) -> AsyncIterator[bytes]:
             yield message["body"]
 
 
-def _field(body: bytes, name: str) -> Any:
-    """A field of a JSON body; ``None``: there is none, or it is not one, which the replica says in words."""
+def _fields(body: bytes) -> dict[str, Any]:
+    """Those of a JSON body; none: it is not one, which the replica says in words."""
     try:
         data = json.loads(body)
     except (ValueError, RecursionError):
-        return None
-    return data.get(name) if isinstance(data, dict) else None
+        return {}
+    return data if isinstance(data, dict) else {}

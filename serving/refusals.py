@@ -30,7 +30,7 @@ class Refused(HTTPException):
         return {"error": {"message": self.detail, "type": kind, "param": self.param, "code": self.code}}
 
 
-def refused_for(error: Exception, param: str | None = None) -> Refused:
+def refused_for(error: Exception) -> Refused:
     """What an error means to the sender of a request."""
     match error:
         case Refused():
@@ -39,7 +39,7 @@ def refused_for(error: Exception, param: str | None = None) -> Refused:
             return Refused(429, str(error), code="deadline", param="deadline",
                            retry_after=error.seconds if math.isfinite(error.seconds) else None)  # fmt: skip
         case InputError():
-            return Refused(400, str(error), code="invalid_value", param=param)
+            return Refused(400, str(error), code="invalid_value")
         case EngineError():
             return Refused(500, str(error), code="engine_failed")
         case CachecError():

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from cachec.pictures.scales import Scales
+from cachec.runtime.components import FRAMES_A_SECOND
 from cachec.runtime.errors import InputError
 from cachec.runtime.lanes import Lanes
 from cachec.runtime.noise import NUM_SEEDS
@@ -22,7 +23,6 @@ from cachec.serving.wishes import Common, ImageWish, VideoWish
 
 EXACT = ("exact", "lossless", "extra-high")  # sglang's names for results without approximation; the last two are one to it
 AUTO = "auto"
-FPS = 16.0  # where a request does not say
 EMBEDDED = "guidance"  # the condition of models that take their guidance scale as an input
 
 
@@ -111,9 +111,11 @@ class Served:
         first, shape = self.variants[0], self.loaded.session().latent_shape
         for _ in range(2):
             begun = time.perf_counter()
-            self.conditions(Choice(first.size, first.steps, self.loaded.default_level, (0,), "", "", None, None, None, FPS))
+            self.conditions(
+                Choice(first.size, first.steps, self.loaded.default_level, (0,), "", "", None, None, None, FRAMES_A_SECOND)
+            )
             encoded = time.perf_counter()
-            self._to_file(self.pictures.decode(np.zeros((1, *shape[1:]), np.float32))[0], FPS)
+            self._to_file(self.pictures.decode(np.zeros((1, *shape[1:]), np.float32))[0], FRAMES_A_SECOND)
             self.seconds = {"encode": encoded - begun, "decode": time.perf_counter() - encoded}
 
     def choose(self, wish: Common, limits: Limits, draw: Callable[[], int]) -> Choice:
@@ -268,11 +270,18 @@ def name_of(bundle: Path) -> str:
     return bundle.resolve().name.removesuffix(".cachec")
 
 
+def check_names(bundles: Sequence[Path]) -> None:
+    """Raise ``InputError`` if two have one name."""
+    names = [name_of(bundle) for bundle in bundles]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise InputError(f"two bundles are called {twice[0]}, and requests could not tell them apart: rename one")
+
+
 def _fps(wish: Common, frames: int) -> float:
     """How fast a video plays: as said, or so that it takes the seconds that were said."""
     if not isinstance(wish, VideoWish):
-        return FPS
-    return wish.fps or (frames / wish.seconds if wish.seconds else FPS)
+        return FRAMES_A_SECOND
+    return wish.fps or (frames / wish.seconds if wish.seconds else FRAMES_A_SECOND)
 
 
 def _seeds(given: int | list[int] | None, count: int, draw: Callable[[], int]) -> tuple[int, ...]:

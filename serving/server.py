@@ -1,7 +1,6 @@
 """``cachec serve``: bundles opened, and an HTTP server around them that stops as it should."""
 
 import asyncio
-import ipaddress
 import logging
 import socket
 from collections.abc import Callable, Sequence
@@ -13,9 +12,9 @@ import uvicorn
 from fastapi import FastAPI
 
 from cachec.engines import open_bundle
-from cachec.runtime.errors import InputError, OutputError, in_one_line
+from cachec.runtime.errors import OutputError, in_one_line
 from cachec.serving.desk import Desk
-from cachec.serving.served import Served, name_of
+from cachec.serving.served import Served, check_names, name_of
 
 log = logging.getLogger(__name__)
 CONNECTIONS = 2048  # at once; more get 503
@@ -43,9 +42,7 @@ def open_all(bundles: Sequence[Path], **options: Any) -> list[Served]:
     Raises:
         InputError: two have one name.
     """
-    names = [name_of(bundle) for bundle in bundles]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise InputError(f"two bundles are called {twice[0]}, and requests could not tell them apart: rename one")
+    check_names(bundles)
     return [open_one(bundle, **options) for bundle in bundles]
 
 
@@ -78,14 +75,6 @@ def serve(app: FastAPI, *, host: str = "127.0.0.1", port: int = 8000, told: Call
     server = Server(config, desk)
     told(f"serving {', '.join(desk.served)} on {url}")
     server.run(sockets=[taken])
-
-
-def is_loopback(host: str) -> bool:
-    """Can only this machine reach it?"""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _in_url(host: str) -> str:

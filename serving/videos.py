@@ -10,6 +10,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
+from cachec.runtime.variants import PictureSize
 from cachec.serving.bodies import FORM, content_type, form_body, json_body, while_there
 from cachec.serving.desk import Desk, Job, Made
 from cachec.serving.refusals import Refused, refused_for
@@ -44,7 +45,6 @@ class VideoJob:
         else:
             stage = "generating" if self.step else "queued"
         status = stage if stage in ("queued", "completed", "failed") else "in_progress"
-        _, _, frames = choice.size.rpartition("x")
         return {
             "id": self.number,
             "object": "video",
@@ -56,7 +56,7 @@ class VideoJob:
             "completed_at": self.completed,
             "expires_at": None,
             "size": choice.size,
-            "seconds": f"{int(frames) / choice.fps:g}",
+            "seconds": f"{PictureSize.parse(choice.size).frames / choice.fps:g}",
             "quality": choice.level,
             "prompt": choice.prompt,
             "error": error,

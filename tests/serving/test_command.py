@@ -5,7 +5,8 @@ from toy_product import run_cli
 
 from cachec.runtime.errors import InputError, OutputError
 from cachec.serving.command import read_key
-from cachec.serving.server import is_loopback, open_all, serve
+from cachec.serving.guard import is_loopback
+from cachec.serving.server import open_all, serve
 
 
 def test_nothing_to_serve_is_told():

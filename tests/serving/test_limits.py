@@ -90,8 +90,19 @@ def test_a_key_is_wanted_for_all_but_the_page_and_health():
 
 
 def test_pages_of_other_sites_may_not_ask(toy):
-    assert toy.ask("GET", "/v1/models", Origin="http://evil.example")[0] == 403
+    for origin in ("http://evil.example", "http://["):
+        assert toy.ask("GET", "/v1/models", Origin=origin)[0] == 403
     assert toy.ask("GET", "/v1/models", Origin=toy.url)[0] == 200
+
+
+def test_a_name_that_leads_to_loopback_is_refused_without_a_key():
+    """Else a page of any site could rebind its name to 127.0.0.1 and read what is made here."""
+    names = {"evil.example:80": 403, "localhost": 200, "[::1]:8000": 200}
+    with running(toy_served(), only_here=True) as server:
+        assert {name: server.ask("GET", "/v1/models", Host=name)[0] for name in names} == names
+    with running(toy_served(), only_here=True, key="secret") as server:
+        given = {"Host": "evil.example", "Authorization": "Bearer secret"}
+        assert server.ask("GET", "/v1/models", **given)[0] == 200
 
 
 def test_a_client_that_goes_away_lets_go_of_its_lane():

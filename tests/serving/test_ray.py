@@ -115,6 +115,7 @@ def test_killed_replicas_lose_no_request(port, alone):
         ({"bundles": "a", "gpu": 1}, "unknown argument 'gpu'. Did you mean 'gpus'"),
         ({"bundles": "a", "replicas": "4-2"}, "replicas is 4-2; write a number, or two as in 0-4"),
         ({"bundles": "a", "limits": {"queue": -1}}, "the limit queue is -1"),
+        ({"bundles": "x/a.cachec,y/a"}, "two bundles are called a"),
     ],
 )
 def test_what_cannot_be_deployed_is_refused(args, message):
@@ -122,6 +123,14 @@ def test_what_cannot_be_deployed_is_refused(args, message):
 
     with pytest.raises(InputError, match=message):
         app(args)
+
+
+def test_a_key_that_is_wanted_and_did_not_come_is_an_error(monkeypatch):
+    from cachec.serving.ray import Ingress, Plan
+
+    monkeypatch.delenv("CACHEC_API_KEY", raising=False)
+    with pytest.raises(InputError, match="the API key did not reach this machine"):
+        Ingress(Plan(["one"], keyed=True), None)
 
 
 DEPLOY = Path(__file__).parent.parent.parent / "docs" / "deploy.md"
