@@ -88,9 +88,12 @@ def once(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def saved_family(once):
-    """``saved_family(name)``: the directory of a small pipeline of ``families.py``."""
+def saved_family(once, tmp_path_factory):
+    """``saved_family(name)``: the directory of a small pipeline of ``families.py``; that from outside is found, too."""
     from tests.families import FAMILIES
+    from tests.outside import install
+
+    install(tmp_path_factory.mktemp("site"))
 
     made = {family.name: family for family in FAMILIES}
     return lambda name: once(name, lambda path: made[name].make().save_pretrained(path))

@@ -496,6 +496,27 @@ def _z_image() -> Any:
     )
 
 
+def _auraflow() -> Any:
+    transformer = diffusers.AuraFlowTransformer2DModel(
+        sample_size=16,
+        num_mmdit_layers=2,
+        num_single_dit_layers=2,
+        attention_head_dim=HEAD,
+        num_attention_heads=HEADS,
+        joint_attention_dim=WIDTH,
+        caption_projection_dim=HEADS * HEAD,
+        pos_embed_max_size=64,
+    )
+    return assemble(
+        diffusers.AuraFlowPipeline,
+        transformer=transformer,
+        scheduler=_flow(shift=1.73),
+        vae=_vae(4),
+        text_encoder=_t5("UMT5"),
+        tokenizer=make_tokenizer(ends=True),
+    )
+
+
 def _call(**other: Any) -> Mapping[str, Any]:
     return MappingProxyType({"prompt": PROMPT, "num_inference_steps": STEPS, "output_type": "latent"} | other)
 
@@ -577,5 +598,6 @@ FAMILIES = (
         missing="PixtralProcessor needs torchvision: a tokenizer with a chat template stands in, so there is no picture input.",
     ),
     Family("flux-2-klein", "Flux2KleinPipeline", lambda: _flux2(klein=True), _call(**IMAGE, max_sequence_length=48)),
+    Family("auraflow", "AuraFlowPipeline", _auraflow, _call(**IMAGE, **_SHORT, **_GUIDED)),  # from outside
     Family("z-image", "ZImagePipeline", _z_image, _call(**IMAGE, max_sequence_length=48, **_GUIDED)),
 )

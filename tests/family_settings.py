@@ -21,7 +21,8 @@ OTHERS = {
     "wan-2.2-5b": {**VIDEO, "height": 64, "width": 96},
     "z-image": {"text_tokens": 48},
 }
-SOME = ("flux", "qwen-image", "pixart-sigma")  # the two cuts, guidance, a sampler that looks back; make models has all
+# guidance, a sampler that looks back, one from outside; make models has all
+SOME = ("flux", "qwen-image", "pixart-sigma", "auraflow")
 
 
 def settings_for(family):

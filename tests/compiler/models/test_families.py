@@ -10,6 +10,7 @@ from cachec.compiler.calibration.graph_evaluator import GraphEvaluator
 from cachec.compiler.graphs.capture import joined
 from cachec.compiler.graphs.prepare import compute_only, engine, prepare
 from cachec.compiler.graphs.weights import Values
+from cachec.compiler.models import FAMILIES as KINDS
 from cachec.compiler.models import find_model, load_model
 from cachec.compiler.models.base import Settings
 from cachec.compiler.models.named import MODELS
@@ -19,6 +20,7 @@ from cachec.runtime.errors import InputError, ModelUnavailableError
 from cachec.runtime.program import ProgramKey, hash_sigmas
 from tests.families import FAMILIES, NEGATIVE, PROMPT
 from tests.family_settings import SOME, settings_for
+from tests.outside import SOURCE
 
 WITHOUT_NEGATIVES = ("dit", "flux-2-klein")  # their pipelines' negative branch is of nothing
 TOLERANCE = 1e-5  # relative, of the largest difference
@@ -173,3 +175,10 @@ def test_classes_have_numbers_and_names(saved_family):
     assert model.text([" white shark ", "7", ""], settings) == {"class_labels": [2, 7, 1000]}
     with pytest.raises(InputError, match="unknown class 'white shrak'. Did you mean 'white shark'"):
         model.text(["white shrak"], settings)
+
+
+def test_the_family_from_outside_is_that_of_its_package_and_shown_whole(saved_family):
+    assert KINDS["AuraFlowPipeline"].__module__ == "cachec_auraflow"
+    shown = (SOURCE.parent.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    for file in ("cachec_auraflow.py", "pyproject.toml"):
+        assert (SOURCE / file).read_text(encoding="utf-8") in shown
