@@ -31,7 +31,7 @@ MANIFEST = "manifest.json"
 ANY_DEVICE = "any"  # of a target whose artifacts are bound to no device
 
 
-_TENSORS = [{"name": str, "shape": [], "dtype": str}]
+_TENSORS = [{"name": str, "shape": [(int, str)], "dtype": str}]
 _LORA = {"name": str, "sha256": str, "scale": float, "part?": str}
 _PROGRAMS: Form = {ANY: {"json": str, "arrays": str}}
 _TARGET: Form = {
@@ -55,7 +55,7 @@ _FORM: Form = {  # of a manifest
     "model": {"name": str, "source": str, "weights_sha256": str, "plain_sha256?": str, "loras?": [_LORA]},
     "io": {"latents": str, "timestep": str, "conditions": [str], "guidance?": str, "text?": [str]},
     "method": {"name": str},
-    "settings": {"text_tokens?": int, "shorter_texts?": [int]},
+    "settings": {"width": int, "height": int, "steps": int, "text_tokens?": int, "shorter_texts?": [int]},
     "noise": str,
     "targets": [_TARGET],
     "programs": _PROGRAMS,

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any, ClassVar, Self
 
 from cachec.runtime.device import CPU, Buffer, Device, DeviceName
-from cachec.runtime.errors import BundleError, InputError, cannot_be_pickled
+from cachec.runtime.errors import BundleError, InputError, cannot_be_pickled, shortened
 from cachec.runtime.specs import Array, Signature
 
 HOST = DeviceName(CPU)
@@ -175,7 +175,7 @@ def check_bindings(signature: Signature, device: Device, inputs: Mapping[str, Bu
     known = {spec.name: spec for spec in (*signature.inputs, *signature.outputs)}
     for name, buffer in (*inputs.items(), *outputs.items()):
         if name not in known:
-            raise InputError(f"engine has no tensor {name!r}; it has {sorted(known)}")
+            raise InputError(f"engine has no tensor {shortened(name)}; it has {shortened(sorted(known), 300)}")
         if not device.owns(buffer):
             raise InputError(f"{name!r} is a {type(buffer).__name__}, which is no buffer of {device.name}: upload it first")
         spec, dtype = known[name], str(buffer.dtype).removeprefix("torch.")

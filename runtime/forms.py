@@ -1,7 +1,7 @@
 """What JSON from a file must look like, as data: checked before anything is made of it.
 
-A form is a type; ``[form]`` for a list, ``[]`` for one of anything; ``{name: form}`` for a mapping that has these names, those
-that end in ``?`` if it likes, and may have others; ``{"*": form}`` for one whose values all have a form.
+A form is a type, or a tuple of several; ``[form]`` for a list, ``[]`` for one of anything; ``{name: form}`` for a mapping that
+has these names, those that end in ``?`` if it likes, and may have others; ``{"*": form}`` for one whose values all have a form.
 """
 
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from typing import Any
 
 from cachec.runtime.errors import BundleError, shortened
 
-Form = type | list[Any] | dict[str, Any]
+Form = type | tuple[type, ...] | list[Any] | dict[str, Any]
 ANY = "*"
 _NAMES = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 
@@ -26,8 +26,9 @@ def check_form(value: Any, form: Form, place: str, advice: str) -> None:
             _expect(isinstance(value, dict), value, "a mapping", place, advice)
             _check_names(value, form, place, advice, check)
         else:
-            fits = isinstance(value, form) and (form is bool or not isinstance(value, bool))
-            _expect(fits, value, _NAMES[form], place, advice)
+            kinds = form if isinstance(form, tuple) else (form,)
+            fits = isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
+            _expect(fits, value, " or ".join(_NAMES[kind] for kind in kinds), place, advice)
 
     check(value, form, place)
 

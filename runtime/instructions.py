@@ -11,6 +11,8 @@ from typing import Any, ClassVar
 from cachec.runtime.abi import ADVANCE, COMPUTE, FEATURE, FORECAST, PAIR, VELOCITY
 from cachec.runtime.errors import BundleError, shortened
 
+MOST = 1 << 16  # steps and slots of a program
+
 
 class Instruction(ABC):
     """One engine call. It says what it does, so that nobody has to ask which instruction it is."""
@@ -241,4 +243,10 @@ def read_instruction(data: Mapping[str, Any]) -> Instruction:
         raise BundleError(f"program: there is no instruction {shortened(data['op'])}; known are {', '.join(_INSTRUCTIONS)}")
     check_known(data, {"op", *(field.name for field in fields(kind))}, f"instruction {kind.op!r}")
     given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items() if k != "op"}
+    for name, value in given.items():
+        numbers = value if isinstance(value, tuple) else (value,)
+        if any(isinstance(number, int) and not 0 <= number < MOST for number in numbers):
+            raise BundleError(
+                f"program: {name} of instruction {kind.op!r} is {shortened(value)}, expected numbers below {MOST}"
+            )
     return kind(**given)

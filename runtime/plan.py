@@ -11,11 +11,13 @@ import numpy as np
 
 from cachec.runtime.abi import FORECASTS
 from cachec.runtime.device import ALIGNMENT, Buffer
-from cachec.runtime.errors import BundleError, InputError
+from cachec.runtime.errors import BundleError, InputError, shortened
 from cachec.runtime.specs import Array, TensorSpec, itemsize
 
 NOISE_BUFFER, TURNS, VELOCITY_BUFFER = "noise", ("latents/0", "latents/1"), "velocity"
 Slot = tuple[str, int]  # its kind and number
+
+MOST_GROUPS = 1 << 20  # rows for as many groups of channels at most
 
 
 def condition_name(name: str) -> str:
@@ -34,9 +36,11 @@ def for_groups(rows: Array, spec: TensorSpec) -> Array:
     Raises:
         BundleError: there are others than the engine has.
     """
-    known, groups = rows.shape[-2], int(spec.shape[-2])
-    if known not in (1, groups):
-        raise BundleError(f"the program has rows of {known} groups, and its engine weighs {groups}: compile the bundle again")
+    known, groups = rows.shape[-2], spec.shape[-2] if len(spec.shape) > 1 else None
+    if not isinstance(groups, int) or not 1 <= groups <= MOST_GROUPS or known not in (1, groups):
+        raise BundleError(
+            f"the program has rows of {known} groups, and its engine weighs {shortened(groups)}: compile the bundle again"
+        )
     return rows if known == groups else np.repeat(rows, groups, axis=-2)
 
 

@@ -42,7 +42,7 @@ from cachec.runtime.abi import (
     steps_of,
     timesteps_of,
 )
-from cachec.runtime.errors import BundleError
+from cachec.runtime.errors import BundleError, in_one_line
 from cachec.runtime.instructions import Instruction
 from cachec.runtime.model_io import ModelIO
 from cachec.runtime.plan import (
@@ -102,7 +102,9 @@ class _Planner:
         self._space = PlannedBuffers(batch, guided=self._guided)
         self._tables = {name: self._space.take(buffer) for name, buffer in tables.items()}
         if missing := {one.graph for one in program.instructions} - set(signatures):
-            raise BundleError(f"the program needs the engine {', '.join(missing)}, which the bundle lacks: compile it again")
+            raise BundleError(
+                f"the program needs the engine {in_one_line(', '.join(missing))}, which the bundle lacks: compile it again"
+            )
         self._steps = {
             graph: tuple(step for one in program.instructions if one.graph == graph for step in one.steps)
             for graph in signatures
@@ -393,6 +395,8 @@ class _Planner:
                 label = "/".join([place or engine, *map(str, steps[:1]), name])
                 known[name] = self._space.add(label, value.shape, DTYPE_NAMES[value.dtype], value)
         if missing := [name for name in wanted if name not in known]:
-            raise BundleError(f"the engine {engine} takes {', '.join(missing)}, which its program does not have: compile again")
+            raise BundleError(
+                f"the engine {engine} takes {in_one_line(', '.join(missing))}, which its program does not have: compile again"
+            )
         start = None if latents is None else self._space.branch(latents)
         return PlannedCall(engine, steps, {name: known[name] for name in wanted}, results, start, velocities)

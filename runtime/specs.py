@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cachec.runtime.errors import InputError
+from cachec.runtime.errors import BundleError, InputError, in_one_line, shortened
 
 Array = NDArray[Any]
 Dim = int | str
@@ -34,7 +34,14 @@ class TensorSpec:
         itemsize(self.dtype)  # raises on a name that is no dtype
 
     def resolve(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
-        """The shape with symbolic dimensions replaced by ``sizes``."""
+        """The shape with symbolic dimensions replaced by ``sizes``.
+
+        Raises:
+            BundleError: there are others.
+        """
+        if strange := [d for d in self.shape if isinstance(d, str) and d not in sizes]:
+            raise BundleError(f"an engine has {shortened(self.name)} of size {shortened(strange[0])}, which is none of "
+                              f"{', '.join(sizes)}: compile the bundle again")  # fmt: skip
         return tuple(sizes[d] if isinstance(d, str) else d for d in self.shape)
 
     def check(self, value: Array, sizes: Mapping[str, int] | None = None) -> None:
@@ -77,9 +84,11 @@ class Signature:
     outputs: tuple[TensorSpec, ...]
 
     def input(self, name: str) -> TensorSpec:
+        """That of this name; ``BundleError`` if there is none."""
         return _by_name(self.inputs, name)
 
     def output(self, name: str) -> TensorSpec:
+        """That of this name; ``BundleError`` if there is none."""
         return _by_name(self.outputs, name)
 
     def at(self, sizes: Mapping[str, int]) -> "Signature":
@@ -100,4 +109,5 @@ def _by_name(specs: tuple[TensorSpec, ...], name: str) -> TensorSpec:
     for spec in specs:
         if spec.name == name:
             return spec
-    raise KeyError(f"no tensor {name!r}; there are {', '.join(spec.name for spec in specs)}")
+    there = in_one_line(", ".join(spec.name for spec in specs))
+    raise BundleError(f"an engine lacks the tensor {shortened(name)}, and has {there}: compile the bundle again")

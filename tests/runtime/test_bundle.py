@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from cachec.runtime import checked_files
 from cachec.runtime.bundle import ANY_DEVICE, MANIFEST, Bundle, Manifest, Target, _digest
 from cachec.runtime.errors import BundleError, InputError
 from cachec.runtime.files import hash_file
+from cachec.runtime.program import Program
 
 KINDS = [
     "manifest.json",
@@ -254,6 +256,37 @@ def test_a_manifest_of_the_wrong_form_is_refused(bundle, field, value):
     rewrite_manifest(bundle, **{field: value})
     with pytest.raises(BundleError):
         cachec.load(bundle)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "said"),
+    [
+        (("shape", 0), 2.0, "expected a whole number or text"),
+        (("shape", 0), "bath", "of size 'bath', which is none of batch"),
+        (("name",), "x" * 5000, "'latents'"),
+    ],
+    ids=["half a size", "an unknown size", "another name"],
+)
+def test_a_signature_that_no_engine_has_is_refused_in_short(bundle, place, value, said):
+    data = json.loads((bundle / MANIFEST).read_text())
+    inputs = data["targets"][0]["engines"]["compute"]["signature"]["inputs"]
+    changed = next(one for one in inputs if one["name"] == "latents")
+    for key in place[:-1]:
+        changed = changed[key]
+    changed[place[-1]] = value
+    data["digest"] = _digest({k: v for k, v in data.items() if k != "digest"})
+    (bundle / MANIFEST).write_text(json.dumps(data))
+    with pytest.raises(BundleError, match=re.escape(said)) as refused:
+        cachec.load(bundle).session()
+    assert len(str(refused.value).replace(str(bundle), "x")) < 400
+
+
+def test_a_program_with_more_slots_than_any_has_is_refused(bundle):
+    name = Bundle.open(bundle).manifest.programs["default"]["json"]
+    data, arrays = json.loads((bundle / name).read_text()), Bundle.open(bundle).program().arrays()
+    data["instructions"][0]["slot"] = 10**20
+    with pytest.raises(BundleError, match="slot of instruction 'compute' is 100000000000000000000, expected numbers below"):
+        Program.from_json(data, arrays)
 
 
 def test_a_bundle_for_another_device_is_refused(bundle):
