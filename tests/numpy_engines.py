@@ -157,7 +157,7 @@ def load(cut, **options):
     """What ``cachec.load`` would give for a bundle of these engines."""
     manifest = SimpleNamespace(
         texts=(),
-        settings={},
+        settings={"width": 64, "height": 64, "steps": 4},
         io=IO.to_json(),
         model={"name": "numpy"},
         method={"name": "line"},

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from cachec.runtime.errors import InputError
+from cachec.runtime.errors import BundleError, InputError
 from cachec.runtime.specs import Signature, TensorSpec
 
 SPEC = TensorSpec("latents", ("batch", 3), "float32")
@@ -49,5 +49,5 @@ def test_json_round_trip():
 
 def test_tensors_are_found_by_name():
     assert SIGNATURE.input("latents") is SPEC
-    with pytest.raises(KeyError, match="no tensor 'velocity'; there are latents, timestep"):
+    with pytest.raises(BundleError, match="lacks the tensor 'velocity', and has latents, timestep"):
         SIGNATURE.input("velocity")
