@@ -36,6 +36,7 @@ from cachec.runtime.errors import InputError
 from cachec.runtime.files import temporary_folder
 from cachec.runtime.model_io import ModelIO
 from cachec.runtime.program import UNCACHED, Program
+from cachec.runtime.starting import starting_at
 from cachec.runtime.stepper import Stepper
 
 
@@ -88,8 +89,10 @@ def make_form(model: LoadedModel, settings: Settings, by_text: Mapping[int, Mapp
     )
 
 
-def _open(by_text: Mapping[int, Mapping[str, Engine]], program: Program, io: ModelIO, *, batch: int, text: int) -> Stepper:
-    return Stepper(by_text[text], program, io, batch=batch)
+def _open(
+    by_text: Mapping[int, Mapping[str, Engine]], program: Program, io: ModelIO, *, batch: int, text: int, start: int
+) -> Stepper:
+    return Stepper(by_text[text], starting_at(program, start), io, batch=batch)
 
 
 def check_original(transformer: nn.Module) -> None:

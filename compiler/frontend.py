@@ -39,7 +39,7 @@ from cachec.compiler.planning.levels import forecast_cost
 from cachec.compiler.planning.planner import Calibrations, Planner
 from cachec.compiler.planning.room import check_evaluation, check_training
 from cachec.compiler.request import Request, evaluated_in
-from cachec.compiler.tables.lower import NO_TAIL, lower, lower_predictor, lower_uncached
+from cachec.compiler.tables.lower import NO_TAIL, lower, lower_predictor, lower_uncached, with_starts
 from cachec.compiler.tables.schedule import Schedule
 from cachec.engines.torch_device import check_device
 from cachec.passes import Graphs, dump_to
@@ -366,7 +366,7 @@ def make_programs(
     key = ProgramKey(settings.steps, hash_sigmas(sampling.sigmas), settings.sizes, batch=batch, guided=guided)
     programs = {UNCACHED: lower_uncached(replace(key, level=UNCACHED), sampling)}
     if schedule is not None and isinstance(method, PredictorMethod | BlockMethod):
-        return Programs(programs | {"default": _lower_predictor(model, request, method, schedule, parameters, key)})
+        return Programs(programs | {"default": _lower_predictor(model, request, method, parameters, key)})
     cost = forecast_cost(engines, programs[UNCACHED], model.io) if request.wants_speed else 0.0
     planner = Planner(
         method,
@@ -385,15 +385,15 @@ def make_programs(
 
 
 def _lower_predictor(
-    model: LoadedModel,
-    request: Request,
-    method: PredictorMethod | BlockMethod,
-    schedule: Schedule,
-    parameters: Parameters | None,
-    key: ProgramKey,
+    model: LoadedModel, request: Request, method: PredictorMethod | BlockMethod, parameters: Parameters | None, key: ProgramKey
 ) -> Program:
-    """The Program of a predictor on its one schedule: composed coefficients, or predictor calls if nothing is folded."""
+    """The Program of a predictor on its schedule: composed coefficients, or predictor calls if nothing is folded."""
     sampling = model.sampling(request.settings)
-    if not request.folds:
-        return lower_predictor(schedule, method.window, feeds_back=method.feeds_back, key=key, sampling=sampling)
-    return lower(method.table(schedule, sampling.levels(method.cut), parameters), key, sampling)
+
+    def make(schedule: Schedule) -> Program:
+        if not request.folds:
+            return lower_predictor(schedule, method.window, feeds_back=method.feeds_back, key=key, sampling=sampling)
+        return lower(method.table(schedule, sampling.levels(method.cut), parameters), key, sampling)
+
+    assert request.schedule is not None, "the caller has looked"
+    return with_starts(make, request.schedule, sampling) if method.is_pure else make(request.schedule)

@@ -9,6 +9,7 @@ from cachec.runtime.bundle import Bundle, Target
 from cachec.runtime.components import components_of, request_peaks
 from cachec.runtime.program import UNCACHED, Program
 from cachec.runtime.specs import TensorSpec, itemsize
+from cachec.runtime.starting import rule_of
 from cachec.runtime.variants import PictureSize
 
 
@@ -184,7 +185,7 @@ def _tensor_bytes(spec: TensorSpec, sizes: Mapping[str, int]) -> int:
 
 
 def describe_levels(bundle: Bundle, *, only: str | None = None) -> list[tuple[str, str]]:
-    """Rows about each level but the uncached one: its steps, its slots, and what was measured; of ``only`` one, if given.
+    """Rows about each level but the uncached one, or ``only`` one: steps, slots, where it may begin, and what was measured.
 
     They are those of the bundle's first size and number of steps.
     """
@@ -205,6 +206,7 @@ def describe_levels(bundle: Bundle, *, only: str | None = None) -> list[tuple[st
             f"{count} {kind} slots of {_slot_spec(bundle, program, kind).dtype}" for kind, count in program.slots.items()
         )
         rows.append(("", f"{kinds or 'no slots'}, {size:.2f} MB a sample"))
+        rows.append(("", rule_of(program)))
         if "measured_by" in facts:
             rows.append(("", _measured(facts)))
     return rows

@@ -52,6 +52,13 @@ class Instruction(ABC):
         """The steps that the latents take; they stand at the end of the last one afterwards."""
         return () if VELOCITY in self.writes else self.steps
 
+    def to_json(self) -> dict[str, Any]:
+        """As :func:`read_instruction` reads it; what it has by default is left out."""
+        return {
+            "op": self.op,
+            **{name: value for name, value in vars(self).items() if value != getattr(type(self), name, None)},
+        }
+
     def check(self) -> None:
         """Raise ``BundleError`` unless its numbers are numbers, and each slot that it reads outlives it."""
         read, written = ([n for some in side.values() for n in some] for side in (self.reads, self.writes))

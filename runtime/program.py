@@ -14,7 +14,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from itertools import zip_longest
 from typing import Any, Literal, get_args
 
@@ -24,6 +24,7 @@ from cachec.runtime.abi import ADVANCE, CARRY, FEATURE, PAIR, VELOCITY
 from cachec.runtime.errors import BundleError, InputError, shortened
 from cachec.runtime.instructions import Instruction, check_known, read_instruction
 from cachec.runtime.specs import Array
+from cachec.runtime.starts import PREFIX, Start, pack_rows, read_starts
 
 Cut = Literal["hidden", "output"]
 KEPT: Mapping[Cut, str] = {"hidden": FEATURE, "output": VELOCITY}  # what the slots of a cut hold
@@ -77,6 +78,8 @@ class Program:
     1 and the step in ``sigmas``. Instructions that move by rows: ``moves`` [T, V] on the hidden cut, and ``shares`` [T], 1
     without, of what they start from. Steps that compute one branch of guidance: ``pair_rows`` [T, 2, P] over the negative and
     the positive velocities of the pair slots, and ``pair_shares`` [T] of their own positive one. All float32.
+
+    ``starts``: by step what is played from there on (``starting.py``), of methods whose numbers are made for any schedule.
     """
 
     key: ProgramKey
@@ -96,6 +99,7 @@ class Program:
     shares: Array | None = None
     pair_rows: Array | None = None
     pair_shares: Array | None = None
+    starts: Mapping[int, Start] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.cut not in get_args(Cut):
@@ -250,9 +254,10 @@ class Program:
         return other
 
     def to_json(self) -> dict[str, Any]:
-        """Everything but the arrays (:meth:`arrays`)."""
+        """Everything but the arrays (:meth:`stored`)."""
         instructions = [{"op": one.op, **vars(one)} for one in self.instructions]
-        return {"key": asdict(self.key), "cut": self.cut, "slots": dict(self.slots), "instructions": instructions}
+        own = {"key": asdict(self.key), "cut": self.cut, "slots": dict(self.slots), "instructions": instructions}
+        return {**own, "starts": {str(step): one.to_json() for step, one in self.starts.items()}} if self.starts else own
 
     def arrays(self) -> dict[str, Array]:
         """All numbers by name; those that it may lack, only if it has them."""
@@ -260,22 +265,28 @@ class Program:
         moved = ("rows_out", "share_out", CARRY, "gain", "moves", "shares", "pair_rows", "pair_shares")
         return {name: np.asarray(value, order="C") for name in (*own, *moved) if (value := getattr(self, name)) is not None}
 
+    def stored(self) -> dict[str, Array]:
+        """All that a file of arrays holds: its own numbers, and those of later beginnings."""
+        return {**self.arrays(), **pack_rows(self.starts)}
+
     @classmethod
     def from_json(cls, data: Mapping[str, Any], arrays: Mapping[str, Array]) -> "Program":
-        """Read what :meth:`to_json` and :meth:`arrays` gave.
+        """Read what :meth:`to_json` and :meth:`stored` gave.
 
         Raises:
             BundleError: something is missing, unknown or impossible.
         """
         try:
-            check_known(data, {"key", "cut", "slots", "instructions"}, "the file")
-            check_known(data["key"], {field.name for field in fields(ProgramKey)}, "the key")
+            check_known(data, {"key", "cut", "slots", "instructions", "starts"}, "the file")
+            check_known(data["key"], {one.name for one in fields(ProgramKey)}, "the key")
             instructions = tuple(read_instruction(one) for one in data["instructions"])
-            return cls(ProgramKey(**data["key"]), instructions, data["slots"], cut=data["cut"], **arrays)
+            own = {name: value for name, value in arrays.items() if not name.startswith(PREFIX)}
+            starts = read_starts(data.get("starts", {}), {name: arrays[name] for name in arrays.keys() - own.keys()})
+            return cls(ProgramKey(**data["key"]), instructions, data["slots"], cut=data["cut"], starts=starts, **own)
         except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
             raise BundleError(f"program file does not read as a program: {shortened(error)}") from error
 
     def digest(self) -> str:
         """Hash of everything that the program does, for logs and tests."""
         text = json.dumps(self.to_json(), sort_keys=True).encode()
-        return hashlib.sha256(text + b"".join(a.tobytes() for a in self.arrays().values())).hexdigest()
+        return hashlib.sha256(text + b"".join(a.tobytes() for a in self.stored().values())).hexdigest()

@@ -183,7 +183,7 @@ class LoadedBundle:
 
         ``size``, ``steps`` and ``text``: as :meth:`at`; texts are that long. ``start``: the step that requests begin at, with
         latents of its noise level (``programs[level].sigmas[start]``) in the place of noise. ``for_sampler``: for one outside,
-        which asks for velocities one by one, and says where it begins.
+        which asks for velocities one by one.
         """
         bundle = self.at(size, steps, text)
         program = bundle.programs[bundle.check_level(level)]
@@ -194,9 +194,7 @@ class LoadedBundle:
                 f"{batch}, or take another target"
             )
         if for_sampler:
-            if start:
-                raise InputError(f"start is {start}, but a sampler outside says where it begins: call begin(first={start})")
-            return Stepper(bundle.engines, program, bundle.io, batch=batch)
+            return Stepper(bundle.engines, bundle.begun(program, start), bundle.io, batch=batch)
         return Session(bundle.engines, bundle.begun(program, start), bundle.io, batch=batch)
 
     def begun(self, program: Program, start: int) -> Program:

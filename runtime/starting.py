@@ -1,7 +1,9 @@
 """Programs for requests that begin in the middle: of a picture with noise (strength), at a later step.
 
-A forecast is made of what the request itself computed at the program's own steps, or not at all: where something of it lies
-before the beginning, the step is computed. No number is guessed, and none is needed that the program has not.
+Where a method's numbers are made for any schedule, a program has some for each beginning (``starts.py``): the first step is
+computed, and then the program's own computed steps. Where they are fitted to one schedule, a forecast is made of what the
+request itself computed at the program's own steps, or not at all: where something of it lies before the beginning, the step is
+computed. No number is guessed.
 
 Shapes: as ``program.py``.
 """
@@ -33,13 +35,14 @@ def starting_at(program: Program, step: int, told: Array | None = None) -> Progr
         return program
     if not first < step < program.num_steps:
         raise InputError(f"the request begins at step {step}; this program has steps {first} to {program.num_steps - 1}")
-    looks_back = any(isinstance(one, Advance) and one.from_noise for one in program.instructions)
+    if step in program.starts:
+        return program.starts[step].begun(program, step)
     if program.one_branch_steps:
         raise InputError(
             f"the request begins at step {step}, but level {program.key.level} computes one branch of guidance at some, by "
             f"what both were before: begin at step {first}, or take another level"
         )
-    if program.shares is not None if program.cut == "output" else looks_back:
+    if _looks_back(program):
         raise InputError(
             f"the request begins at step {step}, but this program moves the latents from the noise of step {first}, which such "
             f"a request does not have: begin at step {first}, or let a sampler outside make the steps (for_sampler)"
@@ -47,6 +50,24 @@ def starting_at(program: Program, step: int, told: Array | None = None) -> Progr
     if program.cut == "hidden":
         return _hidden(program, step)
     return _output(program, step, program.timesteps if told is None else told)
+
+
+def rule_of(program: Program) -> str:
+    """What :func:`starting_at` does, in words."""
+    if program.starts:
+        return "numbers for every beginning: that step is computed, and the program's own behind it"
+    if program.one_branch_steps:
+        return "begins with noise only"
+    if _looks_back(program):
+        return "begins with noise only, or where a sampler outside does"
+    return "begun later, it computes every step until what its forecasts read is there"
+
+
+def _looks_back(program: Program) -> bool:
+    """Are latents moved from the noise that the program begins with?"""
+    if program.cut == "output":
+        return program.shares is not None
+    return any(isinstance(one, Advance) and one.from_noise for one in program.instructions)
 
 
 @dataclass
@@ -96,7 +117,7 @@ def _hidden(program: Program, start: int) -> Program:
                 shares[step], moves[step, :1] = program.step_numbers((step,))
                 instructions.append(Advance((step,), 1, from_noise=False))
     key = replace(program.key, start_step=start)
-    return replace(program, key=key, instructions=tuple(instructions), moves=moves, shares=shares)
+    return replace(program, key=key, instructions=tuple(instructions), moves=moves, shares=shares, starts={})
 
 
 def _as_it_is(program: Program, one: Instruction, start: int, slots: _Slots) -> Instruction | None:
@@ -136,6 +157,7 @@ def _output(program: Program, start: int, told: Array) -> Program:
         timesteps=timesteps,
         coefficients=coefficients,
         rows_out=rows_out,
+        starts={},
     )
 
 

@@ -77,7 +77,7 @@ class Collector(ABC):
         text = json.dumps(program.to_json(), indent=1).encode()
         return {
             "json": self.add_bytes(f"programs/{level}.json", text),
-            "arrays": self.add_bytes(f"programs/{level}.safetensors", save(program.arrays())),
+            "arrays": self.add_bytes(f"programs/{level}.safetensors", save(program.stored())),
         }
 
     def add_tables(self, label: str, tables: Mapping[str, Array]) -> str:

@@ -83,7 +83,7 @@ class Form:
     ``timesteps`` [T] are those that the pipeline's sampler hands over; the program may tell the model others. ``constants`` are
     inputs that are baked into the graphs. ``schedule``: ``None`` where it is not known. ``is_euler``: does the sampler need its
     newest output only? ``specs``: of latents and conditions with the longest texts, of ``settings.text_tokens``; there may be
-    ``settings.shorter_texts`` besides. ``open(batch=B, text=L)`` makes a stepper.
+    ``settings.shorter_texts`` besides. ``open(batch=B, text=L, start=step)`` makes a stepper.
     """
 
     settings: Settings
@@ -106,10 +106,6 @@ class Form:
         distances = np.abs(self.timesteps - told)
         allowed = ROUNDING * max(1.0, abs(told)) + precision * np.abs(self.timesteps)
         return [int(step) for step in np.argsort(distances, kind="stable") if distances[step] <= allowed[step]]
-
-    def is_computed_by(self, step: int, graph: str) -> bool:
-        """Is the step left to the program, or computed by this compute graph?"""
-        return all(one.graph == graph for one in self.program.instructions if one.computes and step in one.steps)
 
     def strange(self, given: Mapping[str, Any]) -> list[str]:
         """Constants that are not handed over as they were baked in."""

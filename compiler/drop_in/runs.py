@@ -16,6 +16,7 @@ from torch.utils.dlpack import from_dlpack
 
 from cachec.compiler.drop_in.asked import Asked
 from cachec.compiler.drop_in.forms import Form
+from cachec.runtime.program import Program
 from cachec.runtime.stepper import Stepper
 
 log = logging.getLogger(__name__)
@@ -50,11 +51,13 @@ class Run:
     """One run: ``told`` is the time that it is at, and ``latents`` what its branches got there.
 
     ``off``: why its times are not those of the program, so that every step is computed; ``None``: they are, as far as known.
+    ``fresh``: is ``first`` certainly the time that its sampler begins at?
     """
 
     form: Form
     batch: int
     off: str | None
+    fresh: bool
     first: float
     told: float
     latents: torch.Tensor
@@ -64,8 +67,8 @@ class Run:
     warned: bool = False
 
     @classmethod
-    def begun(cls, form: Form, off: str | None, asked: Asked) -> "Run":
-        return cls(form, asked.batch, off, asked.told, asked.told, asked.latents.clone())
+    def begun(cls, form: Form, off: str | None, asked: Asked, *, at_start: bool) -> "Run":
+        return cls(form, asked.batch, off, at_start, asked.told, asked.told, asked.latents.clone())
 
     def goes_on(self, asked: Asked, *, at_start: bool) -> bool:
         """Is the call certainly one of this run? ``at_start``: the pipeline's scheduler is at the start of a run."""
@@ -101,7 +104,7 @@ class Run:
         """The steps that the call may be of."""
         return [] if self.off is not None else self.form.near(asked.told, asked.precision)
 
-    def answer(self, asked: Asked, graph: str, open_stepper: Callable[[Form, int, int, int], Stepper]) -> torch.Tensor:
+    def answer(self, asked: Asked, graph: str, open_stepper: Callable[[Form, int, int, int, int], Stepper]) -> torch.Tensor:
         """The velocity [B, …] for a call of this run, of the transformer whose compute graph is ``graph``."""
         if asked.told != self.told:
             self.told, self.latents, self.answered = asked.told, asked.latents.clone(), set()
@@ -113,14 +116,15 @@ class Run:
             stepper = None if branch is None or branch.text != asked.text else branch.stepper
             if stepper is None:
                 number = len(self.branches) if branch is None else list(self.branches).index(key)
-                stepper = open_stepper(self.form, self.batch, number, asked.text)
+                begins = self.fresh and branch is None and asked.told == self.first
+                stepper = open_stepper(self.form, self.batch, number, asked.text, self._start(step if begins else None))
             stepper.begin(
                 _there(asked.conditions, stepper), first=step
             )  # what was computed for other conditions is not looked at any more
             branch = self.branches[key] = Branch(stepper, asked.text, _cloned(asked.conditions), ())
             self._check_alone(step)
         (latents,) = _there({"latents": asked.latents}, branch.stepper).values()
-        if step is None or self.off is not None or not self.form.is_computed_by(step, graph):
+        if step is None or self.off is not None or not _is_computed_by(branch.stepper.program, step, graph):
             self._warn(asked)
             velocity = branch.stepper.compute(asked.told, latents, graph=graph)
         else:
@@ -136,6 +140,11 @@ class Run:
         if due in near:
             return due
         return next((step for step in near if step >= start), None)
+
+    def _start(self, step: int | None) -> int:
+        """Where the program is to begin for a sampler that begins at ``step``: there, if it has numbers for that."""
+        program = self.form.program
+        return step if step is not None and step in program.starts else program.key.start_step
 
     def _check_alone(self, step: int | None) -> None:
         """Where a sampler of several outputs is given the mean of a gap, it must have been given those of all gaps before."""
@@ -160,12 +169,19 @@ class Runs:
     steppers: dict[tuple[Form, int, int, int], Stepper] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def open(self, form: Form, batch: int, number: int, text: int) -> Stepper:
-        """The stepper of a run's branch of this ``number``, with texts of this length."""
+    def open(self, form: Form, batch: int, number: int, text: int, start: int) -> Stepper:
+        """The stepper of a run's branch of this ``number``, with texts of this length; one that begins elsewhere makes way."""
         key = form, batch, number, text
+        if key in self.steppers and self.steppers[key].program.key.start_step != start:
+            del self.steppers[key]
         if key not in self.steppers:
-            self.steppers[key] = form.open(batch=batch, text=text)
+            self.steppers[key] = form.open(batch=batch, text=text, start=start)
         return self.steppers[key]
+
+
+def _is_computed_by(program: Program, step: int, graph: str) -> bool:
+    """Is the step left to the program, or computed by this compute graph?"""
+    return all(one.graph == graph for one in program.instructions if one.computes and step in one.steps)
 
 
 def _cloned(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

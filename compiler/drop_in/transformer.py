@@ -87,8 +87,9 @@ class AcceleratedTransformer(StandIn):
     def _answer(self, asked: Asked) -> Any:
         scheduler = self._scheduler()
         run = self._runs.run
-        if run is None or not run.goes_on(asked, at_start=scheduler is not None and at_start(scheduler)):
-            run = self._runs.run = Run.begun(*self._choose(asked, scheduler), asked)
+        begins = scheduler is not None and at_start(scheduler)
+        if run is None or not run.goes_on(asked, at_start=begins):
+            run = self._runs.run = Run.begun(*self._choose(asked, scheduler), asked, at_start=begins)
         self._check_weights(run)
         try:
             velocity = run.answer(asked, self._graph, self._runs.open)

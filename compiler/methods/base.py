@@ -78,6 +78,8 @@ class Method(ABC):
     def table(self, schedule: Schedule, sigmas: Array, parameters: Parameters | None) -> Table:
         """The numbers for ``schedule`` on noise levels ``sigmas`` [T + 1]. Pure.
 
+        A schedule may begin at a later step: nothing before ``schedule.start`` was computed or forecast.
+
         Raises:
             InputError: the schedule does not fit the method.
         """
@@ -85,6 +87,11 @@ class Method(ABC):
     def calibrate(self, calibration: Calibration, schedule: Schedule) -> Parameters:
         """Parameters from calibration runs, for :meth:`table` with the same schedule."""
         raise PredictorError(f"method {self.name!r} has nothing to calibrate; compile it as it is")
+
+    @property
+    def is_pure(self) -> bool:
+        """Are its numbers made of a schedule alone, so that there are some for any?"""
+        return not (self.needs_training or self.needs_calibration)
 
     @classmethod
     def read_released(cls, paths: Sequence[Path], options: Mapping[str, str]) -> Released:

@@ -51,7 +51,7 @@ class FoCa(TableMethod):
         unit = np.eye(len(schedule.compute))
         values = np.zeros((schedule.num_steps, len(unit)))  # every step's value in terms of the computed features
         newest = -1
-        for step in range(schedule.num_steps):
+        for step in range(schedule.start, schedule.num_steps):
             if newest + 1 < len(unit) and step == schedule.compute[newest + 1]:
                 newest += 1
                 values[step] = unit[newest]

@@ -17,8 +17,8 @@ from cachec.compiler.methods.base import Method
 from cachec.compiler.methods.parameters import Parameters
 from cachec.compiler.planning.goals import Goal, budget_for_speedup, smallest_budget
 from cachec.compiler.planning.search import search_schedule
-from cachec.compiler.tables.coefficients import AdvanceTable, Table
-from cachec.compiler.tables.lower import lower
+from cachec.compiler.tables.coefficients import AdvanceTable
+from cachec.compiler.tables.lower import lower, with_starts
 from cachec.compiler.tables.sampling import Sampling
 from cachec.compiler.tables.schedule import Schedule
 from cachec.runtime.errors import InputError
@@ -157,16 +157,19 @@ class Planner:
     def _fit(self, goal: Goal, schedule: Schedule, fine: bool, *, draft: bool = False) -> LevelPlan:
         method, parameters = self._method.draft() if draft else self._method, self._parameters
         sampling = self._sampling(schedule.num_steps)
+        key = replace(self._key, steps=schedule.num_steps, sigmas_hash=hash_sigmas(sampling.sigmas), level=goal.level)
         if (
             not schedule.forecast and method.cut == "output" and parameters is None
         ):  # nothing is left to the method: the sampler's own steps
-            table: Table = AdvanceTable(schedule, sampling.moves[1:])
-        else:
-            if method.needs_calibration and parameters is None:  # none were given
-                parameters = method.calibrate(self._calibration(fine).of("fit"), schedule)
-            table = method.table(schedule, sampling.levels(method.cut), parameters)
-        key = replace(self._key, steps=schedule.num_steps, sigmas_hash=hash_sigmas(sampling.sigmas), level=goal.level)
-        return LevelPlan(goal, lower(table, key, sampling), fine)
+            return LevelPlan(goal, lower(AdvanceTable(schedule, sampling.moves[1:]), key, sampling), fine)
+        if method.needs_calibration and parameters is None:  # none were given
+            parameters = method.calibrate(self._calibration(fine).of("fit"), schedule)
+
+        def make(schedule: Schedule) -> Program:
+            return lower(method.table(schedule, sampling.levels(method.cut), parameters), key, sampling)
+
+        can_start_anywhere = method.is_pure and not draft
+        return LevelPlan(goal, with_starts(make, schedule, sampling) if can_start_anywhere else make(schedule), fine)
 
     def _calibration(self, fine: bool) -> Calibration:
         assert self._calibrations is not None

@@ -69,7 +69,7 @@ def compose(rows: Array, bias: Array, schedule: Schedule, *, feeds_back: bool) -
     index = {step: column for column, step in enumerate(schedule.compute)}
     full = np.zeros((num_steps, len(index)))  # every step's feature in terms of the computed ones
     offset = np.zeros(num_steps)
-    for step in range(num_steps):
+    for step in range(schedule.start, num_steps):
         if step in index:
             full[step, index[step]] = 1.0
             continue

@@ -1,8 +1,9 @@
 """Lowering: from a schedule and coefficients to a program with slots."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from cachec.runtime.errors import InputError
 from cachec.runtime.instructions import Advance, Compute, ComputePositive, Forecast, Instruction, Predict
 from cachec.runtime.program import Program, ProgramKey, composed
 from cachec.runtime.specs import Array
+from cachec.runtime.starts import Start
 
 NO_TAIL = (
     "on the hidden cut forecasts are made by the tail of one transformer, and the model has two: "
@@ -25,12 +27,13 @@ NOTHING = 1e-9  # a weight of rounding: what it weighs need not be there
 
 
 def lower(table: ForecastTable | AdvanceTable, key: ProgramKey, sampling: Sampling) -> Program:
-    """A program of the cut that the table is of.
+    """A program of the cut that the table is of, which begins where its schedule does.
 
     Raises:
         InputError: steps compute one branch of guidance, of a request without, or on the hidden cut.
     """
     table.schedule.check_conditional("hidden" if isinstance(table, ForecastTable) else "output", guided=key.guided)
+    key = replace(key, start_step=table.schedule.start)
     if isinstance(table, ForecastTable):
         return lower_table(table, key, sampling)
     return lower_advance(table, key, sampling)
@@ -52,7 +55,7 @@ def lower_table(table: ForecastTable, key: ProgramKey, sampling: Sampling) -> Pr
     coefficients = np.zeros((*table.coefficients.shape[:2], max(len(row_of), 1)))
     instructions: list[Instruction] = []
     run: list[int] = []  # forecast steps since the last computed one
-    for step in range(schedule.num_steps):
+    for step in range(schedule.start, schedule.num_steps):
         slots.release(last_read, step)
         if run and step in row_of:
             instructions.append(Forecast(tuple(run), slots.capacity))
@@ -77,7 +80,7 @@ def lower_predictor(schedule: Schedule, window: int, *, feeds_back: bool, key: P
         last_read.update(dict.fromkeys(history, step))
     slots = _Slots()
     instructions: list[Instruction] = []
-    for step in range(schedule.num_steps):
+    for step in range(schedule.start, schedule.num_steps):
         if step not in histories:
             slots.release(last_read, step)
             instructions.append(Compute(step, slots.assign(step) if step in last_read else None))
@@ -87,7 +90,20 @@ def lower_predictor(schedule: Schedule, window: int, *, feeds_back: bool, key: P
         slot = slots.assign(step) if step in last_read else None
         instructions.append(Predict(step, sources, slot))
     coefficients = np.zeros((schedule.num_steps, 1, slots.capacity))
+    key = replace(key, start_step=schedule.start)
     return _hidden(key, instructions, slots.capacity, sampling, coefficients, np.zeros(schedule.num_steps))
+
+
+def with_starts(make: Callable[[Schedule], Program], schedule: Schedule, sampling: Sampling) -> Program:
+    """What ``make`` gives for the schedule, and its numbers for runs that begin at a later step, which it is asked for again.
+
+    A sampler that looks back takes other steps where it begins anew, of which nothing is known here: then there are none.
+    """
+    whole = make(schedule)
+    if sampling.euler is None or not schedule.forecast:
+        return whole
+    starts = {step: Start.of(make(schedule.after(step)), whole) for step in range(1, schedule.num_steps)}
+    return replace(whole, starts=starts)
 
 
 def lower_uncached(key: ProgramKey, sampling: Sampling) -> Program:
@@ -120,7 +136,7 @@ def lower_advance(table: AdvanceTable, key: ProgramKey, sampling: Sampling) -> P
     slots, numbers = {VELOCITY: num}, {"rows_out": _answers(rows, schedule, sampling), "share_out": np.zeros(key.steps)}
     if sampling.rows is not None:
         numbers["shares"] = np.ones(key.steps)
-        numbers["shares"][list(schedule.compute)] = sampling.shares[ends]
+        numbers["shares"][list(schedule.compute)] = sampling.shares[ends] / sampling.shares[schedule.start]
     if schedule.conditional:
         slots[PAIR] = 1
         numbers["pair_rows"], numbers["pair_shares"] = np.zeros((key.steps, 2, 1)), np.zeros(key.steps)
@@ -220,7 +236,7 @@ def _program(
     **numbers: Array,
 ) -> Program:
     """``coefficients`` [T, G, S]; with ``rows_out`` [T, S], of the one group, it is a program of the output cut."""
-    arrays = {name: np.ascontiguousarray(value, np.float32) for name, value in numbers.items()}
+    arrays: dict[str, Any] = {name: np.ascontiguousarray(value, np.float32) for name, value in numbers.items()}
     rows_out = arrays.pop("rows_out", None)
     return Program(
         key=key,

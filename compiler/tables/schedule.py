@@ -13,18 +13,22 @@ from cachec.runtime.errors import InputError, shortened
 class Schedule:
     """``compute`` lists the computed steps of ``num_steps``; all others are forecast.
 
-    ``conditional``: those of them that run the positive branch of guidance only.
+    ``conditional``: those of them that run the positive branch of guidance only. ``start``: the step that a run begins at; none
+    before it is made.
     """
 
     num_steps: int
     compute: tuple[int, ...]
     conditional: tuple[int, ...] = ()
+    start: int = 0
 
     def __post_init__(self) -> None:
         if self.num_steps < 1:
             raise InputError(f"steps is {self.num_steps}; it must be at least 1")
-        if not self.compute or self.compute[0] != 0:
-            raise InputError(f"schedule {list(self.compute)} must start at step 0: the first step has nothing to forecast from")
+        if not self.compute or self.compute[0] != self.start:
+            raise InputError(
+                f"schedule {list(self.compute)} must start at step {self.start}: the first step has nothing to forecast from"
+            )
         if any(later <= earlier for earlier, later in pairwise(self.compute)):
             raise InputError(f"schedule {list(self.compute)} must be sorted, each step once")
         if self.compute[-1] >= self.num_steps:
@@ -63,7 +67,12 @@ class Schedule:
     def forecast(self) -> tuple[int, ...]:
         """The steps that are not computed."""
         computed = set(self.compute)
-        return tuple(step for step in range(self.num_steps) if step not in computed)
+        return tuple(step for step in range(self.start, self.num_steps) if step not in computed)
+
+    def after(self, start: int) -> "Schedule":
+        """For runs that begin at step ``start``, which is computed whole; what comes behind stays as it is."""
+        compute, conditional = (tuple(step for step in steps if step > start) for steps in (self.compute, self.conditional))
+        return Schedule(self.num_steps, (start, *compute), conditional, start)
 
     def history(self, step: int, window: int, *, feeds_back: bool) -> tuple[int, ...]:
         """Which ``window`` steps a forecast of ``step`` looks at, newest first.
@@ -71,7 +80,7 @@ class Schedule:
         With ``feeds_back`` the history holds every earlier step, computed or forecast; else the computed ones. Where it is
         shorter than the window, its oldest entry is repeated.
         """
-        past = range(step - 1, -1, -1) if feeds_back else [s for s in reversed(self.compute) if s < step]
+        past = range(step - 1, self.start - 1, -1) if feeds_back else [s for s in reversed(self.compute) if s < step]
         entries = list(past)[:window]
         return tuple(entries + [entries[-1]] * (window - len(entries)))
 

@@ -98,6 +98,42 @@ def test_image_to_image_is_right(accelerated, plain, strength, every):
     assert error(got, wanted) < EXACT
 
 
+def repeating(transformer, cut, branches):
+    """The untouched transformer, which at the second of three steps has what was kept at the first."""
+    calls = []
+
+    def before(_, args):
+        calls.append(args)
+        return (calls[len(calls) - 1 - branches][0], *args[1:]) if branches < len(calls) <= 2 * branches else None
+
+    def behind(_, args, output):
+        calls.append(output)
+        return calls[len(calls) - 1 - branches] if branches < len(calls) <= 2 * branches else None
+
+    if cut == "hidden":
+        transformer.norm_out.register_forward_pre_hook(before)
+    else:
+        transformer.register_forward_hook(behind)
+    return transformer
+
+
+@BOTH
+@pytest.mark.parametrize("guided", [{}, GUIDED], ids=["one branch", "both branches"])
+def test_image_to_image_is_forecast_by_numbers_for_its_beginning(accelerated, plain, cut, guided):
+    """Whole runs compute steps 0, 1 and 3; one that begins at step 1 computes 1 and 3, and so do its branches of guidance."""
+    image = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(5))
+    given = {"image": image, "strength": 0.75, "guidance_scale": 3.5, **guided}
+    pipeline = accelerated(cut)
+    run(pipeline)
+    other = with_parts(pipeline, pipeline.transformer, FluxImg2ImgPipeline)
+    got = run(other, **given)
+    begun = pipeline.transformer._runs.steppers.values()
+    assert [one.program.compute_steps for one in begun] == [(1, 3)] * (2 if guided else 1)
+    wanted = run(with_parts(plain, repeating(plain.transformer, cut, len(begun)), FluxImg2ImgPipeline), **given)
+    assert error(got, wanted) < EXACT
+    np.testing.assert_array_equal(run(other, **given), got)
+
+
 def test_image_to_image_does_not_go_on_from_a_run_that_was_dropped(accelerated, plain):
     def stop(pipeline, step, timestep, given):
         if step == 1:

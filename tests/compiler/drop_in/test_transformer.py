@@ -27,7 +27,7 @@ def with_program(pipeline, compiled, cut, change):
     made = compiled(cut, every=False)
     program, engines = change(made.forms[0].program), compiled(cut, every="engines")
     form = replace(
-        made.forms[0], program=program, open=lambda batch, text: Stepper(engines, program, made.model.io, batch=batch)
+        made.forms[0], program=program, open=lambda batch, text, start: Stepper(engines, program, made.model.io, batch=batch)
     )
     pipeline.transformer = AcceleratedTransformer(pipeline.transformer.original, pipeline, replace(made, forms=[form]))
     return pipeline
