@@ -2,7 +2,7 @@
 
 import json
 import signal
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from click.core import ParameterSource
 from cachec.compiler.commands.flags import declared_flags, parse_pairs, several
 from cachec.compiler.commands.groups import Group
 from cachec.compiler.commands.messages import set_up_messages, talking
-from cachec.compiler.options import BuildWish, make_build_options
+from cachec.compiler.options import BuildWish, Command, make_build_options
 from cachec.runtime.errors import need
 from cachec.runtime.version import VERSION
 from cachec.serving.flags import serve_flags
@@ -41,6 +41,14 @@ def start() -> None:
 
 
 _force = click.option("--force", is_flag=True, help="Replace the output if it exists.")
+
+
+def _from_model(name: Command, made: str) -> Callable[[Any], Any]:
+    """A command that makes something of MODEL, with the flags that are declared for it."""
+    out = click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help=made)
+    return several(main.command(name), talking, click.argument("model"), out, declared_flags(name), _force)
+
+
 _num = click.option("--num", type=int, default=32, show_default=True, help="How many of the prompts.")
 _run_options = several(
     click.option("--size", metavar="WxH[xF]", help="One that BUNDLE was compiled for, as 832x1216; default its first."),
@@ -140,13 +148,8 @@ def add_weights_command(bundle: Path, loras: tuple[str, ...], **rest: Any) -> No
     _table(add_weights(bundle, loras, **rest))
 
 
-@main.command("encode")
-@talking
-@click.argument("model")
-@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Conditions file (safetensors).")
+@_from_model("encode", "Conditions file (safetensors).")
 @_num
-@declared_flags("encode")
-@_force
 def encode_command(model: str, out: Path, num: int, force: bool, **given: Any) -> None:
     """Encode prompts by MODEL's text encoders, for cachec calibrate on a machine that has a bundle only."""
     from cachec.compiler.commands.encode import encode_to_file
@@ -191,17 +194,20 @@ def calibrate_command(source: str, out: Path, **given: Any) -> None:
     _table(calibrate_to_file(source, out, **_said(given)))
 
 
-@main.command("train")
-@talking
-@click.argument("model")
-@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Predictor file (safetensors).")
-@declared_flags("train")
-@_force
+@_from_model("train", "Predictor file (safetensors).")
 def train_command(model: str, out: Path, force: bool, **given: Any) -> None:
     """Train a method's predictor for MODEL. Interrupted, the same command goes on where it was."""
     from cachec.compiler.commands.train import train_to_file
 
     _table(train_to_file(model, out, force=force, **given))
+
+
+@_from_model("distill", "Directory of the distilled pipeline.")
+def distill_command(model: str, out: Path, force: bool, **given: Any) -> None:
+    """Distil MODEL into one of few steps without guidance, by Restricted MeanFlow. Interrupted, it goes on where it was."""
+    from cachec.compiler.commands.distill import distill_to_directory
+
+    _table(distill_to_directory(model, out, force=force, **given))
 
 
 @main.command("import")
@@ -223,9 +229,7 @@ def import_command(method: str, files: tuple[Path, ...], out: Path, **given: Any
 @talking
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("-p", "--prompt", "prompts", multiple=True, required=True, help="Prompt; may be given several times.")
-@click.option(
-    "-o", "--out", type=click.Path(path_type=Path), required=True, help="PNG file; of a video MP4, or an animated PNG."
-)
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="PNG; of a video MP4, or an animated PNG.")
 @click.option("--level", help="Quality level: cachec inspect lists them; default the bundle's first.")
 @click.option("--negative-prompt", "negative", help="What guidance leads away from; default no text.")
 @click.option("--guidance", type=float, help="Guidance scale; default the bundle's.")
@@ -242,8 +246,7 @@ def run_command(bundle: Path, prompts: tuple[str, ...], out: Path, source: str |
     """Make pictures with BUNDLE. Several prompts make several files, numbered."""
     from cachec.compiler.commands.run import generate_pictures
 
-    rows = generate_pictures(bundle, prompts, out, source=source, **rest)
-    _table(rows)
+    _table(generate_pictures(bundle, prompts, out, source=source, **rest))
 
 
 @main.command("pull")
@@ -299,9 +302,7 @@ _evaluation_options = several(
 @_evaluation_options
 @declared_flags("eval")
 @click.option("--num", default=32, show_default=True, help="How many prompts.")
-@click.option(
-    "--json", "json_file", type=click.Path(path_type=Path), help="Write the table here, too; interrupted, it goes on."
-)
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write it here, too; interrupted, it goes on.")
 @click.option("--force", is_flag=True, help="Replace the JSON file if it exists.")
 def eval_command(bundle: Path, json_file: Path | None, force: bool, **rest: Any) -> None:
     """Measure every level of BUNDLE beside the uncached run, other methods, and plain solvers.
@@ -329,8 +330,7 @@ def report_command(bundle: Path, out: Path, **rest: Any) -> None:
     from cachec.compiler.commands.report import report_bundle
     from cachec.compiler.evaluation.words import headline
 
-    report = report_bundle(bundle, out, **rest)
-    _table([("report", str(out)), ("result", headline(report))])
+    _table([("report", str(out)), ("result", headline(report_bundle(bundle, out, **rest)))])
 
 
 @main.command("serve")
@@ -358,8 +358,7 @@ def inspect_command(bundle: Path, as_json: bool) -> None:
     fits = [fit.in_words + fit.batches_in_words for fit in map(find_fit, opened.manifest.targets)]
     if as_json:
         programs = {level: opened.program(level).to_json() for level in opened.manifest.programs}
-        manifest = opened.manifest.to_json()
-        click.echo(json.dumps({"manifest": manifest, "programs": programs, "fits": fits}, indent=1))
+        click.echo(json.dumps({"manifest": opened.manifest.to_json(), "programs": programs, "fits": fits}, indent=1))
         return
     _table(describe_bundle(opened, fits))
 

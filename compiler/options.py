@@ -16,10 +16,10 @@ from cachec.runtime.build_options import BuildOptions
 from cachec.runtime.errors import InputError, unknown_name
 from cachec.runtime.variants import PictureSize
 
-Command = Literal["compile", "train", "calibrate", "eval", "encode", "plan", "add-target"]
+Command = Literal["compile", "train", "distill", "calibrate", "eval", "encode", "plan", "add-target"]
 
 RUNS: tuple[Command, ...] = ("train", "calibrate", "plan")  # besides compile, for options of whole runs
-SIZES: tuple[Command, ...] = (*RUNS, "encode")  # and for those of what goes in
+SIZES: tuple[Command, ...] = (*RUNS, "distill", "encode")  # and for those of what goes in
 BY_PROMPT: tuple[Command, ...] = ("train", "calibrate", "eval")  # what runs many prompts that know nothing of each other
 
 
@@ -131,9 +131,11 @@ class FitWish:
     """What methods are fitted to, and how good they must be."""
 
     prompts: Path | None = option(
-        None, "Training and calibration prompts, one a line; a default list ships.", also=("train", "calibrate", "encode")
+        None,
+        "Training and calibration prompts, one a line; a default list ships.",
+        also=("train", "distill", "calibrate", "encode"),
     )
-    seed: int = option(0, "Of the noise that fits and searches see.", also=("train", "calibrate"))
+    seed: int = option(0, "Of the noise that fits and searches see.", also=("train", "distill", "calibrate"))
     predictor: Path | None = option(None, "Trained predictor file, from cachec train.")
     calibration: Path | None = option(None, "File from cachec calibrate; default: made now.")
     reference_steps: int | None = option(None, "Fit to a finer run with so many steps.", also=("calibrate",))
@@ -157,7 +159,7 @@ class BuildWish:
     static: bool = option(False, "A set of engines for each size, where one could serve all.")
     device: str | None = option(
         None, "cpu, cuda or cuda:1: run the model and measure there, aoti builds for it; default cpu, or cuda for its targets.",
-        also=("train", "calibrate"),
+        also=("train", "distill", "calibrate"),
     )  # fmt: skip
     strip_weights: bool = option(
         False, "TensorRT: engines without weights, which the bundle then has once.", also=("add-target",)
@@ -190,6 +192,24 @@ class WorkersWish:
 
 
 @dataclass(frozen=True)
+class DistillWish:
+    """What a student is to be like, and how it is trained."""
+
+    distilled_steps: int = option(8, "Steps that the student is to take.", "--steps", only=("distill",))
+    teacher_steps: int | None = option(None, "Steps of the model's own runs; default from the model.", only=("distill",))
+    restrict: float = option(
+        0.2, "The longest interval that it learns, of the noise levels from 1 to 0; 1 is plain MeanFlow.", only=("distill",)
+    )
+    updates: int = option(2000, "How often its weights are changed.", only=("distill",))
+    distilled_batch: int = option(4, "Samples of an update.", "--batch", only=("distill",))
+    rate: float = option(1e-4, "Learning rate.", only=("distill",))
+    derivative: str = option(
+        "exact", "Along the flow: exact, or difference, for models without rules for it or with little memory.",
+        only=("distill",),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
 class GraphWish:
     """What the graphs are like."""
 
@@ -211,6 +231,7 @@ class Options:
     build: BuildWish = BuildWish()
     graph: GraphWish = GraphWish()
     workers: WorkersWish = WorkersWish()
+    distill: DistillWish = DistillWish()
 
 
 def declared(command: Command) -> Iterator[tuple[str, Field[Any], Any]]:

@@ -142,11 +142,13 @@ class Binding:
         for buffer in self._noises:
             self.device.upload(adopted, buffer)
 
-    def take_numbers(self, *, coefficients: Array | None = None, timesteps: Array | None = None) -> None:
+    def take_numbers(
+        self, *, coefficients: Array | None = None, timesteps: Array | None = None, targets: Array | None = None
+    ) -> None:
         """Let the calls read other rows or told times than the program's, or its own again. Nothing is bound anew."""
-        others = coefficients is not None or timesteps is not None
+        others = any(one is not None for one in (coefficients, timesteps, targets))
         if others or self._others:
-            plan = self._plan(self._program.with_numbers(coefficients=coefficients, timesteps=timesteps))
+            plan = self._plan(self._program.with_numbers(coefficients=coefficients, timesteps=timesteps, targets=targets))
             self.device.upload(constant_data(plan, self._layout), self._constants)
         self._others = others
 

@@ -245,10 +245,13 @@ class Program:
             return 1.0, np.diff(self.sigmas)[list(steps)]
         return composed(self.carry[list(steps)], self.gain[list(steps)])
 
-    def with_numbers(self, *, coefficients: Array | None = None, timesteps: Array | None = None) -> "Program":
+    def with_numbers(
+        self, *, coefficients: Array | None = None, timesteps: Array | None = None, targets: Array | None = None
+    ) -> "Program":
         """The same instructions with other rows or told times, which are not checked: closed loops try many."""
         other = copy.copy(self)
-        for name, value in (("coefficients", coefficients), ("timesteps", timesteps)):
+        others = {"coefficients": coefficients, "timesteps": timesteps, "target_timesteps": targets}
+        for name, value in others.items():
             if value is not None:
                 object.__setattr__(other, name, np.ascontiguousarray(value, np.float32))
         return other

@@ -31,7 +31,7 @@ ROOMS = (
     ("graphs", "options", "stand_in", "cache_configs"),
     ("calibration", "drop_in"),
     ("handed",),
-    ("methods",),
+    ("methods", "distillation"),
     ("planning",),
     ("evaluation",),
     ("request",),

@@ -8,11 +8,14 @@ from toy import TOKENS, WIDTH, ToyDiT
 from toy_bundle import IO, KEY, SIGMAS, STEPS
 from toy_model import SETTINGS, ToyModel, ToyPipeline
 
+from cachec.compiler.calibration.engine_evaluator import EngineEvaluator
+from cachec.compiler.calibration.graph_evaluator import GraphEvaluator
+from cachec.compiler.calibration.runs import run_uncached
 from cachec.compiler.graphs.build_engines import LooseSources
 from cachec.compiler.graphs.export import plan_engines
-from cachec.compiler.graphs.prepare import engine, with_blocks
+from cachec.compiler.graphs.prepare import engine, linear, prepare, with_blocks
 from cachec.compiler.models.blocks import CACHED, BlockPredictor, KeepingTransformer, PredictingTransformer
-from cachec.compiler.tables.lower import lower_predictor
+from cachec.compiler.tables.lower import lower_predictor, lower_uncached
 from cachec.compiler.tables.sampling import Sampling
 from cachec.compiler.tables.schedule import Schedule
 from cachec.engines import get_builder
@@ -93,3 +96,25 @@ def test_a_program_tells_both(made, tmp_path):
             velocity = predicting(**given, **{CACHED: tokens})
         x = x + (SIGMAS[step + 1] - SIGMAS[step]).item() * velocity
     np.testing.assert_allclose(got, x.numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_evaluators_tell_both(made, tmp_path):
+    """Uncached runs on graphs and on engines, as they are played: whoever is asked tells where each step ends."""
+    model = made[0]
+    split = prepare(model, SETTINGS)
+    graphs = engine(linear(split), IO)
+    builder, plans = get_builder("eager"), plan_engines(graphs, model.example_inputs(SETTINGS), "latents", STEPS)
+    sources = LooseSources(plans, tmp_path)
+    engines = builder.engine.load(builder.build(sources, tmp_path, device=HOST), sources.signatures, LoadOptions(HOST))
+    noise = make_noise(1, (TOKENS, WIDTH))[None]
+    conditions = {"prompt": np.random.default_rng(1).standard_normal((1, WIDTH)).astype(np.float32)}
+    evaluators = GraphEvaluator(split, IO), EngineEvaluator(engines, IO)
+    wanted = evaluators[0].play(lower_uncached(KEY, SAMPLING), noise, conditions)
+    for evaluator in evaluators:
+        *_, last = run_uncached(evaluator, SAMPLING, noise, conditions)
+        np.testing.assert_allclose(last.latents, wanted, rtol=1e-4, atol=1e-5)
+        given = {**conditions, **SAMPLING.told_besides(2, 1)}
+        velocity, feature = evaluator.evaluate(noise, SIGMAS[2], given)
+        np.testing.assert_allclose(evaluator.tail(feature, SIGMAS[2], given), velocity, rtol=1e-4, atol=1e-5)
+        other = evaluator.evaluate(noise, SIGMAS[2], {**conditions, **SAMPLING.told_besides(5, 1)})[0]
+        assert np.abs(other - velocity).max() > 1e-3

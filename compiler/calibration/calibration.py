@@ -105,14 +105,15 @@ class Calibration:
         return latents
 
     def velocities(self, x: Array, timestep: float, step: int) -> Array:
-        """Velocities [P, …] of the whole model at latents ``x`` [P, …]; ``step`` is for messages.
+        """Velocities [P, …] of the whole model at latents ``x`` [P, …]; ``step`` is of this grid.
 
         Raises:
             InputError: they are not finite.
         """
 
         def velocity(rows: slice) -> Array:
-            return self.evaluator.evaluate(x[rows], timestep, self._conditions(rows))[0]
+            besides = self.sampling.told_besides(step, len(x[rows]))
+            return self.evaluator.evaluate(x[rows], timestep, {**self._conditions(rows), **besides})[0]
 
         return self._in_chunks(velocity, step)
 

@@ -21,8 +21,11 @@ from cachec.runtime.abi import (
     MAX_BATCH,
     NEGATIVE,
     POSITIVE,
+    PROLOGUE,
+    TARGET_TIMESTEP,
     VELOCITY,
     negative_name,
+    timesteps_of,
 )
 from cachec.runtime.binding import Binding
 from cachec.runtime.device import CPU
@@ -53,6 +56,8 @@ class EngineEvaluator(Evaluator):
         self.device, self.precision, self.max_batch = device, precision, max_batch
         forecast = engines.get(FORECAST)
         self._has_tail = forecast is not None and FEATURES in {spec.name for spec in forecast.signature.inputs}
+        first = {spec.name for name in (PROLOGUE, COMPUTE) if name in engines for spec in engines[name].signature.inputs}
+        self._told_twice = bool(first & {TARGET_TIMESTEP, timesteps_of(COMPUTE, second=True)})
         self._guide: ExecutionContext | None = None
         self._played: Program | None = None
         self._sessions: dict[int, Session] = {}
@@ -89,10 +94,10 @@ class EngineEvaluator(Evaluator):
 
     def _evaluate(self, x: Array, t: Time, conditions: Conditions) -> tuple[Array, Array]:
         binding = self._bound(len(x))
-        binding.take(conditions)
+        binding.take(_given(conditions))
         compute, velocities, features = binding.operations[0], [], []
-        for told, rows in _by_time(t, len(x)):
-            self._tell(binding, told)
+        for told, rows in _by_time(t, conditions, len(x)):
+            self._tell(binding, *told)
             binding.take_latents(x)
             compute.call.run()
             velocities.append((rows, binding.device.download(compute.velocities[0])))
@@ -109,11 +114,11 @@ class EngineEvaluator(Evaluator):
 
     def _tail(self, feature: Array, t: Time, conditions: Conditions) -> Array:
         binding = self._bound(len(feature))
-        binding.take(conditions)
+        binding.take(_given(conditions))
         binding.device.upload(np.ascontiguousarray(feature[None]), binding.slots[FEATURE])
         forecast, velocities = binding.operations[1], []
-        for told, rows in _by_time(t, len(feature)):
-            self._tell(binding, told)
+        for told, rows in _by_time(t, conditions, len(feature)):
+            self._tell(binding, *told)
             forecast.call.run()
             velocities.append((rows, binding.device.download(forecast.velocities[0])))
         return _joined(velocities)
@@ -134,7 +139,9 @@ class EngineEvaluator(Evaluator):
     def _both(self, conditions: Conditions) -> dict[str, Array]:
         """Those of the negative branch, then those of the positive one: the engines take both as rows of one batch."""
         names = self._io.conditions
-        return {name: np.concatenate([conditions[negative_name(name)], conditions[name]]) for name in names}
+        both = {name: np.concatenate([conditions[negative_name(name)], conditions[name]]) for name in names}
+        told = [conditions[TARGET_TIMESTEP]] * 2 if TARGET_TIMESTEP in conditions else []
+        return {**both, TARGET_TIMESTEP: np.concatenate(told)} if told else both
 
     def _combined(self, velocity: Array, scale: Array) -> Array:
         """One velocity [B, …] of the branches' [2 B, …], by the engine that combines them."""
@@ -152,17 +159,18 @@ class EngineEvaluator(Evaluator):
 
     def _bound(self, batch: int) -> Binding:
         if batch not in self._bindings:
-            program = _probe(self._has_tail)
+            program = _probe(self._has_tail, told_twice=self._told_twice)
             self._bindings = {batch: Binding(self._engines, program, self._io, batch=batch, for_sampler=True)}
         return self._bindings[batch]
 
-    def _tell(self, binding: Binding, t: float) -> None:
-        binding.take_numbers(timesteps=np.full(2, t, np.float32))
+    def _tell(self, binding: Binding, t: float, target: float | None) -> None:
+        targets = None if target is None else np.full(2, target, np.float32)
+        binding.take_numbers(timesteps=np.full(2, t, np.float32), targets=targets)
         if binding.prologue is not None:
             binding.prologue.run()
 
 
-def _probe(forecasts: bool) -> Program:
+def _probe(forecasts: bool, *, told_twice: bool) -> Program:
     """One computed step, whose feature is kept, and one forecast that repeats it: the whole model, and its tail."""
     sigmas = np.array([1.0, 0.5, 0.0], np.float32)
     second: Instruction = Forecast((1,), 1) if forecasts else Compute(1)
@@ -174,13 +182,24 @@ def _probe(forecasts: bool) -> Program:
         timesteps=sigmas[:-1],
         coefficients=np.array([[[0.0]], [[1.0]]], np.float32),
         bias=np.zeros(2, np.float32),
+        target_timesteps=sigmas[1:] if told_twice else None,
     )
 
 
-def _by_time(t: Time, batch: int) -> list[tuple[float, Array]]:
-    """The different times that are told, and which rows of the batch each is for: a program tells all rows the same."""
-    times = np.broadcast_to(np.asarray(t, np.float64), (batch,))
-    return [(float(told), np.flatnonzero(times == told)) for told in np.unique(times)]
+def _by_time(t: Time, conditions: Conditions, batch: int) -> list[tuple[tuple[float, float | None], Array]]:
+    """The different times that are told, and which rows of the batch each is for: a program tells all rows the same.
+
+    Each with the second time of a flow map, if there is one.
+    """
+    times = np.broadcast_to(np.asarray(t, np.float64), (batch,)).tolist()
+    targets = conditions[TARGET_TIMESTEP].tolist() if TARGET_TIMESTEP in conditions else [None] * batch
+    told = list(zip(times, targets, strict=True))
+    return [(one, np.array([row for row, other in enumerate(told) if other == one])) for one in dict.fromkeys(told)]
+
+
+def _given(conditions: Conditions) -> dict[str, Array]:
+    """What a request brings: all but the second time, which Programs tell."""
+    return {name: value for name, value in conditions.items() if name != TARGET_TIMESTEP}
 
 
 def _twice(t: Time) -> Time:

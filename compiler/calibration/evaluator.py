@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
 
 Time = float | Array  # what the model is told: one number for all, or one each [B]
-Conditions = Mapping[str, Array]  # by name, each [B, …]
+Conditions = Mapping[str, Array]  # by name, each [B, …]; the second time of flow maps is one of them (``told_besides``)
 Numbers = Array | None  # in place of a Program's own, where given
 
 

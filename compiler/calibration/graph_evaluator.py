@@ -32,6 +32,7 @@ from cachec.runtime.abi import (
     POSITIVE,
     SIGMAS,
     STEP,
+    TARGET_TIMESTEP,
     VELOCITY,
     history_name,
     history_window,
@@ -178,6 +179,7 @@ class GraphEvaluator(Evaluator):
         scale = conditions.get(GUIDANCE)
         if scale is None:
             return {**given, **conditions}, None
+        given = {**given, **{name: conditions[name] for name in (TARGET_TIMESTEP,) if name in conditions}}
         both = {name: torch.cat([conditions[negative_name(name)], conditions[name]]) for name in self._io.conditions}
         return {**{name: torch.cat([value, value]) for name, value in given.items()}, **both}, scale
 
@@ -241,20 +243,25 @@ class _Loop:
         elif not instruction.rows:
             (step,) = instruction.steps
             history = self._history(step, instruction.reads[FEATURE])
-            self._keep(instruction, *self._evaluator._predict(history, self.latents, self._told(step), self._conditions))
+            self._keep(instruction, *self._evaluator._predict(history, self.latents, self._told(step), self._given(step)))
         elif instruction.graph == ADVANCE:
             self._advance(instruction)
         else:
             for step in instruction.rows:
                 kept = self._weighted(instruction, step, FEATURE) + self._bias[step]
                 feature = self._evaluator._decode(kept, self._conditions.get(GUIDANCE))
-                velocity = self._evaluator._tail(feature, self._told(step), self._conditions)
+                velocity = self._evaluator._tail(feature, self._told(step), self._given(step))
                 self._keep_velocity(instruction, step, velocity)
 
     def _compute(self, instruction: Instruction, step: int, *, both: bool) -> None:
         """Run the model: on ``both`` branches, or all that there are; or on the positive one, and forecast the other."""
         evaluator, scale = self._evaluator, self._conditions.get(GUIDANCE)
-        known = self._conditions if both else {name: self._conditions[name] for name in evaluator._io.conditions}
+        given = self._given(step)
+        known = (
+            given
+            if both
+            else {name: value for name, value in given.items() if name in (*evaluator._io.conditions, TARGET_TIMESTEP)}
+        )
         velocity, feature = evaluator._answer(self.latents, self._told(step), known, instruction.graph)
         for slot in instruction.writes.get(PAIR, ()):
             self._slots[PAIR, slot] = velocity
@@ -315,6 +322,13 @@ class _Loop:
 
     def _told(self, step: int) -> torch.Tensor:
         return _told(self._timesteps[step], self._noise)
+
+    def _given(self, step: int) -> Tensors:
+        """The conditions, and the second time that flow maps are told."""
+        targets = self._program.target_timesteps
+        if targets is None:
+            return self._conditions
+        return {**self._conditions, TARGET_TIMESTEP: _told(targets[step], self._noise)}
 
 
 def _side_by_side(feature: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:

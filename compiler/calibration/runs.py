@@ -117,7 +117,7 @@ def run_uncached(evaluator: Evaluator, sampling: Sampling, noise: Array, conditi
     """The steps of plain sampling, every one computed, as its sampler takes them."""
     x, velocities = noise, list[Array]()
     for step, t in enumerate(sampling.timesteps):
-        velocity, feature = evaluator.evaluate(x, t, conditions)
+        velocity, feature = evaluator.evaluate(x, t, {**conditions, **sampling.told_besides(step, len(x))})
         if sampling.euler is None:
             velocities.append(velocity)
             x = sampling.latents(noise, velocities)

@@ -184,7 +184,7 @@ def _solver_program(name: str, model: LoadedModel, settings: Settings, key: Prog
             f"--against {name}: it is a solver for flows, and {model.sampler} is none; {PLAIN} takes fewer steps of it"
         )
     table = AdvanceTable(Schedule(num_steps, tuple(range(num_steps))), solver_rows(name, plain.sigmas.astype(np.float64)))
-    return lower(table, plain.key, Sampling(plain.sigmas, plain.timesteps))
+    return lower(table, plain.key, Sampling(plain.sigmas, plain.timesteps, targets=plain.target_timesteps))
 
 
 def _trained(entry: Entry, method: Method, model: LoadedModel, settings: Settings) -> tuple[Schedule, Parameters]:

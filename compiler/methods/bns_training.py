@@ -52,7 +52,8 @@ def _loss(calibration: Calibration, schedule: Schedule, rows: torch.Tensor, time
     x, velocities = noise, []
     shares = [float(calibration.sampling.shares[node]) for node in (*schedule.compute[1:], schedule.num_steps)]
     for i, timestep in enumerate(timesteps):
-        velocities.append(calibration.evaluator.evaluate_with_gradients(x, timestep, conditions)[0])
+        besides = {name: there(value) for name, value in calibration.sampling.told_besides(schedule.compute[i], len(x)).items()}
+        velocities.append(calibration.evaluator.evaluate_with_gradients(x, timestep, {**conditions, **besides})[0])
         moved = torch.stack([weight * v for weight, v in zip(rows[i], velocities, strict=False)]).sum(0)
         x = shares[i] * (noise + moved)
     error = (x - reference).flatten(1).square().mean(dim=1)

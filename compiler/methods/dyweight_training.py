@@ -78,7 +78,8 @@ def _loss(calibration: Calibration, schedule: Schedule, theta: torch.Tensor, sca
     now = levels[0]
     for i, end in enumerate(ends):
         timestep = scales[i] * _told(now, levels, told)
-        velocities.append(calibration.evaluator.evaluate_with_gradients(x, timestep, conditions)[0])
+        besides = {name: there(value) for name, value in sampling.told_besides(schedule.compute[i], len(x)).items()}
+        velocities.append(calibration.evaluator.evaluate_with_gradients(x, timestep, {**conditions, **besides})[0])
         move = float(sampling.clock[end]) - now
         moved = moved + move * torch.stack([theta[i, j] * v for j, v in enumerate(velocities)]).sum(0)
         x = float(sampling.shares[end]) * (noise + moved)

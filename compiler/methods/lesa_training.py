@@ -61,7 +61,7 @@ class LesaTrainer:
         self.predictor = LesaPredictor(data.schedule.num_steps).to(self._device)
         self.state = TrainingState()
         self._best = self._weights()
-        self._evaluator, self._timesteps = data.evaluator, data.sampling.timesteps
+        self._evaluator, self._sampling = data.evaluator, data.sampling
         self._sigmas = self._there(data.sampling.sigmas)
         self._train, self._held_out = data.train, data.held_out
         self._schedule, self._seed, self._max_rounds = data.schedule, data.seed, max_rounds
@@ -133,8 +133,10 @@ class LesaTrainer:
         history: deque[torch.Tensor] = deque(maxlen=max(WINDOWS))
         computed = set(self._schedule.compute)
         for step in range(self._schedule.num_steps):
+            told = self._sampling.timesteps[step]
+            conditions = {**batch.conditions, **self._sampling.told_besides(step, len(x))}
             if step in computed:
-                velocity, computed_feature = self._evaluator.evaluate(x, self._timesteps[step], batch.conditions)
+                velocity, computed_feature = self._evaluator.evaluate(x, told, conditions)
                 feature = self._there(computed_feature)
             else:
                 features = list(history) + [history[-1]] * (max(WINDOWS) - len(history))
@@ -144,7 +146,7 @@ class LesaTrainer:
                         seen = feature if len(batch.tokens) == feature.shape[1] else feature[:, batch.tokens]
                         self._update((seen - true[:, step].float()).abs().mean())
                 feature = feature.detach()
-                velocity = self._evaluator.tail(feature.cpu().numpy(), self._timesteps[step], batch.conditions)
+                velocity = self._evaluator.tail(feature.cpu().numpy(), told, conditions)
             history.appendleft(feature)
             x = x + (self._sigmas[step + 1] - self._sigmas[step]).item() * velocity
         return x

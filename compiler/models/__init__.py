@@ -9,12 +9,22 @@ from typing import Any
 from safetensors import SafetensorError
 
 from cachec.compiler.models.base import Family, LoadedModel, ModelSpec
+from cachec.compiler.models.distilled import DISTILLED, as_distilled
 from cachec.compiler.models.lora_files import LoraFile
 from cachec.compiler.models.named import MODELS, PUBLISHED, TINY_FLUX_DIR
 from cachec.runtime.errors import InputError, ModelUnavailableError, unknown_name
 from cachec.runtime.registry import Registry
 
-__all__ = ["FAMILIES", "MODELS", "TINY_FLUX_DIR", "find_model", "load_model", "outline_model", "wrap_pipeline"]
+__all__ = [
+    "FAMILIES",
+    "MODELS",
+    "TINY_FLUX_DIR",
+    "find_directory",
+    "find_model",
+    "load_model",
+    "outline_model",
+    "wrap_pipeline",
+]
 
 INDEX = "model_index.json"
 
@@ -52,9 +62,10 @@ def find_model(model: str) -> ModelSpec:
         return MODELS[model]
     if Path(model).is_dir():
         directory = Path(model).resolve()
-        return _find_family(directory, model).make_spec(directory.name, str(directory))
+        return as_distilled(_find_family(directory, model).make_spec(directory.name, str(directory)), directory)
     if model.count("/") == 1 and not model.startswith(("/", ".")):
-        return _find_family(_download(model, allow_patterns=[INDEX]), model).make_spec(model, model)
+        directory = _download(model, allow_patterns=[INDEX, DISTILLED])
+        return as_distilled(_find_family(directory, model).make_spec(model, model), directory)
     if Path(model).is_absolute():
         raise ModelUnavailableError(f"there is no directory {model}: pass the right one (cachec run and eval take --model)")
     raise unknown_name("model", model, MODELS)
@@ -69,7 +80,7 @@ def load_model(spec: ModelSpec, *, with_transformer: bool = True, loras: Sequenc
         ModelUnavailableError: the weights cannot be reached, or are damaged.
         InputError: no family knows this kind of pipeline, or a LoRA does not fit.
     """
-    directory = _directory(spec, with_transformer=with_transformer)
+    directory = find_directory(spec, with_transformer=with_transformer)
     family = _find_family(directory, spec.source)
     try:
         model = family.load(spec, directory, with_transformer=with_transformer)
@@ -146,7 +157,8 @@ def _is_of_diffusers(kind: str) -> bool:
     return found is not None and "transformer" in inspect.signature(found.__init__).parameters
 
 
-def _directory(spec: ModelSpec, *, with_transformer: bool) -> Path:
+def find_directory(spec: ModelSpec, *, with_transformer: bool = True) -> Path:
+    """Where its files are, downloaded if need be. Raises as :func:`load_model`."""
     local = Path(spec.source)
     if local.is_dir():
         return local

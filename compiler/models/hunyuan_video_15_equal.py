@@ -36,10 +36,14 @@ class HunyuanVideo15Equal(EqualModule):
         encoder_attention_mask: torch.Tensor,
         encoder_hidden_states_2: torch.Tensor,
         encoder_attention_mask_2: torch.Tensor,
+        target_timestep: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor]:
-        """``hidden_states`` [B, C, F, H, W] are the latents alone; texts [B, L, D] with masks [B, L], ``timestep`` [B]."""
+        """``hidden_states`` [B, C, F, H, W] are the latents alone; texts [B, L, D] with masks [B, L], ``timestep`` [B].
+
+        ``target_timestep`` [B]: the second time, of a model that is told one (``use_meanflow``).
+        """
         rotary = self.rope(hidden_states)
-        time = self.time_embed(timestep)
+        time = self.time_embed(timestep, target_timestep)
         states = self.x_embedder(self._with_empty_channels(hidden_states))
         text_mask, glyph_mask = encoder_attention_mask.bool(), encoder_attention_mask_2.bool()
         kinds = self.cond_type_embed.weight  # of text, glyphs and pictures

@@ -21,6 +21,7 @@ from torch import nn
 from cachec.compiler.models.base import ModelSpec, Settings
 from cachec.compiler.models.blocks import OfBlocks
 from cachec.compiler.models.components import Components
+from cachec.compiler.models.flow_maps import check_second_time, second_time, targets_of, telling
 from cachec.compiler.models.inputs import as_the_weights, only_scale, own_levels, owned, widened
 from cachec.compiler.models.lora import fuse_loras
 from cachec.compiler.models.lora_files import LoraFile
@@ -31,7 +32,7 @@ from cachec.compiler.models.prompt_model import PromptModel
 from cachec.compiler.models.shards import Stored
 from cachec.compiler.tables.sampler_probe import check_sampler, probe_sampler
 from cachec.compiler.tables.sampling import Sampling
-from cachec.runtime.abi import GUIDANCE, negative_name
+from cachec.runtime.abi import GUIDANCE, TARGET_TIMESTEP, negative_name
 from cachec.runtime.errors import InputError, ModelUnavailableError
 from cachec.runtime.specs import Array
 
@@ -156,6 +157,8 @@ class PipelineModel(OfBlocks, PromptModel):
     def load(cls, spec: ModelSpec, directory: Path, *, with_transformer: bool) -> Self:
         components = Components(spec.source, directory)
         stored = components.open(TRANSFORMER) if with_transformer else None
+        if stored is not None:
+            check_second_time(stored.module, directory)
         pipeline = components.pipeline(cls.SHOWN, {} if stored is None else {TRANSFORMER: stored.module})
         pipeline.set_progress_bar_config(disable=True)
         return cls(spec, pipeline, directory, stored)
@@ -302,7 +305,11 @@ class PipelineModel(OfBlocks, PromptModel):
         told = seen.told(io.timestep).to(self.device)
         examples = {**self.taken(seen.first, settings), io.latents: self.state(seen.first)}
         examples[io.timestep] = told[torch.arange(batch) % len(told)]
-        return {name: owned(examples[name]).to(self.device) for name in (io.latents, io.timestep, *io.conditions)}
+        names = (io.latents, io.timestep, *io.conditions)
+        if second_time(self.described) is not None:
+            examples[TARGET_TIMESTEP] = torch.from_numpy(targets_of(told.cpu().numpy()))[torch.arange(batch) % len(told)]
+            names = (io.latents, io.timestep, TARGET_TIMESTEP, *io.conditions)
+        return {name: owned(examples[name]).to(self.device) for name in names}
 
     def constants(self, settings: Settings) -> dict[str, Any]:
         io, given = self.io, self.observed(settings).first
@@ -313,7 +320,9 @@ class PipelineModel(OfBlocks, PromptModel):
         if settings not in self._samplings:
             seen = self.observed(settings)
             told = seen.told(self.io.timestep).numpy()
-            self._samplings[settings] = Sampling.of(probe_sampler(seen.scheduler), told, sign=self.SIGN, graphs=seen.graphs)
+            sampling = Sampling.of(probe_sampler(seen.scheduler), told, sign=self.SIGN, graphs=seen.graphs)
+            targets = None if second_time(self.described) is None else targets_of(sampling.timesteps)
+            self._samplings[settings] = replace(sampling, targets=targets)
         return self._samplings[settings]
 
     def _load(self, *names: str) -> None:
@@ -366,7 +375,8 @@ class PipelineModel(OfBlocks, PromptModel):
             others = {name: given[negative_name(name)] for name in self.io.conditions}
             negative = self.arguments({**given, **others}, settings)
             call |= {negative_name(keyword): negative[keyword] for keyword in self.ARGUMENTS.values()}
-        return self._run({**call, "return_dict": False}, self.handed(there(noise), settings)).float().cpu().numpy()
+        with telling(self.pipeline, self.part, self.io.timestep, self.sampling(settings)):
+            return self._run({**call, "return_dict": False}, self.handed(there(noise), settings)).float().cpu().numpy()
 
     def _run(self, call: Mapping[str, Any], noise: torch.Tensor) -> torch.Tensor:
         pipeline, given = self.staged(call)

@@ -100,7 +100,9 @@ def forecast_cost(engines: Mapping[str, Engine], program: Program, io: ModelIO) 
     if not half:
         return 0.0
     table = ForecastTable.of_rows(Schedule(program.num_steps, tuple(range(half))), _last_feature(program.num_steps, half))
-    plain = lower_table(table, replace(program.key, guided=False), Sampling(program.sigmas, program.timesteps))
+    plain = lower_table(
+        table, replace(program.key, guided=False), Sampling(program.sigmas, program.timesteps, targets=program.target_timesteps)
+    )
     session = Session(engines, plain, io, batch=batch)
     conditions = {name: np.zeros(s.resolve({BATCH: batch}), s.dtype) for name, s in _conditions(engines, io).items()}
     seconds: dict[bool, list[float]] = {True: [], False: []}

@@ -14,7 +14,7 @@ from functools import cached_property
 import numpy as np
 
 from cachec.compiler.tables.sampler_probe import Sampler, euler_of
-from cachec.runtime.abi import COMPUTE
+from cachec.runtime.abi import COMPUTE, TARGET_TIMESTEP
 from cachec.runtime.errors import InputError
 from cachec.runtime.program import Cut, Program
 from cachec.runtime.specs import Array
@@ -82,11 +82,11 @@ class Sampling:
                 now = program.carry[step].astype(np.float64) * now
                 now[1 + step] += program.gain[step]
                 rows[step] = now
-            return cls(sigmas, timesteps, rows, graphs=graphs)
+            return cls(sigmas, timesteps, rows, graphs=graphs, targets=program.target_timesteps)
         if program.moves is not None and program.shares is not None and program.moves.shape[1] == num:
             rows = np.column_stack([program.shares, program.moves]).astype(np.float64)
-            return cls(sigmas, timesteps, rows, graphs=graphs)
-        return cls(sigmas, timesteps, graphs=graphs)
+            return cls(sigmas, timesteps, rows, graphs=graphs, targets=program.target_timesteps)
+        return cls(sigmas, timesteps, graphs=graphs, targets=program.target_timesteps)
 
     @property
     def num_steps(self) -> int:
@@ -135,7 +135,12 @@ class Sampling:
         """Its first steps alone."""
         rows = None if self.rows is None else self.rows[:num, : num + 1]
         graphs = None if self.graphs is None else self.graphs[:num]
-        return Sampling(self.sigmas[: num + 1], self.timesteps[:num], rows, self.name, graphs)
+        targets = None if self.targets is None else self.targets[:num]
+        return Sampling(self.sigmas[: num + 1], self.timesteps[:num], rows, self.name, graphs, targets)
+
+    def told_besides(self, step: int, batch: int) -> dict[str, Array]:
+        """What a flow map is told at a step beside the time, by name [B]; nothing where no second time is told."""
+        return {} if self.targets is None else {TARGET_TIMESTEP: np.full(batch, self.targets[step], np.float32)}
 
 
 def noise_levels(sampler: Sampler) -> Array:
