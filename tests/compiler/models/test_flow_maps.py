@@ -11,10 +11,12 @@ import torch
 
 from cachec.compiler.calibration.graph_evaluator import GraphEvaluator
 from cachec.compiler.graphs.prepare import prepare
+from cachec.compiler.methods.reuse import Reuse
 from cachec.compiler.models import find_model, load_model
 from cachec.compiler.models.distilled import DISTILLED, write_distilled
 from cachec.compiler.models.flow_maps import make_flow_map, named_in_index, second_time
-from cachec.compiler.tables.lower import lower_uncached
+from cachec.compiler.tables.lower import lower, lower_uncached
+from cachec.compiler.tables.schedule import Schedule
 from cachec.runtime.abi import TARGET_TIMESTEP
 from cachec.runtime.errors import InputError, ModelUnavailableError, OutputError
 from cachec.runtime.program import ProgramKey, hash_sigmas
@@ -70,6 +72,10 @@ def test_a_distilled_pipeline_runs_as_a_plain_loop_does(name, distilled):
     program = lower_uncached(ProgramKey(settings.steps, hash_sigmas(sampling.sigmas), {}), sampling)
     made = GraphEvaluator(prepare(model, settings), io).play(program, noise, conditions)
     np.testing.assert_allclose(plain_loop(model, settings, noise), made, atol=1e-4)
+    reused = Reuse().table(Schedule(settings.steps, (0, 2)), sampling.sigmas, None)
+    cached = GraphEvaluator(prepare(model, settings), io).play(lower(reused, program.key, sampling), noise, conditions)
+    np.testing.assert_allclose(plain_loop(model, settings, noise, (0, 2)), cached, atol=1e-4)
+    assert np.abs(cached - made).max() > 1e-3
     if not guided:
         np.testing.assert_allclose(model.generate(conditions, noise, settings), made, atol=1e-4)
     told_itself = replace(sampling, targets=sampling.timesteps)
@@ -78,8 +84,16 @@ def test_a_distilled_pipeline_runs_as_a_plain_loop_does(name, distilled):
 
 
 @torch.no_grad()
-def plain_loop(model, settings, noise):
-    io, sampling = model.io, model.sampling(settings)
+def plain_loop(model, settings, noise, computed=None):
+    """The transformer called with both times; at steps that are not ``computed`` its last block gives what it gave before."""
+    io, sampling, kept = model.io, model.sampling(settings), []
+
+    def keep(_block, _given, made):
+        if computed is None or step in computed:
+            kept[:] = [made]
+        return kept[0]
+
+    handle = model.transformer.get_submodule(model.block).register_forward_hook(keep)
     given, x = model.observed(settings).first, torch.from_numpy(noise)
     second, empty = second_time(model.transformer), given[io.latents][:, x.shape[1] :]  # HunyuanVideo-1.5 has more channels
     for step in range(settings.steps):
@@ -88,6 +102,7 @@ def plain_loop(model, settings, noise):
         whole = torch.cat([x, empty], 1)
         velocity = model.transformer(**{**given, **told, io.latents: whole, "return_dict": False})[0]
         x = x + float(sampling.sigmas[step + 1] - sampling.sigmas[step]) * velocity
+    handle.remove()
     return x.numpy()
 
 
