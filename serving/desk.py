@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import ParamSpec, TypeVar
 
 from cachec.runtime.errors import DeadlineError, unknown_name
@@ -53,6 +54,12 @@ class Job:
     begun: float = field(default_factory=time.monotonic)
 
 
+async def in_own_thread(work: Callable[[], None]) -> None:
+    """Carry out what ends something: those threads that the loop has may have ended before it."""
+    with ThreadPoolExecutor(1) as thread:
+        await asyncio.get_running_loop().run_in_executor(thread, work)
+
+
 class Desk:
     """One server's requests. ``threads``: how many encode and decode at once. ``log_requests``: what they ask for, too."""
 
@@ -87,8 +94,8 @@ class Desk:
         finally:
             self.draining = True
             await self._let_go()
-            await asyncio.to_thread(self.ticker.stop)
-            await asyncio.to_thread(self._threads.shutdown, cancel_futures=True)
+            await in_own_thread(self.ticker.stop)
+            await in_own_thread(partial(self._threads.shutdown, cancel_futures=True))
 
     async def drain(self) -> None:
         """Take no more requests; those that are here get ``limits.grace`` seconds, and are then handed back."""

@@ -9,6 +9,7 @@ import importlib
 import json
 import logging
 import os
+import signal
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -25,6 +26,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from cachec.runtime.errors import InputError, in_one_line, unknown_name
 from cachec.serving.app import make_app
 from cachec.serving.command import KEY, read_key
+from cachec.serving.desk import in_own_thread
 from cachec.serving.guard import check_head, too_large
 from cachec.serving.hosted import Asked, Hosted
 from cachec.serving.limits import Limits
@@ -131,6 +133,7 @@ def run_on_ray(args: Mapping[str, Any], *, host: str, port: int, told: Callable[
     try:
         serve.start(http_options={"host": host, "port": port})
         serve.run(application)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray has put one of its own there, which aborts
         told(f"serving {', '.join(Plan.from_args(args).names)} on http://{host}:{port}, on Ray")
         threading.Event().wait()
     except KeyboardInterrupt:
@@ -200,7 +203,7 @@ class _Bundle(Hosted):
 
     async def _end(self) -> None:
         await self.close()
-        await asyncio.to_thread(self._served.close)
+        await in_own_thread(self._served.close)
 
 
 class Ingress:
