@@ -321,6 +321,7 @@ def bundle_parts(bundle: Path) -> str:
     return ", ".join(Bundle.read_manifest(bundle).components)
 
 
+RTX = "RTX build"
 CHECKS: Mapping[str, Callable[[Case], Found]] = {
     "captured, exact": check_capture,
     "ONNX Runtime, uncached": check_uncached,
@@ -328,7 +329,7 @@ CHECKS: Mapping[str, Callable[[Case], Found]] = {
     "symbolic sizes": check_one_set,
     "drop-in": check_drop_in,
     "alone": check_pictures,
-    "RTX build": check_rtx,
+    RTX: check_rtx,
 }
 
 

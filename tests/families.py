@@ -497,19 +497,11 @@ def _z_image() -> Any:
 
 
 def _auraflow() -> Any:
-    transformer = diffusers.AuraFlowTransformer2DModel(
-        sample_size=16,
-        num_mmdit_layers=2,
-        num_single_dit_layers=2,
-        attention_head_dim=HEAD,
-        num_attention_heads=HEADS,
-        joint_attention_dim=WIDTH,
-        caption_projection_dim=HEADS * HEAD,
-        pos_embed_max_size=64,
-    )
+    sizes = {"attention_head_dim": HEAD, "num_attention_heads": HEADS, "caption_projection_dim": HEADS * HEAD}
+    sizes |= {"sample_size": 16, "joint_attention_dim": WIDTH, "pos_embed_max_size": 64}
     return assemble(
         diffusers.AuraFlowPipeline,
-        transformer=transformer,
+        transformer=diffusers.AuraFlowTransformer2DModel(**sizes, num_mmdit_layers=2, num_single_dit_layers=2),
         scheduler=_flow(shift=1.73),
         vae=_vae(4),
         text_encoder=_t5("UMT5"),
