@@ -1,14 +1,11 @@
 """What engines for one size gain over one set for all: ``make static``, static.json and the end of bench/SIZES.md.
 
-Both bundles of a model hold the same sizes. Compiling and loading are processes of their own, with their processor time (that
-of C++ compilers included, and nothing kept from before) and the peak of their resident set. Requests are played by turns, one
-of each bundle, on one thread; what is given is processor time, and the ratio of each pair.
-
-    python -m bench.static [--of MODEL TARGET] …      measures these alone, and leaves the other rows as they are
+Both bundles of a model hold the same sizes. Loading is a process of its own, with its processor time and the peak of its
+resident set. Requests are played by turns, one of each bundle, on one thread; what is given is processor time, and the ratio
+of each pair.
 """
 
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -20,41 +17,30 @@ from typing import Any
 import click
 import numpy as np
 
-from bench.cases import TINY, open_case
+from bench.cases import CASES, TINY, open_case
 from bench.memory import peak_rss
 from bench.timing import facts, spread
 
 HERE = Path(__file__).parent
 BEGIN = "## One set of engines, or one for each size"
-SIZES = {
-    (TINY, "ort"): ("64x64", "64x48", "96x64"),
-    (TINY, "aoti"): ("64x64", "96x64"),  # compiling takes minutes a size
-    ("flux-shaped", "ort"): ("128x128", "192x128", "192x192"),
-}
+SIZES = {TINY: ("64x64", "64x48", "96x64"), "flux-shaped": ("128x128", "192x128", "192x192")}
 STEPS = 4
 KINDS = ("one set", "one for each size")
-TARGETS = {"ort": "ONNX Runtime", "aoti": "AOTInductor"}
 
 
-def compile_one(name: str, target: str, kind: str, out: Path, *, quick: bool) -> dict[str, float]:
-    """This process: a bundle of a kind, and the seconds that it and its children were at work."""
+def compile_both(name: str, work: Path, *, quick: bool) -> dict[str, Path]:
+    """A bundle of each kind."""
     from cachec.compiler.pipeline import compile_bundle
     from cachec.compiler.request import make_request
 
-    case = open_case(name, out.parent, quick=quick)
-    request = make_request(
-        case.model.spec,
-        method="reuse",
-        budget=3,
-        steps=STEPS,
-        size=",".join(SIZES[name, target]),
-        static=kind != KINDS[0],
-        targets=(target,),
-        components="transformer" if target == "aoti" else None,
-    )
-    before = os.times()
-    compile_bundle(case.model, request, out, force=True)
-    return {"compile_seconds": sum(os.times()[:4]) - sum(before[:4])}
+    case, bundles = open_case(name, work, quick=quick), {}
+    for kind in KINDS:
+        request = make_request(
+            case.model.spec, method="reuse", budget=3, steps=STEPS, size=",".join(SIZES[name]), static=kind != KINDS[0]
+        )
+        bundles[kind] = work / f"{name} {kind}.cachec"
+        compile_bundle(case.model, request, bundles[kind], force=True)
+    return bundles
 
 
 def load_all(bundle: Path) -> dict[str, float]:
@@ -96,26 +82,16 @@ def play_pairs(bundles: dict[str, Path], rounds: int) -> dict[str, Any]:
     return rows
 
 
-def ask_child(cache: Path, *arguments: str) -> dict[str, float]:
-    """What a process of its own says at last; compiled code is kept in ``cache`` alone."""
-    command = [sys.executable, "-m", "bench.static", *arguments]
-    said = subprocess.check_output(command, text=True, env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache)})
-    found: dict[str, float] = json.loads(said.splitlines()[-1])
-    return found
-
-
-def measure(name: str, target: str, work: Path, *, quick: bool) -> dict[str, Any]:
-    """All of a model on a target."""
-    bundles, small = {kind: work / f"{name} {target} {kind}.cachec" for kind in KINDS}, ["--quick"] * quick
-    found: dict[str, Any] = {"sizes": SIZES[name, target], "kinds": {}}
+def measure(name: str, work: Path, *, quick: bool) -> dict[str, Any]:
+    """All of a model."""
+    bundles = compile_both(name, work, quick=quick)
+    found: dict[str, Any] = {"sizes": SIZES[name], "kinds": {}}
     for kind, path in bundles.items():
-        cache = work / f"cache-{KINDS.index(kind)}"  # g++ is handed paths in it as they are
-        compiled = ask_child(cache, "--compile", name, target, kind, str(path), *small)
         files = [file for file in path.rglob("*") if file.is_file()]
-        loads = [ask_child(cache, "--load", str(path)) for _ in range(1 if quick else 3)]
+        command = [sys.executable, "-m", "bench.static", "--load", str(path)]
+        loads = [json.loads(subprocess.check_output(command, text=True).splitlines()[-1]) for _ in range(1 if quick else 5)]
         found["kinds"][kind] = {
-            **compiled,
-            "files": len([file for file in files if file.suffix in (".onnx", ".pt2")]),
+            "onnx_files": len([file for file in files if file.suffix == ".onnx"]),
             "bytes": sum(file.stat().st_size for file in files),
             **{f"load_{what}": statistics.median(load[what] for load in loads) for what in loads[0]},
         }
@@ -128,19 +104,17 @@ def section(rows: dict[str, Any], where: dict[str, Any]) -> str:
     lines = [
         BEGIN,
         "",
-        f"`make static`: float32, one thread; processor time, medians ({where['cpu']}, {where['cores']} cores,",
-        f"{where['date']}, other work on the machine). *Compiling*: the whole command, C++ compilers included; on AOTInductor",
-        "of the transformer alone. *Loading*: all sizes, in a process of its own. *A step*: of an uncached request with",
-        "engines of the size alone, and the one set's time over it: median and quartiles of pairs played by turns.",
+        f"`make static`: float32, ONNX Runtime, one thread; processor time, medians ({where['cpu']}, {where['cores']} cores,",
+        f"{where['date']}). *Loading*: all sizes, in a process of its own. *A step*: of an uncached request with engines of",
+        "the size alone, and the one set's time over it: median and quartiles of pairs played by turns.",
         "",
-        "| model | engines | compiling | ONNX files or packages | bundle | loading | memory |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| model | engines | ONNX files | bundle | loading | memory |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
     for name, row in rows.items():
         for kind, one in row["kinds"].items():
             sizes = f"{one['bytes'] / 1e6:.1f} MB | {one['load_seconds']:.2f} s | {one['load_bytes'] / 1e6:.0f} MB"
-            compiling = f"{one['compile_seconds']:.0f} s" if "compile_seconds" in one else "–"
-            lines.append(f"| {name}, {len(row['sizes'])} sizes | {kind} | {compiling} | {one['files']} | {sizes} |")
+            lines.append(f"| {name}, {len(row['sizes'])} sizes | {kind} | {one['onnx_files']} | {sizes} |")
     lines += ["", "| model | size | a step | one set, ratio | latents apart |", "| --- | --- | --- | --- | --- |"]
     for name, row in rows.items():
         for size, one in row["requests"].items():
@@ -151,25 +125,15 @@ def section(rows: dict[str, Any], where: dict[str, Any]) -> str:
 
 @click.command()
 @click.option("--load", type=click.Path(path_type=Path), help="Only load this bundle, and say what it took.")
-@click.option("--compile", "wanted", nargs=4, help="Only compile MODEL for TARGET, KIND of engines, to BUNDLE.")
-@click.option("--of", "chosen", nargs=2, multiple=True, help="MODEL TARGET")
 @click.option("--quick", is_flag=True)
 @click.option("--out", type=click.Path(path_type=Path), default=HERE / "static.json")
-def main(
-    load: Path | None, wanted: tuple[str, str, str, str] | None, chosen: tuple[tuple[str, str], ...], quick: bool, out: Path
-) -> None:
+def main(load: Path | None, quick: bool, out: Path) -> None:
     """Compile tiny-flux and the FLUX-shaped model both ways, and measure."""
     if load is not None:
         print(json.dumps(load_all(load)))
         return
-    if wanted is not None:
-        *what, bundle = wanted
-        print(json.dumps(compile_one(*what, Path(bundle), quick=quick)))
-        return
-    rows = json.loads(out.read_text())["models"] if chosen else {}
-    for name, target in chosen or SIZES:
-        with tempfile.TemporaryDirectory(prefix="cachec-static-") as folder:
-            rows[f"{name}, {TARGETS[target]}"] = measure(name, target, Path(folder), quick=quick)
+    with tempfile.TemporaryDirectory(prefix="cachec-static-") as folder:
+        rows = {name: measure(name, Path(folder), quick=quick) for name in CASES}
     where, page = facts(), out.with_name("SIZES.md")
     out.write_text(json.dumps({"where": where, "models": rows}, indent=1) + "\n")
     before = page.read_text(encoding="utf-8").partition(BEGIN)[0].rstrip() if page.exists() else ""
