@@ -16,6 +16,7 @@ from cachec.engines.targets import ONNX_TARGET, TargetName, parse_device
 from cachec.runtime.build_options import DEFAULTS, BuildOptions
 from cachec.runtime.builder import Sources
 from cachec.runtime.bundle import Bundle, Target
+from cachec.runtime.components import components_of
 from cachec.runtime.device import CUDA, DeviceName
 from cachec.runtime.engine import ONNX
 from cachec.runtime.errors import BundleError, InputError, OutputError
@@ -28,14 +29,17 @@ log = logging.getLogger(__name__)
 
 
 class BundledSources(Sources):
-    """The graphs of a bundle that exists, of its first size: its ONNX files."""
+    """The graphs of a bundle that exists, of its first size, or of one of its components: its ONNX files."""
 
-    def __init__(self, bundle: Bundle) -> None:
-        target = next((one for one in bundle.manifest.targets if one.backend == ONNX_TARGET.backend), None)
+    def __init__(self, bundle: Bundle, component: str | None = None) -> None:
+        targets = bundle.manifest.targets
+        if component is not None:
+            targets, self.folder = components_of(bundle.manifest)[component].targets, f"components/{component}"
+        target = next((one for one in targets if one.backend == ONNX_TARGET.backend), None)
         if target is None:
             raise BundleError(
-                f"{bundle.root} has no ONNX files to build from, only {'; '.join(map(str, bundle.manifest.targets))}: "
-                "compile it again with --target ort"
+                f"{bundle.root} has no ONNX files to build{f' {component}' if component else ''} from, only "
+                f"{'; '.join(map(str, targets))}: compile it again with --target ort"
             )
         self._files = {name: bundle.path(artifact.path) for name, artifact in target.engines.items()}
         self.signatures = {name: artifact.signature for name, artifact in target.engines.items()}
@@ -45,6 +49,11 @@ class BundledSources(Sources):
     def of_all_sizes(cls, bundle: Bundle) -> "list[BundledSources]":
         """The graphs of each size and length of texts. Those of one set are fixed at it, which TensorRT makes best of."""
         return [cls(place) for place in bundle.places]
+
+    @classmethod
+    def of_components(cls, bundle: Bundle) -> "dict[str, BundledSources]":
+        """The graphs of each component."""
+        return {name: cls(bundle, name) for name in bundle.manifest.components}
 
     def programs(self) -> Mapping[str, Any]:
         raise InputError("a bundle has no exported programs, only ONNX files: give this target to cachec compile")
@@ -63,7 +72,7 @@ def add_targets(
     options: BuildOptions = DEFAULTS,
     apart: bool = False,
 ) -> tuple[Bundle, list[Target]]:
-    """Build targets into the bundle at ``root``; ``apart``: in processes of their own.
+    """Build targets into the bundle at ``root``, its text encoders and decoder too; ``apart``: in processes of their own.
 
     ``auto`` alone: build and time all that its ONNX files can become, and ONNX Runtime; add the fastest, unless it is that. It
     is timed at the bundle's first size; what is added, is for every size.
@@ -101,12 +110,24 @@ def add_targets(
                 for sources in sizes
                 for name in wanted
             ]
+            parts = _build_components(writer, wanted, there, build, apart=apart)
         except BaseException:
             _keep_timing_alone(writer, folder)
             raise
         added = [_with_further(target, bundle) for target in added]
-        _commit(writer, added, replaced, keep_timing(writer, folder))
+        _commit(writer, added, replaced, keep_timing(writer, folder), parts)
     return Bundle.open(root), added
+
+
+def _build_components(
+    writer: BundleAdder, names: Sequence[TargetName], there: DeviceName, options: BuildOptions, *, apart: bool
+) -> dict[str, list[Target]]:
+    """The engines of the bundle's components. Their sizes are fixed, and they are for one sample."""
+    fixed = replace(options, sizes={})
+    return {
+        part: [build_into(writer, sources, name, device=there, options=fixed, apart=apart) for name in names]
+        for part, sources in BundledSources.of_components(writer.bundle).items()
+    }
 
 
 def _with_further(target: Target, bundle: Bundle) -> Target:
@@ -140,11 +161,12 @@ def _add_fastest(
             added = [] if fastest.backend == ONNX_TARGET.backend else [fastest]
             name = TargetName(fastest.backend)
             added += [build_into(writer, one, name, device=there, options=build, apart=True) for one in others if added]
+            parts = _build_components(writer, [name] if added else [], there, build, apart=True)
         except BaseException:
             _keep_timing_alone(writer, folder)
             raise
         gone = [one for one in replaced if any(one.is_like(target) for target in added)]
-        _commit(writer, added, gone, keep_timing(writer, folder), {AUTO: facts})
+        _commit(writer, added, gone, keep_timing(writer, folder), parts, {AUTO: facts})
     return Bundle.open(root), added
 
 
@@ -190,13 +212,22 @@ def _commit(
     added: Sequence[Target],
     replaced: Sequence[Target],
     timing: Mapping[str, str],
+    parts: Mapping[str, Sequence[Target]] | None = None,
     facts: Mapping[str, Any] | None = None,
 ) -> None:
-    """Add ``added``, the timings and more ``facts`` to the bundle; files that only ``replaced`` had go."""
+    """Add ``added``, those of components in ``parts``, the timings and more ``facts``; files of what they replace go."""
     old = writer.bundle.manifest
     targets = (*(one for one in old.targets if one not in replaced), *added)
-    used = {artifact.path for target in targets for artifact in target.engines.values()} | set(timing.values())
-    before = {artifact.path for target in replaced for artifact in target.engines.values()} | set(old.timing.values())
+    components, gone = components_of(old), list(replaced)
+    for name, new in (parts or {}).items():
+        gone += (like := [one for one in components[name].targets if any(one.is_like(target) for target in new)])
+        stays = (one for one in components[name].targets if one not in like)
+        components[name] = replace(components[name], targets=(*stays, *new))
+    everywhere = (*targets, *(target for one in components.values() for target in one.targets))
+    used = {artifact.path for target in everywhere for artifact in target.engines.values()} | set(timing.values())
+    before = {artifact.path for target in gone for artifact in target.engines.values()} | set(old.timing.values())
     unfinished = set() if added else writer.files.keys() - old.files.keys() - set(timing.values())
     files = {name: entry for name, entry in writer.files.items() if name in used or name not in before | unfinished}
-    writer.commit(replace(old, targets=targets, timing=timing, files=files, facts={**old.facts, **(facts or {})}))
+    told = {name: component.to_json() for name, component in components.items()}
+    new_facts = {**old.facts, **(facts or {})}
+    writer.commit(replace(old, targets=targets, components=told, timing=timing, files=files, facts=new_facts))

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 from engine_toys import rewrite
@@ -12,9 +13,13 @@ from engine_toys import rewrite
 from cachec.cli import main
 from cachec.engines.add_target import add_targets
 from cachec.engines.tensorrt_from_onnx import PlanFromOnnx
+from cachec.pictures.components import Part
 from cachec.runtime import write
 from cachec.runtime.build_options import BuildOptions
 from cachec.runtime.bundle import MANIFEST, Bundle
+from cachec.runtime.components import Component, components_of
+from cachec.runtime.device import CUDA, DeviceName
+from cachec.runtime.engine import HOST
 from cachec.runtime.errors import BundleError, EngineError, InputError, OutputError
 from cachec.runtime.variants import Variant
 from cachec.runtime.work import holding
@@ -200,3 +205,24 @@ def test_engines_are_built_for_every_size(bundle):
     ]  # fmt: skip
     assert Path(after.targets[-1].engines["compute"].path).name.startswith("compute-11.0.0.114_sm90-float32-9x6-")
     assert files_of(bundle) == set(after.files)
+
+
+def test_components_are_built_too_and_run(bundle):
+    target = Bundle.open(bundle).target
+    artifact = target.engines["advance"]
+    fixed = replace(artifact, signature=artifact.signature.at({"batch": 1, "slots": 2}))
+    part = Component((replace(target, engines={"8x6": fixed}, shape_bucket="any"),), {"8x6": {"weights": 0, "activations": 0}})
+    rewrite(bundle, components={"decoder": part.to_json()})
+    add_targets(bundle, ["tensorrt"])
+    opened = Bundle.open(bundle, verify=True)
+    built = components_of(opened.manifest)["decoder"].targets
+    assert [one.backend for one in built] == ["ort", "tensorrt"]
+    assert built[1].engines["8x6"].path.startswith("components/decoder/tensorrt-float32/8x6-11.0.0.114_sm90-float32-any-")
+    assert files_of(bundle) == set(opened.manifest.files)
+    given = {spec.name: np.full(spec.resolve({}), 0.5, spec.dtype) for spec in fixed.signature.inputs}
+    on_host, on_gpu = (Part("decoder", opened, device, 1).run("8x6", given) for device in (HOST, DeviceName(CUDA)))
+    np.testing.assert_allclose(on_gpu["next_latents"], on_host["next_latents"], rtol=1e-6)
+    add_targets(bundle, ["tensorrt"], force=True, options=BuildOptions(level=1))
+    after = Bundle.open(bundle, verify=True)
+    assert len(components_of(after.manifest)["decoder"].targets) == 2
+    assert files_of(bundle) == set(after.manifest.files)
