@@ -167,7 +167,8 @@ class Distiller:
         )  # fmt: skip
 
     def _weights(self) -> dict[str, torch.Tensor]:
-        return {name: value.detach().clone() for name, value in self.student.transformer.state_dict().items()}
+        """A copy, on the host."""
+        return {name: value.detach().cpu().clone() for name, value in self.student.transformer.state_dict().items()}
 
     def _save(self) -> None:
         content = {
@@ -182,7 +183,7 @@ class Distiller:
         self._saved = time.perf_counter()
 
     def _load(self) -> None:
-        content = torch.load(self._path, weights_only=True, map_location=self._device)
+        content = torch.load(self._path, weights_only=True, map_location="cpu")
         self.state = DistillationState(**json.loads(content["state"]))
         self.student.transformer.load_state_dict(content["student"])
         self._best = content["best"]

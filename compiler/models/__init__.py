@@ -105,7 +105,7 @@ def outline_model(model: str) -> LoadedModel:
         raise unknown_name("model", model, [*MODELS, *PUBLISHED, "or a directory with its configuration files"])
     family = _find_family(directory, model)
     name = source if source in PUBLISHED else directory.resolve().name
-    spec = named or family.make_spec(name, source if source in PUBLISHED else str(directory.resolve()))
+    spec = named or as_distilled(family.make_spec(name, source if source in PUBLISHED else str(directory.resolve())), directory)
     try:
         return family.outline(spec, directory)
     except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
@@ -121,7 +121,7 @@ def wrap_pipeline(pipeline: Any) -> LoadedModel:
     family = _family(type(pipeline).__name__, "the pipeline")
     origin = Path(str(getattr(pipeline.config, "_name_or_path", "")) or "-")
     packaged = next((spec for spec in MODELS.values() if spec.packaged and Path(spec.source) == origin), None)
-    spec = packaged or family.make_spec(origin.name, str(origin))
+    spec = packaged or as_distilled(family.make_spec(origin.name, str(origin)), origin)
     return family.wrap(spec, pipeline, origin if (origin / "transformer").is_dir() else None)
 
 
