@@ -238,6 +238,7 @@ def import_command(method: str, files: tuple[Path, ...], out: Path, **given: Any
 @click.option("--model", "source", help="Directory of the model's text encoders and VAE; default from the bundle.")
 @click.option("--compare", is_flag=True, help="Also run every step, and write both side by side.")
 @_run_options
+@click.option("--sigmas", metavar="S,S,…", help="Noise levels, as the pipeline's call takes them; in place of --steps.")
 @click.option("--threads", type=int, help="CPU threads an engine call may use.")
 @click.option("--profile", type=click.Path(path_type=Path), help="Write where the time went: Chrome trace, JSON.")
 @click.option("--verify", is_flag=True, help="Hash large files even if this machine has before.")

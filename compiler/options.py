@@ -14,6 +14,7 @@ from typing import Any, Literal
 from cachec.compiler.models.base import ModelSpec, Settings
 from cachec.runtime.build_options import BuildOptions
 from cachec.runtime.errors import InputError, unknown_name
+from cachec.runtime.own_levels import check_sigmas
 from cachec.runtime.variants import PictureSize
 
 Command = Literal["compile", "train", "distill", "calibrate", "eval", "encode", "plan", "add-target"]
@@ -51,9 +52,12 @@ def read_counts(value: Any) -> tuple[int, ...]:
     return tuple(map(operator.index, several))
 
 
-def read_levels(value: Any) -> tuple[float, ...]:
-    """Numbers, from several or ``1,0.75,0.5``. Raises ``ValueError`` or ``TypeError`` if they are none."""
-    return tuple(map(float, value.split(",") if isinstance(value, str) else value))
+def read_levels(value: Any) -> tuple[tuple[float, ...], ...]:
+    """Lists of numbers, of one or several, or ``1,0.75,0.5;1,0.4``. Raises ``ValueError`` or ``TypeError`` if they are none."""
+    lists = [text.split(",") for text in value.split(";")] if isinstance(value, str) else list(value)
+    if lists and not isinstance(lists[0], list | tuple):
+        lists = [lists]
+    return tuple(tuple(map(float, one)) for one in lists)
 
 
 def read_sizes(value: Any) -> tuple[PictureSize, ...] | Literal["all"]:
@@ -74,9 +78,9 @@ class ModelSettings:
         None, "Sampling steps; compile takes several, as 20,28,50; default from the model.",
         also=RUNS, metavar="N[,N]", read=read_counts,
     )  # fmt: skip
-    sigmas: tuple[float, ...] | None = option(
-        None, "Noise levels to step over, as the pipeline's call takes them; default its own.",
-        also=RUNS, metavar="S,S,…", read=read_levels,
+    sigmas: tuple[tuple[float, ...], ...] | None = option(
+        None, "Noise levels to step over, as the pipeline's call takes them; compile takes several lists, with semicolons.",
+        also=RUNS, metavar="S,S,…[;S,…]", read=read_levels,
     )  # fmt: skip
     height: int | None = option(None, "Pixels; default from the model.", also=SIZES)
     width: int | None = option(None, "Pixels; default from the model.", also=SIZES)
@@ -335,7 +339,12 @@ def check_single(wish: ModelSettings) -> None:
     """Raise ``InputError`` if several sizes or numbers of steps are given."""
     if wish.size == "all":
         raise InputError("size is all, but only compile takes several: give one")
-    for name, several in (("steps", wish.steps), ("size", wish.size), ("text-tokens", wish.text_tokens)):
+    for name, several in (
+        ("steps", wish.steps),
+        ("size", wish.size),
+        ("text-tokens", wish.text_tokens),
+        ("sigmas", wish.sigmas),
+    ):
         if len(several or ()) > 1:
             raise InputError(f"{name} is {','.join(map(str, several or ()))}, but only compile takes several: give one")
 
@@ -356,11 +365,25 @@ def make_all_settings(spec: ModelSpec, wish: ModelSettings) -> tuple[Settings, .
     usual = {name: getattr(spec, name) if value is None else value for name, value in given.items()}
     *shorter, longest = sorted(wish.text_tokens or (spec.text_tokens,))
     usual |= {"text_tokens": longest, "shorter_texts": tuple(shorter), "dtype": wish.dtype}
-    usual |= {"sigmas": wish.sigmas, "cut": wish.cut, "true_cfg_scale": wish.true_cfg_scale}
-    counts = wish.steps or ((spec.steps,) if wish.sigmas is None else (len(wish.sigmas),))
+    usual |= {"cut": wish.cut, "true_cfg_scale": wish.true_cfg_scale}
+    levels = _by_steps(wish.sigmas or ())
+    counts = wish.steps or tuple(levels) or (spec.steps,)
+    for own in levels.values():
+        check_sigmas(own, len(own) if len(own) in counts else counts[0])
     sizes: list[dict[str, int]] = [vars(size) for size in wished]
     sizes = [size if size["frames"] > 1 else {**size, "frames": usual["frames"]} for size in sizes] or [{}]
-    return tuple(Settings(**{**usual, **size, "steps": steps}) for size in sizes for steps in counts)
+    return tuple(
+        Settings(**{**usual, **size, "steps": steps, "sigmas": levels.get(steps)}) for size in sizes for steps in counts
+    )
+
+
+def _by_steps(lists: tuple[tuple[float, ...], ...]) -> dict[int, tuple[float, ...]]:
+    """Lists of noise levels by how many steps they are for: a bundle has one for each number of them."""
+    found = {len(one): one for one in lists}
+    if len(found) < len(lists):
+        raise InputError(f"sigmas are {len(lists)} lists of {', '.join(str(len(one)) for one in lists)} noise levels, and a "
+                         "bundle has one for each number of steps: compile another bundle for the other")  # fmt: skip
+    return found
 
 
 def _listed(spec: ModelSpec) -> tuple[PictureSize, ...]:

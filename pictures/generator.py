@@ -141,6 +141,7 @@ class Generator:
         negative_prompts: Sequence[str] | None = None,
         size: str | None = None,
         steps: int | None = None,
+        sigmas: Sequence[float] | None = None,
     ) -> Array:
         """Pictures [B, H, W, 3] or videos [B, F, H, W, 3] of prompts, uint8. Arguments as of ``LoadedBundle.generate``.
 
@@ -149,7 +150,9 @@ class Generator:
         """
         seeds = list(range(len(prompts))) if seeds is None else seeds
         _check_counts(prompts, seeds, negative_prompts)
-        loaded = self._loaded.at(size, steps)
+        if sigmas is not None and steps not in (None, len(sigmas)):
+            raise InputError(f"steps is {steps}, and sigmas are {len(sigmas)}: leave steps out")
+        loaded = self._loaded.at(size, steps) if sigmas is None else self._loaded.at(size).with_sigmas(sigmas)
         scales = Scales.of(loaded, guidance=guidance, true=true_cfg_scale, negative=negative_prompts is not None)
         encoded = self.conditions(prompts, loaded.conditions(level), scales, negative_prompts)
         there, conditions = loaded.fitted(encoded)
@@ -171,7 +174,7 @@ class Generator:
         rows = 2 if key.guided else 1
         most = loaded.target.sizes.get(BATCH, (rows * wanted,))[-1] // rows
         batch = key.batch or max(1, min(wanted, most))
-        what = (loaded.target.shape_bucket, loaded.manifest.variants[0].steps, level, batch)
+        what = (loaded.target.shape_bucket, key.sigmas_hash, level, batch)
         if self._session is None or self._session[0] != what:
             self._session = None  # its memory goes first
             self._session = what, loaded.session(batch=batch, level=level)

@@ -22,9 +22,10 @@ from cachec.runtime.engine import Call, Engine
 from cachec.runtime.errors import EngineError, InputError, unknown_name
 from cachec.runtime.model_io import ModelIO
 from cachec.runtime.noise import make_noise
+from cachec.runtime.own_levels import at_elsewhere, with_sigmas
 from cachec.runtime.program import UNCACHED, Program
 from cachec.runtime.specs import Array
-from cachec.runtime.starting import starting_at
+from cachec.runtime.starting import starting_beside
 from cachec.runtime.stepper import Stepper
 from cachec.runtime.texts import fit_texts
 from cachec.runtime.trace import Trace
@@ -49,6 +50,7 @@ class LoadedBundle:
     origin: "Origin | None" = None
     drop_in: "Callable[..., Any] | None" = None
     front: "Callable[[LoadedBundle], Any] | None" = None  # makes what turns prompts into pictures
+    plain: "LoadedBundle | None" = None  # what it is without the noise levels that it was given
 
     def __repr__(self) -> str:
         model, levels = self.manifest.model["name"], ", ".join(self.programs)
@@ -71,6 +73,8 @@ class LoadedBundle:
         """
         if (size, steps, text) == (None, None, None):
             return self
+        if self.plain is not None:
+            return at_elsewhere(self, self.plain, size, steps, text)
         if self.origin is None:
             self.manifest.at(size, steps, text)
             return self
@@ -78,6 +82,14 @@ class LoadedBundle:
         wanted = own.size if size is None else size, own.steps if steps is None else steps, length if text is None else text
         there = self.origin.open(*wanted)
         return replace(there, drop_in=self.drop_in, front=self.front)
+
+    def with_sigmas(self, sigmas: Sequence[float]) -> "LoadedBundle":
+        """The bundle at noise levels as its pipeline's call takes them, one a step: by its Programs, or every step computed.
+
+        Raises:
+            InputError: as :func:`cachec.runtime.own_levels.with_sigmas`.
+        """
+        return with_sigmas(self.plain or self, sigmas)
 
     @property
     def texts(self) -> tuple[int, ...]:
@@ -128,7 +140,7 @@ class LoadedBundle:
         """
         if self.front is None or self.origin is None:
             raise InputError("only a bundle that cachec.load opened makes pictures of prompts")
-        return self.origin.once(partial(self.front, self))
+        return self.origin.once(partial(self.front, self.plain or self))
 
     def generate(
         self,
@@ -141,17 +153,25 @@ class LoadedBundle:
         negative_prompts: Sequence[str] | None = None,
         size: str | None = None,
         steps: int | None = None,
+        sigmas: Sequence[float] | None = None,
     ) -> Array:
         """Pictures [B, H, W, 3] or videos [B, F, H, W, 3] of prompts, uint8: text encoders, denoise loop and decoder.
 
         ``seeds`` of their noise, by default 0, 1, …. ``guidance`` and ``true_cfg_scale``: by default the bundle's scales;
-        ``negative_prompts`` of guidance's negative branch, by default no text. ``size`` and ``steps``: as :meth:`at`.
+        ``negative_prompts`` of guidance's negative branch, by default no text. ``size`` and ``steps``: as :meth:`at`;
+        ``sigmas``: as :meth:`with_sigmas`.
 
         Raises:
             InputError: the bundle cannot do what is asked for, or has no text encoders and decoder.
         """
         (own,) = self.manifest.variants
-        there = {"size": size or own.size, "steps": steps or own.steps, "level": level}
+        sigmas = own.settings["sigmas"] if sigmas is None and self.plain is not None and steps is None else sigmas
+        there = {
+            "size": size or own.size,
+            "steps": steps or (own.steps if sigmas is None else None),
+            "level": level,
+            "sigmas": sigmas,
+        }
         scales = {"guidance": guidance, "true_cfg_scale": true_cfg_scale}
         made: Array = self.generator.generate(prompts, seeds=seeds, negative_prompts=negative_prompts, **there, **scales)
         return made
@@ -169,16 +189,9 @@ class LoadedBundle:
     ) -> Stepper: ...  # fmt: skip
 
     def session(
-        self,
-        *,
-        batch: int = 1,
-        level: str | None = None,
-        size: str | None = None,
-        steps: int | None = None,
-        text: int | None = None,
-        start: int = 0,
-        for_sampler: bool = False,
-    ) -> "Session | Stepper":
+        self, *, batch: int = 1, level: str | None = None, size: str | None = None, steps: int | None = None,
+        text: int | None = None, start: int = 0, for_sampler: bool = False,
+    ) -> "Session | Stepper":  # fmt: skip
         """A session for requests of ``batch`` samples at a quality level, by default the bundle's first.
 
         ``size``, ``steps`` and ``text``: as :meth:`at`; texts are that long. ``start``: the step that requests begin at, with
@@ -199,15 +212,7 @@ class LoadedBundle:
 
     def begun(self, program: Program, start: int) -> Program:
         """A program of this bundle from step ``start`` on. Raises ``InputError`` if it cannot begin there."""
-        if not start:
-            return program
-        uncached = self.programs[UNCACHED]
-        if uncached.num_steps != program.num_steps:
-            raise InputError(
-                f"level {program.key.level} has {program.num_steps} steps of its own, not the bundle's {uncached.num_steps}: "
-                "take another level to begin later, or let a sampler outside make the steps (for_sampler)"
-            )
-        return starting_at(program, start, uncached.timesteps)
+        return starting_beside(self.programs[UNCACHED], program, start) if start else program
 
     def check_level(self, level: str | None) -> str:
         """The level, or the default one for ``None``.

@@ -52,6 +52,16 @@ def starting_at(program: Program, step: int, told: Array | None = None) -> Progr
     return _output(program, step, program.timesteps if told is None else told)
 
 
+def starting_beside(uncached: Program, program: Program, step: int) -> Program:
+    """The same for a program of the bundle that ``uncached`` is of. Raises ``InputError`` if it has steps of its own, too."""
+    if uncached.num_steps != program.num_steps:
+        raise InputError(
+            f"level {program.key.level} has {program.num_steps} steps of its own, not the bundle's {uncached.num_steps}: "
+            "take another level to begin later, or let a sampler outside make the steps (for_sampler)"
+        )
+    return starting_at(program, step, uncached.timesteps)
+
+
 def rule_of(program: Program) -> str:
     """What :func:`starting_at` does, in words."""
     if program.starts:

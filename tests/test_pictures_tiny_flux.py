@@ -21,6 +21,18 @@ def loaded(lesa_bundle):
         yield loaded
 
 
+def test_noise_levels_of_ones_own_make_pictures(loaded):
+    sigmas = [1.0, 0.7, 0.3]
+    own = loaded.with_sigmas(sigmas)
+    assert own.programs["uncached"].num_steps == 3
+    (picture,) = loaded.generate(PROMPTS[:1], sigmas=sigmas)
+    np.testing.assert_array_equal(own.generate(PROMPTS[:1])[0], picture)
+    encoded = loaded.generator.encode(PROMPTS[:1])
+    np.testing.assert_array_equal(loaded.generator.decode(own.denoise(encoded, [0]))[0], picture)
+    with pytest.raises(InputError, match="steps is 4, and sigmas are 3"):
+        loaded.generate(PROMPTS[:1], sigmas=sigmas, steps=4)
+
+
 def test_conditions_and_pictures_are_the_pipelines_own(loaded):
     model, settings = load_model(MODELS["tiny-flux"], with_transformer=False), settings_of(loaded.manifest)
     wanted = model.encode(PROMPTS, settings, loaded.io.conditions)

@@ -45,6 +45,7 @@ def generate_pictures(
     target: str | None = None,
     size: str | None = None,
     steps: int | None = None,
+    sigmas: str | None = None,
     weights: str | None = None,
     threads: int | None = None,
     verify: bool = False,
@@ -53,7 +54,8 @@ def generate_pictures(
 ) -> list[tuple[str, str]]:
     """Make a picture per prompt, or with ``compare`` one sheet of all. Returns the rows of a short table.
 
-    ``size`` and ``steps``: one of each that the bundle was compiled for; by default its first. ``negative``: the prompt of
+    ``size`` and ``steps``: one of each that the bundle was compiled for; by default its first. ``sigmas``: noise levels as the
+    pipeline's call takes them, in text with commas, in the place of ``steps``. ``negative``: the prompt of
     guidance's negative branch, ``guidance`` and ``true_cfg_scale`` scales; by default no text, and the bundle's scales.
     ``weights``: some that were added to the bundle, in place of its own.
 
@@ -75,8 +77,12 @@ def generate_pictures(
     files = [out] if compare or len(prompts) == 1 else _numbered(out, len(prompts))
     for file in [*files, *([] if profile is None else [profile])]:
         check_file(file, force=force)
+    levels = None if sigmas is None else _read_sigmas(sigmas)
+    if levels is not None and steps is not None:
+        raise InputError(f"--steps {steps} and --sigmas contradict each other: give one")
     where: dict[str, Any] = {"device": device, "target": target, "size": size, "steps": steps, "weights": weights}
-    with open_bundle(bundle, **where, verify=verify, threads=threads) as loaded:
+    with open_bundle(bundle, **where, verify=verify, threads=threads) as opened:
+        loaded = opened if levels is None else opened.with_sigmas(levels)
         level = loaded.check_level(level)
         if out.suffix.lower() == ".mp4" and loaded.manifest.settings["frames"] == 1:
             raise InputError(f"-o is {out.name}, but the bundle makes pictures: name it {out.stem}.png")
@@ -92,6 +98,13 @@ def generate_pictures(
         if profile is not None:
             rows += _profile(sessions, make, prompts[-1], seed + len(prompts) - 1, profile)
         return rows
+
+
+def _read_sigmas(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise InputError(f"sigmas is {text!r}; it must be numbers with commas, such as 1,0.75,0.5") from error
 
 
 def _write(picture: Array, file: Path) -> None:

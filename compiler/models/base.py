@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from cachec.compiler.tables.schedule import check_sigmas
 from cachec.runtime.bundle import Manifest
 from cachec.runtime.errors import InputError
 from cachec.runtime.model_io import ModelIO
+from cachec.runtime.own_levels import check_sigmas
 from cachec.runtime.specs import Array
 from cachec.runtime.variants import PictureSize, name_shapes
 

@@ -1,12 +1,10 @@
 """Schedules: which of the T steps compute the whole model. Pure data."""
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 from cachec.compiler.tables.published import PUBLISHED
-from cachec.runtime.errors import InputError, shortened
+from cachec.runtime.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -147,12 +145,3 @@ def parse_schedule(text: str, num_steps: int) -> Schedule:
     except ValueError as error:
         raise InputError(f"schedule {text!r} is not a list of steps such as 0,1,2,9,16") from error
     return Schedule(num_steps, steps, tuple(step for step, part in zip(steps, parts, strict=True) if part.endswith("c")))
-
-
-def check_sigmas(sigmas: Sequence[float], steps: int) -> None:
-    """Raise ``InputError`` unless noise levels fall, and there is one for each step; the end of sampling is not among them."""
-    text = shortened(",".join(f"{sigma:g}" for sigma in sigmas))
-    if len(sigmas) != steps:
-        raise InputError(f"sigmas {text} are {len(sigmas)} noise levels for {steps} steps: there must be one for each")
-    if not all(map(math.isfinite, sigmas)) or not all(a > b for a, b in pairwise(sigmas)) or sigmas[-1] <= 0:
-        raise InputError(f"sigmas {text} must fall and stay above 0, which is where sampling ends")
