@@ -129,7 +129,7 @@ class LoadedBundle:
         """
         if self.drop_in is None:
             raise InputError("only a bundle that cachec.load opened can stand in a pipeline")
-        return self.drop_in(self, transformer, pipeline=pipeline, level=self.check_level(level))
+        return self.drop_in(self.plain or self, transformer, pipeline=pipeline, level=self.check_level(level))
 
     @property
     def generator(self) -> Any:
