@@ -1,4 +1,4 @@
-"""What engines for one size gain over one set for all: ``make static``, static.json and the end of bench/SIZES.md.
+"""What engines for one size gain over one set for all: ``make static``, static.json and a part of bench/SIZES.md.
 
 Both bundles of a model hold the same sizes. Loading is a process of its own, with its processor time and the peak of its
 resident set. Requests are played by turns, one of each bundle, on one thread; what is given is processor time, and the ratio
@@ -17,6 +17,7 @@ from typing import Any
 import click
 import numpy as np
 
+from bench.aoti_sizes import BEGIN as AOTI
 from bench.cases import CASES, TINY, open_case
 from bench.memory import peak_rss
 from bench.timing import facts, spread
@@ -136,8 +137,9 @@ def main(load: Path | None, quick: bool, out: Path) -> None:
         rows = {name: measure(name, Path(folder), quick=quick) for name in CASES}
     where, page = facts(), out.with_name("SIZES.md")
     out.write_text(json.dumps({"where": where, "models": rows}, indent=1) + "\n")
-    before = page.read_text(encoding="utf-8").partition(BEGIN)[0].rstrip() if page.exists() else ""
-    page.write_text(f"{before}\n\n{section(rows, where)}", encoding="utf-8")
+    text = page.read_text(encoding="utf-8") if page.exists() else ""
+    before, behind = text.partition(BEGIN)[0].rstrip(), "".join(text.partition(AOTI)[1:])
+    page.write_text(f"{before}\n\n{section(rows, where)}\n{behind}", encoding="utf-8")
 
 
 if __name__ == "__main__":
