@@ -93,7 +93,7 @@ def section(found: dict[str, Any], where: dict[str, Any]) -> str:
         "",
         "`python -m bench.aoti_sizes`: the compute engine of tiny-flux with one block of each kind, float32, one thread;",
         f"processor time, medians and quartiles of {found['rounds']} pairs by turns ({where['cpu']}, {where['date']};",
-        "other work ran on the machine).",
+        "other work ran on the machine). The package for all is compiled first, and pays for what PyTorch imports.",
         "",
         "| packages | compiling | bytes |",
         "| --- | --- | --- |",
