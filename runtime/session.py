@@ -165,13 +165,10 @@ class LoadedBundle:
             InputError: the bundle cannot do what is asked for, or has no text encoders and decoder.
         """
         (own,) = self.manifest.variants
-        sigmas = own.settings["sigmas"] if sigmas is None and self.plain is not None and steps is None else sigmas
-        there = {
-            "size": size or own.size,
-            "steps": steps or (own.steps if sigmas is None else None),
-            "level": level,
-            "sigmas": sigmas,
-        }
+        if self.plain is not None and sigmas is None and steps in (None, own.steps):
+            sigmas = own.settings["sigmas"]
+        steps = steps or own.steps if sigmas is None else steps
+        there = {"size": size or own.size, "steps": steps, "level": level, "sigmas": sigmas}
         scales = {"guidance": guidance, "true_cfg_scale": true_cfg_scale}
         made: Array = self.generator.generate(prompts, seeds=seeds, negative_prompts=negative_prompts, **there, **scales)
         return made
