@@ -1,9 +1,10 @@
 """Training of a student by Restricted MeanFlow (``meanflow.py``): the loop, its held-out error, and where it stops.
 
 Data are the teacher's own pictures: the latents that its full runs of the training prompts end with, mixed with fresh noise,
-x_t = (1 - t) x_0 + t e, drawn anew for each update. (The paper trains on videos of its own, which are not public.) The held-out
-error is of what counts: the student's run of so many steps beside the teacher's full one from the same noise, on prompts that
-it is not trained on. All of the student's weights are trained, in float32, by AdamW; the best ones are kept.
+x_t = (1 - t) x_0 + t e, drawn anew for each update. (On what, in what batches and for how long the paper trained was not found;
+the released code holds no training.) The held-out error is of what counts: the student's run of so many steps beside the
+teacher's full one from the same noise, on prompts that it is not trained on. All of the student's weights are trained, in
+float32, by AdamW; the best ones are kept.
 
 ``P`` runs, ``B`` samples.
 """

@@ -43,11 +43,10 @@ class _Projection(nn.Module):
         self.single, self._only_first = single, only_first
 
     def forward(self, times: torch.Tensor) -> torch.Tensor:
-        if times.ndim == 1 or self._only_first:
-            projected: torch.Tensor = self.single(times if times.ndim == 1 else times[:, 0])
-            return projected
-        both: torch.Tensor = self.single(times.flatten()).unflatten(0, (-1, 2))
-        return both
+        if times.ndim == 2 and self._only_first:
+            times = times[:, 0]
+        projected: torch.Tensor = self.single(times.flatten())
+        return projected if times.ndim == 1 else projected.unflatten(0, (-1, 2))
 
 
 class _MeanEmbedding(EqualModule):

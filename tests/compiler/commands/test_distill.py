@@ -5,7 +5,6 @@ import re
 
 import numpy as np
 import pytest
-import torch
 from click.testing import CliRunner
 
 from cachec.cli import main
@@ -60,7 +59,6 @@ def test_true_guidance_is_distilled_too(saved_family, prompts, tmp_path, name, s
 
 
 @pytest.mark.slow
-@torch.no_grad()
 def test_what_is_made_compiles_and_a_predictor_is_trained_on_it(saved_family, prompts, tmp_path):
     few, out = tmp_path / "few", tmp_path / "few.cachec"
     distil(saved_family("flux"), few, prompts, distilled_steps=4, restrict=0.5)
