@@ -44,7 +44,7 @@ class Distilling:
     restrict: float = 0.2
     updates: int = 2000
     batch: int = 4
-    rate: float = 1e-4
+    rate: float = 1e-5
     derivative: str = "exact"
 
     def __post_init__(self) -> None:

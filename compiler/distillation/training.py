@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 EVALUATIONS = 20  # of the held-out error, over a training
 HELD_OUT = 8  # runs that it is taken on, at most
 EXPLODED = 3.0  # times the best held-out error: what comes back from there is luck
+WARM_UP = 100  # updates over which the rate rises: AdamW's first steps are of full size whatever the gradient
 SAVE_SECONDS = 60.0
 CLIP = 1.0  # of the gradient's norm
 
@@ -135,6 +136,7 @@ class Distiller:
             return
         for parameter, gradient in zip(self._parameters, gradients, strict=True):
             parameter.grad = None if gradient is None else gradient * (CLIP / norm.clamp(min=CLIP))
+        self._optimizer.param_groups[0]["lr"] = asked.rate * min(1.0, (self.state.update + 1) / WARM_UP)
         self._optimizer.step()
         self._optimizer.zero_grad()
         self.state.update += 1

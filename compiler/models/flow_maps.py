@@ -46,7 +46,7 @@ class _Projection(nn.Module):
         if times.ndim == 2 and self._only_first:
             times = times[:, 0]
         projected: torch.Tensor = self.single(times.flatten())
-        return projected if times.ndim == 1 else projected.unflatten(0, (-1, 2))
+        return projected if times.ndim == 1 else projected.view(-1, 2, projected.shape[-1])
 
 
 class _MeanEmbedding(EqualModule):
