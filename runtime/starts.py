@@ -48,12 +48,12 @@ class Start:
             numbers: dict[str, Any] = {
                 name: np.concatenate([np.zeros((step, *row.shape[1:]), row.dtype), row]) for name, row in self.rows.items()
             }
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            if PAIR not in self.slots:
+                numbers |= dict.fromkeys(("pair_rows", "pair_shares"))
+            key = replace(whole.key, start_step=step)
+            return replace(whole, key=key, instructions=instructions, slots=self.slots, starts={}, **numbers)
+        except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
             raise BundleError(f"program file does not read as a program from step {step} on: {shortened(error)}") from error
-        if PAIR not in self.slots:
-            numbers |= dict.fromkeys(("pair_rows", "pair_shares"))
-        key = replace(whole.key, start_step=step)
-        return replace(whole, key=key, instructions=instructions, slots=self.slots, starts={}, **numbers)
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the rows."""
