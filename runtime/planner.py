@@ -102,9 +102,8 @@ class _Planner:
         self._space = PlannedBuffers(batch, guided=self._guided)
         self._tables = {name: self._space.take(buffer) for name, buffer in tables.items()}
         if missing := {one.graph for one in program.instructions} - set(signatures):
-            raise BundleError(
-                f"the program needs the engine {in_one_line(', '.join(missing))}, which the bundle lacks: compile it again"
-            )
+            named = in_one_line(", ".join(missing))
+            raise BundleError(f"the program needs the engine {named}, which the bundle lacks: compile it again")
         self._steps = {
             graph: tuple(step for one in program.instructions if one.graph == graph for step in one.steps)
             for graph in signatures
@@ -395,8 +394,7 @@ class _Planner:
                 label = "/".join([place or engine, *map(str, steps[:1]), name])
                 known[name] = self._space.add(label, value.shape, DTYPE_NAMES[value.dtype], value)
         if missing := [name for name in wanted if name not in known]:
-            raise BundleError(
-                f"the engine {engine} takes {in_one_line(', '.join(missing))}, which its program does not have: compile again"
-            )
+            named = in_one_line(", ".join(missing))
+            raise BundleError(f"the engine {engine} takes what its program lacks, {named}: compile again")
         start = None if latents is None else self._space.branch(latents)
         return PlannedCall(engine, steps, {name: known[name] for name in wanted}, results, start, velocities)

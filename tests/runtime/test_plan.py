@@ -316,7 +316,7 @@ def test_flow_maps_are_told_a_second_time():
     signatures = {**PLAIN, "compute": compute}
     plan = plan_binding(signatures, told, IO, batch=BATCH)
     np.testing.assert_array_equal(constants(plan, plan.operations[2])["target_timestep"], [25, 25])
-    with pytest.raises(BundleError, match="engine compute takes target_timestep, which its program does not have"):
+    with pytest.raises(BundleError, match="engine compute takes what its program lacks, target_timestep: compile again"):
         plan_binding(signatures, LINEAR, IO, batch=BATCH)
 
 
