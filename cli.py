@@ -234,6 +234,8 @@ def import_command(method: str, files: tuple[Path, ...], out: Path, **given: Any
 @click.option("--negative-prompt", "negative", help="What guidance leads away from; default no text.")
 @click.option("--guidance", type=float, help="Guidance scale; default the bundle's.")
 @click.option("--true-cfg-scale", type=float, help="That of two branches beside an embedded one; default the bundle's.")
+@click.option("--picture", type=click.Path(path_type=Path), help="Picture to begin with, of a size that BUNDLE has.")
+@click.option("--strength", type=float, help="How far PICTURE is changed, above 0 to 1; default 0.6.")
 @click.option("--seed", default=0, show_default=True, help="Noise of the first prompt; the next has the next seed.")
 @click.option("--model", "source", help="Directory of the model's text encoders and VAE; default from the bundle.")
 @click.option("--compare", is_flag=True, help="Also run every step, and write both side by side.")

@@ -1,6 +1,6 @@
-"""Text encoders, tokenizers and decoder as components of a bundle, so that it makes pictures of prompts by itself.
+"""Text encoders, tokenizers, decoder and encoder of pictures as components of a bundle, so that it makes pictures by itself.
 
-All of it is compared with the pipeline before anything is built: tokens, conditions, pictures.
+All of it is compared with the pipeline before anything is built: tokens, conditions, pictures, latents of pictures.
 """
 
 import logging
@@ -12,8 +12,18 @@ import numpy as np
 import torch
 
 from cachec.compiler.graphs.build_engines import build_targets, planned_sources
-from cachec.compiler.graphs.components import DECODER, LATENTS, PICTURES, ComponentGraph, decoder_graph, text_graphs
+from cachec.compiler.graphs.components import (
+    DECODER,
+    ENCODER,
+    LATENTS,
+    PICTURES,
+    ComponentGraph,
+    decoder_graph,
+    encoder_graph,
+    text_graphs,
+)
 from cachec.compiler.models.base import LoadedModel, Settings
+from cachec.compiler.models.from_pictures import FromPictures
 from cachec.compiler.models.reading import PROBE, Reading
 from cachec.compiler.request import Request
 from cachec.engines.onnx_files import only_errors
@@ -83,6 +93,10 @@ def _capture(model: LoadedModel, sizes: Sequence[Settings]) -> Parts:
         graph = decoder_graph(model, settings)
         _check_pictures(model, graph, settings)
         graphs.setdefault(DECODER, {})[settings.size] = graph.cast(getattr(torch, settings.dtype))
+        if isinstance(model, FromPictures) and model.mixes(settings):
+            graph = encoder_graph(model, settings)
+            _check_latents(model, graph, settings)
+            graphs.setdefault(ENCODER, {})[settings.size] = graph.cast(getattr(torch, settings.dtype))
     return Parts(graphs, readers, texts, embedded, model.branch_setting, tokenizers, classes)
 
 
@@ -112,7 +126,8 @@ def build_parts(
         for length, readers in parts.readers.items()
     }
     classes = None if parts.classes is None else parts.classes.to_json()
-    facts = PictureFacts(texts, parts.embedded, parts.scale, DECODER, classes)
+    encoder = ENCODER if ENCODER in parts.graphs else None
+    facts = PictureFacts(texts, parts.embedded, parts.scale, DECODER, classes, encoder)
     return {"components": components, "pictures": facts.to_json()}
 
 
@@ -152,6 +167,11 @@ def _check_pictures(model: LoadedModel, graph: ComponentGraph, settings: Setting
     latents = make_noise(0, tuple(graph.examples[LATENTS].shape[1:]))[None]
     made = graph.run({LATENTS: torch.from_numpy(latents)})[PICTURES].cpu().numpy()
     _check_near("a picture", made, model.decode(latents, settings))
+
+
+def _check_latents(model: FromPictures, graph: ComponentGraph, settings: Settings) -> None:
+    made = graph.run(graph.examples)[LATENTS].cpu().numpy()
+    _check_near("the latents of a picture", made, model.encode_pictures(graph.examples[PICTURES].numpy(), settings))
 
 
 def _check_near(what: str, made: Array, wanted: Array) -> None:

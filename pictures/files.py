@@ -1,4 +1,4 @@
-"""Pictures and videos as files."""
+"""Pictures and videos as files, and pictures from files."""
 
 import importlib.util
 import io
@@ -9,12 +9,15 @@ from typing import Any
 import numpy as np
 
 from cachec.runtime.components import FRAMES_A_SECOND
-from cachec.runtime.errors import EngineError, in_one_line, missing_extra
+from cachec.runtime.errors import EngineError, InputError, in_one_line, missing_extra
 from cachec.runtime.specs import Array
+from cachec.runtime.variants import PictureSize
 
 if importlib.util.find_spec("PIL") is None:
     raise missing_extra("pillow", "pictures", "writing pictures")
-from PIL import Image
+from PIL import Image, ImageOps
+
+READ = ("PNG", "JPEG", "WEBP")
 
 
 def png_of(images: Sequence[Image.Image]) -> bytes:
@@ -56,3 +59,24 @@ def to_mp4(video: Array, fps: float = FRAMES_A_SECOND) -> bytes:
     except (av.error.FFmpegError, ValueError) as error:
         raise EngineError(f"PyAV {av.__version__} cannot write this video: {in_one_line(error)}") from error
     return buffer.getvalue()
+
+
+def read_picture(content: bytes, sizes: Sequence[str]) -> Array:
+    """A picture [H, W, 3], uint8, of a PNG, JPEG or WebP file, turned as the file says; nothing of it is transparent.
+
+    Raises:
+        InputError: it is no such file, or of none of the ``sizes``, ``64x64`` say; looked at before anything is unpacked.
+    """
+    known = [PictureSize.parse(size) for size in sizes]
+    shapes = {(one.width, one.height) for one in known}
+    try:
+        image = Image.open(io.BytesIO(content), formats=READ)
+        if {image.size, image.size[::-1]} & shapes:
+            image = ImageOps.exif_transpose(image)
+        width, height = image.size
+        array = np.asarray(image.convert("RGB")) if image.size in shapes else None
+    except Exception as error:  # what is in a damaged file makes its reader raise anything
+        raise InputError(f"the picture is no {', '.join(READ)} that can be read: {in_one_line(error)}") from error
+    if array is None:
+        raise InputError(f"the picture is {width}x{height}, and wanted is {', '.join(sizes)}: scale or crop it")
+    return array

@@ -1,4 +1,4 @@
-"""Prompts in, pictures out, from a loaded bundle alone: read, encode, denoise, decode.
+"""Prompts in, with pictures to begin with or without, pictures out, from a loaded bundle alone: read, encode, denoise, decode.
 
 ``B`` samples, ``F`` frames, ``H`` and ``W`` pixels.
 """
@@ -8,6 +8,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from cachec.pictures.beginning import Beginning, check_pictures, start_of
 from cachec.pictures.classes import Classes
 from cachec.pictures.components import Part
 from cachec.pictures.scales import Scales
@@ -99,14 +100,36 @@ class Generator:
 
     def decoded(self, latents: Array, *, size: str | None = None) -> Array:
         """The same in [0, 1], float32. Raises as :meth:`decode`."""
-        size = size or self._loaded.manifest.variants[0].size
-        decoder = self._parts[self._facts.decoder]
-        if size not in decoder.engines:
-            raise BundleError(f"the bundle has no decoder for {size}, but for {', '.join(decoder.engines)}: compile it again")
-        made = np.concatenate([array for row in latents for array in decoder.run(size, {"latents": row[None]}).values()])
-        self._let_go([self._facts.decoder])
+        return self._each(self._facts.decoder, "latents", latents, size)
+
+    @property
+    def takes_pictures(self) -> bool:
+        """Can requests begin with pictures?"""
+        return self._facts.encoder is not None
+
+    def encode_pictures(self, pictures: Array, *, size: str | None = None) -> Array:
+        """Latents [B, …], float32, of pictures [B, H, W, 3], uint8. ``size``: by default the loaded bundle's.
+
+        Raises:
+            InputError: the bundle takes no pictures.
+            EngineError: the encoder gives NaN or infinity.
+        """
+        if self._facts.encoder is None:
+            raise InputError(
+                "the bundle takes no pictures, as it has no encoder of them: where diffusers has a pipeline of its model that "
+                "begins with a picture, and the sampler is a flow's, cachec compile --components all makes one"
+            )
+        return self._each(self._facts.encoder, "pictures", pictures.astype(np.float32) / 255, size)
+
+    def _each(self, name: str, what: str, rows: Array, size: str | None) -> Array:
+        """What a component makes of each of some samples."""
+        size, part = size or self._loaded.manifest.variants[0].size, self._parts[name]
+        if size not in part.engines:
+            raise BundleError(f"the bundle has no {name} for {size}, but for {', '.join(part.engines)}: compile it again")
+        made = np.concatenate([array for row in rows for array in part.run(size, {what: row[None]}).values()])
+        self._let_go([name])
         if not np.isfinite(made).all():
-            raise EngineError(f"the decoder's pictures of {size} hold NaN or infinity: its precision may be too low")
+            raise EngineError(f"results of {name} at {size} hold NaN or infinity: its precision may be too low")
         return made
 
     @staticmethod
@@ -139,6 +162,8 @@ class Generator:
         guidance: float | None = None,
         true_cfg_scale: float | None = None,
         negative_prompts: Sequence[str] | None = None,
+        pictures: Array | None = None,
+        strength: float | None = None,
         size: str | None = None,
         steps: int | None = None,
         sigmas: Sequence[float] | None = None,
@@ -153,31 +178,49 @@ class Generator:
         if sigmas is not None and steps not in (None, len(sigmas)):
             raise InputError(f"steps is {steps}, and sigmas are {len(sigmas)}: leave steps out")
         loaded = self._loaded.at(size, steps) if sigmas is None else self._loaded.at(size).with_sigmas(sigmas)
+        begin = self.begin(loaded, pictures, strength, len(prompts))
         scales = Scales.of(loaded, guidance=guidance, true=true_cfg_scale, negative=negative_prompts is not None)
         encoded = self.conditions(prompts, loaded.conditions(level), scales, negative_prompts)
         there, conditions = loaded.fitted(encoded)
-        latents = self._denoise(there, there.check_level(level), conditions, seeds)
+        latents = self._denoise(there, there.check_level(level), conditions, seeds, begin)
         return self.decode(latents, size=loaded.manifest.variants[0].size)
 
-    def _denoise(self, loaded: LoadedBundle, level: str, conditions: Mapping[str, Array], seeds: Sequence[int]) -> Array:
-        session = self._session_for(loaded, level, len(seeds))
+    def begin(self, loaded: LoadedBundle, pictures: Array | None, strength: float | None, count: int) -> Beginning:
+        """Where ``count`` samples begin, at the size and steps of ``loaded``; ``None`` as ``pictures`` is with noise alone.
+
+        Raises:
+            InputError: the bundle takes no such pictures, or there is no such strength.
+        """
+        if pictures is None:
+            if strength is not None:
+                raise InputError(f"strength is {strength:g}, which is how far a picture is changed: give pictures, too")
+            return Beginning()
+        (own,) = loaded.manifest.variants
+        start = start_of(strength, own.steps)
+        check_pictures(pictures, own.size, count)
+        return Beginning(start, self.encode_pictures(pictures, size=own.size))
+
+    def _denoise(
+        self, loaded: LoadedBundle, level: str, conditions: Mapping[str, Array], seeds: Sequence[int], begin: Beginning
+    ) -> Array:
+        session = self._session_for(loaded, level, len(seeds), begin.start)
         noise = np.stack([make_noise(seed, session.latent_shape[1:]) for seed in seeds])
-        latents = run_in_batches(session, conditions, noise)
+        latents = run_in_batches(session, conditions, begin.mixed(noise, session.program.sigmas))
         if TRANSFORMER not in self._keep:
             self._session = None
             self._origin.release()
         return latents
 
-    def _session_for(self, loaded: LoadedBundle, level: str, wanted: int) -> Session:
+    def _session_for(self, loaded: LoadedBundle, level: str, wanted: int, start: int) -> Session:
         """A session for up to ``wanted`` samples at once: the last one, if it is like that."""
         key = loaded.programs[level].key
         rows = 2 if key.guided else 1
         most = loaded.target.sizes.get(BATCH, (rows * wanted,))[-1] // rows
         batch = key.batch or max(1, min(wanted, most))
-        what = (loaded.target.shape_bucket, key.sigmas_hash, level, batch)
+        what = (loaded.target.shape_bucket, key.sigmas_hash, level, batch, start)
         if self._session is None or self._session[0] != what:
             self._session = None  # its memory goes first
-            self._session = what, loaded.session(batch=batch, level=level)
+            self._session = what, loaded.session(batch=batch, level=level, start=start)
         return self._session[1]
 
     def conditions(

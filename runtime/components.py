@@ -53,7 +53,8 @@ class PictureFacts:
 
     ``texts`` by number of text tokens. ``embedded``: conditions that are the guidance scale, times a factor. ``scale``: which
     setting the two branches of guidance are combined at. ``decoder``: the component whose engines are by size. ``classes``:
-    what prompts are, if they are no texts (``pictures/classes.py``).
+    what prompts are, if they are no texts (``pictures/classes.py``). ``encoder``: the component that makes latents of pictures,
+    its engines by size, where the model begins with pictures as flows do: ``(1 - sigma) * latents + sigma * noise``.
     """
 
     texts: Mapping[str, TextFacts]
@@ -61,11 +62,12 @@ class PictureFacts:
     scale: str
     decoder: str
     classes: Mapping[str, Any] | None = None
+    encoder: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         texts = {length: {"tokens": list(one.tokens), "graphs": dict(one.graphs)} for length, one in self.texts.items()}
         body = {**vars(self), "texts": texts}
-        return body if self.classes is not None else {name: value for name, value in body.items() if name != "classes"}
+        return {name: value for name, value in body.items() if value is not None}
 
     @classmethod
     def of(cls, manifest: Manifest) -> Self:
@@ -83,12 +85,12 @@ class PictureFacts:
             )
         try:
             texts = {length: TextFacts(tuple(one["tokens"]), one["graphs"]) for length, one in data["texts"].items()}
-            found = cls(texts, data["embedded"], data["scale"], data["decoder"], data.get("classes"))
+            found = cls(texts, data["embedded"], data["scale"], data["decoder"], data.get("classes"), data.get("encoder"))
         except (KeyError, TypeError) as error:
             raise BundleError(
                 f"the manifest does not say how pictures are made: {shortened(data)}. Compile it again"
             ) from error
-        named = {found.decoder, *(name for one in texts.values() for name in one.graphs)}
+        named = {found.decoder, found.encoder or found.decoder, *(name for one in texts.values() for name in one.graphs)}
         if missing := sorted(named - manifest.components.keys()):
             raise BundleError(f"pictures are made with {', '.join(missing)}, which the bundle lacks: compile it again")
         return found
@@ -100,12 +102,13 @@ def components_of(manifest: Manifest) -> dict[str, Component]:
 
 
 def request_peaks(manifest: Manifest, weights: int, working: int) -> tuple[int, int]:
-    """Bytes that a request of one sample takes at most, with all components kept, and with none.
+    """Bytes that a request of one sample takes at most, with all components kept, and with none; without a picture.
 
     Engines keep what they took. ``weights`` and ``working``: the transformer's, and all else that it takes beside them.
     """
-    parts = components_of(manifest)
-    decoder = parts.pop(PictureFacts.of(manifest).decoder)
+    parts, facts = components_of(manifest), PictureFacts.of(manifest)
+    decoder = parts.pop(facts.decoder)
+    parts.pop(facts.encoder or "", None)
     reading, decoding = max((one.activations for one in parts.values()), default=0), decoder.activations
     texts = sum(one.weights for one in parts.values())
     kept = weights + texts + decoder.weights + working + reading + decoding

@@ -143,34 +143,29 @@ class LoadedBundle:
         return self.origin.once(partial(self.front, self.plain or self))
 
     def generate(
-        self,
-        prompts: Sequence[str],
-        *,
-        seeds: Sequence[int] | None = None,
-        level: str | None = None,
-        guidance: float | None = None,
-        true_cfg_scale: float | None = None,
-        negative_prompts: Sequence[str] | None = None,
-        size: str | None = None,
-        steps: int | None = None,
+        self, prompts: Sequence[str], *, seeds: Sequence[int] | None = None, level: str | None = None,
+        guidance: float | None = None, true_cfg_scale: float | None = None, negative_prompts: Sequence[str] | None = None,
+        pictures: Array | None = None, strength: float | None = None, size: str | None = None, steps: int | None = None,
         sigmas: Sequence[float] | None = None,
-    ) -> Array:
+    ) -> Array:  # fmt: skip
         """Pictures [B, H, W, 3] or videos [B, F, H, W, 3] of prompts, uint8: text encoders, denoise loop and decoder.
 
         ``seeds`` of their noise, by default 0, 1, …. ``guidance`` and ``true_cfg_scale``: by default the bundle's scales;
         ``negative_prompts`` of guidance's negative branch, by default no text. ``size`` and ``steps``: as :meth:`at`;
-        ``sigmas``: as :meth:`with_sigmas`.
+        ``sigmas``: as :meth:`with_sigmas`. ``pictures`` [B, H, W, 3], uint8, to begin with in the place of noise alone, of that
+        size: the last ``strength`` of the steps are made, by default 0.6 of them, as diffusers counts.
 
         Raises:
-            InputError: the bundle cannot do what is asked for, or has no text encoders and decoder.
+            InputError: the bundle cannot do what is asked for, or has no text encoders and decoder, or none of pictures.
         """
         (own,) = self.manifest.variants
         if self.plain is not None and sigmas is None and steps in (None, own.steps):
             sigmas = own.settings["sigmas"]
         steps = steps or own.steps if sigmas is None else steps
         there = {"size": size or own.size, "steps": steps, "level": level, "sigmas": sigmas}
-        scales = {"guidance": guidance, "true_cfg_scale": true_cfg_scale}
-        made: Array = self.generator.generate(prompts, seeds=seeds, negative_prompts=negative_prompts, **there, **scales)
+        scales = {"guidance": guidance, "true_cfg_scale": true_cfg_scale, "negative_prompts": negative_prompts}
+        first = {"pictures": pictures, "strength": strength}
+        made: Array = self.generator.generate(prompts, seeds=seeds, **there, **scales, **first)
         return made
 
     @overload

@@ -15,13 +15,14 @@ from cachec.compiler.evaluation.pictures import Cell, draw_sheet, write_picture,
 from cachec.compiler.models import find_model, load_model
 from cachec.compiler.models.base import check_prompts, settings_of
 from cachec.engines import open_bundle
-from cachec.pictures.files import to_mp4
+from cachec.pictures.beginning import Beginning
+from cachec.pictures.files import read_picture, to_mp4
 from cachec.pictures.generator import Generator
 from cachec.pictures.scales import Scales
 from cachec.runtime.errors import InputError
 from cachec.runtime.files import check_file, write_file
 from cachec.runtime.noise import check_seed, make_noise
-from cachec.runtime.program import UNCACHED
+from cachec.runtime.program import UNCACHED, Program
 from cachec.runtime.session import LoadedBundle, Session
 from cachec.runtime.specs import Array
 from cachec.runtime.trace import Trace
@@ -39,6 +40,8 @@ def generate_pictures(
     negative: str | None = None,
     guidance: float | None = None,
     true_cfg_scale: float | None = None,
+    picture: Path | None = None,
+    strength: float | None = None,
     seed: int = 0,
     compare: bool = False,
     device: str | None = None,
@@ -57,7 +60,8 @@ def generate_pictures(
     ``size`` and ``steps``: one of each that the bundle was compiled for; by default its first. ``sigmas``: noise levels as the
     pipeline's call takes them, in text with commas, in the place of ``steps``. ``negative``: the prompt of
     guidance's negative branch, ``guidance`` and ``true_cfg_scale`` scales; by default no text, and the bundle's scales.
-    ``weights``: some that were added to the bundle, in place of its own.
+    ``weights``: some that were added to the bundle, in place of its own. ``picture``: a file to begin with, of the size that is
+    asked for, or of any that the bundle has; the last ``strength`` of the steps are made.
 
     ``profile``: where to write a trace of the last request's engine calls, after one request to warm up.
 
@@ -86,10 +90,14 @@ def generate_pictures(
         level = loaded.check_level(level)
         if out.suffix.lower() == ".mp4" and loaded.manifest.settings["frames"] == 1:
             raise InputError(f"-o is {out.name}, but the bundle makes pictures: name it {out.stem}.png")
+        given = None if picture is None else _read(picture, loaded, size)
+        if given is not None:
+            loaded = loaded.at(f"{given.shape[1]}x{given.shape[0]}")
         make = _maker(loaded, source, guidance, true_cfg_scale, negative)
+        begin = make.begin(loaded, given, strength)
         if compare:
-            return _compare(loaded, level, make, prompts, seed, out)
-        sessions = _Sessions(loaded, level)
+            return _compare([_Sessions(loaded, one, begin) for one in (UNCACHED, level)], make, prompts, seed, out)
+        sessions = _Sessions(loaded, level, begin)
         rows = [_target_row(loaded), _parts_row(make)]
         for index, (prompt, file) in enumerate(zip(prompts, files, strict=True)):
             picture, seconds, total = make.picture(sessions, prompt, seed + index)
@@ -105,6 +113,16 @@ def _read_sigmas(text: str) -> list[float]:
         return [float(part) for part in text.split(",")]
     except ValueError as error:
         raise InputError(f"sigmas is {text!r}; it must be numbers with commas, such as 1,0.75,0.5") from error
+
+
+def _read(file: Path, loaded: LoadedBundle, size: str | None) -> Array:
+    """A picture of the size that is asked for, or of any that the bundle has."""
+    (own,) = loaded.manifest.variants
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise InputError(f"--picture cannot be read: {error}") from error
+    return read_picture(content, [own.size] if size or loaded.bundle is None else loaded.bundle.manifest.sizes)
 
 
 def _write(picture: Array, file: Path) -> None:
@@ -128,11 +146,17 @@ def _numbered(out: Path, num: int) -> list[Path]:
 
 @dataclass(frozen=True)
 class _Sessions:
-    """Sessions of a level, one for each length of texts that was met."""
+    """Sessions of a level, one for each length of texts that was met; where they ``begin``."""
 
     loaded: LoadedBundle
     level: str
+    begin: Beginning
     known: dict[int | None, Session] = field(default_factory=dict)
+
+    @property
+    def program(self) -> Program:
+        """What is played."""
+        return self.loaded.begun(self.loaded.programs[self.level], self.begin.start)
 
     @property
     def batch(self) -> int:
@@ -144,7 +168,7 @@ class _Sessions:
         there, fitted = self.loaded.fitted(conditions)
         text = there.manifest.settings.get("text_tokens")
         if text not in self.known:
-            self.known[text] = there.session(batch=self.batch, level=self.level)
+            self.known[text] = there.session(batch=self.batch, level=self.level, start=self.begin.start)
         return self.known[text], fitted
 
 
@@ -161,6 +185,13 @@ class _Maker(ABC):
     def decode(self, latents: Array) -> Array:
         """Pictures in [0, 1]."""
 
+    def begin(self, loaded: LoadedBundle, picture: Array | None, strength: float | None) -> Beginning:
+        """Where a request begins that has a picture [H, W, 3], or none. Raises ``InputError`` if there is no encoder of it."""
+        if picture is not None or strength is not None:
+            raise InputError("--picture and --strength are for bundles with an encoder of pictures: compile it with "
+                             "--components all, and leave --model out")  # fmt: skip
+        return Beginning()
+
     def picture(self, sessions: _Sessions, prompt: str, seed: int, trace: Trace | None = None) -> tuple[Array, float, float]:
         """A picture [H, W, 3] or video [F, H, W, 3], the seconds of its denoise loop, and those of the whole request."""
         start = time.perf_counter()
@@ -170,7 +201,7 @@ class _Maker(ABC):
         session.trace = trace
         noise = np.repeat(make_noise(seed, session.latent_shape[1:])[None], batch, axis=0)
         before = time.perf_counter()
-        latents = session.run(conditions, noise)
+        latents = session.run(conditions, sessions.begin.mixed(noise, session.program.sigmas))
         after = time.perf_counter()
         picture = self.decode(latents[:1])[0]
         return picture, after - before, time.perf_counter() - start
@@ -190,6 +221,9 @@ class _OfBundle(_Maker):
 
     def decode(self, latents: Array) -> Array:
         return self._generator.decoded(latents)
+
+    def begin(self, loaded: LoadedBundle, picture: Array | None, strength: float | None) -> Beginning:
+        return self._generator.begin(loaded, None if picture is None else picture[None], strength, 1)
 
 
 class _OfPipeline(_Maker):
@@ -235,10 +269,10 @@ def _profile(sessions: _Sessions, make: _Maker, prompt: str, seed: int, out: Pat
 
 
 def _compare(
-    loaded: LoadedBundle, level: str, make: _Maker, prompts: Sequence[str], seed: int, out: Path
+    sessions: Sequence[_Sessions], make: _Maker, prompts: Sequence[str], seed: int, out: Path
 ) -> list[tuple[str, str]]:
-    program = loaded.programs[level]
-    sessions = [_Sessions(loaded, one) for one in (UNCACHED, level)]
+    """``sessions``: the uncached ones, and those of the level."""
+    loaded, program = sessions[1].loaded, sessions[1].program
     for prompt in prompts if len(loaded.texts) > 1 else prompts[:1]:  # an engine's first call is slow, at each length of texts
         for one in sessions:
             make.picture(one, prompt, seed)
@@ -249,8 +283,11 @@ def _compare(
         psnrs.append(psnr_db(picture, full))
         seconds.append((slow, fast))
         cells = [
-            Cell(full, ("uncached", f"{program.num_steps} steps, {slow:.3f} s")),
-            Cell(picture, (name, f"{computed} of {program.num_steps}, {fast:.3f} s", f"PSNR {psnrs[-1]:.1f} dB")),
+            Cell(full, ("uncached", f"{program.num_steps - program.key.start_step} steps, {slow:.3f} s")),
+            Cell(
+                picture,
+                (name, f"{computed} of {program.num_steps - program.key.start_step}, {fast:.3f} s", f"PSNR {psnrs[-1]:.1f} dB"),
+            ),
         ]
         rows.append((prompt, cells))
     write_png(draw_sheet(rows), out)

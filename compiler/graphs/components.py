@@ -1,4 +1,4 @@
-"""The graphs of a pipeline's other parts: text encoders, from tokens to conditions, and the decoder, from latents to pictures.
+"""The graphs of a pipeline's other parts: text encoders, from tokens to conditions, decoder and encoder of pictures.
 
 All sizes are fixed, and the batch is one: a request's parts are the same whatever is asked for beside it.
 """
@@ -13,6 +13,7 @@ from cachec.compiler.graphs.capture import capture_component
 from cachec.compiler.graphs.costs import component_memory
 from cachec.compiler.graphs.export import EnginePlan, plan_engine
 from cachec.compiler.models.base import LoadedModel, Settings
+from cachec.compiler.models.from_pictures import FromPictures
 from cachec.compiler.models.reading import PROBE, Reading
 from cachec.passes import Graphs, component_passes, run_passes
 from cachec.passes.base import backward_slice, copy_module, finish, outputs, placeholders
@@ -21,7 +22,7 @@ from cachec.runtime.errors import InputError
 
 SEVERAL = "text_encoders"  # what graphs of several encoders are called
 LATENTS, PICTURES = "latents", "pictures"
-DECODER = "vae_decoder"
+DECODER, ENCODER = "vae_decoder", "vae_encoder"
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +84,29 @@ def decoder_graph(model: LoadedModel, settings: Settings) -> ComponentGraph:
     latents = model.example_inputs(settings)[model.io.latents][:1].float().cpu()
     module = capture_component(_Decoding(model, settings), {LATENTS: latents}, (PICTURES,))
     return ComponentGraph(DECODER, module, {LATENTS: latents})
+
+
+def encoder_graph(model: FromPictures, settings: Settings) -> ComponentGraph:
+    """The graph of a pipeline's encoder of pictures at one size: from a picture [1, H, W, 3] in [0, 1] to latents.
+
+    Raises:
+        PassError: it cannot be captured.
+    """
+    picture = torch.rand(1, settings.height, settings.width, 3, generator=torch.Generator().manual_seed(0))
+    module = capture_component(_Encoding(model, settings), {PICTURES: picture}, (LATENTS,))
+    return ComponentGraph(ENCODER, module, {PICTURES: picture})
+
+
+class _Encoding(nn.Module):
+    """The autoencoder is its part, so that its weights are its own."""
+
+    def __init__(self, model: FromPictures, settings: Settings) -> None:
+        super().__init__()
+        self.encoder = model.encoder
+        self._model, self._settings = model, settings
+
+    def forward(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {LATENTS: self._model.encoded(inputs[PICTURES], self._settings)}
 
 
 class _Decoding(nn.Module):

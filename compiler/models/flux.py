@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 
 from cachec.compiler.models.base import Settings
+from cachec.compiler.models.from_pictures import FromPictures
 from cachec.compiler.models.lost_text import Reader
 from cachec.compiler.models.pictured_prompts import on_pictures_of, read_pictured
 from cachec.compiler.models.pipeline_model import PipelineModel
@@ -62,10 +63,15 @@ class _Flux(PipelineModel):
         return partial(_sizes_of, self.side)
 
 
-class FluxModel(_Flux):
+class FluxModel(FromPictures, _Flux):
     """Text to image."""
 
     DEFAULTS = "flux"
+    TWIN = "FluxImg2ImgPipeline"
+
+    def packed(self, latents: torch.Tensor, settings: Settings) -> torch.Tensor:
+        tokens: torch.Tensor = self.pipeline._pack_latents(latents, *latents.shape)
+        return tokens
 
 
 class FluxKontextModel(_Flux):

@@ -59,8 +59,19 @@ def widened(velocity: torch.Tensor, axis: int, kept: tuple[int, int], channels: 
 
 def spread(latents: torch.Tensor, config: Any) -> torch.Tensor:
     """Latents [B, C, F, H, W] with the mean and deviation by channel that a video autoencoder's configuration has."""
-    mean, deviation = (torch.tensor(one).view(1, -1, 1, 1, 1).to(latents) for one in (config.latents_mean, config.latents_std))
+    mean, deviation = _by_channel(latents, config)
     return latents * deviation + mean
+
+
+def unspread(latents: torch.Tensor, config: Any) -> torch.Tensor:
+    """What :func:`spread` takes, from what it gives."""
+    mean, deviation = _by_channel(latents, config)
+    return (latents - mean) * (1.0 / deviation)
+
+
+def _by_channel(latents: torch.Tensor, config: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    mean, deviation = (torch.tensor(one).view(1, -1, 1, 1, 1).to(latents) for one in (config.latents_mean, config.latents_std))
+    return mean, deviation
 
 
 def only_scale(scales: Array | None, rule: str) -> float:

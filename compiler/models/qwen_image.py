@@ -21,7 +21,8 @@ from PIL import Image
 from torch.nn.functional import pad
 
 from cachec.compiler.models.base import Settings
-from cachec.compiler.models.inputs import ragged_mask, spread
+from cachec.compiler.models.from_pictures import FromPictures
+from cachec.compiler.models.inputs import ragged_mask, spread, unspread
 from cachec.compiler.models.pictured_prompts import on_pictures_of, read_pictured
 from cachec.compiler.models.pipeline_model import PipelineModel
 from cachec.compiler.models.reading import Seen
@@ -89,10 +90,22 @@ class _QwenImage(PipelineModel):
         return video[:, :, 0]
 
 
-class QwenImageModel(_QwenImage):
+class QwenImageModel(FromPictures, _QwenImage):
     """Text to image."""
 
     DEFAULTS = "qwen-image"
+    TWIN = "QwenImageImg2ImgPipeline"
+
+    def mean(self, pictures: torch.Tensor) -> torch.Tensor:
+        """Of a video of one frame [B, C, 1, H, W]."""
+        return super().mean(pictures[:, :, None])
+
+    def scaled(self, mean: torch.Tensor) -> torch.Tensor:
+        return unspread(mean, self.pipeline.vae.config)
+
+    def packed(self, latents: torch.Tensor, settings: Settings) -> torch.Tensor:
+        tokens: torch.Tensor = self.pipeline._pack_latents(latents[:, :, 0], *latents[:, :, 0].shape)
+        return tokens
 
 
 class QwenImageEditModel(_QwenImage):

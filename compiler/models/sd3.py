@@ -10,14 +10,15 @@ from typing import Any, ClassVar
 import torch
 
 from cachec.compiler.models.base import Settings
-from cachec.compiler.models.pipeline_model import PipelineModel
+from cachec.compiler.models.from_pictures import FromPictures
 from cachec.runtime.model_io import ModelIO
 
 
-class StableDiffusion3Model(PipelineModel):
+class StableDiffusion3Model(FromPictures):
     """A Stable Diffusion 3 pipeline."""
 
     DEFAULTS = "sd3"
+    TWIN = "StableDiffusion3Img2ImgPipeline"
     ARGUMENTS: ClassVar = {"encoder_hidden_states": "prompt_embeds", "pooled_projections": "pooled_prompt_embeds"}
     GIVES = (None, "hidden_states")  # the last block gives no text
     TOKENIZER = "tokenizer_3"

@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn.functional import pad
 
 from cachec.compiler.models.base import Settings
+from cachec.compiler.models.from_pictures import FromPictures
 from cachec.compiler.models.inputs import ragged_mask
-from cachec.compiler.models.pipeline_model import PipelineModel
 from cachec.compiler.models.reading import Seen
 from cachec.compiler.models.z_image_equal import ZImageEqual
 from cachec.runtime.model_io import ModelIO
@@ -21,10 +21,11 @@ from cachec.runtime.model_io import ModelIO
 LATENTS, TEXTS, MASK = "x", "cap_feats", "cap_mask"
 
 
-class ZImageModel(PipelineModel):
+class ZImageModel(FromPictures):
     """A Z-Image pipeline."""
 
     DEFAULTS = "z-image"
+    TWIN = "ZImageImg2ImgPipeline"
     ARGUMENTS: ClassVar = {TEXTS: "prompt_embeds"}
     BLOCKS, GIVES = "layers", ("x",)
     SIGN = -1.0

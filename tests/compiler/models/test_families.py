@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -13,6 +14,7 @@ from cachec.compiler.graphs.weights import Values
 from cachec.compiler.models import FAMILIES as KINDS
 from cachec.compiler.models import find_model, load_model
 from cachec.compiler.models.base import Settings
+from cachec.compiler.models.from_pictures import FromPictures
 from cachec.compiler.models.named import MODELS
 from cachec.compiler.tables.lower import lower_uncached
 from cachec.runtime.abi import ADVANCE, COMPUTE, EXPERT, FORECAST, PROLOGUE, VELOCITY
@@ -136,6 +138,28 @@ def test_a_thin_twin_has_the_same_inputs(case):
     twin, small = model.thin_twin(settings_for(case[0]))
     assert twin.io == model.io
     assert twin.example_inputs(small).keys() == model.example_inputs(settings_for(case[0])).keys()
+
+
+def test_pictures_become_the_latents_of_the_twin_that_takes_them(case):
+    family, model = case
+    if not isinstance(model, FromPictures):
+        return
+    settings = settings_for(family)
+    assert model.mixes(settings)
+    pictures = torch.rand(2, settings.height, settings.width, 3, generator=torch.Generator().manual_seed(1))
+    wanted = model.encode_pictures(pictures.numpy(), settings)
+    assert wanted.shape == tuple(model.example_inputs(settings)[model.io.latents].shape)
+    with torch.no_grad():
+        np.testing.assert_allclose(model.encoded(pictures, settings).numpy(), wanted, atol=1e-5)
+
+
+def test_a_sampler_that_adds_noise_otherwise_takes_no_pictures(saved_family):
+    model = load_model(find_model(str(saved_family("flux"))))
+    settings = settings_for(next(family for family in FAMILIES if family.name == "flux"))
+    model.scheduled = lambda settings: diffusers.UniPCMultistepScheduler(
+        use_flow_sigmas=True, prediction_type="flow_prediction"
+    )
+    assert not model.mixes(settings)
 
 
 def test_sizes_that_are_none_of_the_models_are_refused(case):
