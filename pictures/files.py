@@ -70,7 +70,7 @@ def read_picture(content: bytes, sizes: Sequence[str]) -> Array:
     known = [PictureSize.parse(size) for size in sizes]
     shapes = {(one.width, one.height) for one in known}
     try:
-        image = Image.open(io.BytesIO(content), formats=READ)
+        image: Image.Image = Image.open(io.BytesIO(content), formats=READ)
         if {image.size, image.size[::-1]} & shapes:
             image = ImageOps.exif_transpose(image)
         width, height = image.size

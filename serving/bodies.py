@@ -5,6 +5,7 @@ import json
 from typing import Any, TypeVar
 
 from fastapi import Request
+from starlette.datastructures import UploadFile
 
 from cachec.serving.refusals import Refused
 
@@ -35,16 +36,25 @@ async def json_body(request: Request) -> Any:
 
 
 async def form_body(request: Request) -> dict[str, Any]:
-    """The fields of a form.
+    """The fields of a form, of files what is in them.
 
     Raises:
         Refused: it cannot be read, or says a field twice.
     """
-    form = await request.form(max_files=1, max_fields=64)
-    items = form.multi_items()
-    if len({name for name, _ in items}) != len(items):
-        raise Refused(400, "the form has a field twice", code="invalid_body")
-    return dict(items)
+    async with request.form(max_files=2, max_fields=64) as form:
+        items = form.multi_items()
+        if len({name for name, _ in items}) != len(items):
+            raise Refused(400, "the form has a field twice", code="invalid_body")
+        return {name: await value.read() if isinstance(value, UploadFile) else value for name, value in items}
+
+
+async def edit_body(request: Request) -> dict[str, Any]:
+    """The same; ``image[]`` is ``image``, as clients with a list of one have it. Raises ``Refused``, also if it is no form."""
+    if (kind := content_type(request)) != FORM:
+        raise Refused(
+            415, f"the body is {kind[:80] or 'of no type'}: send a form, with Content-Type: {FORM}", code="invalid_body"
+        )
+    return {name.removesuffix("[]"): value for name, value in (await form_body(request)).items()}
 
 
 async def while_there(request: Request, task: "asyncio.Task[R]") -> R:

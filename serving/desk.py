@@ -12,8 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
+from cachec.pictures.beginning import Beginning
 from cachec.runtime.errors import DeadlineError, unknown_name
 from cachec.runtime.lane_request import Tick, Ticket
 from cachec.runtime.noise import NUM_SEEDS
@@ -124,8 +125,8 @@ class Desk:
             raise Refused(404, str(unknown_name("model", model, self.served)), code="model_not_found", param="model")
         return self.served[model]
 
-    def admit(self, wish: Common, number: str, *, video: bool = False) -> Job:
-        """Take a request, or say at once why not.
+    def admit(self, wish: Common, number: str, *, video: bool = False, picture: Array | None = None) -> Job:
+        """Take a request, with the ``picture`` that it brings, or say at once why not.
 
         Raises:
             Refused: it does not fit the bundle or a limit; there are too many; or the server stops.
@@ -133,7 +134,7 @@ class Desk:
         try:
             served = self.find(wish.model)
             served.check_kind(video=video)
-            choice = served.choose(wish, self.limits, lambda: secrets.randbelow(NUM_SEEDS))
+            choice = served.choose(wish, self.limits, lambda: secrets.randbelow(NUM_SEEDS), picture)
             self._check_room(served, len(choice.seeds))
         except Refused as refused:
             self.metrics.refused.labels(refused.code).inc()
@@ -189,9 +190,10 @@ class Desk:
             async with asyncio.timeout(self.limits.seconds):
                 begun = time.perf_counter()
                 given = await self.apart(served.conditions, choice)
+                begin = Beginning() if choice.picture is None else await self.apart(served.begin, choice)
                 encoded = time.perf_counter()
                 self.metrics.encode_seconds.labels(served.name).observe(encoded - begun)
-                made = await self._denoise(job, given, watcher, latents)
+                made = await self._denoise(job, given, begin, watcher, latents)
                 denoised = time.perf_counter()
                 files = tuple([await self.apart(served.finish, choice, one) for one in made])
                 self.metrics.decode_seconds.labels(served.name).observe(time.perf_counter() - denoised)
@@ -207,7 +209,9 @@ class Desk:
         seconds = time.monotonic() - job.begun
         return Made(files, choice.seeds, choice.level, choice.size, choice.steps, seconds, denoised - encoded)
 
-    async def _denoise(self, job: Job, given: dict[str, Array], watcher: Watcher | None, latents: bool) -> list[Array]:
+    async def _denoise(
+        self, job: Job, given: dict[str, Array], begin: Beginning, watcher: Watcher | None, latents: bool
+    ) -> list[Array]:
         """Latents [1, …] of every seed. Whatever happens, no ticket of it stays behind."""
         loop, tickets = asyncio.get_running_loop(), list[Ticket]()
         last, told = job.served.program(job.choice).num_steps, [asyncio.Event() for _ in job.choice.seeds]
@@ -221,7 +225,8 @@ class Desk:
         try:
             for place, seed in enumerate(job.choice.seeds):
                 seen = None if watcher is None else _from_thread(loop, hear, place)
-                tickets.append(self._submit(job, given, seed, seen, latents))
+                first = {"seed": seed} if begin.latents is None else {"noise": job.served.mixed(job.choice, begin, seed)}
+                tickets.append(self._submit(job, {"conditions": given, "start": begin.start, **first}, seen, latents))
             made = await asyncio.gather(*(asyncio.wrap_future(ticket.future) for ticket in tickets))
             if watcher is not None:  # of its last step a tick tells after it has given the result
                 await asyncio.gather(*(one.wait() for one in told))
@@ -232,19 +237,13 @@ class Desk:
                 self._begun.pop(ticket, None)
             self.ticker.wake()
 
-    def _submit(
-        self, job: Job, given: dict[str, Array], seed: int, seen: Callable[[Seen], None] | None, latents: bool
-    ) -> Ticket:
+    def _submit(self, job: Job, given: dict[str, Any], seen: Callable[[Seen], None] | None, latents: bool) -> Ticket:
         choice, lanes = job.choice, job.served.lanes
         left = None if choice.deadline is None else choice.deadline - (time.monotonic() - job.begun)
         if left is not None and left <= 0:
             raise DeadlineError(f"the deadline of {choice.deadline} s passed before the first step: give it more time")
-        where = {"level": choice.level, "steps": choice.steps, "size": choice.size}
-        ticket = self.ticker.submit(
-            lambda: lanes.submit(given, seed=seed, deadline=left, **where),  # type: ignore[arg-type]
-            seen,
-            latents=latents,
-        )
+        given |= {"level": choice.level, "steps": choice.steps, "size": choice.size, "deadline": left}
+        ticket = self.ticker.submit(lambda: lanes.submit(**given), seen, latents=latents)
         self._begun[ticket] = time.monotonic()
         return ticket
 

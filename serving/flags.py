@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from cachec.serving.limits import Limits
+from cachec.serving.limits import STRENGTHS, Limits
 
 HELP = {
     "queue": "Samples that may wait for a bundle, beside those in its lanes; more get 429.",
@@ -15,11 +15,19 @@ HELP = {
     "prompt": "Characters of a prompt.",
     "pixels": "Pixels of a request, all samples and frames.",
     "body": "Bytes of a request.",
+    "picture": "Bytes of a request with a picture.",
     "body_seconds": "Seconds in which a request's body must come.",
     "seconds": "Seconds after which a request is given up (504).",
     "grace": "Seconds that running requests get when the server stops.",
     "kept": "Pictures and videos that wait to be fetched.",
 }
+
+
+def _numbers(context: click.Context, option: click.Parameter, text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(one) for one in text.split(",") if one.strip())
+    except ValueError as error:
+        raise click.BadParameter(f"{text!r} is no list of numbers, as 0.3,0.6") from error
 
 
 def serve_flags(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -29,6 +37,13 @@ def serve_flags(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--port", type=int, default=8000, show_default=True, help="0 takes a free one."),
         click.option("--lanes", type=int, default=8, show_default=True, help="Samples that a bundle works on at once."),
         click.option("--policy", default="shortest", show_default=True, help="fifo, shortest or deadline: docs/lanes.md."),
+        click.option(
+            "--strengths",
+            default=",".join(map(str, STRENGTHS)),
+            show_default=True,
+            callback=_numbers,
+            help="How far requests may have a picture changed, beside 1: each takes its time when the server starts.",
+        ),
         click.option("--device", help="cpu, cuda, or cuda:1 for the second GPU; default the best that a target fits."),
         click.option("--target", help="Use this target of the bundles only; default the best that fits."),
         click.option("--weights", help="Some that add-weights added to the bundles; default their own."),

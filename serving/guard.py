@@ -48,7 +48,7 @@ class Guard:
             if self._only_here and self._key is None:
                 _check_host(headers.get("host", ""))
             check_head(scope["path"], headers, self._limits, self._key)
-            body = await self._read(receive)
+            body = await self._read(receive, self._limits.body_at(scope["path"]))
         except Refused as refused:
             response = JSONResponse(refused.to_json(), refused.status_code, refused.headers)
             await response(scope, receive, answer)
@@ -57,8 +57,8 @@ class Guard:
                 await self._app(scope, _again(body, receive), answer)
         log.info("request %s: status %d after %.3f s", number, status, time.monotonic() - begun)
 
-    async def _read(self, receive: Receive) -> bytes | None:
-        """The whole body; ``None``: the client went away before it was sent."""
+    async def _read(self, receive: Receive, most: int) -> bytes | None:
+        """The whole body, of ``most`` bytes; ``None``: the client went away before it was sent."""
         body = bytearray()
         try:
             async with asyncio.timeout(self._limits.body_seconds):
@@ -67,8 +67,8 @@ class Guard:
                     if message["type"] == "http.disconnect":
                         return None
                     body += message.get("body", b"")
-                    if len(body) > self._limits.body:
-                        raise too_large(self._limits)
+                    if len(body) > most:
+                        raise too_large(most)
                     if not message.get("more_body"):
                         return bytes(body)
         except TimeoutError as error:
@@ -85,8 +85,8 @@ def check_head(path: str, headers: Mapping[str, str], limits: Limits, key: str |
         if not hmac.compare_digest(given, key.encode()):
             raise Refused(401, "this server wants an API key: send Authorization: Bearer KEY", code="invalid_api_key")
     length = headers.get("content-length", "0")
-    if not (length.isascii() and length.isdigit()) or int(length[:19]) > limits.body:
-        raise too_large(limits)
+    if not (length.isascii() and length.isdigit()) or int(length[:19]) > limits.body_at(path):
+        raise too_large(limits.body_at(path))
 
 
 def _check_host(host: str) -> None:
@@ -105,9 +105,9 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def too_large(limits: Limits) -> Refused:
-    """What a request with too large a body gets."""
-    return Refused(413, f"the body is larger than the {limits.body} bytes that this server takes", code="too_large")
+def too_large(most: int) -> Refused:
+    """What a request with a body of more than ``most`` bytes gets."""
+    return Refused(413, f"the body is larger than the {most} bytes that this server takes", code="too_large")
 
 
 def _again(body: bytes, receive: Receive) -> Receive:

@@ -14,14 +14,13 @@ from fastapi.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from cachec.runtime.specs import Array
-from cachec.serving.bodies import json_body, while_there
+from cachec.serving.bodies import edit_body, json_body, while_there
 from cachec.serving.desk import Desk, Job, Made
 from cachec.serving.guard import FILES
+from cachec.serving.limits import EDITS
 from cachec.serving.refusals import Refused, refused_for
 from cachec.serving.ticker import Seen
-from cachec.serving.wishes import LACKING, ImageWish, read_wish
-
-EVENT = "image_generation"
+from cachec.serving.wishes import EditWish, ImageWish, read_wish
 
 
 class Shelf:
@@ -50,18 +49,25 @@ def image_routes(desk: Desk) -> APIRouter:
     @routes.post("/v1/images/generations")
     async def generate(request: Request, data: Annotated[object, Depends(json_body)]) -> Response:
         wish = read_wish(ImageWish, data)
-        job = desk.admit(wish, request.state.number)
+        return await answer(request, wish, desk.admit(wish, request.state.number))
+
+    @routes.post(EDITS)
+    async def edit(request: Request) -> Response:
+        wish = read_wish(EditWish, await edit_body(request), text=True)
+        picture = await desk.apart(desk.find(wish.model).read_picture, wish)
+        return await answer(request, wish, desk.admit(wish, request.state.number, picture=picture))
+
+    @routes.post("/v1/images/variations")
+    async def vary() -> None:
+        raise Refused(400, f"pictures are made of prompts: post the picture and a prompt to {EDITS}", code="unsupported")
+
+    async def answer(request: Request, wish: ImageWish, job: Job) -> Response:
         if wish.stream:
             return _stream(desk, job, wish)
         made = await while_there(request, desk.start(job))
         base = str(request.base_url).rstrip("/")
         where = "" if wish.response_format == "b64_json" else base + FILES
         return Response(json.dumps(_reply(job, made, shelf, where)), media_type="application/json")
-
-    @routes.post("/v1/images/edits")
-    @routes.post("/v1/images/variations")
-    async def edit() -> None:
-        raise Refused(400, LACKING["image"], code="unsupported", param="image")
 
     @routes.get(FILES + "{name}")
     async def file(name: str) -> Response:
@@ -140,7 +146,7 @@ async def _events(
         while (item := await progress.get()) is not None:
             place, seen = item
             of = job.served.program(job.choice).num_steps
-            yield _event("progress", {"step": seen.step, "steps": of, "index": place})
+            yield _event(job, "progress", {"step": seen.step, "steps": of, "index": place})
             if seen.latents is None:
                 continue
             if place in before and seen.step < of and sent.get(place, 0) < previews:
@@ -148,18 +154,18 @@ async def _events(
                 if seen.step >= due:
                     file = await desk.apart(job.served.preview, job.choice, before[place], (seen.step, seen.latents))
                     partial = {"b64_json": _base64(file), "partial_image_index": sent.get(place, 0), "index": place}
-                    yield _event("partial_image", {**partial, **_facts(job), "created_at": int(time.time())})
+                    yield _event(job, "partial_image", {**partial, **_facts(job), "created_at": int(time.time())})
                     sent[place] = sent.get(place, 0) + 1
             before[place] = seen.step, seen.latents
         made = await task
         for place, (file, seed) in enumerate(zip(made.files, made.seeds, strict=True)):
             result = {"b64_json": _base64(file), "index": place, "seed": seed, "created_at": int(time.time()), **_facts(job)}
-            yield _event("completed", {**result, "inference_time_s": made.seconds, "denoise_time_s": made.denoise_seconds})
+            yield _event(job, "completed", {**result, "inference_time_s": made.seconds, "denoise_time_s": made.denoise_seconds})
     except Exception as error:
         refused = refused_for(error)
         yield f"event: error\ndata: {json.dumps({'type': 'error', **refused.to_json()})}\n\n"
 
 
-def _event(kind: str, data: dict[str, Any]) -> str:
-    name = f"{EVENT}.{kind}"
+def _event(job: Job, kind: str, data: dict[str, Any]) -> str:
+    name = f"{'image_generation' if job.choice.picture is None else 'image_edit'}.{kind}"
     return f"event: {name}\ndata: {json.dumps({'type': name, **data})}\n\n"

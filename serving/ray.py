@@ -29,7 +29,7 @@ from cachec.serving.command import KEY, read_key
 from cachec.serving.desk import in_own_thread
 from cachec.serving.guard import check_head, too_large
 from cachec.serving.hosted import Asked, Hosted
-from cachec.serving.limits import Limits
+from cachec.serving.limits import EDITS, Limits
 from cachec.serving.refusals import Refused
 from cachec.serving.served import Served, check_names, name_of
 
@@ -221,8 +221,8 @@ class Ingress:
         try:
             check_head(request.url.path, request.headers, limits, self._key)
             body = await request.body()
-            if len(body) > limits.body:
-                raise too_large(limits)
+            if len(body) > (most := limits.body_at(request.url.path)):
+                raise too_large(most)
             name = self._name(request, body)
         except Refused as refused:
             return JSONResponse(refused.to_json(), refused.status_code, refused.headers)
@@ -245,6 +245,10 @@ class Ingress:
         path, names = request.url.path, self._plan.names
         if path.startswith("/v1/videos") and path != "/v1/videos/sync":
             raise Refused(400, "on Ray videos are made while the client waits: post to /v1/videos/sync", code="unsupported")
+        if path == EDITS:
+            raise Refused(
+                400, "on Ray no pictures are taken: serve the bundle in one process", code="unsupported", param="image"
+            )
         fields = _fields(body)
         name = path.removeprefix("/v1/models/") if path.startswith("/v1/models/") else fields.get("model")
         if fields.get("response_format") == "url":

@@ -2,24 +2,26 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from cachec.pictures.beginning import Beginning, start_of
+from cachec.pictures.files import read_picture
 from cachec.pictures.scales import Scales
 from cachec.runtime.components import FRAMES_A_SECOND
 from cachec.runtime.errors import InputError
 from cachec.runtime.lanes import Lanes
-from cachec.runtime.noise import NUM_SEEDS
+from cachec.runtime.noise import NUM_SEEDS, make_noise
 from cachec.runtime.program import UNCACHED, Program
 from cachec.runtime.session import LoadedBundle
 from cachec.runtime.specs import Array
 from cachec.runtime.variants import PictureSize, find_variant
-from cachec.serving.limits import Limits
+from cachec.serving.limits import STRENGTHS, Limits
 from cachec.serving.refusals import Refused
-from cachec.serving.wishes import Common, ImageWish, VideoWish
+from cachec.serving.wishes import Common, EditWish, ImageWish, VideoWish
 
 EXACT = ("exact", "lossless", "extra-high")  # sglang's names for results without approximation; the last two are one to it
 AUTO = "auto"
@@ -33,6 +35,13 @@ class Pictures(Protocol):
         self, prompts: Sequence[str], names: Sequence[str], scales: Scales, negatives: Sequence[str] | None = None
     ) -> Mapping[str, Array]:
         """Conditions of whole requests, batch first: those of ``names``."""
+
+    @property
+    def takes_pictures(self) -> bool:
+        """Can requests begin with pictures?"""
+
+    def encode_pictures(self, pictures: Array, *, size: str | None = None) -> Array:
+        """Latents of pictures [B, H, W, 3], uint8."""
 
     def decode(self, latents: Array, *, size: str | None = None) -> Array:
         """uint8 [B, H, W, 3], of videos [B, frames, H, W, 3]."""
@@ -61,10 +70,15 @@ class Choice:
     true_cfg_scale: float | None
     deadline: float | None
     fps: float
+    start: int = 0
+    picture: Array | None = field(default=None, repr=False)
 
 
 class Served:
-    """``name`` is what requests call it, ``pictures`` its text encoders and decoder, ``lanes`` how many samples run at once."""
+    """``name`` is what requests call it, ``pictures`` its text encoders and decoder, ``lanes`` how many samples run at once.
+
+    ``strengths``: how far requests may have a picture changed, beside 1, which is all of it.
+    """
 
     def __init__(
         self,
@@ -73,6 +87,7 @@ class Served:
         pictures: Pictures,
         *,
         lanes: int = 8,
+        strengths: Sequence[float] = STRENGTHS,
         **options: Any,
     ) -> None:
         self.name, self.loaded, self.num_lanes = name, loaded, lanes
@@ -81,7 +96,10 @@ class Served:
         there = loaded.manifest if loaded.bundle is None else loaded.bundle.manifest
         self.variants = there.variants
         self._at = {(one.size, one.steps): loaded.at(one.size, one.steps) for one in self.variants}
-        self.lanes = Lanes(loaded, lanes=lanes, sizes=there.sizes, **options)
+        steps = {one.steps for one in self.variants} if pictures.takes_pictures else set[int]()
+        self._strengths = (*strengths, 1.0)
+        starts = {start_of(strength, count) for count in steps for strength in self._strengths}
+        self.lanes = Lanes(loaded, lanes=lanes, sizes=there.sizes, starts=sorted(starts), **options)
         self.seconds = dict[str, float]()  # that encoding and decoding take, as measured when it was warmed up
 
     @property
@@ -118,14 +136,24 @@ class Served:
             self._to_file(self.pictures.decode(np.zeros((1, *shape[1:]), np.float32))[0], FRAMES_A_SECOND)
             self.seconds = {"encode": encoded - begun, "decode": time.perf_counter() - encoded}
 
-    def choose(self, wish: Common, limits: Limits, draw: Callable[[], int]) -> Choice:
-        """What a request comes to; ``draw`` gives a seed where it has none.
+    def read_picture(self, wish: EditWish) -> Array:
+        """The picture of a request [H, W, 3], of one of the bundle's sizes. Raises ``Refused`` if it is none."""
+        if not self.pictures.takes_pictures:
+            raise Refused(400, f"{self.name} takes no pictures, as it has no encoder of them", code="not_in_bundle",
+                          param="image")  # fmt: skip
+        try:
+            return read_picture(wish.image, list(dict.fromkeys(one.size for one in self.variants)))
+        except InputError as error:
+            raise Refused(400, str(error), code="invalid_value", param="image") from error
+
+    def choose(self, wish: Common, limits: Limits, draw: Callable[[], int], picture: Array | None = None) -> Choice:
+        """What a request comes to; ``draw`` gives a seed where it has none. ``picture``: as :meth:`read_picture`.
 
         Raises:
             Refused: the bundle has nothing of the kind, with what it has; or a limit is exceeded.
         """
         self._check_text(wish, limits)
-        size, steps = self._variant(wish)
+        size, steps = self._variant(wish, picture)
         level = self._level(wish.quality, self._at[size, steps])
         count = wish.n if isinstance(wish, ImageWish) else 1
         if count > (most := min(limits.samples, limits.queue + self.num_lanes)):
@@ -145,7 +173,10 @@ class Served:
             wish.true_cfg_scale,
             wish.deadline,
             _fps(wish, shape.frames),
+            start_of(wish.strength, steps) if isinstance(wish, EditWish) else 0,
+            picture,
         )
+        self._check_start(choice)
         self._check_guidance(choice)
         self._check_deadline(choice)
         return choice
@@ -159,9 +190,10 @@ class Served:
                 raise Refused(400, f"{name} has {len(text)} characters; this server takes up to {limits.prompt}",
                               code="too_long", param=name)  # fmt: skip
 
-    def _variant(self, wish: Common) -> tuple[str, int]:
-        """Which size and number of steps; what is not said is the bundle's first."""
-        first = PictureSize.parse(self.variants[0].size)
+    def _variant(self, wish: Common, picture: Array | None) -> tuple[str, int]:
+        """Which size and number of steps; what is not said is the picture's, or the bundle's first."""
+        own = None if picture is None else f"{picture.shape[1]}x{picture.shape[0]}"
+        first = PictureSize.parse(own or self.variants[0].size)
         size, text = first, wish.size
         try:
             if text is not None and text != "auto":
@@ -170,12 +202,15 @@ class Served:
                     size = PictureSize(size.width, size.height, first.frames)
             frames = wish.num_frames if isinstance(wish, VideoWish) and wish.num_frames else size.frames
             size = PictureSize(wish.width or size.width, wish.height or size.height, frames)
-            wanted = str(size) if (text, wish.width, wish.height, frames) != (None, None, None, first.frames) else None
+            wanted = str(size) if own or (text, wish.width, wish.height, frames) != (None, None, None, first.frames) else None
             one = self.variants[find_variant(self.variants, wanted, wish.num_inference_steps)]
         except InputError as error:
             there = ", ".join(f"{one.size} in {one.steps} steps" for one in self.variants)
             param = "num_inference_steps" if str(error).startswith("steps") else "size"
             raise Refused(400, f"{error}. It has {there}", code="not_in_bundle", param=param) from error
+        if own not in (None, one.size):
+            raise Refused(400, f"the picture is {own}, and size is {one.size}: leave size out, or scale the picture",
+                          code="invalid_value", param="size")  # fmt: skip
         return one.size, one.steps
 
     def _level(self, quality: str | None, bundle: LoadedBundle) -> str:
@@ -189,6 +224,27 @@ class Served:
         raise Refused(400, f"there is no quality {quality[:80]!r} here. Known: {', '.join(there)}; auto is "
                       f"{bundle.default_level}, exact and lossless are {UNCACHED}", code="not_in_bundle",
                       param="quality")  # fmt: skip
+
+    def _check_start(self, choice: Choice) -> None:
+        """Raise ``Refused`` for a strength that no program was made ready for, or that the level cannot have."""
+        if choice.start not in {start_of(one, choice.steps) for one in self._strengths}:
+            known = ", ".join(f"{one:g}" for one in self._strengths)
+            raise Refused(400, f"strength would begin at step {choice.start} of {choice.steps}, and ready are those of {known}",
+                          code="not_in_bundle", param="strength")  # fmt: skip
+        try:
+            self.lanes.kind(choice.level, steps=choice.steps, size=choice.size, start=choice.start)
+        except InputError as error:
+            raise Refused(400, str(error), code="not_in_bundle", param="quality") from error
+
+    def begin(self, choice: Choice) -> Beginning:
+        """Where a request with a picture begins."""
+        assert choice.picture is not None, "nothing else is asked"
+        return Beginning(choice.start, self.pictures.encode_pictures(choice.picture[None], size=choice.size))
+
+    def mixed(self, choice: Choice, begin: Beginning, seed: int) -> Array:
+        """What a sample of a request with a picture begins with [1, …]."""
+        assert begin.latents is not None, "it has a picture"
+        return begin.mixed(make_noise(seed, begin.latents.shape[1:])[None], self.program(choice).sigmas)
 
     def _check_guidance(self, choice: Choice) -> None:
         """Raise ``Refused`` for scales and negative prompts that the program has no place for."""
@@ -205,7 +261,7 @@ class Served:
 
     def _check_deadline(self, choice: Choice) -> None:
         """Raise ``Refused`` for a deadline that no server of this bundle keeps."""
-        least = self.lanes.kind(choice.level, steps=choice.steps, size=choice.size).alone[0]
+        least = self.lanes.kind(choice.level, steps=choice.steps, size=choice.size, start=choice.start).alone[0]
         if choice.deadline is not None and choice.deadline < least:
             raise Refused(400, f"deadline is {choice.deadline:g} s, but level {choice.level} takes {least:.3g} s where nobody "
                           "else is: give it more time, or take another level or fewer steps", code="invalid_value",
@@ -241,6 +297,7 @@ class Served:
             "owned_by": "cachec",
             "model": self.loaded.manifest.model["name"],
             "kind": "video" if self.is_video else "image",
+            "takes_pictures": self.pictures.takes_pictures,
             "default_level": self.loaded.default_level,
             "levels": choices[0]["levels"],
             "choices": choices,

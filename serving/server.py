@@ -14,16 +14,24 @@ from fastapi import FastAPI
 from cachec.engines import open_bundle
 from cachec.runtime.errors import OutputError, in_one_line
 from cachec.serving.desk import Desk
+from cachec.serving.limits import STRENGTHS
 from cachec.serving.served import Served, check_names, name_of
 
 log = logging.getLogger(__name__)
 CONNECTIONS = 2048  # at once; more get 503
 
 
-def open_one(bundle: str | Path, *, lanes: int = 8, policy: str = "shortest", **where: Any) -> Served:
+def open_one(
+    bundle: str | Path,
+    *,
+    lanes: int = 8,
+    policy: str = "shortest",
+    strengths: Sequence[float] = STRENGTHS,
+    **where: Any,
+) -> Served:
     """A bundle with its text encoders and decoder, called as its directory without ``.cachec``.
 
-    ``where``: as ``cachec.load`` takes it.
+    ``strengths``: of requests with a picture; ``where``: as ``cachec.load`` takes it.
 
     Raises:
         InputError: it has none.
@@ -33,7 +41,7 @@ def open_one(bundle: str | Path, *, lanes: int = 8, policy: str = "shortest", **
 
     place = Path(bundle)
     loaded = open_bundle(place, **where)
-    return Served(name_of(place), loaded, Generator(loaded, tells=False), lanes=lanes, policy=policy)
+    return Served(name_of(place), loaded, Generator(loaded, tells=False), lanes=lanes, policy=policy, strengths=strengths)
 
 
 def open_all(bundles: Sequence[Path], **options: Any) -> list[Served]:

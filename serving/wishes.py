@@ -4,7 +4,7 @@ Types are checked here; what they choose among, by ``served.py``, as it is the b
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -20,9 +20,10 @@ LACKING: Mapping[str, str] = {  # fields that would change the picture, and cann
     "flow_shift": "noise levels are the bundle's: compile it with other ones",
     "output_compression": "pictures are PNG, which loses nothing: leave it out",
     "max_sequence_length": "the text length is the bundle's: leave it out",
-    "image": "no bundle takes pictures yet: its encoder of pictures is not part of it",
-    "input_reference": "no bundle takes pictures yet: its encoder of pictures is not part of it",
-    "strength": "it says how far a picture is changed, and no bundle takes pictures yet: leave it out",
+    "image": "a picture to begin with is posted to /v1/images/edits, as a form",
+    "mask": "the whole picture is changed: leave it out",
+    "input_reference": "no bundle makes videos of a picture: leave it out",
+    "strength": "it says how far a picture is changed: post one to /v1/images/edits, as a form",
 }
 
 
@@ -30,6 +31,7 @@ class Common(BaseModel):
     """What pictures and videos have in common."""
 
     model_config = ConfigDict(extra="forbid")
+    lacking: ClassVar[Mapping[str, str]] = LACKING
 
     prompt: str
     negative_prompt: str | None = None
@@ -53,11 +55,12 @@ class Common(BaseModel):
     max_sequence_length: Any = None
     strength: Any = None
     image: Any = None
+    mask: Any = None
     input_reference: Any = None
 
     def check(self) -> None:
         """Raise ``Refused`` for what no bundle has."""
-        for name, why in LACKING.items():
+        for name, why in self.lacking.items():
             if getattr(self, name) is not None:
                 raise Refused(400, f"{name}: {why}", code="unsupported", param=name)
 
@@ -73,6 +76,16 @@ class ImageWish(Common):
     partial_images: Annotated[int, Field(ge=0, le=3)] = 0
     style: str | None = None
     moderation: str | None = None
+
+
+class EditWish(ImageWish):
+    """``POST /v1/images/edits``: ``image`` is a file, and the last ``strength`` of the steps are made."""
+
+    lacking: ClassVar[Mapping[str, str]] = {name: why for name, why in LACKING.items() if name not in ("image", "strength")}
+
+    image: bytes
+    strength: Annotated[float, Field(gt=0, le=1)] | None = None
+    input_fidelity: str | None = None  # not looked at: strength says it
 
 
 class VideoWish(Common):
@@ -107,7 +120,7 @@ def _refused(error: ValidationError, kind: type[Common]) -> Refused:
         return Refused(400, "the body is not a JSON object with the fields of a request", code="invalid_body")
     name = str(where[0])
     if first["type"] == "extra_forbidden":
-        known = ", ".join(sorted(set(kind.model_fields) - set(LACKING)))
+        known = ", ".join(sorted(set(kind.model_fields) - set(kind.lacking)))
         return Refused(400, f"there is no field {shortened(name)}. Known: {known}", code="unknown_field", param=name[:80])
     if first["type"] == "missing":
         return Refused(400, f"{name} is missing", code="missing_field", param=name)

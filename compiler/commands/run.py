@@ -100,8 +100,8 @@ def generate_pictures(
         sessions = _Sessions(loaded, level, begin)
         rows = [_target_row(loaded), _parts_row(make)]
         for index, (prompt, file) in enumerate(zip(prompts, files, strict=True)):
-            picture, seconds, total = make.picture(sessions, prompt, seed + index)
-            _write(picture, file)
+            made, seconds, total = make.picture(sessions, prompt, seed + index)
+            _write(made, file)
             rows.append((str(file), f"denoise loop {seconds:.3f} s, request {total:.3f} s: {prompt}"))
         if profile is not None:
             rows += _profile(sessions, make, prompts[-1], seed + len(prompts) - 1, profile)

@@ -68,7 +68,8 @@ class FromPictures(PipelineModel):
 
         The twin draws from what the autoencoder says of a picture: here it is told the likeliest.
         """
-        vae, kind = self.encoder, getattr(diffusers, self.TWIN)
+        vae: Any = self.encoder
+        kind = getattr(diffusers, self.TWIN)
         known = inspect.signature(kind.__init__).parameters
         twin = kind(**{name: part for name, part in self.pipeline.components.items() if name in known})
         image = twin.image_processor.preprocess(pictures, height=settings.height, width=settings.width)

@@ -80,7 +80,7 @@ REFUSED = [
     ({"negative_prompt": "blur"}, "requests of this bundle have no negative branch"),
     ({"guidance_scale": float("inf")}, "guidance_scale is inf: should be a finite number"),
     ({"lora": {"name": "x"}}, "lora: weights are fused ahead"),
-    ({"strength": 0.5}, "strength: it says how far a picture is changed, and no bundle takes pictures yet"),
+    ({"strength": 0.5}, "strength: it says how far a picture is changed: post one to /v1/images/edits"),
     ({"output_format": "webp"}, "output_format is 'webp': should be 'png'"),
     ({"background": "transparent"}, "background is 'transparent': should be 'auto' or 'opaque'"),
     ({"enable_teacache": True}, "there is no field 'enable_teacache'. Known: background, deadline, "),
@@ -102,8 +102,8 @@ def test_what_no_bundle_has_is_told_in_words(toy):
     status, data = toy.generate(model="flux-2")
     assert (status, data["error"]["code"]) == (404, "model_not_found")
     assert "unknown model 'flux-2'" in data["error"]["message"]
-    status, _, data = toy.ask("POST", "/v1/images/edits", b"--x--", **{"Content-Type": "multipart/form-data; boundary=x"})
-    assert (status, data["error"]["message"][:27]) == (400, "no bundle takes pictures ye")
+    status, _, data = toy.ask("POST", "/v1/images/variations", {})
+    assert (status, data["error"]["message"][-28:]) == (400, "a prompt to /v1/images/edits")
     status, _, data = toy.ask("POST", "/v1/videos", {"prompt": "a"})
     assert (status, data["error"]["message"]) == (400, "toy makes pictures: post to /v1/images/generations")
     assert toy.ask("GET", "/v2")[0] == 404

@@ -60,7 +60,7 @@ def test_the_oldest_make_room(server):
     [
         ({"num_frames": 9}, "size is 24x16x9, but the bundle was compiled for 24x16x5"),
         ({"fps": 0}, "fps is 0: should be greater than 0"),
-        ({"input_reference": "x"}, "input_reference: no bundle takes pictures yet"),
+        ({"input_reference": "x"}, "input_reference: no bundle makes videos of a picture"),
         ({"n": 2}, "there is no field 'n'"),
     ],
 )

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import uvicorn
-from numpy_engines import IO, WIDTH, compute, make_engines, make_program
+from numpy_engines import IO, SHAPE, WIDTH, compute, make_engines, make_program
 
 from cachec.compiler.tables.lower import lower_uncached
 from cachec.compiler.tables.sampling import Sampling
@@ -79,6 +79,8 @@ def toy_loaded(frames=1, **engines):
 class ToyPictures:
     """Prompts are seeds; a picture is as large as it says, with the latents in its corner."""
 
+    takes_pictures = False
+
     def __init__(self, loaded):
         settings = loaded.manifest.settings
         frames = settings.get("frames", 1)
@@ -107,6 +109,16 @@ class ToyPictures:
 
     def close(self):
         pass
+
+
+class ToyEncoder(ToyPictures):
+    """Pictures are read, too."""
+
+    takes_pictures = True
+
+    def encode_pictures(self, pictures, *, size=None):
+        rows = pictures.reshape(len(pictures), -1)[:, : np.prod(SHAPE)].reshape(-1, *SHAPE)
+        return (rows.astype(np.float32) - 127.5) / 40
 
 
 def toy_served(name="toy", pictures=ToyPictures, *, frames=1, engines=None, **options):
