@@ -86,13 +86,12 @@ def generate_pictures(
         raise InputError(f"--steps {steps} and --sigmas contradict each other: give one")
     where: dict[str, Any] = {"device": device, "target": target, "size": size, "steps": steps, "weights": weights}
     with open_bundle(bundle, **where, verify=verify, threads=threads) as opened:
-        loaded = opened if levels is None else opened.with_sigmas(levels)
+        given = None if picture is None else _read(picture, opened, size)
+        there = opened if given is None else opened.at(f"{given.shape[1]}x{given.shape[0]}")
+        loaded = there if levels is None else there.with_sigmas(levels)
         level = loaded.check_level(level)
         if out.suffix.lower() == ".mp4" and loaded.manifest.settings["frames"] == 1:
             raise InputError(f"-o is {out.name}, but the bundle makes pictures: name it {out.stem}.png")
-        given = None if picture is None else _read(picture, loaded, size)
-        if given is not None:
-            loaded = loaded.at(f"{given.shape[1]}x{given.shape[0]}")
         make = _maker(loaded, source, guidance, true_cfg_scale, negative)
         begin = make.begin(loaded, given, strength)
         if compare:
