@@ -133,8 +133,11 @@ class Served:
                 Choice(first.size, first.steps, self.loaded.default_level, (0,), "", "", None, None, None, FRAMES_A_SECOND)
             )
             encoded = time.perf_counter()
-            self._to_file(self.pictures.decode(np.zeros((1, *shape[1:]), np.float32))[0], FRAMES_A_SECOND)
+            made = self.pictures.decode(np.zeros((1, *shape[1:]), np.float32))
+            self._to_file(made[0], FRAMES_A_SECOND)
             self.seconds = {"encode": encoded - begun, "decode": time.perf_counter() - encoded}
+            if self.pictures.takes_pictures:
+                self.pictures.encode_pictures(made)
 
     def read_picture(self, wish: EditWish) -> Array:
         """The picture of a request [H, W, 3], of one of the bundle's sizes. Raises ``Refused`` if it is none."""

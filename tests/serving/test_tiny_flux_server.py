@@ -12,6 +12,7 @@ from toy_product import succeed
 import cachec
 
 PROMPT = "a yellow ring left of a purple cross"
+OTHER = "a large red circle on a white background"
 WITHOUT = """
 import sys
 for name in ("torch", "diffusers", "transformers", "onnx"):
@@ -36,6 +37,8 @@ def test_the_openai_client_gets_the_generators_pictures_and_sigterm_ends_it_well
                 made = client.images.generate(prompt=PROMPT, n=2, response_format="b64_json", extra_body={"seed": 3})
                 events = client.images.generate(prompt=PROMPT, stream=True, partial_images=2, quality="exact")
                 kinds = {event.type for event in events}
+                first = base64.b64decode(made.data[0].b64_json)
+                edited = client.images.edit(image=("a.png", first), prompt=OTHER, extra_body={"seed": 5, "strength": 0.4})
         finally:
             server.send_signal(signal.SIGTERM)
     assert (name, server.returncode) == ("pictures", 0)
@@ -43,4 +46,6 @@ def test_the_openai_client_gets_the_generators_pictures_and_sigterm_ends_it_well
     with cachec.load(bundle) as loaded:
         wanted = loaded.generate([PROMPT] * 2, seeds=[3, 4])
         files = [loaded.generator.to_png(picture) for picture in wanted]
-    assert [base64.b64decode(one.b64_json) for one in made.data] == files
+        changed = loaded.generate([OTHER], seeds=[5], pictures=wanted[:1], strength=0.4)
+        files.append(loaded.generator.to_png(changed[0]))
+    assert [base64.b64decode(one.b64_json) for one in (*made.data, *edited.data)] == files

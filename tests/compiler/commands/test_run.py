@@ -43,6 +43,8 @@ def test_a_profile_says_where_the_time_went(toy_bundles, tmp_path):
         (["--profile", "t.json", "--compare"], "--profile is of one run, --compare makes two"),
         (["--seed", "-1"], "seed is -1"),
         (["--threads", "0"], "threads is 0"),
+        (["--strength", "0.5"], "--picture and --strength are for bundles with an encoder of pictures"),
+        (["--picture", "nowhere.png"], "--picture cannot be read: "),
         (["-o", "x.jpg"], "-o is x.jpg, but pictures are written as PNG: name it x.png"),
     ],
 )
