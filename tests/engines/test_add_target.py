@@ -220,7 +220,7 @@ def test_components_are_built_too_and_run(bundle):
     assert built[1].engines["8x6"].path.startswith("components/decoder/tensorrt-float32/8x6-11.0.0.114_sm90-float32-any-")
     assert files_of(bundle) == set(opened.manifest.files)
     given = {spec.name: np.full(spec.resolve({}), 0.5, spec.dtype) for spec in fixed.signature.inputs}
-    on_host, on_gpu = (Part("decoder", opened, device, 1).run("8x6", given) for device in (HOST, DeviceName(CUDA)))
+    on_host, on_gpu = (Part("decoder", opened, device, None).run("8x6", given) for device in (HOST, DeviceName(CUDA)))
     np.testing.assert_allclose(on_gpu["next_latents"], on_host["next_latents"], rtol=1e-6)
     add_targets(bundle, ["tensorrt"], force=True, options=BuildOptions(level=1))
     after = Bundle.open(bundle, verify=True)

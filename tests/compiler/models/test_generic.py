@@ -1,6 +1,8 @@
 """Pipelines that no family knows: compiled by what can be seen of them, asked for what cannot, or refused."""
 
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import diffusers
 import numpy as np
@@ -39,9 +41,11 @@ def aura(tmp_path_factory):
     )
     directory = tmp_path_factory.mktemp("aura")
     pipeline.save_pretrained(directory)
-    spec = find_model(str(directory))
-    assert (spec.steps, spec.height, spec.text_tokens) == (50, 1024, 256)
-    return load_model(replace(spec, height=32, width=48))
+    with pytest.MonkeyPatch.context() as patch:  # the example of a family from outside knows it
+        patch.setattr(sys, "path", [one for one in sys.path if not list(Path(one).glob("cachec_auraflow*.dist-info"))])
+        spec = find_model(str(directory))
+        assert (spec.steps, spec.height, spec.text_tokens) == (50, 1024, 256)
+        return load_model(replace(spec, height=32, width=48))
 
 
 def test_a_pipeline_that_no_family_knows_is_captured_at_the_cut_that_is_named(aura):
