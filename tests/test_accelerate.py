@@ -62,6 +62,7 @@ def test_forecasts_come_near_and_calls_are_repeatable(accelerated, uncached):
     assert accelerated.transformer.program.compute_steps == (0, 1, 2, 5, 8)
 
 
+@pytest.mark.slow
 def test_a_code_is_in_the_graphs_of_a_pipeline_in_memory_too(uncached):
     pipeline = cachec.accelerate(load(), method="freqca", steps=STEPS, schedule=SOME, compiled=False, height=64, width=64)
     assert 1e-4 < relative_error(run(pipeline), uncached) < 0.5

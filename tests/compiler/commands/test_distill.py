@@ -33,6 +33,7 @@ def distil(source, out, prompts, **changes):
     return dict(distill_to_directory(str(source), out, force=False, **{**LITTLE, "prompts": prompts, **changes}))
 
 
+@pytest.mark.slow
 def test_a_directory_is_made_that_says_what_it_is(saved_family, prompts, tmp_path):
     rows = distil(saved_family("flux"), tmp_path / "few", prompts, guidance=2.5)
     assert (rows["steps"], rows["guidance"]) == ("2", "2.5")
