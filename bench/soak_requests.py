@@ -91,7 +91,7 @@ async def campaign(url: str, process: int, count: int, wanted: dict[tuple[str, i
 
     await asyncio.gather(*(client() for _ in range(CLIENTS)))
     await asyncio.sleep(1)
-    text = (await asked(url, b"GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")).decode()
+    text = (await asked(url, b"GET /metrics HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n")).decode()
     waiting = [line for line in text.splitlines() if line.startswith(("cachec_queued_requests{", "cachec_running_requests{"))]
     wrong += [[count, line] for line in waiting if not line.endswith(" 0.0")]
     left = {"files": open_files(process) - files, "bytes": resident(process) - memory}
@@ -119,7 +119,7 @@ class Case:
         self.stalls = self.malformed and draw.random() < 0.1
         if self.malformed and draw.random() < 0.5:
             body = damaged(body, draw)
-        head = f"POST /v1/images/generations HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {len(body)}\r\n"
+        head = f"POST /v1/images/generations HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\nContent-Length: {len(body)}\r\n"
         head += "Content-Type: application/json\r\n\r\n"
         data = head.encode() + body
         self.data = data[: draw.randrange(1, len(data))] if self.stalls else data
