@@ -119,7 +119,9 @@ class Case:
         self.stalls = self.malformed and draw.random() < 0.1
         if self.malformed and draw.random() < 0.5:
             body = damaged(body, draw)
-        head = f"POST /v1/images/generations HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\nContent-Length: {len(body)}\r\n"
+        head = (
+            f"POST /v1/images/generations HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\nContent-Length: {len(body)}\r\n"
+        )
         head += "Content-Type: application/json\r\n\r\n"
         data = head.encode() + body
         self.data = data[: draw.randrange(1, len(data))] if self.stalls else data

@@ -4,6 +4,7 @@ Writes ``OUT/pipelines/NAME`` from the checkpoint as it is, finished or not: tra
 float16, the frozen readers in float32. ``from_pretrained`` of the pipeline's class loads it.
 """
 
+import json
 import math
 import shutil
 from collections.abc import Callable
@@ -78,6 +79,9 @@ def assemble(name: str, out: Path) -> Path:
     to = out / "pipelines" / name
     shutil.rmtree(to, ignore_errors=True)
     PIPELINES[name](out).save_pretrained(to)
+    for path in to.rglob("config.json"):  # which says where its part was loaded from: on this machine
+        config = {key: value for key, value in json.loads(path.read_text()).items() if key != "_name_or_path"}
+        path.write_text(json.dumps(config, indent=2) + "\n")
     return to
 
 
