@@ -258,7 +258,7 @@ class Program:
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the arrays (:meth:`stored`)."""
-        instructions = [{"op": one.op, **vars(one)} for one in self.instructions]
+        instructions = [one.to_json() for one in self.instructions]
         own = {"key": asdict(self.key), "cut": self.cut, "slots": dict(self.slots), "instructions": instructions}
         return {**own, "starts": {str(step): one.to_json() for step, one in self.starts.items()}} if self.starts else own
 

@@ -103,6 +103,20 @@ def saved_family(once, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def flux_directory(saved_family):
+    """The small FLUX pipeline's."""
+    return saved_family("flux")
+
+
+@pytest.fixture(scope="module")
+def flux_model(flux_directory):
+    """The same, loaded."""
+    from cachec.compiler.models import find_model, load_model
+
+    return load_model(find_model(str(flux_directory)))
+
+
+@pytest.fixture(scope="session")
 def toy_split():
     from toy_bundle import split_toy
 

@@ -7,7 +7,6 @@ import pytest
 from toy_product import run_cli, succeed
 
 import cachec
-from cachec.compiler.models import find_model, load_model
 from cachec.compiler.models.base import settings_of
 from cachec.runtime.errors import InputError
 from cachec.runtime.lanes import Lanes
@@ -20,20 +19,10 @@ OTHERS = (1.0, 0.85, 0.5, 0.2)
 
 
 @pytest.fixture(scope="module")
-def directory(saved_family):
-    return saved_family("flux")
-
-
-@pytest.fixture(scope="module")
-def model(directory):
-    return load_model(find_model(str(directory)))
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory, directory):
+def path(tmp_path_factory, flux_directory):
     out = tmp_path_factory.mktemp("levels") / "b.cachec"
     given = ("--method", "taylor", "--budget", "3", "--text-tokens", "8", "--target", "ort", "--size", "32x48,64x48")
-    succeed("compile", directory, *given, "--steps", "6,3,5", "--sigmas", "1,0.6,0.3;1,0.9,0.7,0.4,0.2", "-o", out)
+    succeed("compile", flux_directory, *given, "--steps", "6,3,5", "--sigmas", "1,0.6,0.3;1,0.9,0.7,0.4,0.2", "-o", out)
     return out
 
 
@@ -43,27 +32,27 @@ def bundle(path):
         yield loaded
 
 
-def wanted(model, bundle, sigmas, size=None):
+def wanted(flux_model, bundle, sigmas, size=None):
     """Conditions, noise, and the latents of the pipeline's own loop."""
     settings = replace(settings_of(bundle.at(size).manifest), steps=len(sigmas), sigmas=sigmas)
-    conditions = model.encode([PROMPT], settings, model.io.conditions)
+    conditions = flux_model.encode([PROMPT], settings, flux_model.io.conditions)
     noise = make_noise(3, bundle.at(size).session().latent_shape[1:])[None]
-    return conditions, noise, model.generate(conditions, noise, settings)
+    return conditions, noise, flux_model.generate(conditions, noise, settings)
 
 
-def test_a_bundle_has_a_list_for_each_number_of_steps(model, bundle):
+def test_a_bundle_has_a_list_for_each_number_of_steps(flux_model, bundle):
     assert bundle.bundle.manifest.step_counts == (6, 3, 5)
     assert bundle.manifest.settings["sigmas"] is None
     for steps in (3, 5):
         there = bundle.at(steps=steps)
         settings = settings_of(there.manifest)
         assert len(settings.sigmas) == steps
-        np.testing.assert_array_equal(there.programs[UNCACHED].sigmas, model.sampling(settings).sigmas)
+        np.testing.assert_array_equal(there.programs[UNCACHED].sigmas, flux_model.sampling(settings).sigmas)
 
 
 @pytest.mark.parametrize("size", ["32x48", "64x48"])
-def test_others_are_computed_as_by_the_pipeline(model, bundle, caplog, size):
-    conditions, noise, latents = wanted(model, bundle, OTHERS, size)
+def test_others_are_computed_as_by_the_pipeline(flux_model, bundle, caplog, size):
+    conditions, noise, latents = wanted(flux_model, bundle, OTHERS, size)
     caplog.clear()
     with caplog.at_level("WARNING", "cachec"):
         own = bundle.at(size).with_sigmas(OTHERS)
@@ -85,8 +74,8 @@ def test_those_that_the_bundle_has_are_played_by_its_programs(bundle, caplog):
     assert not caplog.messages
 
 
-def test_lanes_take_them_beside_the_bundles_own(model, bundle):
-    conditions, noise, latents = wanted(model, bundle, OTHERS)
+def test_lanes_take_them_beside_the_bundles_own(flux_model, bundle):
+    conditions, noise, latents = wanted(flux_model, bundle, OTHERS)
     own = bundle.with_sigmas(OTHERS)
     lanes = Lanes(own, lanes=2, buckets=(1,))
     tickets = [lanes.submit(conditions, noise=noise, steps=steps) for steps in (None, 3)]
@@ -139,8 +128,8 @@ def test_what_cannot_be_is_refused(bundle):
         ({"sigmas": "1,0.5;1,0.4,0.2", "steps": "2,4"}, "1,0.4,0.2. are 3 noise levels for 2 steps"),
     ],
 )
-def test_lists_that_cannot_be_are_refused(model, given, said):
+def test_lists_that_cannot_be_are_refused(flux_model, given, said):
     from cachec.compiler.request import make_request
 
     with pytest.raises(InputError, match=said):
-        make_request(model.spec, method="taylor", **given)
+        make_request(flux_model.spec, method="taylor", **given)

@@ -7,7 +7,6 @@ import pytest
 from toy_product import run_cli, succeed
 
 import cachec
-from cachec.compiler.models import find_model, load_model
 from cachec.compiler.models.base import settings_of
 from cachec.compiler.options import make_settings, read_options
 from cachec.compiler.request import make_request
@@ -24,37 +23,29 @@ METHOD = ["--method", "taylor", "--budget", "3", "--text-tokens", "8", "--target
 
 
 @pytest.fixture(scope="module")
-def directory(saved_family):
-    return saved_family("flux")
-
-
-@pytest.fixture(scope="module")
-def model(directory):
-    return load_model(find_model(str(directory)))
-
-
-@pytest.fixture(scope="module")
-def several(tmp_path_factory, directory):
+def several(tmp_path_factory, flux_directory):
     out = tmp_path_factory.mktemp("sizes") / "several.cachec"
-    output = succeed("compile", directory, *METHOD, "--size", ",".join(SIZES), "--steps", "6,4", "-o", out)
+    output = succeed("compile", flux_directory, *METHOD, "--size", ",".join(SIZES), "--steps", "6,4", "-o", out)
     assert "64x48, 4 steps" in output
     return out
 
 
-def denoise(model, bundle, level=None, **where):
+def denoise(flux_model, bundle, level=None, **where):
     with cachec.load(bundle) as loaded:
         settings = settings_of(loaded.at(**where).manifest)
-        conditions = model.encode([PROMPT], settings, model.io.conditions)
+        conditions = flux_model.encode([PROMPT], settings, flux_model.io.conditions)
         return loaded.denoise(conditions, [3], level=level, **where)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("size", "steps"), [("64x48", 4)])
-def test_each_is_bit_for_bit_as_it_would_be_alone(several, directory, model, tmp_path, size, steps):
+def test_each_is_bit_for_bit_as_it_would_be_alone(several, flux_directory, flux_model, tmp_path, size, steps):
     alone = tmp_path / "alone.cachec"
-    succeed("compile", directory, *METHOD, "--size", size, "--steps", steps, "-o", alone)
+    succeed("compile", flux_directory, *METHOD, "--size", size, "--steps", steps, "-o", alone)
     for level in ("default", UNCACHED):
-        np.testing.assert_array_equal(denoise(model, several, level, size=size, steps=steps), denoise(model, alone, level))
+        np.testing.assert_array_equal(
+            denoise(flux_model, several, level, size=size, steps=steps), denoise(flux_model, alone, level)
+        )
 
 
 def test_one_set_of_engines_is_for_all_sizes(several):
@@ -71,22 +62,22 @@ def test_one_set_of_engines_is_for_all_sizes(several):
     assert of_one < 1.2 * manifest.facts["memory"]["weights"]
 
 
-def test_the_uncached_run_equals_the_pipelines_own_at_another_size(several, model):
+def test_the_uncached_run_equals_the_pipelines_own_at_another_size(several, flux_model):
     with cachec.load(several, size="64x48", steps=4) as loaded:
         settings = settings_of(loaded.manifest)
         assert (settings.width, settings.height, settings.steps) == (64, 48, 4)
-        conditions = model.encode([PROMPT], settings, model.io.conditions)
+        conditions = flux_model.encode([PROMPT], settings, flux_model.io.conditions)
         session = loaded.session(level=UNCACHED)
         noise = make_noise(1, session.latent_shape[1:])[None]
-        np.testing.assert_allclose(session.run(conditions, noise), model.generate(conditions, noise, settings), atol=2e-3)
+        np.testing.assert_allclose(session.run(conditions, noise), flux_model.generate(conditions, noise, settings), atol=2e-3)
 
 
-def test_lanes_serve_all_of_them_at_once(several, model):
+def test_lanes_serve_all_of_them_at_once(several, flux_model):
     with cachec.load(several) as loaded:
         lanes, tickets = Lanes(loaded, sizes=SIZES, policy=Policy("fifo", 8)), {}
         for where in itertools.product(SIZES, STEPS, ("default", UNCACHED)):
             settings = settings_of(loaded.at(*where[:2]).manifest)
-            conditions = model.encode([PROMPT], settings, model.io.conditions)
+            conditions = flux_model.encode([PROMPT], settings, flux_model.io.conditions)
             size, steps, level = where
             tickets[where] = lanes.submit(conditions, seed=3, size=size, steps=steps, level=level)
         with pytest.raises(InputError, match="size is 32x32, but the bundle was compiled for"):
@@ -94,7 +85,7 @@ def test_lanes_serve_all_of_them_at_once(several, model):
         rows = [tick.rows for tick in iter(lanes.tick, None)]
         assert max(rows) == 4, "all of a size share"
     for (size, steps, level), ticket in tickets.items():
-        np.testing.assert_array_equal(ticket.result(0), denoise(model, several, level, size=size, steps=steps))
+        np.testing.assert_array_equal(ticket.result(0), denoise(flux_model, several, level, size=size, steps=steps))
 
 
 def test_run_takes_a_size_and_a_number_of_steps(several, tmp_path):
@@ -136,20 +127,20 @@ def test_engines_are_loaded_once_for_all_sizes(several, monkeypatch):
         assert wide.at("32x48", 6).engines is loaded.engines
 
 
-def test_noise_levels_of_ones_own_are_what_the_pipeline_makes_of_them(model):
+def test_noise_levels_of_ones_own_are_what_the_pipeline_makes_of_them(flux_model):
     given = (1.0, 0.7, 0.4, 0.2)
-    settings = make_settings(model.spec, read_options({"sigmas": given, "size": "64x48", "text_tokens": 8}).model)
-    found = model.sampling(settings)
+    settings = make_settings(flux_model.spec, read_options({"sigmas": given, "size": "64x48", "text_tokens": 8}).model)
+    found = flux_model.sampling(settings)
     assert (settings.steps, found.num_steps) == (4, 4)
-    shifted = np.exp(_mu(model, settings)) / (np.exp(_mu(model, settings)) + 1 / np.array(given) - 1)
+    shifted = np.exp(_mu(flux_model, settings)) / (np.exp(_mu(flux_model, settings)) + 1 / np.array(given) - 1)
     np.testing.assert_allclose(found.sigmas, [*shifted, 0], rtol=1e-5)
     assert settings.with_steps(4) is settings
     assert settings.with_steps(6).sigmas is None
 
 
-def _mu(model, settings):
+def _mu(flux_model, settings):
     """FLUX's shift at its number of tokens."""
-    config, tokens = model.pipeline.scheduler.config, settings.height * settings.width // 256
+    config, tokens = flux_model.pipeline.scheduler.config, settings.height * settings.width // 256
     slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
     return config.base_shift + slope * (tokens - config.base_image_seq_len)
 
@@ -166,6 +157,6 @@ def _mu(model, settings):
         ),
     ],
 )
-def test_noise_levels_that_cannot_be_are_refused(model, given, said):
+def test_noise_levels_that_cannot_be_are_refused(flux_model, given, said):
     with pytest.raises(InputError, match=said):
-        make_request(model.spec, **{"method": "taylor", "budget": 2, **given})
+        make_request(flux_model.spec, **{"method": "taylor", "budget": 2, **given})

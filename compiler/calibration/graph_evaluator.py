@@ -256,12 +256,8 @@ class _Loop:
     def _compute(self, instruction: Instruction, step: int, *, both: bool) -> None:
         """Run the model: on ``both`` branches, or all that there are; or on the positive one, and forecast the other."""
         evaluator, scale = self._evaluator, self._conditions.get(GUIDANCE)
-        given = self._given(step)
-        known = (
-            given
-            if both
-            else {name: value for name, value in given.items() if name in (*evaluator._io.conditions, TARGET_TIMESTEP)}
-        )
+        given, own = self._given(step), (*evaluator._io.conditions, TARGET_TIMESTEP)
+        known = given if both else {name: value for name, value in given.items() if name in own}
         velocity, feature = evaluator._answer(self.latents, self._told(step), known, instruction.graph)
         for slot in instruction.writes.get(PAIR, ()):
             self._slots[PAIR, slot] = velocity

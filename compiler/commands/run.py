@@ -14,13 +14,14 @@ from cachec.compiler.calibration.metrics import psnr_db
 from cachec.compiler.evaluation.pictures import Cell, draw_sheet, write_picture, write_png
 from cachec.compiler.models import find_model, load_model
 from cachec.compiler.models.base import check_prompts, settings_of
+from cachec.compiler.options import read_levels
 from cachec.engines import open_bundle
 from cachec.pictures.beginning import Beginning
 from cachec.pictures.files import read_picture, to_mp4
 from cachec.pictures.generator import Generator
 from cachec.pictures.scales import Scales
 from cachec.runtime.errors import InputError
-from cachec.runtime.files import check_file, write_file
+from cachec.runtime.files import check_file, reason_of, write_file
 from cachec.runtime.noise import check_seed, make_noise
 from cachec.runtime.program import UNCACHED, Program
 from cachec.runtime.session import LoadedBundle, Session
@@ -109,7 +110,8 @@ def generate_pictures(
 
 def _read_sigmas(text: str) -> list[float]:
     try:
-        return [float(part) for part in text.split(",")]
+        (levels,) = read_levels(text)
+        return list(levels)
     except ValueError as error:
         raise InputError(f"sigmas is {text!r}; it must be numbers with commas, such as 1,0.75,0.5") from error
 
@@ -120,7 +122,7 @@ def _read(file: Path, loaded: LoadedBundle, size: str | None) -> Array:
     try:
         content = file.read_bytes()
     except OSError as error:
-        raise InputError(f"--picture cannot be read: {error}") from error
+        raise InputError(f"--picture {file} cannot be read: {reason_of(error)}") from error
     return read_picture(content, [own.size] if size or loaded.bundle is None else loaded.bundle.manifest.sizes)
 
 
@@ -276,17 +278,15 @@ def _compare(
         for one in sessions:
             make.picture(one, prompt, seed)
     name, computed = loaded.manifest.method["name"], len(program.compute_steps)
+    steps = program.num_steps - program.key.start_step
     rows, psnrs, seconds = [], [], []
     for index, prompt in enumerate(prompts):
         (full, slow, _), (picture, fast, _) = (make.picture(one, prompt, seed + index) for one in sessions)
         psnrs.append(psnr_db(picture, full))
         seconds.append((slow, fast))
         cells = [
-            Cell(full, ("uncached", f"{program.num_steps - program.key.start_step} steps, {slow:.3f} s")),
-            Cell(
-                picture,
-                (name, f"{computed} of {program.num_steps - program.key.start_step}, {fast:.3f} s", f"PSNR {psnrs[-1]:.1f} dB"),
-            ),
+            Cell(full, ("uncached", f"{steps} steps, {slow:.3f} s")),
+            Cell(picture, (name, f"{computed} of {steps}, {fast:.3f} s", f"PSNR {psnrs[-1]:.1f} dB")),
         ]
         rows.append((prompt, cells))
     write_png(draw_sheet(rows), out)

@@ -24,9 +24,7 @@ from cachec.runtime.errors import InputError, in_one_line, unknown_name
 AverageVelocity = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # of latents, t and r [B]
 Derivative = Literal["exact", "difference"]
 
-INSTANTS = (
-    0.25  # of the samples have r = t: there the loss is the teacher's velocity itself; MeanFlow has three quarters of them
-)
+INSTANTS = 0.25  # of the samples have r = t, where the loss is the teacher's velocity itself; in MeanFlow 0.75
 NUDGE = 1e-4  # of the time, for differences: embedded times have waves of a thousandth, and float32 seven digits
 LEAST_ERROR = 1e-3  # what errors are divided by, at least: mean squares
 

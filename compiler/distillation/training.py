@@ -9,8 +9,6 @@ float32, by AdamW; the best ones are kept.
 ``P`` runs, ``B`` samples.
 """
 
-import io
-import json
 import logging
 import math
 import time
@@ -24,12 +22,12 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from cachec.compiler.calibration.checkpoints import read_checkpoint, write_checkpoint
 from cachec.compiler.calibration.evaluator import Evaluator
 from cachec.compiler.distillation.meanflow import Distilling, draw_times, meanflow_loss
 from cachec.compiler.distillation.student import Student, told_per_level
 from cachec.compiler.models.base import LoadedModel, Settings
 from cachec.compiler.tables.sampling import Sampling
-from cachec.runtime.files import write_file
 from cachec.runtime.specs import Array
 
 log = logging.getLogger(__name__)
@@ -174,20 +172,13 @@ class Distiller:
         return {name: value.detach().cpu().clone() for name, value in self.student.transformer.state_dict().items()}
 
     def _save(self) -> None:
-        content = {
-            "student": self.student.transformer.state_dict(),
-            "best": self._best,
-            "optimizer": self._optimizer.state_dict(),
-            "state": json.dumps(vars(self.state)),
-        }
-        buffer = io.BytesIO()
-        torch.save(content, buffer)
-        write_file(self._path, buffer.getbuffer())
+        student, optimizer = self.student.transformer.state_dict(), self._optimizer.state_dict()
+        write_checkpoint(self._path, self.state, student=student, best=self._best, optimizer=optimizer)
         self._saved = time.perf_counter()
 
     def _load(self) -> None:
-        content = torch.load(self._path, weights_only=True, map_location="cpu")
-        self.state = DistillationState(**json.loads(content["state"]))
+        state, content = read_checkpoint(self._path, "cpu")
+        self.state = DistillationState(**state)
         self.student.transformer.load_state_dict(content["student"])
         self._best = content["best"]
         self._optimizer.load_state_dict(content["optimizer"])

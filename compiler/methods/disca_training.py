@@ -9,23 +9,22 @@ velocity leads to; AdamW, and Adam without momentum for the discriminator; runs 
 Shapes: ``B`` samples of an update, ``L`` tokens, ``D`` channels.
 """
 
-import io
 import json
 import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from torch.nn.functional import leaky_relu, mse_loss, relu
 from tqdm import tqdm
 
+from cachec.compiler.calibration.checkpoints import read_checkpoint, write_checkpoint
 from cachec.compiler.methods.base import BlockData
 from cachec.compiler.methods.frozen_model import FrozenModel
 from cachec.runtime.errors import InputError, PredictorError
-from cachec.runtime.files import write_file
 from cachec.runtime.specs import Array
 
 if TYPE_CHECKING:
@@ -183,21 +182,19 @@ class DiscaTrainer:
         self.state.curve.append({"update": self.state.update, "held_out": (off / whole) ** 0.5})
 
     def _save(self) -> None:
-        content: dict[str, Any] = {
-            "predictor": self.predictor.state_dict(),
-            "discriminator": self._discriminator.state_dict(),
-            "optimizer": self._optimizer.state_dict(),
-            "own_optimizer": self._own_optimizer.state_dict(),
-            "state": json.dumps(vars(self.state)),
-        }
-        buffer = io.BytesIO()
-        torch.save(content, buffer)
-        write_file(self._path, buffer.getvalue())
+        write_checkpoint(
+            self._path,
+            self.state,
+            predictor=self.predictor.state_dict(),
+            discriminator=self._discriminator.state_dict(),
+            optimizer=self._optimizer.state_dict(),
+            own_optimizer=self._own_optimizer.state_dict(),
+        )
         self._saved = time.perf_counter()
 
     def _load(self) -> None:
-        content = torch.load(self._path, weights_only=True, map_location=self._data.device)
-        self.state = TrainingState(**json.loads(content["state"]))
+        state, content = read_checkpoint(self._path, self._data.device)
+        self.state = TrainingState(**state)
         self.predictor.load_state_dict(content["predictor"])
         self._discriminator.load_state_dict(content["discriminator"])
         self._optimizer.load_state_dict(content["optimizer"])

@@ -8,22 +8,20 @@ learning rate to nothing when phase 2 begins, each phase starts anew and lowers 
 improving. The best weights by the held-out closed loop are kept.
 """
 
-import io
 import json
 import logging
 import time
 from collections import deque
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+from cachec.compiler.calibration.checkpoints import read_checkpoint, write_checkpoint
 from cachec.compiler.calibration.runs import Trajectories
 from cachec.compiler.methods.base import TrainingData
 from cachec.compiler.methods.lesa import WINDOWS, LesaPredictor
-from cachec.runtime.files import write_file
 from cachec.runtime.specs import Array
 
 log = logging.getLogger(__name__)
@@ -216,19 +214,12 @@ class LesaTrainer:
         return f"phase {self.state.phase + 1}, held-out latents off by {error:.4f} (best {self.state.best:.4f})"
 
     def _save(self) -> None:
-        content: dict[str, Any] = {
-            "predictor": self.predictor.state_dict(),
-            "best": self._best,
-            "optimizer": self._optimizer.state_dict(),
-            "state": json.dumps(vars(self.state)),
-        }
-        buffer = io.BytesIO()
-        torch.save(content, buffer)
-        write_file(self._path, buffer.getvalue())
+        predictor, optimizer = self.predictor.state_dict(), self._optimizer.state_dict()
+        write_checkpoint(self._path, self.state, predictor=predictor, best=self._best, optimizer=optimizer)
 
     def _load(self) -> None:
-        content = torch.load(self._path, weights_only=True, map_location=self._device)
-        self.state = TrainingState(**json.loads(content["state"]))
+        state, content = read_checkpoint(self._path, self._device)
+        self.state = TrainingState(**state)
         self.predictor.load_state_dict(content["predictor"])
         self._best = content["best"]
         self._optimizer = self._new_optimizer()
