@@ -44,7 +44,7 @@ def test_a_profile_says_where_the_time_went(toy_bundles, tmp_path):
         (["--seed", "-1"], "seed is -1"),
         (["--threads", "0"], "threads is 0"),
         (["--strength", "0.5"], "--picture and --strength are for bundles with an encoder of pictures"),
-        (["--picture", "nowhere.png"], "--picture cannot be read: "),
+        (["--picture", "nowhere.png"], "--picture nowhere.png cannot be read: No such file"),
         (["-o", "x.jpg"], "-o is x.jpg, but pictures are written as PNG: name it x.png"),
     ],
 )
