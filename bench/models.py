@@ -99,7 +99,7 @@ def main() -> None:
     names = asked.families or known
     os.environ.setdefault("TORCH_FAKE_TENSOR_DISPATCH_CACHE", "0")  # small graphs are captured faster without
     check = partial(check_family, twins=bool(asked.families) or asked.write)
-    with ProcessPoolExecutor(asked.jobs, mp_context=get_context("spawn"), max_tasks_per_child=6) as pool:  # imports take long
+    with ProcessPoolExecutor(asked.jobs, mp_context=get_context("spawn")) as pool:  # one that renews its processes may hang
         rows = []
         for row in pool.map(check, names):
             rows.append(row)

@@ -101,14 +101,16 @@ def converted(program: "ExportedProgram", signature: Signature, weights: NamedWe
     such already, so that is left out, and done only if it turns out that one is not.
     """
     import torch
+    from torch.onnx._internal.exporter import _core
 
-    from cachec.engines.traced import TracedProgram
+    from cachec.engines.traced import traced
 
     try:
-        model = _export(TracedProgram.of(program), signature)
+        model = _translated(traced(program))
     except torch.onnx.OnnxExporterError as error:
         log.info("an operator has no ONNX function: %s", in_one_line(error.__cause__ or error))
-        model = _export(program, signature)
+        model = _translated(_core._prepare_exported_program_for_export(program, registry=_functions()))
+    _name_inputs(model, signature)
     _read_later(model, weights)
     _repeat_masks(model)
     _simplify(model)
@@ -117,21 +119,13 @@ def converted(program: "ExportedProgram", signature: Signature, weights: NamedWe
     return model
 
 
-def _export(program: "ExportedProgram", signature: Signature) -> Any:
-    """What ``torch.onnx.export`` does, which reads its library of ONNX functions anew, for a second, at every call."""
+def _translated(program: "ExportedProgram") -> Any:
+    """What ``torch.onnx.export`` does behind its preparations; it reads its library of ONNX functions anew at every call."""
+    from torch.onnx._internal._lazy_import import onnxscript_apis
     from torch.onnx._internal.exporter import _core
 
-    inputs, outputs = ([spec.name for spec in specs] for specs in (signature.inputs, signature.outputs))
-    exported = _core.export(
-        program,
-        registry=_functions(),
-        opset_version=OPSET,
-        input_names=inputs,
-        output_names=outputs,
-        optimize=False,
-        verbose=False,
-    )
-    return exported.model
+    exported = _core._exported_program_to_onnx_program(program, registry=_functions())
+    return onnxscript_apis.convert_version(exported.model, OPSET)
 
 
 @functools.cache
@@ -207,6 +201,11 @@ def _simplify(model: Any) -> None:
         common.NameFixPass(),
     ):
         one(model)
+
+
+def _name_inputs(model: Any, signature: Signature) -> None:
+    for value, spec in zip(model.graph.inputs, signature.inputs, strict=True):
+        value.name = spec.name
 
 
 def _name_outputs(model: Any, signature: Signature) -> None:
