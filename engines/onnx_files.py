@@ -121,11 +121,12 @@ def converted(program: "ExportedProgram", signature: Signature, weights: NamedWe
 
 def _translated(program: "ExportedProgram") -> Any:
     """What ``torch.onnx.export`` does behind its preparations; it reads its library of ONNX functions anew at every call."""
-    from torch.onnx._internal._lazy_import import onnxscript_apis
+    from onnxscript.version_converter import convert_version
     from torch.onnx._internal.exporter import _core
 
-    exported = _core._exported_program_to_onnx_program(program, registry=_functions())
-    return onnxscript_apis.convert_version(exported.model, OPSET)
+    model = _core._exported_program_to_onnx_program(program, registry=_functions()).model
+    convert_version(model, OPSET, fallback=True)
+    return model
 
 
 @functools.cache

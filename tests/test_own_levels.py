@@ -19,16 +19,8 @@ OTHERS = (1.0, 0.85, 0.5, 0.2)
 
 
 @pytest.fixture(scope="module")
-def path(tmp_path_factory, flux_directory):
-    out = tmp_path_factory.mktemp("levels") / "b.cachec"
-    given = ("--method", "taylor", "--budget", "3", "--text-tokens", "8", "--target", "ort", "--size", "32x48,64x48")
-    succeed("compile", flux_directory, *given, "--steps", "6,3,5", "--sigmas", "1,0.6,0.3;1,0.9,0.7,0.4,0.2", "-o", out)
-    return out
-
-
-@pytest.fixture(scope="module")
-def bundle(path):
-    with cachec.load(path) as loaded:
+def bundle(several):
+    with cachec.load(several) as loaded:
         yield loaded
 
 
@@ -41,7 +33,7 @@ def wanted(flux_model, bundle, sigmas, size=None):
 
 
 def test_a_bundle_has_a_list_for_each_number_of_steps(flux_model, bundle):
-    assert bundle.bundle.manifest.step_counts == (6, 3, 5)
+    assert bundle.bundle.manifest.step_counts == (6, 4, 3, 5)
     assert bundle.manifest.settings["sigmas"] is None
     for steps in (3, 5):
         there = bundle.at(steps=steps)
@@ -95,13 +87,13 @@ def test_another_size_has_levels_of_its_own(bundle):
     )
 
 
-def test_the_command_line_takes_them(path, tmp_path, caplog):
-    succeed("run", path, "-p", PROMPT, "--sigmas", "1,0.5", "-o", tmp_path / "a.png")
+def test_the_command_line_takes_them(several, tmp_path, caplog):
+    succeed("run", several, "-p", PROMPT, "--sigmas", "1,0.5", "-o", tmp_path / "a.png")
     assert "every step is computed" in caplog.text
     assert (tmp_path / "a.png").is_file()
     for given, said in (("1,x", "must be numbers with commas"), ("0.5,1", "must fall")):
-        assert said in run_cli("run", path, "-p", PROMPT, "--sigmas", given, "-o", tmp_path / "b.png")[1]
-    both = run_cli("run", path, "-p", PROMPT, "--sigmas", "1,0.5", "--steps", "3", "-o", tmp_path / "b.png")
+        assert said in run_cli("run", several, "-p", PROMPT, "--sigmas", given, "-o", tmp_path / "b.png")[1]
+    both = run_cli("run", several, "-p", PROMPT, "--sigmas", "1,0.5", "--steps", "3", "-o", tmp_path / "b.png")
     assert "contradict each other" in both[1]
 
 

@@ -9,8 +9,6 @@ from toy_product import run_cli, succeed
 from cachec.compiler.calibration.statistics import ARRAYS, load_statistics
 from cachec.runtime.errors import InputError
 
-WAYS = {"processes": ["--devices", "cpu"], "ray": ["--workers", "ray"]}
-
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"),
@@ -24,9 +22,8 @@ def alone(tmp_path_factory):
     return load_statistics(out)
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_calibration(tmp_path, alone, way):
-    succeed("calibrate", "tiny-flux", "--steps", "2", "--num", "8", "-o", tmp_path / "stats", *WAYS[way])
+def test_calibration_on_ray(tmp_path, alone):
+    succeed("calibrate", "tiny-flux", "--steps", "2", "--num", "8", "-o", tmp_path / "stats", "--workers", "ray")
     made = load_statistics(tmp_path / "stats")
     assert made.facts == alone.facts
     for name in ARRAYS:
@@ -35,9 +32,9 @@ def test_calibration(tmp_path, alone, way):
     assert [path.name for path in tmp_path.iterdir()] == ["stats"]
 
 
-def test_evaluation(tmp_path):
+def test_evaluation_in_processes(tmp_path):
     succeed("compile", "tiny-flux", "--method", "taylor", "--steps", "4", "--interval", "2", "-o", tmp_path / "b")
-    for name, way in (("alone", []), ("both", WAYS["processes"])):
+    for name, way in (("alone", []), ("both", ["--devices", "cpu"])):
         succeed("eval", tmp_path / "b", "--num", "2", "--against", "plain", "--json", tmp_path / name, *way)
     alone, both = (json.loads((tmp_path / name).read_text()) for name in ("alone", "both"))
     assert both["setting"] == alone["setting"]
@@ -46,23 +43,6 @@ def test_evaluation(tmp_path):
         for key in ("psnr_db_by_prompt", "latent_error", "ssim"):
             np.testing.assert_allclose(np.array(other[key], float), np.array(row[key], float), atol=1e-6)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "b", "both"]
-
-
-def test_training(tmp_path):
-    (tmp_path / "prompts").write_text("\n".join(f"a large red circle of size {size}" for size in range(16)))
-    given = [
-        "train",
-        "tiny-flux",
-        "--steps",
-        "6",
-        "--interval",
-        "3",
-        "--set",
-        "max_rounds=1",
-        "--prompts",
-        tmp_path / "prompts",
-    ]
-    assert "predictor" in succeed(*given, "-o", tmp_path / "p", "--devices", "cpu")
 
 
 def test_a_cluster_that_is_not_there(tmp_path):

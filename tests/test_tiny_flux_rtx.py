@@ -3,7 +3,6 @@
 import pytest
 from click.testing import CliRunner
 
-import cachec
 from cachec.cli import main
 from cachec.engines.tensorrt_from_onnx import PlanFromOnnx
 from cachec.engines.tensorrt_library import TENSORRT_RTX
@@ -43,13 +42,12 @@ def check_networks(out, target, dtype):
     assert slots == {dtype}
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_compile_builds_engines_and_inspect_shows_them(tmp_path, caplog, dtype):
-    out = tmp_path / "tiny-flux.cachec"
+def test_compile_builds_engines_and_inspect_shows_them(tmp_path, caplog):
+    dtype, out = "bfloat16", tmp_path / "tiny-flux.cachec"
     wanted = ["compile", "tiny-flux", "--method", "lesa", "--target", "tensorrt-rtx", "--dtype", dtype, "-o", str(out)]
     result = CliRunner().invoke(main, wanted)
     assert result.exit_code == 0, result.output
-    assert ("nothing of this bundle runs on this machine" in caplog.text) == (dtype == "bfloat16")
+    assert "nothing of this bundle runs on this machine" in caplog.text
     bundle = Bundle.open(out, verify=True)
     onnx, engines = bundle.manifest.targets
     assert (engines.backend, engines.version, engines.precision) == ("tensorrt-rtx", rtx.__version__, dtype)
@@ -65,7 +63,3 @@ def test_compile_builds_engines_and_inspect_shows_them(tmp_path, caplog, dtype):
     assert engines.engines["compute"].path in shown.output
     assert "sizes batch 1 to 1, slots 1 to 50, forecasts 1 to 49" in shown.output
     assert "does not fit here: " in shown.output
-    if dtype == "float32":  # the same files run on the CPU
-        assert "fits here, on cpu" in shown.output
-        with cachec.load(out) as loaded:
-            assert loaded.target.backend == "ort"

@@ -52,6 +52,7 @@ def test_graphs_give_what_the_modules_give(case):
     _close(split[FORECAST][VELOCITY], forecast[:, :state])
 
 
+@pytest.mark.parametrize("case", RUN[:1], indirect=True)
 def test_modulations_of_the_predictor_are_in_the_prologue(case):
     model, settings = case
     predictor = BlockPredictor(model.transformer, model.body)
