@@ -20,16 +20,19 @@ from typing import Any
 import ray
 from ray import serve
 from ray.exceptions import RayActorError
+from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from cachec.runtime.errors import InputError, in_one_line, unknown_name
 from cachec.serving.app import make_app
+from cachec.serving.bodies import FORM, content_type, edit_body, json_body
 from cachec.serving.command import KEY, read_key
 from cachec.serving.desk import in_own_thread
 from cachec.serving.guard import check_head, too_large
 from cachec.serving.hosted import Asked, Hosted
-from cachec.serving.limits import EDITS, Limits
+from cachec.serving.limits import Limits
 from cachec.serving.refusals import Refused
 from cachec.serving.served import Served, check_names, name_of
 
@@ -223,7 +226,7 @@ class Ingress:
             body = await request.body()
             if len(body) > (most := limits.body_at(request.url.path)):
                 raise too_large(most)
-            name = self._name(request, body)
+            name = self._name(request, await _fields(request))
         except Refused as refused:
             return JSONResponse(refused.to_json(), refused.status_code, refused.headers)
         if request.url.path == "/health":
@@ -236,7 +239,7 @@ class Ingress:
         headers = {key.decode(): value.decode() for key, value in head["headers"] if key != b"content-length"}
         return StreamingResponse(_bodies(messages), head["status"], headers)
 
-    def _name(self, request: Request, body: bytes) -> str:
+    def _name(self, request: Request, fields: Mapping[str, Any]) -> str:
         """Which bundle a request is for.
 
         Raises:
@@ -245,11 +248,6 @@ class Ingress:
         path, names = request.url.path, self._plan.names
         if path.startswith("/v1/videos") and path != "/v1/videos/sync":
             raise Refused(400, "on Ray videos are made while the client waits: post to /v1/videos/sync", code="unsupported")
-        if path == EDITS:
-            raise Refused(
-                400, "on Ray no pictures are taken: serve the bundle in one process", code="unsupported", param="image"
-            )
-        fields = _fields(body)
         name = path.removeprefix("/v1/models/") if path.startswith("/v1/models/") else fields.get("model")
         if fields.get("response_format") == "url":
             raise Refused(400, "response_format: on Ray pictures are in the reply; leave it out", code="unsupported",
@@ -313,10 +311,10 @@ async def _bodies(messages: AsyncIterator[Any]) -> AsyncIterator[bytes]:
             yield message["body"]
 
 
-def _fields(body: bytes) -> dict[str, Any]:
-    """Those of a JSON body; none: it is not one, which the replica says in words."""
+async def _fields(request: Request) -> dict[str, Any]:
+    """Those of a body in JSON, or of a form with a picture; none: it is neither, which the replica says in words."""
     try:
-        data = json.loads(body)
-    except (ValueError, RecursionError):
+        data = await (edit_body if content_type(request) == FORM else json_body)(request)
+    except (Refused, HTTPException, MultiPartException):
         return {}
     return data if isinstance(data, dict) else {}

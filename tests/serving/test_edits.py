@@ -7,7 +7,7 @@ import numpy as np
 import openai
 import pytest
 from PIL import Image
-from toy_server import ToyEncoder, running, toy_loaded, toy_served
+from toy_server import ToyEncoder, form, running, toy_loaded, toy_served
 
 from cachec.pictures.beginning import Beginning, start_of
 from cachec.runtime.noise import make_noise
@@ -72,14 +72,9 @@ def test_a_list_of_one_is_taken_and_progress_is_streamed(client):
     assert base64.b64decode(last.b64_json) == expected(5, None, level="uncached")
 
 
-def post(server, parts, kind="multipart/form-data; boundary=xx"):
-    """A form of ``parts``: by name text, or the bytes of a file."""
-    body = b""
-    for name, value in parts:
-        file = '; filename="a"' if isinstance(value, bytes) else ""
-        content = value if isinstance(value, bytes) else value.encode()
-        body += f'--xx\r\nContent-Disposition: form-data; name="{name}"{file}\r\n\r\n'.encode() + content + b"\r\n"
-    return server.ask("POST", "/v1/images/edits", body + b"--xx--\r\n", **{"Content-Type": kind})
+def post(server, parts, kind=None):
+    body, form_kind = form(parts)
+    return server.ask("POST", "/v1/images/edits", body, **{"Content-Type": kind or form_kind})
 
 
 @pytest.mark.parametrize(

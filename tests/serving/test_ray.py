@@ -1,6 +1,7 @@
 """The server on a local Ray of two workers: the same pictures, also when one of the two is killed on the way."""
 
 import base64
+import io
 import json
 import os
 import socket
@@ -10,8 +11,10 @@ import time
 from http.client import HTTPConnection
 from pathlib import Path
 
+import numpy as np
 import pytest
-from toy_server import running, toy_served
+from PIL import Image
+from toy_server import ToyEncoder, form, running, toy_served
 
 from cachec.runtime.errors import InputError
 from cachec.serving.limits import Limits
@@ -44,10 +47,9 @@ def port():
         ray.shutdown()
 
 
-def ask(port, path, body=None):
+def ask(port, path, body=None, kind="application/json"):
     connection = HTTPConnection("127.0.0.1", port, timeout=150)
-    data = None if body is None else json.dumps(body)
-    connection.request("GET" if body is None else "POST", path, data, {"Content-Type": "application/json"})
+    connection.request("GET" if body is None else "POST", path, body, {"Content-Type": kind})
     answer = connection.getresponse()
     data = answer.read()
     connection.close()
@@ -55,7 +57,7 @@ def ask(port, path, body=None):
 
 
 def generate(port, seed, **fields):
-    return ask(port, "/v1/images/generations", {"prompt": "a ring", "seed": seed, "quality": "exact", **fields})
+    return ask(port, "/v1/images/generations", json.dumps({"prompt": "a ring", "seed": seed, "quality": "exact", **fields}))
 
 
 @pytest.fixture(scope="module")
@@ -77,12 +79,30 @@ def test_results_are_those_of_one_process(port, alone):
     assert [one["id"] for one in ask(port, "/v1/models")[1]["data"]] == ["one", "two"]
 
 
+def edit(port, **fields):
+    """What a form with a picture is answered."""
+    picture = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 24, 3), np.uint8)).save(picture, "PNG")
+    given = {"image": picture.getvalue(), "prompt": "a ring", "seed": "3", "strength": "0.5", **fields}
+    return ask(port, "/v1/images/edits", *form(given.items()))
+
+
+def test_a_picture_to_begin_with_is_taken(port):
+    with running(toy_served(pictures=ToyEncoder, strengths=(0.5,))) as server:
+        wanted = edit(server.port)[1]["data"][0]["b64_json"]
+    for model in ("one", "two"):
+        status, data = edit(port, model=model)
+        assert (status, data["data"][0]["b64_json"], data["model"]) == (200, wanted, model)
+    assert edit(port, model="three")[0] == 404
+    assert edit(port, strength="0.7")[0] == 400
+
+
 def test_what_does_not_fit_is_told_in_words(port):
     assert generate(port, 1, model="three")[0] == 404
     status, data = generate(port, 1, num_inference_steps=5)
     assert (status, "the bundle was compiled for 8, 4" in data["error"]["message"]) == (400, True)
     assert generate(port, 1, response_format="url")[0] == 400
-    assert ask(port, "/v1/videos", {"prompt": "a"})[0] == 400
+    assert ask(port, "/v1/videos", '{"prompt": "a"}')[0] == 400
     assert ask(port, "/health") == (200, {"status": "ok"})
 
 

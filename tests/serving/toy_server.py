@@ -182,6 +182,16 @@ class Running:
         return status, data
 
 
+def form(parts):
+    """A body of ``multipart/form-data``, and its type: by name text, or the bytes of a file."""
+    body = b""
+    for name, value in parts:
+        file = '; filename="a"' if isinstance(value, bytes) else ""
+        content = value if isinstance(value, bytes) else value.encode()
+        body += f'--xx\r\nContent-Disposition: form-data; name="{name}"{file}\r\n\r\n'.encode() + content + b"\r\n"
+    return body + b"--xx--\r\n", "multipart/form-data; boundary=xx"
+
+
 @contextmanager
 def running(*served, **options):
     one = Running(make_app(served, **options))
@@ -194,7 +204,7 @@ def running(*served, **options):
 
 def open_toy(bundle, *, lanes):
     """What opens a bundle in a replica: two names, and steps that take a while."""
-    return toy_served(bundle, engines={"compute": slow}, lanes=lanes)
+    return toy_served(bundle, ToyEncoder, engines={"compute": slow}, lanes=lanes, strengths=(0.5,))
 
 
 def slow(**inputs):
