@@ -101,16 +101,17 @@ def components_of(manifest: Manifest) -> dict[str, Component]:
     return {name: Component.from_json(data) for name, data in manifest.components.items()}
 
 
-def request_peaks(manifest: Manifest, weights: int, working: int) -> tuple[int, int]:
-    """Bytes that a request of one sample takes at most, with all components kept, and with none; without a picture.
+def request_peaks(manifest: Manifest, weights: int, working: int, *, picture: bool = False) -> tuple[int, int]:
+    """Bytes that a request of one sample takes at most, with all components kept, and with none.
 
     Engines keep what they took. ``weights`` and ``working``: the transformer's, and all else that it takes beside them.
+    ``picture``: the request begins with one.
     """
     parts, facts = components_of(manifest), PictureFacts.of(manifest)
-    decoder = parts.pop(facts.decoder)
-    parts.pop(facts.encoder or "", None)
-    reading, decoding = max((one.activations for one in parts.values()), default=0), decoder.activations
+    decoder, encoder = parts.pop(facts.decoder), parts.pop(facts.encoder or "", None)
+    coders = [decoder, encoder] if picture and encoder is not None else [decoder]
+    reading = max((one.activations for one in parts.values()), default=0)
     texts = sum(one.weights for one in parts.values())
-    kept = weights + texts + decoder.weights + working + reading + decoding
-    phases = max(texts + reading, weights + working, decoder.weights + decoding)
+    kept = weights + texts + working + reading + sum(one.weights + one.activations for one in coders)
+    phases = max(texts + reading, weights + working, *(one.weights + one.activations for one in coders))
     return kept, phases

@@ -6,7 +6,7 @@ from typing import Any
 
 from cachec.runtime.abi import BATCH, FEATURE, PAIR, PROLOGUE, VELOCITY, steps_of
 from cachec.runtime.bundle import Bundle, Target
-from cachec.runtime.components import components_of, request_peaks
+from cachec.runtime.components import PictureFacts, components_of, request_peaks
 from cachec.runtime.program import UNCACHED, Program
 from cachec.runtime.specs import TensorSpec, itemsize
 from cachec.runtime.starting import rule_of
@@ -162,8 +162,12 @@ def describe_memory(bundle: Bundle) -> list[tuple[str, str]]:
     text = " + ".join(f"{name} {size / 1e6:.2f}" for name, size in parts.items())
     rows.append(("memory", f"{sum(parts.values()) / 1e6:.1f} MB for one sample at level {level}: {text}"))
     if bundle.manifest.pictures:
-        kept, phases = request_peaks(bundle.manifest, memory["weights"], sum(parts.values()) - memory["weights"])
+        working = sum(parts.values()) - memory["weights"]
+        kept, phases = request_peaks(bundle.manifest, memory["weights"], working)
         text = f"{kept / 1e6:.1f} MB where all components are kept, {phases / 1e6:.1f} MB where each is there for its phase"
+        if PictureFacts.of(bundle.manifest).encoder is not None:
+            kept, phases = request_peaks(bundle.manifest, memory["weights"], working, picture=True)
+            text += f"; from a picture, too, {kept / 1e6:.1f} and {phases / 1e6:.1f} MB"
         rows.append(("request", f"from a prompt to its picture at most {text}"))
     return rows
 

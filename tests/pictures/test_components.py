@@ -75,6 +75,9 @@ def test_the_peak_of_a_request_is_of_all_parts_or_of_its_largest_phase():
     kept, phases = request_peaks(Manifest(facts().to_json(), parts), weights=100, working=5)
     assert (kept, phases) == (100 + 34 + 5 + 2 + 6, 105)
     assert request_peaks(Manifest(facts().to_json(), parts), weights=3, working=5)[1] == 30 + 2
+    reads = Manifest({**facts().to_json(), "encoder": "vae_encoder"}, {**parts, "vae_encoder": part(50, 60)})
+    assert request_peaks(reads, weights=100, working=5) == (kept, phases)
+    assert request_peaks(reads, weights=100, working=5, picture=True) == (kept + 110, 110)
 
 
 def test_rows_beyond_the_last_are_the_last_ones_again():
