@@ -301,6 +301,7 @@ class Served:
             "model": self.loaded.manifest.model["name"],
             "kind": "video" if self.is_video else "image",
             "takes_pictures": self.pictures.takes_pictures,
+            "strengths": sorted(set(self._strengths)) if self.pictures.takes_pictures else [],
             "default_level": self.loaded.default_level,
             "levels": choices[0]["levels"],
             "choices": choices,

@@ -10,7 +10,7 @@ import pytest
 from browser import browsing, find_browser
 from numpy_engines import compute
 from PIL import Image
-from toy_server import POISON, ToyPictures, running, toy_served
+from toy_server import POISON, ToyEncoder, ToyPictures, running, toy_served
 
 pytestmark = [
     pytest.mark.slow,
@@ -55,6 +55,48 @@ def test_the_page_draws_exact_beside_fast(tmp_path):
         assert np.asarray(Image.open(io.BytesIO(picture)).convert("RGB")).std() > 5
         if place := os.environ.get("CACHEC_PAGE"):
             Path(place).write_bytes(picture)
+
+
+class Echo(ToyEncoder):
+    """Shows the first colour of what was begun with, whatever became of it."""
+
+    def encode_pictures(self, pictures, *, size=None):
+        self.seen = pictures
+        return super().encode_pictures(pictures, size=size)
+
+    def to_png(self, picture):
+        return Waves.to_png(self, picture)
+
+
+CHOOSE = """
+const canvas = document.createElement("canvas");
+[canvas.width, canvas.height] = [96, 32];
+canvas.getContext("2d").fillStyle = "rgb(10 200 60)";
+canvas.getContext("2d").fillRect(0, 0, 96, 32);
+const blob = await new Promise((done) => canvas.toBlob(done));
+const given = new DataTransfer();
+given.items.add(new File([blob], "green.png"));
+document.getElementById("picture").files = given.files;
+document.getElementById("picture").dispatchEvent(new Event("change"));
+"""
+
+
+def test_the_page_begins_with_a_picture_that_is_cut_to_the_size(tmp_path):
+    served = toy_served(pictures=Echo, strengths=(0.5,))
+    with running(served) as server, browsing(tmp_path / "profile") as page:
+        page.open(f"{server.url}/#prompt=a+ring&seed=3")
+        page.until("!document.getElementById('begins').hidden")
+        assert page.value("document.getElementById('strengths').hidden") is True
+        page.value(f"(async () => {{{CHOOSE}}})()")
+        page.until("!document.getElementById('strengths').hidden")
+        assert page.value("document.getElementById('strength').innerText.split('\\n')") == [
+            "50 % of the steps",
+            "100 % of the steps",
+        ]
+        page.value("document.getElementById('go').click()")
+        page.until("document.getElementById('verdict').innerText.includes('as fast')")
+    assert served.pictures.seen.shape == (1, 16, 24, 3)
+    assert (served.pictures.seen == [10, 200, 60]).all()
 
 
 def test_the_page_tells_what_goes_wrong_and_asks_for_the_key(tmp_path):
