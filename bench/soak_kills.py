@@ -8,7 +8,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -23,6 +24,7 @@ TESTS = Path(__file__).parent.parent / "tests"
 SHORT = ("--steps", "8", "--target", "ort")
 TRAINED = ("--steps", "8", "--interval", "3", "--set", "max_rounds=1")
 LONGEST = 1800  # seconds of a command
+NAME = "somebody/model"  # on the stand-in of the Hub
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Command:
     arguments: tuple[str, ...]
     makes: str
     base: tuple[str, ...] = ()
+    pushes: bool = False
 
 
 def commands(model: str, prompts: str) -> list[Command]:
@@ -46,6 +49,7 @@ def commands(model: str, prompts: str) -> list[Command]:
         Command("compile gram", searched, "m.cachec"),
         Command("add-target", ("add-target", "OUT/m.cachec", "eager", "--threads", "1"), "m.cachec", bundle),
         Command("calibrate", recorded, "m.calibration"),
+        Command("push", ("push", "OUT/m.cachec", NAME), "m.cachec", bundle, pushes=True),
         Command("train", ("train", model, *TRAINED, *few, "-o", "OUT/m.predictor"), "m.predictor"),
     ]
 
@@ -73,6 +77,11 @@ def there(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix().split("-")[0] for path in folder.rglob("*") if path.is_file()}
 
 
+def contents(bundle: Path) -> dict[str, bytes]:
+    """All files of a bundle, by path in it."""
+    return {path.relative_to(bundle).as_posix(): path.read_bytes() for path in bundle.rglob("*") if path.is_file()}
+
+
 def left_half(path: Path) -> str:
     """What a killed command left at ``path``: nothing, a whole thing, or nothing that opens; else what is wrong with it."""
     try:
@@ -88,9 +97,10 @@ def left_half(path: Path) -> str:
         return "whole"
 
 
-def try_one(command: Command, seconds: float, wanted: set[str], folder: Path, base: Path | None) -> str:
-    """Kill the command after ``seconds``, look, and give it again."""
+def try_one(command: Command, seconds: float, wanted: set[str], folder: Path, base: Path | None, hub: Any) -> str:
+    """Kill the command after ``seconds``, look, and give it again. ``hub``: the stand-in that is pushed to."""
     shutil.rmtree(folder, ignore_errors=True)
+    hub.files.pop(NAME, None)
     folder.mkdir(parents=True)
     if base is not None:
         shutil.copytree(base, folder / "m.cachec")
@@ -105,6 +115,8 @@ def try_one(command: Command, seconds: float, wanted: set[str], folder: Path, ba
     left = left_half(folder / command.makes)
     if left not in ("nothing was there", "whole", "nothing that opens") or (base is not None and left != "whole"):
         return f"{command.name}: left {left}"
+    if command.pushes and (pushed := hub.files.get(NAME, {})) and pushed != contents(folder / command.makes):
+        return f"{command.name}: left a part of it on the Hub: {sorted(pushed)[:5]}"
     code, said = finish(command.arguments, folder)
     done = code == 0 or (code == OutputError.exit_code and left == "whole")
     if not done:
@@ -114,6 +126,8 @@ def try_one(command: Command, seconds: float, wanted: set[str], folder: Path, ba
             Bundle.open(folder / command.makes, verify=True)
     except CachecError as error:
         return f"{command.name}: afterwards {error}"
+    if command.pushes and hub.files[NAME] != contents(folder / command.makes):
+        return f"{command.name}: what is on the Hub is something else"
     if there(folder) != wanted:
         return f"{command.name}: files are not those of a run that was left alone: {sorted(there(folder) ^ wanted)[:5]}"
     return "done before it was killed" if ended else f"killed, {left}; gone on"
@@ -129,21 +143,33 @@ def run(count: int, folder: Path, work: Path) -> dict[str, Any]:
     texts = prompts(folder)
     both = zip(commands(toy_directory(folder), texts), commands("tiny-flux", texts), strict=True)
     kinds = [command for pair in both for command in pair]
-    known: dict[int, tuple[float, set[str], Path | None]] = {}
-    for case in range(len(done), count):
-        place = case % len(kinds)
-        if place not in known:
-            known[place] = alone(kinds[place], folder / f"alone-{place}")
-        seconds, wanted, base = known[place]
-        said = try_one(kinds[place], Random(case).uniform(0.05, 1.0) * seconds, wanted, folder / "killed", base)
-        ok = said.startswith(("done", "killed"))
-        seen[said if ok else "wrong"] += 1
-        if not ok:
-            wrong.append([case, said])
-        click.echo(f"kills {case}: {kinds[place].name}: {said}")
-        with log.open("a", encoding="utf-8") as file:
-            file.write(json.dumps([case, said if ok else "wrong"]) + "\n")
+    with hub_stand_in() as hub:
+        known: dict[int, tuple[float, set[str], Path | None]] = {}
+        for case in range(len(done), count):
+            place = case % len(kinds)
+            if place not in known:
+                known[place] = alone(kinds[place], folder / f"alone-{place}")
+            seconds, wanted, base = known[place]
+            said = try_one(kinds[place], Random(case).uniform(0.05, 1.0) * seconds, wanted, folder / "killed", base, hub)
+            ok = said.startswith(("done", "killed"))
+            seen[said if ok else "wrong"] += 1
+            if not ok:
+                wrong.append([case, said])
+            click.echo(f"kills {case}: {kinds[place].name}: {said}")
+            with log.open("a", encoding="utf-8") as file:
+                file.write(json.dumps([case, said if ok else "wrong"]) + "\n")
     return {"cases": count, "outcomes": dict(seen.most_common()), "wrong": wrong, "seconds": round(time.monotonic() - start)}
+
+
+@contextmanager
+def hub_stand_in() -> Iterator[Any]:
+    """One on this machine, that commands push to while it lasts."""
+    sys.path.append(str(TESTS))
+    from hub_stand_in import hub_on_loopback
+
+    with hub_on_loopback() as (hub, address):
+        os.environ |= {"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_none", "HF_HUB_DISABLE_XET": "1"}
+        yield hub
 
 
 def alone(command: Command, folder: Path) -> tuple[float, set[str], Path | None]:
