@@ -33,6 +33,7 @@ TWINS = {  # of another family's transformer class and options that matter to it
     "wan-2.2-5b": "wan-2.1",
     "flux-2-klein": "flux-2",
 }
+LONG = ("hunyuan-video", "hunyuan-video-1.5", "wan-2.1", "wan-2.2", "wan-2.2-5b", "wan-i2v")  # checked first, to end together
 TRAINED = {"flux": "tiny-flux"}  # families of which a trained model was measured
 
 
@@ -101,12 +102,12 @@ def main() -> None:
     check = partial(check_family, twins=bool(asked.families) or asked.write)
     with ProcessPoolExecutor(asked.jobs, mp_context=get_context("spawn")) as pool:  # one that renews its processes may hang
         rows = []
-        for row in pool.map(check, names):
+        for row in pool.map(check, sorted(names, key=lambda name: name not in LONG)):
             rows.append(row)
             print(json.dumps({key: value for key, value in row.items() if key != "traces"}), flush=True)
             for trace in row.get("traces", ()):
                 print(trace, file=sys.stderr, flush=True)
-    made = table(rows)
+    made = table(sorted(rows, key=lambda row: names.index(row["family"])))
     print(made)
     if asked.write:
         before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
