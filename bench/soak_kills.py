@@ -47,7 +47,7 @@ def commands(model: str, prompts: str) -> list[Command]:
     return [
         Command("compile", bundle, "m.cachec"),
         Command("compile gram", searched, "m.cachec"),
-        Command("add-target", ("add-target", "OUT/m.cachec", "eager"), "m.cachec", bundle),
+        Command("add-target", ("add-target", "OUT/m.cachec", "--target", "tensorrt-rtx"), "m.cachec", bundle),
         Command("calibrate", recorded, "m.calibration"),
         Command("push", ("push", "OUT/m.cachec", NAME), "m.cachec", bundle, pushes=True),
         Command("train", ("train", model, *TRAINED, *few, "-o", "OUT/m.predictor"), "m.predictor"),
