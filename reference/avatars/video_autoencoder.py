@@ -63,12 +63,21 @@ def to_frames(decoded: Tensor) -> np.ndarray:
     return flat.reshape(len(decoded), -1, *flat.shape[1:])
 
 
+def begun(out: Path, begin: Path | None) -> AutoencoderKLHunyuanVideo:
+    """One to go on with: that of ``begin``, or the pictures' own in OUT/vae, inflated."""
+    if begin is not None:
+        trained: AutoencoderKLHunyuanVideo = AutoencoderKLHunyuanVideo.from_pretrained(begin).float()
+        return trained
+    vae = build_autoencoder()
+    inflate(vae, AutoencoderKL.from_pretrained(out / "vae"))
+    return vae
+
+
 class Trainer(Descent):
     """Clips, the autoencoder and its optimizers."""
 
-    def __init__(self, clips: np.ndarray, picture: AutoencoderKL, steps: int, batch: int) -> None:
-        super().__init__(build_autoencoder(), steps)
-        inflate(self.vae, picture)
+    def __init__(self, clips: np.ndarray, vae: AutoencoderKLHunyuanVideo, steps: int, batch: int) -> None:
+        super().__init__(vae, steps)
         self.clips, self.batch = clips, batch
 
     def update(self, step: int) -> float:
@@ -79,14 +88,15 @@ class Trainer(Descent):
 
 @click.command()
 @loop.options
-@click.option("--steps", default=2000, show_default=True)
+@click.option("--steps", default=5000, show_default=True)
 @click.option("--batch", default=2, show_default=True)
-def main(out: Path, steps: int, batch: int, threads: int) -> None:
+@click.option("--begin", type=click.Path(path_type=Path, exists=True), help="A trained one to go on with.")
+def main(out: Path, steps: int, batch: int, begin: Path | None, threads: int) -> None:
     """Train on the clips and write it to OUT/vae-video."""
     torch.set_num_threads(threads)
     torch.manual_seed(7)
     clips = load("clips", out)[0]
-    trainer = Trainer(clips, AutoencoderKL.from_pretrained(out / "vae"), steps, batch)
+    trainer = Trainer(clips, begun(out, begin), steps, batch)
     shown = load("held-out-clips", out)[0][:SHOWN]
 
     @torch.no_grad()

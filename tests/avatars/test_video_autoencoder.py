@@ -36,7 +36,9 @@ def test_an_inflated_autoencoder_takes_every_weight_and_shows_the_same_still():
 
 def test_an_update_moves_the_taps_of_other_frames():
     clips = np.random.default_rng(1).integers(0, 256, (1, 9, 96, 96, 3), np.uint8)
-    trainer = Trainer(clips, picture_autoencoder(), steps=10, batch=1)
+    video = build_autoencoder()
+    inflate(video, picture_autoencoder())
+    trainer = Trainer(clips, video, steps=10, batch=1)
     assert np.isfinite(trainer.update(0))
     first = next(module for module in trainer.vae.modules() if isinstance(module, nn.Conv3d))
     assert first.weight[:, :, 0].abs().max() > 0
