@@ -4,7 +4,7 @@
 """
 
 import linecache
-import operator
+import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from traceback import walk_tb
@@ -18,12 +18,15 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
 from cachec.compiler.graphs.finite import place_of
+from cachec.compiler.graphs.in_place import UnknownWriteError, is_functional, replace_writes
 from cachec.compiler.graphs.weights import Values, has_values, is_large, is_named
 from cachec.passes import Graphs, Stage
 from cachec.passes.base import copy_module
 from cachec.runtime.abi import BATCH, FEATURE, HISTORY_STEPS, MAX_BATCH, MODEL, SIGMAS, STEP, VELOCITY, history_name
 from cachec.runtime.errors import PassError, in_one_line
 from cachec.runtime.model_io import ModelIO
+
+log = logging.getLogger(__name__)
 
 ROUNDING = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-2}  # through a whole model, relative
 
@@ -173,8 +176,7 @@ def _trace(
     batched = set(batched)
     batch = Dim(BATCH, min=1, max=MAX_BATCH)
     shapes = {name: {0: batch} if name in batched else {} for name in inputs}
-    program = _export(module, dict(inputs), shapes)
-    graph_module = program.module(check_guards=False)
+    graph_module = _export(module, dict(inputs), shapes)
     graph = graph_module.graph
     nodes = [node for node in graph.nodes if node.op == "placeholder"]
     for node, name in zip(nodes, inputs, strict=True):
@@ -186,20 +188,33 @@ def _trace(
     return copy_module(graph_module)  # a fresh module: the exported one has hooks that check the dictionary
 
 
-def _export(module: nn.Module, inputs: dict[str, torch.Tensor], shapes: Any) -> ExportedProgram:
+def _export(module: nn.Module, inputs: dict[str, torch.Tensor], shapes: Any) -> fx.GraphModule:
     what = getattr(module, "model", module)
     try:
         with torch.no_grad():
             program = torch.export.export(module, (inputs,), dynamic_shapes=(shapes,), strict=False)
-            program = program if all(map(_is_functional, program.graph.nodes)) else program.run_decompositions({})
+            graph_module = _functional(program)
     except (RuntimeError, ValueError, UserError) as error:
         reason = in_one_line(error)
         raise PassError(f"torch.export cannot capture {type(what).__name__}{_place_in(what, error)}: {reason}") from error
-    for node in program.graph.nodes:
+    for node in graph_module.graph.nodes:
         if any(map(free_unbacked_symbols, pytree.tree_leaves(node.meta.get("val")))):
             wrong = f"sizes or numbers in it depend on values of tensors, first at {place_of(node)}"
             raise PassError(f"{type(what).__name__} cannot be captured: {wrong}")
-    return program
+    return graph_module
+
+
+def _functional(program: ExportedProgram) -> fx.GraphModule:
+    """The graph of a program, its weights in it, without writes in place."""
+    graph_module = program.module(check_guards=False)
+    if all(map(is_functional, graph_module.graph.nodes)):
+        return graph_module
+    try:
+        replace_writes(graph_module)
+    except UnknownWriteError as reason:  # costs as much as the export did
+        log.info("traced once more, since %s", reason)
+        graph_module = program.run_decompositions({}).module(check_guards=False)
+    return graph_module
 
 
 def _place_in(model: nn.Module, error: BaseException) -> str:
@@ -214,13 +229,6 @@ def _place_in(model: nn.Module, error: BaseException) -> str:
             return f" at {path or 'its forward'}, {Path(file).name}:{line} ({linecache.getline(file, line).strip()})"
         seen = seen.__cause__ or seen.__context__
     return ""
-
-
-def _is_functional(node: fx.Node) -> bool:
-    """A plain call that writes into nothing? Where all are, rewriting the graph would only cost as much as its export did."""
-    if node.op != "call_function" or node.target is operator.getitem:
-        return True
-    return isinstance(node.target, torch._ops.OpOverload) and not node.target._schema.is_mutable
 
 
 def _strip_module_prefix(module: fx.GraphModule, prefix: str) -> None:
