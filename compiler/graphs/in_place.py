@@ -25,10 +25,7 @@ RESHAPES = {  # views whose elements lie in the order of those they are views of
     *(aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims),
 }
 PARTS = {aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default, aten.split.sizes}  # along an axis, all of it
-NAMED = {
-    aten.zero_.default: aten.zeros_like.default,
-    aten.detach_.default: aten.detach.default,
-}  # ONNX has a function for those
+NAMED = {aten.zero_.default: aten.zeros_like.default, aten.detach_.default: aten.detach.default}  # otherwise than by schema
 GIVEN = {aten.copy_.default: 1, aten.detach_.default: 0}  # which argument is the new value already
 
 
@@ -134,6 +131,7 @@ class _Rewriting:
     def __init__(self, writes: dict[fx.Node, OpOverload], memories: dict[fx.Node, _Memory]) -> None:
         self._writes, self._memories = writes, memories
         self._given: dict[fx.Node, Any] = {node: (node.args, node.kwargs) for node in memories}  # before the walk's edits
+        self._inputs = {node: node.all_input_nodes for node in memories}
 
     def run(self, graph: fx.Graph) -> None:
         for node in [*graph.nodes]:
@@ -165,11 +163,11 @@ class _Rewriting:
     def _same(self, node: fx.Node) -> fx.Node | None:
         """The argument that ``node`` holds every element of, in the same places: what it writes into, or hands on."""
         if node in self._writes:
-            return node.args[0]  # type: ignore[return-value]  # seen by _memories
+            return self._inputs[node][0]
         memory, value = self._memories[node], node.meta["val"]
         if not isinstance(value, torch.Tensor):
             return None
-        inputs = [one for one in node.all_input_nodes if self._memories.get(one) is memory]
+        inputs = [one for one in self._inputs[node] if self._memories.get(one) is memory]
         return next((one for one in inputs if _places(one.meta["val"]) == _places(value)), None)
 
     def _write(self, node: fx.Node) -> None:

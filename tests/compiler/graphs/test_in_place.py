@@ -43,7 +43,7 @@ def nested(x):
     return y
 
 
-def split(x):
+def taken_apart(x):
     y = x + 1
     first, second = y.chunk(2, dim=-1)
     second.add_(first)
@@ -66,6 +66,9 @@ def twice(x):
     view = y[:, 1:]
     view.mul_(3).add_(x[:, 1:])[..., 0] = 5
     y[:, 2] = view[:, 0]
+    same = view.to(x.dtype)
+    same[:, 1].neg_()
+    same.mul_(y[:, :1])
     return y - view.sum()
 
 
@@ -99,7 +102,7 @@ def indexed(x):
 
 
 UNDERSTOOD = [
-    *(whole, slices, halves_swapped, selected, nested, split, aliases, twice, copying_reshape, other_layout, other_types),
+    *(whole, slices, halves_swapped, selected, nested, taken_apart, aliases, twice, copying_reshape, other_layout, other_types),
     indexed,
 ]
 
