@@ -119,7 +119,7 @@ def capture_component(module: nn.Module, inputs: Mapping[str, torch.Tensor], out
     Raises:
         PassError: it cannot be captured.
     """
-    captured = _trace(module, inputs, batched=(), outputs=outputs)
+    captured = _trace(module, inputs, batched=(), outputs=outputs, again=True)
     for node in captured.graph.nodes:
         node.target = COMMON.get(node.target, node.target)
     captured.recompile()
@@ -170,13 +170,21 @@ class _NamedPredictor(nn.Module):
 
 
 def _trace(
-    module: nn.Module, inputs: Mapping[str, torch.Tensor], *, batched: Iterable[str], outputs: tuple[str, ...]
+    module: nn.Module,
+    inputs: Mapping[str, torch.Tensor],
+    *,
+    batched: Iterable[str],
+    outputs: tuple[str, ...],
+    again: bool = False,
 ) -> fx.GraphModule:
-    """Capture a module from a dictionary to a dictionary; the graph takes the same names as keywords."""
+    """Capture a module from a dictionary to a dictionary; the graph takes the same names as keywords.
+
+    ``again``: what writes in place is traced once more. That leaves few kinds of operators, as passes do for models only.
+    """
     batched = set(batched)
     batch = Dim(BATCH, min=1, max=MAX_BATCH)
     shapes = {name: {0: batch} if name in batched else {} for name in inputs}
-    graph_module = _export(module, dict(inputs), shapes)
+    graph_module = _export(module, dict(inputs), shapes, again=again)
     graph = graph_module.graph
     nodes = [node for node in graph.nodes if node.op == "placeholder"]
     for node, name in zip(nodes, inputs, strict=True):
@@ -188,12 +196,12 @@ def _trace(
     return copy_module(graph_module)  # a fresh module: the exported one has hooks that check the dictionary
 
 
-def _export(module: nn.Module, inputs: dict[str, torch.Tensor], shapes: Any) -> fx.GraphModule:
+def _export(module: nn.Module, inputs: dict[str, torch.Tensor], shapes: Any, *, again: bool) -> fx.GraphModule:
     what = getattr(module, "model", module)
     try:
         with torch.no_grad():
             program = torch.export.export(module, (inputs,), dynamic_shapes=(shapes,), strict=False)
-            graph_module = _functional(program)
+            graph_module = _functional(program, again=again)
     except (RuntimeError, ValueError, UserError) as error:
         reason = in_one_line(error)
         raise PassError(f"torch.export cannot capture {type(what).__name__}{_place_in(what, error)}: {reason}") from error
@@ -204,16 +212,19 @@ def _export(module: nn.Module, inputs: dict[str, torch.Tensor], shapes: Any) -> 
     return graph_module
 
 
-def _functional(program: ExportedProgram) -> fx.GraphModule:
+def _functional(program: ExportedProgram, *, again: bool) -> fx.GraphModule:
     """The graph of a program, its weights in it, without writes in place."""
-    graph_module = program.module(check_guards=False)
+    graph_module: fx.GraphModule = program.module(check_guards=False)
     if all(map(is_functional, graph_module.graph.nodes)):
         return graph_module
-    try:
-        replace_writes(graph_module)
-    except UnknownWriteError as reason:  # costs as much as the export did
-        log.info("traced once more, since %s", reason)
-        graph_module = program.run_decompositions({}).module(check_guards=False)
+    if not again:
+        try:
+            replace_writes(graph_module)
+        except UnknownWriteError as reason:  # costs as much as the export did
+            log.info("traced once more, since %s", reason)
+        else:
+            return graph_module
+    graph_module = program.run_decompositions({}).module(check_guards=False)
     return graph_module
 
 
