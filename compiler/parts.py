@@ -53,8 +53,7 @@ class Part:
         ending = "" if alone else f"-{settings.size}-{settings.steps}"
         works = {name: work_folder(out, f"{name}{ending}") for name, is_used in used.items() if is_used}
         if checked.prompts is not None:
-            fine, num = request.reference_steps or 0, len(checked.prompts.prompts)
-            check_calibration(model, settings, num, fine, works["calibration"])
+            check_calibration(model, settings, checked.prompts, request.reference_steps or 0, works["calibration"])
         return cls(request, checked, works)
 
     def trained(self, model: LoadedModel) -> "Part":

@@ -8,7 +8,7 @@ from pathlib import Path
 from reference.dataset import scenes
 
 OUT = Path(__file__).parent.parent / "compiler" / "calibration" / "prompts"
-LISTS = (("train", 96, 101), ("eval", 64, 202), ("measure", 32, 303))  # use, captions, seed
+LISTS = (("train", 96, 101), ("eval", 64, 202), ("measure", 32, 303), ("choose", 96, 404))  # use, captions, seed
 
 
 def make_lists() -> dict[str, list[str]]:
@@ -16,7 +16,7 @@ def make_lists() -> dict[str, list[str]]:
     lists: dict[str, list[str]] = {}
     taken: set[str] = set()
     for use, num, seed in LISTS:
-        stream = scenes(seed, held_out=use != "train")
+        stream = scenes(seed, held_out=use in ("eval", "measure"))
         lists[use] = []
         while len(lists[use]) < num:
             caption = next(stream).caption()

@@ -89,16 +89,19 @@ def make_calibration(num_prompts=6, num_steps=12, *, curved=True, fine_steps=0, 
     finer = sampling_of(fine_steps) if fine_steps else None
     fine_velocities, _, fine_latents = record(evaluator, finer, noise, prompt) if finer else (None, None, None)
     uses = uses or ["stop" if i % 4 == 3 else "fit" for i in range(num_prompts)]
+    whole = num_prompts - uses.count("choose")
     statistics = Statistics(
         noise=noise,
-        latents=latents,
-        velocity_gram=grams(velocities),
-        feature_gram=grams(features),
-        fine_latents=fine_latents,
-        fine_velocity_gram=None if fine_velocities is None else grams(fine_velocities),
+        latents=latents[:whole],
+        velocity_gram=grams(velocities[:whole]),
+        feature_gram=grams(features[:whole]),
+        fine_latents=None if fine_latents is None else fine_latents[:whole],
+        fine_velocity_gram=None if fine_velocities is None else grams(fine_velocities[:whole]),
         prompts=UsedPrompts(tuple(f"prompt {i}" for i in range(num_prompts)), tuple(uses)),
         facts={},
         origin="the toy's runs",
+        final=latents[whole:, -1] if whole < num_prompts else None,
+        fine_final=None if fine_latents is None or whole == num_prompts else fine_latents[whole:, -1],
     )
     return Calibration(statistics, evaluator, finer if fine else sampling, {"prompt": prompt}, np.arange(num_prompts), fine)
 

@@ -96,9 +96,15 @@ class Calibration:
         return self.statistics.noise[self.index]
 
     def latents(self, node: int) -> Array:
-        """Reference latents [P, …] before grid step ``node``; ``num_steps`` gives the final ones."""
+        """Reference latents [P, …] before grid step ``node``; ``num_steps`` gives the final ones.
+
+        Of prompts to choose schedules by there are no others.
+        """
         if node == 0:
             return self.noise()
+        if node == self.num_steps:
+            ends: Array = self.statistics.ends(fine=self.fine)[self.index]
+            return ends
         source = self.statistics.fine_latents if self.fine else self.statistics.latents
         assert source is not None
         latents: Array = source[self.index, node - 1]
@@ -117,13 +123,13 @@ class Calibration:
 
         return self._in_chunks(velocity, step)
 
-    def play(self, program: Program) -> Array:
-        """Final latents [P, …] of a Program's closed loop.
+    def play(self, program: Program, noise: Array | None = None) -> Array:
+        """Final latents [P, …] of a Program's closed loop, from the runs' own ``noise`` unless told.
 
         Raises:
             InputError: they are not finite.
         """
-        noise = self.noise()
+        noise = self.noise() if noise is None else noise
 
         def final(rows: slice) -> Array:
             return self.evaluator.play(program, noise[rows], self._conditions(rows))

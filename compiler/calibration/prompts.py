@@ -12,9 +12,14 @@ from cachec.runtime.files import read_text_file
 DIRECTORY = Path(__file__).parent / "prompts"
 
 
-def default_prompts(name: str, use: Literal["train", "measure", "eval"]) -> list[str]:
+def default_prompts(name: str, use: Literal["train", "choose", "measure", "eval"]) -> list[str]:
     """The list ``name`` that ships with the package, for one use."""
     return read_prompts(DIRECTORY / f"{name}-{use}.txt")
+
+
+def has_prompts(name: str, use: Literal["choose"]) -> bool:
+    """Is there a list ``name`` for this use? Only small models, which run many prompts in minutes, have one to choose by."""
+    return (DIRECTORY / f"{name}-{use}.txt").is_file()
 
 
 def read_prompts(path: Path) -> list[str]:

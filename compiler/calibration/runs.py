@@ -189,18 +189,19 @@ def record_runs(
     chunk: int = CHUNK,
     work: Path | None,
     title: str,
+    first: int = 0,
 ) -> dict[str, Array]:
     """Run the uncached model on every prompt, as often as is ``wanted``; the results of all prompts, and their ``noise``.
 
     ``seeds`` are those of the prompts' noise. Finished batches of ``chunk`` prompts are kept in ``work``, if given, and not
-    made again after an interruption.
+    made again after an interruption. ``first``: how many other prompts there are before these, in other batches.
 
     Raises:
         InputError: a run gives NaN or infinity.
         EngineError: all workers died.
     """
     starts = range(0, len(prompts), chunk)
-    batches = [Batch(at, prompts[at : at + chunk], seeds[at : at + chunk], wanted) for at in starts]
+    batches = [Batch(first + at, prompts[at : at + chunk], seeds[at : at + chunk], wanted) for at in starts]
     pieces = {f"runs-{batch.start:04d}.safetensors": batch for batch in batches}
     evaluations, finished = sum(one.sampling.num_steps for one in wanted), 0
     with tqdm(total=len(prompts) * evaluations, desc=title, unit="evaluation", disable=None) as bar:

@@ -2,7 +2,8 @@
 
 Per prompt, not pooled: cross-validation, standard errors and resuming need them apart.
 
-Shapes: ``P`` prompts, ``T`` steps, ``R`` steps of the fine reference, ``L`` tokens, ``D`` channels; latents [P, …].
+Shapes: ``P`` prompts, the first ``W`` of them with their whole runs, the others to choose schedules by; ``T`` steps, ``R``
+steps of the fine reference, ``L`` tokens, ``D`` channels; latents [P, …].
 """
 
 import logging
@@ -41,16 +42,17 @@ from cachec.runtime.work import claim_work
 log = logging.getLogger(__name__)
 
 FILE = FactsFile("calibration", "cachec-calibration-2", "cachec calibrate", InputError)
-ARRAYS = ("noise", "latents", "velocity_gram", "feature_gram", "fine_latents", "fine_velocity_gram")
+ARRAYS = ("noise", "latents", "velocity_gram", "feature_gram", "fine_latents", "fine_velocity_gram", "final", "fine_final")
 MAX_FEATURE_BYTES = 2**30  # of recorded features in memory; of longer sequences only some tokens are kept
 
 
 @dataclass(frozen=True, eq=False)
 class Statistics:
-    """``noise`` [P, …]; ``latents`` [P, T, …] after each step; Gram matrices [P, T, T] of velocities and features, float64.
+    """``noise`` [P, …]; ``latents`` [W, T, …] after each step; Gram matrices [W, T, T] of velocities and features, float64.
 
-    ``fine_latents`` [P, R, …] and ``fine_velocity_gram`` [P, R, R] where there is a fine reference. ``facts`` say what they
-    are statistics of, ``prompts`` which ones in words, and what each is for.
+    ``fine_latents`` [W, R, …] and ``fine_velocity_gram`` [W, R, R] where there is a fine reference; ``final`` and
+    ``fine_final`` [P - W, …] where there are prompts to choose by. ``facts`` say what they are statistics of, ``prompts``
+    which ones in words, and what each is for.
     """
 
     noise: Array
@@ -62,6 +64,15 @@ class Statistics:
     prompts: UsedPrompts
     facts: Mapping[str, str]
     origin: str
+    final: Array | None = None
+    fine_final: Array | None = None
+
+    def ends(self, *, fine: bool) -> Array:
+        """Where the runs of all prompts end [P, …], those of the fine reference or of the sampler's own steps."""
+        whole, rest = (self.fine_latents, self.fine_final) if fine else (self.latents, self.final)
+        assert whole is not None
+        last: Array = whole[:, -1]
+        return last if rest is None else np.concatenate([last, rest])
 
 
 @dataclass(frozen=True)
@@ -114,10 +125,11 @@ def calibration_cost(
     reference: int,
     *,
     max_batch: int = MAX_BATCH,
+    choosing: int = 0,
 ) -> CalibrationCost:
     """The cost of ``num`` prompts whose latents and features [L, D] have these shapes; ``reference`` 0: no fine one.
 
-    ``max_batch``: that the model takes.
+    ``max_batch``: that the model takes. ``choosing``: so many more prompts, of which only noise and final latents are kept.
 
     Raises:
         InputError: the fine reference is not finer than the run.
@@ -132,7 +144,8 @@ def calibration_cost(
     features = chunk * tokens * token_bytes + 2 * settings.steps * tokens * channels * 8  # one prompt at a time in float64
     memory = features + num * runs * size * 4 + 2 * runs * size * 8 + chunk * runs * size * 4
     file = num * ((runs + 1) * size * 4 + 8 * (2 * settings.steps**2 + reference**2))
-    return CalibrationCost(chunk, tokens, num_tokens, memory, file, num * runs)
+    ends = choosing * size * 4 * (3 if reference else 2)
+    return CalibrationCost(chunk, tokens, num_tokens, memory + ends, file + ends, (num + choosing) * runs)
 
 
 def check_room(cost: CalibrationCost, work: Path | None) -> None:
@@ -165,9 +178,11 @@ def record_statistics(
         OutputError: another process calibrates in ``work``, or it cannot be written.
         EngineError: all workers died, or theirs is another model.
     """
-    of, num = recorders.facts, len(prompts.prompts)
+    of, num, whole = recorders.facts, len(prompts.prompts), prompts.num_whole
     feature = _feature_shape(subject, recorders, prompts.prompts[0])
-    cost = calibration_cost(subject.latent_shape, feature, subject.settings, num, reference_steps, max_batch=of.max_batch)
+    cost = calibration_cost(
+        subject.latent_shape, feature, subject.settings, whole, reference_steps, max_batch=of.max_batch, choosing=num - whole
+    )
     log.warning("calibration on %d prompts: %s", num, cost)
     check_room(cost, work)
     facts = {
@@ -180,14 +195,23 @@ def record_statistics(
         "format": FILE.format,
     }
     runs = [WantedRun(subject.own_sampling, KeepGrams(some_tokens(cost.num_tokens, cost.feature_tokens)))]
+    ends = [WantedRun(subject.own_sampling, KeepEnd("final"))]
     if reference_steps:
         runs.append(WantedRun(subject.sampling(reference_steps), keep_fine))
+        ends.append(WantedRun(subject.sampling(reference_steps), KeepEnd("fine_final")))
+    seeds = _seeds(prompts, seed)
     claimed = {**facts, "chunk": str(cost.chunk)}  # batches of another size would not line up
     with nullcontext() if work is None else claim_work(work, "calibration", claimed):
         arrays = record_runs(
-            recorders, prompts.prompts, runs,
-            seeds=_seeds(prompts, seed), chunk=cost.chunk, work=work, title="calibrating",
+            recorders, prompts.prompts[:whole], runs,
+            seeds=seeds[:whole], chunk=cost.chunk, work=work, title="calibrating",
         )  # fmt: skip
+        if whole < num:
+            rest = record_runs(
+                recorders, prompts.prompts[whole:], ends,
+                seeds=seeds[whole:], chunk=cost.chunk, work=work, title="runs to choose by", first=whole,
+            )  # fmt: skip
+            arrays |= {**rest, "noise": np.concatenate([arrays["noise"], rest["noise"]])}
     return _from_arrays(arrays, facts, "made now")
 
 
@@ -232,6 +256,18 @@ def keep_fine(steps: Iterator[RunStep]) -> dict[str, Array]:
     """Latents and inner products of velocities of the fine reference."""
     latents, velocities = zip(*((step.latents, step.velocity) for step in steps), strict=True)
     return {"fine_latents": np.stack(latents, axis=1), "fine_velocity_gram": gram(velocities)}
+
+
+@dataclass(frozen=True)
+class KeepEnd:
+    """Final latents, as ``name``."""
+
+    name: str
+
+    def __call__(self, steps: Iterator[RunStep]) -> dict[str, Array]:
+        for step in steps:
+            last = step.latents
+        return {self.name: last}
 
 
 def gram(arrays: Sequence[Array]) -> Array:
@@ -287,4 +323,6 @@ def _from_arrays(arrays: Mapping[str, Array], facts: Mapping[str, str], origin: 
         prompts=UsedPrompts.from_facts(facts),
         facts=facts,
         origin=origin,
+        final=arrays.get("final"),
+        fine_final=arrays.get("fine_final"),
     )

@@ -1,4 +1,4 @@
-"""What each prompt is for: to fit on, to choose among fits, or to say how good the chosen one is."""
+"""What each prompt is for: to fit on, to choose among fits or schedules, or to say how good the chosen one is."""
 
 import hashlib
 import json
@@ -7,21 +7,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from cachec.compiler.calibration.prompts import default_prompts, read_prompts, split_prompts
+from cachec.compiler.calibration.prompts import default_prompts, has_prompts, read_prompts, split_prompts
 from cachec.compiler.models.base import check_prompts
 from cachec.runtime.errors import InputError
 
-Use = Literal["fit", "stop", "measure"]  # "stop": tells when to stop training, and which budget is enough
-NUM_CALIBRATION = 32  # prompts of the shipped list that a calibration fits on or chooses by
+# "stop": tells when to stop training, and which budget is enough; "choose": among schedules, by the pictures of its run
+Use = Literal["fit", "stop", "choose", "measure"]
+NUM_CALIBRATION = 42  # prompts of the shipped list that a calibration fits on or stops by
+NUM_FIT = 32  # of these, and of a user's own where enough others are left to choose schedules by
+NUM_CHOOSE = 96  # of a list of their own, to choose schedules by
+MIN_CHOOSE = 64  # of fewer, the worst few captions say little of those of others
 NUM_MEASURE = 16  # of the list that nothing is fitted on
-NUM_RUN = NUM_CALIBRATION + NUM_MEASURE  # by a calibration that nothing else is said to
 STOP_EVERY = 4  # of a shipped list, to fit on and to stop by
 MIN_PROMPTS = 8
 
 
 @dataclass(frozen=True)
 class UsedPrompts:
-    """Prompts in the order of their runs, and what each is for.
+    """Prompts in the order of their runs, and what each is for. Those to choose schedules by come last.
 
     Nothing is fitted to, nor chosen by, prompts to measure on; so figures that are measured on them are honest.
     """
@@ -33,6 +36,15 @@ class UsedPrompts:
         check_prompts(self.prompts)
         if len(self.uses) != len(self.prompts) or not set(self.uses) <= set(get_args(Use)):
             raise InputError(f"{len(self.prompts)} prompts have uses {sorted(set(self.uses))}: each has one of {get_args(Use)}")
+        if "choose" in self.uses[: self.num_whole]:
+            raise InputError(
+                "prompts to choose schedules by are not the last ones: of the others whole runs are kept, in order"
+            )
+
+    @property
+    def num_whole(self) -> int:
+        """Of how many prompts whole runs are kept, the first ones; of those to choose schedules by only where runs end."""
+        return len(self.uses) - self.uses.count("choose")
 
     def places(self, use: Use) -> list[int]:
         """Where the prompts of one use are."""
@@ -61,7 +73,9 @@ class UsedPrompts:
     @property
     def in_words(self) -> str:
         """How many there are for each use."""
-        words: Mapping[Use, str] = {"fit": "fit on", "stop": "choose by", "measure": "measure on"}
+        words: dict[Use, str] = {"fit": "fit on", "stop": "choose by", "measure": "measure on"}
+        if self.places("choose"):
+            words["choose"] = "choose schedules by"
         return ", ".join(f"{len(self.places(use))} to {text}" for use, text in words.items())
 
     def first(self, num: int | None) -> "UsedPrompts":
@@ -75,9 +89,11 @@ class UsedPrompts:
 
 
 def calibration_prompts(name: str, given: Sequence[str] | None, num: int = NUM_CALIBRATION) -> UsedPrompts:
-    """The prompts of a calibration: ``num`` of the shipped list ``name``, every fourth to choose by, and some to measure on.
+    """The prompts of a calibration: ``num`` of the shipped list ``name``, every fourth to stop by, and some to measure on.
 
-    Prompts of the user's own are divided by :func:`split_prompts`.
+    There are some to choose schedules by, too, unless ``num`` is below the usual one or the list has none. Prompts of the
+    user's own are divided by :func:`split_prompts`; if there are enough to fit on, those beyond the usual number choose
+    schedules.
 
     Raises:
         InputError: there are too few.
@@ -87,7 +103,10 @@ def calibration_prompts(name: str, given: Sequence[str] | None, num: int = NUM_C
     listed = default_prompts(name, "train")[:num]
     uses: list[Use] = ["stop" if place % STOP_EVERY == STOP_EVERY - 1 else "fit" for place in range(len(listed))]
     measured = default_prompts(name, "measure")[:NUM_MEASURE]
-    return _checked(UsedPrompts((*listed, *measured), (*uses, *_all("measure", measured))))
+    chooses = len(listed) >= NUM_CALIBRATION and has_prompts(name, "choose")
+    choosing = default_prompts(name, "choose")[:NUM_CHOOSE] if chooses else []
+    uses += [*_all("measure", measured), *_all("choose", choosing)]
+    return _checked(UsedPrompts((*listed, *measured, *choosing), tuple(uses)))
 
 
 def choose_prompts(name: str, file: Path | None, num: int | None) -> UsedPrompts:
@@ -118,16 +137,24 @@ def training_prompts(name: str, given: Sequence[str] | None) -> UsedPrompts:
         InputError: there are too few.
     """
     if given is not None:
-        return _divided(given).only("fit", "stop")
+        return _divided(given, most=len(given)).only("fit", "stop")
     listed = default_prompts(name, "train")
     uses: list[Use] = ["fit" if place % STOP_EVERY else "stop" for place in range(len(listed))]
     return UsedPrompts(tuple(listed), tuple(uses))
 
 
-def _divided(given: Sequence[str]) -> UsedPrompts:
+def _divided(given: Sequence[str], most: int = NUM_FIT) -> UsedPrompts:
+    """``most`` of those to fit on do so, where enough others are left to choose schedules by."""
     split = split_prompts(given)
-    uses = (*_all("fit", split.fit), *_all("stop", split.stop), *_all("measure", split.measure))
-    return _checked(UsedPrompts((*split.fit, *split.stop, *split.measure), uses))
+    num = most if len(split.fit) >= most + MIN_CHOOSE else len(split.fit)
+    parts: dict[Use, Sequence[str]] = {
+        "fit": split.fit[:num],
+        "stop": split.stop,
+        "measure": split.measure,
+        "choose": split.fit[num : num + NUM_CHOOSE],
+    }
+    prompts = [prompt for part in parts.values() for prompt in part]
+    return _checked(UsedPrompts(tuple(prompts), tuple(use for use, part in parts.items() for _ in part)))
 
 
 def _all(use: Use, prompts: Sequence[str]) -> tuple[Use, ...]:
@@ -135,7 +162,8 @@ def _all(use: Use, prompts: Sequence[str]) -> tuple[Use, ...]:
 
 
 def _checked(prompts: UsedPrompts) -> UsedPrompts:
-    counts = {use: len(prompts.places(use)) for use in get_args(Use)}
+    needed: tuple[Use, ...] = ("fit", "stop", "measure")
+    counts = {use: len(prompts.places(use)) for use in needed}
     if len(prompts.prompts) < MIN_PROMPTS or not all(counts.values()):
         raise InputError(
             f"{len(prompts.prompts)} prompts are too few: {counts['fit']} to fit on, {counts['stop']} to choose by, "

@@ -162,7 +162,9 @@ def _make(
 ) -> tuple[Program, dict[str, Any]]:
     """The level's Program, and what is known of it: how it was planned, and what was measured."""
     evaluator, uncached = EngineEvaluator.of(bundle), bundle.programs[UNCACHED]
-    coarse = replace(statistics, fine_latents=None, fine_velocity_gram=None)  # of noise levels that a bundle does not know
+    coarse = replace(
+        statistics, fine_latents=None, fine_velocity_gram=None, fine_final=None
+    )  # of noise levels that a bundle does not know
     calibrations = Calibrations.open(coarse, reference.subject, evaluator)
     planner = Planner(
         method,

@@ -101,7 +101,7 @@ def _of_model(source: str, wish: Options, num: int | None, work: Path) -> Iterat
     check_reference(settings.steps, wish.fit.reference_steps or 0)
     loras = parse_loras(wish.model.lora)
     model = load_model(spec, loras=loras)
-    check_calibration(model, settings, len(prompts.prompts), wish.fit.reference_steps or 0, work)
+    check_calibration(model, settings, prompts, wish.fit.reference_steps or 0, work)
     if crew is None:
         with model.hashing_weights():
             encode_ahead(model, prompts.prompts, settings)

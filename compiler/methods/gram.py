@@ -43,8 +43,9 @@ class Gram(TableMethod):
     cut: ClassVar[Cut] = "output"
     needs_calibration: ClassVar[bool] = True
     schedule_bound: ClassVar[bool] = True
+    by_pictures: ClassVar[bool] = True
     default_interval: ClassVar[int] = 7
-    polish: int = 2
+    polish: int = 1
 
     def __post_init__(self) -> None:
         if self.polish < 0:

@@ -13,9 +13,11 @@ from cachec.compiler.calibration.evaluator import Evaluator
 from cachec.compiler.calibration.metrics import Decode, mean, psnr_db
 from cachec.compiler.calibration.runs import Subject
 from cachec.compiler.calibration.statistics import Statistics
+from cachec.compiler.calibration.uses import MIN_CHOOSE
 from cachec.compiler.methods.base import Method
 from cachec.compiler.methods.parameters import Parameters
 from cachec.compiler.planning.goals import Goal, budget_for_speedup, smallest_budget
+from cachec.compiler.planning.pictured import PictureChoice
 from cachec.compiler.planning.search import search_schedule
 from cachec.compiler.tables.coefficients import AdvanceTable
 from cachec.compiler.tables.lower import lower, with_starts
@@ -71,9 +73,10 @@ class Calibrations:
 class Planner:
     """Chooses schedules and fits a method to them. Keeps what it has found, so that goals share searches.
 
-    It fits on the calibration's prompts to fit on, and chooses by those to stop by. ``key`` is that of the Programs on the
-    sampler's grid, ``sampling`` gives other grids by their steps; ``decode`` makes pictures, for goals that are a PSNR.
-    ``to_fine``: fits go to the fine reference; ``forecast_cost``: a forecast's time over a computed step's.
+    It fits on the calibration's prompts to fit on, chooses budgets by those to stop by, and schedules by those that are there
+    for it, where the method asks for that and there are enough. ``key`` is that of the Programs on the sampler's grid,
+    ``sampling`` gives other grids by their steps; ``decode`` makes pictures, for goals that are a PSNR. ``to_fine``: fits go
+    to the fine reference; ``forecast_cost``: a forecast's time over a computed step's.
 
     Raises:
         InputError: the method needs gradients, and the calibration's evaluator gives none.
@@ -98,6 +101,7 @@ class Planner:
         if method.needs_gradients and calibrations is not None:
             calibrations.coarse.evaluator.check_gradients(method.name)
         self._schedules: dict[tuple[int, bool], Schedule] = {}
+        self._chosen: dict[tuple[int, bool], Schedule] = {}
         self._references: dict[bool, list[Array]] = {}
 
     def plan(self, goal: Goal) -> LevelPlan:
@@ -111,11 +115,11 @@ class Planner:
         if goal.schedule is not None:
             return self._fit(goal, goal.schedule, fine=False)
         if goal.budget is not None:
-            return self._fit(goal, self._search(goal.budget, fine), fine)
+            return self._fit(goal, self._choose(goal.budget, fine), fine)
         if goal.speedup is not None:
             least = self._method.min_budget
             budget = budget_for_speedup(goal.speedup, self._key.steps, self._forecast_cost, least=least)
-            return self._fit(goal, self._search(budget, fine), fine)
+            return self._fit(goal, self._choose(budget, fine), fine)
         return self._reach(goal, fine)
 
     def _reach(self, goal: Goal, fine: bool) -> LevelPlan:
@@ -132,18 +136,41 @@ class Planner:
 
         least = self._method.min_budget
         budget, tried = smallest_budget(draft, target, least, self._key.steps), set[int]()
-        plan = self._fit(goal, self._search(budget, fine), fine)
+        plan = self._fit(goal, self._choose(budget, fine), fine)
         while reached(plan) < target and budget < self._key.steps:  # the draft was better by luck
             tried.add(budget)
             budget += 1
-            plan = self._fit(goal, self._search(budget, fine), fine)
+            plan = self._fit(goal, self._choose(budget, fine), fine)
         while budget > least and budget - 1 not in tried:
-            smaller = self._fit(goal, self._search(budget - 1, fine), fine)
+            smaller = self._fit(goal, self._choose(budget - 1, fine), fine)
             if reached(smaller) < target:
                 break
             plan, budget = smaller, budget - 1
         log.info("level %s: %d computed steps reach %.2f dB", goal.level, budget, reached(plan))
         return plan
+
+    def _choose(self, budget: int, fine: bool) -> Schedule:
+        """What is fitted to the end: the searched schedule, or one that is chosen by pictures."""
+        searched = self._search(budget, fine)
+        if not self._method.by_pictures or budget in (1, searched.num_steps):
+            return searched
+        if (budget, fine) not in self._chosen:
+            choice = self._picture_choice(fine)
+            steps = searched.compute if choice is None else choice.choose(searched.compute, seed=self._seed)
+            self._chosen[budget, fine] = Schedule(searched.num_steps, steps)
+        return self._chosen[budget, fine]
+
+    def _picture_choice(self, fine: bool) -> PictureChoice | None:
+        """``None``, and why, where schedules stay those that a search by errors of latents finds."""
+        known = self._calibration(fine)
+        fit, places = known.of("fit"), known.statistics.prompts.places("choose")
+        said = f"{self._method.name} is fitted to {fit.num_prompts} prompts, its schedule chosen by "
+        if self._decode is None or len(places) < MIN_CHOOSE:
+            lacks = "there is nothing to decode latents with" if self._decode is None else f"there are {len(places)}"
+            log.warning("%slatents of the same: pictures take %d prompts to choose by, but %s", said, MIN_CHOOSE, lacks)
+            return None
+        log.warning("%spictures of %d others", said, len(places))
+        return PictureChoice(self._method, fit, known.select(places), self._decode)
 
     def _search(self, budget: int, fine: bool) -> Schedule:
         if (budget, fine) not in self._schedules:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from cachec.compiler.calibration.runs import MAX_TRAINING_BYTES, features_kept
 from cachec.compiler.calibration.statistics import calibration_cost, check_room
+from cachec.compiler.calibration.uses import UsedPrompts
 from cachec.compiler.graphs.prepare import prepare
 from cachec.compiler.graphs.weights import is_large
 from cachec.compiler.models.base import LoadedModel, Settings
@@ -55,10 +56,12 @@ def check_compile(
         )
 
 
-def check_calibration(model: LoadedModel, settings: Settings, prompts: int, reference: int, work: Path) -> None:
+def check_calibration(model: LoadedModel, settings: Settings, prompts: UsedPrompts, reference: int, work: Path) -> None:
     """Is there room for the records of a calibration, whatever the model's features are like? As ``statistics.check_room``."""
     latents = model.example_inputs(settings)[model.io.latents].shape[1:]
-    check_room(calibration_cost(tuple(latents), (1, 1), settings, prompts, reference), work)
+    whole = prompts.num_whole
+    cost = calibration_cost(tuple(latents), (1, 1), settings, whole, reference, choosing=len(prompts.prompts) - whole)
+    check_room(cost, work)
 
 
 def check_training(model: LoadedModel, settings: Settings, prompts: int, work: Path) -> None:

@@ -63,8 +63,8 @@ class GramDomain:
         errors: Array = np.einsum("kg,gh,kh->k", off, self._gram, off).clip(min=0)
         return errors
 
-    def total(self, errors: Array, steps: Steps) -> float:
-        """The final error, and what the errors at nodes add to it.
+    def total(self, errors: Array, steps: Steps, *, weight: float = 1.0, power: float = 0.0) -> float:
+        """The final error, and what the errors at nodes add to it, times ``weight`` and their noise level to a ``power``.
 
         A node that is off by e gives a velocity that is off in proportion, which acts over the next gap: gap * e^2. The power
         of the gap is a choice, not a derivation: on the reference model it ranked good schedules more as the closed loop does
@@ -72,7 +72,7 @@ class GramDomain:
         """
         ends = [*steps[1:], len(self._gram)]
         gaps, errors = -np.diff(self.sigmas[ends]), errors * self._shares[ends] ** 2
-        return float(errors[-1] + (errors[:-1] * gaps).sum())
+        return float(errors[-1] + weight * (errors[:-1] * gaps * self.sigmas[ends[:-1]] ** power).sum())
 
 
 def score_of(method: Method, calibration: Calibration, parameters: Parameters | None) -> Score:
@@ -138,10 +138,10 @@ def hidden_least_squares(gram: Array, sigmas: Array, schedule: Schedule) -> floa
     return total
 
 
-def search_schedules(score: Score, num_steps: int, budget: int, *, seed: int) -> list[Steps]:
+def search_schedules(score: Score, num_steps: int, budget: int, *, seed: int, starts: int | None = None) -> list[Steps]:
     """Local optima of ``score`` over ``budget`` of ``num_steps`` steps, the best first. Step 0 is always computed.
 
-    Annealing and hill climbing from several places; deterministic from ``seed``.
+    Annealing and hill climbing from several places, ``STARTS`` unless told; deterministic from ``seed``.
 
     Raises:
         InputError: ``budget`` is not from 1 to ``num_steps``.
@@ -156,11 +156,11 @@ def search_schedules(score: Score, num_steps: int, budget: int, *, seed: int) ->
         return known[steps]
 
     even = tuple(sorted({round(i * num_steps / budget) for i in range(budget)}))
-    starts = [even, uniform_schedule(num_steps, budget).compute]
-    while len(starts) < STARTS:
+    places = [even, uniform_schedule(num_steps, budget).compute]
+    while len(places) < (STARTS if starts is None else starts):
         others = generator.choice(np.arange(1, num_steps), budget - 1, replace=False)
-        starts.append(_anneal(remembered, (0, *sorted(others.tolist())), num_steps, generator))
-    found = {_climb(remembered, start, num_steps) for start in starts}
+        places.append(_anneal(remembered, (0, *sorted(others.tolist())), num_steps, generator))
+    found = {_climb(remembered, place, num_steps) for place in places}
     log.info("schedule search: %d schedules scored", len(known))
     return sorted(found, key=lambda steps: (known[steps], steps))
 

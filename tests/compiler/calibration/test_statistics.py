@@ -12,6 +12,7 @@ from toy import TOKENS, WIDTH
 from toy_model import SETTINGS, ToyModel
 
 import cachec.compiler.calibration.statistics as module
+from cachec.compiler.calibration.calibration import open_calibration
 from cachec.compiler.calibration.graph_evaluator import GraphEvaluator
 from cachec.compiler.calibration.runs import (
     Subject,
@@ -299,6 +300,26 @@ def test_a_cost_says_how_large_the_file_gets(record):
     tensors = sum(value.nbytes for value in arrays_of(statistics).values())
     assert cost.file_bytes == tensors
     assert cost.evaluations == 5 * (STEPS + FINE)
+
+
+def test_of_prompts_to_choose_schedules_by_only_the_ends_of_their_runs_are_kept(model, evaluator, record, tmp_path):
+    prompts = UsedPrompts((*PROMPTS.prompts, "a line", "a dot", "a wave"), (*PROMPTS.uses, *["choose"] * 3))
+    statistics, plain = record(prompts, work=tmp_path / "work"), record()
+    for name in ("latents", "velocity_gram", "feature_gram", "fine_latents", "fine_velocity_gram"):
+        np.testing.assert_array_equal(getattr(statistics, name), getattr(plain, name))
+    for index, seed in zip((5, 6, 7), training_seeds(0, 6)[3:], strict=True):
+        np.testing.assert_array_equal(statistics.noise[index], noise := make_noise(seed, (TOKENS, WIDTH)))
+        for steps, fine in ((STEPS, False), (FINE, True)):
+            _, _, latents = straight_run(model, evaluator, prompts.prompts[index], noise, steps)
+            np.testing.assert_allclose(statistics.ends(fine=fine)[index], latents[-1], atol=1e-5)
+    cost = calibration_cost((TOKENS, WIDTH), (TOKENS, WIDTH), SETTINGS, 5, FINE, choosing=3)
+    assert cost.file_bytes == sum(value.nbytes for value in arrays_of(statistics).values())
+    assert cost.evaluations == 8 * (STEPS + FINE)
+    save_statistics(statistics, tmp_path / "c")
+    assert_same_bits(load_statistics(tmp_path / "c"), statistics)
+    calibration = open_calibration(statistics, subject_of(model), evaluator)
+    np.testing.assert_array_equal(calibration.of("choose").latents(STEPS), statistics.final)
+    assert_same_bits(record(prompts, work=tmp_path / "work"), statistics)  # read from the batches, each where it was
 
 
 def test_what_has_no_room_is_refused_before_anything_is_run(record, tmp_path, monkeypatch):

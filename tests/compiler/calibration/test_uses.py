@@ -3,7 +3,15 @@
 import pytest
 
 from cachec.compiler.calibration.prompts import default_prompts, split_prompts
-from cachec.compiler.calibration.uses import NUM_MEASURE, UsedPrompts, calibration_prompts, training_prompts
+from cachec.compiler.calibration.uses import (
+    NUM_CALIBRATION,
+    NUM_CHOOSE,
+    NUM_FIT,
+    NUM_MEASURE,
+    UsedPrompts,
+    calibration_prompts,
+    training_prompts,
+)
 from cachec.runtime.errors import InputError
 
 OWN = tuple(f"prompt {i}" for i in range(40))
@@ -27,6 +35,33 @@ def test_a_users_own_prompts_have_one_use_each_in_calibration_and_training_alike
     assert training == chosen.only("fit", "stop")
     assert sorted(chosen.prompts) == sorted(OWN)
     assert chosen.only("measure").prompts == split.measure
+
+
+def test_a_usual_calibration_has_a_list_of_others_to_choose_schedules_by():
+    chosen, others = calibration_prompts("shapes", None), default_prompts("shapes", "choose")
+    assert (len(chosen.places("fit")), len(chosen.places("choose"))) == (NUM_FIT, NUM_CHOOSE)
+    assert chosen.prompts[chosen.num_whole :] == tuple(others)
+    known = [set(default_prompts("shapes", use)) for use in ("train", "choose", "measure", "eval")]
+    assert sum(map(len, known)) == len(set().union(*known))
+    assert "96 to choose schedules by" in chosen.in_words
+    assert calibration_prompts("shapes", None, NUM_CALIBRATION - 1).places("choose") == []
+    assert calibration_prompts("general", None).places("choose") == []
+
+
+def test_of_many_prompts_of_a_user_those_that_need_not_be_fitted_choose_schedules():
+    many = tuple(f"prompt {i}" for i in range(240))
+    split, chosen = split_prompts(many), calibration_prompts("shapes", many)
+    assert chosen.only("fit").prompts == split.fit[:NUM_FIT]
+    assert chosen.only("choose").prompts == split.fit[NUM_FIT : NUM_FIT + NUM_CHOOSE]
+    assert training_prompts("shapes", many).only("fit").prompts == split.fit
+    few = calibration_prompts("shapes", many[:150])
+    assert (few.places("choose"), few.only("fit").prompts) == ([], split_prompts(many[:150]).fit)
+
+
+def test_prompts_to_choose_schedules_by_come_last():
+    assert UsedPrompts(("a", "b", "c"), ("fit", "choose", "choose")).num_whole == 1
+    with pytest.raises(InputError, match="prompts to choose schedules by are not the last ones"):
+        UsedPrompts(("a", "b"), ("choose", "fit"))
 
 
 def test_too_few_prompts_are_refused_with_what_they_are_for():

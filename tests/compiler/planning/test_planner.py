@@ -75,6 +75,43 @@ def test_a_budget_is_searched_and_fitted_on_prompts_to_fit_on_alone(make, monkey
     assert all(place % 4 != 3 for index in seen for place in index)
 
 
+def chosen_by_pictures(monkeypatch, caplog, given):
+    """The steps of a budget, and what was said, where 4 prompts are enough to choose by."""
+    monkeypatch.setattr(module, "MIN_CHOOSE", 4)
+    coarse = make_calibration(12, STEPS, uses=[*["fit"] * 6, "stop", *["choose"] * 5])
+    planner = Planner(DRAFT, Calibrations(coarse, None), sampling=sampling_of, **given)
+    with caplog.at_level("WARNING"):
+        first, again = (planner.plan(Goal(level, budget=3)).program.compute_steps for level in ("a", "b"))
+    assert first == again
+    return first, caplog.messages
+
+
+GIVEN = {"key": KEY, "parameters": None, "to_fine": False, "forecast_cost": 0.0, "seed": 0}
+
+
+def test_a_budgets_schedule_is_chosen_once_by_pictures_of_others(monkeypatch, caplog):
+    choices, real = [], module.PictureChoice.choose
+
+    def choose(self, searched, *, seed):
+        choices.append((self.fit.index.tolist(), self.choosing.index.tolist(), real(self, searched, seed=seed)))
+        return choices[-1][-1]
+
+    monkeypatch.setattr(module.PictureChoice, "choose", choose)
+    steps, said = chosen_by_pictures(monkeypatch, caplog, {**GIVEN, "decode": decode})
+    assert choices == [(list(range(6)), list(range(7, 12)), steps)]
+    assert said == ["gram is fitted to 6 prompts, its schedule chosen by pictures of 5 others"]
+
+
+def test_without_pictures_or_enough_prompts_schedules_stay_as_searched_and_that_is_said(make, monkeypatch, caplog):
+    monkeypatch.setattr(module.PictureChoice, "choose", lambda *_: pytest.fail("chosen by pictures"))
+    _, said = chosen_by_pictures(monkeypatch, caplog, {**GIVEN, "decode": None})
+    text = "gram is fitted to 6 prompts, its schedule chosen by latents of the same: pictures take 4 prompts to choose by, but "
+    assert said == [f"{text}there is nothing to decode latents with"]
+    caplog.clear()
+    make().plan(Goal(budget=3))
+    assert caplog.messages[-1].endswith("of the same: pictures take 4 prompts to choose by, but there are 0")
+
+
 def test_a_quality_is_reached_with_the_fewest_steps_on_the_prompts_to_stop_by(make, calibrations):
     planner, target = make(), 45.0
     plan = planner.plan(Goal(psnr=target))
