@@ -2,8 +2,8 @@
 
 Source: "calibration in the Gram domain" of this repository's README. It is a linear multistep solver with free
 coefficients, as BNS (arXiv 2403.01329) and S4S (arXiv 2502.17423), but fitted by least squares, node by node, on latents
-that its own rows led to, and on a schedule searched for it; then all rows and time steps are polished together by
-Gauss-Newton.
+that its own rows led to, and on a schedule chosen for it (``compiler/planning/pictured.py``); then all rows and time steps are
+polished together by Gauss-Newton.
 """
 
 import logging

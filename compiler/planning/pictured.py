@@ -9,7 +9,7 @@ Shapes: ``P`` prompts, ``K`` computed steps, ``T`` grid steps.
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -99,16 +99,16 @@ class PictureChoice:
         parameters = draft.calibrate(self.fit, schedule)
         return self.fit.program(draft.table(schedule, self.fit.sampling.levels(draft.cut), parameters))
 
-    def psnr(self, program: Program, places: Sequence[int]) -> list[float]:
-        """PSNR in dB of some of the prompts to choose by; none at all where their runs are not finite."""
-        pictures = self._pictures(self.choosing.select(places).play(program))
+    def psnr(self, latents: Array, places: Sequence[int]) -> list[float]:
+        """PSNR in dB of final latents [P, …] of some of the prompts to choose by."""
+        pictures = self._pictures(latents)
         return [psnr_db(picture, self._wanted[place]) for picture, place in zip(pictures, places, strict=True)]
 
-    def sensitive(self, program: Program) -> list[int]:
-        """The prompts to choose by, first those whose runs make most of a small change in the noise."""
+    def sensitive(self, program: Program, reached: Array) -> list[int]:
+        """The prompts to choose by, first those whose runs make most of a small change in the noise; ``reached`` without it."""
         noise = self.choosing.noise()
         nudged = noise + NUDGE * np.random.default_rng(0).standard_normal(noise.shape).astype(noise.dtype)
-        change = self.choosing.play(program, nudged) - self.choosing.play(program)
+        change = self.choosing.play(program, nudged) - reached
         grown = np.linalg.norm(change.reshape(len(change), -1), axis=1)
         order: list[int] = np.argsort(-grown, kind="stable").tolist()
         return order
@@ -118,23 +118,33 @@ class PictureChoice:
 
         All candidates are scored on the most sensitive prompts, the best of them on all, and the best one is moved a little.
         """
-        programs = {steps: program for steps in candidates(self.fit, searched, seed=seed) if (program := self._fitted(steps))}
-        if searched not in programs:
-            return searched
-        order = self.sensitive(programs[searched])
-        first = {steps: self._score(program, order[:FIRST]) for steps, program in programs.items()}
+        tried = {steps: _Tried(self, self._fitted(steps)) for steps in candidates(self.fit, searched, seed=seed)}
+        order = self._order(tried[searched])
+        first = {steps: one.score(order[:FIRST]) for steps, one in tried.items()}
         best = sorted(first, key=lambda steps: (-first[steps], steps))[:FINALISTS]
-        known = {steps: self._score(programs[steps], order) for steps in dict.fromkeys([*best, searched])}
 
         def closed(steps: Steps) -> float:
-            if steps not in known:
-                program = self._fitted(steps)
-                known[steps] = -math.inf if program is None else self._score(program, order)
-            return -known[steps]
+            if steps not in tried:
+                tried[steps] = _Tried(self, self._fitted(steps))
+            return -tried[steps].score(order)
 
-        chosen = polish_schedule(list(known), closed, self.fit.num_steps, moves=MOVES, seed=seed)
-        log.info("chosen by pictures: %s, %.2f dB; searched: %s, %.2f dB", chosen, known[chosen], searched, known[searched])
+        chosen = polish_schedule(list(dict.fromkeys([*best, searched])), closed, self.fit.num_steps, moves=MOVES, seed=seed)
+        reached, before = (tried[steps].score(order) for steps in (chosen, searched))
+        log.info("chosen by pictures: %s, %.2f dB; by latents: %s, %.2f dB", chosen, reached, searched, before)
         return chosen
+
+    def _order(self, base: "_Tried") -> list[int]:
+        every = list(range(self.choosing.num_prompts))
+        if base.program is None:
+            return every
+        try:
+            reached = self.choosing.play(base.program)
+            order = self.sensitive(base.program, reached)
+        except InputError as error:
+            log.info("schedule %s: %s", base.program.compute_steps, error)
+            return every
+        base.seen.update(zip(every, self.psnr(reached, every), strict=True))
+        return order
 
     def _fitted(self, steps: Steps) -> Program | None:
         try:
@@ -143,9 +153,27 @@ class PictureChoice:
             log.info("schedule %s: %s", steps, error)
             return None
 
-    def _score(self, program: Program, places: Sequence[int]) -> float:
+
+@dataclass(eq=False)
+class _Tried:
+    """A schedule's Program, ``None`` if no rows fit it, and the PSNR of the prompts to choose by that were played."""
+
+    choice: PictureChoice
+    program: Program | None
+    seen: dict[int, float] = field(default_factory=dict)
+
+    def score(self, places: Sequence[int]) -> float:
+        """By some of the prompts; those that were not played before are now. Runs that are not finite count as the worst."""
+        left = [place for place in places if place not in self.seen]
+        if left:
+            self.seen.update(zip(left, self._psnr(left), strict=True))
+        return picture_score([self.seen[place] for place in places])
+
+    def _psnr(self, places: list[int]) -> list[float]:
+        if self.program is None:
+            return [-math.inf] * len(places)
         try:
-            return picture_score(self.psnr(program, places))
+            return self.choice.psnr(self.choice.choosing.select(places).play(self.program), places)
         except InputError as error:
-            log.info("schedule %s: %s", program.compute_steps, error)
-            return -math.inf
+            log.info("schedule %s: %s", self.program.compute_steps, error)
+            return [-math.inf] * len(places)
