@@ -131,10 +131,7 @@ def _check_given(model: LoadedModel, request: Request) -> Checked:
     if (path := request.wish.fit.calibration) is not None:
         return Checked(parameters, training, statistics=_read_statistics(model, request, path))
     prompts = calibration_prompts(model.spec.prompts, request.prompts)
-    if not request.fits:
-        return Checked(parameters, training, prompts=prompts.only("measure"))
-    chooses = request.method.by_pictures and any(goal.schedule is None for goal in request.goals)
-    return Checked(parameters, training, prompts=prompts if chooses else prompts.only("fit", "stop", "measure"))
+    return Checked(parameters, training, prompts=prompts.only(*request.uses))
 
 
 def training_of(spec: ModelSpec, request: Request) -> Training:

@@ -9,6 +9,7 @@ from typing import Any
 
 from cachec.compiler.cache_configs import schedule_options
 from cachec.compiler.calibration.prompts import read_prompts
+from cachec.compiler.calibration.uses import Use
 from cachec.compiler.methods import get_method
 from cachec.compiler.methods.base import BlockMethod, CodedMethod, Method, PredictorMethod
 from cachec.compiler.models.base import ModelSpec, Settings
@@ -150,6 +151,14 @@ class Request:
         """Is anything fitted to calibration runs, or searched on them?"""
         fitted = self.method.needs_calibration and self.wish.fit.predictor is None
         return fitted or any(goal.searched for goal in self.goals)
+
+    @property
+    def uses(self) -> tuple[Use, ...]:
+        """Which prompts of a calibration are run for it."""
+        if not self.fits:
+            return ("measure",)
+        chooses = self.method.by_pictures and any(goal.schedule is None for goal in self.goals)
+        return ("fit", "stop", "measure", "choose") if chooses else ("fit", "stop", "measure")
 
     @property
     def needs_calibration(self) -> bool:
