@@ -130,7 +130,7 @@ def _check_given(model: LoadedModel, request: Request) -> Checked:
         return Checked(parameters, training)
     if (path := request.wish.fit.calibration) is not None:
         return Checked(parameters, training, statistics=_read_statistics(model, request, path))
-    prompts = calibration_prompts(model.spec.prompts, request.prompts)
+    prompts = calibration_prompts(model.spec.prompts, request.prompts, choosing="choose" in request.uses)
     return Checked(parameters, training, prompts=prompts.only(*request.uses))
 
 

@@ -13,11 +13,13 @@ from cachec.runtime.errors import InputError
 
 # "stop": tells when to stop training, and which budget is enough; "choose": among schedules, by the pictures of its run
 Use = Literal["fit", "stop", "choose", "measure"]
-NUM_CALIBRATION = 42  # prompts of the shipped list that a calibration fits on or stops by
+NUM_CALIBRATION = 32  # prompts of the shipped list that a calibration fits on or stops by
+NUM_PICTURED = 42  # the same, where others choose schedules
 NUM_FIT = 32  # of these, and of a user's own where enough others are left to choose schedules by
 NUM_CHOOSE = 96  # of a list of their own, to choose schedules by
 MIN_CHOOSE = 64  # of fewer, the worst few captions say little of those of others
 NUM_MEASURE = 16  # of the list that nothing is fitted on
+NUM_RUN = NUM_CALIBRATION + NUM_MEASURE  # by a calibration that nothing else is said to
 STOP_EVERY = 4  # of a shipped list, to fit on and to stop by
 MIN_PROMPTS = 8
 
@@ -88,25 +90,25 @@ class UsedPrompts:
         return UsedPrompts(tuple(self.prompts[i] for i in kept), tuple(self.uses[i] for i in kept))
 
 
-def calibration_prompts(name: str, given: Sequence[str] | None, num: int = NUM_CALIBRATION) -> UsedPrompts:
+def calibration_prompts(
+    name: str, given: Sequence[str] | None, num: int = NUM_CALIBRATION, *, choosing: bool = False
+) -> UsedPrompts:
     """The prompts of a calibration: ``num`` of the shipped list ``name``, every fourth to stop by, and some to measure on.
 
-    There are some to choose schedules by, too, unless ``num`` is below the usual one or the list has none. Prompts of the
-    user's own are divided by :func:`split_prompts`; if there are enough to fit on, those beyond the usual number choose
-    schedules.
+    ``choosing``: there are more, and some to choose schedules by, too, if the list has any. Prompts of the user's own are
+    divided by :func:`split_prompts`; if there are enough to fit on, those beyond the usual number then choose schedules.
 
     Raises:
         InputError: there are too few.
     """
     if given is not None:
-        return _divided(given)
-    listed = default_prompts(name, "train")[:num]
+        return _divided(given, choosing=choosing)
+    listed = default_prompts(name, "train")[: NUM_PICTURED if choosing else num]
     uses: list[Use] = ["stop" if place % STOP_EVERY == STOP_EVERY - 1 else "fit" for place in range(len(listed))]
     measured = default_prompts(name, "measure")[:NUM_MEASURE]
-    chooses = len(listed) >= NUM_CALIBRATION and has_prompts(name, "choose")
-    choosing = default_prompts(name, "choose")[:NUM_CHOOSE] if chooses else []
-    uses += [*_all("measure", measured), *_all("choose", choosing)]
-    return _checked(UsedPrompts((*listed, *measured, *choosing), tuple(uses)))
+    others = default_prompts(name, "choose")[:NUM_CHOOSE] if choosing and has_prompts(name, "choose") else []
+    uses += [*_all("measure", measured), *_all("choose", others)]
+    return _checked(UsedPrompts((*listed, *measured, *others), tuple(uses)))
 
 
 def choose_prompts(name: str, file: Path | None, num: int | None) -> UsedPrompts:
@@ -137,16 +139,16 @@ def training_prompts(name: str, given: Sequence[str] | None) -> UsedPrompts:
         InputError: there are too few.
     """
     if given is not None:
-        return _divided(given, most=len(given)).only("fit", "stop")
+        return _divided(given).only("fit", "stop")
     listed = default_prompts(name, "train")
     uses: list[Use] = ["fit" if place % STOP_EVERY else "stop" for place in range(len(listed))]
     return UsedPrompts(tuple(listed), tuple(uses))
 
 
-def _divided(given: Sequence[str], most: int = NUM_FIT) -> UsedPrompts:
-    """``most`` of those to fit on do so, where enough others are left to choose schedules by."""
+def _divided(given: Sequence[str], *, choosing: bool = False) -> UsedPrompts:
+    """``choosing``: so many of those to fit on do so that enough others are left to choose schedules by."""
     split = split_prompts(given)
-    num = most if len(split.fit) >= most + MIN_CHOOSE else len(split.fit)
+    num = NUM_FIT if choosing and len(split.fit) >= NUM_FIT + MIN_CHOOSE else len(split.fit)
     parts: dict[Use, Sequence[str]] = {
         "fit": split.fit[:num],
         "stop": split.stop,

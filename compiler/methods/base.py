@@ -56,9 +56,8 @@ class Method(ABC):
 
     ``folds``: its forecasts can be numbers.
     ``needs_training``: wants parameters from ``cachec train``. ``needs_calibration``: wants parameters that
-    :meth:`calibrate` makes from calibration runs; ``schedule_bound``: those serve one schedule only;
-    ``by_pictures``: which is chosen by pictures where there are enough. ``needs_gradients``: of the model, for that.
-    ``min_budget``: the fewest computed steps that it works with. ``released``: weights that its authors
+    :meth:`calibrate` makes from calibration runs; ``schedule_bound``: those serve one schedule only. ``needs_gradients``: of
+    the model, for that. ``min_budget``: the fewest computed steps that it works with. ``released``: weights that its authors
     released, in words, which :meth:`read_released` reads.
     """
 
@@ -68,7 +67,6 @@ class Method(ABC):
     needs_training: ClassVar[bool] = False
     needs_calibration: ClassVar[bool] = False
     schedule_bound: ClassVar[bool] = False
-    by_pictures: ClassVar[bool] = False
     needs_gradients: ClassVar[bool] = False
     min_budget: ClassVar[int] = 1
     released: ClassVar[str | None] = None
@@ -123,6 +121,11 @@ class Method(ABC):
             InputError: there is none.
         """
         return interval_for_budget(num_steps, budget, extra=self.extra_steps)
+
+    @property
+    def by_pictures(self) -> bool:
+        """Is a budget's schedule chosen by pictures, where there are prompts for that?"""
+        return False
 
     @classmethod
     def with_options(cls, options: Mapping[str, str]) -> Self:

@@ -23,6 +23,7 @@ from cachec.runtime.specs import Array
 POLISH_PROMPTS = 32
 MIN_POLISH_PROMPTS = 16  # with fewer, rows and time steps fit these prompts alone: bench/QUALITY.md
 MAX_POLISHED = 12  # computed steps
+CHOICES = ("latents", "pictures")
 
 log = logging.getLogger(__name__)
 
@@ -33,9 +34,10 @@ class Gram(TableMethod):
 
     No order and no warm-up: one computed step is enough to begin. The displacement from the noise is regressed on every
     velocity, so each row also repairs what earlier ones missed. ``polish`` is the number of Gauss-Newton rounds on rows and
-    time steps (0: the closed form alone; there is none above 12 computed steps, nor below 16 fitted prompts). Fitted to one
-    model, sampler and schedule; of no use for others, and no better than its calibration prompts are typical. Exact on
-    nothing.
+    time steps (0: the closed form alone; there is none above 12 computed steps, nor below 16 fitted prompts). ``choose``
+    says what schedules are chosen by: errors of latents, or, for the worst pictures' sake, pictures
+    (``compiler/planning/pictured.py``). Fitted to one model, sampler and schedule; of no use for others, and no better than
+    its calibration prompts are typical. Exact on nothing.
     """
 
     name: ClassVar[str] = "gram"
@@ -43,13 +45,19 @@ class Gram(TableMethod):
     cut: ClassVar[Cut] = "output"
     needs_calibration: ClassVar[bool] = True
     schedule_bound: ClassVar[bool] = True
-    by_pictures: ClassVar[bool] = True
     default_interval: ClassVar[int] = 7
-    polish: int = 1
+    polish: int = 2
+    choose: str = "latents"
 
     def __post_init__(self) -> None:
         if self.polish < 0:
             raise InputError(f"polish is {self.polish}; it counts rounds, 0 for none")
+        if self.choose not in CHOICES:
+            raise InputError(f"choose is {self.choose!r}; a schedule is chosen by {' or '.join(CHOICES)}")
+
+    @property
+    def by_pictures(self) -> bool:
+        return self.choose == "pictures"
 
     def draft(self) -> "Gram":
         return replace(self, polish=0)

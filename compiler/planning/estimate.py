@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from torch import fx
 
 from cachec.compiler.calibration.statistics import CalibrationCost, calibration_cost
-from cachec.compiler.calibration.uses import UsedPrompts, calibration_prompts
+from cachec.compiler.calibration.uses import NUM_RUN
 from cachec.compiler.graphs.costs import memory_facts, output_bytes, parameter_counts, run_costs, step_value_bytes
 from cachec.compiler.models.base import ModelSpec, Settings
 from cachec.compiler.planning.gpus import GpuFigures, find_measured
@@ -168,7 +168,7 @@ class Estimate:
             "whole_request": dict(zip(("kept", "by_phase"), self.whole_request, strict=True)),
             "floor": {gpu.name: self.on(gpu) for gpu in gpus},
             "compile": {"memory": COMPILE_MEMORY, "disk": self.weights},
-            "calibration": {"prompts": len(usual_prompts(self.spec).prompts), **asdict(self.calibration)},
+            "calibration": {"prompts": NUM_RUN, **asdict(self.calibration)},
             "tensorrt_build": {"memory": self.build_memory, "disk": self.build_disk},
         }
 
@@ -208,22 +208,9 @@ def estimate(
         velocity=output_bytes(results[VELOCITY]),
         computed=run_costs(plain.modules[COMPUTE])[1],
         forecast=run_costs(plain.modules[FORECAST])[1] if FORECAST in plain.modules else 0,
-        calibration=_usual_calibration(spec, settings, _one(results[VELOCITY]), _one(results[FEATURE])),
+        calibration=calibration_cost(_one(results[VELOCITY]), _one(results[FEATURE]), settings, NUM_RUN, 0),
         others={name: count * itemsize(settings.dtype) for name, count in (others or {}).items()},
     )
-
-
-def usual_prompts(spec: ModelSpec) -> UsedPrompts:
-    """Those that a calibration runs that nothing else is said to."""
-    return calibration_prompts(spec.prompts, None)
-
-
-def _usual_calibration(
-    spec: ModelSpec, settings: Settings, latents: tuple[int, ...], feature: tuple[int, ...]
-) -> CalibrationCost:
-    usual = usual_prompts(spec)
-    choosing = len(usual.places("choose"))
-    return calibration_cost(latents, feature, settings, usual.num_whole, 0, choosing=choosing)
 
 
 def _one(result: fx.Node) -> tuple[int, ...]:

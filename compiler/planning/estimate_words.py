@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator, Sequence
 
-from cachec.compiler.planning.estimate import COMPILE_MEMORY, Estimate, in_count, in_flops, usual_prompts
+from cachec.compiler.calibration.uses import NUM_RUN
+from cachec.compiler.planning.estimate import COMPILE_MEMORY, Estimate, in_count, in_flops
 from cachec.compiler.planning.gpus import GpuFigures
 from cachec.runtime.inspect import in_seconds
 from cachec.runtime.room import in_bytes
@@ -60,5 +61,5 @@ def _gpu_row(found: Estimate, gpu: GpuFigures) -> tuple[str, str]:
 def _making_rows(found: Estimate) -> Iterator[tuple[str, str]]:
     flops = in_flops(found.calibration.evaluations * found.computed)
     yield "compile", f"{in_bytes(COMPILE_MEMORY)} of memory, weights are streamed; {in_bytes(found.weights)} of disk"
-    yield "calibration", f"{len(usual_prompts(found.spec).prompts)} prompts, {flops}: {found.calibration}"
+    yield "calibration", f"{NUM_RUN} prompts, {flops}: {found.calibration}"
     yield "TensorRT build", f"up to {in_bytes(found.build_memory)} of memory and {in_bytes(found.build_disk)} of disk"

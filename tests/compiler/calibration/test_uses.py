@@ -4,7 +4,6 @@ import pytest
 
 from cachec.compiler.calibration.prompts import default_prompts, split_prompts
 from cachec.compiler.calibration.uses import (
-    NUM_CALIBRATION,
     NUM_CHOOSE,
     NUM_FIT,
     NUM_MEASURE,
@@ -37,24 +36,25 @@ def test_a_users_own_prompts_have_one_use_each_in_calibration_and_training_alike
     assert chosen.only("measure").prompts == split.measure
 
 
-def test_a_usual_calibration_has_a_list_of_others_to_choose_schedules_by():
-    chosen, others = calibration_prompts("shapes", None), default_prompts("shapes", "choose")
+def test_schedules_are_chosen_by_a_list_of_others_if_that_is_asked_for():
+    chosen, others = calibration_prompts("shapes", None, choosing=True), default_prompts("shapes", "choose")
     assert (len(chosen.places("fit")), len(chosen.places("choose"))) == (NUM_FIT, NUM_CHOOSE)
     assert chosen.prompts[chosen.num_whole :] == tuple(others)
     known = [set(default_prompts("shapes", use)) for use in ("train", "choose", "measure", "eval")]
     assert sum(map(len, known)) == len(set().union(*known))
     assert "96 to choose schedules by" in chosen.in_words
-    assert calibration_prompts("shapes", None, NUM_CALIBRATION - 1).places("choose") == []
-    assert calibration_prompts("general", None).places("choose") == []
+    assert calibration_prompts("shapes", None).places("choose") == []
+    assert calibration_prompts("general", None, choosing=True).places("choose") == []
 
 
 def test_of_many_prompts_of_a_user_those_that_need_not_be_fitted_choose_schedules():
     many = tuple(f"prompt {i}" for i in range(240))
-    split, chosen = split_prompts(many), calibration_prompts("shapes", many)
+    split, chosen = split_prompts(many), calibration_prompts("shapes", many, choosing=True)
     assert chosen.only("fit").prompts == split.fit[:NUM_FIT]
     assert chosen.only("choose").prompts == split.fit[NUM_FIT : NUM_FIT + NUM_CHOOSE]
     assert training_prompts("shapes", many).only("fit").prompts == split.fit
-    few = calibration_prompts("shapes", many[:150])
+    assert calibration_prompts("shapes", many).only("fit").prompts == split.fit
+    few = calibration_prompts("shapes", many[:150], choosing=True)
     assert (few.places("choose"), few.only("fit").prompts) == ([], split_prompts(many[:150]).fit)
 
 

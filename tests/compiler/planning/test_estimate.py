@@ -5,7 +5,7 @@ from toy import TOKENS, WIDTH, ToyDiT
 from toy_model import ToyModel
 
 from cachec.compiler.calibration.statistics import calibration_cost
-from cachec.compiler.calibration.uses import NUM_CHOOSE, calibration_prompts
+from cachec.compiler.calibration.uses import calibration_prompts
 from cachec.compiler.graphs.prepare import compute_only, engine
 from cachec.compiler.planning.estimate import estimate, in_count, in_flops
 from cachec.compiler.planning.gpus import get_gpus
@@ -20,10 +20,8 @@ def test_sizes_are_the_toys(found):
     assert (found.total, found.parameters["tail"]) == (numbers, tail)
     assert found.feature == found.velocity == TOKENS * WIDTH * 4
     assert found.slots("hidden") == found.slots("output") == 3 * 2 * found.feature
-    usual, others = calibration_prompts(ToyModel.spec.prompts, None), NUM_CHOOSE
-    cost = calibration_cost((TOKENS, WIDTH), (TOKENS, WIDTH), found.settings, usual.num_whole, 0, choosing=others)
-    assert found.calibration == cost
-    assert cost.evaluations == found.settings.steps * len(usual.prompts)
+    usual = len(calibration_prompts(ToyModel.spec.prompts, None).prompts)
+    assert found.calibration == calibration_cost((TOKENS, WIDTH), (TOKENS, WIDTH), found.settings, usual, 0)
     assert found.weights >= 4 * numbers
     assert found.needed == found.weights + found.slots("hidden") + 3 * found.activations + found.step_values
 

@@ -79,7 +79,7 @@ def chosen_by_pictures(monkeypatch, caplog, given):
     """The steps of a budget, and what was said, where 4 prompts are enough to choose by."""
     monkeypatch.setattr(module, "MIN_CHOOSE", 4)
     coarse = make_calibration(12, STEPS, uses=[*["fit"] * 6, "stop", *["choose"] * 5])
-    planner = Planner(DRAFT, Calibrations(coarse, None), sampling=sampling_of, **given)
+    planner = Planner(Gram(0, "pictures"), Calibrations(coarse, None), sampling=sampling_of, **given)
     with caplog.at_level("WARNING"):
         first, again = (planner.plan(Goal(level, budget=3)).program.compute_steps for level in ("a", "b"))
     assert first == again
@@ -108,7 +108,7 @@ def test_without_pictures_or_enough_prompts_schedules_stay_as_searched_and_that_
     text = "gram is fitted to 6 prompts, its schedule chosen by latents of the same: pictures take 4 prompts to choose by, but "
     assert said == [f"{text}there is nothing to decode latents with"]
     caplog.clear()
-    make().plan(Goal(budget=3))
+    make(Gram(0, "pictures")).plan(Goal(budget=3))
     assert caplog.messages[-1].endswith("of the same: pictures take 4 prompts to choose by, but there are 0")
 
 
