@@ -94,7 +94,7 @@ def test_a_device_that_is_not_there_is_refused_before_anything_is_captured(tmp_p
 
 def test_what_is_looked_at_are_all_back_ends_of_the_device_but_the_reference():
     wish = make_request(ToyModel.spec, **WANTED)
-    assert wish.targets == tuple(map(TargetName, ("ort", "inductor")))
+    assert wish.targets == tuple(map(TargetName, ("ort", "aoti", "inductor")))
     assert (wish.device, wish.late) == (HOST, ())
     assert TargetName("tensorrt") in make_request(ToyModel.spec, **{**WANTED, "device": "cuda"}).targets
 
