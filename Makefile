@@ -26,7 +26,7 @@ demo: $(READY)  ## Compile tiny-flux with LESA into a bundle that needs nothing 
 test: $(READY)  ## Run the tests, on the CPU, in two processes of one thread each
 	$(BIN)/python -m pytest -n 2 --dist loadscope --durations 10
 
-models: $(READY)  ## Every family's small pipeline through capture, engines, sizes, drop-in and TensorRT for RTX: a table, ten minutes
+models: $(READY)  ## Every family's small pipeline through capture, engines, sizes, drop-in and TensorRT for RTX: a table, five minutes
 	$(BIN)/python -m bench.models
 
 models-full: $(READY)  ## Capture every family at full size, without weights: a table in docs/models.md
