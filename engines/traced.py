@@ -1,7 +1,7 @@
 """A program that is in its final operators, which ``torch.onnx`` is given as it is.
 
-``torch.onnx.export`` would decompose it, and run every operator on fake tensors to write out which types are promoted: half of
-its time. Here the values that the nodes have already tell it.
+``torch.onnx.export`` would decompose it, and run every operator on fake tensors to write out which types are promoted. Here the
+values that the nodes have already tell it.
 """
 
 import copy
