@@ -32,6 +32,16 @@ def test_no_shipped_prompt_has_two_uses(name, sizes):
     assert not any(set(one) & set(other) for one, other in combinations(lists, 2))
 
 
+@pytest.mark.parametrize("name", ["avatars"])
+def test_lists_of_avatars_are_made_again_the_same_and_share_no_caption(name):
+    make_prompts = pytest.importorskip("reference.avatars.make_prompts", reason="the source tree is not beside the tests")
+    lists = make_prompts.make_lists(name)
+    for use, captions in lists.items():
+        assert (DIRECTORY / f"{name}-{use}.txt").read_text() == "\n".join(captions) + "\n"
+    listed = [caption for captions in lists.values() for caption in captions]
+    assert len(set(listed)) == len(listed) == 128 + 128 + 64 + 128
+
+
 def test_the_lists_of_captions_are_made_again_the_same():
     make_prompts = pytest.importorskip("reference.make_prompts", reason="the source tree is not beside the tests")
     for use, captions in make_prompts.make_lists().items():
