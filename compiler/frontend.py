@@ -31,7 +31,7 @@ from cachec.compiler.methods.base import BlockMethod, CodedMethod, Method, Predi
 from cachec.compiler.methods.codings import coding_of
 from cachec.compiler.methods.parameters import Parameters, check_fit
 from cachec.compiler.methods.released import IMPORTED, load_given
-from cachec.compiler.methods.training import Training, find_shipped, train_predictor, training_facts
+from cachec.compiler.methods.training import Training, find_shipped, none_ships, train_predictor, training_facts
 from cachec.compiler.models.base import LoadedModel, ModelSpec, Settings
 from cachec.compiler.models.inputs import check_texts
 from cachec.compiler.options import GraphWish
@@ -152,14 +152,17 @@ def training_of(spec: ModelSpec, request: Request) -> Training:
 
 
 def _find_trained(model: LoadedModel, request: Request, training: Training) -> Parameters | None:
-    """Trained parameters: from the given file, or of those that ship."""
+    """Trained parameters: from the given file, or of those that ship; ``None``: they are trained now."""
     wanted = (model, request.method, training.schedule, request.settings)
     if (given := _read_given(request)) is not None:
         if IMPORTED not in given.facts:
             check_fit(given, training_facts(*wanted))
         return given
-    shipped = None if request.prompts is not None else find_shipped(*wanted)
-    return None if shipped is None else replace(shipped, origin=f"ships with cachec ({Path(shipped.origin).name})")
+    if request.prompts is not None:
+        return None
+    if (shipped := find_shipped(*wanted)) is None and model.spec.packaged:
+        raise none_ships(model.spec, training)
+    return shipped
 
 
 def _read_given(request: Request) -> Parameters | None:

@@ -3,14 +3,20 @@
 from collections.abc import Callable
 
 from cachec.runtime.errors import CachecError
+from cachec.runtime.variants import PictureSize
 
 
 def list_names(what: str) -> list[tuple[str, str]]:
     """Names of ``models``, ``methods``, ``schedules`` or ``backends``, each with a line about it."""
     if what == "models":
-        from cachec.compiler.models import MODELS
+        from cachec.compiler.models import MODELS, find_model
+        from cachec.compiler.models.distribution import installed_models, located
 
-        return [(name, f"{spec.portable_source}, {spec.width}x{spec.height}") for name, spec in MODELS.items()]
+        def about(name: str) -> str:
+            spec = located(MODELS[name]) if name in MODELS else find_model(name)
+            return f"{spec.portable_source}, {PictureSize(spec.width, spec.height, spec.frames)}"
+
+        return [(name, _or_why_not(about, name)) for name in sorted({*MODELS, *dict(installed_models())})]
     if what == "methods":
         from cachec.compiler.methods import METHODS, get_method
 

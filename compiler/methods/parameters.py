@@ -1,10 +1,13 @@
 """What a fit or a training leaves behind, and the file of a trained predictor: safetensors, with facts as metadata."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
 from cachec.compiler.calibration.facts_file import FactsFile
+from cachec.compiler.models.distribution import NAME, predictor_folders
 from cachec.runtime.errors import PredictorError
 from cachec.runtime.specs import Array
 
@@ -31,12 +34,17 @@ def predictor_bytes(parameters: Parameters) -> bytes:
 
 
 def load_predictor(path: Path) -> Parameters:
-    """Read a predictor file.
+    """Read a predictor file; what it has in float16, as those that ship are, becomes float32.
 
     Raises:
         PredictorError: it is missing or no predictor file.
     """
-    return Parameters(*FILE.read(path), str(path))
+    arrays, facts = FILE.read(path)
+    return Parameters({name: _widened(array) for name, array in arrays.items()}, facts, str(path))
+
+
+def _widened(array: Array) -> Array:
+    return array.astype(np.float32) if array.dtype == np.float16 else array
 
 
 def trained_array(parameters: Parameters | None, method: str, name: str) -> Array:
@@ -58,13 +66,14 @@ def check_fit(parameters: Parameters, wanted: Mapping[str, str]) -> None:
 
 
 def find_pretrained(method: str, wanted: Mapping[str, str], weights: Callable[[], str]) -> Parameters | None:
-    """A predictor of a method that ships with the package and fits, if there is one.
+    """A predictor of a method that ships with cachec or with ``cachec-models`` and fits, if there is one; ``origin`` says so.
 
     ``weights``: the hash of the model's, which is asked for only if everything else fits: it takes long.
     """
-    for path in sorted(PRETRAINED.glob(f"{method}-*.safetensors")):
+    places = [("cachec", PRETRAINED), *((NAME, folder) for folder in predictor_folders())]
+    for ships, path in ((ships, path) for ships, folder in places for path in sorted(folder.glob(f"{method}-*.safetensors"))):
         parameters = load_predictor(path)
         fits = all(parameters.facts.get(name) == value for name, value in wanted.items())
         if fits and parameters.facts.get(WEIGHTS) == weights():
-            return parameters
+            return replace(parameters, origin=f"ships with {ships} ({path.name})")
     return None

@@ -21,12 +21,14 @@ from cachec.compiler.calibration.runs import (
 from cachec.compiler.calibration.uses import UsedPrompts
 from cachec.compiler.methods.base import BlockData, BlockMethod, CodedMethod, Method, PredictorMethod, TrainingData
 from cachec.compiler.methods.parameters import WEIGHTS, Parameters, find_pretrained
-from cachec.compiler.models.base import LoadedModel, Settings
+from cachec.compiler.models.base import LoadedModel, ModelSpec, Settings
+from cachec.compiler.models.distribution import INSTALL, NAME, models_folder
 from cachec.compiler.tables.schedule import Schedule
 from cachec.engines.torch_device import watching_memory
 from cachec.runtime.abi import negative_name
 from cachec.runtime.errors import InputError, PredictorError
 from cachec.runtime.program import hash_sigmas
+from cachec.runtime.variants import PictureSize
 from cachec.runtime.version import VERSION
 from cachec.runtime.work import claim_work
 
@@ -71,6 +73,22 @@ def training_facts(model: LoadedModel, method: Method, schedule: Schedule, setti
 def find_shipped(model: LoadedModel, method: Method, schedule: Schedule, settings: Settings) -> Parameters | None:
     """The predictor for these settings that ships with the package, if there is one."""
     return find_pretrained(method.name, _schedule_facts(model, method, schedule, settings), lambda: model.weights_hash)
+
+
+def none_ships(spec: ModelSpec, training: Training) -> PredictorError:
+    """An error for a model that ships, and has no predictor for these settings: with the command that makes one."""
+    settings, name, steps = training.settings, training.method.name, training.settings.steps
+    size = "" if settings.size == str(PictureSize(spec.width, spec.height, spec.frames)) else f" --size {settings.size}"
+    count = "" if steps == spec.steps else f" --steps {steps}"
+    schedule = ",".join(map(str, training.schedule.compute))
+    which = f"--schedule {schedule}" if training.interval is None else f"--interval {training.interval}"
+    file = f"{name}-{spec.name}-{steps}-{training.interval or len(training.schedule.compute)}.safetensors"
+    more = "" if models_folder() else f" (and {NAME}, which has more of them, is not installed: {INSTALL})"
+    return PredictorError(
+        f"no predictor of {name} ships for {spec.name} at {settings.size} with {steps} steps, {which.removeprefix('--')}{more}. "
+        f"Train one: cachec train {spec.name} --method {name}{size}{count} {which} -o {file}, and pass --predictor {file}; or "
+        "pass --prompts, and it is trained on them now"
+    )
 
 
 def _schedule_facts(model: LoadedModel, method: Method, schedule: Schedule, settings: Settings) -> dict[str, str]:

@@ -3,6 +3,8 @@
 import inspect
 import json
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from safetensors import SafetensorError
 
 from cachec.compiler.models.base import Family, LoadedModel, ModelSpec
 from cachec.compiler.models.distilled import DISTILLED, as_distilled
+from cachec.compiler.models.distribution import installed_models, located
 from cachec.compiler.models.lora_files import LoraFile
 from cachec.compiler.models.named import MODELS, PUBLISHED, TINY_FLUX_DIR
 from cachec.runtime.errors import InputError, ModelUnavailableError, unknown_name
@@ -54,21 +57,29 @@ FAMILIES = Registry(
 def find_model(model: str) -> ModelSpec:
     """The spec of a short name, a local directory, or a Hub id (``owner/name``), with the defaults of its family.
 
+    Short names are those of ``MODELS``, and of the pipelines in the distribution ``cachec-models``.
+
     Raises:
         InputError: it is none of these, with the nearest short name; or no family knows this kind of pipeline.
-        ModelUnavailableError: the directory is missing or no pipeline, or the Hub cannot be reached.
+        ModelUnavailableError: the directory is missing or no pipeline, the Hub cannot be reached, or the model comes with
+            ``cachec-models``, which is not installed.
     """
     if model in MODELS:
-        return MODELS[model]
+        return located(MODELS[model])
     if Path(model).is_dir():
-        directory = Path(model).resolve()
-        return as_distilled(_find_family(directory, model).make_spec(directory.name, str(directory)), directory)
+        return _spec_of(Path(model).resolve(), model)
+    if (shipped := dict(installed_models()).get(model)) is not None:
+        return replace(_spec_of(shipped, model), packaged=True)
     if model.count("/") == 1 and not model.startswith(("/", ".")):
         directory = _download(model, allow_patterns=[INDEX, DISTILLED])
         return as_distilled(_find_family(directory, model).make_spec(model, model), directory)
     if Path(model).is_absolute():
         raise ModelUnavailableError(f"there is no directory {model}: pass the right one (cachec run and eval take --model)")
-    raise unknown_name("model", model, MODELS)
+    raise unknown_name("model", model, [*MODELS, *dict(installed_models())])
+
+
+def _spec_of(directory: Path, model: str) -> ModelSpec:
+    return as_distilled(_find_family(directory, model).make_spec(directory.name, str(directory)), directory)
 
 
 def load_model(spec: ModelSpec, *, with_transformer: bool = True, loras: Sequence[LoraFile] = ()) -> LoadedModel:
@@ -98,7 +109,7 @@ def outline_model(model: str) -> LoadedModel:
         InputError: it is none of these, with the nearest name; or no family knows this kind of pipeline.
         ModelUnavailableError: a configuration is missing or damaged.
     """
-    named = MODELS.get(model)
+    named = find_model(model) if model in MODELS or model in dict(installed_models()) else None
     source = model if named is None else named.source
     directory = PUBLISHED.get(source, Path(source))
     if not directory.is_dir():
@@ -120,9 +131,16 @@ def wrap_pipeline(pipeline: Any) -> LoadedModel:
     """
     family = _family(type(pipeline).__name__, "the pipeline")
     origin = Path(str(getattr(pipeline.config, "_name_or_path", "")) or "-")
-    packaged = next((spec for spec in MODELS.values() if spec.packaged and Path(spec.source) == origin), None)
-    spec = packaged or as_distilled(family.make_spec(origin.name, str(origin)), origin)
+    spec = _packaged_at(origin) or as_distilled(family.make_spec(origin.name, str(origin)), origin)
     return family.wrap(spec, pipeline, origin if (origin / "transformer").is_dir() else None)
+
+
+def _packaged_at(origin: Path) -> ModelSpec | None:
+    """The model that ships in this directory, if one does."""
+    own = (name for name, spec in MODELS.items() if spec.packaged and Path(spec.source) == origin)
+    shipped = (name for name, directory in installed_models() if directory == origin)
+    name = next(chain(own, shipped), None)
+    return None if name is None else find_model(name)
 
 
 def _find_family(directory: Path, source: str) -> type[Family]:
@@ -159,7 +177,7 @@ def _is_of_diffusers(kind: str) -> bool:
 
 def find_directory(spec: ModelSpec, *, with_transformer: bool = True) -> Path:
     """Where its files are, downloaded if need be. Raises as :func:`load_model`."""
-    local = Path(spec.source)
+    local = Path(located(spec).source)
     if local.is_dir():
         return local
     ignored = ["*.bin", "*.ckpt", "*.gguf", "*.onnx*", "flux1-*"]

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from cachec.compiler.models.base import ModelSpec
+from cachec.compiler.models.distribution import SOURCE
 
 TINY_FLUX_DIR = Path(__file__).parent / "tiny-flux"
 CONFIGS = Path(__file__).parent / "configs"
@@ -87,6 +88,12 @@ MODELS = {
         prompts="shapes",
         packaged=True,
         probe=TINY_FLUX_DIR / "probe.safetensors",
+    ),
+    "tiny-hunyuan": ModelSpec(
+        "tiny-hunyuan", f"{SOURCE}tiny-hunyuan", 96, 96, text_tokens=28, guidance=3.5, frames=9, prompts="clips", packaged=True
+    ),
+    "tiny-qwen": ModelSpec(
+        "tiny-qwen", f"{SOURCE}tiny-qwen", 128, 128, text_tokens=25, guidance=3.5, prompts="avatars", packaged=True
     ),
     "wan": ModelSpec("wan", "Wan-AI/Wan2.1-T2V-14B-Diffusers", 480, 832, text_tokens=512, guidance=5.0, frames=81, sizes=WAN),
     "wan-i2v": ModelSpec(
