@@ -10,9 +10,9 @@ export HF_HUB_OFFLINE := 1
 help:  ## Say what can be made
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
 
-$(READY): pyproject.toml
+$(READY): pyproject.toml reference/models/pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[cpu,compile,rtx,ray,pictures,hub,serve,dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[cpu,compile,rtx,ray,pictures,hub,serve,dev]' --editable ./reference/models
 	touch $(READY)
 
 demo: $(READY)  ## Compile tiny-flux with LESA into a bundle that needs nothing else, and draw a comparison: demo/comparison.png

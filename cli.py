@@ -239,6 +239,7 @@ def import_command(method: str, files: tuple[Path, ...], out: Path, **given: Any
 @click.option("--seed", default=0, show_default=True, help="Noise of the first prompt; the next has the next seed.")
 @click.option("--model", "source", help="Directory of the model's text encoders and VAE; default from the bundle.")
 @click.option("--compare", is_flag=True, help="Also run every step, and write both side by side.")
+@click.option("--beside", multiple=True, type=click.Path(path_type=Path), help="With --compare, other bundles in the sheet.")
 @_run_options
 @click.option("--sigmas", metavar="S,S,…", help="Noise levels, as the pipeline's call takes them; in place of --steps.")
 @click.option("--threads", type=int, help="CPU threads an engine call may use.")
@@ -289,7 +290,9 @@ def pack_command(bundle: Path, out: Path, force: bool) -> None:
 
 
 _evaluation_options = several(
-    click.option("--against", default="taylor:1,taylor:2,reuse,plain,unipc", show_default=True, help="What to compare with."),
+    click.option(
+        "--against", default="taylor:1,taylor:2,reuse,plain,unipc", show_default=True, help="Methods, with orders; solvers."
+    ),
     click.option("--level", help="Quality level whose number of computed steps they get; default the first."),
     click.option("--prompts", "file", type=click.Path(path_type=Path), help="Prompts, one a line; a held-out list ships."),
     click.option("--seed", default=0, show_default=True, help="Noise of the first prompt; the next has the next seed."),
@@ -308,10 +311,7 @@ _evaluation_options = several(
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write it here, too; interrupted, it goes on.")
 @click.option("--force", is_flag=True, help="Replace the JSON file if it exists.")
 def eval_command(bundle: Path, json_file: Path | None, force: bool, **rest: Any) -> None:
-    """Measure every level of BUNDLE beside the uncached run, other methods, and plain solvers.
-
-    --against is a list such as taylor:1,lesa,plain,ab2,unipc. The number behind a method is its order.
-    """
+    """Measure every level of BUNDLE beside the uncached run, other methods, and plain solvers."""
     need(*MEASURING, extra="compile", purpose="measuring a bundle")
     from cachec.compiler.commands.report import evaluate_to_file
     from cachec.compiler.evaluation.words import format_table

@@ -31,7 +31,7 @@ from cachec.compiler.methods.base import BlockMethod, CodedMethod, Method, Predi
 from cachec.compiler.methods.codings import coding_of
 from cachec.compiler.methods.parameters import Parameters, check_fit
 from cachec.compiler.methods.released import IMPORTED, load_given
-from cachec.compiler.methods.training import Training, find_shipped, none_ships, train_predictor, training_facts
+from cachec.compiler.methods.training import Training, shipped_for, train_predictor, training_facts
 from cachec.compiler.models.base import LoadedModel, ModelSpec, Settings
 from cachec.compiler.models.inputs import check_texts
 from cachec.compiler.options import GraphWish
@@ -158,11 +158,7 @@ def _find_trained(model: LoadedModel, request: Request, training: Training) -> P
         if IMPORTED not in given.facts:
             check_fit(given, training_facts(*wanted))
         return given
-    if request.prompts is not None:
-        return None
-    if (shipped := find_shipped(*wanted)) is None and model.spec.packaged:
-        raise none_ships(model.spec, training)
-    return shipped
+    return None if request.prompts is not None else shipped_for(model, training)
 
 
 def _read_given(request: Request) -> Parameters | None:

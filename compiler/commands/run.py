@@ -4,6 +4,7 @@ import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ def generate_pictures(
     strength: float | None = None,
     seed: int = 0,
     compare: bool = False,
+    beside: Sequence[Path] = (),
     device: str | None = None,
     target: str | None = None,
     size: str | None = None,
@@ -64,6 +66,9 @@ def generate_pictures(
     ``weights``: some that were added to the bundle, in place of its own. ``picture``: a file to begin with, of the size that is
     asked for, or of any that the bundle has; the last ``strength`` of the steps are made.
 
+    ``beside``: with ``compare``, bundles of the same size whose pictures of the same noise are shown, too; of another model
+    than this one's, such as a distilled one, the uncached ones besides.
+
     ``profile``: where to write a trace of the last request's engine calls, after one request to warm up.
 
     Raises:
@@ -79,6 +84,8 @@ def generate_pictures(
         raise InputError(f"-o is {out.name}, but a sheet is a picture: name it {out.stem}.png")
     if profile is not None and compare:
         raise InputError("--profile is of one run, --compare makes two: leave one out")
+    if beside and (not compare or picture is not None or sigmas is not None):
+        raise InputError("--beside is of --compare alone, without --picture and --sigmas")
     files = [out] if compare or len(prompts) == 1 else _numbered(out, len(prompts))
     for file in [*files, *([] if profile is None else [profile])]:
         check_file(file, force=force)
@@ -96,7 +103,13 @@ def generate_pictures(
         make = _maker(loaded, source, guidance, true_cfg_scale, negative)
         begin = make.begin(loaded, given, strength)
         if compare:
-            return _compare([_Sessions(loaded, one, begin) for one in (UNCACHED, level)], make, prompts, seed, out)
+            with ExitStack() as stack:
+                columns = _columns(loaded, level, make, begin)
+                for path in beside:
+                    other = stack.enter_context(open_bundle(path, device=device, size=size, verify=verify, threads=threads))
+                    of_it = _columns(other, other.check_level(None), _maker(other, None, guidance, true_cfg_scale, negative))
+                    columns += of_it[1:] if columns[0].is_of(other) else of_it
+                return _compare(columns, prompts, seed, out)
         sessions = _Sessions(loaded, level, begin)
         rows = [_target_row(loaded), _parts_row(make)]
         for index, (prompt, file) in enumerate(zip(prompts, files, strict=True)):
@@ -269,32 +282,74 @@ def _profile(sessions: _Sessions, make: _Maker, prompt: str, seed: int, out: Pat
     return [(str(out), "open it in ui.perfetto.dev or chrome://tracing"), *rows, rest]
 
 
-def _compare(
-    sessions: Sequence[_Sessions], make: _Maker, prompts: Sequence[str], seed: int, out: Path
-) -> list[tuple[str, str]]:
-    """``sessions``: the uncached ones, and those of the level."""
-    loaded, program = sessions[1].loaded, sessions[1].program
-    for prompt in prompts if len(loaded.texts) > 1 else prompts[:1]:  # an engine's first call is slow, at each length of texts
-        for one in sessions:
-            make.picture(one, prompt, seed)
-    name, computed = loaded.manifest.method["name"], len(program.compute_steps)
-    steps = program.num_steps - program.key.start_step
+@dataclass(frozen=True, eq=False)
+class _Column:
+    """What a sheet compares: a level, and what reads and decodes for it."""
+
+    name: str
+    sessions: _Sessions
+    make: _Maker
+
+    def is_of(self, loaded: LoadedBundle) -> bool:
+        """Is this the same model?"""
+        return bool(self.sessions.loaded.manifest.model["weights_sha256"] == loaded.manifest.model["weights_sha256"])
+
+    @property
+    def computed(self) -> str:
+        program = self.sessions.program
+        steps, computed = program.num_steps - program.key.start_step, len(program.compute_steps)
+        return f"{steps} steps" if computed == steps else f"{computed} of {steps}"
+
+
+def _columns(loaded: LoadedBundle, level: str, make: _Maker, begin: Beginning | None = None) -> list[_Column]:
+    """The uncached run of a bundle, and a level of it."""
+    both = ((UNCACHED, UNCACHED), (level, str(loaded.manifest.method["name"])))
+    return [_Column(name, _Sessions(loaded, one, begin or Beginning()), make) for one, name in both]
+
+
+def _compare(columns: Sequence[_Column], prompts: Sequence[str], seed: int, out: Path) -> list[tuple[str, str]]:
+    """``columns``: the uncached run, a level of the same bundle, and those of others."""
+    for prompt in prompts if any(len(one.sessions.loaded.texts) > 1 for one in columns) else prompts[:1]:
+        for one in columns:  # an engine's first call is slow, at each length of texts
+            one.make.picture(one.sessions, prompt, seed)
     rows, psnrs, seconds = [], [], []
     for index, prompt in enumerate(prompts):
-        (full, slow, _), (picture, fast, _) = (make.picture(one, prompt, seed + index) for one in sessions)
-        psnrs.append(psnr_db(picture, full))
-        seconds.append((slow, fast))
+        made = [one.make.picture(one.sessions, prompt, seed + index)[:2] for one in columns]
+        full = made[0][0]
+        if strange := [array.shape for array, _ in made if array.shape != full.shape]:
+            raise InputError(
+                f"--beside: pictures of {list(full.shape)} cannot be compared with {list(strange[0])}: give a --size"
+            )
+        psnrs.append([psnr_db(picture, full) for picture, _ in made])
+        seconds.append([each for _, each in made])
         cells = [
-            Cell(full, ("uncached", f"{steps} steps, {slow:.3f} s")),
-            Cell(picture, (name, f"{computed} of {steps}, {fast:.3f} s", f"PSNR {psnrs[-1]:.1f} dB")),
+            Cell(
+                picture, (name, f"{one.computed}, {each:.3f} s", *([f"PSNR {decibels:.1f} dB"] if picture is not full else []))
+            )
+            for name, one, (picture, each), decibels in zip(_named(columns), columns, made, psnrs[-1], strict=True)
         ]
         rows.append((prompt, cells))
     write_png(draw_sheet(rows), out)
-    slow, fast = np.median(np.array(seconds), axis=0)
+    (slow, fast, *others), (_, near, *more) = np.median(np.array(seconds), axis=0), np.mean(np.array(psnrs), axis=0)
+    name = columns[1].name
+    beside = [
+        (title, f"{one.computed}, {each:.3f} s, {slow / each:.2f} times as fast, {decibels:.2f} dB")
+        for title, one, each, decibels in zip(_named(columns)[2:], columns[2:], others, more, strict=True)
+    ]
     return [
         (str(out), f"{len(prompts)} prompt{'s' * (len(prompts) > 1)}, uncached beside {name}"),
-        _target_row(loaded),
-        _parts_row(make),
+        _target_row(columns[1].sessions.loaded),
+        _parts_row(columns[1].make),
         ("denoise loop", f"{slow:.3f} s uncached, {fast:.3f} s {name}: {slow / fast:.2f} times as fast (medians)"),
-        ("PSNR", f"{np.mean(psnrs):.2f} dB against the uncached pictures, mean"),
+        ("PSNR", f"{near:.2f} dB against the uncached pictures, mean"),
+        *beside,
+    ]
+
+
+def _named(columns: Sequence[_Column]) -> list[str]:
+    """With the model's name, if it is not that of the first."""
+    models = [one.sessions.loaded.manifest.model["name"] for one in columns]
+    return [
+        one.name if columns[0].is_of(one.sessions.loaded) else f"{model}, {one.name}"
+        for model, one in zip(models, columns, strict=True)
     ]

@@ -75,8 +75,19 @@ def find_shipped(model: LoadedModel, method: Method, schedule: Schedule, setting
     return find_pretrained(method.name, _schedule_facts(model, method, schedule, settings), lambda: model.weights_hash)
 
 
-def none_ships(spec: ModelSpec, training: Training) -> PredictorError:
-    """An error for a model that ships, and has no predictor for these settings: with the command that makes one."""
+def shipped_for(model: LoadedModel, training: Training) -> Parameters | None:
+    """The predictor that ships, or ``None``: one is to be trained now.
+
+    Raises:
+        PredictorError: the model ships, and no such predictor of it does; with the command that makes one.
+    """
+    found = find_shipped(model, training.method, training.schedule, training.settings)
+    if found is None and model.spec.packaged:
+        raise _none_ships(model.spec, training)
+    return found
+
+
+def _none_ships(spec: ModelSpec, training: Training) -> PredictorError:
     settings, name, steps = training.settings, training.method.name, training.settings.steps
     size = "" if settings.size == str(PictureSize(spec.width, spec.height, spec.frames)) else f" --size {settings.size}"
     count = "" if steps == spec.steps else f" --steps {steps}"
@@ -85,9 +96,9 @@ def none_ships(spec: ModelSpec, training: Training) -> PredictorError:
     file = f"{name}-{spec.name}-{steps}-{training.interval or len(training.schedule.compute)}.safetensors"
     more = "" if models_folder() else f" (and {NAME}, which has more of them, is not installed: {INSTALL})"
     return PredictorError(
-        f"no predictor of {name} ships for {spec.name} at {settings.size} with {steps} steps, {which.removeprefix('--')}{more}. "
-        f"Train one: cachec train {spec.name} --method {name}{size}{count} {which} -o {file}, and pass --predictor {file}; or "
-        "pass --prompts, and it is trained on them now"
+        f"no predictor of {name} ships for {spec.name} at {settings.size} with {steps} steps, {which.removeprefix('--')}{more}"
+        f". Train one: cachec train {spec.name} --method {name}{size}{count} {which} -o {file}, and pass --predictor {file}; "
+        "or pass --prompts, and it is trained on them now"
     )
 
 

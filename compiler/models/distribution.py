@@ -12,7 +12,7 @@ from cachec.compiler.models.base import ModelSpec
 from cachec.runtime.errors import ModelUnavailableError
 
 PACKAGE, NAME = "cachec_models", "cachec-models"
-INSTALL = "in a checkout of cachec: pip install ./reference/models"
+INSTALL = "pip install ./reference/models, in a checkout of cachec"
 INDEX = "model_index.json"
 SOURCE = f"{NAME}:"  # begin of the source of a model that is in it
 PREDICTORS = "predictors"

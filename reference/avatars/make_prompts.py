@@ -1,4 +1,4 @@
-"""Write the prompt lists of the avatars: ``python -m reference.avatars.make_prompts``. No two lists share a caption.
+"""Write the prompt lists of avatars and clips: ``python -m reference.avatars.make_prompts``. No two lists share a caption.
 
 Those to evaluate with are captions of combinations that no model was trained on; all others are of training combinations.
 """
@@ -29,7 +29,7 @@ def clip_captions(seed: int, *, held_out: bool) -> Iterator[str]:
         yield clip.caption(rng)
 
 
-STREAMS = {"avatars": picture_captions}  # by the lists' name
+STREAMS = {"avatars": picture_captions, "clips": clip_captions}  # by the lists' name
 
 
 def make_lists(name: str) -> dict[str, list[str]]:

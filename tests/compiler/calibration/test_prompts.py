@@ -32,8 +32,8 @@ def test_no_shipped_prompt_has_two_uses(name, sizes):
     assert not any(set(one) & set(other) for one, other in combinations(lists, 2))
 
 
-@pytest.mark.parametrize("name", ["avatars"])
-def test_lists_of_avatars_are_made_again_the_same_and_share_no_caption(name):
+@pytest.mark.parametrize("name", ["avatars", "clips"])
+def test_lists_of_avatars_and_clips_are_made_again_the_same_and_share_no_caption(name):
     make_prompts = pytest.importorskip("reference.avatars.make_prompts", reason="the source tree is not beside the tests")
     lists = make_prompts.make_lists(name)
     for use, captions in lists.items():

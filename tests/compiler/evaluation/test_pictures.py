@@ -24,3 +24,16 @@ def test_a_sheet_has_a_row_for_each_prompt_and_enlarges_small_pictures():
     black = np.asarray(one.convert("L")) == 0
     assert black.sum() >= 300 * 300
     assert not black[:, : MARGIN - 1].any()
+
+
+def test_videos_stand_under_each_other_with_frames_in_a_row():
+    video = np.zeros((25, 96, 64, 3))
+    video[24] = 1
+    cell = Cell(video, ("name", "8 steps"))
+    one, two = draw_sheet([("a prompt", [cell])]), draw_sheet([("a prompt", [cell, cell])])
+    assert one.width == two.width == 9 * 64 + 2 * MARGIN
+    grey = np.asarray(two.convert("L"))
+    for top in (2 * MARGIN + 15, 2 * MARGIN + 15 + two.height - one.height):
+        row = grey[top + 20, MARGIN:-MARGIN]
+        assert not row[: 8 * 64].any()
+        assert (row[8 * 64 :] == 255).all()

@@ -30,7 +30,7 @@ def test_a_predictor_of_something_else_is_refused():
 
 def test_a_shipped_predictor_is_found_by_method_and_facts(written, monkeypatch):
     monkeypatch.setattr(module, "PRETRAINED", written.parent)
-    assert find_pretrained("m", {"steps": "4"}, lambda: "aa").origin == str(written)
+    assert find_pretrained("m", {"steps": "4"}, lambda: "aa").origin == f"ships with cachec ({written.name})"
     assert find_pretrained("m", {"steps": "4"}, lambda: "ab") is None
     assert find_pretrained("other", {"steps": "4"}, lambda: "aa") is None
 
