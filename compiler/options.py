@@ -158,7 +158,7 @@ class BuildWish:
     components: str | None = option(
         None,
         "all: text encoders, tokenizers and decoder, too, so that the bundle makes pictures of prompts without torch; or "
-        "transformer. Default all for tiny-flux, else transformer.",
+        "transformer. Default all for models that ship, else transformer.",
     )
     static: bool = option(False, "A set of engines for each size, where one could serve all.")
     device: str | None = option(

@@ -114,8 +114,8 @@ def test_predictors_of_the_distribution_are_found_by_their_facts_and_may_be_floa
 
 
 def test_where_no_predictor_ships_the_command_that_trains_one_is_named(installed, tmp_path):
-    given = ("compile", "small-flux", "--method", "lesa", "--steps", "8", "--interval", "3", "-o", tmp_path / "out")
+    given = ("compile", "small-flux", "--method", "disca", "--steps", "8", "--interval", "3", "-o", tmp_path / "out")
     code, output = run_cli(*given)
     assert code == 8
-    command = "cachec train small-flux --method lesa --steps 8 --interval 3 -o lesa-small-flux-8-3.safetensors"
+    command = "cachec train small-flux --method disca --steps 8 --interval 3 -o disca-small-flux-8-3.safetensors"
     assert command in " ".join(output.split())

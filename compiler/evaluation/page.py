@@ -2,7 +2,6 @@
 
 import base64
 import importlib.util
-import io
 import math
 from importlib.resources import files
 from typing import Any
@@ -11,10 +10,11 @@ from PIL import Image
 
 from cachec.compiler.evaluation.bench import KeptPrompt, Shown
 from cachec.compiler.evaluation.evaluate import Evaluation
-from cachec.compiler.evaluation.pictures import to_image
+from cachec.compiler.evaluation.pictures import some_frames, to_image
 from cachec.compiler.evaluation.plots import plot_coefficients, plot_errors, plot_quality, plot_schedules
 from cachec.compiler.evaluation.words import HEADER, MEANINGS, Report, decibels, headline, table_cells, table_notes
 from cachec.compiler.planning.goals import DIFFUSERS
+from cachec.pictures.files import png_of
 from cachec.runtime.errors import missing_extra
 from cachec.runtime.program import UNCACHED
 from cachec.runtime.specs import Array
@@ -87,9 +87,8 @@ def _cell(name: str, shown: Shown, *, own: bool) -> dict[str, Any]:
 
 
 def encode_png(picture: Array, side: int = MAX_SIDE) -> str:
-    """Base64 of a picture [H, W, 3] as PNG, reduced to ``side`` pixels if it is larger."""
-    image = to_image(picture)
-    image.thumbnail((side, side), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG", optimize=True)
-    return base64.b64encode(buffer.getvalue()).decode()
+    """Base64 of a picture [H, W, 3] as PNG, of a video animated with some of its frames, reduced to ``side`` pixels."""
+    images = [to_image(frame) for frame in some_frames(picture)]
+    for image in images:
+        image.thumbnail((side, side), Image.Resampling.LANCZOS)
+    return base64.b64encode(png_of(images)).decode()

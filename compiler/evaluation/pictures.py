@@ -38,11 +38,15 @@ def to_image(picture: Array) -> Image.Image:
 
 
 def to_strip(picture: Array) -> Image.Image:
-    """The same; of a video evenly spaced frames beside each other, the first and the last among them."""
+    """The same; of a video some frames beside each other."""
+    return to_image(np.concatenate(some_frames(picture), axis=1))
+
+
+def some_frames(picture: Array) -> list[Array]:
+    """A picture alone; of a video evenly spaced frames, the first and the last among them."""
     if picture.ndim == 3:
-        return to_image(picture)
-    shown = np.linspace(0, len(picture) - 1, min(len(picture), MAX_FRAMES)).round().astype(int)
-    return to_image(np.concatenate(list(picture[shown]), axis=1))
+        return [picture]
+    return list(picture[np.linspace(0, len(picture) - 1, min(len(picture), MAX_FRAMES)).round().astype(int)])
 
 
 def write_png(image: Image.Image, path: Path, more: Sequence[Image.Image] = ()) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import importlib.metadata
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +32,8 @@ from cachec.runtime.program import hash_sigmas
 from cachec.runtime.variants import PictureSize
 from cachec.runtime.version import VERSION
 from cachec.runtime.work import claim_work
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -76,18 +79,23 @@ def find_shipped(model: LoadedModel, method: Method, schedule: Schedule, setting
 
 
 def shipped_for(model: LoadedModel, training: Training) -> Parameters | None:
-    """The predictor that ships, or ``None``: one is to be trained now.
+    """The predictor that ships, or ``None``: one is to be trained now; of models that ship that is said.
 
     Raises:
-        PredictorError: the model ships, and no such predictor of it does; with the command that makes one.
+        PredictorError: the model ships, there is no such predictor of it, and training takes as long as a model's.
     """
     found = find_shipped(model, training.method, training.schedule, training.settings)
     if found is None and model.spec.packaged:
-        raise _none_ships(model.spec, training)
+        missing, command, file = _none_ships(model.spec, training)
+        if isinstance(training.method, BlockMethod):
+            raise PredictorError(f"{missing}. Train one: {command}, and pass --predictor {file}; or pass --prompts, and it is "
+                                 "trained on them now")  # fmt: skip
+        log.warning("%s: it is trained now. %s makes one to keep, for --predictor", missing, command)
     return found
 
 
-def _none_ships(spec: ModelSpec, training: Training) -> PredictorError:
+def _none_ships(spec: ModelSpec, training: Training) -> tuple[str, str, str]:
+    """What is missing, the command that makes it, and the file that it makes."""
     settings, name, steps = training.settings, training.method.name, training.settings.steps
     size = "" if settings.size == str(PictureSize(spec.width, spec.height, spec.frames)) else f" --size {settings.size}"
     count = "" if steps == spec.steps else f" --steps {steps}"
@@ -95,11 +103,8 @@ def _none_ships(spec: ModelSpec, training: Training) -> PredictorError:
     which = f"--schedule {schedule}" if training.interval is None else f"--interval {training.interval}"
     file = f"{name}-{spec.name}-{steps}-{training.interval or len(training.schedule.compute)}.safetensors"
     more = "" if models_folder() else f" (and {NAME}, which has more of them, is not installed: {INSTALL})"
-    return PredictorError(
-        f"no predictor of {name} ships for {spec.name} at {settings.size} with {steps} steps, {which.removeprefix('--')}{more}"
-        f". Train one: cachec train {spec.name} --method {name}{size}{count} {which} -o {file}, and pass --predictor {file}; "
-        "or pass --prompts, and it is trained on them now"
-    )
+    missing = f"no predictor of {name} ships for {spec.name} at {settings.size} with {steps} steps, {which.removeprefix('--')}"
+    return missing + more, f"cachec train {spec.name} --method {name}{size}{count} {which} -o {file}", file
 
 
 def _schedule_facts(model: LoadedModel, method: Method, schedule: Schedule, settings: Settings) -> dict[str, str]:

@@ -66,3 +66,9 @@ def test_a_page_without_pictures_leaves_these_parts_out():
 def test_large_pictures_are_reduced():
     content = base64.b64decode(encode_png(np.zeros((40, 20, 3)), side=10))
     assert Image.open(io.BytesIO(content)).size == (5, 10)
+
+
+def test_videos_move():
+    video = np.random.default_rng(0).random((25, 16, 12, 3))
+    shown = Image.open(io.BytesIO(base64.b64decode(encode_png(video))))
+    assert (shown.size, shown.n_frames) == ((12, 16), 9)
