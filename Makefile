@@ -5,7 +5,7 @@ READY := $(VENV)/.ready
 BUILD := reference/build
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo test test-slow models models-full check types wheel eval quality bench engines sizes static soak fits serve-bench gpu reference avatars clean
+.PHONY: help demo demo-clips test test-slow models models-full check types wheel eval quality bench engines sizes static soak fits serve-bench gpu reference avatars clean
 
 help:  ## Say what can be made
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -22,6 +22,13 @@ demo: $(READY)  ## Compile tiny-flux with LESA into a bundle that needs nothing 
 		-p "a yellow ring left of a purple striped cross on a grey background" \
 		-p "a green triangle above an orange square on a brown background"
 	$(BIN)/cachec run demo/tiny-flux-lesa.cachec --force -o demo/alone.png -p "a blue ring above a green square"
+
+demo-clips: $(READY)  ## Compile tiny-hunyuan with TaylorSeer and gram, and draw rows of frames, with seconds and dB: demo/clips.png
+	$(BIN)/cachec compile tiny-hunyuan --method taylor --budget 10 -o demo/tiny-hunyuan-taylor.cachec --force
+	$(BIN)/cachec compile tiny-hunyuan --method gram --budget 8 -o demo/tiny-hunyuan-gram.cachec --force
+	$(BIN)/cachec run demo/tiny-hunyuan-taylor.cachec --compare --beside demo/tiny-hunyuan-gram.cachec --force -o demo/clips.png \
+		-p "a smiling person in a blue cardigan with a ginger bun and a moustache on a yellow background , becomes angry" \
+		-p "a laughing person in a purple tee with brown skin and cropped black hair , moves left"
 
 test: $(READY)  ## Run the tests, on the CPU, in two processes of one thread each
 	$(BIN)/python -m pytest -n 2 --dist loadscope --durations 10
