@@ -1,260 +1,242 @@
-"""Tables and plots from ``bench/quality.json``: ``python -m bench.quality_report`` writes ``bench/QUALITY.md``."""
+"""The page of ``bench.quality``: ``python -m bench.quality_report`` writes ``bench/QUALITY.md``, its charts and its data.
+
+Rows come from ``WORK/MODEL/rows.json`` where there is one, else from ``bench/quality-MODEL.json``, which is then left as it is.
+What is not measured yet is said to be missing.
+"""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
-import matplotlib as mpl
 import numpy as np
 
-mpl.use("Agg")
-import matplotlib.pyplot as plt
+from bench.quality import REFERENCE_MODELS
+from bench.quality_caches import CACHES, INTERVALS
+from bench.quality_charts import CACHES as GREY
+from bench.quality_charts import OURS as RED
+from bench.quality_charts import SOLVERS as BLUE
+from bench.quality_charts import draw
+from bench.quality_distilled import distilled_section
+from bench.quality_methods import EQUAL, OURS, WHOLE_BUDGET
+from bench.quality_setting import NUM_CHOOSE, NUM_FIT
+from bench.quality_tables import MEASURES, ROUNDS, Found, ablation, cells, compared, cost, paired, table, verdict
+from bench.quality_transfer import BRANCHES, MOOD, TRANSFER
+from cachec.compiler.tables.samplers import SOLVERS
 
-MAIN = "50 steps"
-FEW = (6, 8, 10)
-SOLVERS = ("euler", "ab2", "ab3", "unipc", "dpm")
-CACHES = ("reuse", "taylor:1", "taylor:2", "newton:2", "hicache", "foca", "spectrum", "adams:2", "l2p (Adam)", "l2p (closed)",
-          "lesa")  # fmt: skip
-HIDDEN_CACHES = ("reuse", "taylor:1", "taylor:2", "newton:2", "hicache", "foca", "spectrum", "lesa")
-OURS = ("gram", "gram polished", "gram-hidden", "bns")
-FINE_ROWS = (
-    ("ab2", "searched"),
-    ("unipc", "searched"),
-    ("gram", "searched"),
-    ("gram polished", "searched"),
-    ("gram", "searched, to fine"),
-    ("gram polished", "searched, to fine"),
-)
-INTRO = """# Quality: every method at every budget
+BUDGETS = (6, 8, 10)
+HEADER = ["method", "steps", "computed", "PSNR dB", "p5", "worst", "SSIM", "latent error", "its p95"]
+INTRO = """# Quality: every method at equal cost
 
-PSNR in dB of the picture against the uncached run of the same noise, mean over {num} held-out captions ± standard error of the
-mean. tiny-flux, 64x64, guidance 3.5; seeds 0 … {last}; fits and searches saw 32 training captions with noise of their own.
-**own**: the method's published schedule with at most K computed steps (how many it has is in brackets where it has fewer);
-for a plain solver the model's own sampler with K steps. **searched**: K steps found by `--schedule search`. A dash: no such
-schedule. These are claims about tiny-flux.
+Each row is a method on given steps: {num} held-out captions (combinations of attributes that no model was trained on), seeds from
+0, against the uncached run of 50 steps from the same noise. Fits and searches saw {fit} training captions with noise of their own;
+`gram, by pictures` chooses its schedule on {choose} more of these. All rows of a model have the same captions, noise and weights,
+and go through the planner of `cachec compile`.
 
-The spread between captions is wide (for `gram` with 8 steps from {low:.0f} to {high:.0f} dB, 5th to 95th percentile), so
-differences are paired, caption by caption.
+- **PSNR** of pictures (of all frames of a video): mean ± standard error; **p5** the 5th percentile and **worst** the worst caption,
+  with 95 % of {bootstraps} bootstraps. **SSIM**: mean. **latent error**: relative L2 of the final latents, mean, and its 95th percentile.
+- **steps**: `own` the published rule with at most K computed steps (**computed** says how many it has), `uniform` even ones (of a
+  plain solver: the model's sampler with K steps), `searched` those of `--schedule search`, `gram's` those that were searched for gram,
+  `pictures` those of `--set choose=pictures`.
+- Cost is counted in computed steps; forecasts are tails of the model, and those of output-cut methods (`gram`, `dyweight`, `bns`,
+  `adams`, solvers) take none. No times are measured here: they are in [`RESULTS.md`](RESULTS.md).
+- At K = {whole} all rows are measured; at the others those that are near the best somewhere, and `bns`, which takes minutes, at {whole} only.
 
-Made by `python -m bench.quality && python -m bench.gram_ablation && python -m bench.quality_report --date {date}` on 2 cores
-of a shared machine; every row is in `bench/quality.json`, caption by caption.
+These are claims about three small models. `python -m bench.quality && python -m bench.quality_report --date {date}`
+(`make quality`) on 2 cores of a shared machine; every row, caption by caption, is in `bench/quality-MODEL.json`, with the commit
+that it was measured at.
 """
 
 
-class Rows:
-    """The rows of one setting."""
-
-    def __init__(self, data: dict[str, Any], setting: str) -> None:
-        self._data, self.setting = data, setting
-
-    def get(self, budget: int, method: str, schedule: str) -> dict[str, Any] | None:
-        row = self._data.get(f"{self.setting}|{budget}|{method}|{schedule}")
-        return None if row is None or "missing" in row else row
-
-    def psnr(self, budget: int, method: str, schedule: str, key: str = "psnr") -> np.ndarray | None:
-        row = self.get(budget, method, schedule)
-        return None if row is None else np.array(row[key])
-
-    def budgets(self) -> list[int]:
-        return sorted({int(k.split("|")[1]) for k in self._data if k.startswith(f"{self.setting}|")} - {50})
-
-    def best(self, budget: int, methods: tuple[str, ...], schedule: str) -> tuple[str, np.ndarray] | None:
-        found = [(m, v) for m in methods if (v := self.psnr(budget, m, schedule)) is not None]
-        return max(found, key=lambda pair: pair[1].mean()) if found else None
+def equal_rows(found: Found, budget: int) -> list[tuple[str, str, dict[str, Any]]]:
+    """Method, steps and row of what is measured at a budget, best mean first."""
+    return sorted(found.of(EQUAL, budget), key=lambda one: -np.mean(one[2]["psnr"]))
 
 
-def cell(rows: Rows, budget: int, method: str, schedule: str, key: str = "psnr") -> str:
-    row = rows.get(budget, method, schedule)
-    if row is None:
-        return "–"
-    values = np.array(row[key])
-    fewer = f" [{row['computed']}]" if row["computed"] != budget else ""
-    return f"{values.mean():.2f} ± {values.std(ddof=1) / len(values) ** 0.5:.2f}{fewer}"
-
-
-def table(header: list[str], lines: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *lines])
-
-
-def grid(rows: Rows) -> str:
-    """Methods and schedules by budgets."""
-    budgets, lines = rows.budgets(), []
-    for method in (*SOLVERS, *CACHES, *OURS):
-        for schedule in ("own", "interval", "gram's", "CEM", "LeMiCa", "searched"):
-            cells = [cell(rows, budget, method, schedule) for budget in budgets]
-            if any(c != "–" for c in cells):
-                name = f"**{method}**" if method.startswith("gram") else method
-                lines.append([name, schedule, *cells])
-    return table(["method", "schedule", *(f"K = {k}" for k in budgets)], lines)
-
-
-def paired(ours: np.ndarray, theirs: np.ndarray) -> str:
-    change = ours - theirs
-    return f"{change.mean():+.2f} ± {change.std(ddof=1) / len(change) ** 0.5:.2f}"
-
-
-def verdicts(rows: Rows) -> str:
-    """What the issue asks, paired."""
+def comparisons(found: Found) -> str:
+    """Ours beside the best of the others, by each measure."""
     lines = []
-    for budget in FEW:
-        ours = rows.psnr(budget, "gram polished", "searched")
-        closed = rows.psnr(budget, "gram", "searched")
-        if ours is None or closed is None:
-            continue
-        for label, methods, schedule, goal in (
-            ("best plain solver, its own time steps", SOLVERS, "own", "+5"),
-            ("best plain solver, searched time steps", SOLVERS, "searched", "+3"),
-            ("best published feature cache, its own schedule", HIDDEN_CACHES, "own", "+8"),
-            ("best published feature cache, searched schedule", HIDDEN_CACHES, "searched", ""),
-            ("best output-cut method, its own schedule", ("adams:2", "l2p (Adam)", "l2p (closed)"), "own", ""),
-            ("BNS, the same time steps", ("bns",), "gram's", "-1 closed, above polished"),
-            ("LESA with 10", ("no row",), "own", "> 0"),
-        ):
-            best = rows.best(budget, methods, schedule)
-            if budget == 6 and label.startswith("LESA"):
-                best = rows.best(10, ("lesa",), "own")
-            if best is not None:
-                name, theirs = best
-                lines.append([str(budget), f"{label}: {name}", f"{theirs.mean():.2f}", paired(closed, theirs),
-                              paired(ours, theirs), goal])  # fmt: skip
-    header = ["K", "compared with", "its PSNR", "gram (closed form)", "gram (polished)", "asked"]
+    for budget in BUDGETS:
+        rows = equal_rows(found, budget)
+        others = [one for one in rows if one[0] not in OURS]
+        for name, steps in (("gram", "searched"), ("gram, by pictures", "pictures"), ("gram, closed form", "searched")):
+            ours = found.get(EQUAL, budget, name, steps)
+            if ours is not None and others:
+                lines += [[str(budget), name, *compared(ours, others, measure)] for measure in MEASURES]
+    if not lines:
+        return "Not measured yet.\n"
+    header = ["K", "ours", "measure", "best other by it", "its value", "ours", "difference", ""]
     return table(header, lines)
 
 
-def times(rows: Rows) -> str:
+def searched_solver_line(found: Found) -> str:
+    """How far above the best searched solver the mean is."""
+    parts = []
+    for budget in BUDGETS:
+        solvers = [one for one in found.of(EQUAL, budget) if one[0] in SOLVERS and one[1] == "searched"]
+        ours = found.get(EQUAL, budget, "gram", "searched")
+        if solvers and ours is not None:
+            best = max(solvers, key=lambda one: np.mean(one[2]["psnr"]))
+            parts.append(f"{paired(ours['psnr'], best[2]['psnr'])} dB at K = {budget} ({best[0]})")
+    return f"\n`gram` against the best plain solver on searched steps: {'; '.join(parts)}.\n" if parts else ""
+
+
+def all_rows(found: Found) -> str:
+    parts = []
+    for budget in BUDGETS:
+        rows = equal_rows(found, budget)
+        if rows:
+            lines = [[f"**{name}**" if name in OURS else name, steps, cost(row), *cells(row)] for name, steps, row in rows]
+            parts.append(f"### {budget} of {found.steps} steps\n\n{table(HEADER, lines)}\n")
+        else:
+            parts.append(f"### {budget} of {found.steps} steps\n\nNot measured yet.\n")
+    missing = [f"- {key}: {why}" for key, why in found.missing(EQUAL)]
+    return "\n".join(parts) + ("\nWhat there is not:\n\n" + "\n".join(missing) + "\n" if missing else "")
+
+
+def caches(found: Found) -> str:
+    """The table like that of LESA's paper, and what of its claims holds."""
+    rows = found.of_part(CACHES)
+    if not rows:
+        return "Not measured yet.\n"
+    names = {"taylor:1": "TaylorSeer O1", "taylor:2": "TaylorSeer O2", "reuse": "FORA", "lesa": "LESA"}
     lines = []
-    for budget in FEW:
-        for method, schedule in (("gram", "searched"), ("gram polished", "searched"), ("bns", "gram's")):
-            row = rows.get(budget, method, schedule)
+    for budget in sorted({budget for budget, *_ in rows}, reverse=True):
+        some = [(names.get(name, name), steps, row) for b, name, steps, row in rows if b == budget]
+        plain = found.get(EQUAL, budget, "euler", "uniform")
+        if plain is not None:
+            some.append(("fewer steps", "uniform", plain))
+        for name, steps in (("ab2", "uniform"), ("gram", "searched"), ("gram, by pictures", "pictures")):
+            row = found.get(EQUAL, budget, name, steps)
             if row is not None:
-                search = f"{row['search_s']:.1f}" if "search_s" in row else "gram's"
-                lines.append([str(budget), method, search, f"{row['fit_s']:.1f}", f"{np.mean(row['psnr']):.2f}"])  # fmt: skip
-    return table(["K", "method", "search s", "fit s", "PSNR dB"], lines)
+                some.append((f"**{name}**" if name in OURS else name, steps, row))
+        some.sort(key=lambda one: -np.mean(one[2]["psnr"]))
+        for name, steps, row in some:
+            with_threshold = f"{steps} {row['threshold']:.3f}" if "threshold" in row else steps
+            lines.append([name, with_threshold, cost(row), f"{row['work']:.1f}", *cells(row)])
+    header = [*HEADER[:3], "runs of the model", *HEADER[3:]]
+    return table(header, lines) + "\n\n" + claims(found)
 
 
-def fine_table(rows: Rows) -> str:
-    """Against 200 steps."""
-    full = rows.psnr(50, "uncached", "own", "psnr_fine")
-    lines = [] if full is None else [["uncached, 50 steps", "50", cell(rows, 50, "uncached", "own", "psnr_fine"), ""]]
-    for budget in FEW:
-        for method, schedule in FINE_ROWS:
-            values = rows.psnr(budget, method, schedule, "psnr_fine")
-            if values is not None and full is not None:
-                lines.append([f"{method}, {schedule}", str(budget), cell(rows, budget, method, schedule, "psnr_fine"),
-                              paired(values, full)])  # fmt: skip
-    return table(["row", "K", "PSNR dB against 200 steps", "against the 50-step run"], lines)
-
-
-def prompts_table(rows: Rows) -> str:
-    counts = (1, 2, 4, 8, 16, 32, 64)
-    lines = [[str(n), cell(rows, 8, "gram", f"{n} prompts"), cell(rows, 8, "gram polished", f"{n} prompts")] for n in counts]
-    return table(["prompts", "closed form", "polished"], lines)
-
-
-def ablation(path: Path) -> str:
-    """The variants of the closed form, and calibration on other captions."""
-    data = json.loads(path.read_text())
-    variants = data["variants"]
+def claims(found: Found) -> str:
+    """Sentences on what the paper says of LESA, made of the figures."""
     lines = []
-    for name in next(iter(variants.values())):
-        cells = []
-        for entry in variants.values():
-            row = entry.get(name)
-            if row is None:
-                cells.append("–")
-                continue
-            cells.append(f"{row['db']:.2f}" if name == "closed form" else f"{row['change']:+.2f} ± {row['stderr']:.2f}")
-        lines.append([name, *cells])
-    captions = data["captions"]
-    shift = (
-        f"Calibrated on 32 captions of the same colours, shapes and places: {captions['same']['db']:.2f} dB. On 32 captions "
-        f"that share none of them: {captions['disjoint']['db']:.2f} dB, {captions['disjoint']['change']:+.2f} ± "
-        f"{captions['disjoint']['stderr']:.2f} (latents, 8 steps, closed form, 32 other captions)."
+    for interval, budget in zip(INTERVALS, sorted({b for b, *_ in found.of_part(CACHES)}, reverse=True), strict=False):
+        ours = found.get(CACHES, budget, "lesa", f"N = {interval}")
+        if ours is None:
+            lines.append(f"- LESA for N = {interval} is not trained yet for this model, so nothing is said of it.")
+            continue
+        for text, other in (
+            ("TaylorSeer O1 of the same interval", found.get(CACHES, budget, "taylor:1", f"N = {interval}")),
+            ("TaylorSeer O2 of the same interval", found.get(CACHES, budget, "taylor:2", f"N = {interval}")),
+            ("FORA of the same interval", found.get(CACHES, budget, "reuse", f"N = {interval}")),
+            (f"SeaCache with about {budget} computed steps", found.get(CACHES, budget, "SeaCache", "threshold")),
+            (f"FirstBlockCache with about {budget} computed steps", found.get(CACHES, budget, "FirstBlockCache", "threshold")),
+            (f"plain sampling with {budget} steps", found.get(EQUAL, budget, "euler", "uniform")),
+            (f"AB2 with {budget} steps", found.get(EQUAL, budget, "ab2", "uniform")),
+            (f"gram with {budget} steps", found.get(EQUAL, budget, "gram", "searched")),
+        ):
+            if other is not None:
+                change = paired(ours["psnr"], other["psnr"])
+                lines.append(f"- LESA, N = {interval} ({cost(ours)} computed), against {text}: {change} dB; {verdict(ours, other)}.")
+    return "\n".join(lines) + "\n"
+
+
+def transfer(found: Found) -> str:
+    usual, rows = found.get(EQUAL, WHOLE_BUDGET, "gram, closed form", "searched"), found.of_part(TRANSFER)
+    if usual is None or not rows:
+        return "Not measured yet.\n"
+    lines = [["the usual setting", *cells(usual), ""]]
+    lines += [[name, *cells(row), paired(row["psnr"], usual["psnr"])] for _, _, name, row in rows]
+    missing = [f"- {key}: {why}" for key, why in found.missing(TRANSFER)]
+    told = (
+        f"Rows of `gram` in closed form, {WHOLE_BUDGET} of {found.steps} steps, on the steps searched in the usual setting: fitted in "
+        f"another one, used in the usual one. `{MOOD} only`: to captions that say so. `other noise`: the same captions again, which says "
+        "how much of a difference is chance.\n\n"
     )
-    return table(["variant", *(f"K = {k}" for k in variants)], lines) + "\n\n" + shift
+    header = ["fitted at", *HEADER[3:], "PSNR, change"]
+    return told + table(header, lines) + "\n" + ("\n" + "\n".join(missing) + "\n" if missing else "")
 
 
-def plot(rows: Rows, path: Path) -> None:
-    figure, axes = plt.subplots(figsize=(8, 4.6), layout="constrained")
-    shown = (("gram polished", "searched", "C3", "-"), ("gram", "searched", "C3", "--"), ("bns", "gram's", "C5", ":"),
-             ("ab2", "searched", "C0", "-"), ("unipc", "searched", "C9", "-"), ("unipc", "own", "C9", ":"),
-             ("ab2", "own", "C0", ":"), ("taylor:1", "searched", "C2", "-"), ("taylor:1", "own", "C2", ":"),
-             ("l2p (Adam)", "own", "C4", ":"), ("spectrum", "own", "C1", ":"), ("lesa", "own", "k", ""))  # fmt: skip
-    for method, schedule, colour, style in shown:
-        points = [(rows.get(k, method, schedule), k) for k in rows.budgets()]
-        found = [(row["computed"], row["psnr"]) for row, _ in points if row is not None]
-        if found:
-            x = [k for k, _ in found]
-            y = [np.mean(v) for _, v in found]
-            error = [np.std(v, ddof=1) / len(v) ** 0.5 for _, v in found]
-            label = f"{method}, {schedule}"
-            axes.errorbar(x, y, error, color=colour, ls=style or "none", marker="o", ms=4, lw=1.4, capsize=2, label=label)
-    axes.set(xlabel="computed steps of 50", ylabel="PSNR dB against the uncached run", xscale="log")
-    axes.set_xticks(rows.budgets(), [str(k) for k in rows.budgets()])
-    axes.minorticks_off()
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    figure.savefig(path, dpi=110)
+def branches(found: Found) -> str:
+    rows = found.of_part(BRANCHES)
+    if not rows:
+        return ""
+    lines = [[name, steps, f"`{row['text']}`", f"{row['work']:g}", *cells(row)] for _, name, steps, row in rows]
+    told = "\n#### Steps that compute one branch of guidance\n\nA step with a `c` runs the positive branch alone, half the work.\n\n"
+    return told + table(["method", "one branch at", "schedule", "work", *HEADER[3:]], lines) + "\n"
 
 
-def plot_prompts(rows: Rows, path: Path) -> None:
-    figure, axes = plt.subplots(figsize=(5.4, 3.2), layout="constrained")
-    for method, colour in (("gram", "C3"), ("gram polished", "C1")):
-        found = [(n, v) for n in (1, 2, 4, 8, 16, 32, 64) if (v := rows.psnr(8, method, f"{n} prompts")) is not None]
-        if found:
-            error = [v.std(ddof=1) / len(v) ** 0.5 for _, v in found]
-            axes.errorbar([n for n, _ in found], [v.mean() for _, v in found], error, color=colour, marker="o", ms=4, capsize=2,
-                          label="closed form" if method == "gram" else "polished")  # fmt: skip
-    axes.set(xlabel="calibration prompts", ylabel="PSNR dB, 8 of 50 steps", xscale="log")
-    axes.set_xticks([1, 2, 4, 8, 16, 32, 64], ["1", "2", "4", "8", "16", "32", "64"])
-    axes.minorticks_off()
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
-    figure.savefig(path, dpi=110)
+def chart(found: Found, path: Path) -> bool:
+    groups = {}
+    for budget in BUDGETS:
+        rows = equal_rows(found, budget)
+        if rows:
+            groups[budget] = [
+                (f"{name}, {steps}", RED if name in OURS else BLUE if name in SOLVERS else GREY, row) for name, steps, row in rows
+            ]
+    if groups:
+        draw(groups, path, f"{found.name}, {found.steps} steps")
+    return bool(groups)
+
+
+def model_section(found: Found, out: Path) -> str:
+    """All that there is of a model."""
+    picture = f"quality-{found.name}.png"
+    drawn = chart(found, out.with_name(picture))
+    facts = found.facts
+    size = "x".join(facts[name] for name in ("width", "height", "frames") if name in facts)
+    parts = [
+        f"\n## {found.name}\n",
+        f"{size}, {facts['steps']} steps, guidance {facts['guidance']}; {facts['captions']} captions; rows took "
+        f"{found.seconds / 60:.0f} minutes of one processor in all.\n",
+        f"![{found.name}: PSNR by method]({picture})\n" if drawn else "",
+        "### The comparisons that count\n\nOurs beside the best of all others by each measure (least first of errors); paired, in dB ± "
+        "standard error for means, with 95 % of paired bootstraps for the tail.\n",
+        comparisons(found),
+        searched_solver_line(found),
+        all_rows(found),
+        "### LESA and caches that need no training\n\nSteps of the methods' own rule; `SeaCache` and `FirstBlockCache` as diffusers has "
+        "them, with the threshold at which they compute as many steps of training captions as LESA does. SeaCache stands for TeaCache, "
+        "which diffusers has not: it accumulates relative L1 changes, too. A run of the model is all its blocks once: FirstBlockCache runs "
+        "the first one in every step.\n",
+        caches(found),
+        "### Fitted in one setting, used in another\n",
+        transfer(found),
+        branches(found),
+        "\n### Distilled\n",
+        distilled_section(found),
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def collect(name: str, work: Path, out: Path) -> Found | None:
+    """The rows of a model; those of a work directory are copied beside the page."""
+    source, kept = work / name / "rows.json", out.with_name(f"quality-{name}.json")
+    if source.exists():
+        kept.write_text(source.read_text(encoding="utf-8") + "\n", encoding="utf-8")
+    return Found(json.loads(kept.read_text(encoding="utf-8"))) if kept.exists() else None
+
+
+def page(models: Sequence[str], work: Path, out: Path, ablation_data: Path, date: str) -> str:
+    found = {name: collect(name, work, out) for name in models}
+    captions = next((one.facts["captions"] for one in found.values() if one is not None), 0)
+    parts = [INTRO.format(num=captions, fit=NUM_FIT, choose=NUM_CHOOSE, bootstraps=f"{ROUNDS:,}", whole=WHOLE_BUDGET, date=date)]
+    for name, one in found.items():
+        parts.append(f"\n## {name}\n\nNot measured yet.\n" if one is None else model_section(one, out))
+    if ablation_data.exists():
+        parts.append(ablation(ablation_data))
+    return "\n".join(parts)
 
 
 @click.command()
-@click.option("--data", type=click.Path(path_type=Path), default=Path("bench/quality.json"), show_default=True)
+@click.option("--work", type=click.Path(path_type=Path), default=Path("build/quality"), show_default=True)
 @click.option("--ablation-data", type=click.Path(path_type=Path), default=Path("bench/gram_ablation.json"), show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), default=Path("bench/QUALITY.md"), show_default=True)
 @click.option("--date", required=True, help="Day of the measurement, as 2026-11-20.")
-def main(data: Path, ablation_data: Path, out: Path, date: str) -> None:
-    content = json.loads(data.read_text())["rows"]
-    rows = Rows(content, MAIN)
-    spread = rows.psnr(8, "gram", "searched")
-    assert spread is not None
-    low, high = np.percentile(spread, [5, 95])
-    parts = [
-        INTRO.format(num=len(spread), last=len(spread) - 1, low=low, high=high, date=date),
-        "![PSNR by computed steps](quality.png)\n",
-        "## The comparisons that count\n\nPaired differences, ours minus theirs, in dB ± standard error.\n",
-        verdicts(rows),
-        "\n## All rows, 50 steps\n",
-        grid(rows),
-        "\nAt K = 6, 8, 10 every search ends with closed-loop runs on 8 prompts; at the other budgets only those of `gram` do, "
-        "and nothing above 10 steps is polished (a Jacobian takes a cubic number of model evaluations).\n",
-        "\n## Fitting time\n\nSeconds on one core beside another job; 32 prompts (BNS: 120 updates of 8).\n",
-        times(rows),
-        "\n## Against the fine reference\n\n`to fine`: fitted to 200 steps, nodes on their grid.\n",
-        fine_table(rows),
-        "\n## How many prompts\n\n8 of 50 steps, gram's schedule (which was searched with 32).\n\n"
-        "![PSNR by prompts](quality-prompts.png)\n",
-        prompts_table(rows),
-    ]
-    if ablation_data.exists():
-        text = (
-            "\n## What helps `gram`\n\nRelative L2 error of the final latents in dB on 32 prompts that no fit saw, and paired "
-            "changes from the closed form; the searched schedules of the table above.\n"
-        )
-        parts += [text, ablation(ablation_data)]
-    for name in ("28 steps", "shift 1.6"):
-        other = Rows(content, name)
-        if other.budgets():
-            parts += [f"\n## Another setting: {name}\n\n32 captions.\n", grid(other)]
-    out.write_text("\n".join(parts) + "\n")
-    plot(rows, out.with_name("quality.png"))
-    plot_prompts(rows, out.with_name("quality-prompts.png"))
+def main(work: Path, ablation_data: Path, out: Path, date: str) -> None:
+    out.write_text(page(REFERENCE_MODELS, work, out, ablation_data, date), encoding="utf-8")
 
 
 if __name__ == "__main__":

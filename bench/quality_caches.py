@@ -1,0 +1,149 @@
+"""LESA beside training-free caches, as its paper has it, and caches as diffusers has them: a part of ``bench.quality``.
+
+LESA, TaylorSeer and FORA compute the steps of their own rule at intervals 7 and 10. The caches of diffusers decide for every
+request which steps they compute: their thresholds are found on training captions, so that as many are computed as LESA does. They run
+in the unmodified pipeline, one caption at a time.
+
+SeaCache accumulates the relative L1 change of the (filtered) input against a threshold, as TeaCache does, which diffusers has not;
+residuals are repeated (order 0), as often in turn as its rule says.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import FirstBlockCacheConfig, SeaCacheConfig
+from torch import nn
+
+from bench.quality_methods import make_method, measure_on, plan, trained
+from bench.quality_setting import Rows, Setting
+from cachec.compiler.calibration.prompts import default_prompts
+from cachec.compiler.calibration.runs import training_seeds
+from cachec.compiler.methods import get_method
+from cachec.compiler.models.base import LoadedModel
+from cachec.compiler.planning.goals import Goal
+from cachec.runtime.errors import InputError
+from cachec.runtime.noise import make_noise
+from cachec.runtime.specs import Array
+
+CACHES = "caches"  # the part that these rows are
+INTERVALS = (7, 10)
+TRIED, HALVINGS = 4, 7  # captions that thresholds are found on, and how often the range is halved
+LARGEST = 2.0  # threshold
+
+log = logging.getLogger(__name__)
+
+
+def bench_caches(rows: Rows, setting: Setting) -> None:
+    """All rows; LESA's, if it has to be trained, come last."""
+    budgets = [len(get_method("lesa").with_options({}).interval(setting.num_steps, interval).compute) for interval in INTERVALS]
+    for interval, budget in zip(INTERVALS, budgets, strict=True):
+        for name in ("taylor:1", "taylor:2", "reuse"):
+            schedule = make_method(name).interval(setting.num_steps, interval)
+            rows.measure(CACHES, budget, name, f"N = {interval}", lambda n=name, s=schedule: measure_on(setting, make_method(n), s, n))
+        for name, make in CONFIGS.items():
+            rows.measure(CACHES, budget, name, "threshold", lambda m=make, k=budget: measure_cache(setting, m, k))
+    for interval, budget in zip(INTERVALS, budgets, strict=True):
+        rows.measure(CACHES, budget, "lesa", f"N = {interval}", lambda n=interval: measure_lesa(setting, n))
+
+
+def measure_lesa(setting: Setting, interval: int) -> dict[str, Any]:
+    """LESA's row, with the predictor that ships, or one that is trained now."""
+    method = get_method("lesa").with_options({})
+    schedule = method.interval(setting.num_steps, interval)
+    parameters = trained(setting, method, schedule, "lesa", interval=interval)
+    return setting.measure(plan(setting, method, Goal(schedule=schedule), parameters))
+
+
+def _tokens(module: nn.Module, args: tuple[Any, ...], given: Mapping[str, Any]) -> list[torch.Tensor]:
+    """Latents of each sample as SeaCache looks at them [C, frames, height, width]; packed ones are of a square picture."""
+    latents = given["hidden_states"] if "hidden_states" in given else args[0]
+    if latents.ndim == 5:
+        return list(latents)
+    side = round(latents.shape[1] ** 0.5)
+    return [sample.T.reshape(sample.shape[1], 1, side, side) for sample in latents]
+
+
+CONFIGS: Mapping[str, Callable[[float], Any]] = {
+    "FirstBlockCache": lambda threshold: FirstBlockCacheConfig(threshold=threshold),
+    "SeaCache": lambda threshold: SeaCacheConfig(
+        threshold=threshold, residual_order=0, max_consecutive_cached=0, raw_vision_callback=_tokens
+    ),
+}
+
+
+@dataclass
+class _Executed:
+    """How many blocks were executed in a request; the calls of the whole model, and of these those with every block."""
+
+    blocks: int = 0
+    since: int = 0
+    calls: int = 0
+    whole: int = 0
+
+
+@contextmanager
+def counting(model: LoadedModel) -> Iterator[tuple[_Executed, int]]:
+    """Counts blocks that are executed: in a skipped one the first linear of its attention is not. And how many there are."""
+    counted, lists = _Executed(), ("transformer_blocks.", "single_transformer_blocks.")
+    found = [module for name, module in model.transformer.named_modules()
+             if name.startswith(lists) and name.endswith("attn.to_q")]  # fmt: skip
+    if not found:
+        raise InputError(f"no blocks with an attention of their own are known in {model.spec.name}")
+
+    def executed(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        counted.blocks += 1
+        counted.since += 1
+
+    def called(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        counted.calls += 1
+        counted.whole += counted.since == len(found)
+        counted.since = 0
+
+    hooks = [module.register_forward_hook(executed) for module in found]
+    hooks.append(model.transformer.register_forward_hook(called))
+    try:
+        yield counted, len(found)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def measure_cache(setting: Setting, make: Callable[[float], Any], budget: int) -> dict[str, Any]:
+    """The row of a cache of diffusers whose threshold makes it compute ``budget`` steps, or fewer, of training captions."""
+    captions = default_prompts(setting.model.spec.prompts, "train")[:TRIED]
+    shape = setting.noise.shape[1:]
+    noise = np.stack([make_noise(seed, shape) for seed in training_seeds(0, TRIED)])
+    conditions = setting.model.encode(captions, setting.settings, setting.model.conditions(setting.settings))
+    low, high = 0.0, LARGEST
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        _, computed, _ = run_cached(setting, make(middle), noise, conditions)
+        low, high = (low, middle) if np.mean(computed) <= budget else (middle, high)
+    latents, computed, work = run_cached(setting, make(high), setting.noise, setting.conditions)
+    counts = {"computed": round(float(np.mean(computed)), 2), "work": round(float(np.mean(work)), 2)}
+    return {**counts, "computed_range": [int(min(computed)), int(max(computed))], "threshold": high, **setting.compare(latents)}
+
+
+def run_cached(
+    setting: Setting, config: Any, noise: Array, conditions: Mapping[str, Array]
+) -> tuple[Array, list[float], list[float]]:
+    """Latents [P, …], and for each caption the steps with every block, and executed blocks in runs of the model."""
+    model, latents, computed, work = setting.model, [], [], []
+    model.transformer.enable_cache(config)
+    try:
+        with counting(model) as (counted, num_blocks):
+            for at in range(len(noise)):
+                one = {name: value[at : at + 1] for name, value in conditions.items()}
+                counted.blocks = counted.since = counted.calls = counted.whole = 0
+                latents.append(model.generate(one, noise[at : at + 1], setting.settings))
+                branches = counted.calls / setting.num_steps
+                computed.append(counted.whole / branches)
+                work.append(counted.blocks / num_blocks / branches)
+    finally:
+        model.transformer.disable_cache()
+    return np.concatenate(latents), computed, work

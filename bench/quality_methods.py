@@ -1,0 +1,183 @@
+"""Every method at equal cost: rows of ``bench.quality``, all through the planner that ``cachec compile`` has."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.quality_setting import Rows, Setting
+from cachec.compiler.calibration.calibration import Calibration, decibels
+from cachec.compiler.calibration.uses import training_prompts
+from cachec.compiler.frontend import evaluator_of
+from cachec.compiler.methods import get_method
+from cachec.compiler.methods.base import CodedMethod, Method
+from cachec.compiler.methods.parameters import Parameters, load_predictor, predictor_bytes
+from cachec.compiler.methods.training import Training, find_shipped, train_predictor
+from cachec.compiler.planning.goals import Goal
+from cachec.compiler.planning.planner import Calibrations, Planner
+from cachec.compiler.planning.search import (
+    CLOSED_MOVES,
+    FEW_SCHEDULES,
+    few_prompts,
+    polish_schedule,
+    search_schedules,
+    solver_score,
+)
+from cachec.compiler.tables.coefficients import AdvanceTable
+from cachec.compiler.tables.samplers import SOLVERS, solver_rows
+from cachec.compiler.tables.schedule import Schedule, uniform_schedule
+from cachec.runtime.errors import InputError
+from cachec.runtime.files import write_file
+from cachec.runtime.program import Program
+
+EQUAL = "equal cost"  # the part that these rows are
+WHOLE_BUDGET = 8  # the budget with all rows; the others have those that may win somewhere
+BUDGETS = (8, 10, 6)
+
+METHODS: Mapping[str, tuple[str, Mapping[str, str]]] = {
+    "reuse": ("reuse", {}),
+    "taylor:1": ("taylor", {"order": "1"}),
+    "taylor:2": ("taylor", {"order": "2"}),
+    "newton:2": ("newton", {"order": "2"}),
+    "hicache": ("hicache", {}),
+    "foca": ("foca", {}),
+    "spectrum": ("spectrum", {}),
+    "adams:2": ("adams", {"order": "2"}),
+    "l2p (Adam)": ("l2p", {"fit": "adam"}),
+    "l2p (closed)": ("l2p", {"fit": "closed"}),
+    "freqca": ("freqca", {"transform": "fft"}),
+    "svd-cache": ("svd-cache", {}),
+    "hyca": ("hyca", {}),
+    "linca": ("linca", {}),
+    "dyweight": ("dyweight", {}),
+    "bns": ("bns", {}),
+    "gram, closed form": ("gram", {"polish": "0"}),
+    "gram": ("gram", {}),
+    "gram, by pictures": ("gram", {"choose": "pictures"}),
+    "gram-hidden": ("gram-hidden", {}),
+}
+OURS = ("gram", "gram, closed form", "gram, by pictures", "gram-hidden")
+OWN = ("reuse", "taylor:1", "taylor:2", "newton:2", "hicache", "foca", "spectrum", "adams:2", "freqca", "svd-cache", "hyca", "linca")
+UNIFORM = ("taylor:1", "taylor:2")
+SEARCHED = ("taylor:1", "taylor:2", "newton:2", "hicache", "reuse")
+ON_OURS = ("dyweight", "freqca", "hyca", "svd-cache", "linca")  # what has no search of its own, on gram's steps
+LESS_OWN = ("taylor:1", "taylor:2", "hicache", "freqca", "svd-cache", "hyca", "linca", "reuse")
+LESS_SEARCHED = ("taylor:1", "taylor:2", "newton:2")
+SEARCHED_SOLVERS = ("ab2", "unipc", "dpm")
+WHOLE_ON_OURS = ("bns", "l2p (closed)")  # at one budget only: minutes of gradients; the same form as gram
+
+
+def bench_equal_cost(rows: Rows, setting: Setting, budget: int) -> None:
+    """All rows of one budget; those of ours that take longest come last."""
+    whole = budget == WHOLE_BUDGET
+    for name in SOLVERS:
+        rows.measure(EQUAL, budget, name, "uniform", lambda n=name: setting.measure(solver_program(setting, n, budget)))
+    rows.measure(EQUAL, budget, "gram, closed form", "searched", lambda: _searched(setting, "gram, closed form", budget))
+    ours = rows.steps(EQUAL, budget, "gram, closed form", "searched")
+    for name in OWN if whole else LESS_OWN:
+        rows.measure(EQUAL, budget, name, "own", lambda n=name: _scheduled(setting, n, own_schedule(setting, n, budget)))
+    for name in SEARCHED_SOLVERS:
+        rows.measure(EQUAL, budget, name, "searched", lambda n=name: setting.measure(searched_solver(setting, n, budget)))
+    for name in SEARCHED if whole else LESS_SEARCHED:
+        rows.measure(EQUAL, budget, name, "searched", lambda n=name: _searched(setting, n, budget))
+    for name in UNIFORM:
+        uniform = uniform_schedule(setting.num_steps, budget)
+        rows.measure(EQUAL, budget, name, "uniform", lambda n=name, s=uniform: _scheduled(setting, n, s))
+    if ours is not None:
+        steps = Schedule(setting.num_steps, ours)
+        rows.measure(EQUAL, budget, "gram", "searched", lambda: _scheduled(setting, "gram", steps))
+        for name in (*ON_OURS, *(WHOLE_ON_OURS if whole else ())):
+            rows.measure(EQUAL, budget, name, "gram's", lambda n=name: _scheduled(setting, n, steps))
+    rows.measure(EQUAL, budget, "gram-hidden", "searched", lambda: _searched(setting, "gram-hidden", budget))
+    rows.measure(EQUAL, budget, "gram, by pictures", "pictures", lambda: _searched(setting, "gram, by pictures", budget))
+
+
+def make_method(name: str) -> Method:
+    """A method of the table above."""
+    kind, options = METHODS[name]
+    return get_method(kind).with_options(options)
+
+
+def own_schedule(setting: Setting, name: str, budget: int) -> Schedule:
+    """The published schedule with at most ``budget`` computed steps. Raises ``InputError``: there is none."""
+    return make_method(name).published(setting.num_steps, budget)
+
+
+def plan(setting: Setting, method: Method, goal: Goal, parameters: Parameters | None = None) -> Program:
+    """What ``cachec compile`` makes of a goal on the setting's calibration."""
+    own = setting.calibration.sampling
+    planner = Planner(
+        method, Calibrations(setting.calibration, None), sampling=setting.sampling, decode=setting.decode,
+        key=setting.key(own), parameters=parameters, to_fine=False, forecast_cost=0.0, seed=0,
+    )  # fmt: skip
+    return planner.plan(goal).program
+
+
+def _searched(setting: Setting, name: str, budget: int) -> dict[str, Any]:
+    return setting.measure(plan(setting, make_method(name), Goal(budget=budget)))
+
+
+def _scheduled(setting: Setting, name: str, schedule: Schedule) -> dict[str, Any]:
+    return measure_on(setting, make_method(name), schedule, name)
+
+
+def measure_on(setting: Setting, method: Method, schedule: Schedule, name: str) -> dict[str, Any]:
+    """The row of a method on given steps; what is trained is trained now, if it does not ship and was not before."""
+    parameters = trained(setting, method, schedule, name) if method.needs_training else None
+    evaluator = None
+    if isinstance(method, CodedMethod):
+        evaluator = evaluator_of(setting.model, setting.settings, method=method, parameters=parameters)
+    return setting.measure(plan(setting, method, Goal(schedule=schedule), parameters), evaluator)
+
+
+def trained(setting: Setting, method: Method, schedule: Schedule, name: str, *, interval: int | None = None) -> Parameters:
+    """A method's predictor: the one that ships, that of an earlier run, or trained now (resumable).
+
+    LinCa's networks are trained on forecasts at all intervals, so one training serves all schedules.
+    """
+    shipped = find_shipped(setting.model, method, schedule, setting.settings)
+    if shipped is not None:
+        return shipped
+    of = "" if name == "linca" else f"-{'-'.join(map(str, schedule.compute))}"
+    path = setting.work / "trained" / f"{name}{of}.safetensors"
+    if not path.exists():
+        path.parent.mkdir(exist_ok=True)
+        prompts = training_prompts(setting.model.spec.prompts, None)
+        if isinstance(method, CodedMethod):
+            prompts = prompts.first(method.num_prompts)
+        training = Training(method, schedule, setting.settings, prompts, 0, interval)
+        made = train_predictor(setting.model, setting.evaluator, training, work=path.with_suffix(".parts"))
+        write_file(path, predictor_bytes(made))
+    return load_predictor(path)
+
+
+def solver_program(setting: Setting, name: str, budget: int) -> Program:
+    """A plain solver at the time steps of the model's sampler with ``budget`` steps."""
+    sampling = setting.sampling(budget)
+    table = AdvanceTable(Schedule(budget, tuple(range(budget))), solver_rows(name, sampling.sigmas.astype(np.float64)))
+    return setting.program(table, sampling)
+
+
+def searched_solver(setting: Setting, name: str, budget: int) -> Program:
+    """A plain solver at the best ``budget`` of the run's own time steps, found as schedules of methods are."""
+    fit = setting.fit
+
+    def table(steps: tuple[int, ...]) -> AdvanceTable:
+        return AdvanceTable(Schedule(fit.num_steps, steps), solver_rows(name, fit.sigmas[[*steps, -1]]))
+
+    def closed(steps: tuple[int, ...], few: Calibration = few_prompts(fit)) -> float:
+        try:
+            return -decibels(few.errors(table(steps)))
+        except InputError:  # not finite: another schedule may do
+            return float("inf")
+
+    candidates = search_schedules(
+        solver_score(lambda sigmas: solver_rows(name, sigmas), fit), fit.num_steps, budget, seed=0
+    )
+    return setting.program(table(polish_schedule(candidates[:FEW_SCHEDULES], closed, fit.num_steps, moves=CLOSED_MOVES, seed=0)))
+
+
+def predictor_files(folder: Path) -> list[Path]:
+    """Trained predictors that lie in a folder."""
+    return sorted(folder.glob("*.safetensors"))

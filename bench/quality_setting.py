@@ -1,0 +1,227 @@
+"""What the quality bench measures on: a model at its settings, captions, uncached runs; and rows, each measured once and kept.
+
+Shapes: ``P`` prompts; latents [P, …]; a picture is [H, W, 3], or a video [F, H, W, 3].
+"""
+
+import json
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cachec.compiler.calibration.calibration import Calibration, open_calibration, relative_errors
+from cachec.compiler.calibration.evaluator import Evaluator
+from cachec.compiler.calibration.metrics import psnr_db, ssim
+from cachec.compiler.calibration.prompts import default_prompts, has_prompts
+from cachec.compiler.calibration.runs import Subject, check_finite, recording_here, run_uncached
+from cachec.compiler.calibration.statistics import Statistics, load_statistics, record_statistics, save_statistics
+from cachec.compiler.calibration.uses import UsedPrompts
+from cachec.compiler.frontend import evaluator_of
+from cachec.compiler.models import load_model
+from cachec.compiler.models.base import LoadedModel, ModelSpec, Settings
+from cachec.compiler.tables.coefficients import Table
+from cachec.compiler.tables.lower import lower
+from cachec.compiler.tables.sampling import Sampling
+from cachec.runtime.errors import InputError
+from cachec.runtime.files import write_file
+from cachec.runtime.noise import make_noise
+from cachec.runtime.program import Program, ProgramKey, hash_sigmas
+from cachec.runtime.specs import Array
+
+NUM_FIT, NUM_CHOOSE, NUM_EVAL = 32, 96, 128
+CHUNK = 16
+
+
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """A model at its settings: what fits may see (``calibration``), and what rows are measured on, which no fit sees.
+
+    ``reference`` [P, …] are the uncached run's latents from ``noise`` [P, …] under ``conditions``; ``work`` has what is made
+    on the way.
+    """
+
+    model: LoadedModel
+    settings: Settings
+    calibration: Calibration
+    captions: tuple[str, ...]
+    conditions: Mapping[str, Array]
+    noise: Array
+    reference: Array
+    work: Path
+
+    @property
+    def name(self) -> str:
+        return self.model.spec.name
+
+    @property
+    def num_steps(self) -> int:
+        return self.settings.steps
+
+    @property
+    def evaluator(self) -> Evaluator:
+        return self.calibration.evaluator
+
+    @property
+    def fit(self) -> Calibration:
+        """The prompts to fit on."""
+        return self.calibration.of("fit")
+
+    @cached_property
+    def guided(self) -> bool:
+        return self.model.is_guided(self.settings)
+
+    @cached_property
+    def pictures(self) -> Array:
+        """Those of the uncached run [P, …]."""
+        return self.decode(self.reference)
+
+    def decode(self, latents: Array) -> Array:
+        """Pictures [P, …] of latents [P, …]."""
+        return np.concatenate([self.model.decode(latents[at : at + CHUNK], self.settings) for at in range(0, len(latents), CHUNK)])
+
+    def sampling(self, steps: int) -> Sampling:
+        return self.model.sampling(self.settings.with_steps(steps))
+
+    def key(self, sampling: Sampling) -> ProgramKey:
+        return ProgramKey(sampling.num_steps, hash_sigmas(sampling.sigmas), {}, guided=self.guided)
+
+    def program(self, table: Table, sampling: Sampling | None = None) -> Program:
+        """A table as a Program, on the own grid unless told."""
+        sampling = sampling or self.calibration.sampling
+        return lower(table, self.key(sampling), sampling)
+
+    def measure(self, program: Program, evaluator: Evaluator | None = None, *, num: int | None = None) -> dict[str, Any]:
+        """A row: errors caption by caption, of the first ``num`` or all. ``work`` is what is computed, in runs of the model."""
+        parts = []
+        for at in range(0, num or len(self.noise), CHUNK):
+            rows = slice(at, min(at + CHUNK, num or len(self.noise)))
+            conditions = {name: value[rows] for name, value in self.conditions.items()}
+            parts.append((evaluator or self.evaluator).play(program, self.noise[rows], conditions))
+            check_finite(parts[-1], self.captions[rows], at, program.num_steps)
+        steps = [int(step) for step in program.compute_steps]
+        return {"computed": len(steps), "work": program.work, "steps": steps, **self.compare(np.concatenate(parts))}
+
+    def compare(self, latents: Array) -> dict[str, Any]:
+        """PSNR in dB, SSIM and relative errors of latents of the first captions, each a list."""
+        found: dict[str, list[float]] = {"psnr": [], "ssim": []}
+        for picture, reference in zip(self.decode(latents), self.pictures, strict=False):
+            found["psnr"].append(round(psnr_db(picture, reference), 3))
+            found["ssim"].append(round(ssim(picture, reference), 6))
+        return {**found, "latent": [float(f"{one:.4g}") for one in relative_errors(latents, self.reference[: len(latents)])]}
+
+
+def open_model(spec: ModelSpec, **changes: Any) -> tuple[LoadedModel, Settings]:
+    """A model and its usual settings, but for ``changes``."""
+    settings = Settings(
+        spec.height, spec.width, spec.text_tokens, spec.guidance, spec.steps, "float32", frames=spec.frames
+    )
+    return load_model(spec), replace(settings, **changes)
+
+
+def open_setting(model: LoadedModel, settings: Settings, work: Path, *, name: str = "", num: int = NUM_EVAL) -> Setting:
+    """Calibrate and run the references, or read what there is of them in ``work``. ``name`` tells settings of a model apart."""
+    work.mkdir(parents=True, exist_ok=True)
+    subject, evaluator = Subject.of(model, settings), evaluator_of(model, settings)
+    statistics = calibrate(subject, evaluator, usual_prompts(model.spec), work / f"calibration{name}")
+    captions = tuple(default_prompts(model.spec.prompts, "eval")[:num])
+    conditions = subject.encode(captions)
+    noise = np.stack([make_noise(seed, subject.latent_shape) for seed in range(len(captions))])
+    reference = _uncached(subject, evaluator, noise, conditions, work / f"reference{name}")
+    calibration = open_calibration(statistics, subject, evaluator)
+    return Setting(model, settings, calibration, captions, conditions, noise, reference, work)
+
+
+def usual_prompts(spec: ModelSpec) -> UsedPrompts:
+    """Of the list to train by those to fit on; those to choose schedules by, where there are any."""
+    fit = default_prompts(spec.prompts, "train")[:NUM_FIT]
+    choose = default_prompts(spec.prompts, "choose")[:NUM_CHOOSE] if has_prompts(spec.prompts, "choose") else []
+    return UsedPrompts((*fit, *choose), (*("fit",) * len(fit), *("choose",) * len(choose)))
+
+
+def calibrate(subject: Subject, evaluator: Evaluator, prompts: UsedPrompts, path: Path, *, seed: int = 0) -> Statistics:
+    """Uncached runs of the ``prompts``, or those that lie at ``path``."""
+    whole = path.with_name(f"{path.name}.safetensors")
+    if not whole.exists():
+        recorders = recording_here(subject, evaluator)
+        made = record_statistics(
+            subject, recorders, prompts, reference_steps=0, seed=seed, work=path.with_name(f"{path.name}.parts")
+        )
+        save_statistics(made, whole)
+    return load_statistics(whole)
+
+
+def _uncached(subject: Subject, evaluator: Evaluator, noise: Array, conditions: Mapping[str, Array], folder: Path) -> Array:
+    folder.mkdir(exist_ok=True)
+    parts = []
+    for at in range(0, len(noise), CHUNK):
+        path = folder / f"{at:04d}.npy"
+        if not path.exists():
+            some = {name: value[at : at + CHUNK] for name, value in conditions.items()}
+            *_, last = run_uncached(evaluator, subject.own_sampling, noise[at : at + CHUNK], some)
+            np.save(path, last.latents)
+        parts.append(np.load(path))
+    return np.concatenate(parts)
+
+
+class Rows:
+    """Rows by part, budget, method and schedule, in a file; each is measured once and kept.
+
+    ``facts`` say what they are of; a file of others is refused.
+    """
+
+    def __init__(self, path: Path, facts: Mapping[str, Any]) -> None:
+        self.path, self.facts = path, dict(facts)
+        self.rows: dict[str, dict[str, Any]] = {}
+        if path.exists():
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if content["facts"] != self.facts:
+                raise InputError(f"{path} holds rows of {content['facts']}, and these are of {self.facts}: use another --work")
+            self.rows = content["rows"]
+        self._made = _commit()
+
+    def measure(self, part: str, budget: int | str, method: str, schedule: str, make: Callable[[], dict[str, Any]]) -> None:
+        """Measure a row unless it is there. What does not exist, or does not stay finite, is kept with the reason."""
+        key = "|".join((part, str(budget), method, schedule))
+        if key in self.rows:
+            return
+        wall, cpu = time.perf_counter(), time.process_time()
+        try:
+            row = make()
+        except InputError as error:
+            row = {"missing": str(error)}
+        seconds = round(time.process_time() - cpu, 1)
+        self.rows[key] = {**row, "seconds": seconds, "made": self._made}
+        self.save()
+        psnr = np.array(row.get("psnr", [np.nan]))
+        told = f"{psnr.mean():6.2f} dB, p5 {np.percentile(psnr, 5):5.1f}, worst {psnr.min():5.1f}" if "psnr" in row else row["missing"]
+        print(f"{key:50s} {told}  [{seconds:.0f} s of processor, {time.perf_counter() - wall:.0f} s]", flush=True)
+
+    def steps(self, part: str, budget: int | str, method: str, schedule: str) -> tuple[int, ...] | None:
+        """The computed steps of a row that there is."""
+        row = self.rows.get("|".join((part, str(budget), method, schedule)), {})
+        return tuple(row["steps"]) if "steps" in row else None
+
+    def forget(self, methods: Sequence[str]) -> None:
+        """Drop the rows of these methods, as they are called before a colon or a comma: to be measured again."""
+        wanted = {key for key in self.rows if key.split("|")[2].replace(",", ":").split(":")[0] in methods}
+        self.rows = {key: row for key, row in self.rows.items() if key not in wanted}
+        self.save()
+
+    def save(self) -> None:
+        write_file(self.path, json.dumps({"facts": self.facts, "rows": self.rows}).encode())
+
+
+def _commit() -> str:
+    """Of the sources that measure; as the working tree is, said to be changed."""
+    here = Path(__file__).parent
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=False).stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no")
+    return f"{git('rev-parse', '--short', 'HEAD') or 'unknown'}{' and changes' if changed else ''}"
