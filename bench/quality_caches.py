@@ -1,11 +1,11 @@
 """LESA beside training-free caches, as its paper has it, and caches as diffusers has them: a part of ``bench.quality``.
 
 LESA, TaylorSeer and FORA compute the steps of their own rule at intervals 7 and 10. The caches of diffusers decide for every
-request which steps they compute: their thresholds are found on training captions, so that as many are computed as LESA does. They run
-in the unmodified pipeline, one caption at a time.
+request which steps they compute: their thresholds are found on training captions, so that as many are computed as LESA does.
+They run in the unmodified pipeline, one caption at a time.
 
-SeaCache accumulates the relative L1 change of the (filtered) input against a threshold, as TeaCache does, which diffusers has not;
-residuals are repeated (order 0), as often in turn as its rule says.
+SeaCache accumulates the relative L1 change of the (filtered) input against a threshold, as TeaCache does, which diffusers has
+not; residuals are repeated (order 0), as often in turn as its rule says.
 """
 
 import logging
@@ -44,7 +44,9 @@ def bench_caches(rows: Rows, setting: Setting) -> None:
     for interval, budget in zip(INTERVALS, budgets, strict=True):
         for name in ("taylor:1", "taylor:2", "reuse"):
             schedule = make_method(name).interval(setting.num_steps, interval)
-            rows.measure(CACHES, budget, name, f"N = {interval}", lambda n=name, s=schedule: measure_on(setting, make_method(n), s, n))
+            rows.measure(
+                CACHES, budget, name, f"N = {interval}", lambda n=name, s=schedule: measure_on(setting, make_method(n), s, n)
+            )
         for name, make in CONFIGS.items():
             rows.measure(CACHES, budget, name, "threshold", lambda m=make, k=budget: measure_cache(setting, m, k))
     for interval, budget in zip(INTERVALS, budgets, strict=True):

@@ -1,13 +1,13 @@
 """Every method at equal cost: rows of ``bench.quality``, all through the planner that ``cachec compile`` has."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from bench.quality_setting import Rows, Setting
-from cachec.compiler.calibration.calibration import Calibration, decibels
+from cachec.compiler.calibration.calibration import decibels
 from cachec.compiler.calibration.uses import training_prompts
 from cachec.compiler.frontend import evaluator_of
 from cachec.compiler.methods import get_method
@@ -58,39 +58,53 @@ METHODS: Mapping[str, tuple[str, Mapping[str, str]]] = {
     "gram-hidden": ("gram-hidden", {}),
 }
 OURS = ("gram", "gram, closed form", "gram, by pictures", "gram-hidden")
-OWN = ("reuse", "taylor:1", "taylor:2", "newton:2", "hicache", "foca", "spectrum", "adams:2", "freqca", "svd-cache", "hyca", "linca")
+OWN = ("taylor:1", "taylor:2", "reuse", "newton:2", "hicache", "foca", "spectrum", "adams:2", "freqca", "svd-cache", "hyca",
+       "linca")  # fmt: skip
+QUICK = 3  # of these, which come first
 UNIFORM = ("taylor:1", "taylor:2")
-SEARCHED = ("taylor:1", "taylor:2", "newton:2", "hicache", "reuse")
+SEARCHED = ("taylor:1", "newton:2", "taylor:2", "hicache", "reuse")
 ON_OURS = ("dyweight", "freqca", "hyca", "svd-cache", "linca")  # what has no search of its own, on gram's steps
-LESS_OWN = ("taylor:1", "taylor:2", "hicache", "freqca", "svd-cache", "hyca", "linca", "reuse")
-LESS_SEARCHED = ("taylor:1", "taylor:2", "newton:2")
+LESS_OWN = ("taylor:1", "taylor:2", "reuse", "hicache", "freqca", "svd-cache", "hyca", "linca")
+LESS_SEARCHED = ("taylor:1", "newton:2", "taylor:2")
 SEARCHED_SOLVERS = ("ab2", "unipc", "dpm")
 WHOLE_ON_OURS = ("bns", "l2p (closed)")  # at one budget only: minutes of gradients; the same form as gram
 
 
 def bench_equal_cost(rows: Rows, setting: Setting, budget: int) -> None:
-    """All rows of one budget; those of ours that take longest come last."""
+    """All rows of one budget, those that are compared most first."""
     whole = budget == WHOLE_BUDGET
+
+    def measure(name: str, steps: str, make: Callable[[], Program]) -> None:
+        rows.measure(EQUAL, budget, name, steps, lambda: setting.measure(make()))
+
+    def on(name: str, steps: str, choose: Callable[[], Schedule]) -> None:
+        rows.measure(EQUAL, budget, name, steps, lambda: measure_on(setting, make_method(name), choose(), name))
+
+    def searched(name: str, steps: str = "searched") -> None:
+        measure(name, steps, lambda: plan(setting, make_method(name), Goal(budget=budget)))
+
     for name in SOLVERS:
-        rows.measure(EQUAL, budget, name, "uniform", lambda n=name: setting.measure(solver_program(setting, n, budget)))
-    rows.measure(EQUAL, budget, "gram, closed form", "searched", lambda: _searched(setting, "gram, closed form", budget))
-    ours = rows.steps(EQUAL, budget, "gram, closed form", "searched")
-    for name in OWN if whole else LESS_OWN:
-        rows.measure(EQUAL, budget, name, "own", lambda n=name: _scheduled(setting, n, own_schedule(setting, n, budget)))
+        measure(name, "uniform", lambda n=name: solver_program(setting, n, budget))
+    searched("gram, closed form")
     for name in SEARCHED_SOLVERS:
-        rows.measure(EQUAL, budget, name, "searched", lambda n=name: setting.measure(searched_solver(setting, n, budget)))
+        measure(name, "searched", lambda n=name: searched_solver(setting, n, budget))
+    own = OWN if whole else LESS_OWN
+    for name in own[:QUICK]:
+        on(name, "own", lambda n=name: own_schedule(setting, n, budget))
     for name in SEARCHED if whole else LESS_SEARCHED:
-        rows.measure(EQUAL, budget, name, "searched", lambda n=name: _searched(setting, n, budget))
-    for name in UNIFORM:
-        uniform = uniform_schedule(setting.num_steps, budget)
-        rows.measure(EQUAL, budget, name, "uniform", lambda n=name, s=uniform: _scheduled(setting, n, s))
+        searched(name)
+    found = rows.steps(EQUAL, budget, "gram, closed form", "searched")
+    ours = None if found is None else Schedule(setting.num_steps, found)
     if ours is not None:
-        steps = Schedule(setting.num_steps, ours)
-        rows.measure(EQUAL, budget, "gram", "searched", lambda: _scheduled(setting, "gram", steps))
-        for name in (*ON_OURS, *(WHOLE_ON_OURS if whole else ())):
-            rows.measure(EQUAL, budget, name, "gram's", lambda n=name: _scheduled(setting, n, steps))
-    rows.measure(EQUAL, budget, "gram-hidden", "searched", lambda: _searched(setting, "gram-hidden", budget))
-    rows.measure(EQUAL, budget, "gram, by pictures", "pictures", lambda: _searched(setting, "gram, by pictures", budget))
+        on("gram", "searched", lambda: ours)
+    for name in own[QUICK:]:
+        on(name, "own", lambda n=name: own_schedule(setting, n, budget))
+    for name in UNIFORM:
+        on(name, "uniform", lambda: uniform_schedule(setting.num_steps, budget))
+    for name in () if ours is None else (*ON_OURS, *(WHOLE_ON_OURS if whole else ())):
+        on(name, "gram's", lambda: ours)
+    searched("gram-hidden")
+    searched("gram, by pictures", "pictures")
 
 
 def make_method(name: str) -> Method:
@@ -112,14 +126,6 @@ def plan(setting: Setting, method: Method, goal: Goal, parameters: Parameters | 
         key=setting.key(own), parameters=parameters, to_fine=False, forecast_cost=0.0, seed=0,
     )  # fmt: skip
     return planner.plan(goal).program
-
-
-def _searched(setting: Setting, name: str, budget: int) -> dict[str, Any]:
-    return setting.measure(plan(setting, make_method(name), Goal(budget=budget)))
-
-
-def _scheduled(setting: Setting, name: str, schedule: Schedule) -> dict[str, Any]:
-    return measure_on(setting, make_method(name), schedule, name)
 
 
 def measure_on(setting: Setting, method: Method, schedule: Schedule, name: str) -> dict[str, Any]:
@@ -166,16 +172,18 @@ def searched_solver(setting: Setting, name: str, budget: int) -> Program:
     def table(steps: tuple[int, ...]) -> AdvanceTable:
         return AdvanceTable(Schedule(fit.num_steps, steps), solver_rows(name, fit.sigmas[[*steps, -1]]))
 
-    def closed(steps: tuple[int, ...], few: Calibration = few_prompts(fit)) -> float:
+    few = few_prompts(fit)
+
+    def closed(steps: tuple[int, ...]) -> float:
         try:
             return -decibels(few.errors(table(steps)))
         except InputError:  # not finite: another schedule may do
             return float("inf")
 
-    candidates = search_schedules(
-        solver_score(lambda sigmas: solver_rows(name, sigmas), fit), fit.num_steps, budget, seed=0
+    candidates = search_schedules(solver_score(lambda sigmas: solver_rows(name, sigmas), fit), fit.num_steps, budget, seed=0)
+    return setting.program(
+        table(polish_schedule(candidates[:FEW_SCHEDULES], closed, fit.num_steps, moves=CLOSED_MOVES, seed=0))
     )
-    return setting.program(table(polish_schedule(candidates[:FEW_SCHEDULES], closed, fit.num_steps, moves=CLOSED_MOVES, seed=0)))
 
 
 def predictor_files(folder: Path) -> list[Path]:

@@ -29,23 +29,25 @@ BUDGETS = (6, 8, 10)
 HEADER = ["method", "steps", "computed", "PSNR dB", "p5", "worst", "SSIM", "latent error", "its p95"]
 INTRO = """# Quality: every method at equal cost
 
-Each row is a method on given steps: {num} held-out captions (combinations of attributes that no model was trained on), seeds from
-0, against the uncached run of 50 steps from the same noise. Fits and searches saw {fit} training captions with noise of their own;
-`gram, by pictures` chooses its schedule on {choose} more of these. All rows of a model have the same captions, noise and weights,
-and go through the planner of `cachec compile`.
+Each row is a method on given steps: {num} held-out captions (combinations of attributes that no model was trained on), seeds
+from 0, against the uncached run of 50 steps from the same noise. Fits and searches saw {fit} training captions with noise of
+their own; `gram, by pictures` chooses its schedule on {choose} more of these. All rows of a model have the same captions, noise
+and weights, and go through the planner of `cachec compile`.
 
-- **PSNR** of pictures (of all frames of a video): mean ± standard error; **p5** the 5th percentile and **worst** the worst caption,
-  with 95 % of {bootstraps} bootstraps. **SSIM**: mean. **latent error**: relative L2 of the final latents, mean, and its 95th percentile.
-- **steps**: `own` the published rule with at most K computed steps (**computed** says how many it has), `uniform` even ones (of a
-  plain solver: the model's sampler with K steps), `searched` those of `--schedule search`, `gram's` those that were searched for gram,
-  `pictures` those of `--set choose=pictures`.
-- Cost is counted in computed steps; forecasts are tails of the model, and those of output-cut methods (`gram`, `dyweight`, `bns`,
-  `adams`, solvers) take none. No times are measured here: they are in [`RESULTS.md`](RESULTS.md).
-- At K = {whole} all rows are measured; at the others those that are near the best somewhere, and `bns`, which takes minutes, at {whole} only.
+- **PSNR** of pictures (of all frames of a video): mean ± standard error; **p5** the 5th percentile and **worst** the worst
+  caption, with 95 % of {bootstraps} bootstraps. **SSIM**: mean. **latent error**: relative L2 of the final latents, mean, and
+  its 95th percentile.
+- **steps**: `own` the published rule with at most K computed steps (**computed** says how many it has), `uniform` even ones (of
+  a plain solver: the model's sampler with K steps), `searched` those of `--schedule search`, `gram's` those that were searched
+  for gram, `pictures` those of `--set choose=pictures`.
+- Cost is counted in computed steps. A forecast is a run of the model's tail; those of the output cut (`gram`, `dyweight`,
+  `bns`, `adams`, solvers) run nothing. No times are measured here: they are in [`RESULTS.md`](RESULTS.md).
+- At K = {whole} all rows are measured, at the others those that come near the best somewhere; `bns`, minutes of gradients, at
+  {whole} only.
 
 These are claims about three small models. `python -m bench.quality && python -m bench.quality_report --date {date}`
-(`make quality`) on 2 cores of a shared machine; every row, caption by caption, is in `bench/quality-MODEL.json`, with the commit
-that it was measured at.
+(`make quality`) on 2 cores of a shared machine; every row, caption by caption, is in `bench/quality-MODEL.json`, with the
+commit that it was measured at.
 """
 
 
@@ -139,7 +141,9 @@ def claims(found: Found) -> str:
         ):
             if other is not None:
                 change = paired(ours["psnr"], other["psnr"])
-                lines.append(f"- LESA, N = {interval} ({cost(ours)} computed), against {text}: {change} dB; {verdict(ours, other)}.")
+                lines.append(
+                    f"- LESA, N = {interval} ({cost(ours)} computed), against {text}: {change} dB; {verdict(ours, other)}."
+                )
     return "\n".join(lines) + "\n"
 
 
@@ -151,9 +155,10 @@ def transfer(found: Found) -> str:
     lines += [[name, *cells(row), paired(row["psnr"], usual["psnr"])] for _, _, name, row in rows]
     missing = [f"- {key}: {why}" for key, why in found.missing(TRANSFER)]
     told = (
-        f"Rows of `gram` in closed form, {WHOLE_BUDGET} of {found.steps} steps, on the steps searched in the usual setting: fitted in "
-        f"another one, used in the usual one. `{MOOD} only`: to captions that say so. `other noise`: the same captions again, which says "
-        "how much of a difference is chance.\n\n"
+        f"Rows of `gram` in closed form, {WHOLE_BUDGET} of {found.steps} steps, on the steps searched in the usual setting: "
+        f"fitted in another one, used in the usual one. `{MOOD} only`: to captions that say so. `other noise`: the same "
+        "captions "
+        "again, which says how much of a difference is chance.\n\n"
     )
     header = ["fitted at", *HEADER[3:], "PSNR, change"]
     return told + table(header, lines) + "\n" + ("\n" + "\n".join(missing) + "\n" if missing else "")
@@ -164,7 +169,7 @@ def branches(found: Found) -> str:
     if not rows:
         return ""
     lines = [[name, steps, f"`{row['text']}`", f"{row['work']:g}", *cells(row)] for _, name, steps, row in rows]
-    told = "\n#### Steps that compute one branch of guidance\n\nA step with a `c` runs the positive branch alone, half the work.\n\n"
+    told = "\n#### Steps of one branch of guidance\n\nA step with a `c` runs the positive branch alone, half the work.\n\n"
     return told + table(["method", "one branch at", "schedule", "work", *HEADER[3:]], lines) + "\n"
 
 
@@ -174,7 +179,8 @@ def chart(found: Found, path: Path) -> bool:
         rows = equal_rows(found, budget)
         if rows:
             groups[budget] = [
-                (f"{name}, {steps}", RED if name in OURS else BLUE if name in SOLVERS else GREY, row) for name, steps, row in rows
+                (f"{name}, {steps}", RED if name in OURS else BLUE if name in SOLVERS else GREY, row)
+                for name, steps, row in rows
             ]
     if groups:
         draw(groups, path, f"{found.name}, {found.steps} steps")
@@ -192,15 +198,20 @@ def model_section(found: Found, out: Path) -> str:
         f"{size}, {facts['steps']} steps, guidance {facts['guidance']}; {facts['captions']} captions; rows took "
         f"{found.seconds / 60:.0f} minutes of one processor in all.\n",
         f"![{found.name}: PSNR by method]({picture})\n" if drawn else "",
-        "### The comparisons that count\n\nOurs beside the best of all others by each measure (least first of errors); paired, in dB ± "
-        "standard error for means, with 95 % of paired bootstraps for the tail.\n",
+        "### The comparisons that count\n\nOurs beside the best of all others by each measure; paired, ± standard error "
+        "for means, "
+        "with 95 % of paired bootstraps for the tail. *not shown*: less than two standard errors, or both signs among "
+        "these 95 %.\n",
         comparisons(found),
         searched_solver_line(found),
         all_rows(found),
-        "### LESA and caches that need no training\n\nSteps of the methods' own rule; `SeaCache` and `FirstBlockCache` as diffusers has "
-        "them, with the threshold at which they compute as many steps of training captions as LESA does. SeaCache stands for TeaCache, "
-        "which diffusers has not: it accumulates relative L1 changes, too. A run of the model is all its blocks once: FirstBlockCache runs "
-        "the first one in every step.\n",
+        "### LESA and caches that need no training\n\nSteps of the methods' own rule; `SeaCache` and `FirstBlockCache` as "
+        "diffusers "
+        "has them, with the threshold at which they compute as many steps of training captions as LESA does. SeaCache "
+        "stands for "
+        "TeaCache, which diffusers has not: it accumulates relative L1 changes, too. A run of the model is all its blocks "
+        "once: "
+        "FirstBlockCache runs the first one in every step.\n",
         caches(found),
         "### Fitted in one setting, used in another\n",
         transfer(found),
@@ -222,7 +233,9 @@ def collect(name: str, work: Path, out: Path) -> Found | None:
 def page(models: Sequence[str], work: Path, out: Path, ablation_data: Path, date: str) -> str:
     found = {name: collect(name, work, out) for name in models}
     captions = next((one.facts["captions"] for one in found.values() if one is not None), 0)
-    parts = [INTRO.format(num=captions, fit=NUM_FIT, choose=NUM_CHOOSE, bootstraps=f"{ROUNDS:,}", whole=WHOLE_BUDGET, date=date)]
+    parts = [
+        INTRO.format(num=captions, fit=NUM_FIT, choose=NUM_CHOOSE, bootstraps=f"{ROUNDS:,}", whole=WHOLE_BUDGET, date=date)
+    ]
     for name, one in found.items():
         parts.append(f"\n## {name}\n\nNot measured yet.\n" if one is None else model_section(one, out))
     if ablation_data.exists():

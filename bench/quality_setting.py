@@ -82,7 +82,9 @@ class Setting:
 
     def decode(self, latents: Array) -> Array:
         """Pictures [P, …] of latents [P, …]."""
-        return np.concatenate([self.model.decode(latents[at : at + CHUNK], self.settings) for at in range(0, len(latents), CHUNK)])
+        return np.concatenate(
+            [self.model.decode(latents[at : at + CHUNK], self.settings) for at in range(0, len(latents), CHUNK)]
+        )
 
     def sampling(self, steps: int) -> Sampling:
         return self.model.sampling(self.settings.with_steps(steps))
@@ -95,16 +97,24 @@ class Setting:
         sampling = sampling or self.calibration.sampling
         return lower(table, self.key(sampling), sampling)
 
-    def measure(self, program: Program, evaluator: Evaluator | None = None, *, num: int | None = None) -> dict[str, Any]:
-        """A row: errors caption by caption, of the first ``num`` or all. ``work`` is what is computed, in runs of the model."""
-        parts = []
-        for at in range(0, num or len(self.noise), CHUNK):
-            rows = slice(at, min(at + CHUNK, num or len(self.noise)))
+    def play(self, program: Program, evaluator: Evaluator | None = None, *, num: int | None = None) -> Array:
+        """Final latents [P, …] of a Program, of the first ``num`` captions or all.
+
+        Raises:
+            InputError: they are not finite.
+        """
+        parts, num = [], num or len(self.noise)
+        for at in range(0, num, CHUNK):
+            rows = slice(at, min(at + CHUNK, num))
             conditions = {name: value[rows] for name, value in self.conditions.items()}
             parts.append((evaluator or self.evaluator).play(program, self.noise[rows], conditions))
             check_finite(parts[-1], self.captions[rows], at, program.num_steps)
+        return np.concatenate(parts)
+
+    def measure(self, program: Program, evaluator: Evaluator | None = None) -> dict[str, Any]:
+        """A row: errors caption by caption. ``work`` is what is computed, in runs of the model."""
         steps = [int(step) for step in program.compute_steps]
-        return {"computed": len(steps), "work": program.work, "steps": steps, **self.compare(np.concatenate(parts))}
+        return {"computed": len(steps), "work": program.work, "steps": steps, **self.compare(self.play(program, evaluator))}
 
     def compare(self, latents: Array) -> dict[str, Any]:
         """PSNR in dB, SSIM and relative errors of latents of the first captions, each a list."""
@@ -117,9 +127,7 @@ class Setting:
 
 def open_model(spec: ModelSpec, **changes: Any) -> tuple[LoadedModel, Settings]:
     """A model and its usual settings, but for ``changes``."""
-    settings = Settings(
-        spec.height, spec.width, spec.text_tokens, spec.guidance, spec.steps, "float32", frames=spec.frames
-    )
+    settings = Settings(spec.height, spec.width, spec.text_tokens, spec.guidance, spec.steps, "float32", frames=spec.frames)
     return load_model(spec), replace(settings, **changes)
 
 
@@ -198,7 +206,11 @@ class Rows:
         self.rows[key] = {**row, "seconds": seconds, "made": self._made}
         self.save()
         psnr = np.array(row.get("psnr", [np.nan]))
-        told = f"{psnr.mean():6.2f} dB, p5 {np.percentile(psnr, 5):5.1f}, worst {psnr.min():5.1f}" if "psnr" in row else row["missing"]
+        told = (
+            f"{psnr.mean():6.2f} dB, p5 {np.percentile(psnr, 5):5.1f}, worst {psnr.min():5.1f}"
+            if "psnr" in row
+            else row["missing"]
+        )
         print(f"{key:50s} {told}  [{seconds:.0f} s of processor, {time.perf_counter() - wall:.0f} s]", flush=True)
 
     def steps(self, part: str, budget: int | str, method: str, schedule: str) -> tuple[int, ...] | None:

@@ -138,7 +138,9 @@ def difference(ours: Row, theirs: Row, measure: str) -> tuple[str, str]:
     change = float(statistic(a) - statistic(b))
     if statistic is average:
         error = float((a - b).std(ddof=1) / len(a) ** 0.5)
-        return f"{change:+.{digits}f} ± {error:.{digits}f}", _shown(sign * change, sign * change - SURE * error, sign * change + SURE * error)
+        return f"{change:+.{digits}f} ± {error:.{digits}f}", _shown(
+            sign * change, sign * change - SURE * error, sign * change + SURE * error
+        )
     draws = bootstrap(len(a))
     ends = np.percentile(statistic(a[draws]) - statistic(b[draws]), [2.5, 97.5])
     lower, upper = (float(one) for one in ends)
@@ -173,12 +175,13 @@ def ablation(path: Path) -> str:
         lines.append([name, *found])
     captions = data["captions"]
     told = (
-        f"Calibrated on {data['num_fit']} captions {data['same']}: {captions['same']['db']:.2f} dB. On as many {data['disjoint']}: "
-        f"{captions['disjoint']['db']:.2f} dB, {captions['disjoint']['change']:+.2f} ± {captions['disjoint']['stderr']:.2f} (latents, "
-        f"8 steps, closed form, other captions {data['same']}).\n"
+        f"Calibrated on {data['num_fit']} captions {data['same']}: {captions['same']['db']:.2f} dB. On as many "
+        f"{data['disjoint']}: {captions['disjoint']['db']:.2f} dB, {captions['disjoint']['change']:+.2f} ± "
+        f"{captions['disjoint']['stderr']:.2f} (latents, 8 steps, closed form, other captions {data['same']}).\n"
     )
     head = (
-        f"\n## What helps `gram`, on {data['model']}\n\nRelative L2 error of the final latents in dB on prompts that no fit saw, and paired "
-        "changes from the closed form (`python -m bench.gram_ablation`); the searched steps of the tables above.\n\n"
+        f"\n## What helps `gram`, on {data['model']}\n\nRelative L2 error of the final latents in dB on prompts that no "
+        "fit saw, "
+        "and paired changes from the closed form (`python -m bench.gram_ablation`); the searched steps of the tables above.\n\n"
     )
     return head + table(["variant", *(f"K = {k}" for k in variants)], lines) + "\n\n" + told

@@ -1,6 +1,6 @@
-"""Rows fitted in one setting and used in another, and steps that compute one branch of guidance alone: parts of ``bench.quality``.
+"""Rows fitted in one setting and used in another, and steps of one branch of guidance: parts of ``bench.quality``.
 
-Rows are those of the closed form on the steps that were searched in the usual setting: what changes is what they were fitted to.
+Rows are those of the closed form on the steps that were searched in the usual setting: what changes is what they are fitted to.
 """
 
 from collections.abc import Mapping
@@ -98,7 +98,9 @@ def bench_branches(rows: Rows, setting: Setting) -> None:
         for method in ONE_BRANCH_METHODS:
             rows.measure(
                 BRANCHES, WHOLE_BUDGET, method, name,
-                lambda m=method, s=schedule: {**setting.measure(plan(setting, make_method(m), Goal(schedule=s))), "text": str(s)},
+                lambda m=method, s=schedule: {
+                    **setting.measure(plan(setting, make_method(m), Goal(schedule=s))), "text": str(s)
+                },
             )  # fmt: skip
 
 
