@@ -70,7 +70,7 @@ eval: $(READY)  ## The honest table: gram with 8 of 50 steps beside everything, 
 	$(BIN)/cachec eval demo/tiny-flux-gram.cachec --against taylor:1,taylor:2,lesa,reuse,plain,ab2,unipc,dpm \
 		--json demo/eval.json --force
 
-quality: $(READY)  ## Every method at every budget: bench/QUALITY.md (about two hours on two idle cores)
+quality: $(READY)  ## Every method at equal cost on the reference models: bench/QUALITY.md (hours on two idle cores; resumable)
 	$(BIN)/python -m bench.quality --work build/quality
 	$(BIN)/python -m bench.gram_ablation --work build/quality
 	$(BIN)/python -m bench.quality_report --date $$(date +%F)

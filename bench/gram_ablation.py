@@ -1,8 +1,8 @@
 """What helps ``gram`` and what does not: ``python -m bench.gram_ablation --work build/quality``, after ``bench.quality``.
 
-Variants of the closed-form fit at the schedules that the bench found, and calibration on captions that share no colour, no
-shape and no place with those that it is measured on. Writes ``bench/gram_ablation.json``. Relative errors of the final latents
-in dB, mean over prompts that no fit saw; differences are paired.
+Variants of the closed-form fit at the schedules that the bench found on tiny-flux, and calibration on captions that share no
+colour of clothes or hair with those that it is measured on. Writes ``bench/gram_ablation.json``. Relative errors of the final
+latents in dB, mean over prompts that no fit saw; differences are paired.
 """
 
 import json
@@ -14,21 +14,25 @@ from typing import Any
 import click
 import numpy as np
 
-from bench.quality import NUM_FIT, open_setting
+from bench.quality_methods import EQUAL
+from bench.quality_setting import NUM_FIT, Setting, calibrate, open_model, open_setting
 from cachec.compiler.calibration.calibration import Calibration, open_calibration, relative_errors
-from cachec.compiler.calibration.runs import Subject, recording_here
-from cachec.compiler.calibration.statistics import record_statistics
-from cachec.compiler.calibration.uses import UsedPrompts
+from cachec.compiler.calibration.runs import Subject
+from cachec.compiler.calibration.uses import Use, UsedPrompts
 from cachec.compiler.methods.gram_fit import fit_rows, node_timesteps, polish
+from cachec.compiler.models import find_model
 from cachec.compiler.tables.coefficients import AdvanceTable
 from cachec.compiler.tables.schedule import Schedule
-from reference.dataset import Scene, scenes
+from reference.avatars.attributes import looks, say
 
+MODEL = "tiny-flux"
 RIDGE = 1e-9
 MAX_POLISHED = 8  # computed steps
-WARM, COLD = {"red", "orange", "yellow", "purple"}, {"green", "cyan", "blue", "white"}
-ROUND, ANGULAR = {"circle", "ring"}, {"square", "triangle", "cross"}
-HERE, THERE = {"left", "top", "left of"}, {"right", "bottom", "centre", "above"}
+NUM_MEASURED = 64
+WARM, COLD = {"red", "orange", "yellow", "purple"}, {"green", "blue", "black", "white"}  # clothes
+LIGHT, DARK = {"ginger", "blond", "pink"}, {"black", "blue", "white"}  # hair, or brows and beard
+SAME = "with green, blue, black or white clothes and black, blue or white hair"
+DISJOINT = "with other colours of clothes and hair"
 
 
 @dataclass(frozen=True)
@@ -116,8 +120,8 @@ def paired(values: np.ndarray, base: np.ndarray) -> dict[str, float]:
             "stderr": round(float(change.std(ddof=1) / len(change) ** 0.5), 3)}  # fmt: skip
 
 
-def ablate(calibration: Calibration, schedule: Schedule) -> dict[str, Any]:
-    fit, held_out = calibration.select(range(NUM_FIT)), calibration.select(range(NUM_FIT, calibration.num_prompts))
+def ablate(setting: Setting, schedule: Schedule) -> dict[str, Any]:
+    fit, held_out = setting.fit, setting.calibration.of("choose").select(range(NUM_MEASURED))
     result: dict[str, Any] = {}
     reference = None
     for variant in VARIANTS:
@@ -126,11 +130,8 @@ def ablate(calibration: Calibration, schedule: Schedule) -> dict[str, Any]:
         reference = values if reference is None else reference
         result[variant.name] = paired(values, reference)
         print(len(schedule.compute), variant.name, result[variant.name], flush=True)
-    tables = (
-        _polished(fit, schedule)
-        if len(schedule.compute) <= MAX_POLISHED
-        else {"cross-validated ridge": fit_rows(fit, schedule)}
-    )
+    short = len(schedule.compute) <= MAX_POLISHED
+    tables = _polished(fit, schedule) if short else {"cross-validated ridge": fit_rows(fit, schedule)}
     base = decibels_of(tables["cross-validated ridge"], held_out)
     for name, table in tables.items():
         values = decibels_of(table, held_out)
@@ -147,38 +148,43 @@ def _polished(fit: Calibration, schedule: Schedule) -> dict[str, AdvanceTable]:
             "2 rounds": polish(fit, once, rounds=1)}  # fmt: skip
 
 
-def shifted(work: Path) -> dict[str, Any]:
-    """Fits on captions of other colours, shapes and places, or of the same; 8 of 50 steps."""
-    setting = open_setting("50 steps", work, steps=50, shift=None, num=64)
-    sets = {"warm": _captions(WARM, ROUND, HERE), "cold": _captions(COLD, ANGULAR, THERE)}
+def shifted(setting: Setting, schedule: Schedule) -> dict[str, Any]:
+    """Fits on captions of other colours, or of the same."""
+    sets = {"same": _captions(COLD, DARK, 303), "disjoint": _captions(WARM, LIGHT, 304)}
     opened, subject = {}, Subject.of(setting.model, setting.settings)
-    for name, captions in sets.items():
-        seed = 1 if name == "warm" else 2
-        used, parts = UsedPrompts(tuple(captions), ("fit",) * len(captions)), work / f"shift {name}.parts"
-        statistics = record_statistics(
-            subject, recording_here(subject, setting.evaluator), used, reference_steps=0, seed=seed, work=parts
+    for seed, (name, captions) in enumerate(sets.items(), start=1):
+        uses: list[Use] = ["fit" for _ in captions]
+        used, path = UsedPrompts(tuple(captions), tuple(uses)), setting.work / f"colours-{name}"
+        opened[name] = open_calibration(
+            calibrate(subject, setting.evaluator, used, path, seed=seed), subject, setting.evaluator
         )
-        opened[name] = open_calibration(statistics, subject, setting.evaluator)
-    held_out = opened["cold"].select(range(NUM_FIT, 2 * NUM_FIT))
-    rows = json.loads((work / "rows 50 steps.json").read_text())
-    schedule = Schedule(50, tuple(rows["50 steps|8|gram|searched"]["steps"]))
+    held_out = opened["same"].select(range(NUM_FIT, 2 * NUM_FIT))
     result, base = {}, None
-    for name, fit in (("same", opened["cold"]), ("disjoint", opened["warm"])):
-        values = decibels_of(fit_rows(fit.select(range(NUM_FIT)), schedule), held_out)
+    for name in sets:
+        values = decibels_of(fit_rows(opened[name].select(range(NUM_FIT)), schedule), held_out)
         base = values if base is None else base
         result[name] = paired(values, base)
         print("captions", name, result[name], flush=True)
     return result
 
 
-def _captions(colours: set[str], shapes: set[str], places: set[str]) -> list[str]:
-    stream, found = scenes(303, held_out=True), []
-    while len(found) < 2 * NUM_FIT:
-        scene: Scene = next(stream)
-        fits = all(item.colour in colours and item.shape in shapes for item in scene.items) and scene.place in places
-        if fits and scene.caption() not in found:
-            found.append(scene.caption())
+def _captions(clothes: set[str], hair: set[str], seed: int) -> list[str]:
+    """``2 NUM_FIT`` captions of training combinations in these colours."""
+    rng, found = np.random.default_rng(seed), list[str]()
+    for look in looks(seed, held_out=False):
+        caption = say(look, rng).caption
+        if look.clothes_colour in clothes and look.hair_colour in hair and caption not in found:
+            found.append(caption)
+        if len(found) == 2 * NUM_FIT:
+            break
     return found
+
+
+def schedules_of(work: Path) -> dict[int, Schedule]:
+    """The searched schedules of the bench, by their computed steps; as far as they are there."""
+    rows = json.loads((work / MODEL / "rows.json").read_text(encoding="utf-8"))["rows"]
+    keys = {budget: f"{EQUAL}|{budget}|gram, closed form|searched" for budget in (6, 8, 10)}
+    return {budget: Schedule(50, tuple(rows[key]["steps"])) for budget, key in keys.items() if key in rows}
 
 
 @click.command()
@@ -186,13 +192,13 @@ def _captions(colours: set[str], shapes: set[str], places: set[str]) -> list[str
 @click.option("--out", type=click.Path(path_type=Path), default=Path("bench/gram_ablation.json"), show_default=True)
 def main(work: Path, out: Path) -> None:
     warnings.filterwarnings("ignore")
-    setting = open_setting("50 steps", work, steps=50, shift=None, num=64)
-    rows = json.loads((work / "rows 50 steps.json").read_text())
-    schedules = {k: Schedule(50, tuple(rows[f"50 steps|{k}|gram|searched"]["steps"])) for k in (6, 8, 10)}
-    result: dict[str, Any] = {"schedules": {k: list(s.compute) for k, s in schedules.items()}}
-    result["variants"] = {k: ablate(setting.calibration, schedule) for k, schedule in schedules.items()}
-    result["captions"] = shifted(work)
-    out.write_text(json.dumps(result, indent=1) + "\n")
+    model, settings = open_model(find_model(MODEL))
+    setting, schedules = open_setting(model, settings, work / MODEL), schedules_of(work)
+    result: dict[str, Any] = {"model": MODEL, "num_fit": NUM_FIT, "same": SAME, "disjoint": DISJOINT}
+    result["schedules"] = {budget: list(schedule.compute) for budget, schedule in schedules.items()}
+    result["variants"] = {budget: ablate(setting, schedule) for budget, schedule in schedules.items()}
+    result["captions"] = shifted(setting, schedules[8])
+    out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

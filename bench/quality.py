@@ -20,7 +20,9 @@ from bench.quality_distilled import bench_distilled
 from bench.quality_methods import BUDGETS, bench_equal_cost
 from bench.quality_setting import NUM_EVAL, Rows, Setting, open_model, open_setting
 from bench.quality_transfer import bench_branches, bench_transfer
-from cachec.compiler.models import MODELS, find_model
+from cachec.compiler.models import find_model
+from cachec.compiler.models.base import ModelSpec
+from cachec.runtime.errors import ModelUnavailableError
 
 REFERENCE_MODELS = ("tiny-flux", "tiny-qwen", "tiny-hunyuan")
 PARTS: Mapping[str, Callable[[Rows, Setting], None]] = {
@@ -32,9 +34,10 @@ PARTS: Mapping[str, Callable[[Rows, Setting], None]] = {
 }
 
 
-def bench_model(name: str, work: Path, parts: tuple[str, ...], again: tuple[str, ...], captions: int) -> None:
+def bench_model(spec: ModelSpec, work: Path, parts: tuple[str, ...], again: tuple[str, ...], captions: int) -> None:
     """Measure what is missing of one model."""
-    model, settings = open_model(find_model(name))
+    model, settings = open_model(spec)
+    name = spec.name
     folder = work / name
     setting = open_setting(model, settings, folder, num=captions)
     facts = {"model": name, "weights": model.weights_hash[:12], **settings.facts, "steps": settings.steps, "captions": captions}
@@ -57,10 +60,14 @@ def main(models: tuple[str, ...], parts: tuple[str, ...], work: Path, captions: 
     logging.basicConfig(level=logging.ERROR)
     warnings.filterwarnings("ignore")
     for name in models or REFERENCE_MODELS:
-        if name in REFERENCE_MODELS and name not in MODELS and not models:
-            print(f"{name}: there is no such model here, so it is left out", flush=True)
-            continue
-        bench_model(name, work, parts, again, captions)
+        try:
+            spec = find_model(name)
+        except ModelUnavailableError as error:
+            if models:
+                raise
+            print(f"{name} is left out: {error}", flush=True)
+        else:
+            bench_model(spec, work, parts, again, captions)
 
 
 if __name__ == "__main__":

@@ -136,7 +136,8 @@ def run_cached(
 ) -> tuple[Array, list[float], list[float]]:
     """Latents [P, …], and for each caption the steps with every block, and executed blocks in runs of the model."""
     model, latents, computed, work = setting.model, [], [], []
-    model.transformer.enable_cache(config)
+    transformer: Any = model.transformer
+    transformer.enable_cache(config)
     try:
         with counting(model) as (counted, num_blocks):
             for at in range(len(noise)):
@@ -147,5 +148,5 @@ def run_cached(
                 computed.append(counted.whole / branches)
                 work.append(counted.blocks / num_blocks / branches)
     finally:
-        model.transformer.disable_cache()
+        transformer.disable_cache()
     return np.concatenate(latents), computed, work

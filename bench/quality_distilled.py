@@ -1,6 +1,6 @@
 """Distilled models: fewer steps, and forecasts between those: a part of ``bench.quality``.
 
-Which students there are of a model is looked up: named models, and directories in ``WORK/MODEL/students``, that say so
+Which students there are of a model is looked up: pipelines of ``cachec-models`` and in ``WORK/MODEL/students`` that say so
 (``distilled.json``). DisCa's predictors are those that ship, and files in ``WORK/MODEL/predictors``; nothing of either is
 trained here. LESA for few steps is, in a minute or two.
 
@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from bench.quality_methods import make_method, plan, predictor_files, trained
+from bench.quality_methods import make_method, plan, trained
 from bench.quality_setting import Rows, Setting, open_model, open_setting
 from bench.quality_tables import Found, cells, paired, table
 from cachec.compiler.calibration.graph_evaluator import GraphEvaluator
@@ -21,14 +21,14 @@ from cachec.compiler.graphs.prepare import prepare, with_blocks
 from cachec.compiler.methods import get_method
 from cachec.compiler.methods.base import BlockMethod
 from cachec.compiler.methods.disca import LISTS
-from cachec.compiler.methods.parameters import WEIGHTS, Parameters, load_predictor
-from cachec.compiler.methods.training import find_shipped
-from cachec.compiler.models import MODELS, find_model, outline_model
+from cachec.compiler.methods.parameters import PRETRAINED, WEIGHTS, Parameters, load_predictor
+from cachec.compiler.models import find_model, outline_model
 from cachec.compiler.models.base import LoadedModel, ModelSpec, Settings
 from cachec.compiler.models.distilled import distilled_facts
+from cachec.compiler.models.distribution import installed_models, predictor_folders
 from cachec.compiler.planning.goals import Goal
 from cachec.compiler.tables.lower import lower_predictor, lower_uncached
-from cachec.compiler.tables.schedule import Schedule, uniform_schedule
+from cachec.compiler.tables.schedule import Schedule
 from cachec.runtime.abi import COMPUTE, FORECAST
 from cachec.runtime.program import Program
 
@@ -41,10 +41,9 @@ KEPT = ("psnr", "ssim", "latent")
 
 def students_of(model: LoadedModel, work: Path) -> list[tuple[ModelSpec, Mapping[str, Any]]]:
     """What was distilled of a model, and how, fewest steps first."""
-    named = [spec for spec in MODELS.values() if Path(spec.source).is_dir()]
-    others = [find_model(str(path)) for path in sorted((work / "students").glob("*")) if path.is_dir()]
-    found = [(spec, facts) for spec in (*named, *others) if (facts := distilled_facts(Path(spec.source))) is not None]
-    own = [(spec, facts) for spec, facts in found if facts.get("teacher_sha256") == model.weights_hash]
+    places = [*(path for _, path in installed_models()), *sorted((work / "students").glob("*"))]
+    found = [(path, facts) for path in places if (facts := distilled_facts(path)) is not None]
+    own = [(find_model(str(path)), facts) for path, facts in found if facts.get("teacher_sha256") == model.weights_hash]
     return sorted(own, key=lambda one: (int(one[1]["steps"]), float(one[1]["restrict"]), one[0].name))
 
 
@@ -110,13 +109,11 @@ def _lesa(student: Setting, schedule: Schedule) -> Program:
 
 def disca_predictors(student: Setting) -> Iterator[tuple[str, Parameters]]:
     """Predictors for a student: that which ships, and files that are of its weights, named by what they leave out."""
-    method = get_method("disca").with_options({})
-    schedule = uniform_schedule(student.num_steps, 2)
-    shipped = find_shipped(student.model, method, schedule, student.settings)
-    files = [load_predictor(path) for path in predictor_files(student.work.parents[1] / "predictors")]
-    fit = [one for one in files if one.facts.get("method") == "disca" and one.facts.get(WEIGHTS) == student.model.weights_hash]
-    for one in (*([] if shipped is None else [shipped]), *fit):
-        yield disca_name(json.loads(one.facts.get("options", "{}"))), one
+    for folder in (*predictor_folders(), PRETRAINED, student.work.parents[1] / "predictors"):
+        for path in sorted(folder.glob("disca*.safetensors")):
+            one = load_predictor(path)
+            if one.facts.get(WEIGHTS) == student.model.weights_hash:
+                yield disca_name(json.loads(one.facts.get("options", "{}"))), one
 
 
 def disca_name(options: Mapping[str, Any]) -> str:

@@ -1,7 +1,6 @@
 """Every method at equal cost: rows of ``bench.quality``, all through the planner that ``cachec compile`` has."""
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -96,13 +95,13 @@ def bench_equal_cost(rows: Rows, setting: Setting, budget: int) -> None:
     found = rows.steps(EQUAL, budget, "gram, closed form", "searched")
     ours = None if found is None else Schedule(setting.num_steps, found)
     if ours is not None:
-        on("gram", "searched", lambda: ours)
+        on("gram", "searched", lambda s=ours: s)
     for name in own[QUICK:]:
         on(name, "own", lambda n=name: own_schedule(setting, n, budget))
     for name in UNIFORM:
         on(name, "uniform", lambda: uniform_schedule(setting.num_steps, budget))
     for name in () if ours is None else (*ON_OURS, *(WHOLE_ON_OURS if whole else ())):
-        on(name, "gram's", lambda: ours)
+        on(name, "gram's", lambda s=ours: s)
     searched("gram-hidden")
     searched("gram, by pictures", "pictures")
 
@@ -184,8 +183,3 @@ def searched_solver(setting: Setting, name: str, budget: int) -> Program:
     return setting.program(
         table(polish_schedule(candidates[:FEW_SCHEDULES], closed, fit.num_steps, moves=CLOSED_MOVES, seed=0))
     )
-
-
-def predictor_files(folder: Path) -> list[Path]:
-    """Trained predictors that lie in a folder."""
-    return sorted(folder.glob("*.safetensors"))

@@ -20,7 +20,7 @@ from cachec.compiler.calibration.metrics import psnr_db, ssim
 from cachec.compiler.calibration.prompts import default_prompts, has_prompts
 from cachec.compiler.calibration.runs import Subject, check_finite, recording_here, run_uncached
 from cachec.compiler.calibration.statistics import Statistics, load_statistics, record_statistics, save_statistics
-from cachec.compiler.calibration.uses import UsedPrompts
+from cachec.compiler.calibration.uses import Use, UsedPrompts
 from cachec.compiler.frontend import evaluator_of
 from cachec.compiler.models import load_model
 from cachec.compiler.models.base import LoadedModel, ModelSpec, Settings
@@ -148,7 +148,8 @@ def usual_prompts(spec: ModelSpec) -> UsedPrompts:
     """Of the list to train by those to fit on; those to choose schedules by, where there are any."""
     fit = default_prompts(spec.prompts, "train")[:NUM_FIT]
     choose = default_prompts(spec.prompts, "choose")[:NUM_CHOOSE] if has_prompts(spec.prompts, "choose") else []
-    return UsedPrompts((*fit, *choose), (*("fit",) * len(fit), *("choose",) * len(choose)))
+    uses: list[Use] = ["fit" if place < len(fit) else "choose" for place in range(len(fit) + len(choose))]
+    return UsedPrompts((*fit, *choose), tuple(uses))
 
 
 def calibrate(subject: Subject, evaluator: Evaluator, prompts: UsedPrompts, path: Path, *, seed: int = 0) -> Statistics:

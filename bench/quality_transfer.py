@@ -11,7 +11,7 @@ from bench.quality_setting import NUM_FIT, Rows, Setting, calibrate
 from cachec.compiler.calibration.calibration import Calibration, open_calibration
 from cachec.compiler.calibration.prompts import default_prompts
 from cachec.compiler.calibration.runs import Subject
-from cachec.compiler.calibration.uses import UsedPrompts
+from cachec.compiler.calibration.uses import Use, UsedPrompts
 from cachec.compiler.frontend import evaluator_of
 from cachec.compiler.methods.gram_fit import fit_rows
 from cachec.compiler.models.base import Settings
@@ -68,7 +68,8 @@ class _Elsewhere:
     def calibration(self) -> Calibration:
         model, work = self._setting.model, self._setting.work
         subject, evaluator = Subject.of(model, self._settings), evaluator_of(model, self._settings)
-        used = UsedPrompts(tuple(self._captions), ("fit",) * len(self._captions))
+        uses: list[Use] = ["fit" for _ in self._captions]
+        used = UsedPrompts(tuple(self._captions), tuple(uses))
         path = work / f"elsewhere-{self._name.replace(' ', '-')}"
         return open_calibration(calibrate(subject, evaluator, used, path, seed=self._seed), subject, evaluator)
 
