@@ -9,6 +9,7 @@ not; residuals are repeated (order 0), as often in turn as its rule says.
 """
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ from cachec.runtime.specs import Array
 
 CACHES = "caches"  # the part that these rows are
 INTERVALS = (7, 10)
-TRIED, HALVINGS = 4, 7  # captions that thresholds are found on, and how often the range is halved
+TRIED, HALVINGS = 3, 6  # captions that thresholds are found on, and how often the range is halved
 LARGEST = 2.0  # threshold
 
 log = logging.getLogger(__name__)
@@ -115,6 +116,26 @@ def counting(model: LoadedModel) -> Iterator[tuple[_Executed, int]]:
             hook.remove()
 
 
+@contextmanager
+def telling_steps(transformer: Any, sigmas: Array) -> Iterator[Counter[str]]:
+    """SeaCache wants to know which step it is, at which noise level [T + 1]; these pipelines do not say it, so it is counted.
+
+    The counter of calls, by branch of guidance, is to be cleared before each request.
+    """
+    plain, calls, num_steps = transformer.cache_context, Counter[str](), len(sigmas) - 1
+
+    def told(name: str) -> Any:
+        step = calls[name]
+        calls[name] += 1
+        return plain(name, step_index=step, sigma=float(sigmas[step]), num_inference_steps=num_steps)
+
+    transformer.cache_context = told
+    try:
+        yield calls
+    finally:
+        del transformer.cache_context
+
+
 def measure_cache(setting: Setting, make: Callable[[float], Any], budget: int) -> dict[str, Any]:
     """The row of a cache of diffusers whose threshold makes it compute ``budget`` steps, or fewer, of training captions."""
     captions = default_prompts(setting.model.spec.prompts, "train")[:TRIED]
@@ -139,10 +160,11 @@ def run_cached(
     transformer: Any = model.transformer
     transformer.enable_cache(config)
     try:
-        with counting(model) as (counted, num_blocks):
+        with counting(model) as (counted, num_blocks), telling_steps(transformer, setting.calibration.sampling.sigmas) as steps:
             for at in range(len(noise)):
                 one = {name: value[at : at + 1] for name, value in conditions.items()}
                 counted.blocks = counted.since = counted.calls = counted.whole = 0
+                steps.clear()
                 latents.append(model.generate(one, noise[at : at + 1], setting.settings))
                 branches = counted.calls / setting.num_steps
                 computed.append(counted.whole / branches)

@@ -59,7 +59,7 @@ METHODS: Mapping[str, tuple[str, Mapping[str, str]]] = {
 OURS = ("gram", "gram, closed form", "gram, by pictures", "gram-hidden")
 OWN = ("taylor:1", "taylor:2", "reuse", "newton:2", "hicache", "foca", "spectrum", "adams:2", "freqca", "svd-cache", "hyca",
        "linca")  # fmt: skip
-QUICK = 3  # of these, which come first
+QUICK = 2  # of these and of the solvers, which come first
 UNIFORM = ("taylor:1", "taylor:2")
 SEARCHED = ("taylor:1", "newton:2", "taylor:2", "hicache", "reuse")
 ON_OURS = ("dyweight", "freqca", "hyca", "svd-cache", "linca")  # what has no search of its own, on gram's steps
@@ -82,20 +82,25 @@ def bench_equal_cost(rows: Rows, setting: Setting, budget: int) -> None:
     def searched(name: str, steps: str = "searched") -> None:
         measure(name, steps, lambda: plan(setting, make_method(name), Goal(budget=budget)))
 
-    for name in SOLVERS:
-        measure(name, "uniform", lambda n=name: solver_program(setting, n, budget))
+    def solver(name: str) -> None:
+        measure(name, "uniform", lambda: solver_program(setting, name, budget))
+
+    for name in SOLVERS[:QUICK]:
+        solver(name)
     searched("gram, closed form")
-    for name in SEARCHED_SOLVERS:
-        measure(name, "searched", lambda n=name: searched_solver(setting, n, budget))
     own = OWN if whole else LESS_OWN
     for name in own[:QUICK]:
         on(name, "own", lambda n=name: own_schedule(setting, n, budget))
+    for name in SEARCHED_SOLVERS:
+        measure(name, "searched", lambda n=name: searched_solver(setting, n, budget))
     for name in SEARCHED if whole else LESS_SEARCHED:
         searched(name)
     found = rows.steps(EQUAL, budget, "gram, closed form", "searched")
     ours = None if found is None else Schedule(setting.num_steps, found)
     if ours is not None:
         on("gram", "searched", lambda s=ours: s)
+    for name in SOLVERS[QUICK:]:
+        solver(name)
     for name in own[QUICK:]:
         on(name, "own", lambda n=name: own_schedule(setting, n, budget))
     for name in UNIFORM:
