@@ -2,10 +2,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-BUILD := reference/build
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo demo-clips test test-slow models models-full check types wheel eval quality bench engines sizes static soak fits serve-bench gpu reference avatars clean
+.PHONY: help demo demo-clips test test-slow models models-full check types wheel eval quality bench engines sizes static soak fits serve-bench gpu avatars clean
 
 help:  ## Say what can be made
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -18,10 +17,10 @@ $(READY): pyproject.toml reference/models/pyproject.toml
 demo: $(READY)  ## Compile tiny-flux with LESA into a bundle that needs nothing else, and draw a comparison: demo/comparison.png
 	$(BIN)/cachec compile tiny-flux --method lesa --interval 7 -o demo/tiny-flux-lesa.cachec --force
 	$(BIN)/cachec run demo/tiny-flux-lesa.cachec --compare --force -o demo/comparison.png \
-		-p "a large red striped circle at the left on a dark background" \
-		-p "a yellow ring left of a purple striped cross on a grey background" \
-		-p "a green triangle above an orange square on a brown background"
-	$(BIN)/cachec run demo/tiny-flux-lesa.cachec --force -o demo/alone.png -p "a blue ring above a green square"
+		-p "a winking face in a purple turtleneck with short ginger hair on a pink background" \
+		-p "a surprised person with a white bun in a white tee on a green background" \
+		-p "a sad person with light skin , spiky black hair and a beard in a red turtleneck"
+	$(BIN)/cachec run demo/tiny-flux-lesa.cachec --force -o demo/alone.png -p "an angry character wearing a black tee , with brown skin and no hair"
 
 demo-clips: $(READY)  ## Compile tiny-hunyuan with TaylorSeer and gram, and draw rows of frames, with seconds and dB: demo/clips.png
 	$(BIN)/cachec compile tiny-hunyuan --method taylor --budget 10 -o demo/tiny-hunyuan-taylor.cachec --force
@@ -63,7 +62,7 @@ wheel: $(READY)  ## Build the wheel, install it in clean venvs, run the smoke te
 	build/wheel/bare/bin/cachec compile tiny-flux > build/wheel/bare.log 2>&1; test $$? -eq 4
 	grep -q "pip install 'cachec\[compile\]'" build/wheel/bare.log
 	build/wheel/bare/bin/python -m pip install --quiet "$$(ls dist/*.whl)[pictures]"
-	build/wheel/bare/bin/cachec run build/wheel/made/shared/lesa.cachec -p "a red circle" -o build/wheel/circle.png
+	build/wheel/bare/bin/cachec run build/wheel/made/shared/lesa.cachec -p "a smiling face with short blue hair" -o build/wheel/face.png
 
 eval: $(READY)  ## The honest table: gram with 8 of 50 steps beside everything, demo/eval.json
 	$(BIN)/cachec compile tiny-flux --method gram --budget 8 -o demo/tiny-flux-gram.cachec --force
@@ -99,14 +98,6 @@ fits: $(READY)  ## What calibration and training cost, and LESA from some of the
 
 gpu:  ## On a machine with a GPU: build, compare with eager, measure; bench/gpu.json. Uses PYTHON, which has torch and diffusers
 	$(PYTHON) -m bench.gpu_check --out bench/gpu.json
-
-reference: $(READY)  ## Retrain tiny-flux from nothing (an hour or two on two idle cores)
-	$(BIN)/python -m reference.train_autoencoder --out $(BUILD)
-	$(BIN)/python -m reference.train_transformer --out $(BUILD)
-	$(BIN)/python -m reference.assemble --out $(BUILD)
-	$(BIN)/python -m reference.make_prompts
-	$(BIN)/python -m reference.probe --out $(BUILD)
-	$(BIN)/python -m reference.plot_loss --out $(BUILD)
 
 avatars: $(READY)  ## Train the reference models of avatars: Node draws the pictures; resumable, checkpoints in build/reference
 	for part in dataset clips; do $(BIN)/python -m reference.avatars.$$part || exit; done

@@ -20,7 +20,7 @@ from bench.timing import facts, spread
 
 HERE = Path(__file__).parent
 BEGIN = "## AOTInductor: one package for all sizes, or one for each"
-SIZES = ((64, 64), (96, 64))  # height, width
+SIZES = ((128, 128), (192, 128))  # height, width
 ROUNDS = 200
 
 

@@ -66,7 +66,7 @@ def measure_one_branch(steps: int) -> Iterator[tuple[Schedule, np.ndarray]]:
     """Schedules of tiny-flux, and their relative errors [P]."""
     model = load_model(spec := find_model("tiny-flux"))
     settings = Settings(spec.height, spec.width, spec.text_tokens, spec.guidance, steps, "float32", true_cfg_scale=SECOND_SCALE)
-    prompts, sampling = default_prompts("shapes", "eval"), model.sampling(settings)
+    prompts, sampling = default_prompts("avatars", "eval")[:64], model.sampling(settings)
     conditions = model.encode(prompts, settings, model.conditions(settings), [""] * len(prompts))
     evaluator = GraphEvaluator(prepare(model, settings), model.io)
     key = ProgramKey(steps, hash_sigmas(sampling.sigmas), {}, guided=True)

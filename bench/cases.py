@@ -90,7 +90,7 @@ class Case:
 
     @property
     def prompts(self) -> list[str]:
-        return default_prompts("shapes", "eval")[: self.sizes.prompts]
+        return default_prompts("avatars", "eval")[: self.sizes.prompts]
 
     @property
     def steps(self) -> int:

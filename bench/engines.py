@@ -180,7 +180,7 @@ def main(work: Path, out: Path | None, quick: bool) -> None:
             builds.append({"case": name, "dtype": dtype, "onnx": onnx_bytes(root), "runs": runs})
             print(f"{name} {dtype}: {runs[-1]}", flush=True)
     case = open_case(TINY, work, quick=quick)
-    prompts = default_prompts("shapes", "eval")[: 2 if quick else NUM_PROMPTS]
+    prompts = default_prompts("avatars", "eval")[: 2 if quick else NUM_PROMPTS]
     errors = {dtype: measure_errors(case, getattr(torch, dtype), prompts) for dtype in LOW}
     command = "python -m bench.engines" + " --quick" * quick
     write_file(out, report(builds, errors, len(prompts), command).encode())

@@ -441,7 +441,7 @@ def main(steps: int, budget: int, prompts: int, repeats: int, compiled: bool) ->
     spec = find_model("tiny-flux")
     model = load_model(spec)
     settings = Settings(spec.height, spec.width, spec.text_tokens, spec.guidance, steps, "float32")
-    requests = make_requests(model, settings, default_prompts("shapes", "eval")[:prompts])
+    requests = make_requests(model, settings, default_prompts("avatars", "eval")[:prompts])
     subject = open_subject(model, settings)
     made = make_peers(subject, num_steps=steps, compute=interval_for_budget(steps, budget).compute, compiled=compiled)
     peers = [*made.peers.values(), replace(make_peer(plain(), subject, num_steps=budget), name=f"diffusers, {budget} steps")]

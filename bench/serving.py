@@ -140,7 +140,7 @@ def resident(process):
     raise RuntimeError(f"/proc/{process}/status has no VmRSS")
 
 
-PROMPTS = default_prompts("shapes", "train")
+PROMPTS = default_prompts("avatars", "train")
 
 
 async def generate(facts, level, seed):

@@ -50,7 +50,7 @@ def main() -> None:
 
 def choose(one, level):
     """A request of this level."""
-    return one.choose(ImageWish(prompt="a yellow ring", quality=level), Limits(), lambda: 0)
+    return one.choose(ImageWish(prompt="a sad face with short blue hair", quality=level), Limits(), lambda: 0)
 
 
 def measure_alone(one, count):

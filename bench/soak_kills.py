@@ -191,7 +191,7 @@ def prompts(folder: Path) -> str:
     from cachec.compiler.calibration.prompts import default_prompts
 
     path = folder / "prompts.txt"
-    path.write_text("\n".join(default_prompts("shapes", "train")[:24]))
+    path.write_text("\n".join(default_prompts("avatars", "train")[:24]))
     return str(path)
 
 

@@ -63,7 +63,7 @@ def pictures(bundle: Path) -> dict[tuple[str, int, int], str]:
     found = {}
     with cachec.load(bundle) as loaded, Generator(loaded) as maker:
         for level in loaded.programs:
-            for place, prompt in enumerate(default_prompts("shapes", "train")[:PROMPTS]):
+            for place, prompt in enumerate(default_prompts("avatars", "train")[:PROMPTS]):
                 for seed in range(SEEDS):
                     (picture,) = maker.generate([prompt], seeds=[seed], level=level)
                     found[level, place, seed] = hashlib.sha256(maker.to_png(picture)).hexdigest()
@@ -107,7 +107,7 @@ class Case:
         draw = Random(number)
         self.key = draw.choice(levels), draw.randrange(PROMPTS), draw.randrange(SEEDS)
         level, place, seed = self.key
-        fields: dict[str, Any] = {"prompt": default_prompts("shapes", "train")[place], "quality": level, "seed": seed}
+        fields: dict[str, Any] = {"prompt": default_prompts("avatars", "train")[place], "quality": level, "seed": seed}
         self.malformed = not good and draw.random() < 1 / 11
         self.stays = draw.uniform(0, 0.3) if not good and not self.malformed and draw.random() < 0.1 else None
         self.streams = not self.malformed and draw.random() < 0.15

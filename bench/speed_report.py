@@ -15,7 +15,7 @@ ASKED = {
     "overhead": 30.0,
 }
 ABOUT_CASE = {
-    "tiny-flux": "The packaged model, trained, 64x64 pixels: 64 image and 16 text tokens, width 192, "
+    "tiny-flux": "The packaged model, trained, 128x128 pixels: 64 image and 24 text tokens, width 192, "
     "3 double and 6 single blocks.",
     "flux-shaped": "FLUX.1's block structure with random weights: width 768 (12 heads of 64), 4 double and 8 single blocks, 64 "
     "image tokens of 64 channels and 512 text tokens of 4,096, pooled 768, guidance embedding; FLUX.1-dev's sampling grid; "

@@ -24,7 +24,7 @@ from bench.timing import facts, spread
 
 HERE = Path(__file__).parent
 BEGIN = "## One set of engines, or one for each size"
-SIZES = {TINY: ("64x64", "64x48", "96x64"), "flux-shaped": ("128x128", "192x128", "192x192")}
+SIZES = {TINY: ("128x128", "128x96", "192x128"), "flux-shaped": ("128x128", "192x128", "192x192")}
 STEPS = 4
 KINDS = ("one set", "one for each size")
 

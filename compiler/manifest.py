@@ -37,6 +37,7 @@ def make_manifest(
             "name": model.spec.name,
             "source": model.spec.portable_source,
             "weights_sha256": model.weights_hash,
+            **({"credit": model.spec.credit} if model.spec.credit else {}),
             **({"plain_sha256": model.plain_hash, "loras": [dict(one) for one in model.loras]} if model.loras else {}),
         },
         io=model.io.to_json(),

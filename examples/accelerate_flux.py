@@ -12,13 +12,18 @@ import cachec
 from cachec.compiler.models import TINY_FLUX_DIR
 
 STEPS = 12
-CALL = {"prompt": "a blue ring above a green square", "height": 64, "width": 64, "num_inference_steps": STEPS}
+CALL = {
+    "prompt": "a laughing face with short blue hair in a red tee",
+    "height": 128,
+    "width": 128,
+    "num_inference_steps": STEPS,
+}
 
 
 def run(pipe: FluxPipeline) -> tuple[torch.Tensor, float]:
     """Latents, and the seconds that they took."""
     start, generator = time.perf_counter(), torch.Generator().manual_seed(0)
-    latents = pipe(**CALL, max_sequence_length=16, output_type="latent", generator=generator).images
+    latents = pipe(**CALL, max_sequence_length=24, output_type="latent", generator=generator).images
     return latents, time.perf_counter() - start
 
 
@@ -26,7 +31,7 @@ def main() -> None:
     """Before and after."""
     pipe = FluxPipeline.from_pretrained(TINY_FLUX_DIR)
     plain, plain_seconds = run(pipe)
-    cachec.accelerate(pipe, method="taylor", steps=STEPS, budget=6, height=64, width=64, text_tokens=16, compiled=False)
+    cachec.accelerate(pipe, method="taylor", steps=STEPS, budget=6, height=128, width=128, text_tokens=24, compiled=False)
     fast, seconds = run(pipe)
     computed = pipe.transformer.program.compute_steps
     error = float((fast - plain).norm() / plain.norm())

@@ -17,10 +17,11 @@ STEPS = 8
 
 def run(pipe: FluxImg2ImgPipeline, strength: float) -> torch.Tensor:
     """Latents."""
-    image = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    image = torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(1))
     latents: torch.Tensor = pipe(
-        prompt="a blue ring", image=image, strength=strength, height=64, width=64, num_inference_steps=STEPS,
-        guidance_scale=3.5, max_sequence_length=16, output_type="latent", generator=torch.Generator().manual_seed(0),
+        prompt="a laughing face with blue hair", image=image, strength=strength, height=128, width=128,
+        num_inference_steps=STEPS, guidance_scale=3.5, max_sequence_length=24, output_type="latent",
+        generator=torch.Generator().manual_seed(0),
     ).images  # fmt: skip
     return latents
 
@@ -28,7 +29,7 @@ def run(pipe: FluxImg2ImgPipeline, strength: float) -> torch.Tensor:
 def main() -> None:
     """Before and after."""
     with tempfile.TemporaryDirectory() as folder:
-        sizes = {"height": 64, "width": 64, "text_tokens": 16}
+        sizes = {"height": 128, "width": 128, "text_tokens": 24}
         made = cachec.compile_model("tiny-flux", Path(folder) / "tiny.cachec", method="taylor", steps=STEPS, budget=4, **sizes)
         pipe = FluxImg2ImgPipeline.from_pretrained(TINY_FLUX_DIR)
         for strength in (1.0, 0.5):

@@ -1,1 +1,1 @@
-"""The reference model tiny-flux: its dataset, training and scores. Not part of the package."""
+"""The reference models: their dataset, trainings and scores. Not part of the package."""

@@ -52,7 +52,7 @@ _PICTURES: Form = {
     "classes?": {"condition": str, "names": {ANY: int}, "nothing": int},
 }
 _FORM: Form = {  # of a manifest
-    "model": {"name": str, "source": str, "weights_sha256": str, "plain_sha256?": str, "loras?": [_LORA]},
+    "model": {"name": str, "source": str, "weights_sha256": str, "credit?": str, "plain_sha256?": str, "loras?": [_LORA]},
     "io": {"latents": str, "timestep": str, "conditions": [str], "guidance?": str, "text?": [str]},
     "method": {"name": str},
     "settings": {"width": int, "height": int, "steps": int, "text_tokens?": int, "shorter_texts?": [int]},

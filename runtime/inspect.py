@@ -20,6 +20,7 @@ def describe_bundle(bundle: Bundle, fits: Sequence[str] = ()) -> list[tuple[str,
     options = ", ".join(f"{k}={v}" for k, v in method["options"].items())
     rows = [
         ("model", f"{manifest.model['name']} ({manifest.model['source']}), weights {manifest.model['weights_sha256'][:16]}"),
+        *[("credit", credit) for credit in [manifest.model.get("credit")] if credit],
         *[("lora", in_words) for in_words in describe_loras(manifest.model.get("loras", ()))],
         ("method", method["name"] + (f" ({options})" if options else "") + f", fold {method['fold']}"),
         ("cut", f"{method['cut']}, after {settings['block']}"),

@@ -179,7 +179,7 @@ def toy_training(once):
 
     from cachec.compiler.calibration.prompts import default_prompts
 
-    prompts = once("prompts.txt", lambda path: path.write_text("\n".join(default_prompts("shapes", "train")[:24])))
+    prompts = once("prompts.txt", lambda path: path.write_text("\n".join(default_prompts("avatars", "train")[:24])))
     return [*TOY_SCHEDULE, "--set", "max_rounds=3", "--seed", "5", "--prompts", prompts]
 
 

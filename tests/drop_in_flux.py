@@ -9,11 +9,11 @@ from cachec.runtime.errors import InputError
 
 STEPS = 4
 CALL = {
-    "prompt": "a blue ring",
-    "height": 64,
-    "width": 64,
+    "prompt": "a sad face",
+    "height": 128,
+    "width": 128,
     "num_inference_steps": STEPS,
-    "max_sequence_length": 16,
+    "max_sequence_length": 24,
     "output_type": "latent",
 }
 EXACT = 3e-6  # relative, of latents after a few steps, where every step is computed

@@ -13,7 +13,7 @@ from cachec.pictures.beginning import Beginning
 from cachec.runtime.errors import InputError
 from cachec.runtime.noise import make_noise
 
-PROMPTS = ["a large red circle at the left on a dark background", "a blue ring"]
+PROMPTS = ["a laughing face with short blue hair in a red tee on a yellow background", "a sad face"]
 START, STRENGTH = 40, 0.2
 
 
@@ -25,7 +25,7 @@ def loaded(lesa_bundle):
 
 @pytest.fixture(scope="module")
 def pictures(loaded):
-    return loaded.generate(["a green square", "a purple cross"], seeds=[3, 4])
+    return loaded.generate(["an angry person with no hair", "a sleepy face"], seeds=[3, 4])
 
 
 def test_with_every_step_computed_it_is_the_pipelines_own(loaded, pictures):
@@ -41,7 +41,7 @@ def test_with_every_step_computed_it_is_the_pipelines_own(loaded, pictures):
     embeds = {"prompt_embeds": "encoder_hidden_states", "pooled_prompt_embeds": "pooled_projections"}
     wanted = twin(
         image=latents,  # the likeliest, of which the pipeline takes what it would else draw
-        strength=STRENGTH, num_inference_steps=50, guidance_scale=3.5, height=64, width=64, output_type="latent",
+        strength=STRENGTH, num_inference_steps=50, guidance_scale=3.5, height=128, width=128, output_type="latent",
         generator=torch.Generator().manual_seed(7), **{name: torch.from_numpy(conditions[key]) for name, key in embeds.items()},
     ).images  # fmt: skip
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(7))
@@ -74,9 +74,9 @@ def test_little_strength_leaves_a_picture_and_all_of_it_forgets_it(loaded, pictu
     ("given", "message"),
     [
         ({"strength": 0.5}, "give pictures, too"),
-        ({"pictures": np.zeros((1, 32, 32, 3), np.uint8)}, "of 64x64 they are"),
-        ({"pictures": np.zeros((2, 64, 64, 3), np.uint8)}, "2 pictures for 1 prompts"),
-        ({"pictures": np.zeros((1, 64, 64, 3), np.uint8), "strength": 0.0}, "strength is 0;"),
+        ({"pictures": np.zeros((1, 32, 32, 3), np.uint8)}, "of 128x128 they are"),
+        ({"pictures": np.zeros((2, 128, 128, 3), np.uint8)}, "2 pictures for 1 prompts"),
+        ({"pictures": np.zeros((1, 128, 128, 3), np.uint8), "strength": 0.0}, "strength is 0;"),
     ],
 )
 def test_what_cannot_begin_is_refused(loaded, given, message):
@@ -100,6 +100,6 @@ def test_the_command_takes_a_file(loaded, lesa_bundle, pictures, tmp_path):
     succeed("run", lesa_bundle, *given, "--strength", STRENGTH, "-o", tmp_path / "out.png")
     wanted = loaded.generate(PROMPTS[:1], seeds=[7], pictures=pictures[:1], strength=STRENGTH)
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "out.png")), wanted[0])
-    (tmp_path / "wide.png").write_bytes(loaded.generator.to_png(pictures[0][:32]))
+    (tmp_path / "wide.png").write_bytes(loaded.generator.to_png(pictures[0][:64]))
     code, told = run_cli("run", lesa_bundle, "-p", "x", "--picture", tmp_path / "wide.png", "-o", tmp_path / "b.png")
-    assert (code, "the picture is 64x32, and wanted is 64x64" in told) == (InputError.exit_code, True)
+    assert (code, "the picture is 128x64, and wanted is 128x128" in told) == (InputError.exit_code, True)

@@ -52,8 +52,8 @@ def levels(tmp_path_factory, model, calibration):
 
 def test_a_calibration_file_says_what_it_is_of_and_what_its_prompts_are_for(model, calibration):
     statistics = load_statistics(calibration)
-    assert statistics.prompts.only("fit", "stop").prompts == tuple(default_prompts("shapes", "train")[:NUM])
-    assert statistics.prompts.only("measure").prompts == tuple(default_prompts("shapes", "measure")[:NUM_MEASURE])
+    assert statistics.prompts.only("fit", "stop").prompts == tuple(default_prompts("avatars", "train")[:NUM])
+    assert statistics.prompts.only("measure").prompts == tuple(default_prompts("avatars", "measure")[:NUM_MEASURE])
     assert statistics.facts["weights_sha256"] == model.weights_hash
     assert statistics.fine_latents.shape[:2] == (NUM + NUM_MEASURE, FINE)
 

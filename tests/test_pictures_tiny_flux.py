@@ -12,7 +12,7 @@ from cachec.compiler.models.base import settings_of
 from cachec.runtime.errors import InputError
 from cachec.runtime.noise import make_noise
 
-PROMPTS = ["a large red circle at the left on a dark background", "", "a blue ring " * 30]
+PROMPTS = ["a laughing face with short blue hair in a red tee on a yellow background", "", "a sad face " * 30]
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def test_a_request_is_the_denoise_loop_between_both(loaded):
     latents = loaded.denoise(generator.encode(PROMPTS[:2]), [7, 8])
     np.testing.assert_array_equal(pictures, generator.decode(latents))
     np.testing.assert_array_equal(loaded.generate(PROMPTS[1:2], seeds=[8])[0], pictures[1])
-    assert pictures.shape == (2, 64, 64, 3)
+    assert pictures.shape == (2, 128, 128, 3)
     assert pictures.dtype == np.uint8
 
 
@@ -86,8 +86,8 @@ def test_what_a_long_prompt_loses_is_said_once(lesa_bundle, caplog):
     with cachec.load(lesa_bundle) as loaded:
         for _ in range(2):
             loaded.generator.encode([PROMPTS[2]])
-    (record,) = [one for one in caplog.records if "is cut at 16 text tokens" in one.message]
-    assert "without 'a blue ring" in record.message
+    (record,) = [one for one in caplog.records if "is cut at 24 text tokens" in one.message]
+    assert "without 'face a sad" in record.message
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_pictures_are_made_where_there_is_no_torch(lesa_bundle, tmp_path):
     code = (
         f"import sys\nfor name in {absent}: sys.modules[name] = None\n"
         f"import cachec, pathlib\nloaded = cachec.load({str(lesa_bundle)!r})\n"
-        f"picture = loaded.generate(['a red circle'])[0]\n"
+        f"picture = loaded.generate(['a smiling face'])[0]\n"
         f"pathlib.Path({str(tmp_path / 'a.png')!r}).write_bytes(loaded.generator.to_png(picture))\n"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

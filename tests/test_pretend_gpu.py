@@ -62,7 +62,7 @@ def test_a_fit_is_that_of_the_cpu(toy_directory, tmp_path, gpu, method, options)
         calibrations = find_calibrations(model, request, check(model, request), tmp_path / device)
         return make_programs(model, request, {}, calibrations, None).by_level
 
-    (tmp_path / "prompts.txt").write_text("\n".join(default_prompts("shapes", "train")[:24]))
+    (tmp_path / "prompts.txt").write_text("\n".join(default_prompts("avatars", "train")[:24]))
     there, here = fitted("cuda"), fitted("cpu")
     assert there.keys() == here.keys()
     for level, program in there.items():

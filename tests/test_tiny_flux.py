@@ -17,7 +17,7 @@ from cachec.runtime.bundle import Bundle
 from cachec.runtime.noise import make_noise
 from cachec.runtime.program import UNCACHED
 
-PROMPT = "a large red circle at the left on a dark background"
+PROMPT = "a laughing face with short blue hair in a red tee on a yellow background"
 
 
 @pytest.fixture(scope="session")
@@ -35,8 +35,8 @@ def test_the_reference_model_loads_as_any_flux_pipeline_does():
 
     pipeline = FluxPipeline.from_pretrained(TINY_FLUX_DIR)
     pipeline.set_progress_bar_config(disable=True)
-    picture = pipeline(PROMPT, height=64, width=64, max_sequence_length=16, num_inference_steps=4).images[0]
-    assert picture.size == (64, 64)
+    picture = pipeline(PROMPT, height=128, width=128, max_sequence_length=24, num_inference_steps=4).images[0]
+    assert picture.size == (128, 128)
 
 
 def test_the_reference_model_is_small_enough_to_ship():
@@ -53,6 +53,7 @@ def test_the_shipped_predictor_tells_how_it_was_trained():
 
 @pytest.mark.smoke
 def test_bundle_computes_the_ten_published_steps(lesa_bundle):
+    assert "ToonHead" in Bundle.open(lesa_bundle).manifest.model["credit"]  # as its licence asks
     program = Bundle.open(lesa_bundle).program()
     assert program.compute_steps == (0, 1, 2, 3, 9, 16, 23, 30, 37, 44)
     assert program.num_steps == 50
@@ -63,7 +64,7 @@ def test_run_writes_a_picture(lesa_bundle, tmp_path):
     out = tmp_path / "one.png"
     succeed("run", lesa_bundle, "-p", PROMPT, "-o", out)
     with Image.open(out) as picture:
-        assert picture.size == (64, 64)
+        assert picture.size == (128, 128)
         assert np.asarray(picture).std() > 5
 
 

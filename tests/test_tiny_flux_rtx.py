@@ -56,7 +56,7 @@ def test_compile_builds_engines_and_inspect_shows_them(tmp_path, caplog):
     for name, least in ENGINES.items():
         plan = bundle.path(engines.engines[name].path)
         assert plan.stat().st_size > least
-        assert f"-{dtype}-64x64-" in plan.name
+        assert f"-{dtype}-128x128-" in plan.name
     shown = CliRunner().invoke(main, ["inspect", str(out)])
     assert shown.exit_code == 0, shown.output
     assert f"tensorrt-rtx {rtx.__version__}, " in shown.output

@@ -42,8 +42,8 @@ def output_program():
     return lower_advance(AdvanceTable(SCHEDULE, MOVES), KEY, Sampling(SIGMAS, SIGMAS[:-1]))
 
 
-def measured(psnr, seconds, *, probed=True, right=1.0):
-    attributes = {"attributes": {"colour": right, "shape": 1.0}, "num_items": 1} if probed else {}
+def measured(psnr, seconds, *, probed=True, right=True):
+    attributes = {"attributes": {"mood": right, "hair": True}} if probed else {}
     return Measured(
         psnr_db=psnr,
         psnr_db_fine=41.0,
@@ -58,9 +58,7 @@ def measured(psnr, seconds, *, probed=True, right=1.0):
 def made_up_rows(*, probed=True):
     loops = {name: seconds for name, (_, _, seconds) in SCORES.items()}
     return tuple(
-        summarize(
-            name, kind, 5, [measured(psnr, seconds, probed=probed, right=i / 2) for i, psnr in enumerate(psnrs, 1)], loops
-        )
+        summarize(name, kind, 5, [measured(psnr, seconds, probed=probed, right=i == 1) for i, psnr in enumerate(psnrs)], loops)
         for name, (kind, psnrs, seconds) in SCORES.items()
     )
 
@@ -77,7 +75,7 @@ def made_up_evaluation(*, kept=True, probed=True):
         "backend": "eager",
         "method": "taylor",
         "lpips": "not available: torchvision not installed",
-        "probe": {"items": 3, "prompts_skipped": 1} if probed else None,
+        "probe": {"attributes": 3, "prompts_skipped": 1} if probed else None,
     }
     hidden = hidden_program()
     programs = {"uncached": uncached_program(), LEVEL: hidden, "taylor:1": hidden, "plain": output_program()}

@@ -48,7 +48,7 @@ class ToyPipeline:
 class ToyModel(Family):
     """Linear noise levels, times ``shift``."""
 
-    spec = ModelSpec("toy", "tests", HEIGHT, WIDTH_PIXELS, text_tokens=1, guidance=1.0, prompts="shapes")
+    spec = ModelSpec("toy", "tests", HEIGHT, WIDTH_PIXELS, text_tokens=1, guidance=1.0, prompts="avatars")
     block = "blocks.2"
     io = ModelIO("latents", "timestep", ("prompt",))
     stored = None
@@ -61,7 +61,7 @@ class ToyModel(Family):
 
     @classmethod
     def make_spec(cls, name, source):
-        return ModelSpec(name, source, HEIGHT, WIDTH_PIXELS, text_tokens=1, guidance=1.0, prompts="shapes")
+        return ModelSpec(name, source, HEIGHT, WIDTH_PIXELS, text_tokens=1, guidance=1.0, prompts="avatars")
 
     @classmethod
     @cache  # a compilation captures a loaded model once: these stay loaded, so one directory is captured once

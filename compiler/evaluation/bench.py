@@ -27,7 +27,7 @@ from cachec.compiler.evaluation.comparisons import (
     sampler_program,
 )
 from cachec.compiler.evaluation.error_by_step import ErrorCurve, measure_errors
-from cachec.compiler.evaluation.probe import SIDE, load_probe, score_pictures
+from cachec.compiler.evaluation.probe import CaptionWords, load_probe
 from cachec.compiler.evaluation.summary import Measured
 from cachec.compiler.models.base import LoadedModel, settings_of
 from cachec.compiler.models.lora_files import as_option
@@ -104,12 +104,12 @@ class RowFacts:
 
 @dataclass(frozen=True)
 class BenchFacts:
-    """What benches that measure together have in common. ``probes``: pictures are read."""
+    """What benches that measure together have in common. ``words``: pictures are read for what captions state by these."""
 
     rows: tuple[RowFacts, ...]
     setting: Mapping[str, Any]
     device: str
-    probes: bool
+    words: CaptionWords | None
 
 
 class Bench(Tool[BenchFacts, PromptTask, PromptResult]):
@@ -123,8 +123,9 @@ class Bench(Tool[BenchFacts, PromptTask, PromptResult]):
         fine = sampler_program(model, self.settings, rows[0].program.key, FINE_STEPS)
         self.fine: Denoise = Session(loaded.engines, fine, loaded.io).run
         self.lpips = find_lpips()
-        fits = self.settings.height == self.settings.width == SIDE
-        self.probe = load_probe(model.spec.probe) if model.spec.probe and fits else None
+        reader = load_probe(model.spec.probe) if model.spec.probe else None
+        fits = reader is not None and self.settings.height == self.settings.width == reader.probe.side
+        self.reader = reader if fits else None
         self._warm = False
 
     @property
@@ -144,7 +145,7 @@ class Bench(Tool[BenchFacts, PromptTask, PromptResult]):
         }
         device = DeviceName.parse(self._loaded.engines[COMPUTE].device.name).kind
         own = RowFacts(DIFFUSERS, DIFFUSERS, self.settings.steps)
-        return BenchFacts((*rows, own), setting, device, probes=self.probe is not None)
+        return BenchFacts((*rows, own), setting, device, None if self.reader is None else self.reader.words)
 
     @property
     def programs(self) -> dict[str, Program]:
@@ -258,7 +259,6 @@ def _timed(run: Callable[..., Array | Conditions], *given: Any) -> tuple[Any, fl
 
 
 def _compare(bench: Bench, prompt: str, run: _Run, uncached: _Run, fine: Array) -> Measured:
-    score = None if bench.probe is None else score_pictures(bench.probe, run.picture[None], [prompt])
     return Measured(
         psnr_db=psnr_db(run.picture, uncached.picture),
         psnr_db_fine=psnr_db(run.picture, fine),
@@ -267,6 +267,5 @@ def _compare(bench: Bench, prompt: str, run: _Run, uncached: _Run, fine: Array) 
         loop_seconds=run.loop_seconds,
         total_seconds=run.total_seconds,
         lpips=bench.lpips.distance(run.picture, uncached.picture),
-        attributes={} if score is None else score.accuracy,
-        num_items=0 if score is None else score.num_items,
+        attributes={} if bench.reader is None else bench.reader.score(run.picture, prompt),
     )

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from cachec.compiler.calibration.workers import Alone, Kept, Team, do_pieces
 from cachec.compiler.evaluation.bench import BenchFacts, KeptPrompt, PromptResult, PromptTask, open_bench
 from cachec.compiler.evaluation.error_by_step import ErrorCurve
-from cachec.compiler.evaluation.probe import parse_caption
+from cachec.compiler.evaluation.probe import CaptionWords
 from cachec.compiler.evaluation.summary import summarize
 from cachec.compiler.models.base import LoadedModel
 from cachec.runtime.bundle import Manifest
@@ -106,15 +106,20 @@ def measure(
     measured = {row.name: [result.rows[row.name] for result in results] for row in of.rows}
     loops = {name: statistics.median(one.loop_seconds for one in found) for name, found in measured.items()}
     table = tuple(summarize(row.name, row.kind, row.computed, measured[row.name], loops) for row in of.rows)
-    setting = {"prompts": len(prompts), "seed": seed, **of.setting, "probe": _probed(prompts) if of.probes else None}
+    setting = {
+        "prompts": len(prompts),
+        "seed": seed,
+        **of.setting,
+        "probe": None if of.words is None else _probed(of.words, prompts),
+    }
     shown = tuple(result.shown for result in results if result.shown is not None)
     return Evaluation(table, setting | ({"workers": size} if size > 1 else {}), kept=shown)
 
 
-def _probed(prompts: Sequence[str]) -> dict[str, int]:
-    """How many items the probe was asked for, and how many prompts have none that it knows."""
-    asked = [len(items) for items in map(parse_caption, prompts) if items is not None]
-    return {"items": sum(asked), "prompts_skipped": len(prompts) - len(asked)}
+def _probed(words: CaptionWords, prompts: Sequence[str]) -> dict[str, int]:
+    """How many attributes the probe was asked for, and how many prompts are no captions that it can check."""
+    asked = [len(stated) for stated in map(words.stated, prompts) if stated is not None]
+    return {"attributes": sum(asked), "prompts_skipped": len(prompts) - len(asked)}
 
 
 def _digest(lines: Sequence[str]) -> str:

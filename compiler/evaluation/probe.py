@@ -1,131 +1,135 @@
-"""Reads pictures of tiny-flux: do they show what their captions say? A small classifier, trained on drawn pictures only.
+"""Reads what a model's pictures show: a small classifier, trained on pictures of the model's data set only.
 
-The probe looks at one item at a time: it gets the picture and is asked for the item on the first or the second place of
-the caption, and answers colour, shape, texture and place. ``reference/probe.py`` trains it.
+It is asked for what a caption states and for nothing else. What there is to read, the answers, and the phrases by which a
+caption states them lie in the probe's file beside its weights; ``reference/avatars/probe.py`` trains the one of tiny-flux.
 
-Shapes: ``B`` pictures, ``N`` items.
+Shapes: ``B`` pictures, ``S`` pixels of a side, ``C`` channels.
 """
 
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import nn
 
 from cachec.runtime.errors import ModelUnavailableError
 from cachec.runtime.specs import Array
 
-SIDE = 64  # pixels
-PLACES = ("left", "right", "top", "bottom", "centre")
-RELATIONS = ("left of", "above")
-# what the probe can answer, by attribute; a place is that of a single item, or first or second of a relation
-HEADS: dict[str, tuple[str, ...]] = {
-    "colour": ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "white"),
-    "shape": ("circle", "square", "triangle", "ring", "cross"),
-    "texture": ("plain", "striped"),
-    "place": (*PLACES, *(f"{relation} {i}" for relation in RELATIONS for i in (0, 1))),
-}
-_ITEM = rf"({'|'.join(HEADS['colour'])})( striped)? ({'|'.join(HEADS['shape'])})"
-_BACKGROUND = r"on a (?:dark|grey|brown) background"
-_SINGLE = re.compile(rf"a (?:small|large) {_ITEM} at the ({'|'.join(PLACES)}) {_BACKGROUND}")
-_PAIR = re.compile(rf"an? {_ITEM} ({'|'.join(RELATIONS)}) an? {_ITEM} {_BACKGROUND}")
+FORMAT = "cachec-probe-1"
+WIDTHS = (16, 32, 64, 96, 96)  # channels after each halving
 
 
 @dataclass(frozen=True)
-class ItemWords:
-    """What a caption says of one item; ``place`` as in ``HEADS``."""
+class CaptionWords:
+    """What captions state: by attribute and answer, the phrases that say it.
 
-    colour: str
-    shape: str
-    texture: str
-    place: str
+    The empty phrase says what goes without saying. Where several answers are said, one whose phrase is a part of another's
+    gives way ("beard" to "long beard"); of two that are left neither is stated. ``needed`` are attributes without which a text
+    is no caption that can be checked.
+    """
 
-    def labels(self) -> dict[str, int]:
-        """Index of each word among the answers of its head."""
-        return {name: words.index(getattr(self, name)) for name, words in HEADS.items()}
+    phrases: Mapping[str, Mapping[str, Sequence[str]]]
+    needed: Sequence[str]
+
+    @property
+    def answers(self) -> dict[str, tuple[str, ...]]:
+        """What can be answered, by attribute."""
+        return {name: tuple(answers) for name, answers in self.phrases.items()}
+
+    def stated(self, caption: str) -> dict[str, str] | None:
+        """The answers that a caption states, by attribute; ``None`` if it cannot be checked."""
+        words = " ".join(["", *re.findall(r"\w+|[^\w\s]", caption.lower()), ""])
+        found = {name: answer for name, known in self.phrases.items() if (answer := _said(known, words)) is not None}
+        return found if all(name in found for name in self.needed) else None
 
 
-def parse_caption(caption: str) -> tuple[ItemWords, ...] | None:
-    """The items of a caption in order; ``None`` if it does not follow the grammar of tiny-flux's captions."""
-    if single := _SINGLE.fullmatch(caption):
-        colour, striped, shape, place = single.groups()
-        return (_item(colour, striped, shape, place),)
-    if pair := _PAIR.fullmatch(caption):
-        colour, striped, shape, relation, colour_1, striped_1, shape_1 = pair.groups()
-        return _item(colour, striped, shape, f"{relation} 0"), _item(colour_1, striped_1, shape_1, f"{relation} 1")
-    return None
-
-
-def _item(colour: str, striped: str | None, shape: str, place: str) -> ItemWords:
-    return ItemWords(colour, shape, "striped" if striped else "plain", place)
+def _said(phrases: Mapping[str, Sequence[str]], words: str) -> str | None:
+    """The one answer of ``phrases`` that ``words`` say, a space before and after each."""
+    said = [(phrase, answer) for answer, known in phrases.items() for phrase in known if not phrase or f" {phrase} " in words]
+    most = {
+        answer
+        for phrase, answer in said
+        if not any(phrase != other and (not phrase or f" {phrase} " in f" {other} ") for other, _ in said)
+    }
+    return most.pop() if len(most) == 1 else None
 
 
 class Probe(nn.Module):
-    """Five convolutions and one linear head per attribute."""
+    """Five strided convolutions and one linear head per attribute, for pictures of ``side`` pixels, which 32 divides."""
 
-    def __init__(self) -> None:
+    def __init__(self, answers: Mapping[str, Sequence[str]], side: int, channels: int = 3) -> None:
         super().__init__()
-        widths = [4, 32, 48, 64, 96, 128]
+        self.answers, self.side, self.channels = {name: tuple(known) for name, known in answers.items()}, side, channels
         layers: list[nn.Module] = []
-        for a, b in zip(widths[:-1], widths[1:], strict=True):
-            layers += [nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU(), nn.MaxPool2d(2)]
+        for a, b in zip((channels, *WIDTHS), WIDTHS, strict=False):
+            layers += [nn.Conv2d(a, b, 3, stride=2, padding=1), nn.BatchNorm2d(b), nn.ReLU()]
         self.body = nn.Sequential(*layers, nn.Flatten())
-        self.heads = nn.ModuleDict({name: nn.Linear(128 * 4, len(words)) for name, words in HEADS.items()})
+        size = WIDTHS[-1] * (side // 32) ** 2
+        self.heads = nn.ModuleDict({name: nn.Linear(size, len(known)) for name, known in self.answers.items()})
 
-    def forward(self, pictures: torch.Tensor, which: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Answers by attribute for pictures [N, 3, 64, 64] in [-1, 1], asked for item ``which`` [N] of each."""
-        plane = which.float()[:, None, None, None].expand(-1, 1, *pictures.shape[2:])
-        body = self.body(torch.cat([pictures, plane], dim=1))
+    def forward(self, pictures: torch.Tensor) -> dict[str, torch.Tensor]:
+        """A number for each answer, by attribute, for [B, C, S, S] in [-1, 1]."""
+        body = self.body(pictures)
         return {name: head(body) for name, head in self.heads.items()}
 
 
 @dataclass(frozen=True)
-class Score:
-    """Share of ``num_items`` items that were read as the caption says, by attribute; ``skipped`` captions say no item."""
+class PictureReader:
+    """A trained probe, and what captions ask it for."""
 
-    accuracy: dict[str, float]
-    num_items: int
-    skipped: int
+    probe: Probe
+    words: CaptionWords
 
+    @torch.no_grad()
+    def read(self, picture: Array) -> dict[str, str]:
+        """What a picture [S, S, 3] in [0, 1] shows, by attribute."""
+        given = torch.from_numpy(np.asarray(picture, np.float32)).permute(2, 0, 1)[None] * 2 - 1
+        return {name: self.probe.answers[name][int(found.argmax())] for name, found in self.probe(given).items()}
 
-@torch.no_grad()
-def score_pictures(probe: Probe, pictures: Array, captions: Sequence[str]) -> Score:
-    """Read ``pictures`` [B, 64, 64, 3] in [0, 1] with their captions."""
-    inputs = torch.from_numpy(np.asarray(pictures, np.float32)).permute(0, 3, 1, 2) * 2 - 1
-    parsed = [parse_caption(caption) for caption in captions]
-    asked = [(index, which, item) for index, items in enumerate(parsed) for which, item in enumerate(items or ())]
-    skipped = sum(items is None for items in parsed)
-    if not asked:
-        return Score({}, 0, skipped)
-    answers = probe(inputs[[index for index, _, _ in asked]], torch.tensor([which for _, which, _ in asked]))
-    wanted = [item.labels() for _, _, item in asked]
-    hits = {name: answers[name].argmax(1) == torch.tensor([labels[name] for labels in wanted]) for name in HEADS}
-    return Score({name: hit.float().mean().item() for name, hit in hits.items()}, len(asked), skipped)
+    def score(self, picture: Array, caption: str) -> dict[str, bool]:
+        """Is it read as the caption says? By attribute, those that the caption states."""
+        stated = self.words.stated(caption)
+        if not stated:
+            return {}
+        shown = self.read(picture)
+        return {name: shown[name] == answer for name, answer in stated.items()}
 
 
-def probe_bytes(probe: Probe) -> bytes:
+def probe_bytes(probe: Probe, words: CaptionWords) -> bytes:
     """The content of a probe file: weights in float16, which reads as well."""
     tensors = {
         name: (value.half() if value.is_floating_point() else value).contiguous() for name, value in probe.state_dict().items()
     }
-    content: bytes = save(tensors)
+    facts = {
+        "format": FORMAT,
+        "side": str(probe.side),
+        "phrases": json.dumps(words.phrases),
+        "needed": json.dumps(list(words.needed)),
+    }
+    content: bytes = save(tensors, facts)
     return content
 
 
-def load_probe(path: Path) -> Probe:
+def load_probe(path: Path) -> PictureReader:
     """Read a probe file.
 
     Raises:
         ModelUnavailableError: it is missing, or holds something else.
     """
-    probe = Probe()
     try:
-        probe.load_state_dict(load_file(path))
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise ModelUnavailableError(f"{path} does not hold the probe of tiny-flux: {error}") from error
-    return probe.eval()
+        with safe_open(path, "pt") as file:
+            facts, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if facts.get("format") != FORMAT:
+            raise ValueError(f"its format is {facts.get('format')!r}, not {FORMAT!r}")  # noqa: TRY301
+        words = CaptionWords(json.loads(facts["phrases"]), tuple(json.loads(facts["needed"])))
+        probe = Probe(words.answers, int(facts["side"]))
+        probe.load_state_dict(tensors)
+    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
+        raise ModelUnavailableError(f"{path} does not hold a probe: {error}") from error
+    return PictureReader(probe.eval(), words)

@@ -16,7 +16,8 @@ class Measured:
     """What one row gave for one prompt.
 
     PSNR and SSIM against the uncached picture, ``psnr_db_fine`` against that of many steps, in dB and infinite where pictures
-    are equal; ``lpips`` as :class:`Lpips` has it; ``attributes`` by name: the share of ``num_items`` items read right.
+    are equal; ``lpips`` as :class:`Lpips` has it; ``attributes``: of those that the
+    prompt states, by name, is it read as the prompt says.
     """
 
     psnr_db: float
@@ -26,8 +27,7 @@ class Measured:
     loop_seconds: float
     total_seconds: float
     lpips: float | None = None
-    attributes: Mapping[str, float] = field(default_factory=dict)
-    num_items: int = 0
+    attributes: Mapping[str, bool] = field(default_factory=dict)
 
 
 def summarize(
@@ -42,14 +42,15 @@ def summarize(
     values = {key: [getattr(one, key) for one in measured] for key in ("psnr_db", "psnr_db_fine", "ssim", "latent_error")}
     distances = [one.lpips for one in measured if one.lpips is not None]
     attributes = _attributes(measured)
+    read = [right for each in attributes.values() for right in each]
     seconds = [one.loop_seconds for one in measured]
     row: dict[str, Any] = {"name": name, "kind": kind, "compute_steps": compute_steps}
     for key, numbers in values.items():
         row |= summarize_metric(key, numbers)
     return row | {
         "lpips": round(statistics.fmean(distances), 5) if distances else None,
-        "attributes": {key: round(share, 4) for key, share in attributes.items()} or None,
-        "attribute_accuracy": round(statistics.fmean(attributes.values()), 4) if attributes else None,
+        "attributes": {key: round(statistics.fmean(each), 4) for key, each in attributes.items()} or None,
+        "attribute_accuracy": round(statistics.fmean(read), 4) if read else None,
         "seconds_loop": round(loops[name], 5),
         "seconds_loop_quartiles": [round(float(q), 5) for q in np.percentile(seconds, [25, 75])],
         "seconds_total": round(statistics.median(one.total_seconds for one in measured), 5),
@@ -60,12 +61,13 @@ def summarize(
     }
 
 
-def _attributes(measured: Sequence[Measured]) -> dict[str, float]:
-    """Share of all items that were read right, by attribute."""
-    asked = [one for one in measured if one.num_items]
-    names = asked[0].attributes if asked else ()
-    total = sum(one.num_items for one in asked)
-    return {name: sum(one.attributes[name] * one.num_items for one in asked) / total for name in names}
+def _attributes(measured: Sequence[Measured]) -> dict[str, list[bool]]:
+    """By attribute, whether it was read right of every prompt that states it."""
+    found: dict[str, list[bool]] = {}
+    for one in measured:
+        for name, right in one.attributes.items():
+            found.setdefault(name, []).append(right)
+    return found
 
 
 def _finite(values: Sequence[float]) -> list[float | None]:

@@ -19,8 +19,7 @@ MEANINGS = (
     "mean hides the pictures that caching spoils.",
     "Latent error: L2 distance from the uncached latents over their norm; 0 is equal.",
     "LPIPS: learned perceptual distance from the uncached picture (AlexNet); lower is better.",
-    "Attributes: share of the items whose colour, shape, texture and place a classifier reads as the prompt says; it "
-    "judges the picture alone.",
+    "Attributes: share of what the prompts state that a classifier reads off the picture; it judges the picture alone.",
     "Loop s: median seconds of the denoise loop; request s also encodes the prompt and decodes the picture. Rows take turns on "
     "every prompt.",
     "plain is the model's own sampler with as few steps as the level computes; ab2, ab3, unipc and dpm are other solvers with "
@@ -126,7 +125,7 @@ def table_notes(evaluation: Evaluation) -> list[str]:
     else:
         skipped = probe["prompts_skipped"]
         more = f"; {_count(skipped, 'prompt')} skipped, being no caption that it can check" if skipped else ""
-        notes.append(f"Attributes: a classifier reads {_count(probe['items'], 'item')}{more}.")
+        notes.append(f"Attributes: a classifier reads {_count(probe['attributes'], 'attribute')} that the prompts state{more}.")
     return notes
 
 

@@ -38,7 +38,7 @@ class ModelSpec:
 
     ``sizes`` are those that ``--size all`` compiles, the usual one first; none is listed of a model with one size.
     ``source`` is a Hub id or a directory; ``name`` is what the command line calls it; ``probe`` a file of weights that read
-    what its pictures show (``cachec.compiler.evaluation.probe``).
+    what its pictures show (``cachec.compiler.evaluation.probe``); ``credit`` whose work what it learned is, for bundles.
     """
 
     name: str
@@ -53,6 +53,7 @@ class ModelSpec:
     packaged: bool = False
     probe: Path | None = None
     sizes: tuple[str, ...] = ()
+    credit: str = ""
 
     @property
     def portable_source(self) -> str:

@@ -7,6 +7,7 @@ from cachec.compiler.models.distribution import SOURCE
 
 TINY_FLUX_DIR = Path(__file__).parent / "tiny-flux"
 CONFIGS = Path(__file__).parent / "configs"
+AVATARS = 'learned from avatars adapted from "ToonHead" by Johan Melin (https://www.johanmelin.com), CC BY 4.0'
 
 # by Hub id, folders with the published configuration of models that are too large to ship
 PUBLISHED = {
@@ -81,19 +82,38 @@ MODELS = {
     "tiny-flux": ModelSpec(
         "tiny-flux",
         str(TINY_FLUX_DIR),
-        height=64,
-        width=64,
-        text_tokens=16,
+        height=128,
+        width=128,
+        text_tokens=24,
         guidance=3.5,
-        prompts="shapes",
+        prompts="avatars",
         packaged=True,
         probe=TINY_FLUX_DIR / "probe.safetensors",
+        credit=AVATARS,
     ),
     "tiny-hunyuan": ModelSpec(
-        "tiny-hunyuan", f"{SOURCE}tiny-hunyuan", 96, 96, text_tokens=28, guidance=3.5, frames=9, prompts="clips", packaged=True
+        "tiny-hunyuan",
+        f"{SOURCE}tiny-hunyuan",
+        96,
+        96,
+        text_tokens=28,
+        guidance=3.5,
+        frames=9,
+        prompts="clips",
+        packaged=True,
+        credit=AVATARS,
     ),
     "tiny-qwen": ModelSpec(
-        "tiny-qwen", f"{SOURCE}tiny-qwen", 128, 128, text_tokens=25, guidance=3.5, prompts="avatars", packaged=True
+        "tiny-qwen",
+        f"{SOURCE}tiny-qwen",
+        128,
+        128,
+        text_tokens=25,
+        guidance=3.5,
+        prompts="avatars",
+        packaged=True,
+        probe=TINY_FLUX_DIR / "probe.safetensors",
+        credit=AVATARS,
     ),
     "wan": ModelSpec("wan", "Wan-AI/Wan2.1-T2V-14B-Diffusers", 480, 832, text_tokens=512, guidance=5.0, frames=81, sizes=WAN),
     "wan-i2v": ModelSpec(

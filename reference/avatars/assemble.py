@@ -25,7 +25,7 @@ from diffusers import (
 from torch import nn
 
 from reference.avatars import tiny_flux, tiny_hunyuan, tiny_qwen
-from reference.networks import build_scheduler
+from reference.avatars.networks import build_scheduler
 
 
 def trained(name: str, network: nn.Module, out: Path) -> nn.Module:

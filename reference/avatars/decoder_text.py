@@ -1,9 +1,9 @@
 """The frozen text encoders of tiny-qwen and tiny-hunyuan: decoder language models of width 64, never trained.
 
-Like the encoders of ``reference.text`` they keep their initialisation, and an untrained model attends to all words alike; so
-here, too, each head looks at one earlier word. Queries and keys are constants, which rotary positions turn into a preference
-for one distance. Both pipelines put the caption into a long instruction and drop a fixed number of its tokens: here the
-tokenizer turns the instruction into exactly that number.
+Like the encoders of ``reference.avatars.text`` they keep their initialisation, and an untrained model attends to all words
+alike; so here, too, each head looks at one earlier word. Queries and keys are constants, which rotary positions turn into a
+preference for one distance. Both pipelines put the caption into a long instruction and drop a fixed number of its tokens: here
+the tokenizer turns the instruction into exactly that number.
 """
 
 import torch
@@ -19,7 +19,7 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
 )
 
-from reference.text import SEED, WIDTH
+from reference.avatars.text import SEED, WIDTH
 
 HEADS = 4
 DISTANCES = (1, 2, 3, 4)  # words back that the heads look

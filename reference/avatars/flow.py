@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from reference.avatars.loop import Average, Training, write
 from reference.avatars.muon import Muon
-from reference.networks import build_scheduler
+from reference.avatars.networks import build_scheduler
 
 MAX_GUIDANCE = 5.0
 LEARNING_RATE = 1.5e-3

@@ -9,7 +9,7 @@ from diffusers import AutoencoderKL
 from reference.avatars.attributes import Look, say
 from reference.avatars.autoencoder import to_input
 from reference.avatars.dataset import read
-from reference.networks import LATENT_CHANNELS, LATENT_SIDE
+from reference.avatars.networks import LATENT_CHANNELS, LATENT_SIDE
 
 
 class Latents:

@@ -1,12 +1,13 @@
 """Reads avatars: do they show what their captions say? ``python -m reference.avatars.probe --out build/reference``.
 
 A small classifier, trained on dataset pictures (or clips) only, with one answer per attribute. It is asked for what a caption
-states and nothing else. Colours are those of skin, hair, clothes and background; parts are hair, beard and clothes;
-expression is the mood; motion is what a clip's caption ends with.
+states and nothing else. That of pictures is written as ``probe-pictures.safetensors``, too, which ``cachec eval`` reads.
+Colours are those of skin, hair, clothes and background; parts are hair, beard and clothes; expression is the mood; motion is
+what a clip's caption ends with.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,8 +16,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cachec.compiler.evaluation.probe import CaptionWords, Probe, probe_bytes
 from reference.avatars import loop
-from reference.avatars.attributes import MOODS, VALUES, Look
+from reference.avatars.attributes import (
+    BACKGROUNDS,
+    CLOTHES,
+    CLOTHES_COLOURS,
+    HAIR_COLOURS,
+    HAIRS,
+    MOODS,
+    SKINS,
+    VALUES,
+    Look,
+)
 from reference.avatars.autoencoder import to_input
 from reference.avatars.clips import load
 from reference.avatars.dataset import read
@@ -36,6 +48,7 @@ SEEN = (
 )  # frames of a clip that the reader sees: eyes are closed, or the mood new, in the middle one
 PICTURE_HEADS = VALUES
 CLIP_HEADS = {**VALUES, "motion": MOTION_WORDS}
+COLOURED = ("bun", "bob")  # that captions call by their colour, without "hair"
 UNSEEN = -100  # what cross entropy leaves out
 SCORED = 500
 
@@ -59,37 +72,28 @@ class Asked:
         return cls(answers, ("mood", "hair", "beard", "clothes", "clothes_colour", "motion", *colour))
 
 
-class Reader(nn.Module):
-    """Five strided convolutions and a linear head per attribute.
+def labels(answers: Mapping[str, Sequence[str]], asked: Sequence[Asked]) -> dict[str, Tensor]:
+    """Index of each right answer, by attribute; the hair colour of bald people is not asked."""
+    return {
+        name: torch.tensor([
+            UNSEEN if name == "hair_colour" and one.answers["hair"] == "bald" else words.index(one.answers[name])
+            for one in asked
+        ])
+        for name, words in answers.items()
+    }  # fmt: skip
 
-    Pictures of any side that 32 divides, at best 96 or 128; ``frames`` of them side by side as channels.
-    """
 
-    def __init__(self, heads: dict[str, tuple[str, ...]], side: int, frames: int = 1) -> None:
-        super().__init__()
-        self.words = heads
-        widths = [3 * frames, 16, 32, 64, 96, 96]
-        layers: list[nn.Module] = []
-        for a, b in zip(widths[:-1], widths[1:], strict=True):
-            layers += [nn.Conv2d(a, b, 3, stride=2, padding=1), nn.BatchNorm2d(b), nn.ReLU()]
-        self.body = nn.Sequential(*layers, nn.Flatten())
-        size = widths[-1] * (side // 32) ** 2
-        self.heads = nn.ModuleDict({name: nn.Linear(size, len(words)) for name, words in heads.items()})
-
-    def forward(self, pictures: Tensor) -> dict[str, Tensor]:
-        """Answers by attribute for [B, 3 * frames, side, side] in [-1, 1]."""
-        body = self.body(pictures)
-        return {name: head(body) for name, head in self.heads.items()}
-
-    def labels(self, asked: Sequence[Asked]) -> dict[str, Tensor]:
-        """Index of each right answer; the hair colour of bald people is not asked."""
-        return {
-            name: torch.tensor([
-                UNSEEN if name == "hair_colour" and one.answers["hair"] == "bald" else words.index(one.answers[name])
-                for one in asked
-            ])
-            for name, words in self.words.items()
-        }  # fmt: skip
+def caption_words() -> CaptionWords:
+    """How captions of pictures state each attribute; that nobody has a beard is stated by saying none."""
+    phrases: dict[str, dict[str, list[str]]] = {name: {word: [word] for word in words} for name, words in VALUES.items()}
+    phrases["skin"] = {skin: [f"{skin} skin"] for skin in SKINS}
+    phrases["background"] = {colour: [f"{colour} background"] for colour in BACKGROUNDS}
+    phrases["clothes_colour"] = {colour: [f"{colour} {one}" for one in CLOTHES] for colour in CLOTHES_COLOURS}
+    phrases["hair_colour"] = {colour: [f"{colour} {one}" for one in ("hair", *COLOURED)] for colour in HAIR_COLOURS}
+    for hair in HAIRS:
+        forms = [f"{colour} {hair}" if hair in COLOURED else f"{hair} {colour} hair" for colour in HAIR_COLOURS]
+        phrases["hair"][hair] = ["no hair"] if hair == "bald" else forms
+    return CaptionWords(phrases, ("mood", "hair", "clothes", "clothes_colour"))
 
 
 def seen(clips: np.ndarray) -> Tensor:
@@ -103,13 +107,13 @@ def as_input(samples: np.ndarray) -> Tensor:
 
 
 @torch.no_grad()
-def score(reader: Reader, inputs: Tensor, asked: Sequence[Asked]) -> dict[str, float]:
+def score(reader: Probe, inputs: Tensor, asked: Sequence[Asked]) -> dict[str, float]:
     """Share of stated attributes that are read as the caption says, by group and by attribute."""
     reader.eval()
-    answers, labels = reader(inputs), reader.labels(asked)
-    right = {name: answers[name].argmax(1) == labels[name] for name in reader.words}
+    answers, wanted = reader(inputs), labels(reader.answers, asked)
+    right = {name: answers[name].argmax(1) == wanted[name] for name in reader.answers}
     hits = {
-        name: [bool(right[name][i]) for i, one in enumerate(asked) if name in one.stated] for name in reader.words
+        name: [bool(right[name][i]) for i, one in enumerate(asked) if name in one.stated] for name in reader.answers
     }  # fmt: skip
     groups = {group: [hit for name in names for hit in hits.get(name, [])] for group, names in GROUPS.items()}
     return {name: round(float(np.mean(found)), 4) for name, found in {**groups, **hits}.items() if found}
@@ -118,9 +122,9 @@ def score(reader: Reader, inputs: Tensor, asked: Sequence[Asked]) -> dict[str, f
 class Trainer:
     """Samples, their answers and the reader."""
 
-    def __init__(self, reader: Reader, samples: np.ndarray, asked: Sequence[Asked], steps: int, batch: int = 64) -> None:
+    def __init__(self, reader: Probe, samples: np.ndarray, asked: Sequence[Asked], steps: int, batch: int = 64) -> None:
         self.reader, self.samples, self.batch = reader, samples, batch
-        self.labels = reader.labels(asked)
+        self.labels = labels(reader.answers, asked)
         self.optimizer = torch.optim.AdamW(reader.parameters(), lr=2e-3)
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, 2e-3, total_steps=steps)
         self.parts = {"reader": reader, "optimizer": self.optimizer, "schedule": self.schedule}
@@ -131,7 +135,7 @@ class Trainer:
         index = np.sort(torch.randint(len(self.samples), (self.batch,)).numpy())
         inputs = as_input(self.samples[index])
         answers = self.reader(inputs + 0.08 * torch.randn_like(inputs))
-        loss = sum(nn.functional.cross_entropy(answers[name], self.labels[name][index]) for name in self.reader.words)
+        loss = sum(nn.functional.cross_entropy(answers[name], self.labels[name][index]) for name in self.reader.answers)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
@@ -162,11 +166,11 @@ def main(out: Path, kind: str, steps: int, threads: int) -> None:
     if kind == "pictures":
         samples, asked = picture_data("pictures", out)
         held, held_asked = picture_data("held-out", out)
-        reader = Reader(PICTURE_HEADS, samples.shape[1])
+        reader = Probe(PICTURE_HEADS, samples.shape[1])
     else:
         samples, asked = clip_data("clips", out)
         held, held_asked = clip_data("held-out-clips", out)
-        reader = Reader(CLIP_HEADS, samples.shape[2], len(SEEN))
+        reader = Probe(CLIP_HEADS, samples.shape[2], 3 * len(SEEN))
     trainer, inputs = Trainer(reader, samples, asked, steps), as_input(held[:SCORED])
 
     def watch(step: int) -> dict[str, float]:
@@ -174,6 +178,8 @@ def main(out: Path, kind: str, steps: int, threads: int) -> None:
 
     loop.Training(f"probe-{kind}", out, steps, trainer.parts, trainer.update, watch, seed=9).run()
     (out / f"probe-{kind}.json").write_text(json.dumps(watch(steps), indent=1) + "\n")
+    if kind == "pictures":
+        (out / "probe-pictures.safetensors").write_bytes(probe_bytes(reader, caption_words()))
 
 
 if __name__ == "__main__":

@@ -23,8 +23,8 @@ from reference.avatars.autoencoder import (
     to_pictures,
 )
 from reference.avatars.latents import Latents
+from reference.avatars.networks import LATENT_CHANNELS
 from reference.avatars.render import SIDE
-from reference.networks import LATENT_CHANNELS
 
 
 def build_autoencoder() -> AutoencoderKLQwenImage:

@@ -14,13 +14,14 @@ import torch
 from diffusers import DiffusionPipeline
 from tqdm import tqdm
 
+from cachec.compiler.evaluation.probe import Probe
 from reference.avatars import loop
 from reference.avatars.assemble import PIPELINES
 from reference.avatars.autoencoder import save_sheet
 from reference.avatars.clips import load
 from reference.avatars.dataset import read
 from reference.avatars.motion import CLIP_SIDE, CLIP_WORDS, FRAMES
-from reference.avatars.probe import CLIP_HEADS, PICTURE_HEADS, SEEN, Reader, as_input, clip_data, picture_data, score
+from reference.avatars.probe import CLIP_HEADS, PICTURE_HEADS, SEEN, as_input, clip_data, picture_data, score
 from reference.avatars.render import SIDE
 from reference.avatars.tiny_flux import TEXT_TOKENS
 
@@ -58,9 +59,9 @@ DRAWINGS = {
 }
 
 
-def load_reader(kind: str, out: Path) -> Reader:
+def load_reader(kind: str, out: Path) -> Probe:
     """The trained probe of ``pictures`` or ``clips``."""
-    reader = Reader(PICTURE_HEADS, SIDE) if kind == "pictures" else Reader(CLIP_HEADS, CLIP_SIDE, len(SEEN))
+    reader = Probe(PICTURE_HEADS, SIDE) if kind == "pictures" else Probe(CLIP_HEADS, CLIP_SIDE, 3 * len(SEEN))
     reader.load_state_dict(torch.load(out / f"probe-{kind}.pt", weights_only=True)["reader"])
     return reader.eval()
 

@@ -13,7 +13,7 @@ from typing import Any
 import click
 import numpy as np
 
-from cachec.compiler.methods.parameters import Parameters, load_predictor, predictor_bytes
+from cachec.compiler.methods.parameters import PRETRAINED, Parameters, load_predictor, predictor_bytes
 from reference.avatars.assemble import PIPELINES, assemble
 
 PACKAGE = Path(__file__).parents[1] / "models" / "cachec_models"
@@ -40,14 +40,19 @@ def ship_model(folder: Path, package: Path) -> Path:
     return to
 
 
-def ship_predictor(file: Path, package: Path) -> Path:
-    """Write a predictor in float16. Returns where it is now."""
+def in_float16(file: Path) -> tuple[str, bytes]:
+    """A predictor as it ships: name and content of its file."""
     known = load_predictor(file)
     arrays = {name: array.astype(np.float16) if array.dtype == np.float32 else array for name, array in known.arrays.items()}
     if lost := [name for name, array in arrays.items() if not np.isfinite(array).all()]:
         raise click.ClickException(f"{file}: {lost[0]} is beyond float16")
-    content = predictor_bytes(Parameters(arrays, known.facts, known.origin))
-    to = package / "predictors" / predictor_name(known.facts)
+    return predictor_name(known.facts), predictor_bytes(Parameters(arrays, known.facts, known.origin))
+
+
+def ship_predictor(file: Path, package: Path) -> Path:
+    """Write a predictor in float16. Returns where it is now."""
+    name, content = in_float16(file)
+    to = package / "predictors" / name
     check_room(package, to, len(content))
     to.parent.mkdir(exist_ok=True)
     to.write_bytes(content)
@@ -79,7 +84,13 @@ def strings(found: Any) -> Iterator[str]:
 @click.command()
 @click.argument("what")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("build/reference"), show_default=True, help="Checkpoints.")
-def main(what: str, out: Path) -> None:
+@click.option("--in-wheel", is_flag=True, help="A predictor goes into cachec itself, which has LESA's of tiny-flux.")
+def main(what: str, out: Path, in_wheel: bool) -> None:
+    if in_wheel:
+        name, content = in_float16(Path(what))
+        (PRETRAINED / name).write_bytes(content)
+        print(f"{PRETRAINED / name}: {len(content) / 1e6:.2f} MB")
+        return
     if what in PIPELINES:
         to = ship_model(assemble(what, out), PACKAGE)
     elif Path(what).is_dir():

@@ -13,9 +13,9 @@ from reference.avatars.attributes import MAX_WORDS, vocabulary
 from reference.avatars.autoencoder import save_sheet, to_pictures
 from reference.avatars.flow import Condition, HeldOut, Plan, adaptive_norms, train
 from reference.avatars.latents import Latents
+from reference.avatars.networks import LATENT_SIDE, SHIFT, build_transformer, image_ids, pack
 from reference.avatars.render import SIDE
-from reference.networks import LATENT_SIDE, SHIFT, build_transformer, image_ids, pack
-from reference.text import build_clip, build_t5, encode
+from reference.avatars.text import build_clip, build_t5, encode
 
 TEXT_TOKENS = MAX_WORDS  # max_sequence_length of the pipeline call
 CLIP_TOKENS = MAX_WORDS + 4

@@ -19,9 +19,9 @@ from reference.avatars.clips import load
 from reference.avatars.decoder_text import build_llama
 from reference.avatars.flow import Condition, HeldOut, Plan, adaptive_norms, train
 from reference.avatars.motion import CLIP_SIDE, CLIP_WORDS, FRAMES
+from reference.avatars.networks import LATENT_CHANNELS
+from reference.avatars.text import WIDTH, build_clip
 from reference.avatars.video_autoencoder import to_frames, to_video
-from reference.networks import LATENT_CHANNELS
-from reference.text import WIDTH, build_clip
 
 LATENT_SHAPE = (LATENT_CHANNELS, 1 + (FRAMES - 1) // 4, CLIP_SIDE // 8, CLIP_SIDE // 8)
 CLIP_TOKENS = 77  # the pipeline always pads to it

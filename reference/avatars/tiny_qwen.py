@@ -17,9 +17,9 @@ from reference.avatars.attributes import vocabulary
 from reference.avatars.decoder_text import build_qwen
 from reference.avatars.flow import Condition, Plan, adaptive_norms, train
 from reference.avatars.latents import Latents
+from reference.avatars.networks import LATENT_CHANNELS, LATENT_SIDE
+from reference.avatars.text import WIDTH
 from reference.avatars.tiny_flux import PackedPictures, held_out
-from reference.networks import LATENT_CHANNELS, LATENT_SIDE
-from reference.text import WIDTH
 
 
 def build_transformer() -> QwenImageTransformer2DModel:

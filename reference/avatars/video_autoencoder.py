@@ -16,7 +16,7 @@ from reference.avatars import loop
 from reference.avatars.autoencoder import Descent, corner, psnr, save_sheet, to_input, to_pictures
 from reference.avatars.clips import load
 from reference.avatars.motion import CLIP_SIDE, FRAMES
-from reference.networks import LATENT_CHANNELS
+from reference.avatars.networks import LATENT_CHANNELS
 
 CROP = 48
 SHOWN = 6

@@ -19,7 +19,7 @@ from reference.avatars.flow import (
     schedule,
     train,
 )
-from reference.networks import build_transformer
+from reference.avatars.networks import build_transformer
 
 
 class Small(nn.Module):

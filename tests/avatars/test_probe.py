@@ -1,25 +1,38 @@
+from itertools import islice
+
 import numpy as np
 import torch
 
-from reference.avatars.attributes import VALUES, Look
+from cachec.compiler.evaluation.probe import Probe
+from reference.avatars.attributes import VALUES, Look, looks, say
 from reference.avatars.motion import FRAMES, Clip
-from reference.avatars.probe import CLIP_HEADS, MOTION_WORDS, PICTURE_HEADS, SEEN, UNSEEN, Asked, Reader, Trainer, score, seen
+from reference.avatars.probe import (
+    CLIP_HEADS,
+    MOTION_WORDS,
+    PICTURE_HEADS,
+    UNSEEN,
+    Asked,
+    Trainer,
+    caption_words,
+    labels,
+    score,
+    seen,
+)
 
 LOOK = Look("sad", "light", "bald", "black", "", "tee", "red", "blue")
 
 
 def test_the_hair_colour_of_bald_people_is_not_asked():
-    reader = Reader(PICTURE_HEADS, 32)
-    labels = reader.labels([Asked.of_look(LOOK, ())])
-    assert labels["hair_colour"].tolist() == [UNSEEN]
-    assert labels["mood"].tolist() == [VALUES["mood"].index("sad")]
+    found = labels(PICTURE_HEADS, [Asked.of_look(LOOK, ())])
+    assert found["hair_colour"].tolist() == [UNSEEN]
+    assert found["mood"].tolist() == [VALUES["mood"].index("sad")]
 
 
 def test_only_what_the_caption_states_is_scored():
-    class Says(Reader):
+    class Says(Probe):
         def forward(self, pictures):
             sad = torch.eye(len(VALUES["mood"]))[[VALUES["mood"].index("sad")] * len(pictures)]
-            return {name: sad if name == "mood" else torch.zeros(len(pictures), len(w)) for name, w in self.words.items()}
+            return {name: sad if name == "mood" else torch.zeros(len(pictures), len(w)) for name, w in self.answers.items()}
 
     asked = [Asked.of_look(LOOK, ("mood", "clothes")), Asked.of_look(LOOK, ("skin",))]
     found = score(Says(PICTURE_HEADS, 32), torch.zeros(2, 3, 32, 32), asked)
@@ -32,8 +45,16 @@ def test_a_clip_is_asked_for_its_motion():
     assert asked.answers["motion"] == "becomes angry"
     assert "motion" in asked.stated
     assert "hair_colour" not in asked.stated
-    assert Reader(CLIP_HEADS, 32, len(SEEN)).labels([asked])["motion"].tolist() == [MOTION_WORDS.index("becomes angry")]
+    assert labels(CLIP_HEADS, [asked])["motion"].tolist() == [MOTION_WORDS.index("becomes angry")]
     assert seen(np.zeros((2, FRAMES, 32, 32, 3), np.uint8)).shape == (2, 9, 32, 32)
+
+
+def test_the_phrases_of_captions_say_what_the_captions_state():
+    words, rng = caption_words(), np.random.default_rng(4)
+    assert words.answers == VALUES
+    for look in islice(looks(9, held_out=False), 300):
+        saying = say(look, rng)
+        assert words.stated(saying.caption) == {name: getattr(look, name) for name in VALUES if name in saying.stated}
 
 
 def test_the_reader_learns_a_colour():
@@ -41,7 +62,7 @@ def test_the_reader_learns_a_colour():
     pictures = np.zeros((2, 32, 32, 3), np.uint8)
     pictures[1] = 255
     asked = [Asked.of_look(LOOK, ("background",)), Asked.of_look(Look(**{**vars(LOOK), "background": "pink"}), ("background",))]
-    reader = Reader({"background": VALUES["background"]}, 32)
+    reader = Probe({"background": VALUES["background"]}, 32)
     trainer = Trainer(reader, pictures, asked, steps=40, batch=8)
     losses = [trainer.update(step) for step in range(30)]
     assert losses[-1] < 0.5 * losses[0]

@@ -9,8 +9,8 @@ from reference.avatars import autoencoder, muon
 from reference.avatars.attributes import looks, vocabulary
 from reference.avatars.flow import Plan, Trainer
 from reference.avatars.latents import Latents
+from reference.avatars.networks import pack
 from reference.avatars.tiny_flux import TEXT_TOKENS, FluxLearner, PackedPictures, unpack
-from reference.networks import pack
 
 
 def folder(tmp_path, num=6):

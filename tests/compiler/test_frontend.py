@@ -34,7 +34,7 @@ def request_of(**given):
 @pytest.fixture(scope="module")
 def calibration(tmp_path_factory, model):
     path = tmp_path_factory.mktemp("calibration") / "toy.safetensors"
-    evaluator, uses = evaluator_of(model, SETTINGS), calibration_prompts("shapes", PROMPTS)
+    evaluator, uses = evaluator_of(model, SETTINGS), calibration_prompts("avatars", PROMPTS)
     subject = Subject.of(model, SETTINGS)
     here = recording_here(subject, evaluator)
     save_statistics(record_statistics(subject, here, uses, reference_steps=0, seed=0, work=None), path)

@@ -14,7 +14,7 @@ SPEC = MODELS["tiny-flux"]
 def test_defaults_are_those_of_the_model_and_the_method():
     request = make_request(SPEC)
     assert vars(request.settings) == {
-        "height": 64, "width": 64, "text_tokens": 16, "guidance": 3.5, "steps": 50, "dtype": "float32",
+        "height": 128, "width": 128, "text_tokens": 24, "guidance": 3.5, "steps": 50, "dtype": "float32",
         "frames": 1, "cut": None, "sigmas": None, "true_cfg_scale": 1.0, "shorter_texts": (),
     }  # fmt: skip
     assert request.method.name == "lesa"

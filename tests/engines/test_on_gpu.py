@@ -182,8 +182,8 @@ def test_a_pipeline_is_accelerated_where_it_is(dtype, apart):
         return cachec.accelerate(pipeline, method="taylor", steps=6, schedule="0,1,2,4", compiled=False)
 
     def run(pipeline):
-        call = {"height": 64, "width": 64, "num_inference_steps": 6, "max_sequence_length": 16, "output_type": "latent"}
-        return pipeline("a blue ring", **call, generator=torch.Generator().manual_seed(0)).images
+        call = {"height": 128, "width": 128, "num_inference_steps": 6, "max_sequence_length": 24, "output_type": "latent"}
+        return pipeline("a sad face", **call, generator=torch.Generator().manual_seed(0)).images
 
     pipeline = accelerated("cuda")
     got, wanted = run(pipeline), run(accelerated("cpu")).float()

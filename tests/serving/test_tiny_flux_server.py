@@ -11,8 +11,8 @@ from toy_product import succeed
 
 import cachec
 
-PROMPT = "a yellow ring left of a purple cross"
-OTHER = "a large red circle on a white background"
+PROMPT = "a laughing face with short blue hair in a red tee on a yellow background"
+OTHER = "a sad person with no hair in a white jacket on a navy background"
 WITHOUT = """
 import sys
 for name in ("torch", "diffusers", "transformers", "onnx"):

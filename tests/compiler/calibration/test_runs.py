@@ -156,7 +156,7 @@ def test_no_noise_is_for_people_and_for_fits_or_for_fits_and_measurements():
 
 def test_what_is_encoded_ahead_needs_no_text_encoders_any_more():
     model = load_model(find_model("tiny-flux"))
-    settings = replace(SETTINGS, text_tokens=16, guidance=3.5)
+    settings = replace(SETTINGS, height=32, width=32, text_tokens=24, guidance=3.5)
     wanted = encode_prompts(model, PROMPTS, settings)
     encode_ahead(model, PROMPTS, settings)
     assert model.pipeline.text_encoder is None

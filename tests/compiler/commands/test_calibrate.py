@@ -39,7 +39,7 @@ def test_the_file_is_all_that_is_left(calibrate, tmp_path, toy_directory, toy_sp
     assert files(tmp_path) == ["c"]
     read = load_statistics(tmp_path / "out" / "c")
     toy = load_model(find_model(str(toy_directory)))
-    prompts = calibration_prompts("shapes", PROMPTS[:8])
+    prompts = calibration_prompts("avatars", PROMPTS[:8])
     evaluator = GraphEvaluator(toy_split, toy.io)
     subject = Subject.of(toy, SETTINGS)
     made = record_statistics(subject, recording_here(subject, evaluator), prompts, reference_steps=8, seed=0, work=None)

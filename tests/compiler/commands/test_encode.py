@@ -24,7 +24,7 @@ def test_conditions_are_the_models_own_for_the_prompts_of_a_calibration(tmp_path
     out = tmp_path / "c.safetensors"
     output = succeed("encode", toy_directory, "--prompts", listed, "--num", 8, "-o", out)
     read = load_conditions(out)
-    assert read.prompts == calibration_prompts("shapes", PROMPTS[:8])
+    assert read.prompts == calibration_prompts("avatars", PROMPTS[:8])
     model = load_model(find_model(str(toy_directory)))
     np.testing.assert_array_equal(read.conditions["prompt"], model.encode(read.prompts.prompts, SETTINGS, ["prompt"])["prompt"])
     read.check("toy", SETTINGS)

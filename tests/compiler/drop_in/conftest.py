@@ -72,7 +72,7 @@ def accelerated(plain, compiled):
 
 @pytest.fixture(scope="session")
 def other_prompt(whole):
-    return whole.encode_prompt("a large red circle at the left", None, max_sequence_length=16)[0]
+    return whole.encode_prompt("a laughing face with short blue hair", None, max_sequence_length=24)[0]
 
 
 @pytest.fixture

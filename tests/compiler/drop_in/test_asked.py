@@ -14,9 +14,9 @@ from cachec.runtime.errors import EngineError, InputError
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"height": 128}, "the call has height 128, width 64; this pipeline was accelerated for height 64, width 64"),
+        ({"height": 64}, "the call has height 64, width 128; this pipeline was accelerated for height 128, width 128"),
         ({"height": 32, "width": 128}, "the call has height 32, width 128"),
-        ({"max_sequence_length": 32}, "the call has max_sequence_length 32; .* accelerated for max_sequence_length 16"),
+        ({"max_sequence_length": 32}, "the call has max_sequence_length 32; .* accelerated for max_sequence_length 24"),
         ({"joint_attention_kwargs": {"scale": 0.5}}, r"does not take joint_attention_kwargs \(scale\): take it off the call"),
     ],
 )
@@ -44,9 +44,9 @@ def test_another_scheduler_is_refused(accelerated, scheduler, message):
     ({"strange": 1}, "unexpected keyword argument 'strange'"),
     ({"guidance": None}, "guidance is missing: the transformer was compiled with it"),
     ({"timestep": torch.tensor([0.5, 0.6])}, "the timesteps of one call differ: 0.5, 0.6"),
-    ({"encoder_hidden_states": torch.zeros(1, 12, 64)}, r"a text of 12 tokens, where 16"),
+    ({"encoder_hidden_states": torch.zeros(1, 12, 64)}, r"a text of 12 tokens, where 24"),
     ({"controlnet_block_samples": [torch.zeros(1)]}, "does not take controlnet_block_samples"),
-    ({"txt_ids": torch.ones(16, 3)}, "txt_ids are not those that this pipeline was accelerated for"),
+    ({"txt_ids": torch.ones(24, 3)}, "txt_ids are not those that this pipeline was accelerated for"),
     ({"img_ids": None}, "img_ids is missing"),
 ])  # fmt: skip
 def test_single_inputs_are_looked_at(accelerated, plain, changes, message):

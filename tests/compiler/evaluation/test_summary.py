@@ -23,13 +23,13 @@ def test_equal_pictures_have_no_decibels():
     assert row["psnr_db_by_prompt"] == [None, None]
 
 
-def test_attributes_are_shares_of_items_not_of_prompts():
-    pair = Measured(45.0, 41.0, 1.0, 0.0, 0.1, 0.1, attributes={"colour": 0.5, "shape": 1.0}, num_items=2)
-    single = Measured(45.0, 41.0, 1.0, 0.0, 0.1, 0.1, attributes={"colour": 1.0, "shape": 1.0}, num_items=1)
+def test_attributes_are_shares_of_what_prompts_state():
+    both = Measured(45.0, 41.0, 1.0, 0.0, 0.1, 0.1, attributes={"mood": False, "hair": True})
+    one = Measured(45.0, 41.0, 1.0, 0.0, 0.1, 0.1, attributes={"mood": True})
     silent = Measured(45.0, 41.0, 1.0, 0.0, 0.1, 0.1)
-    row = summarize("fast", "level", 5, [silent, pair, single], LOOPS)
-    assert row["attributes"] == {"colour": 0.6667, "shape": 1.0}
-    assert row["attribute_accuracy"] == 0.8333
+    row = summarize("fast", "level", 5, [silent, both, one], LOOPS)
+    assert row["attributes"] == {"mood": 0.5, "hair": 1.0}
+    assert row["attribute_accuracy"] == 0.6667
 
 
 def test_what_is_not_available_is_none():

@@ -14,7 +14,10 @@ from cachec.runtime.errors import ModelUnavailableError
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
-LONG = "a large red striped circle at the left of a dark background and a small blue cross at the right"
+LONG = (
+    "a laughing person with brown skin , short blue hair and a long beard in a red cardigan on a yellow background "
+    "who blinks and turns up left"
+)
 
 
 @pytest.fixture(scope="module")
@@ -23,39 +26,39 @@ def model():
 
 
 def encode(model, prompts, text_tokens):
-    settings = Settings(height=64, width=64, text_tokens=text_tokens, guidance=3.5, steps=4, dtype="float32")
+    settings = Settings(height=128, width=128, text_tokens=text_tokens, guidance=3.5, steps=4, dtype="float32")
     return model.encode(prompts, settings, ["encoder_hidden_states"])
 
 
 def test_a_prompt_that_is_cut_is_named_with_what_is_lost_once(model, caplog):
     for _ in range(2):
-        encode(model, ["a red circle", LONG, LONG], 16)
+        encode(model, ["a sad face", LONG, LONG], 24)
     (said,) = [record.getMessage() for record in caplog.records if record.name.startswith("cachec")]
-    assert said.startswith("prompt 'a large red striped circle at the left of a dark")
-    assert "is cut at 16 text tokens, without 'blue cross at the right': shorten it" in said
+    assert said.startswith("prompt 'a laughing person with brown skin , short blue hair")
+    assert "is cut at 24 text tokens, without 'blinks and turns up left': shorten it" in said
 
 
 def test_so_is_one_that_only_the_pooled_text_encoder_cuts(model, caplog):
     encode(model, [LONG[2:]], 64)
     (said,) = [record.getMessage() for record in caplog.records if record.name.startswith("cachec")]
-    assert "the pooled text encoder reads 20 tokens only, not 'right'" in said
+    assert "the pooled text encoder reads 28 tokens only, not 'left'" in said
 
 
 def test_the_pipelines_own_words_are_not_repeated(model, caplog):
-    encode(model, [LONG[4:]], 16)
+    encode(model, [LONG[4:]], 24)
     assert not [record for record in caplog.records if "was truncated" in record.getMessage()]
-    model.pipeline.encode_prompt(prompt=LONG[4:], prompt_2=None, max_sequence_length=16)
+    model.pipeline.encode_prompt(prompt=LONG[4:], prompt_2=None, max_sequence_length=24)
     assert [record for record in caplog.records if "was truncated" in record.getMessage()]
 
 
 def test_a_prompt_that_fits_is_not_spoken_of(model, caplog):
-    encode(model, ["a small red circle at the left on a dark background"], 16)
+    encode(model, ["a sad face with short blue hair"], 24)
     assert not caplog.records
 
 
 def test_a_thin_twin_has_a_block_of_each_kind_and_leaves_the_model_alone():
     model = load_model(MODELS["tiny-flux"])
-    settings, state = Settings(64, 64, 16, 3.5, 4, "bfloat16"), torch.get_rng_state()
+    settings, state = Settings(128, 128, 24, 3.5, 4, "bfloat16"), torch.get_rng_state()
     twin, small = model.thin_twin(settings)
     assert torch.equal(torch.get_rng_state(), state)
     config = twin.transformer.config

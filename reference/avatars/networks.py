@@ -1,34 +1,14 @@
-"""The two trained networks of tiny-flux, and where its files go."""
+"""What the reference models have in common: sizes of latents, the sampler; and FLUX's transformer."""
 
-from pathlib import Path
-
-import numpy as np
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 
-from reference.dataset import SIDE
-from reference.text import WIDTH
+from reference.avatars.render import SIDE
+from reference.avatars.text import WIDTH
 
-PIPELINE_DIR = Path(__file__).parent.parent / "compiler" / "models" / "tiny-flux"
 LATENT_CHANNELS = 16
-LATENT_SIDE = SIDE // 4
+LATENT_SIDE = SIDE // 8
 SHIFT = 1.15  # the mu that FLUX.1-dev has at 1024 x 1024
-
-
-def build_autoencoder() -> AutoencoderKL:
-    """RGB 64 x 64 to 16 channels at 16 x 16 and back."""
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(16, 32, 64),
-        layers_per_block=1,
-        norm_num_groups=4,
-        latent_channels=LATENT_CHANNELS,
-        sample_size=SIDE,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        mid_block_add_attention=False,
-    )
 
 
 def build_transformer() -> FluxTransformer2DModel:
@@ -63,8 +43,3 @@ def image_ids() -> torch.Tensor:
     ids[..., 1] = torch.arange(side)[:, None]
     ids[..., 2] = torch.arange(side)[None, :]
     return ids.reshape(side * side, 3)
-
-
-def to_tensor(pictures: list[np.ndarray]) -> torch.Tensor:
-    """Pictures [S, S, 3] in [0, 1] to a batch [B, 3, S, S] in [-1, 1]."""
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) * 2 - 1

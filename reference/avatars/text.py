@@ -1,4 +1,4 @@
-"""The frozen text encoders of tiny-flux and their tokenizers.
+"""The frozen text encoders of tiny-flux, of which tiny-hunyuan has one, and their tokenizers.
 
 FLUX takes a pooled CLIP vector and a sequence of T5 states. Here both encoders are tiny and keep their random
 initialisation: with a vocabulary of a few dozen words that already tells captions apart, and the transformer
@@ -10,11 +10,9 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 WIDTH = 64
-T5_TOKENS = 16  # max_sequence_length of the pipeline call
-CLIP_TOKENS = 20  # model_max_length of the CLIP tokenizer; the pipeline always pads to it
 SEED = 20260101
 # FLUX gives text tokens no positions of their own, so word order reaches the transformer through T5 only, and an untrained
-# T5 attends to all words alike: "a red ring left of a blue cross" would be a bag of words. So each head looks at one neighbour.
+# T5 attends to all words alike: "black hair in a red tee" would be a bag of words. So each head looks at one neighbour.
 NEIGHBOURS = (1, 2, 17, 18)  # T5's buckets of the words one and two before, one and two after
 SHARPNESS = 6.0
 
@@ -40,7 +38,7 @@ def build_tokenizer(words: list[str], *, bos: str | None, max_length: int) -> Pr
     )
 
 
-def build_clip(words: list[str], tokens: int = CLIP_TOKENS) -> tuple[PreTrainedTokenizerFast, CLIPTextModel]:
+def build_clip(words: list[str], tokens: int) -> tuple[PreTrainedTokenizerFast, CLIPTextModel]:
     """CLIP text model (2 layers, width 64) and its tokenizer, which pads to ``tokens``."""
     tokenizer = build_tokenizer(words, bos="<s>", max_length=tokens)
     config = CLIPTextConfig(
@@ -87,7 +85,7 @@ def build_t5(words: list[str]) -> tuple[PreTrainedTokenizerFast, T5EncoderModel]
 
 
 @torch.no_grad()
-def encode(captions: list[str], clip: tuple, t5: tuple, tokens: int = T5_TOKENS) -> tuple[torch.Tensor, torch.Tensor]:
+def encode(captions: list[str], clip: tuple, t5: tuple, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Encode as ``FluxPipeline`` does. Returns T5 states [B, tokens, 64] and the pooled CLIP vector [B, 64]."""
     (clip_tokenizer, clip_model), (t5_tokenizer, t5_model) = clip, t5
     clip_ids = clip_tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
