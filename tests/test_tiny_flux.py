@@ -40,7 +40,9 @@ def test_the_reference_model_loads_as_any_flux_pipeline_does():
 
 
 def test_the_reference_model_is_small_enough_to_ship():
-    assert sum(file.stat().st_size for file in TINY_FLUX_DIR.rglob("*") if file.is_file()) <= 25e6
+    model = sum(file.stat().st_size for file in TINY_FLUX_DIR.rglob("*") if file.is_file())
+    assert model <= 25e6
+    assert model + sum(file.stat().st_size for file in PRETRAINED.glob("*")) <= 40e6
 
 
 def test_the_shipped_predictor_tells_how_it_was_trained():
