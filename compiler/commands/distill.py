@@ -40,6 +40,7 @@ def distill_to_directory(source: str, out: Path, *, force: bool, **options: Any)
     from cachec.compiler.frontend import evaluator_of
     from cachec.compiler.models.distilled import check_place, write_distilled
     from cachec.compiler.models.flow_maps import named_in_index
+    from cachec.engines.onnx_files import only_errors
 
     wish = read_options(options, "distill")
     given = vars(wish.distill)
@@ -60,7 +61,8 @@ def distill_to_directory(source: str, out: Path, *, force: bool, **options: Any)
     with model.hashing_weights():
         evaluator = evaluator_of(model, settings, device)
         made = distil(model, evaluator, settings, prompts, asked, seed=wish.fit.seed, work=work)
-    student = made.transformer.cpu().to(_stored_in(model))
+    with only_errors("diffusers.models.modeling_utils"):  # which warns of modules to be kept in float32, and names none
+        student = made.transformer.cpu().to(_stored_in(model))
     write_distilled(find_directory(spec), out, student, named_in_index(student), made.facts, force=force)
     remove_work(work)
     facts = [

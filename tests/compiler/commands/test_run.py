@@ -30,6 +30,17 @@ def test_compare_draws_one_sheet(toy_bundles, tmp_path):
         assert sheet.height > 2 * 16
 
 
+def test_other_bundles_stand_beside_it_in_the_sheet(toy_bundles, tmp_path):
+    given = ("run", toy_bundles / "both", "-p", PROMPTS[0], "--compare")
+    succeed(*given, "-o", tmp_path / "two.png")
+    output = succeed(*given, "-o", tmp_path / "three.png", "--beside", toy_bundles / "kept")
+    decibels = next(line.split()[1] for line in output.splitlines() if line.startswith("PSNR"))
+    (beside,) = [line for line in output.splitlines() if line.startswith("lesa ")]  # the same model: its uncached run is there
+    assert float(beside.split(", ")[-1].removesuffix(" dB")) == pytest.approx(float(decibels), abs=0.1)
+    with Image.open(tmp_path / "two.png") as two, Image.open(tmp_path / "three.png") as three:
+        assert 2 * (three.width - two.width) == two.width - 16
+
+
 def test_a_profile_says_where_the_time_went(toy_bundles, tmp_path):
     output = succeed("run", toy_bundles / "both", "-p", "x", "-o", tmp_path / "x.png", "--profile", tmp_path / "trace.json")
     assert "compute" in output
@@ -41,6 +52,7 @@ def test_a_profile_says_where_the_time_went(toy_bundles, tmp_path):
     ("given", "message"),
     [
         (["--profile", "t.json", "--compare"], "--profile is of one run, --compare makes two"),
+        (["--beside", "other.cachec"], "--beside is of --compare alone"),
         (["--seed", "-1"], "seed is -1"),
         (["--threads", "0"], "threads is 0"),
         (["--strength", "0.5"], "--picture and --strength are for bundles with an encoder of pictures"),
