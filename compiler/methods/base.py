@@ -110,6 +110,10 @@ class Method(ABC):
         """The method at its cheapest, for searches that fit it to many schedules."""
         return self
 
+    def brief(self) -> "Method":
+        """The method at little cost, for choosing among a few schedules: nearly as good as it will be on each."""
+        return self
+
     def interval(self, num_steps: int, interval: int) -> Schedule:
         """The method's own published schedule."""
         return interval_schedule(num_steps, interval, extra=self.extra_steps)

@@ -21,6 +21,7 @@ from cachec.runtime.program import Cut
 from cachec.runtime.specs import Array
 
 POLISH_PROMPTS = 32
+FIRST_PROMPTS = 16  # of the first round, which has the longest way to go
 MIN_POLISH_PROMPTS = 16  # with fewer, rows and time steps fit these prompts alone: bench/QUALITY.md
 MAX_POLISHED = 12  # computed steps
 CHOICES = ("latents", "pictures")
@@ -62,6 +63,9 @@ class Gram(TableMethod):
     def draft(self) -> "Gram":
         return replace(self, polish=0)
 
+    def brief(self) -> "Gram":
+        return replace(self, polish=min(self.polish, 1))
+
     def calibrate(self, calibration: Calibration, schedule: Schedule) -> Parameters:
         table = fit_rows(calibration, schedule)
         if self.polish and len(schedule.compute) > MAX_POLISHED:
@@ -69,8 +73,8 @@ class Gram(TableMethod):
         elif self.polish and calibration.num_prompts < MIN_POLISH_PROMPTS:
             log.warning("fitted on %d prompts, not polished: that takes %d", calibration.num_prompts, MIN_POLISH_PROMPTS)
         elif self.polish:
-            some = calibration.select(range(min(POLISH_PROMPTS, calibration.num_prompts)))
-            table = polish(some, table, rounds=self.polish)
+            for number in range(self.polish):
+                table = polish_round(calibration, table, number)
         arrays = {"rows": table.coefficients}
         if table.timesteps is not None:
             arrays["timesteps"] = table.timesteps
@@ -78,6 +82,12 @@ class Gram(TableMethod):
 
     def table(self, schedule: Schedule, sigmas: Array, parameters: Parameters | None) -> AdvanceTable:
         return fitted_table(self.name, schedule, parameters)
+
+
+def polish_round(calibration: Calibration, table: AdvanceTable, number: int) -> AdvanceTable:
+    """One round, the first of which is number 0: that one looks at fewer prompts."""
+    num = min(POLISH_PROMPTS if number else FIRST_PROMPTS, calibration.num_prompts)
+    return polish(calibration.select(range(num)), table, rounds=1)
 
 
 def schedule_facts(name: str, calibration: Calibration, schedule: Schedule) -> dict[str, str]:

@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 RIDGES = tuple(10.0**power for power in range(-12, -1))  # relative to the mean squared norm of a velocity
 FOLDS = 8
 NUDGE = 1e-3  # finite difference, in units of the preconditioned coefficients and of timesteps
-STEPS_PER_JACOBIAN = 3  # later ones with its weights and residuals anew
+STEPS_PER_JACOBIAN = 2  # later ones with its weights and residuals anew
 SOFTNESS = 0.5
 DAMPINGS = (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0)  # Levenberg-Marquardt, relative to each direction's own curvature
 
@@ -203,16 +203,20 @@ def _best_step(calibration: Calibration, schedule: Schedule, point: _Point, soft
     curvature = np.tensordot(weights, jacobian.products, 1)
     pull = (residual * weights[:, None]).ravel()
     gradient = np.array([float(column.ravel().astype(np.float64) @ pull) for column in jacobian.columns])
-    score = _score(calibration, point, soft)
-    best: _Point | None = None
-    for damping in DAMPINGS:
-        moved = _stepped(calibration, schedule, point, jacobian, _solve_damped(curvature, gradient, damping))
-        reached = math.inf if moved is None else _score(calibration, moved, soft)
-        if reached < score:
-            best, score = moved, reached
-        elif best is not None:  # more damping only shortens the step from here on
-            break
-    return best
+    tried: dict[int, tuple[float, _Point | None]] = {}
+
+    def reached(place: int) -> float:
+        if place not in tried:
+            moved = _stepped(calibration, schedule, point, jacobian, _solve_damped(curvature, gradient, DAMPINGS[place]))
+            tried[place] = (math.inf if moved is None else _score(calibration, moved, soft), moved)
+        return tried[place][0]
+
+    best, start = len(DAMPINGS) // 2, _score(calibration, point, soft)  # the usual best
+    while best > 0 and reached(best - 1) < reached(best):
+        best -= 1
+    while best + 1 < len(DAMPINGS) and (reached(best) >= start or reached(best + 1) < reached(best)):
+        best += 1
+    return tried[best][1] if reached(best) < start else None
 
 
 def _solve_damped(curvature: Array, gradient: Array, damping: float) -> Array:

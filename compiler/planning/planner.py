@@ -156,7 +156,7 @@ class Planner:
             return searched
         if (budget, fine) not in self._chosen:
             choice = self._picture_choice(fine)
-            steps = searched.compute if choice is None else choice.choose(searched.compute, seed=self._seed)
+            steps = searched.compute if choice is None else choice.choose(searched.compute)
             self._chosen[budget, fine] = Schedule(searched.num_steps, steps)
         return self._chosen[budget, fine]
 

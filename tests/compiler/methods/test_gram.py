@@ -41,13 +41,15 @@ def test_a_fit_to_a_fine_reference_says_so():
 
 
 def test_rows_are_fitted_to_all_prompts_and_polished_on_the_first(monkeypatch):
+    monkeypatch.setattr("cachec.compiler.methods.gram.FIRST_PROMPTS", 3)
     monkeypatch.setattr("cachec.compiler.methods.gram.POLISH_PROMPTS", 4)
     monkeypatch.setattr("cachec.compiler.methods.gram.MIN_POLISH_PROMPTS", 9)
     calibration = make_calibration(9)
     parameters = Gram(polish=2).calibrate(calibration, FOUR)
     assert parameters.arrays["rows"].dtype == parameters.arrays["timesteps"].dtype == np.float64
     table = Gram().table(FOUR, calibration.sigmas, parameters)
-    expected = polish(calibration.select(range(4)), fit_rows(calibration, FOUR), rounds=2)
+    expected = polish(calibration.select(range(3)), fit_rows(calibration, FOUR), rounds=1)
+    expected = polish(calibration.select(range(4)), expected, rounds=1)
     np.testing.assert_array_equal(table.coefficients, expected.coefficients)
     np.testing.assert_array_equal(table.timesteps, expected.timesteps)
     assert decibels(calibration.errors(table)) > decibels(calibration.errors(fit_rows(calibration, FOUR)))
@@ -61,8 +63,9 @@ def test_it_does_not_polish_on_too_few_prompts_nor_too_many_steps_and_says_so(ca
     assert caplog.messages[1].startswith("4 computed steps are not polished")
 
 
-def test_its_draft_is_not_polished():
-    assert Gram(polish=7).draft() == Gram(polish=0)
+def test_its_draft_is_not_polished_and_its_brief_fit_for_a_round():
+    assert Gram(polish=7).draft() == Gram(polish=0).brief() == Gram(polish=0)
+    assert Gram(polish=7).brief() == Gram(polish=1)
 
 
 @pytest.mark.parametrize("method", [Gram(), Bns()], ids=["gram", "bns"])

@@ -92,8 +92,8 @@ GIVEN = {"key": KEY, "parameters": None, "to_fine": False, "forecast_cost": 0.0,
 def test_a_budgets_schedule_is_chosen_once_by_pictures_of_others(monkeypatch, caplog):
     choices, real = [], module.PictureChoice.choose
 
-    def choose(self, searched, *, seed):
-        choices.append((self.fit.index.tolist(), self.choosing.index.tolist(), real(self, searched, seed=seed)))
+    def choose(self, searched):
+        choices.append((self.fit.index.tolist(), self.choosing.index.tolist(), real(self, searched)))
         return choices[-1][-1]
 
     monkeypatch.setattr(module.PictureChoice, "choose", choose)
