@@ -35,7 +35,7 @@ from cachec.compiler.tables.schedule import Schedule
 from cachec.runtime.noise import make_noise
 from reference.avatars.attributes import looks, say
 
-STEPS = 50
+STEPS, SIZE, TEXT_TOKENS, GUIDANCE = 50, 128, 24, 3.5
 SEED, HELD_SEED, NUM_HELD = 515, 616, 128  # of captions: to fit on and choose by, to measure on
 BOOTSTRAPS = 4000
 
@@ -67,7 +67,7 @@ class ChoiceBench:
         work.mkdir(parents=True, exist_ok=True)
         self.work, spec = work, find_model(name)
         self.model: LoadedModel = load_model(spec)
-        self.settings = Settings(spec.height, spec.width, spec.text_tokens, spec.guidance, STEPS, "float32")
+        self.settings = Settings(SIZE, SIZE, TEXT_TOKENS, GUIDANCE, STEPS, "float32")
         self.evaluator = GraphEvaluator(prepare(self.model, self.settings), self.model.io)
         self.subject = Subject.of(self.model, self.settings)
         path = work / "calibration.safetensors"
