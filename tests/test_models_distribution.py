@@ -1,5 +1,6 @@
 """The second distribution, ``cachec-models``: what is in the tree, and how models and predictors in one are found."""
 
+import json
 import sys
 import tomllib
 from pathlib import Path
@@ -19,6 +20,8 @@ from cachec.runtime.version import VERSION
 
 TREE = Path(__file__).resolve().parents[1] / "reference" / "models"
 MB = 1e6
+DISTILLED = {"steps": 8, "guidance": 1.0, "height": 32, "width": 48, "frames": 1, "text_tokens": 8, "prompts": "avatars"}
+DISTILLED |= {"teacher": "tiny-flux"}
 
 in_the_tree = pytest.mark.skipif(not TREE.is_dir(), reason="the source tree is not beside the tests")
 
@@ -60,12 +63,14 @@ def absent(monkeypatch):
 
 @pytest.fixture
 def installed(tmp_path, monkeypatch, flux_directory):
-    """A distribution with a small FLUX pipeline, in which ``small-flux`` has a name here and ``small-flux-8`` has none."""
+    """A distribution: ``small-flux``, which has a name here, and ``small-flux-8``, which has none and a teacher that has."""
     package = tmp_path / "cachec_models_of_a_test"
     (package / "predictors").mkdir(parents=True)
     (package / "__init__.py").write_text("raise ImportError('it is not to be imported')")
-    for name in ("small-flux", "small-flux-8"):
-        (package / name).symlink_to(flux_directory)
+    (package / "small-flux").symlink_to(flux_directory)
+    (package / "small-flux-8").mkdir()
+    (package / "small-flux-8" / "model_index.json").symlink_to(flux_directory / "model_index.json")
+    (package / "small-flux-8" / "distilled.json").write_text(json.dumps(DISTILLED))
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr("cachec.compiler.models.distribution.PACKAGE", package.name)
     spec = ModelSpec("small-flux", f"{SOURCE}small-flux", 32, 48, 8, 3.5, steps=4, packaged=True)
@@ -96,9 +101,10 @@ def test_a_model_of_the_distribution_is_found_and_named_as_one_that_ships(instal
     assert (wrapped.spec, wrapped.weights_hash) == (spec, model.weights_hash)
 
 
-def test_a_pipeline_of_the_distribution_without_a_line_here_has_its_familys_defaults(installed):
+def test_a_distilled_model_of_the_distribution_has_the_defaults_of_its_file_and_the_credit_of_its_teacher(installed):
     spec = find_model("small-flux-8")
-    assert (spec.portable_source, spec.source, spec.guidance) == ("small-flux-8", str(installed / "small-flux-8"), 3.5)
+    assert (spec.portable_source, spec.source, spec.steps) == ("small-flux-8", str(installed / "small-flux-8"), 8)
+    assert "Johan Melin" in spec.credit
     assert "small-flux-8" in run_cli("list", "models")[1]
     with pytest.raises(InputError, match="Did you mean 'small-flux-8'"):
         find_model("small-flux-9")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cachec.compiler.models.base import ModelSpec
+from cachec.compiler.models.named import MODELS
 from cachec.runtime.errors import ModelUnavailableError, OutputError
 from cachec.runtime.files import writing
 from cachec.runtime.work import fresh_folder
@@ -23,6 +24,8 @@ TRANSFORMER = "transformer"
 def as_distilled(spec: ModelSpec, directory: Path) -> ModelSpec:
     """The spec with the steps, the guidance scale and the sizes that the model in ``directory`` was distilled for, if it was.
 
+    What its teacher learned from is credited, and its pictures are read as the teacher's are, if that has a short name.
+
     Raises:
         ModelUnavailableError: the file that says so is damaged.
     """
@@ -30,8 +33,15 @@ def as_distilled(spec: ModelSpec, directory: Path) -> ModelSpec:
         return spec
     names = ("steps", "guidance", "height", "width", "frames", "text_tokens", "prompts")
     kinds = {"guidance": float, "prompts": str}
+    teacher = MODELS.get(str(facts.get("teacher")), spec)
     try:
-        return replace(spec, sizes=(), **{name: kinds.get(name, int)(facts[name]) for name in names})
+        return replace(
+            spec,
+            sizes=(),
+            credit=teacher.credit,
+            probe=teacher.probe,
+            **{name: kinds.get(name, int)(facts[name]) for name in names},
+        )
     except (KeyError, TypeError, ValueError) as error:
         raise ModelUnavailableError(f"{directory / DISTILLED} is damaged ({error!r}): download or distil it again") from error
 
