@@ -69,8 +69,9 @@ eval: $(READY)  ## The honest table: gram with 8 of 50 steps beside everything, 
 	$(BIN)/cachec eval demo/tiny-flux-gram.cachec --against taylor:1,taylor:2,lesa,reuse,plain,ab2,unipc,dpm \
 		--json demo/eval.json --force
 
-quality: $(READY)  ## Every method at equal cost on the reference models: bench/QUALITY.md (hours on two idle cores; resumable)
-	$(BIN)/python -m bench.quality --work build/quality
+quality: $(READY)  ## Every method at equal cost on the reference models: bench/QUALITY.md (hours on two cores; resumable)
+	printf '%s\n' tiny-qwen tiny-hunyuan tiny-flux | OMP_NUM_THREADS=1 xargs -P 2 -I{} \
+		$(BIN)/python -m bench.quality --work build/quality --model {}
 	$(BIN)/python -m bench.gram_ablation --work build/quality
 	$(BIN)/python -m bench.quality_report --date $$(date +%F)
 

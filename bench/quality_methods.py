@@ -62,11 +62,11 @@ OWN = ("taylor:1", "taylor:2", "reuse", "newton:2", "hicache", "foca", "spectrum
 QUICK = 2  # of these and of the solvers, which come first
 UNIFORM = ("taylor:1", "taylor:2")
 SEARCHED = ("taylor:1", "newton:2", "taylor:2", "hicache", "reuse")
-ON_OURS = ("dyweight", "freqca", "hyca", "svd-cache", "linca")  # what has no search of its own, on gram's steps
+ON_OURS = ("dyweight", "hyca")  # what has no search of its own, on gram's steps
 LESS_OWN = ("taylor:1", "taylor:2", "reuse", "hicache", "freqca", "svd-cache", "hyca", "linca")
 LESS_SEARCHED = ("taylor:1", "newton:2", "taylor:2")
 SEARCHED_SOLVERS = ("ab2", "unipc", "dpm")
-WHOLE_ON_OURS = ("bns", "l2p (closed)")  # at one budget only: minutes of gradients; the same form as gram
+WHOLE_ON_OURS = ("freqca", "svd-cache", "linca", "l2p (closed)", "bns")  # at one budget only
 
 
 def bench_equal_cost(rows: Rows, setting: Setting, budget: int) -> None:
@@ -105,7 +105,7 @@ def bench_equal_cost(rows: Rows, setting: Setting, budget: int) -> None:
         on(name, "own", lambda n=name: own_schedule(setting, n, budget))
     for name in UNIFORM:
         on(name, "uniform", lambda: uniform_schedule(setting.num_steps, budget))
-    for name in () if ours is None else (*ON_OURS, *(WHOLE_ON_OURS if whole else ())):
+    for name in () if ours is None else (*ON_OURS, *WHOLE_ON_OURS) if whole else ON_OURS:
         on(name, "gram's", lambda s=ours: s)
     searched("gram-hidden")
     searched("gram, by pictures", "pictures")

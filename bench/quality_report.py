@@ -42,11 +42,11 @@ and weights, and go through the planner of `cachec compile`.
   for gram, `pictures` those of `--set choose=pictures`.
 - Cost is counted in computed steps. A forecast is a run of the model's tail; those of the output cut (`gram`, `dyweight`,
   `bns`, `adams`, solvers) run nothing. No times are measured here: they are in [`RESULTS.md`](RESULTS.md).
-- At K = {whole} all rows are measured, at the others those that come near the best somewhere; `bns`, minutes of gradients, at
-  {whole} only.
+- At K = {whole} all rows are measured, at the others those that come near the best somewhere. `make quality` runs two models
+  at a time, on one thread each.
 
 These are claims about three small models. `python -m bench.quality && python -m bench.quality_report --date {date}`
-(`make quality`) on 2 cores of a shared machine; every row, caption by caption, is in `bench/quality-MODEL.json`, with the
+(`make quality`) on a shared machine of 2 cores; every row, caption by caption, is in `bench/quality-MODEL.json`, with the
 commit that it was measured at.
 """
 
