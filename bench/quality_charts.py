@@ -37,6 +37,6 @@ def draw(groups: Mapping[int, Sequence[tuple[str, str, Row]]], path: Path, title
         axis.set_xlabel("PSNR dB against the uncached run")
         axis.grid(axis="x", alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(f"{title}: mean (dot), 5th percentile (bar), worst caption (cross)", fontsize=10)
+    figure.suptitle(f"{title}\ndot: mean, bar: 5th percentile, cross: worst caption", fontsize=9)
     figure.savefig(path, dpi=100)
     plt.close(figure)

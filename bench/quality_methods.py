@@ -111,6 +111,17 @@ def bench_equal_cost(rows: Rows, setting: Setting, budget: int) -> None:
     searched("gram, by pictures", "pictures")
 
 
+def expected_rows(budget: int) -> list[tuple[str, str]]:
+    """Methods and steps that :func:`bench_equal_cost` measures at a budget."""
+    whole = budget == WHOLE_BUDGET
+    rows = [(name, "uniform") for name in (*SOLVERS, *UNIFORM)]
+    rows += [(name, "own") for name in (OWN if whole else LESS_OWN)]
+    rows += [(name, "searched") for name in (*SEARCHED_SOLVERS, *(SEARCHED if whole else LESS_SEARCHED))]
+    rows += [(name, "searched") for name in ("gram, closed form", "gram", "gram-hidden")]
+    rows += [(name, "gram's") for name in (*ON_OURS, *(WHOLE_ON_OURS if whole else ()))]
+    return [*rows, ("gram, by pictures", "pictures")]
+
+
 def make_method(name: str) -> Method:
     """A method of the table above."""
     kind, options = METHODS[name]

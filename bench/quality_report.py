@@ -19,7 +19,7 @@ from bench.quality_charts import OURS as RED
 from bench.quality_charts import SOLVERS as BLUE
 from bench.quality_charts import draw
 from bench.quality_distilled import distilled_section
-from bench.quality_methods import EQUAL, OURS, WHOLE_BUDGET
+from bench.quality_methods import EQUAL, OURS, WHOLE_BUDGET, expected_rows
 from bench.quality_setting import NUM_CHOOSE, NUM_FIT
 from bench.quality_tables import MEASURES, ROUNDS, Found, ablation, cells, compared, cost, paired, table, verdict
 from bench.quality_transfer import BRANCHES, MOOD, TRANSFER
@@ -69,7 +69,7 @@ def comparisons(found: Found) -> str:
     if not lines:
         return "Not measured yet.\n"
     header = ["K", "ours", "measure", "best other by it", "its value", "ours", "difference", ""]
-    return table(header, lines)
+    return table(header, lines) + "\n"
 
 
 def searched_solver_line(found: Found) -> str:
@@ -84,13 +84,21 @@ def searched_solver_line(found: Found) -> str:
     return f"\n`gram` against the best plain solver on searched steps: {'; '.join(parts)}.\n" if parts else ""
 
 
+def left_out(found: Found, budget: int) -> str:
+    """What is planned for a budget and neither measured nor known not to exist."""
+    known = {(name, steps) for name, steps, _ in found.of(EQUAL, budget)}
+    known |= {tuple(key.split(", ", 1)[1].rsplit(", ", 1)) for key, _ in found.missing(EQUAL) if key.startswith(f"{budget}, ")}
+    left = [f"{name} ({steps})" for name, steps in expected_rows(budget) if (name, steps) not in known]
+    return f"\nNot measured yet: {'; '.join(left)}.\n" if left else ""
+
+
 def all_rows(found: Found) -> str:
     parts = []
     for budget in BUDGETS:
         rows = equal_rows(found, budget)
         if rows:
             lines = [[f"**{name}**" if name in OURS else name, steps, cost(row), *cells(row)] for name, steps, row in rows]
-            parts.append(f"### {budget} of {found.steps} steps\n\n{table(HEADER, lines)}\n")
+            parts.append(f"### {budget} of {found.steps} steps\n\n{table(HEADER, lines)}\n{left_out(found, budget)}")
         else:
             parts.append(f"### {budget} of {found.steps} steps\n\nNot measured yet.\n")
     missing = [f"- {key}: {why}" for key, why in found.missing(EQUAL)]
