@@ -3,8 +3,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export HF_HUB_OFFLINE := 1
+CLIPS := -p "a smiling person in a blue cardigan with a ginger bun and a moustache on a yellow background , becomes angry" \
+	-p "a laughing person in a purple tee with brown skin and cropped black hair , moves left"
 
-.PHONY: help demo demo-clips test test-slow models models-full check types wheel eval quality bench engines sizes static soak fits serve-bench gpu avatars clean
+.PHONY: help demo demo-pictures demo-clips clips-gram test test-slow models models-full check types wheel eval quality bench engines sizes static soak fits serve-bench gpu avatars clean
 
 help:  ## Say what can be made
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -14,7 +16,9 @@ $(READY): pyproject.toml reference/models/pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[cpu,compile,rtx,ray,pictures,hub,serve,dev]' --editable ./reference/models
 	touch $(READY)
 
-demo: $(READY)  ## Compile tiny-flux with LESA into a bundle that needs nothing else, and draw a comparison: demo/comparison.png
+demo: demo-pictures demo-clips  ## Two sheets of avatars, with seconds and dB: demo/comparison.png and demo/clips.png
+
+demo-pictures: $(READY)  ## tiny-flux with LESA in a bundle that needs nothing else: demo/comparison.png
 	$(BIN)/cachec compile tiny-flux --method lesa --interval 7 -o demo/tiny-flux-lesa.cachec --force
 	$(BIN)/cachec run demo/tiny-flux-lesa.cachec --compare --force -o demo/comparison.png \
 		-p "a winking face in a purple turtleneck with short ginger hair on a pink background" \
@@ -22,12 +26,13 @@ demo: $(READY)  ## Compile tiny-flux with LESA into a bundle that needs nothing 
 		-p "a sad person with light skin , spiky black hair and a beard in a red turtleneck"
 	$(BIN)/cachec run demo/tiny-flux-lesa.cachec --force -o demo/alone.png -p "an angry character wearing a black tee , with brown skin and no hair"
 
-demo-clips: $(READY)  ## Compile tiny-hunyuan with TaylorSeer and gram, and draw rows of frames, with seconds and dB: demo/clips.png
+demo-clips: $(READY)  ## tiny-hunyuan with TaylorSeer, rows of frames: demo/clips.png
 	$(BIN)/cachec compile tiny-hunyuan --method taylor --budget 10 -o demo/tiny-hunyuan-taylor.cachec --force
+	$(BIN)/cachec run demo/tiny-hunyuan-taylor.cachec --compare --force -o demo/clips.png $(CLIPS)
+
+clips-gram: demo-clips  ## The same with a row of gram, which calibrates for minutes
 	$(BIN)/cachec compile tiny-hunyuan --method gram --budget 8 -o demo/tiny-hunyuan-gram.cachec --force
-	$(BIN)/cachec run demo/tiny-hunyuan-taylor.cachec --compare --beside demo/tiny-hunyuan-gram.cachec --force -o demo/clips.png \
-		-p "a smiling person in a blue cardigan with a ginger bun and a moustache on a yellow background , becomes angry" \
-		-p "a laughing person in a purple tee with brown skin and cropped black hair , moves left"
+	$(BIN)/cachec run demo/tiny-hunyuan-taylor.cachec --compare --beside demo/tiny-hunyuan-gram.cachec --force -o demo/clips.png $(CLIPS)
 
 test: $(READY)  ## Run the tests, on the CPU, in two processes of one thread each
 	$(BIN)/python -m pytest -n 2 --dist loadscope --durations 10
@@ -105,6 +110,7 @@ avatars: $(READY)  ## Train the reference models of avatars: Node draws the pict
 	for part in autoencoder tiny_flux qwen_autoencoder tiny_qwen video_autoencoder tiny_hunyuan; do \
 		$(BIN)/python -m reference.avatars.$$part --threads 2 || exit; done
 	for kind in pictures clips; do $(BIN)/python -m reference.avatars.probe --of $$kind --threads 2 || exit; done
+	$(BIN)/python -m reference.avatars.plot_loss
 
 clean:  ## Remove what was built, but not what was trained (build/reference)
 	rm -rf $(filter-out build/reference,$(wildcard build/*))

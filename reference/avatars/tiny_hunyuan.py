@@ -114,8 +114,8 @@ def held_out(out: Path) -> HeldOut:
 
 @click.command()
 @loop.options
-@click.option("--steps", default=5000, show_default=True, help="Updates in all, both stages.")
-@click.option("--distill-steps", default=250, show_default=True, help="How many of them distil guidance.")
+@click.option("--steps", default=1700, show_default=True, help="Updates in all, both stages.")
+@click.option("--distill-steps", default=200, show_default=True, help="How many of them distil guidance.")
 @click.option("--batch", default=32, show_default=True)
 def main(out: Path, steps: int, distill_steps: int, batch: int, threads: int) -> None:
     """Train on the clips' latents; log held-out loss and draw held-out captions every twenty minutes."""

@@ -60,7 +60,7 @@ class QwenLearner:
 
 @click.command()
 @loop.options
-@click.option("--steps", default=6000, show_default=True)
+@click.option("--steps", default=1500, show_default=True)
 @click.option("--batch", default=32, show_default=True)
 def main(out: Path, steps: int, batch: int, threads: int) -> None:
     """Train on cached latents; log held-out loss and draw held-out captions every twenty minutes."""
