@@ -23,7 +23,7 @@ def test_it_says_what_was_asked_for_and_what_was_measured(tmp_path):
     assert (manifest.method["name"], manifest.method["options"]["order"], manifest.method["fold"]) == ("taylor", 2, "static")
     assert manifest.method["predictor"] is None
     assert {key: manifest.settings[key] for key in ("steps", "interval", "seed", "block", "prompts")} == {
-        "steps": 8, "interval": 3, "seed": 7, "block": "blocks.2", "prompts": "shapes",
+        "steps": 8, "interval": 3, "seed": 7, "block": "blocks.2", "prompts": "avatars",
     }  # fmt: skip
     assert manifest.files == files
     assert manifest.facts["levels"] == {"default": {}}
