@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.quality_methods import make_method, plan, trained
-from bench.quality_setting import Rows, Setting, open_model, open_setting
+from bench.quality_setting import Rows, Setting, open_model, open_setting, usual_settings
 from bench.quality_tables import Found, cells, paired, table
 from cachec.compiler.calibration.graph_evaluator import GraphEvaluator
 from cachec.compiler.graphs.flops import run_flops
@@ -23,7 +23,7 @@ from cachec.compiler.methods.base import BlockMethod
 from cachec.compiler.methods.disca import LISTS
 from cachec.compiler.methods.parameters import PRETRAINED, WEIGHTS, Parameters, load_predictor
 from cachec.compiler.models import find_model, outline_model
-from cachec.compiler.models.base import LoadedModel, ModelSpec, Settings
+from cachec.compiler.models.base import LoadedModel, ModelSpec
 from cachec.compiler.models.distilled import distilled_facts
 from cachec.compiler.models.distribution import installed_models, predictor_folders
 from cachec.compiler.planning.goals import Goal
@@ -140,10 +140,8 @@ def forecast_shares(student: Setting, parameters: Parameters) -> dict[str, Any]:
     method = get_method("disca").with_options({"depth": str(json.loads(parameters.facts.get("options", "{}")).get("depth", 2))})
     assert isinstance(method, BlockMethod)
     large = outline_model(LARGE)
-    spec = large.spec
-    settings = Settings(spec.height, spec.width, spec.text_tokens, spec.guidance, spec.steps, "float32", frames=spec.frames)
     small = with_blocks(student.model, student.settings, method.blocks(student.model, parameters))
-    whole = with_blocks(large, settings, method.outlined(large))
+    whole = with_blocks(large, usual_settings(large.spec), method.outlined(large))
     shares = {}
     for name, graphs in (("small", small), ("large", whole)):
         shares[name] = run_flops(graphs.modules[FORECAST]) / run_flops(graphs.modules[COMPUTE])

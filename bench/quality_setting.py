@@ -127,8 +127,12 @@ class Setting:
 
 def open_model(spec: ModelSpec, **changes: Any) -> tuple[LoadedModel, Settings]:
     """A model and its usual settings, but for ``changes``."""
-    settings = Settings(spec.height, spec.width, spec.text_tokens, spec.guidance, spec.steps, "float32", frames=spec.frames)
-    return load_model(spec), replace(settings, **changes)
+    return load_model(spec), replace(usual_settings(spec), **changes)
+
+
+def usual_settings(spec: ModelSpec) -> Settings:
+    """A model's own, in float32."""
+    return Settings(spec.height, spec.width, spec.text_tokens, spec.guidance, spec.steps, "float32", frames=spec.frames)
 
 
 def open_setting(model: LoadedModel, settings: Settings, work: Path, *, name: str = "", num: int = NUM_EVAL) -> Setting:
