@@ -143,7 +143,7 @@ def open_setting(model: LoadedModel, settings: Settings, work: Path, *, name: st
     captions = tuple(default_prompts(model.spec.prompts, "eval")[:num])
     conditions = subject.encode(captions)
     noise = np.stack([make_noise(seed, subject.latent_shape) for seed in range(len(captions))])
-    reference = _uncached(subject, evaluator, noise, conditions, work / f"reference{name}")
+    reference = uncached_latents(subject, evaluator, noise, conditions, work / f"reference{name}")
     calibration = open_calibration(statistics, subject, evaluator)
     return Setting(model, settings, calibration, captions, conditions, noise, reference, work)
 
@@ -168,7 +168,10 @@ def calibrate(subject: Subject, evaluator: Evaluator, prompts: UsedPrompts, path
     return load_statistics(whole)
 
 
-def _uncached(subject: Subject, evaluator: Evaluator, noise: Array, conditions: Mapping[str, Array], folder: Path) -> Array:
+def uncached_latents(
+    subject: Subject, evaluator: Evaluator, noise: Array, conditions: Mapping[str, Array], folder: Path
+) -> Array:
+    """Where uncached runs end [P, …]; read from ``folder`` as far as they lie there."""
     folder.mkdir(exist_ok=True)
     parts = []
     for at in range(0, len(noise), CHUNK):
