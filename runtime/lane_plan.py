@@ -14,7 +14,8 @@ import numpy as np
 from cachec.runtime.abi import BATCH
 from cachec.runtime.engine import Engine
 from cachec.runtime.errors import InputError
-from cachec.runtime.lane_policy import Costs, Kind, Stage
+from cachec.runtime.lane_costs import Costs, Meeting
+from cachec.runtime.lane_policy import Kind, Stage
 from cachec.runtime.noise import make_noise
 from cachec.runtime.plan import BindingPlan, Layout, PlannedCall, View, condition_name, lay_out
 from cachec.runtime.plan_buffers import tables_of
@@ -62,6 +63,11 @@ class LaneCall:
     rows: int
     shared: tuple[object, ...]
     asks: bool
+
+    @cached_property
+    def meeting(self) -> Meeting:
+        """The same to the policy."""
+        return Meeting(self.port.name, self.rows, self.shared if self.port.shares else None, self.port.computes, self.asks)
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,13 +118,7 @@ class LanePlan:
 
     def kind(self, costs: Costs) -> Kind:
         """What the policy knows of requests that play it."""
-        return Kind([self._stage(stage, costs) for stage in self.stages], costs)
-
-    def _stage(self, stage: range, costs: Costs) -> Stage:
-        calls = [self.calls[place] for place in stage]
-        (run,) = (call for call in calls if call.port.computes)
-        aside = sum(costs.of(call.port.name, call.rows) for call in calls if call is not run)
-        return Stage(run.port.name, run.rows, aside)
+        return Kind([Stage(tuple(self.calls[place].meeting for place in stage)) for stage in self.stages], costs)
 
     def latents_after(self, place: int) -> View:
         """Where the latents are when the calls up to this one are made."""

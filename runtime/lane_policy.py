@@ -1,63 +1,51 @@
 """Which requests share the next batch: pure functions over what waits, what runs, and what things cost.
 
-A request is a row of *stages*. A stage is one run of the model, which may be shared, and the cheap calls around it, which are
-made for this request alone. A tick carries out one stage of each of some requests whose stages are of one group.
+A request is a row of *stages*. A stage is one run of the model and the cheap calls around it. A tick carries out one stage of
+each of some requests whose stages are of one group: they share its run, and of the calls around it those that are alike.
 All times are in seconds.
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import accumulate
 from math import inf
 from operator import add
 
 from cachec.runtime.errors import InputError, unknown_name
+from cachec.runtime.lane_costs import Costs, Meeting, seconds_of
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One run of the model on ``rows`` rows, and ``aside`` seconds of other calls. Runs of one ``group`` can be one batch."""
+    """One run of the model, and the cheap calls around it, in their order."""
 
-    group: str
-    rows: int
-    aside: float
+    calls: tuple[Meeting, ...]
 
-
-@dataclass(frozen=True)
-class Costs:
-    """Seconds of a call, by its name and the rows of the batch that it is made in, padding included.
-
-    What the host does around them: ``tick`` seconds in every tick, and ``request`` for each request in it.
-    """
-
-    seconds: Mapping[str, Mapping[int, float]]
-    tick: float = 0.0
-    request: float = 0.0
-
-    def bucket(self, name: str, rows: int) -> int:
-        """The smallest batch with room for ``rows``, or the largest there is."""
-        buckets = self.seconds[name]
-        return min((bucket for bucket in buckets if bucket >= rows), default=max(buckets))
-
-    def of(self, name: str, rows: int) -> float:
-        return self.seconds[name][self.bucket(name, rows)]
+    @cached_property
+    def run(self) -> Meeting:
+        """That of the model. Those of one name can be one batch."""
+        (run,) = (call for call in self.calls if call.computes)
+        return run
 
 
 class Kind:
     """All requests that play one program: their stages, and what is left of one from each stage on.
 
-    ``alone[stage]``: seconds if nobody shares them; ``asides[stage]``: those of them that nobody can share;
-    ``shared[width][stage]``: of the runs of the model and the ticks around them, in batches of ``width`` rows.
+    ``alone[stage]``: seconds if nobody shares them; ``asides[stage]``: those of them that are not runs of the model, which are
+    shared only with those who are at the same; ``shared[width][stage]``: of the runs of the model and the ticks around them, in
+    batches of ``width`` rows.
     """
 
     def __init__(self, stages: Sequence[Stage], costs: Costs) -> None:
         self.stages, self.costs = tuple(stages), costs
-        widths = sorted({bucket for stage in stages for bucket in costs.seconds[stage.group]})
+        runs = [stage.run for stage in stages]
+        widths = sorted({bucket for run in runs for bucket in costs.seconds[run.name]})
         self.shared = {
-            width: _left([costs.of(one.group, max(width, one.rows)) + costs.tick for one in stages]) for width in widths
+            width: _left([costs.of(run.name, max(width, run.rows)) + costs.tick for run in runs]) for width in widths
         }
-        self.asides = _left([stage.aside + costs.request for stage in stages])
-        own = _left([costs.of(stage.group, stage.rows) + costs.tick for stage in stages])
+        self.asides = _left([costs.aside(stage.calls) for stage in stages])
+        own = _left([costs.of(run.name, run.rows) + costs.tick for run in runs])
         self.alone: tuple[float, ...] = tuple(map(add, own, self.asides))
 
 
@@ -68,20 +56,24 @@ def _left(seconds: Sequence[float]) -> tuple[float, ...]:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Job:
-    """A request and how far it is: ``stage`` of its kind comes next. ``number``: in order of arrival; ``deadline``: when."""
+    """A request and how far it is: ``stage`` of its kind comes next. ``number``: in order of arrival; ``deadline``: when.
+
+    ``brings``: stands for what it brings that all who share a call must have alike.
+    """
 
     number: int
     kind: Kind
     deadline: float = inf
     stage: int = 0
+    brings: bytes = b""
 
     @property
     def group(self) -> str:
-        return self.kind.stages[self.stage].group
+        return self.kind.stages[self.stage].run.name
 
     @property
     def rows(self) -> int:
-        return self.kind.stages[self.stage].rows
+        return self.kind.stages[self.stage].run.rows
 
     @property
     def seconds_left(self) -> float:
@@ -249,7 +241,5 @@ class Roster:
 
 
 def tick_seconds(chosen: Sequence[Job]) -> float:
-    """What the next stages of these take together."""
-    costs = chosen[0].kind.costs
-    batch = costs.of(chosen[0].group, sum(job.rows for job in chosen))
-    return batch + costs.tick + sum(job.kind.stages[job.stage].aside + costs.request for job in chosen)
+    """What the next stages of these take together, shared as lanes share them."""
+    return seconds_of([(job.kind.stages[job.stage].calls, job.brings) for job in chosen], chosen[0].kind.costs)

@@ -14,8 +14,8 @@ from cachec.runtime.abi import BATCH
 from cachec.runtime.device import Buffer, Device
 from cachec.runtime.engine import Call, ExecutionContext
 from cachec.runtime.errors import EngineError, InputError
+from cachec.runtime.lane_costs import Costs
 from cachec.runtime.lane_plan import LaneCall, Port
-from cachec.runtime.lane_policy import Costs
 from cachec.runtime.plan import aligned
 from cachec.runtime.specs import TensorSpec, itemsize
 

@@ -1,6 +1,6 @@
 """A request of ``lanes``: the ticket that its sender holds, and what is known of it on its way."""
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -50,7 +50,7 @@ class Ticket:
 class Tick:
     """What a tick did: whose step it was, on how many rows, and who is done or has failed.
 
-    ``seconds``: what it took; ``reckoned``: what it should have by the costs, asides one by one.
+    ``seconds``: what it took; ``reckoned``: what it should have by the costs.
     """
 
     tickets: tuple[Ticket, ...]
@@ -78,13 +78,6 @@ class Request:
     @property
     def next_call(self) -> LaneCall:
         return self.plan.calls[self.made]
-
-    @property
-    def meets(self) -> Hashable:
-        """Requests of which this is equal may share their next call."""
-        call = self.next_call
-        alone = None if call.port.shares else self.ticket.number
-        return call.port.name, call.shared, self.digest if call.asks else b"", alone
 
     def check_latents(self, latents: Array) -> None:
         """Note an error if they are not all numbers."""

@@ -24,11 +24,12 @@ def ends_of(roster: Roster, now: float) -> dict[int, float]:
 
 @dataclass(frozen=True)
 class Arrival:
-    """A request of a kind at a time, to be done ``within`` so many seconds."""
+    """A request of a kind at a time, to be done ``within`` so many seconds; ``brings`` as :class:`Job` has it."""
 
     time: float
     kind: Kind
     within: float = inf
+    brings: bytes = b""
 
 
 def poisson(rate: float, count: int, kinds: Sequence[Kind], seed: int, *, within: float = inf) -> list[Arrival]:
@@ -103,7 +104,7 @@ def simulate(arrivals: Sequence[Arrival], policy: Policy, *, lanes: int, engines
             ends |= dict.fromkeys(rosters[engine].advance(chosen.pop(engine)), now)
         while place < len(arrivals) and arrivals[place].time <= now:
             engine = min(range(engines), key=lambda one: rosters[one].seconds_left)
-            rosters[engine].add(Job(place, arrivals[place].kind, now + arrivals[place].within))
+            rosters[engine].add(Job(place, arrivals[place].kind, now + arrivals[place].within, brings=arrivals[place].brings))
             place += 1
         for engine in set(range(engines)) - set(chosen):
             if next_ones := rosters[engine].pick():

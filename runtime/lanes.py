@@ -10,15 +10,18 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import inf
 from statistics import median
 
+import numpy as np
+
 from cachec.runtime.abi import BATCH, MAX_BATCH
 from cachec.runtime.errors import DeadlineError, EngineError, InputError, cannot_be_pickled
+from cachec.runtime.lane_costs import Costs, groups_of
 from cachec.runtime.lane_memory import LaneMemory, View
 from cachec.runtime.lane_plan import LanePlan, Port, variants_of
-from cachec.runtime.lane_policy import Costs, Job, Kind, Policy, Roster, tick_seconds
+from cachec.runtime.lane_policy import Job, Kind, Policy, Roster, tick_seconds
 from cachec.runtime.lane_ports import Ends, Ports
 from cachec.runtime.lane_request import Key, Request, Tick, Ticket
 from cachec.runtime.lane_simulator import ends_of
@@ -139,7 +142,7 @@ class Lanes:
         digest = plan.shared_digest(conditions)
         with self._changed:
             now, number = self._clock(), next(self._numbers)
-            job = Job(number, self._kinds[key], inf if deadline is None else now + deadline)
+            job = Job(number, self._kinds[key], inf if deadline is None else now + deadline, brings=digest)
             if job.deadline < inf:
                 check_deadline(self._present(), job, now)
             ticket = Ticket(number, plan.level, plan.num_steps)
@@ -168,7 +171,7 @@ class Lanes:
     def _prepare(self, costs: Costs | None) -> None:
         """Make every call once on empty lanes, so that nothing is left that happens only the first time; measure."""
         known = None if costs is None else self._ports.of_these(costs)
-        host = self._rehearse() if known is None else (0.0, 0.0)
+        host = (0.0, 0.0, 0.0) if known is not None else self._rehearse()
         examples = dict[str, Ends]()
         for key, plan in self._plans.items():
             for call, ends in zip(plan.calls, self._memory.views[0, key].ends, strict=True):
@@ -183,22 +186,23 @@ class Lanes:
         self.costs, self._kinds = costs, {key: plan.kind(costs) for key, plan in self._plans.items()}
         self._roster, self._numbers = Roster(policy, self._num_lanes), itertools.count()
 
-    def _rehearse(self) -> tuple[float, float]:
-        """What the host does around calls: seconds of a tick, and for each request in it. No calls are made."""
+    def _rehearse(self) -> tuple[float, ...]:
+        """What the host does: seconds of a tick, for each request in it, and for each call of each. No calls are made."""
         self._reckon(self._ports.flat(0.0), Policy("fifo", self._num_lanes))
         self._run = _no_call
-        key, plan = min(self._plans.items(), key=lambda item: len(item[1].stages))
-        took, requests = dict[int, list[float]](), 1.0
-        for count in (1, self._num_lanes) * REHEARSALS:
-            for _ in range(count):
-                self._take(key, plan.zeros(), plan.noise(None, 0))
-            ticks = list(iter(self.tick, None))
-            requests = sum(len(tick.tickets) for tick in ticks) / len(ticks)
-            took.setdefault(count, []).append(sum(tick.seconds for tick in ticks) / len(ticks))
+        by_stages = sorted(self._plans.items(), key=lambda item: len(item[1].stages))
+        counts, seconds = list[tuple[float, ...]](), list[float]()
+        for (key, plan), many in itertools.product((by_stages[0], by_stages[-1]), (1, self._num_lanes)):
+            took = list[float]()
+            for _ in range(REHEARSALS):
+                for _ in range(many):
+                    self._take(key, plan.zeros(), plan.noise(None, 0))
+                ticks = list(iter(self.tick, None))
+                took.append(sum(tick.seconds for tick in ticks) / len(ticks))
+            counts.append((1.0, sum(len(tick.tickets) for tick in ticks) / len(ticks), many * len(plan.calls) / len(ticks)))
+            seconds.append(median(took))
         self._run = self._ports.run
-        one, several = median(took[1]), median(took[self._num_lanes])
-        each = max(0.0, several - one) / max(1.0, requests - 1)
-        return max(0.0, one - each), each
+        return tuple(max(0.0, float(one)) for one in np.linalg.lstsq(np.array(counts), np.array(seconds), rcond=None)[0])
 
     def expected_ends(self) -> dict[int, float]:
         """Seconds until each request that is here is done, by its number, if nobody comes after them."""
@@ -275,14 +279,10 @@ class Lanes:
             self._free.append(request.lane)
 
     def _play(self, requests: Sequence[Request], stops: Sequence[int]) -> None:
-        """Make each request's calls up to its stop: those of the model when all are there, so that most are shared."""
+        """Make each request's calls up to its stop."""
         while active := [one for one, stop in zip(requests, stops, strict=True) if one.error is None and one.made < stop]:
-            ready = [one for one in active if not one.next_call.port.computes] or active
-            groups = dict[Hashable, list[Request]]()
-            for request in ready:
-                groups.setdefault(request.meets, []).append(request)
-            for group in groups.values():
-                self._call(group)
+            for group in groups_of({place: (one.next_call.meeting, one.digest) for place, one in enumerate(active)}):
+                self._call([active[place] for place in group])
         if self._device.beside_host:  # whose NaN is seen when a request ends, not to fetch latents in every step
             try:
                 self._device.synchronize()  # the next choice is made when this one has been carried out, as it is reckoned
@@ -296,27 +296,20 @@ class Lanes:
 
     def _call(self, group: Sequence[Request]) -> None:
         """Make the next call of requests that meet there: in one batch unless alone is quicker."""
-        port, rows = group[0].next_call.port, [one.next_call.rows for one in group]
-        if len(group) > 1 and not self._gains(port, rows):
+        port, calls = group[0].next_call.port, [one.next_call.meeting for one in group]
+        if len(group) > 1 and not self.costs.share(calls):
             for request in group:
                 self._call([request])
             return
         ends = [self._view(one).ends[one.made] for one in group]
         try:
-            self._run(port, self.costs.bucket(port.name, sum(rows)), ends)
+            self._run(port, self.costs.bucket(port.name, sum(one.rows for one in calls)), ends)
         except EngineError as error:
             self._apart(group, error)
             return
         for request in group:
             request.ticket.step = max((request.ticket.step, *(step + 1 for step in request.next_call.planned.steps)))
             request.made += 1
-
-    def _gains(self, port: Port, rows: Sequence[int]) -> bool:
-        """Is one call of all these rows better than one for each request? Of the model it is, as the policy has found."""
-        if sum(rows) > max(self.costs.seconds[port.name]):
-            return False
-        alone = sum(self.costs.of(port.name, count) for count in rows)
-        return port.computes or self.costs.of(port.name, sum(rows)) <= alone
 
     def _apart(self, group: Sequence[Request], error: EngineError) -> None:
         """A call failed: one request may be why, and the others are to go on."""

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 from cachec.runtime.errors import InputError
+from cachec.runtime.lane_costs import Costs, Meeting, groups_of
 from cachec.runtime.lane_policy import (
-    Costs,
     Job,
     Kind,
     Policy,
@@ -25,7 +25,10 @@ BENT = Costs({"m": {1: 1.0, 4: 3.0}})
 
 
 def kind(steps, costs=FLAT, rows=1, group="m", aside=0.0):
-    return Kind([Stage(group, rows, aside)] * steps, costs)
+    """``aside`` seconds of each stage are a call that nobody shares."""
+    alone = Meeting(f"{aside} s", 1, meets=None)
+    costs = replace(costs, seconds={**costs.seconds, alone.name: {1: aside}})
+    return Kind([Stage((Meeting(group, rows, computes=True), *[alone] * bool(aside)))] * steps, costs)
 
 
 def jobs(*steps, **options):
@@ -110,9 +113,35 @@ def test_the_width_is_that_of_those_who_are_present():
 
 
 def test_what_the_host_does_counts():
-    one = kind(2, Costs({"m": {1: 1.0, 2: 1.5}}, tick=0.5, request=0.25), aside=0.25)
-    assert one.alone == (4, 2, 0)
-    assert tick_seconds([Job(0, one), Job(1, one)]) == 1.5 + 0.5 + 2 * (0.25 + 0.25)
+    one = kind(2, Costs({"m": {1: 1.0, 2: 1.5}}, tick=0.5, request=0.25, call=0.125), aside=0.25)
+    assert one.alone == (4.5, 2.25, 0)
+    assert tick_seconds([Job(0, one)]) == 2.25
+    assert tick_seconds([Job(0, one), Job(1, one)]) == 1.5 + 0.5 + 2 * (0.25 + 0.25 + 2 * 0.125)
+
+
+FORECAST, RUN = Meeting("f", 1, meets=3), Meeting("m", 1, computes=True)
+CHEAP = {"f": {1: 0.25, 2: 0.25, 4: 1.5}, "m": {1: 1.0, 2: 1.5, 4: 2.0}}
+
+
+def test_calls_are_shared_by_those_who_are_alike_where_that_is_quicker():
+    two, asking = Stage((FORECAST, RUN)), Stage((replace(FORECAST, asks=True), RUN))
+    other = Stage((RUN, replace(FORECAST, meets=4)))
+    for stages, brings, seconds in (
+        ((two, two), b"aa", 0.25 + 1.5),
+        ((two, other), b"aa", 0.25 + 1.5 + 0.25),
+        ((asking, asking), b"aa", 0.25 + 1.5),
+        ((asking, asking), b"ab", 0.5 + 1.5),
+        ((two, two, two), b"aaa", 0.75 + 2.0),
+    ):
+        jobs = [Job(place, Kind([one], Costs(CHEAP)), brings=brings[place : place + 1]) for place, one in enumerate(stages)]
+        assert tick_seconds(jobs) == seconds
+
+
+def test_the_model_waits_until_all_are_there():
+    assert groups_of({5: (FORECAST, b""), 6: (RUN, b""), 7: (FORECAST, b"")}) == [[5, 7]]
+    assert groups_of({5: (RUN, b""), 6: (RUN, b"")}) == [[5, 6]]
+    alone = replace(RUN, meets=None)
+    assert groups_of({5: (alone, b""), 6: (alone, b"")}) == [[5], [6]]
 
 
 def test_policies_that_there_are_not():

@@ -3,11 +3,12 @@
 import pytest
 
 from cachec.runtime.errors import InputError
-from cachec.runtime.lane_policy import Costs, Job, Kind, Policy, Roster, Stage
+from cachec.runtime.lane_costs import Costs, Meeting
+from cachec.runtime.lane_policy import Job, Kind, Policy, Roster, Stage
 from cachec.runtime.lane_simulator import Arrival, ends_of, poisson, simulate
 
 COSTS = Costs({"m": {1: 1.0, 2: 1.5}})
-LONG, SHORT = (Kind([Stage("m", 1, 0.0)] * steps, COSTS) for steps in (4, 1))
+LONG, SHORT = (Kind([Stage((Meeting("m", 1, computes=True),))] * steps, COSTS) for steps in (4, 1))
 ONE_BY_ONE = Policy("fifo", 1)
 
 

@@ -4,6 +4,7 @@ import pickle
 import threading
 from concurrent.futures import CancelledError, wait
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -31,7 +32,9 @@ from cachec.compiler.tables.schedule import parse_schedule
 from cachec.runtime.abi import COMPUTE, GUIDE, PROLOGUE
 from cachec.runtime.device import Host
 from cachec.runtime.errors import DeadlineError, EngineError, InputError
-from cachec.runtime.lane_policy import Costs, Policy
+from cachec.runtime.lane_costs import Costs
+from cachec.runtime.lane_policy import Policy
+from cachec.runtime.lane_ports import Ports
 from cachec.runtime.lane_simulator import poisson, simulate
 from cachec.runtime.lanes import Lanes
 from cachec.runtime.program import UNCACHED
@@ -398,26 +401,43 @@ def test_a_request_that_cannot_be_in_time_is_refused_with_the_time_it_takes():
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_the_simulator_tells_who_is_done_when(order):
-    bundle, now = load("hidden"), [0.0]
-    costs = Lanes(bundle).costs  # measured, but not here
+@pytest.mark.parametrize("load_of", [0.5, 0.9, 1.5])
+def test_the_simulator_tells_when_each_is_done(order, load_of, monkeypatch):
+    """On a clock that every call that is really made moves on by what it costs."""
+    bundle, now, batches = load("hidden"), [0.0], []
+    seconds = Lanes(bundle).costs.seconds
+    costs = Costs({name: {size: (0.3 + 0.1 * size) * (1 if name == COMPUTE else 0.1) for size in some}
+                   for name, some in seconds.items()})  # fmt: skip
     lanes = Lanes(bundle, lanes=3, costs=costs, policy=order, clock=lambda: now[0])
-    kinds = {id(lanes.kind(level)): level for level in LEVELS}
-    rate = 1.5 / lanes.kind().alone[0]
-    arrivals = poisson(rate, 15, [lanes.kind(level) for level in LEVELS], 3, within=20 / rate)
-    told, tickets, ends, place = simulate(arrivals, Policy(order), lanes=3), {}, {}, 0
-    while place < len(arrivals) or lanes.num_queued + lanes.num_running:
+    run = Ports.run
+
+    def timed(ports, port, bucket, ends):
+        now[0] += costs.seconds[port.name][bucket]
+        batches.append((port.computes, len(ends)))
+        run(ports, port, bucket, ends)
+
+    monkeypatch.setattr(lanes, "_run", partial(timed, lanes._ports))
+    kinds = {lanes.kind(level): level for level in LEVELS}
+    rate = load_of / lanes.kind().alone[0]
+    arrivals = poisson(rate, 40, list(kinds), 3, within=200 / rate)
+    told, places, ends, place = simulate(arrivals, Policy(order), lanes=3), {}, {}, 0
+    while len(ends) < len(arrivals):
         at = now[0]
         while place < len(arrivals) and arrivals[place].time <= at:
-            now[0], level = arrivals[place].time, kinds[id(arrivals[place].kind)]
-            tickets[lanes.submit(prompt(place), seed=place, level=level, deadline=20 / rate).number] = place
+            now[0] = arrivals[place].time
+            ticket = lanes.submit(prompt(place), seed=place, level=kinds[arrivals[place].kind], deadline=200 / rate)
+            places[ticket.number] = place
             place += 1
         now[0] = at
         tick = lanes.tick()
-        now[0] = now[0] + tick.reckoned if tick else arrivals[place].time
-        ends |= {tickets[ticket.number]: now[0] for ticket in (tick.ended if tick else ())}
-    assert sorted(ends, key=lambda one: (ends[one], one)) == told.order
-    assert len(set(told.ends.values())) > 3
+        if tick is None:
+            now[0] = arrivals[place].time
+            continue
+        assert tick.seconds == pytest.approx(tick.reckoned)
+        ends |= {places[ticket.number]: now[0] for ticket in tick.ended}
+    assert ends == pytest.approx(told.ends)
+    shared = {computes for computes, many in batches if many > 1}
+    assert shared == {True, False} if load_of > 1 else True in shared
 
 
 def test_requests_may_come_from_other_threads():
