@@ -4,12 +4,12 @@ It says when a request will be done, and plans for many GPUs: arrivals, percenti
 """
 
 import random
+from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from heapq import heappop, heappush
+from dataclasses import dataclass, field
 from math import ceil, inf
 
-from cachec.runtime.errors import InputError
+from cachec.runtime.errors import DeadlineError, InputError
 from cachec.runtime.lane_policy import Job, Kind, Policy, Roster, tick_seconds
 
 
@@ -20,6 +20,27 @@ def ends_of(roster: Roster, now: float) -> dict[int, float]:
         now += tick_seconds(chosen)
         ends |= dict.fromkeys(playing.advance(chosen), now)
     return ends
+
+
+def check_deadline(roster: Roster, job: Job, now: float) -> None:
+    """Raise ``DeadlineError`` unless a request can be done in time, and those with a deadline that were taken stay so."""
+    trial = roster.copy()
+    trial.add(job)
+    dated = {one.number: one.deadline for one in trial.jobs if one.deadline < inf}
+    if now + trial.seconds_left <= min(dated.values()):
+        return
+    ends = ends_of(trial, now)
+    took, within = ends[job.number] - now, job.deadline - now
+    if took > within:
+        raise DeadlineError(
+            f"the deadline is in {within:.3g} s, but the request would take {took:.3g} s, {job.seconds_left:.3g} s of them "
+            "its own: give it more time, or take another level or fewer steps",
+            took,
+        )
+    late = [number for number, when in dated.items() if ends[number] > when]
+    before = ends_of(roster, now) if late else {}
+    if late := [number for number in late if before.get(number, inf) <= dated[number]]:
+        raise DeadlineError(f"requests {late}, which were taken before, would miss their deadlines: give it more time", took)
 
 
 @dataclass(frozen=True)
@@ -45,7 +66,10 @@ def poisson(rate: float, count: int, kinds: Sequence[Kind], seed: int, *, within
 
 @dataclass(frozen=True)
 class Simulation:
-    """What became of arrivals, by their place: when each was done. ``busy``: seconds of all engines together."""
+    """What became of arrivals, by their place: when each was done. ``busy``: seconds of all engines together.
+
+    Those that ``refuses`` would not take are never done.
+    """
 
     arrivals: Sequence[Arrival]
     ends: Mapping[int, float]
@@ -59,13 +83,13 @@ class Simulation:
 
     @property
     def latencies(self) -> list[float]:
-        """Seconds from arrival to end, in order of arrival."""
-        return [self.ends[place] - arrival.time for place, arrival in enumerate(self.arrivals)]
+        """Seconds from arrival to end, in order of arrival; infinite if a request was refused."""
+        return [self.ends.get(place, inf) - arrival.time for place, arrival in enumerate(self.arrivals)]
 
     @property
     def span(self) -> float:
         """Seconds from the first arrival to the last end."""
-        return max(self.ends.values()) - self.arrivals[0].time
+        return max(self.ends.values(), default=self.arrivals[-1].time) - self.arrivals[0].time
 
     @property
     def utilisation(self) -> float:
@@ -85,30 +109,121 @@ class Simulation:
         return good / self.span
 
 
-def simulate(arrivals: Sequence[Arrival], policy: Policy, *, lanes: int, engines: int = 1) -> Simulation:
+@dataclass(frozen=True)
+class Desk:
+    """What a server does around lanes, a request at a time: seconds ``before`` it comes to them, and ``after`` it left them.
+
+    Both share a machine: a tick takes ``drags`` times as long while the desk works, and the desk ``dragged`` times as long
+    while lanes tick.
+    """
+
+    before: float
+    after: float
+    drags: float = 1.0
+    dragged: float = 1.0
+
+
+@dataclass(eq=False)
+class _Machine:
+    """One set of engines and the desk before it. ``tick`` and ``work``: what is being done, and the seconds that are left."""
+
+    roster: Roster
+    desk: Desk | None
+    queue: deque[tuple[Job, bool]] = field(default_factory=deque)  # for the desk; is it done by the lanes?
+    tick: tuple[list[Job], float] | None = None
+    work: tuple[Job, bool, float] | None = None
+    busy: float = 0.0
+
+    @property
+    def _drags(self) -> tuple[float, float]:
+        both = self.desk is not None and self.tick is not None and self.work is not None
+        return (self.desk.drags, self.desk.dragged) if self.desk is not None and both else (1.0, 1.0)
+
+    def until(self) -> float:
+        """Seconds until something is done."""
+        tick, work = self._drags
+        return min(inf if self.tick is None else self.tick[1] * tick, inf if self.work is None else self.work[2] * work)
+
+    def move(self, seconds: float) -> tuple[list[Job], tuple[Job, bool] | None]:
+        """Let so many pass, at most as ``until`` says: who ends a tick now, and what the desk has done."""
+        tick, work = self._drags
+        ended, done = list[Job](), None
+        if self.tick is not None:
+            chosen, left = self.tick
+            self.busy += seconds
+            self.tick = (chosen, left - seconds / tick) if left * tick > seconds else None
+            ended = [] if self.tick else chosen
+        if self.work is not None:
+            job, after, left = self.work
+            self.work = (job, after, left - seconds / work) if left * work > seconds else None
+            done = None if self.work else (job, after)
+        return ended, done
+
+    def go_on(self) -> None:
+        """Begin whatever can begin."""
+        if self.tick is None and (chosen := self.roster.pick()):
+            self.tick = chosen, tick_seconds(chosen)
+        if self.work is None and self.queue and self.desk is not None:
+            job, after = self.queue.popleft()
+            self.work = job, after, self.desk.after if after else self.desk.before
+
+
+def simulate(
+    arrivals: Sequence[Arrival],
+    policy: Policy,
+    *,
+    lanes: int,
+    engines: int = 1,
+    desk: Desk | None = None,
+    refuses: bool = False,
+) -> Simulation:
     """Serve ``arrivals``, in order of time, on so many sets of engines. Each goes where the least work is left.
+
+    ``desk``: of the server before each set. ``refuses``: those who cannot be in time are not taken, as lanes do.
 
     Raises:
         InputError: there are none, or no engines.
     """
     if not arrivals or engines < 1 or lanes < 1:
         raise InputError(f"{len(arrivals)} arrivals, {engines} engines, {lanes} lanes: there must be one of each")
-    rosters = [Roster(policy, lanes) for _ in range(engines)]
-    chosen: dict[int, list[Job]] = {}  # the tick that an engine is in
-    ticks: list[tuple[float, int]] = []  # their ends
-    ends, busy, place = dict[int, float](), 0.0, 0
-    while place < len(arrivals) or ticks:
-        now = min([*(tick[0] for tick in ticks[:1]), *(arrival.time for arrival in arrivals[place : place + 1])])
-        while ticks and ticks[0][0] <= now:
-            _, engine = heappop(ticks)
-            ends |= dict.fromkeys(rosters[engine].advance(chosen.pop(engine)), now)
+    machines = [_Machine(Roster(policy, lanes), desk) for _ in range(engines)]
+    now, ends, place = 0.0, dict[int, float](), 0
+
+    def take(machine: _Machine, job: Job) -> None:
+        try:
+            if refuses and job.deadline < inf:
+                check_deadline(machine.roster, job, now)
+        except DeadlineError:
+            return
+        machine.roster.add(job)
+
+    while True:
+        left = min(machine.until() for machine in machines)
+        coming = arrivals[place].time - now if place < len(arrivals) else inf
+        if (passed := max(0.0, min(left, coming))) == inf:
+            break
+        now = arrivals[place].time if coming <= left else now + passed
+        for machine in machines:
+            ended, done = machine.move(passed)
+            gone = {job.number: job for job in ended}
+            for number in machine.roster.advance(ended):
+                if machine.desk is None:
+                    ends[number] = now
+                else:
+                    machine.queue.append((gone[number], True))
+            if done is not None and done[1]:
+                ends[done[0].number] = now
+            elif done is not None:
+                take(machine, done[0])
         while place < len(arrivals) and arrivals[place].time <= now:
-            engine = min(range(engines), key=lambda one: rosters[one].seconds_left)
-            rosters[engine].add(Job(place, arrivals[place].kind, now + arrivals[place].within, brings=arrivals[place].brings))
+            one = arrivals[place]
+            machine = min(machines, key=lambda each: each.roster.seconds_left)
+            job = Job(place, one.kind, one.time + one.within, brings=one.brings)
+            if machine.desk is None:
+                take(machine, job)
+            else:
+                machine.queue.append((job, False))
             place += 1
-        for engine in set(range(engines)) - set(chosen):
-            if next_ones := rosters[engine].pick():
-                took = tick_seconds(next_ones)
-                chosen[engine], busy = next_ones, busy + took
-                heappush(ticks, (now + took, engine))
-    return Simulation(arrivals, ends, busy, engines)
+        for machine in machines:
+            machine.go_on()
+    return Simulation(arrivals, ends, sum(machine.busy for machine in machines), engines)

@@ -17,14 +17,14 @@ from statistics import median
 import numpy as np
 
 from cachec.runtime.abi import BATCH, MAX_BATCH
-from cachec.runtime.errors import DeadlineError, EngineError, InputError, cannot_be_pickled
+from cachec.runtime.errors import EngineError, InputError, cannot_be_pickled
 from cachec.runtime.lane_costs import Costs, groups_of
 from cachec.runtime.lane_memory import LaneMemory, View
 from cachec.runtime.lane_plan import LanePlan, Port, variants_of
 from cachec.runtime.lane_policy import Job, Kind, Policy, Roster, tick_seconds
 from cachec.runtime.lane_ports import Ends, Ports
 from cachec.runtime.lane_request import Key, Request, Tick, Ticket
-from cachec.runtime.lane_simulator import ends_of
+from cachec.runtime.lane_simulator import check_deadline, ends_of
 from cachec.runtime.session import LoadedBundle
 from cachec.runtime.specs import Array
 from cachec.runtime.texts import fit_texts
@@ -357,24 +357,3 @@ def _plans(variants: Sequence[LoadedBundle], starts: Sequence[int]) -> tuple[dic
                     raise
                 cannot[place, level, start] = error  # for those who ask for it
     return plans, cannot
-
-
-def check_deadline(roster: Roster, job: Job, now: float) -> None:
-    """Raise ``DeadlineError`` unless a request can be done in time, and those with a deadline that were taken stay so."""
-    trial = roster.copy()
-    trial.add(job)
-    dated = {one.number: one.deadline for one in trial.jobs if one.deadline < inf}
-    if now + trial.seconds_left <= min(dated.values()):
-        return
-    ends = ends_of(trial, now)
-    took, within = ends[job.number] - now, job.deadline - now
-    if took > within:
-        raise DeadlineError(
-            f"the deadline is in {within:.3g} s, but the request would take {took:.3g} s, {job.seconds_left:.3g} s of them "
-            "its own: give it more time, or take another level or fewer steps",
-            took,
-        )
-    late = [number for number, when in dated.items() if ends[number] > when]
-    before = ends_of(roster, now) if late else {}
-    if late := [number for number in late if before.get(number, inf) <= dated[number]]:
-        raise DeadlineError(f"requests {late}, which were taken before, would miss their deadlines: give it more time", took)

@@ -1,11 +1,13 @@
 """Queues whose ends can be reckoned by hand, and what is said about them."""
 
+from math import inf
+
 import pytest
 
 from cachec.runtime.errors import InputError
 from cachec.runtime.lane_costs import Costs, Meeting
 from cachec.runtime.lane_policy import Job, Kind, Policy, Roster, Stage
-from cachec.runtime.lane_simulator import Arrival, ends_of, poisson, simulate
+from cachec.runtime.lane_simulator import Arrival, Desk, ends_of, poisson, simulate
 
 COSTS = Costs({"m": {1: 1.0, 2: 1.5}})
 LONG, SHORT = (Kind([Stage((Meeting("m", 1, computes=True),))] * steps, COSTS) for steps in (4, 1))
@@ -19,6 +21,27 @@ def test_ends_are_those_of_a_queue_served_by_hand():
     assert simulate(arrivals, Policy("shortest", 1), lanes=1).ends == {0: 4, 1: 5, 2: 6}, "its lane is taken"
     assert simulate(arrivals, Policy("fifo", 2), lanes=3).ends == {1: 2.5, 2: 4, 0: 5}
     assert simulate(arrivals, ONE_BY_ONE, lanes=3, engines=2).ends == {0: 4, 1: 1.5, 2: 3.5}
+
+
+def test_a_desk_does_one_thing_at_a_time_and_drags_on_the_lanes():
+    arrivals = [Arrival(0, LONG), Arrival(0.5, SHORT)]
+    assert simulate(arrivals, ONE_BY_ONE, lanes=3, desk=Desk(1, 0.5)).ends == {0: 5.5, 1: 6.5}
+    assert simulate(arrivals, ONE_BY_ONE, lanes=3, desk=Desk(1, 0.5, drags=2)).ends == {0: 6, 1: 7.25}
+    assert simulate(arrivals, ONE_BY_ONE, lanes=3, desk=Desk(1, 0.5, dragged=2)).ends == {0: 5.5 + 0.5, 1: 5 + 1 + 0.5}
+
+
+def test_who_cannot_be_in_time_is_not_taken():
+    arrivals = [Arrival(0, LONG, 4.5), Arrival(0.5, LONG, 5), Arrival(0.6, SHORT, 5)]
+    done = simulate(arrivals, Policy("deadline", 1), lanes=3, refuses=True)
+    assert done.ends == {0: 4, 2: 5}
+    assert done.latencies == [4, inf, 4.4]
+    assert done.percentile(50) == 4.4
+    assert simulate(arrivals, Policy("deadline", 1), lanes=3).ends == {0: 4, 1: 8, 2: 9}
+
+
+def test_costs_may_be_scaled_to_what_was_seen():
+    scaled = Costs({"m": {1: 1.0, 2: 1.5}}, tick=0.5, request=0.25, call=0.125).scaled(2)
+    assert scaled == Costs({"m": {1: 2.0, 2: 3.0}}, tick=1, request=0.5, call=0.25)
 
 
 def test_what_is_said_of_a_simulation():
