@@ -96,8 +96,9 @@ static: $(READY)  ## What engines for one size gain over one set for all: the en
 soak: $(READY)  ## Damage bundles, kill commands, ask a server anything, thousands of times: docs/reliability.md
 	$(BIN)/python -m bench.soak
 
-serve-bench: $(READY)  ## The server against other ways to batch: bench/SERVING.md (hours on two idle cores)
+serve-bench: $(READY)  ## The server against other ways to batch: bench/SERVING.md (about an hour on two idle cores; --plan says; resumable)
 	$(BIN)/python -m bench.serving
+	$(BIN)/python -m bench.serving --model flux-shaped
 
 fits: $(READY)  ## What calibration and training cost, and LESA from some of the tokens: bench/FITS.md (ten minutes)
 	$(BIN)/python -m bench.fits

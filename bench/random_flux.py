@@ -10,8 +10,9 @@ import json
 import math
 import shutil
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -36,8 +37,8 @@ BLOCK = 1 << 24  # random numbers, of which every tensor takes pieces
 NAME = "diffusion_pytorch_model"
 
 
-def write_flux(out: Path, double: int, single: int) -> int:
-    """Write the directory; returns the transformer's bytes."""
+def write_flux(out: Path, double: int, single: int, config: Mapping[str, Any] = FLUX) -> int:
+    """Write the directory; returns the transformer's bytes. ``config``: of the transformer, but for its blocks."""
     out.mkdir(parents=True, exist_ok=True)
     for name in ("tokenizer", "tokenizer_2", "scheduler"):
         shutil.copytree(TINY_FLUX_DIR / name, out / name, dirs_exist_ok=True)
@@ -45,12 +46,12 @@ def write_flux(out: Path, double: int, single: int) -> int:
     _write_scheduler(out / "scheduler/scheduler_config.json")
     torch.manual_seed(0)
     _write_others(out)
-    return _write_transformer(out / "transformer", double, single)
+    return _write_transformer(out / "transformer", {**config, "num_layers": double, "num_single_layers": single})
 
 
-def _write_transformer(folder: Path, double: int, single: int) -> int:
+def _write_transformer(folder: Path, config: Mapping[str, Any]) -> int:
     with init_empty_weights():
-        model = FluxTransformer2DModel(**FLUX, num_layers=double, num_single_layers=single)
+        model = FluxTransformer2DModel(**config)
     model.save_config(folder)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     shards: list[dict[str, tuple[int, ...]]] = [{}]

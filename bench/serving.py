@@ -1,136 +1,182 @@
 """Throughput and latency of the server against its rivals, on one machine: ``bench/SERVING.md``.
 
-``python -m bench.serving [--quick] [--work DIR]``. Arrivals are Poisson, with levels drawn by a seed, the same for all.
-Rates are shares of what lanes can serve at most, as their costs say. Interrupted, the same command goes on.
+``python -m bench.serving [--model flux-shaped] [--plan] [--quick] [--work DIR]``. First every system is asked alone and in a
+closed loop, a minute each; rates of Poisson arrivals follow from that (``bench/serving_plan.py``). ``--plan`` stops there, and
+says what is to come and the minutes that it takes. Every load is kept when it is played: the same command goes on.
 """
 
 import argparse
 import asyncio
 import json
-import random
 import signal
 import statistics
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from urllib.parse import urlsplit
 
-from bench.serving_child import SYSTEMS
-from bench.serving_report import draw, report
-from cachec.compiler.calibration.prompts import default_prompts
+from bench.serving_loads import WITHIN, ask, closed_loop, generate, play
+from bench.serving_plan import SETTINGS, fastest, loads_of, plan
+from bench.timing import facts as machine
 
-SHARES = (0.25, 0.5, 0.75, 0.9, 1.0, 1.25, 1.5)
-WITHIN = 3.0  # times the idle latency: what counts as good
-COMPILE = ("--method", "gram", "--levels", "high,balanced,fast", "--components", "all", "--target", "ort")
+CLIENTS = 16
+COMPILE = {
+    "tiny-flux": ("--method", "gram", "--levels", "high,balanced,fast"),
+    "flux-shaped": ("--method", "taylor", "--schedule", "interval", "--interval", "5", "--steps", "28,20", "--size", "128x128"),
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--model", default="tiny-flux")
+    parser.add_argument("--model", default="tiny-flux", choices=SETTINGS)
     parser.add_argument("--work", type=Path, default=Path("build/serving"))
+    parser.add_argument("--out", type=Path, default=Path("bench"))
     parser.add_argument("--bundle", type=Path, help="Default: compiled into the work folder.")
-    parser.add_argument("--requests", type=int, default=1000)
-    parser.add_argument("--systems", default=",".join(SYSTEMS))
+    parser.add_argument("--systems", help="Only these, beside lanes.")
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--flat", type=int, default=10_000, help="Requests over which memory is watched; 0: none.")
-    parser.add_argument("--quick", action="store_true", help="Two systems, two rates, 6 requests: does it run?")
+    parser.add_argument("--plan", action="store_true", help="What is to come, and how long it takes.")
+    parser.add_argument("--quick", action="store_true", help="Few requests of few systems: does it run?")
     given = parser.parse_args()
+    setting = SETTINGS[given.model]
     if given.quick:
-        given.requests, given.systems, given.flat = 6, "lanes,whole requests", 0
-    given.alone = 2 if given.quick else 15
+        few = ("lanes", "lanes, fifo", "lanes uncached")
+        setting = replace(setting, systems=few, count=24, few=12, alone=2, loop=12, flat=40)
+    if given.systems:
+        setting = replace(setting, systems=tuple(dict.fromkeys(("lanes", *given.systems.split(",")))))
     given.work.mkdir(parents=True, exist_ok=True)
-    bundle = given.bundle or make_bundle(given.model, given.work)
-    file = given.work / "serving.json"
-    data = json.loads(file.read_text()) if file.exists() and not given.quick else {"systems": {}}
-    data |= {"model": given.model, "requests": given.requests, "within": WITHIN, "date": time.strftime("%Y-%m-%d")}
-    rates, base = None, None
-    for system in given.systems.split(","):
-        found = data["systems"].setdefault(system, {"rates": {}})
-        with_server(bundle, system, given, found, (rates, base), lambda: file.write_text(json.dumps(data, indent=1)))
-        rates, base = rates or list(map(float, found["rates"])), base or found["idle"]
-    out = given.work if given.quick else Path("bench")
-    draw(data, out / "serving.png")
-    (out / "SERVING.md").write_text(report(data))
-    print(out / "SERVING.md")
+    bench = Bench(given, setting)
+    for system in setting.systems:
+        bench.measure(system)
+    lines, minutes = plan(bench.data, setting)
+    for line in lines:
+        print("{:16} {:9} {:>10} {:>6} {:9} {}".format(*line), flush=True)
+    print(f"{given.model}: {minutes:.0f} minutes to go", flush=True)
+    if given.plan:
+        return
+    for system in setting.systems:
+        bench.load(system)
+    from bench.serving_report import write
+
+    print(write(given.work, given.out))
 
 
-def make_bundle(model: str, work: Path) -> Path:
-    bundle = work / f"{model}.cachec"
-    if not bundle.exists():
-        subprocess.run([sys.executable, "-m", "cachec", "compile", model, *COMPILE, "-o", str(bundle)], check=True)
+class Bench:
+    """One model's measurements, kept in a file."""
+
+    def __init__(self, given, setting):
+        self.given, self.setting = given, setting
+        self.file = given.work / f"{given.model}.json"
+        self.data = json.loads(self.file.read_text()) if self.file.exists() else {"model": given.model, "systems": {}}
+        self.data |= {"within": WITHIN}
+        self.bundle = given.bundle or make_bundle(given.model, given.work)
+
+    def save(self):
+        self.data["where"] = machine()
+        part = self.file.with_suffix(".part")
+        part.write_text(json.dumps(self.data))
+        part.replace(self.file)
+
+    def measure(self, system):
+        """A system alone and in a closed loop, where that is missing."""
+        found = self.data["systems"].setdefault(system, {"loads": {}})
+        if "busy" in found:
+            return
+        with server(system, self.bundle, self.given, self.setting) as (facts, _):
+            found["facts"] = facts
+            found["idle"] = asyncio.run(idle(facts, self.setting.alone))
+            found["busy"] = asyncio.run(busy(facts, CLIENTS if system == "diffusers eager" else self.setting.loop))
+            self.save()
+
+    def load(self, system):
+        """Every load that is missing, on a server of its own."""
+        first, found = self.data["systems"]["lanes"], self.data["systems"][system]
+        missing = [one for one in loads_of(system, self.setting, first, found) if one.name not in found["loads"]]
+        watch = system == "lanes" and self.setting.flat and "flat" not in found
+        if not missing and not watch:
+            return
+        with server(system, self.bundle, self.given, replace(self.setting, alone=1)) as (facts, process):
+            limits = {kind: WITHIN * one for kind, one in first["idle"].items()}
+            own = {kind: WITHIN * one for kind, one in found["idle"].items()}
+            sizes, served = [[0, resident(process)]], 0
+            for one in missing:
+                wait = {kind: max(limits[kind], own[kind]) for kind in limits}
+                dated = system == "lanes, deadline"
+                print(f"{time.strftime('%H:%M:%S')} {system}: {one.name}", flush=True)
+                found["loads"][one.name] = asyncio.run(play(facts["url"], one, limits if dated else wait, deadlines=dated))
+                self.save()
+                asyncio.run(settled(facts))
+                served += one.count
+                sizes.append([served, resident(process)])
+            while watch and served < self.setting.flat:
+                more = min(self.setting.flat // 10, self.setting.flat - served)
+                asyncio.run(closed_loop(facts["url"], [fastest(found)[0]], 8, more))
+                served += more
+                sizes.append([served, resident(process)])
+            if watch:
+                found["flat"] = sizes
+                self.save()
+
+
+def make_bundle(model, work):
+    """Compiled, with all its components, where it is not there yet."""
+    bundle, source = work / f"{model}.cachec", model
+    if bundle.exists():
+        return bundle
+    if model == "flux-shaped":
+        from bench.cases import SHAPED_CONFIG
+        from bench.random_flux import write_flux
+
+        source = str(work / "flux-shaped")
+        write_flux(Path(source), SHAPED_CONFIG["num_layers"], SHAPED_CONFIG["num_single_layers"], config=SHAPED_CONFIG)
+    command = [sys.executable, "-m", "cachec", "compile", source, *COMPILE[model], "--components", "all", "--target", "ort"]
+    subprocess.run([*command, "-o", str(bundle)], check=True)
     return bundle
 
 
-def with_server(bundle, system, given, found, first, save):
-    """Every rate that is missing, on a server of its own, which is stopped afterwards.
-
-    ``first``: rates and idle latencies of the first system, which all are measured by.
-    """
-    rates, base = first
-    command = [sys.executable, "-m", "bench.serving_child", system, str(bundle)]
-    command += ["--alone", str(given.alone)]
+@contextmanager
+def server(system, bundle, given, setting):
+    """What a child says when it is up, and its number; it is stopped afterwards."""
+    command = [sys.executable, "-m", "bench.serving_child", system, str(bundle), "--alone", str(setting.alone)]
     command += ["--threads", str(given.threads)] if given.threads else []
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
         try:
-            facts = json.loads(child.stdout.readline())
-            found |= {"facts": facts, "idle": found.get("idle") or idle(facts, given.alone)}
-            save()
-            most = 1 / statistics.mean(facts["seconds"].values())
-            shares = SHARES[1::3] if given.quick else SHARES
-            for rate in rates or [round(share * most, 3) for share in shares]:
-                if str(rate) not in found["rates"]:
-                    found["rates"][str(rate)] = asyncio.run(load(facts, rate, given.requests, base or found["idle"]))
-                    save()
-            if given.flat and system == "lanes" and "flat" not in found:
-                found["flat"] = asyncio.run(flat(facts, child.pid, given.flat))
-                save()
+            line = child.stdout.readline()
+            if not line:
+                raise RuntimeError(f"{' '.join(command)} ended before it was up")
+            yield json.loads(line), child.pid
         finally:
             child.send_signal(signal.SIGTERM)
 
 
-def idle(facts, count):
-    """Seconds of a request where nobody else is, in the median, by level."""
-
-    async def run():
-        took = {level: [await generate(facts, level, seed) for seed in range(count)] for level in facts["levels"]}
-        return {level: statistics.median(seconds) for level, seconds in took.items()}
-
-    return asyncio.run(run())
-
-
-async def load(facts, rate, count, idle_seconds):
-    """Latencies of ``count`` requests that arrive at ``rate`` a second, whatever becomes of those before."""
-    draw_from = random.Random(0)
-    moments, now = [], 0.0
-    for _ in range(count):
-        now += draw_from.expovariate(rate)
-        moments.append((now, draw_from.choice(facts["levels"])))
-    begun = time.perf_counter()
-
-    async def one(place, moment, level):
-        await asyncio.sleep(max(0.0, begun + moment - time.perf_counter()))
-        await generate(facts, level, place)
-        return time.perf_counter() - begun - moment
-
-    latencies = await asyncio.gather(*(one(place, *each) for place, each in enumerate(moments)))
-    took = time.perf_counter() - begun
-    ordered = sorted(latencies)
-    good = sum(latency <= WITHIN * idle_seconds[level] for latency, (_, level) in zip(latencies, moments, strict=True))
-    percentiles = {str(percent): ordered[min(count - 1, int(percent / 100 * count))] for percent in (50, 95, 99)}
-    return {"throughput": count / took, "goodput": good / took, "percentiles": percentiles}
+async def idle(facts, count):
+    """Seconds of a request where nobody else is, in the median, by kind."""
+    took = {}
+    for kind in facts["kinds"]:
+        await generate(facts["url"], kind, 0)
+        some = []
+        for seed in range(count):
+            begun = time.perf_counter()
+            await generate(facts["url"], kind, seed)
+            some.append(time.perf_counter() - begun)
+        took[kind] = statistics.median(some)
+    return took
 
 
-async def flat(facts, process, count):
-    """Memory of the server in bytes, at the beginning and at every tenth of ``count`` requests, four at a time."""
-    sizes = []
-    for _ in range(11):
-        sizes.append(resident(process))
-        done = 0
-        while len(sizes) < 11 and done < count // 10:
-            await asyncio.gather(*(generate(facts, facts["levels"][seed % len(facts["levels"])], seed) for seed in range(4)))
-            done += 4
-    return sizes
+async def busy(facts, count):
+    """What the server did while clients that ask again and again kept it busy, and how many requests a second they got."""
+    await closed_loop(facts["url"], facts["kinds"], CLIENTS, min(count, CLIENTS))
+    before, begun = await ask(facts["url"], "/bench"), time.perf_counter()
+    rate = await closed_loop(facts["url"], facts["kinds"], CLIENTS, count)
+    took, after = time.perf_counter() - begun, await ask(facts["url"], "/bench")
+    return {"rate": rate, "took": took, "count": count} | {name: after[name] - before[name] for name in before}
+
+
+async def settled(facts):
+    """Wait until nothing is left of the load before."""
+    while (await ask(facts["url"], "/bench"))["present"]:
+        await asyncio.sleep(0.1)
 
 
 def resident(process):
@@ -138,25 +184,6 @@ def resident(process):
         if line.startswith("VmRSS:"):
             return 1024 * int(line.split()[1])
     raise RuntimeError(f"/proc/{process}/status has no VmRSS")
-
-
-PROMPTS = default_prompts("avatars", "train")
-
-
-async def generate(facts, level, seed):
-    """One request, on a connection of its own; its seconds."""
-    where = urlsplit(facts["url"])
-    body = json.dumps({"prompt": PROMPTS[seed % len(PROMPTS)], "quality": level, "seed": seed}).encode()
-    head = f"POST /v1/images/generations HTTP/1.1\r\nHost: {where.netloc}\r\nConnection: close\r\n"
-    head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-    begun = time.perf_counter()
-    reader, writer = await asyncio.open_connection(where.hostname, where.port)
-    writer.write(head.encode() + body)
-    answer = await reader.read()
-    writer.close()
-    if not answer.startswith(b"HTTP/1.1 200"):
-        raise RuntimeError(answer[:500].decode())
-    return time.perf_counter() - begun
 
 
 if __name__ == "__main__":

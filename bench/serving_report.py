@@ -1,70 +1,137 @@
-"""``bench/SERVING.md`` and its chart, from the serving bench's JSON: no figure comes from anywhere else."""
+"""``bench/SERVING.md`` and its chart, from what the serving bench kept: no figure comes from anywhere else.
 
+``python -m bench.serving_report [--work DIR] [--out DIR]`` makes both anew from the loads that are there.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from bench.serving_chart import draw
+from bench.serving_gains import gains, gpu, simulator, verdicts
+from bench.serving_loads import WITHIN, bounded, good
+from bench.serving_plan import SETTINGS, loads_of
 from bench.speed_report import table
 
 ABOUT = """# Serving
 
-`python -m bench.serving` on {date}: {model}, {requests} requests a rate, Poisson arrivals, levels drawn with equal chances, the
-same for every system, each of which stands behind the same HTTP server in a process of its own. Goodput: requests a second
-that were answered within {within:g} times the idle latency of *lanes* at their level.
-Every system takes the shortest request first.
+`make serve-bench`. Each system stands behind the same HTTP server in a process of its own; the client is another process on the
+same machine. Arrivals are Poisson, each of one of the bundle's cached levels with equal chances, by a seed: the same for all.
 
 * **lanes**: requests at different steps and levels share the runs of the model, with the cache.
-* **lanes uncached**: the same, every step computed: what a step-level batcher without a cache does.
-* **one at a time**: with the cache, a request alone.
-* **whole requests**: with the cache, requests of one level together from the first step to the last.
-* **diffusers eager**: the pipeline's own loop under PyTorch, one request at a time.
+* **one at a time**: with the cache, a request alone from its first step to its last.
+* **whole requests**: with the cache, up to eight requests of one level together from the first step to the last.
+* **lanes uncached**: lanes that compute every step: what a step-level batcher without a cache does.
+* **diffusers eager**: the pipeline's own loop under PyTorch, one request at a time, every step.
+
+All of them take the shortest request first, and *lanes* the one with the least left. *lanes, fifo* and *lanes, deadline* have
+other orders; *lanes, no batch* makes a tick of one request.
+
+Rates are shares of what *lanes* gave a closed loop of 16 clients; those that compute every step are also asked at a share of
+what they gave it themselves. A load is played to its last arrival, and until every request that can still be in time has been.
+A server that cannot keep up is then cut off. That changes no goodput: who is cut off is late already. Percentiles that fall on
+a request that was cut off are known from below, and are written with ≥.
+
+**Goodput**: requests a second, of those that arrived in the load's time, that were answered within {within:g} times the idle
+latency of *lanes* at their level; *own goodput*: within {within:g} times the system's own idle latency.
 """
 
 
-def report(data):
+def write(work, out):
+    """Both files into ``out``; the page's path."""
+    found = {name: json.loads((work / f"{name}.json").read_text()) for name in SETTINGS if (work / f"{name}.json").exists()}
+    out.mkdir(parents=True, exist_ok=True)
+    page = out / "SERVING.md"
+    page.write_text(report(found), encoding="utf-8")
+    for name, data in found.items():
+        draw(data, out / f"serving-{name}.png")
+    return page
+
+
+def report(found):
     """The whole page."""
-    parts = [ABOUT.format(**data), "![Goodput and latency](serving.png)\n", "## Against arrival rate\n", _rates(data)]
-    parts += ["## One request alone\n", _overhead(data), _flat(data)]
+    parts = [ABOUT.format(within=WITHIN)]
+    for name, data in found.items():
+        parts += [f"## {name}\n", _setting(data), f"![Goodput, throughput and latency of {name}](serving-{name}.png)\n"]
+        if name == "tiny-flux":
+            parts += ["### What was asked\n", verdicts(data, SETTINGS[name])]
+        parts += ["### Against arrival rate\n", _rates(data)]
+        parts += ["### Whose gain it is\n", gains(data, SETTINGS[name])]
+        parts += ["### The simulator beside the server\n", simulator(data)]
+        if name == "tiny-flux":
+            parts += ["### What a GPU would change\n", gpu(data)]
+        parts += ["### One request alone\n", _overhead(data), _flat(data), _missing(data, SETTINGS[name])]
+    absent = [name for name in SETTINGS if name not in found]
+    if absent:
+        parts.append(f"Not measured: {', '.join(absent)} (`python -m bench.serving --model …`).\n")
     return "\n".join(part for part in parts if part)
 
 
+def _setting(data):
+    where, first = data["where"], data["systems"]["lanes"]
+    levels = ", ".join(f"{kind} ({_computed(first, kind)} runs of the model)" for kind in first["facts"]["kinds"])
+    machine = f"{where['cpu']}, {where['cores']} cores, {where['memory_gib']} GiB, {where['date']}"
+    rate = first["busy"]["rate"]
+    return f"{machine}. Levels: {levels}. *Lanes* gave 16 clients in a closed loop {rate:.2f} requests a second.\n"
+
+
+def _computed(found, kind):
+    return len(found["facts"]["packed"]["stages"][kind])
+
+
 def _rates(data):
-    lines = []
+    idle, lines = data["systems"]["lanes"]["idle"], []
     for system, found in data["systems"].items():
-        for rate, one in found["rates"].items():
-            times = [f"{one['percentiles'][percent]:.3f}" for percent in ("50", "95", "99")]
-            lines.append([system, rate, f"{one['throughput']:.2f}", f"{one['goodput']:.2f}", *times])
-    return table(["system", "arrivals / s", "throughput / s", "goodput / s", "p50, s", "p95, s", "p99, s"], lines)
+        for one in sorted(found["loads"].values(), key=lambda one: (one["mix"], -one["count"], one["rate"])):
+            times = []
+            for percent in (50, 95, 99):
+                value, is_open = bounded(one, percent)
+                times.append(f"{'≥ ' * is_open}{value:.3g}")
+            refused = one["how"].count("refused")
+            lines.append([system, one["mix"], one["count"], f"{one['rate']:g}", f"{one['throughput']:.2f}",
+                          f"{good(one, idle):.2f}", f"{good(one, found['idle']):.2f}", *times, refused or ""])  # fmt: skip
+    header = ["system", "levels", "requests", "arrivals / s", "throughput / s", "goodput / s", "own goodput / s"]
+    return table([*header, "p50, s", "p95, s", "p99, s", "refused"], lines)
 
 
 def _overhead(data):
     lines = []
-    for system, found in data["systems"].items():
-        for level, alone in found["facts"]["alone"].items():
-            idle = found["idle"][level]
-            lines.append([system, level, f"{1e3 * idle:.1f}", f"{1e3 * alone:.1f}", f"{1e3 * (idle - alone):.1f}"])
-    return table(["system", "level", "over HTTP, ms", "in process, ms", "server, ms"], lines)
+    for system in data["systems"]:
+        found = data["systems"][system]
+        for kind, alone in found["facts"]["alone"].items() if "facts" in found else ():
+            whole, parts = found["idle"][kind], [alone[name] for name in ("before", "lanes", "after")]
+            lines.append([system, kind, *(f"{1e3 * one:.1f}" for one in (whole, *parts, whole - sum(parts)))])
+    return table(["system", "level", "over HTTP, ms", "encode, ms", "denoise, ms", "decode and PNG, ms", "server, ms"], lines)
 
 
 def _flat(data):
-    sizes = data["systems"].get("lanes", {}).get("flat")
+    sizes = data["systems"]["lanes"].get("flat")
     if not sizes:
         return ""
-    words = ", ".join(f"{size / 1e6:.0f}" for size in sizes)
-    return f"Memory of the server over as many requests as were asked for, at every tenth, in MB: {words}.\n"
+    words = ", ".join(f"{size / 1e6:.1f} after {count:,}" for count, size in sizes)
+    return f"Memory of the server of *lanes*, after each load and then in a closed loop of the fastest level, in MB: {words}.\n"
 
 
-def draw(data, file):
-    """Goodput and the 95th percentile against the arrival rate, a line a system."""
-    import matplotlib as mpl
+def _missing(data, setting):
+    systems, first, missing = data["systems"], data["systems"]["lanes"], []
+    for system in setting.systems:
+        if "busy" not in systems.get(system, {}):
+            missing.append(system)
+            continue
+        loads = [one for one in loads_of(system, setting, first, systems[system]) if one.name not in systems[system]["loads"]]
+        missing += [f"{system} at {one.rate:g}" for one in loads]
+    if setting.flat and "flat" not in first:
+        missing.append("memory")
+    return f"Not measured: {', '.join(missing)}.\n" if missing else ""
 
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for system, found in data["systems"].items():
-        rates = sorted(found["rates"], key=float)
-        places, measured = list(map(float, rates)), [found["rates"][rate] for rate in rates]
-        left.plot(places, [one["goodput"] for one in measured], marker="o", label=system)
-        right.plot(places, [one["percentiles"]["95"] for one in measured], marker="o")
-    left.set(xlabel="arrivals / s", ylabel="goodput / s")
-    right.set(xlabel="arrivals / s", ylabel="p95 latency, s", yscale="log")
-    left.legend(frameon=False)
-    figure.savefig(file, dpi=110)
-    plt.close(figure)
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--work", type=Path, default=Path("build/serving"))
+    parser.add_argument("--out", type=Path, default=Path("bench"))
+    given = parser.parse_args()
+    print(write(given.work, given.out))
+
+
+if __name__ == "__main__":
+    main()

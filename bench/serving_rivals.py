@@ -6,12 +6,25 @@ Each has what the server asks of lanes, and plays whole requests, the shortest f
 import itertools
 import threading
 import time
+from typing import NamedTuple
 
 import numpy as np
 
 from cachec.runtime.lane_request import Tick, Ticket
 from cachec.runtime.noise import make_noise
 from cachec.runtime.program import UNCACHED
+
+BATCHES = (1, 2, 4, 8)
+
+
+class Waiting(NamedTuple):
+    """A request in the queue; those that are ``alike`` may share a batch."""
+
+    ticket: Ticket
+    alike: tuple
+    seconds: float
+    conditions: dict
+    seed: int
 
 
 class Whole:
@@ -31,35 +44,32 @@ class Whole:
         return len(self._queue)
 
     def expected_ends(self):
-        return {ticket.number: self.kind(ticket.level).alone[0] for ticket, _, _ in self._queue}
+        return {one.ticket.number: one.seconds for one in self._queue}
 
     def latents(self, ticket):
         return None
 
-    def submit(self, conditions, *, seed, level=None, steps=None, size=None, deadline=None):
-        program = self._served.loaded.at(size, steps).programs[level]
-        ticket = Ticket(next(self._numbers), level, program.num_steps)
+    def submit(self, conditions, *, seed, level=None, steps=None, size=None, start=0, deadline=None):
+        bundle = self._served.loaded.at(size, steps)
+        ticket = Ticket(next(self._numbers), level, bundle.programs[level].num_steps)
+        seconds = self.kind(level, steps=steps, size=size).alone[0]
         with self._lock:
-            self._queue.append((ticket, dict(conditions), seed))
+            self._queue.append(Waiting(ticket, (size, steps, level), seconds, dict(conditions), seed))
         return ticket
-
-    def run_until_idle(self):
-        while self.tick() is not None:
-            pass
 
     def tick(self):
         """The shortest request, with as many like it as fit into a batch, from its first step to its last."""
         with self._lock:
-            self._queue = [one for one in self._queue if not one[0].done]
+            self._queue = [one for one in self._queue if not one.ticket.done]
             if not self._queue:
                 return None
-            first = min(self._queue, key=lambda one: (self.kind(one[0].level).alone[0], one[0].number))
-            chosen = [one for one in self._queue if one[0].level == first[0].level][: self._most]
-            self._queue = [one for one in self._queue if one not in chosen]
+            first = min(self._queue, key=lambda one: (one.seconds, one.ticket.number))
+            chosen = [one for one in self._queue if one.alike == first.alike][: self._most]
+            self._queue = [one for one in self._queue if all(one is not each for each in chosen)]
         begun, self.num_running = time.monotonic(), len(chosen)
-        made = self.play(first[0].level, [one[1] for one in chosen], [one[2] for one in chosen])
+        made = self.play(first.alike, [one.conditions for one in chosen], [one.seed for one in chosen])
         self.num_running = 0
-        tickets = tuple(one[0] for one in chosen)
+        tickets = tuple(one.ticket for one in chosen)
         for ticket, latents in zip(tickets, made, strict=True):
             ticket.step = ticket.num_steps
             if ticket.future.set_running_or_notify_cancel():
@@ -69,18 +79,21 @@ class Whole:
 
 
 class WholeBatches(Whole):
-    """Batches of requests of one level, with the cache, on sessions of 1, 2, 4 and 8 samples."""
+    """Batches of requests of one level, with the cache, on sessions of ``BATCHES``."""
 
     def __init__(self, served, most):
         super().__init__(served, most)
         self._sessions = {}
 
-    def play(self, level, conditions, seeds):
-        batch = next(size for size in (1, 2, 4, 8) if size >= len(seeds))
-        key = level, batch
-        if key not in self._sessions:
-            self._sessions[key] = self._served.loaded.session(batch=batch, level=level)
-        session = self._sessions[key]
+    def bind(self, alike):
+        """Make ready for requests of this size, number of steps and level."""
+        size, steps, level = alike
+        for batch in BATCHES:
+            self._sessions[alike, batch] = self._served.loaded.at(size, steps).session(batch=batch, level=level)
+
+    def play(self, alike, conditions, seeds):
+        batch = next(size for size in BATCHES if size >= len(seeds))
+        session = self._sessions[alike, batch]
         places = [min(place, len(seeds) - 1) for place in range(batch)]
         given = {name: np.concatenate([conditions[place][name] for place in places]) for name in conditions[0]}
         noise = np.stack([make_noise(seeds[place], session.latent_shape[1:]) for place in places])
@@ -109,6 +122,6 @@ class Eager(Whole):
         self._model = load_model(find_model(manifest.model["source"]))
         self._settings, self._shape = settings_of(manifest), served.loaded.session().latent_shape[1:]
 
-    def play(self, level, conditions, seeds):
+    def play(self, alike, conditions, seeds):
         noise = make_noise(seeds[0], self._shape)[None]
         return self._model.generate(conditions[0], noise, self._settings)

@@ -1,0 +1,150 @@
+"""What the serving bench's figures come to: targets met or missed, whose gain it is, the simulator beside the server, a GPU."""
+
+from itertools import product
+
+from bench.serving_chart import full_loads
+from bench.serving_loads import WITHIN, bounded, good
+from bench.serving_plan import CACHED, ORDERS
+from bench.serving_told import ALIKE, ASIDE, GPUS, LINEAR, constants, on_gpu, told
+from bench.speed_report import table
+
+GPU = """By the simulator; nothing was run. These levels at step times that others published, every other call at {aside:g} %
+of a step, no server. How much longer a batch takes there is not published: as k steps of one, which a GPU that one sample
+keeps busy comes near to, and as on this machine. Goodput is within {within:g} times the time alone. Rates are shares of what
+one request at a time can serve; with another step time all seconds are as many times as long, and nothing else changes.
+"""
+BESIDE = (0.9, 1.1)
+OVER_WHOLE, OVER_UNCACHED, OVERHEAD, NEAR, GROWN = 1.3, 4.0, 3e-3, 0.1, 0.01
+
+
+def at_saturation(data, system, setting):
+    """The system's load of mixed levels just beyond what lanes serve, if it was played."""
+    rate = float(f"{setting.at * data['systems']['lanes']['busy']['rate']:.3g}")
+    return next((one for one in full_loads(data, system) if one["rate"] == rate), None)
+
+
+def verdicts(data, setting):
+    """Every target, what was reached, and whether that is enough; what was not measured is said."""
+    systems, lines = data["systems"], []
+    idle = systems["lanes"]["idle"]
+    ours, whole, single = (at_saturation(data, system, setting) for system in ("lanes", "whole requests", "one at a time"))
+    where = f"at {ours['rate']:g} arrivals / s, " if ours else ""
+
+    def ratio(one, other):
+        return one / other if other else float("inf")
+
+    if ours and whole:
+        reached = ratio(good(ours, idle), good(whole, idle))
+        lines.append([f"goodput {where}over whole requests", f"≥ {OVER_WHOLE:g}", f"{reached:.2f}",
+                      _met(reached >= OVER_WHOLE)])  # fmt: skip
+    balanced = [one for one in systems["lanes"]["loads"].values() if one["mix"] == "balanced"]
+    slow = full_loads(data, "lanes uncached")
+    if balanced and slow:
+        best = max(good(one, idle) for one in balanced)
+        other = max(good(one, systems["lanes uncached"]["idle"]) for one in slow)
+        reached = ratio(best, other)
+        lines.append(["own goodput at level balanced over lanes uncached, each at its best rate",
+                      f"≥ {OVER_UNCACHED:g}", f"{reached:.2f}", _met(reached >= OVER_UNCACHED)])  # fmt: skip
+    if ours and single:
+        reached = ratio(good(ours, idle), good(single, idle))
+        lines.append([f"goodput {where}over one at a time", "as it is", f"{reached:.2f}", ""])
+    server = constants(systems["lanes"])[2]
+    lines.append(["server's own time a request, mean over levels", f"≤ {1e3 * OVERHEAD:g} ms", f"{1e3 * server:.1f} ms",
+                  _met(server <= OVERHEAD)])  # fmt: skip
+    if sizes := systems["lanes"].get("flat"):
+        (early, before), (late, after) = sizes[1], sizes[-1]  # the first load is behind it
+        lines.append([f"memory after {late:,} requests over that after {early:,}", f"flat: within {100 * GROWN:g} %",
+                      f"{100 * (after / before - 1):+.1f} %", _met(after / before - 1 <= GROWN)])  # fmt: skip
+    off = [abs(one) for _, _, _, parts in compared(data) for one in parts.values() if one is not None]
+    if off:
+        lines.append([f"simulator beside server, the furthest of {len(off)} figures", f"within {100 * NEAR:g} %",
+                      f"{100 * max(off):.0f} %; {sum(one <= NEAR for one in off)} within", _met(max(off) <= NEAR)])  # fmt: skip
+    return table(["", "asked", "reached", ""], lines)
+
+
+def _met(yes):
+    return "met" if yes else "**missed**"
+
+
+def gains(data, setting):
+    """The same arrivals to every system, one thing changed at a time."""
+    idle, lines = data["systems"]["lanes"]["idle"], []
+    ours = at_saturation(data, "lanes", setting)
+    if ours is None:
+        return "Not measured.\n"
+    changed = {
+        "lanes": "",
+        "lanes uncached": "the cache",
+        "lanes, no batch": "the batch",
+        "lanes, fifo": "the order: first come, first served",
+        "lanes, deadline": "the order: earliest deadline, refusing who would be late",
+        "one at a time": "batch, and changing one's mind between steps",
+        "whole requests": "changing one's mind between steps, mixed levels in a batch",
+    }
+    base = good(ours, idle)
+    for system, what in changed.items():
+        if (one := at_saturation(data, system, setting)) is None:
+            continue
+        value, (p50, is_open), (p95, p95_open) = good(one, idle), bounded(one, 50), bounded(one, 95)
+        times = f"{base / value:.2f}" if value else "only lanes have any"
+        lines.append([system, what, f"{value:.2f}", times if what else "", f"{'≥ ' * is_open}{p50:.3g}",
+                      f"{'≥ ' * p95_open}{p95:.3g}"])  # fmt: skip
+    words = f"Mixed levels, {ours['count']} requests at {ours['rate']:g} a second, {setting.at:g} of lanes' closed loop:\n"
+    header = ["system", "what it lacks or has otherwise", "goodput / s", "lanes over it", "p50, s", "p95, s"]
+    return f"{words}\n" + table(header, lines)
+
+
+def compared(data):
+    """(system, load, what the simulator says, how far off by name) of all loads that it can be held to.
+
+    Percentiles that are known from below are left out.
+    """
+    for system in ("lanes", *ORDERS, "lanes, no batch", CACHED[1], "lanes uncached"):
+        found = data["systems"].get(system, {})
+        for one in sorted(found.get("loads", {}).values(), key=lambda one: (one["mix"], -one["count"], one["rate"])):
+            said = told(found, one, data["systems"]["lanes"]["idle"])
+            parts = {"goodput": said["goodput"] / said["measured"] - 1 if said["measured"] else None}
+            for percent in (50, 95, 99):
+                value, is_open = bounded(one, percent)
+                parts[f"p{percent}"] = None if is_open else said["percentiles"][percent] / value - 1
+            yield system, one, said, parts
+
+
+def simulator(data):
+    """Measured and told, side by side."""
+    lines = []
+    for system, one, said, parts in compared(data):
+        cells = []
+        for name in ("goodput", "p50", "p95", "p99"):
+            value = said["goodput"] if name == "goodput" else said["percentiles"][int(name[1:])]
+            real = said["measured"] if name == "goodput" else bounded(one, int(name[1:]))[0]
+            off = parts[name]
+            cells.append(f"{value:.3g} / {real:.3g}" + (" (cut)" if off is None else f" ({100 * off:+.0f} %)"))
+        lines.append([system, one["mix"], one["count"], f"{one['rate']:g}", *cells])
+    scale, desk, http = constants(data["systems"]["lanes"])
+    words = (
+        f"Told / measured. The simulator's constants come from calls timed when the lanes were made, from requests that came "
+        f"one by one, and from the closed loop, no Poisson load: ticks take {scale:.2f} of what their calls do alone; a "
+        f"request takes {1e3 * desk.before:.1f} ms before lanes, {1e3 * desk.after:.1f} after them, {1e3 * http:.1f} of HTTP; "
+        f"lanes are {desk.drags:.2f} times as slow while the desk works, and the desk {desk.dragged:.2f} times while lanes do "
+        "(those of *lanes*; every system has its own).\n"
+    )
+    header = ["system", "levels", "requests", "arrivals / s", "goodput / s", "p50, s", "p95, s", "p99, s"]
+    return f"{words}\n" + table(header, lines)
+
+
+def gpu(data):
+    """The simulator at step times that others have published."""
+    lanes, slow = (data["systems"].get(system, {}) for system in ("lanes", "lanes uncached"))
+    if "facts" not in slow:
+        return "Not measured.\n"
+    parts = [GPU.format(aside=100 * ASIDE, within=WITHIN)]
+    lines = []
+    for name, (step, source) in GPUS.items():
+        parts.append(f"* {name}: {1e3 * step:g} ms a step: {source}.")
+        for law, share in product((LINEAR, ALIKE), BESIDE):
+            rate, rows = on_gpu(lanes["facts"]["packed"], slow["facts"]["packed"], step, law, share)
+            where = [name, law, f"{share:g} ({rate:.3g} / s)"]
+            lines += [[*where, system, f"{value:.3g}", f"{p95:.3g}"] for system, (value, p95) in rows.items()]
+    header = ["model", "a batch takes", "arrivals", "system", "goodput / s", "p95, s"]
+    return "\n".join(parts) + "\n\n" + table(header, lines)

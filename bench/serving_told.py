@@ -1,0 +1,137 @@
+"""What the simulator says of the measured server, and of step times that others have published.
+
+Costs come from calls that lanes made when nobody was there. A server's constants come from requests that came one by one, and
+from a closed loop of clients, which is no Poisson trace: none of a load that is compared below.
+"""
+
+from math import inf
+
+from bench.serving_loads import WITHIN, Load, good, goodput, percentile
+from cachec.runtime.lane_costs import Costs, Meeting
+from cachec.runtime.lane_policy import Kind, Policy, Stage
+from cachec.runtime.lane_simulator import Arrival, Desk, simulate
+
+
+def pack(kinds):
+    """Kinds by name, of equal costs, as JSON."""
+    meets = {}
+    costs = next(iter(kinds.values())).costs
+
+    def of(call):
+        place = None if call.meets is None else meets.setdefault(call.meets, len(meets))
+        return [call.name, call.rows, place, call.computes, call.asks]
+
+    return {
+        "costs": {"seconds": costs.seconds, "tick": costs.tick, "request": costs.request, "call": costs.call},
+        "stages": {name: [[of(call) for call in stage.calls] for stage in kind.stages] for name, kind in kinds.items()},
+    }
+
+
+def unpack(packed, scale=1.0):
+    """The kinds again, their costs so many times as long."""
+    known = packed["costs"]
+    seconds = {name: {int(rows): one for rows, one in some.items()} for name, some in known["seconds"].items()}
+    costs = Costs(seconds, known["tick"], known["request"], known["call"]).scaled(scale)
+    return {
+        name: Kind([Stage(tuple(Meeting(*call) for call in stage)) for stage in stages], costs)
+        for name, stages in packed["stages"].items()
+    }
+
+
+def constants(found):
+    """(scale of lanes' costs, desk, seconds of HTTP) of a measured system, from its runs alone and its closed loop."""
+    alone, busy = found["facts"]["alone"].values(), found["busy"]
+    scale = sum(one["lanes"] for one in alone) / sum(one["reckoned"] for one in alone)
+    before, after = (sum(one[name] for one in alone) / len(alone) for name in ("before", "after"))
+    over = [found["idle"][kind] - sum(one[name] for name in ("before", "lanes", "after"))
+            for kind, one in found["facts"]["alone"].items()]  # fmt: skip
+    share = min(0.9, (busy["before"] + busy["after"]) / busy["took"])
+    longer = max(1.0, busy["seconds"] / (busy["reckoned"] * scale))
+    speed = max(0.1, (1 / longer - (1 - share)) / share)
+    dragged = (busy["before"] + busy["after"]) / (busy["count"] * (before + after))
+    return scale, Desk(before, after, max(1.0, 1 / speed), max(1.0, dragged)), max(0.0, sum(over) / len(over))
+
+
+def told(found, played, idle):
+    """What the simulator says of a load that was played: percentiles and goodput."""
+    scale, desk, http = constants(found)
+    kinds, facts = unpack(found["facts"]["packed"], scale), found["facts"]
+    order, width = facts["policy"]
+    limits = {kind: WITHIN * one for kind, one in idle.items()}
+    dated = order == "deadline"
+    arrivals = [Arrival(moment, kinds[kind], limits[kind] if dated else inf)
+                for moment, kind in zip(played["moments"], played["kinds"], strict=True)]  # fmt: skip
+    done = simulate(arrivals, Policy(order, width), lanes=facts["lanes"], desk=desk, refuses=dated)
+    latencies = [latency + http for latency in done.latencies]
+    taken = [latency for latency in latencies if latency < inf]
+    return {
+        "percentiles": {percent: percentile(taken, percent) for percent in (50, 95, 99)},
+        "goodput": goodput(latencies, played["kinds"], limits, played["window"]),
+        "measured": good(played, idle),
+    }
+
+
+def whole(arrivals, kinds, most):
+    """Latencies where requests of one kind are played together from their first step to their last, the shortest first."""
+    costs, queue, ends, now, place = next(iter(kinds.values())).costs, [], {}, 0.0, 0
+    while place < len(arrivals) or queue:
+        while place < len(arrivals) and (arrivals[place][0] <= now or not queue):
+            now = max(now, arrivals[place][0])
+            queue.append(place)
+            place += 1
+        first = min(queue, key=lambda one: (kinds[arrivals[one][1]].alone[0], one))
+        chosen = [one for one in queue if arrivals[one][1] == arrivals[first][1]][:most]
+        queue = [one for one in queue if one not in chosen]
+        stages = kinds[arrivals[first][1]].stages
+        now += sum(costs.of(call.name, call.rows * len(chosen)) for stage in stages for call in stage.calls)
+        ends |= dict.fromkeys(chosen, now)
+    return [ends[place] - arrivals[place][0] for place in range(len(arrivals))]
+
+
+GPUS = {  # seconds of a step of one sample, and who says so
+    "FLUX.1-dev, 1024x1024": (
+        0.1289,
+        "6.45 s for 50 on one H100, without a cache, in sglang's performance baselines, 2026-10-18",
+    ),
+}
+ASIDE = 0.003  # of a step: what forecasts and moves are reckoned to take
+ALIKE, LINEAR = "as on this machine", "k steps of one"
+
+
+def on_gpu(packed, uncached, step, law, share, count=1000):
+    """What the simulator says of each system at ``share`` of what one request at a time could do, by a step's seconds.
+
+    ``law``: what a batch of k costs. Goodput and 95th percentile, and the cached systems' capacity.
+    """
+    cached, slow = ({name: _timed(kind, step, law) for name, kind in unpack(one).items()} for one in (packed, uncached))
+    mean = sum(kind.alone[0] for kind in cached.values()) / len(cached)
+    load = Load(share / mean, count, tuple(cached), keeps_up=False)
+    moments = load.arrivals()
+    limits = {name: WITHIN * kind.alone[0] for name, kind in cached.items()}
+    rows, named = {}, [kind for _, kind in moments]
+    for name, kinds, policy, lanes in (
+        ("lanes", cached, Policy("shortest"), 8),
+        ("lanes, no batch", cached, Policy("shortest", 1), 8),
+        ("lanes, fifo", cached, Policy("fifo"), 8),
+        ("one at a time", cached, Policy("shortest"), 1),
+        ("lanes uncached", slow, Policy("shortest"), 8),
+    ):
+        arrivals = [Arrival(moment, kinds[kind]) for moment, kind in moments]
+        rows[name] = simulate(arrivals, policy, lanes=lanes).latencies
+    rows["whole requests"] = whole(moments, cached, 8)
+    window = moments[-1][0]
+    return load.rate, {
+        name: (goodput(latencies, named, limits, window), percentile(latencies, 95)) for name, latencies in rows.items()
+    }
+
+
+def _timed(kind, step, law):
+    """The same stages at a step's seconds, with all other calls a small share of it."""
+    costs = kind.costs
+    runs = {stage.run.name for stage in kind.stages}
+    seconds = {}
+    for name, some in costs.seconds.items():
+        one = step if name in runs else ASIDE * step
+        least = min(some)
+        seconds[name] = {rows: one * (rows if law == LINEAR else some[rows] / some[least]) for rows in some}
+    return Kind(kind.stages, Costs(seconds))
