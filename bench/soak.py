@@ -3,7 +3,9 @@
 Parts: ``manifests`` changes the JSON and the numbers of a bundle anyhow and opens it; ``files`` damages its files; ``kills``
 ends commands by SIGKILL at random moments, looks at what is left, and gives the same command again; ``requests`` asks a server
 for pictures, with malformed requests and clients that go away among the good ones. Each part runs in
-processes of its own, goes on where it was interrupted, and keeps the number of every case that did not do as it should.
+processes of its own, and keeps the number of every case that did not do as it should. All but ``requests``, whose server is
+watched from the first to the last, go on where they were interrupted; the logs know no model, so clear the work folder when
+tiny-flux is another.
 """
 
 import json

@@ -138,8 +138,15 @@ def run(count: int, folder: Path, work: Path) -> dict[str, Any]:
     start, log, seen = time.monotonic(), work / "kills.jsonl", Counter[str]()
     wrong: list[list[Any]] = []
     done = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    for _, said in done:
-        seen[said] += 1
+
+    def note(case: int, said: str) -> None:
+        ok = said.startswith(("done", "killed"))
+        seen[said if ok else "wrong"] += 1
+        if not ok:
+            wrong.append([case, said])
+
+    for case, said in done:
+        note(case, said)
     texts = prompts(folder)
     both = zip(commands(toy_directory(folder), texts), commands("tiny-flux", texts), strict=True)
     kinds = [command for pair in both for command in pair]
@@ -151,13 +158,10 @@ def run(count: int, folder: Path, work: Path) -> dict[str, Any]:
                 known[place] = alone(kinds[place], folder / f"alone-{place}")
             seconds, wanted, base = known[place]
             said = try_one(kinds[place], Random(case).uniform(0.05, 1.0) * seconds, wanted, folder / "killed", base, hub)
-            ok = said.startswith(("done", "killed"))
-            seen[said if ok else "wrong"] += 1
-            if not ok:
-                wrong.append([case, said])
+            note(case, said)
             click.echo(f"kills {case}: {kinds[place].name}: {said}")
             with log.open("a", encoding="utf-8") as file:
-                file.write(json.dumps([case, said if ok else "wrong"]) + "\n")
+                file.write(json.dumps([case, said]) + "\n")
     return {"cases": count, "outcomes": dict(seen.most_common()), "wrong": wrong, "seconds": round(time.monotonic() - start)}
 
 

@@ -187,17 +187,19 @@ class Ports:
         seconds = dict[str, dict[int, float]]()
         for name, batches in self._batches.items():
             clear()
-            seconds[name] = {bucket: self._time(batch, examples[name], clock) for bucket, batch in batches.items()}
+            seconds[name] = self._time(batches, examples[name], clock)
         return Costs(seconds)
 
-    def _time(self, batch: _Batch, example: Ends, clock: Callable[[], float]) -> float:
-        ends, took = _filled(batch, example), list[float]()
-        while len(took) < REPEATS and sum(took) < ENOUGH:
-            start = clock()
-            batch.run(self._device, ends)
-            self._device.synchronize()
-            took.append(clock() - start)
-        return median(took)
+    def _time(self, batches: Mapping[int, _Batch], example: Ends, clock: Callable[[], float]) -> dict[int, float]:
+        """The batches by turns: what slows the machine for a while must not make one size look worse than another."""
+        took = {bucket: list[float]() for bucket in batches}
+        while slow := [bucket for bucket, some in took.items() if len(some) < REPEATS and sum(some) < ENOUGH]:
+            for bucket in slow:
+                ends, start = _filled(batches[bucket], example), clock()
+                batches[bucket].run(self._device, ends)
+                self._device.synchronize()
+                took[bucket].append(clock() - start)
+        return {bucket: median(some) for bucket, some in took.items()}
 
     def of_these(self, costs: Costs) -> Costs:
         """``costs`` of these batches alone: other lanes' may be of more.
