@@ -18,13 +18,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from bench.serving_loads import WITHIN, ask, closed_loop, generate, play
-from bench.serving_plan import SETTINGS, fastest, loads_of, plan
+from bench.serving_plan import SETTINGS, SLOW, fastest, loads_of, plan
 from bench.timing import facts as machine
 
 CLIENTS = 16
 COMPILE = {
     "tiny-flux": ("--method", "gram", "--levels", "high,balanced,fast"),
-    "flux-shaped": ("--method", "taylor", "--schedule", "interval", "--interval", "5", "--steps", "28,20", "--size", "128x128"),
+    "flux-shaped": ("--method", "taylor", "--schedule", "interval", "--interval", "5", "--steps", "20,14", "--size", "128x128"),
 }
 
 
@@ -83,10 +83,13 @@ class Bench:
         found = self.data["systems"].setdefault(system, {"loads": {}})
         if "busy" in found:
             return
-        with server(system, self.bundle, self.given, self.setting) as (facts, _):
+        setting = self.setting
+        if system in SLOW:
+            setting = replace(setting, alone=max(1, setting.alone // 3), loop=max(8, setting.loop // 6))
+        with server(system, self.bundle, self.given, setting) as (facts, _):
             found["facts"] = facts
-            found["idle"] = asyncio.run(idle(facts, self.setting.alone))
-            found["busy"] = asyncio.run(busy(facts, CLIENTS if system == "diffusers eager" else self.setting.loop))
+            found["idle"] = asyncio.run(idle(facts, setting.alone))
+            found["busy"] = asyncio.run(busy(facts, setting.loop))
             self.save()
 
     def load(self, system):
@@ -166,7 +169,7 @@ async def idle(facts, count):
 
 async def busy(facts, count):
     """What the server did while clients that ask again and again kept it busy, and how many requests a second they got."""
-    await closed_loop(facts["url"], facts["kinds"], CLIENTS, min(count, CLIENTS))
+    await closed_loop(facts["url"], facts["kinds"], CLIENTS, count // 6)
     before, begun = await ask(facts["url"], "/bench"), time.perf_counter()
     rate = await closed_loop(facts["url"], facts["kinds"], CLIENTS, count)
     took, after = time.perf_counter() - begun, await ask(facts["url"], "/bench")
