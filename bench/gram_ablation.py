@@ -15,7 +15,7 @@ import click
 import numpy as np
 
 from bench.quality_methods import EQUAL
-from bench.quality_setting import NUM_FIT, Setting, calibrate, open_model, open_setting
+from bench.quality_setting import NUM_FIT, Extent, Setting, calibrate, open_model, open_setting
 from cachec.compiler.calibration.calibration import Calibration, open_calibration, relative_errors
 from cachec.compiler.calibration.runs import Subject
 from cachec.compiler.calibration.uses import Use, UsedPrompts
@@ -193,7 +193,7 @@ def schedules_of(work: Path) -> dict[int, Schedule]:
 def main(work: Path, out: Path) -> None:
     warnings.filterwarnings("ignore")
     model, settings = open_model(find_model(MODEL))
-    setting, schedules = open_setting(model, settings, work / MODEL), schedules_of(work)
+    setting, schedules = open_setting(model, settings, work / MODEL, Extent()), schedules_of(work)
     result: dict[str, Any] = {"model": MODEL, "num_fit": NUM_FIT, "same": SAME, "disjoint": DISJOINT}
     result["schedules"] = {budget: list(schedule.compute) for budget, schedule in schedules.items()}
     result["variants"] = {budget: ablate(setting, schedule) for budget, schedule in schedules.items()}

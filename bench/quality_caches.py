@@ -20,8 +20,8 @@ import torch
 from diffusers import FirstBlockCacheConfig, SeaCacheConfig
 from torch import nn
 
-from bench.quality_methods import make_method, measure_on, plan, trained
-from bench.quality_setting import Rows, Setting
+from bench.quality_methods import find_given, make_method, measure_on, plan, trained
+from bench.quality_setting import AbsentError, Rows, Setting
 from cachec.compiler.calibration.prompts import default_prompts
 from cachec.compiler.calibration.runs import training_seeds
 from cachec.compiler.methods import get_method
@@ -40,13 +40,17 @@ log = logging.getLogger(__name__)
 
 
 def bench_caches(rows: Rows, setting: Setting) -> None:
-    """All rows; LESA's, if it has to be trained, come last."""
+    """All rows."""
     budgets = [len(get_method("lesa").with_options({}).interval(setting.num_steps, interval).compute) for interval in INTERVALS]
     for interval, budget in zip(INTERVALS, budgets, strict=True):
         for name in ("taylor:1", "taylor:2", "reuse"):
-            schedule = make_method(name).interval(setting.num_steps, interval)
+            schedule = make_method(setting, name).interval(setting.num_steps, interval)
             rows.measure(
-                CACHES, budget, name, f"N = {interval}", lambda n=name, s=schedule: measure_on(setting, make_method(n), s, n)
+                CACHES,
+                budget,
+                name,
+                f"N = {interval}",
+                lambda n=name, s=schedule: measure_on(setting, make_method(setting, n), s, n),
             )
         for name, make in CONFIGS.items():
             rows.measure(CACHES, budget, name, "threshold", lambda m=make, k=budget: measure_cache(setting, m, k))
@@ -55,9 +59,16 @@ def bench_caches(rows: Rows, setting: Setting) -> None:
 
 
 def measure_lesa(setting: Setting, interval: int) -> dict[str, Any]:
-    """LESA's row, with the predictor that ships, or one that is trained now."""
-    method = get_method("lesa").with_options({})
+    """LESA's row, with the predictor that ships or lies in ``WORK/MODEL/predictors``.
+
+    Raises:
+        AbsentError: there is none; it is not trained here, which takes half an hour, but for a brief look.
+    """
+    method = make_method(setting, "lesa")
     schedule = method.interval(setting.num_steps, interval)
+    if not setting.extent.brief and find_given(setting, method, schedule) is None:
+        file = setting.work / "predictors" / f"lesa-{interval}.safetensors"
+        raise AbsentError(f"not trained yet: `cachec train {setting.name} --method lesa --interval {interval} -o {file}`")
     parameters = trained(setting, method, schedule, "lesa", interval=interval)
     return setting.measure(plan(setting, method, Goal(schedule=schedule), parameters))
 

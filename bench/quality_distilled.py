@@ -2,19 +2,20 @@
 
 Which students there are of a model is looked up: pipelines of ``cachec-models`` and in ``WORK/MODEL/students`` that say so
 (``distilled.json``). DisCa's predictors are those that ship, and files in ``WORK/MODEL/predictors``; nothing of either is
-trained here. LESA for few steps is, in a minute or two.
+trained here, and the command that makes what is not there stands in the row. LESA for few steps is trained, in minutes.
 
 Every row has two references: the student's own run with all steps (what forecasts cost), and its teacher's (what it all costs).
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from bench.quality_methods import make_method, plan, trained
-from bench.quality_setting import Rows, Setting, open_model, open_setting, usual_settings
+from bench.quality_setting import AbsentError, Rows, Setting, open_model, open_setting, usual_settings
 from bench.quality_tables import Found, cells, paired, table
+from cachec.compiler.calibration.evaluator import Evaluator
 from cachec.compiler.calibration.graph_evaluator import GraphEvaluator
 from cachec.compiler.graphs.flops import run_flops
 from cachec.compiler.graphs.prepare import prepare, with_blocks
@@ -37,6 +38,12 @@ FEWER = (20, 10, 8, 4)
 TRAINING_FREE = ("reuse", "taylor:1", "taylor:2")
 LARGE = "hunyuan-video"  # whose FLOPs are counted, too
 KEPT = ("psnr", "ssim", "latent")
+STEPS, RESTRICTS = 8, (0.2, 1.0)  # of the students that the page asks for; forecasts are measured on those of the first
+BUDGETS = (4, 3)  # computed steps of a student's, DisCa's list where there is one
+LESA_ROUNDS = "30"  # of each phase: with so few steps to forecast it has stopped by then
+DISCAS: Mapping[str, str] = {  # rows of DisCa, and what they are trained with
+    "disca": "", "disca, squared error alone": " --set adversarial=0", "disca, fusion without blocks": " --set depth=0",
+}  # fmt: skip
 
 
 def students_of(model: LoadedModel, work: Path) -> list[tuple[ModelSpec, Mapping[str, Any]]]:
@@ -50,43 +57,78 @@ def students_of(model: LoadedModel, work: Path) -> list[tuple[ModelSpec, Mapping
 def bench_distilled(rows: Rows, setting: Setting) -> None:
     """The model with fewer steps; its students with all of theirs, and with forecasts between."""
     students = students_of(setting.model, setting.work)
+    for restrict in RESTRICTS:
+        rows.drop(DISTILLED, STEPS, "a student", f"R = {restrict:g}")
+        if not any(float(facts["restrict"]) == restrict for _, facts in students):
+            rows.measure(DISTILLED, STEPS, "a student", f"R = {restrict:g}", lambda r=restrict: _no_student(setting, r))
     if not students:
         return
-    for steps in FEWER:
+    for steps in (*FEWER, *BUDGETS[1:]):
         rows.measure(DISTILLED, steps, "the model itself", setting.name, lambda n=steps: setting.measure(_plain(setting, n)))
     for spec, facts in students:
-        model, settings = open_model(spec)
-        student = open_setting(model, settings, setting.work / "of-students" / spec.name, num=len(setting.noise))
-        label = f"{spec.name} (R = {facts['restrict']:g})"
-        for steps in sorted({*FEWER, settings.steps}, reverse=True):
-            rows.measure(
-                DISTILLED, steps, "all steps", label, lambda s=student, n=steps: _both(s, setting, _plain(s, n))
-            )  # fmt: skip
-        for budget in (budget for of, budget in LISTS if of == settings.steps):
-            _bench_budget(rows, student, setting, label, budget)
+        with rows.guarding(f"student {spec.name}"):
+            _bench_student(rows, setting, spec, float(facts["restrict"]))
+
+
+def _bench_student(rows: Rows, teacher: Setting, spec: ModelSpec, restrict: float) -> None:
+    """Rows of one student."""
+    model, settings = open_model(spec)
+    student = open_setting(model, settings, teacher.work / "of-students" / spec.name, teacher.extent)
+    label = f"{spec.name} (R = {restrict:g})"
+    for steps in sorted({*FEWER, *BUDGETS, settings.steps}, reverse=True):
+        rows.measure(DISTILLED, steps, "all steps", label, lambda n=steps: _both(student, teacher, _plain(student, n)))
+    for budget in BUDGETS if restrict == RESTRICTS[0] else ():
+        _bench_budget(rows, student, teacher, label, budget)
+
+
+def _schedule(steps: int, budget: int) -> Schedule:
+    """DisCa's list, where there is one for so many; else steps as even as whole numbers allow."""
+    listed = LISTS.get((steps, budget))
+    return Schedule(steps, tuple(round(i * steps / budget) for i in range(budget)) if listed is None else listed)
 
 
 def _bench_budget(rows: Rows, student: Setting, teacher: Setting, label: str, budget: int) -> None:
-    """Forecasts between so many of the student's steps, on DisCa's list of them; gram on steps of its own."""
-    schedule = Schedule(student.num_steps, LISTS[student.num_steps, budget])
+    """Forecasts between so many of the student's steps: all on the same, gram, reuse and Taylor on steps of their own, too."""
+    schedule = _schedule(student.num_steps, budget)
 
-    def measure(name: str, program: Program, evaluator: GraphEvaluator | None = None) -> None:
-        rows.measure(DISTILLED, budget, name, label, lambda: _both(student, teacher, program, evaluator))
+    def measure(name: str, make: Callable[[], dict[str, Any]]) -> None:
+        rows.measure(DISTILLED, budget, name, label, make)
+
+    def linear(name: str, goal: Goal) -> dict[str, Any]:
+        return _both(student, teacher, plan(student, make_method(student, name), goal))
 
     for name in TRAINING_FREE:
-        measure(name, plan(student, make_method(name), Goal(schedule=schedule)))
+        measure(name, lambda n=name: linear(n, Goal(schedule=schedule)))
+        measure(f"{name}, searched", lambda n=name: linear(n, Goal(budget=budget)))
     for name in ("gram", "gram, by pictures"):
-        rows.measure(
-            DISTILLED, budget, name, label,
-            lambda n=name: _both(student, teacher, plan(student, make_method(n), Goal(budget=budget))),
-        )  # fmt: skip
-    rows.measure(DISTILLED, budget, "lesa", label, lambda: _both(student, teacher, _lesa(student, schedule)))
-    for name, parameters in disca_predictors(student):
-        blocks = _evaluator(student, parameters)
-        rows.measure(
-            DISTILLED, budget, name, label, lambda e=blocks: _both(student, teacher, _blocks_program(student, schedule), e)
-        )
-        rows.measure(COSTS, budget, name, label, lambda p=parameters: forecast_shares(student, p))
+        measure(name, lambda n=name: linear(n, Goal(budget=budget)))
+    predictors = dict(disca_predictors(student))
+    for name in DISCAS:
+        measure(name, lambda n=name: _disca_row(student, teacher, schedule, n, predictors))
+        rows.measure(COSTS, budget, name, label, lambda n=name: forecast_shares(student, _given(student, n, predictors)))
+    measure("lesa", lambda: _both(student, teacher, _lesa(student, schedule)))
+
+
+def _disca_row(
+    student: Setting, teacher: Setting, schedule: Schedule, name: str, predictors: Mapping[str, Parameters]
+) -> dict[str, Any]:
+    evaluator = _evaluator(student, _given(student, name, predictors))
+    return _both(student, teacher, _blocks_program(student, schedule), evaluator)
+
+
+def _given(student: Setting, name: str, predictors: Mapping[str, Parameters]) -> Parameters:
+    """The predictor of a row. Raises ``AbsentError``: there is none."""
+    if name not in predictors:
+        file = student.work.parents[1] / "predictors" / f"{name.replace(',', '').replace(' ', '-')}.safetensors"
+        source, more = student.model.spec.source, f"--interval 2{DISCAS[name]}"
+        raise AbsentError(f"not trained yet: `cachec train {source} --method disca {more} -o {file}`")
+    return predictors[name]
+
+
+def _no_student(setting: Setting, restrict: float) -> dict[str, Any]:
+    out = setting.work / "students" / f"{setting.name}-distilled-{restrict:g}"
+    command = f"cachec distill {setting.name} --steps {STEPS} --restrict {restrict:g} -o {out}"
+    raise AbsentError(f"not distilled yet: `{command}`")
 
 
 def _plain(setting: Setting, steps: int) -> Program:
@@ -94,16 +136,17 @@ def _plain(setting: Setting, steps: int) -> Program:
     return lower_uncached(setting.key(sampling), sampling)
 
 
-def _both(student: Setting, teacher: Setting, program: Program, evaluator: GraphEvaluator | None = None) -> dict[str, Any]:
+def _both(student: Setting, teacher: Setting, program: Program, evaluator: Evaluator | None = None) -> dict[str, Any]:
     """A row against the teacher's run, and against the student's own (``own_psnr`` and so on)."""
     latents = student.play(program, evaluator)
-    own = {f"own_{key}": value for key, value in student.compare(latents).items()}
+    pictures = student.decode(latents)
+    own = {f"own_{key}": value for key, value in student.compare(latents, pictures).items()}
     steps = [int(step) for step in program.compute_steps]
-    return {"computed": len(steps), "of": program.num_steps, "steps": steps, **teacher.compare(latents), **own}
+    return {"computed": len(steps), "of": program.num_steps, "steps": steps, **teacher.compare(latents, pictures), **own}
 
 
 def _lesa(student: Setting, schedule: Schedule) -> Program:
-    method = get_method("lesa").with_options({})
+    method = get_method("lesa").with_options({"max_rounds": "1" if student.extent.brief else LESA_ROUNDS})
     return plan(student, method, Goal(schedule=schedule), trained(student, method, schedule, "lesa"))
 
 

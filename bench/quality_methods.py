@@ -12,7 +12,7 @@ from cachec.compiler.frontend import evaluator_of
 from cachec.compiler.methods import get_method
 from cachec.compiler.methods.base import CodedMethod, Method
 from cachec.compiler.methods.parameters import Parameters, load_predictor, predictor_bytes
-from cachec.compiler.methods.training import Training, find_shipped, train_predictor
+from cachec.compiler.methods.training import Training, find_shipped, train_predictor, training_facts
 from cachec.compiler.planning.goals import Goal
 from cachec.compiler.planning.planner import Calibrations, Planner
 from cachec.compiler.planning.search import (
@@ -51,11 +51,15 @@ METHODS: Mapping[str, tuple[str, Mapping[str, str]]] = {
     "linca": ("linca", {}),
     "dyweight": ("dyweight", {}),
     "bns": ("bns", {}),
-    "gram, closed form": ("gram", {"polish": "0"}),
-    "gram": ("gram", {}),
+    "gram, closed form": ("gram", {"polish": "0", "choose": "latents"}),
+    "gram": ("gram", {"choose": "latents"}),
     "gram, by pictures": ("gram", {"choose": "pictures"}),
     "gram-hidden": ("gram-hidden", {}),
+    "lesa": ("lesa", {}),
 }
+BRIEF: Mapping[str, Mapping[str, str]] = {  # trainings that only show that they run
+    "dyweight": {"updates": "2"}, "bns": {"updates": "2"}, "linca": {"updates": "2"}, "lesa": {"max_rounds": "1"},
+}  # fmt: skip
 OURS = ("gram", "gram, closed form", "gram, by pictures", "gram-hidden")
 OWN = ("taylor:1", "taylor:2", "reuse", "newton:2", "hicache", "foca", "spectrum", "adams:2", "freqca", "svd-cache", "hyca",
        "linca")  # fmt: skip
@@ -77,10 +81,10 @@ def bench_equal_cost(rows: Rows, setting: Setting, budget: int) -> None:
         rows.measure(EQUAL, budget, name, steps, lambda: setting.measure(make()))
 
     def on(name: str, steps: str, choose: Callable[[], Schedule]) -> None:
-        rows.measure(EQUAL, budget, name, steps, lambda: measure_on(setting, make_method(name), choose(), name))
+        rows.measure(EQUAL, budget, name, steps, lambda: measure_on(setting, make_method(setting, name), choose(), name))
 
     def searched(name: str, steps: str = "searched") -> None:
-        measure(name, steps, lambda: plan(setting, make_method(name), Goal(budget=budget)))
+        measure(name, steps, lambda: plan(setting, make_method(setting, name), Goal(budget=budget)))
 
     def solver(name: str) -> None:
         measure(name, "uniform", lambda: solver_program(setting, name, budget))
@@ -122,15 +126,15 @@ def expected_rows(budget: int) -> list[tuple[str, str]]:
     return [*rows, ("gram, by pictures", "pictures")]
 
 
-def make_method(name: str) -> Method:
+def make_method(setting: Setting, name: str) -> Method:
     """A method of the table above."""
     kind, options = METHODS[name]
-    return get_method(kind).with_options(options)
+    return get_method(kind).with_options({**options, **(BRIEF.get(kind, {}) if setting.extent.brief else {})})
 
 
 def own_schedule(setting: Setting, name: str, budget: int) -> Schedule:
     """The published schedule with at most ``budget`` computed steps. Raises ``InputError``: there is none."""
-    return make_method(name).published(setting.num_steps, budget)
+    return make_method(setting, name).published(setting.num_steps, budget)
 
 
 def plan(setting: Setting, method: Method, goal: Goal, parameters: Parameters | None = None) -> Program:
@@ -152,19 +156,30 @@ def measure_on(setting: Setting, method: Method, schedule: Schedule, name: str) 
     return setting.measure(plan(setting, method, Goal(schedule=schedule), parameters), evaluator)
 
 
+def find_given(setting: Setting, method: Method, schedule: Schedule) -> Parameters | None:
+    """The predictor for a schedule that ships, or one of the files in ``WORK/MODEL/predictors``."""
+    wanted = training_facts(setting.model, method, schedule, setting.settings)
+    for path in sorted((setting.work / "predictors").glob("*.safetensors")):
+        parameters = load_predictor(path)
+        if all(parameters.facts.get(name) == value for name, value in wanted.items()):
+            return parameters
+    return find_shipped(setting.model, method, schedule, setting.settings)
+
+
 def trained(setting: Setting, method: Method, schedule: Schedule, name: str, *, interval: int | None = None) -> Parameters:
     """A method's predictor: the one that ships, that of an earlier run, or trained now (resumable).
 
     LinCa's networks are trained on forecasts at all intervals, so one training serves all schedules.
     """
-    shipped = find_shipped(setting.model, method, schedule, setting.settings)
-    if shipped is not None:
-        return shipped
+    if (given := find_given(setting, method, schedule)) is not None:
+        return given
     of = "" if name == "linca" else f"-{'-'.join(map(str, schedule.compute))}"
     path = setting.work / "trained" / f"{name}{of}.safetensors"
     if not path.exists():
         path.parent.mkdir(exist_ok=True)
         prompts = training_prompts(setting.model.spec.prompts, None)
+        if setting.extent.brief:
+            prompts = prompts.first(setting.extent.fit)
         if isinstance(method, CodedMethod):
             prompts = prompts.first(method.num_prompts)
         training = Training(method, schedule, setting.settings, prompts, 0, interval)

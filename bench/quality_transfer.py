@@ -3,11 +3,12 @@
 Rows are those of the closed form on the steps that were searched in the usual setting: what changes is what they are fitted to.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 from bench.quality_methods import EQUAL, WHOLE_BUDGET, make_method, plan
-from bench.quality_setting import NUM_FIT, Rows, Setting, calibrate
+from bench.quality_setting import Rows, Setting, calibrate
 from cachec.compiler.calibration.calibration import Calibration, open_calibration
 from cachec.compiler.calibration.prompts import default_prompts
 from cachec.compiler.calibration.runs import Subject
@@ -23,6 +24,7 @@ TRANSFER, BRANCHES = "transfer", "branches"
 SCALES = (0.5, 1.5)  # of the usual guidance
 SIDE = 0.75  # of the usual one, for another resolution
 MOOD = "sleepy"  # training captions that say it, all others left out
+FEWER = (8, 16)  # captions to fit to
 ONE_BRANCH_METHODS = ("adams:2", "gram, closed form")
 
 
@@ -41,17 +43,18 @@ def bench_transfer(rows: Rows, setting: Setting) -> None:
         return
     schedule = Schedule(setting.num_steps, steps)
 
-    def measure(name: str, make: "_Elsewhere") -> None:
-        rows.measure(
-            TRANSFER, WHOLE_BUDGET, "gram, closed form", name,
-            lambda: setting.measure(setting.program(fit_rows(make.calibration(), schedule))),
-        )  # fmt: skip
+    def measure(name: str, settings: Settings, captions: Callable[[Setting], list[str]] = _usual, seed: int = 0) -> None:
+        def row() -> dict[str, Any]:
+            fitted = fit_rows(calibrated_elsewhere(setting, settings, captions(setting), name, seed=seed), schedule)
+            return setting.measure(setting.program(fitted))
+
+        rows.measure(TRANSFER, WHOLE_BUDGET, "gram, closed form", name, row)
 
     for name, settings in settings_elsewhere(setting.settings).items():
-        measure(name, _Elsewhere(setting, settings, _usual(setting), name))
-    measure("other noise", _Elsewhere(setting, setting.settings, _usual(setting), "other-noise", seed=1))
-    measure(f"{MOOD} only", _Elsewhere(setting, setting.settings, _of_mood(setting), "mood"))
-    for num in (8, 16):
+        measure(name, settings)
+    measure("other noise", setting.settings, seed=1)
+    measure(f"{MOOD} only", setting.settings, _of_mood)
+    for num in (count for count in FEWER if count < setting.extent.fit):
         few = setting.fit.select(range(num))
         rows.measure(
             TRANSFER, WHOLE_BUDGET, "gram, closed form", f"{num} captions",
@@ -59,23 +62,17 @@ def bench_transfer(rows: Rows, setting: Setting) -> None:
         )  # fmt: skip
 
 
-class _Elsewhere:
-    """A calibration in other settings or on other captions, made when asked for."""
-
-    def __init__(self, setting: Setting, settings: Settings, captions: list[str], name: str, *, seed: int = 0) -> None:
-        self._setting, self._settings, self._captions, self._name, self._seed = setting, settings, captions, name, seed
-
-    def calibration(self) -> Calibration:
-        model, work = self._setting.model, self._setting.work
-        subject, evaluator = Subject.of(model, self._settings), evaluator_of(model, self._settings)
-        uses: list[Use] = ["fit" for _ in self._captions]
-        used = UsedPrompts(tuple(self._captions), tuple(uses))
-        path = work / f"elsewhere-{self._name.replace(' ', '-')}"
-        return open_calibration(calibrate(subject, evaluator, used, path, seed=self._seed), subject, evaluator)
+def calibrated_elsewhere(setting: Setting, settings: Settings, captions: list[str], name: str, *, seed: int) -> Calibration:
+    """A calibration in other settings or on other captions; kept in ``work`` by its ``name``."""
+    subject, evaluator = Subject.of(setting.model, settings), evaluator_of(setting.model, settings)
+    uses: list[Use] = ["fit" for _ in captions]
+    path = setting.work / f"elsewhere-{name.replace(' ', '-')}"
+    statistics = calibrate(subject, evaluator, UsedPrompts(tuple(captions), tuple(uses)), path, seed=seed)
+    return open_calibration(statistics, subject, evaluator)
 
 
 def _usual(setting: Setting) -> list[str]:
-    return default_prompts(setting.model.spec.prompts, "train")[:NUM_FIT]
+    return default_prompts(setting.model.spec.prompts, "train")[: setting.extent.fit]
 
 
 def _of_mood(setting: Setting) -> list[str]:
@@ -85,8 +82,8 @@ def _of_mood(setting: Setting) -> list[str]:
         InputError: there are too few.
     """
     lists = (default_prompts(setting.model.spec.prompts, use) for use in ("train", "choose"))
-    found = [caption for captions in lists for caption in captions if MOOD in caption][:NUM_FIT]
-    if len(found) < NUM_FIT // 2:
+    found = [caption for captions in lists for caption in captions if MOOD in caption][: setting.extent.fit]
+    if len(found) < setting.extent.fit // 2:
         raise InputError(f"only {len(found)} training captions say {MOOD!r}")
     return found
 
@@ -100,7 +97,7 @@ def bench_branches(rows: Rows, setting: Setting) -> None:
             rows.measure(
                 BRANCHES, WHOLE_BUDGET, method, name,
                 lambda m=method, s=schedule: {
-                    **setting.measure(plan(setting, make_method(m), Goal(schedule=s))), "text": str(s)
+                    **setting.measure(plan(setting, make_method(setting, m), Goal(schedule=s))), "text": str(s)
                 },
             )  # fmt: skip
 

@@ -7,7 +7,7 @@ from bench.quality_caches import CACHES
 from bench.quality_distilled import disca_name, distilled_section
 from bench.quality_methods import EQUAL, LESS_OWN, LESS_SEARCHED, METHODS, OWN, SEARCHED
 from bench.quality_report import claims, model_section
-from bench.quality_setting import Rows
+from bench.quality_setting import AbsentError, Rows
 from bench.quality_tables import Found, compared, difference, low, verdict
 from bench.quality_transfer import one_branch_schedules
 from cachec.runtime.errors import InputError
@@ -92,3 +92,19 @@ def test_names_of_rows_are_those_of_methods():
     assert {*LESS_OWN} <= {*OWN}
     assert disca_name({"adversarial": 0}) == "disca, squared error alone"
     assert disca_name({"depth": 0}) == "disca, fusion without blocks"
+
+
+def test_what_lacks_a_file_is_tried_again_and_what_breaks_off_stops_nothing(tmp_path):
+    def lacks():
+        raise AbsentError("not trained yet: `cachec train`")
+
+    rows = Rows(tmp_path / "rows.json", {"model": "small"})
+    rows.measure(CACHES, 10, "lesa", "N = 7", lacks)
+    rows.measure(CACHES, 10, "reuse", "N = 7", lambda: row([30.0, 31.0])["none such"])
+    rows.measure(CACHES, 10, "taylor:1", "N = 7", lambda: row([40.0, 41.0]))
+    assert rows.failed == [f"{CACHES}|10|reuse|N = 7"]
+    again = Rows(tmp_path / "rows.json", {"model": "small"})
+    assert again.rows.keys() == {f"{CACHES}|10|lesa|N = 7", f"{CACHES}|10|taylor:1|N = 7"}
+    assert "cachec train" in again.rows[f"{CACHES}|10|lesa|N = 7"]["missing"]
+    again.measure(CACHES, 10, "lesa", "N = 7", lambda: row([50.0, 51.0], 10))
+    assert len(again.steps(CACHES, 10, "lesa", "N = 7")) == 10
