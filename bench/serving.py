@@ -41,10 +41,13 @@ def main() -> None:
     given = parser.parse_args()
     setting = SETTINGS[given.model]
     if given.quick:
-        few = ("lanes", "lanes, fifo", "lanes uncached")
+        few = ("lanes", "lanes fifo", "lanes uncached")
         setting = replace(setting, systems=few, count=24, few=12, alone=2, loop=12, flat=40)
     if given.systems:
-        setting = replace(setting, systems=tuple(dict.fromkeys(("lanes", *given.systems.split(",")))))
+        asked = given.systems.split(",")
+        if unknown := set(asked) - set(SETTINGS[given.model].systems):
+            parser.error(f"--systems: there are {', '.join(SETTINGS[given.model].systems)}, not {', '.join(sorted(unknown))}")
+        setting = replace(setting, systems=tuple(dict.fromkeys(("lanes", *asked))))
     given.work.mkdir(parents=True, exist_ok=True)
     bench = Bench(given, setting)
     for system in setting.systems:
@@ -105,7 +108,7 @@ class Bench:
             sizes, served = [[0, resident(process)]], 0
             for one in missing:
                 wait = {kind: max(limits[kind], own[kind]) for kind in limits}
-                dated = system == "lanes, deadline"
+                dated = system == "lanes deadline"
                 print(f"{time.strftime('%H:%M:%S')} {system}: {one.name}", flush=True)
                 found["loads"][one.name] = asyncio.run(play(facts["url"], one, limits if dated else wait, deadlines=dated))
                 self.save()

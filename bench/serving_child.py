@@ -26,9 +26,9 @@ POLICIES = {
     "one at a time": Policy("shortest"),
     "whole requests": Policy("shortest"),
     "diffusers eager": Policy("shortest"),
-    "lanes, fifo": Policy("fifo"),
-    "lanes, deadline": Policy("deadline"),
-    "lanes, no batch": Policy("shortest", 1),
+    "lanes fifo": Policy("fifo"),
+    "lanes deadline": Policy("deadline"),
+    "lanes no batch": Policy("shortest", 1),
 }
 LANES = 8
 

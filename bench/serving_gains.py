@@ -75,9 +75,9 @@ def gains(data, setting):
     changed = {
         "lanes": "",
         "lanes uncached": "the cache",
-        "lanes, no batch": "the batch",
-        "lanes, fifo": "the order: first come, first served",
-        "lanes, deadline": "the order: earliest deadline, refusing who would be late",
+        "lanes no batch": "the batch",
+        "lanes fifo": "the order: first come, first served",
+        "lanes deadline": "the order: earliest deadline, refusing who would be late",
         "one at a time": "batch, and changing one's mind between steps",
         "whole requests": "changing one's mind between steps, mixed levels in a batch",
     }
@@ -99,7 +99,7 @@ def compared(data):
 
     Percentiles that are known from below are left out.
     """
-    for system in ("lanes", *ORDERS, "lanes, no batch", CACHED[1], "lanes uncached"):
+    for system in ("lanes", *ORDERS, "lanes no batch", CACHED[1], "lanes uncached"):
         found = data["systems"].get(system, {})
         for one in sorted(found.get("loads", {}).values(), key=lambda one: (one["mix"], -one["count"], one["rate"])):
             said = told(found, one, data["systems"]["lanes"]["idle"])

@@ -7,7 +7,7 @@ from bench.serving_loads import WITHIN, Load
 
 CACHED = ("lanes", "one at a time", "whole requests")
 SLOW = ("lanes uncached", "diffusers eager")  # asked less where it is of how much they do at most
-ORDERS = ("lanes, fifo", "lanes, deadline")
+ORDERS = ("lanes fifo", "lanes deadline")
 START = 25.0  # seconds until a server is there, about
 
 
@@ -35,7 +35,7 @@ class Setting:
 
 SETTINGS = {
     "tiny-flux": Setting(
-        ("lanes", *ORDERS, "lanes, no batch", "one at a time", "whole requests", "lanes uncached", "diffusers eager"),
+        ("lanes", *ORDERS, "lanes no batch", "one at a time", "whole requests", "lanes uncached", "diffusers eager"),
         count=1000,
         shares=(0.5, 0.9, 1.1, 1.5),
         at=1.1,
@@ -68,7 +68,7 @@ def loads_of(system, setting, first, found):
         return loads
     if system in ORDERS:
         return [at(setting.at * most), *(at(share * most, setting.few) for share in setting.checks)]
-    if system == "lanes, no batch":
+    if system == "lanes no batch":
         return [at(setting.at * most)]
     if system in setting.own:
         return [at(setting.own[system] * own), at(setting.at * most)]

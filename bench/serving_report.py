@@ -24,8 +24,8 @@ same machine. Arrivals are Poisson, each of one of the bundle's cached levels wi
 * **lanes uncached**: lanes that compute every step: what a step-level batcher without a cache does.
 * **diffusers eager**: the pipeline's own loop under PyTorch, one request at a time, every step.
 
-All of them take the shortest request first, and *lanes* the one with the least left. *lanes, fifo* and *lanes, deadline* have
-other orders; *lanes, no batch* makes a tick of one request.
+All of them take the shortest request first, and *lanes* the one with the least left. *lanes fifo* and *lanes deadline* have
+other orders; *lanes no batch* makes a tick of one request.
 
 Rates are shares of what *lanes* gave a closed loop of 16 clients; those that compute every step are also asked at a share of
 what they gave it themselves. A load is played to its last arrival, and until every request that can still be in time has been.

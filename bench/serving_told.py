@@ -111,8 +111,8 @@ def on_gpu(packed, uncached, step, law, share, count=1000):
     rows, named = {}, [kind for _, kind in moments]
     for name, kinds, policy, lanes in (
         ("lanes", cached, Policy("shortest"), 8),
-        ("lanes, no batch", cached, Policy("shortest", 1), 8),
-        ("lanes, fifo", cached, Policy("fifo"), 8),
+        ("lanes no batch", cached, Policy("shortest", 1), 8),
+        ("lanes fifo", cached, Policy("fifo"), 8),
         ("one at a time", cached, Policy("shortest"), 1),
         ("lanes uncached", slow, Policy("shortest"), 8),
     ):
