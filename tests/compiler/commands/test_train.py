@@ -29,8 +29,7 @@ def test_a_killed_training_goes_on_to_the_same_result(tmp_path, training, toy_pr
 
 def test_a_training_that_stops_improving_ends_by_itself(tmp_path, training, monkeypatch):
     monkeypatch.setattr(lesa_training, "PATIENCE", (1, 1))
-    monkeypatch.setattr(lesa_training, "ROUNDS_PER_EVALUATION", (1, 1))
     monkeypatch.setattr(lesa_training, "RATES", (0.0, 0.0))  # nothing can improve
     succeed(*[a for a in training if a not in ("--set", "max_rounds=3")], "-o", tmp_path / "p")
     curve = json.loads(load_predictor(tmp_path / "p").facts["curve"])
-    assert [point["phase"] for point in curve] == [0, 0, 0, 0, 0, 1, 1, 1, 1]
+    assert [point["phase"] for point in curve] == [0, 0, 0, 1, 1, 1, 1]

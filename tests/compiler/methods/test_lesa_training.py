@@ -21,7 +21,6 @@ def calibration():
 @pytest.fixture
 def data(calibration, tmp_path, monkeypatch):
     monkeypatch.setattr("cachec.compiler.methods.lesa.HIDDEN", 8)
-    monkeypatch.setattr(module, "ROUNDS_PER_EVALUATION", (1, 1))
     _, features = raw_runs(calibration)
     noise = calibration.noise().astype(np.float32)
     single = Trajectories(
