@@ -5,7 +5,6 @@ import pytest
 from toy_calibration import make_calibration, raw_runs
 
 from cachec.compiler.calibration.runs import Trajectories
-from cachec.compiler.methods import lesa_training as module
 from cachec.compiler.methods.base import TrainingData
 from cachec.compiler.methods.lesa_training import LesaTrainer
 from cachec.compiler.tables.schedule import Schedule
