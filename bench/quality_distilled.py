@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from bench.quality_methods import make_method, plan, trained
+from bench.quality_methods import OURS, make_method, plan, trained
 from bench.quality_setting import AbsentError, Rows, Setting, open_model, open_setting, usual_settings
-from bench.quality_tables import Found, cells, paired, table
+from bench.quality_tables import MEASURES, Found, cells, compared, table
 from cachec.compiler.calibration.evaluator import Evaluator
 from cachec.compiler.calibration.graph_evaluator import GraphEvaluator
 from cachec.compiler.graphs.flops import run_flops
@@ -38,7 +38,9 @@ FEWER = (20, 10, 8, 4)
 TRAINING_FREE = ("reuse", "taylor:1", "taylor:2")
 LARGE = "hunyuan-video"  # whose FLOPs are counted, too
 KEPT = ("psnr", "ssim", "latent")
-STEPS, RESTRICTS = 8, (0.2, 1.0)  # of the students that the page asks for; forecasts are measured on those of the first
+STEPS = 8  # of the students that the page asks for
+RESTRICTS: Mapping[str, tuple[float, ...]] = {"tiny-qwen": (0.2,), "tiny-hunyuan": (0.2, 1.0)}
+MAIN = 0.2  # forecasts are measured on students of this
 BUDGETS = (4, 3)  # computed steps of a student's, DisCa's list where there is one
 LESA_ROUNDS = "30"  # of each phase: with so few steps to forecast it has stopped by then
 DISCAS: Mapping[str, str] = {  # rows of DisCa, and what they are trained with
@@ -57,7 +59,7 @@ def students_of(model: LoadedModel, work: Path) -> list[tuple[ModelSpec, Mapping
 def bench_distilled(rows: Rows, setting: Setting) -> None:
     """The model with fewer steps; its students with all of theirs, and with forecasts between."""
     students = students_of(setting.model, setting.work)
-    for restrict in RESTRICTS:
+    for restrict in RESTRICTS.get(setting.name, ()):
         rows.drop(DISTILLED, STEPS, "a student", f"R = {restrict:g}")
         if not any(float(facts["restrict"]) == restrict for _, facts in students):
             rows.measure(DISTILLED, STEPS, "a student", f"R = {restrict:g}", lambda r=restrict: _no_student(setting, r))
@@ -77,7 +79,7 @@ def _bench_student(rows: Rows, teacher: Setting, spec: ModelSpec, restrict: floa
     label = f"{spec.name} (R = {restrict:g})"
     for steps in sorted({*FEWER, *BUDGETS, settings.steps}, reverse=True):
         rows.measure(DISTILLED, steps, "all steps", label, lambda n=steps: _both(student, teacher, _plain(student, n)))
-    for budget in BUDGETS if restrict == RESTRICTS[0] else ():
+    for budget in BUDGETS if restrict == MAIN else ():
         _bench_budget(rows, student, teacher, label, budget)
 
 
@@ -103,7 +105,7 @@ def _bench_budget(rows: Rows, student: Setting, teacher: Setting, label: str, bu
     for name in ("gram", "gram, by pictures"):
         measure(name, lambda n=name: linear(n, Goal(budget=budget)))
     predictors = dict(disca_predictors(student))
-    for name in DISCAS:
+    for name in DISCAS if len(RESTRICTS.get(teacher.name, ())) > 1 else ("disca",):  # what its parts are worth: on one model
         measure(name, lambda n=name: _disca_row(student, teacher, schedule, n, predictors))
         rows.measure(COSTS, budget, name, label, lambda n=name: forecast_shares(student, _given(student, n, predictors)))
     measure("lesa", lambda: _both(student, teacher, _lesa(student, schedule)))
@@ -195,7 +197,9 @@ def distilled_section(found: Found) -> str:
     """Tables of what there is; sentences on what there is not."""
     rows = found.of_part(DISTILLED)
     if not rows:
-        return "There is no student of this model yet, so nothing of DisCa's table is measured: `cachec distill` makes one.\n"
+        if found.name not in RESTRICTS:
+            return "No student is made of this model.\n"
+        return f"Not measured yet: `cachec distill {found.name} --steps {STEPS}` makes a student.\n{_lacking(found)}"
     base = [(budget, row) for budget, name, _, row in rows if name == "the model itself"]
     lines = [["the model itself", str(budget), *cells(row), ""] for budget, row in base]
     for label in dict.fromkeys(label for _, name, label, _ in rows if name != "the model itself"):
@@ -222,19 +226,20 @@ def _own(row: Mapping[str, Any]) -> str:
 
 
 def _equal_cost(found: Found) -> str:
-    """DisCa beside all others at as many computed steps."""
+    """Ours and DisCa beside the best of all others at as many computed steps of a student."""
     lines = []
-    for budget, name, label, row in found.of_part(DISTILLED):
-        ours = found.get(DISTILLED, budget, "disca", label)
-        if ours is not None and name not in ("disca", "the model itself"):
-            lines.append([label, str(budget), name, paired(ours["psnr"], row["psnr"])])
+    for label, budget in dict.fromkeys((label, budget) for budget, _, label, _ in found.of_part(DISTILLED)):
+        rows = [(name, f"{row['computed']} of {row['of']}", row) for name, own, row in found.of(DISTILLED, budget)
+                if own == label and "of" in row]  # fmt: skip
+        for name, _, row in rows:
+            others = [one for one in rows if one[0] != name and not (name in OURS and one[0] in OURS)]
+            if name in (*OURS, "disca") and others:
+                lines += [[label, str(budget), name, *compared(row, others, measure)] for measure in MEASURES]
     if not lines:
         return ""
-    return (
-        "DisCa against the others, paired:\n\n"
-        + table(["student", "computed", "against", "PSNR, change in dB"], lines)
-        + "\n\n"
-    )
+    header = ["student", "K", "row", "measure", "best other by it", "its value", "this row", "difference", ""]
+    told = "gram and DisCa beside the best other row of as many computed steps, against the teacher's run, paired:\n\n"
+    return told + table(header, lines) + "\n\n"
 
 
 def _costs(found: Found) -> str:
@@ -247,9 +252,6 @@ def _costs(found: Found) -> str:
 
 
 def _lacking(found: Found) -> str:
-    """Which rows of the plan are not there, for want of trained files."""
-    rows = found.of_part(DISTILLED)
-    names, labels = {name for _, name, _, _ in rows}, {label for _, _, label, _ in rows}
-    lacks = [name for name in ("disca", "disca, squared error alone", "disca, fusion without blocks") if name not in names]
-    lacks += [f"a student with R = {r}" for r in ("0.2", "1") if not any(f"R = {r})" in label for label in labels)]
-    return f"\nNot trained yet for this model, so left out: {', '.join(lacks)}.\n" if lacks else ""
+    """What is not there, with the command that makes it."""
+    lines = [f"- {key}: {why}" for key, why in found.missing(DISTILLED)]
+    return "\nWhat there is not:\n\n" + "\n".join(lines) + "\n" if lines else ""

@@ -89,7 +89,16 @@ def left_out(found: Found, budget: int) -> str:
     known = {(name, steps) for name, steps, _ in found.of(EQUAL, budget)}
     known |= {tuple(key.split(", ", 1)[1].rsplit(", ", 1)) for key, _ in found.missing(EQUAL) if key.startswith(f"{budget}, ")}
     left = [f"{name} ({steps})" for name, steps in expected_rows(budget) if (name, steps) not in known]
-    return f"\nNot measured yet: {'; '.join(left)}.\n" if left else ""
+    return f"\nNot measured yet: {'; '.join(left)}. {command(found, f'equal-{budget}')}\n" if left else ""
+
+
+def command(found: Found, part: str) -> str:
+    """A sentence on how a part is measured."""
+    return f"`python -m bench.quality --model {found.name} --part {part}` does it."
+
+
+def unmeasured(found: Found, part: str) -> str:
+    return f"Not measured yet. {command(found, part)}\n"
 
 
 def all_rows(found: Found) -> str:
@@ -100,16 +109,15 @@ def all_rows(found: Found) -> str:
             lines = [[f"**{name}**" if name in OURS else name, steps, cost(row), *cells(row)] for name, steps, row in rows]
             parts.append(f"### {budget} of {found.steps} steps\n\n{table(HEADER, lines)}\n{left_out(found, budget)}")
         else:
-            parts.append(f"### {budget} of {found.steps} steps\n\nNot measured yet.\n")
-    missing = [f"- {key}: {why}" for key, why in found.missing(EQUAL)]
-    return "\n".join(parts) + ("\nWhat there is not:\n\n" + "\n".join(missing) + "\n" if missing else "")
+            parts.append(f"### {budget} of {found.steps} steps\n\n{unmeasured(found, f'equal-{budget}')}")
+    return "\n".join(parts) + not_there(found, EQUAL)
 
 
 def caches(found: Found) -> str:
     """The table like that of LESA's paper, and what of its claims holds."""
     rows = found.of_part(CACHES)
     if not rows:
-        return "Not measured yet.\n"
+        return unmeasured(found, CACHES) + not_there(found, CACHES)
     names = {"taylor:1": "TaylorSeer O1", "taylor:2": "TaylorSeer O2", "reuse": "FORA", "lesa": "LESA"}
     lines = []
     for budget in sorted({budget for budget, *_ in rows}, reverse=True):
@@ -126,7 +134,13 @@ def caches(found: Found) -> str:
             with_threshold = f"{steps} {row['threshold']:.3f}" if "threshold" in row else steps
             lines.append([name, with_threshold, cost(row), f"{row['work']:.1f}", *cells(row)])
     header = [*HEADER[:3], "runs of the model", *HEADER[3:]]
-    return table(header, lines) + "\n\n" + claims(found)
+    return table(header, lines) + "\n\n" + claims(found) + not_there(found, CACHES)
+
+
+def not_there(found: Found, part: str) -> str:
+    """What of a part could not be measured, and why, or which command makes what it lacks."""
+    lines = [f"- {key}: {why}" for key, why in found.missing(part)]
+    return "\nWhat there is not:\n\n" + "\n".join(lines) + "\n" if lines else ""
 
 
 def claims(found: Found) -> str:
@@ -135,7 +149,7 @@ def claims(found: Found) -> str:
     for interval, budget in zip(INTERVALS, sorted({b for b, *_ in found.of_part(CACHES)}, reverse=True), strict=False):
         ours = found.get(CACHES, budget, "lesa", f"N = {interval}")
         if ours is None:
-            lines.append(f"- LESA for N = {interval} is not trained yet for this model, so nothing is said of it.")
+            lines.append(f"- LESA for N = {interval} is not measured yet on this model, so nothing is said of it.")
             continue
         for text, other in (
             ("TaylorSeer O1 of the same interval", found.get(CACHES, budget, "taylor:1", f"N = {interval}")),
@@ -158,10 +172,9 @@ def claims(found: Found) -> str:
 def transfer(found: Found) -> str:
     usual, rows = found.get(EQUAL, WHOLE_BUDGET, "gram, closed form", "searched"), found.of_part(TRANSFER)
     if usual is None or not rows:
-        return "Not measured yet.\n"
+        return unmeasured(found, TRANSFER)
     lines = [["the usual setting", *cells(usual), ""]]
     lines += [[name, *cells(row), paired(row["psnr"], usual["psnr"])] for _, _, name, row in rows]
-    missing = [f"- {key}: {why}" for key, why in found.missing(TRANSFER)]
     told = (
         f"Rows of `gram` in closed form, {WHOLE_BUDGET} of {found.steps} steps, on the steps searched in the usual setting: "
         f"fitted in another one, used in the usual one. `{MOOD} only`: to captions that say so. `other noise`: the same "
@@ -169,7 +182,7 @@ def transfer(found: Found) -> str:
         "again, which says how much of a difference is chance.\n\n"
     )
     header = ["fitted at", *HEADER[3:], "PSNR, change"]
-    return told + table(header, lines) + "\n" + ("\n" + "\n".join(missing) + "\n" if missing else "")
+    return told + table(header, lines) + "\n" + not_there(found, TRANSFER)
 
 
 def branches(found: Found) -> str:
@@ -195,14 +208,37 @@ def chart(found: Found, path: Path) -> bool:
     return bool(groups)
 
 
+def summary(found: Sequence[Found]) -> str:
+    """Ours beside the best other method by the mean, for every model and budget."""
+    lines = []
+    for one in found:
+        for budget in BUDGETS:
+            rows = equal_rows(one, budget)
+            ours = [row for row in rows if row[0] in ("gram", "gram, by pictures")]
+            others = [row for row in rows if row[0] not in OURS]
+            for name, steps, row in [*ours, *others[:1]]:
+                told = f"**{name}**" if name in OURS else f"{name}, {steps}"
+                change = paired(row["psnr"], others[0][2]["psnr"]) if name in OURS and others else ""
+                lines.append([one.name, str(budget), told, *cells(row), change])
+    if not lines:
+        return ""
+    header = ["model", "K", "method", *HEADER[3:], "against that other"]
+    return (
+        "\n## In short\n\nOurs, and the other method with the best mean, on whatever steps it does best.\n\n"
+        + table(header, lines) + "\n"
+    )  # fmt: skip
+
+
 def model_section(found: Found, out: Path) -> str:
     """All that there is of a model."""
     picture = f"quality-{found.name}.png"
     drawn = chart(found, out.with_name(picture))
     facts = found.facts
     size = "x".join(facts[name] for name in ("width", "height", "frames") if name in facts)
+    brief = "**A brief look: rows are fitted and trained on next to nothing, and say only that all runs.**\n"
     parts = [
         f"\n## {found.name}\n",
+        brief if facts.get("brief") else "",
         f"{size}, {facts['steps']} steps, guidance {facts['guidance']}; {facts['captions']} captions; rows took "
         f"{found.seconds / 60:.0f} minutes of one processor in all.\n",
         f"![{found.name}: PSNR by method]({picture})\n" if drawn else "",
@@ -244,8 +280,10 @@ def page(models: Sequence[str], work: Path, out: Path, ablation_data: Path, date
     parts = [
         INTRO.format(num=captions, fit=NUM_FIT, choose=NUM_CHOOSE, bootstraps=f"{ROUNDS:,}", whole=WHOLE_BUDGET, date=date)
     ]
+    parts.append(summary([one for one in found.values() if one is not None]))
     for name, one in found.items():
-        parts.append(f"\n## {name}\n\nNot measured yet.\n" if one is None else model_section(one, out))
+        todo = f"Not measured yet. `python -m bench.quality --model {name}` does it.\n"
+        parts.append(f"\n## {name}\n\n{todo}" if one is None else model_section(one, out))
     if ablation_data.exists():
         parts.append(ablation(ablation_data))
     return "\n".join(parts)

@@ -48,8 +48,8 @@ def test_the_tail_is_compared_with_the_best_tail(spread):
     assert compared(row(spread + 1), [("a", "own", row(broken)), ("b", "own", row(spread))], "mean PSNR")[1] == "a, own"
 
 
-def content(rows):
-    facts = {"model": "small", "steps": 50, "width": "16", "height": "16", "guidance": "1.0", "captions": CAPTIONS}
+def content(rows, name="small"):
+    facts = {"model": name, "steps": 50, "width": "16", "height": "16", "guidance": "1.0", "captions": CAPTIONS}
     return Found({"facts": facts, "rows": rows})
 
 
@@ -59,7 +59,7 @@ def test_sentences_follow_the_figures(spread):
     assert "+2.00" not in claims(content(rows))
     assert "it is better" in claims(content({**rows, f"{CACHES}|10|taylor:1|N = 7": row(spread - 2, 9)}))
     del rows[f"{CACHES}|10|lesa|N = 7"]
-    assert "not trained yet" in claims(content(rows))
+    assert "not measured yet" in claims(content(rows))
 
 
 def test_what_is_not_measured_is_said(spread, tmp_path):
@@ -68,7 +68,10 @@ def test_what_is_not_measured_is_said(spread, tmp_path):
     assert (tmp_path / "quality-small.png").is_file()
     assert page.count("Not measured yet.") == 5  # comparisons, two budgets, caches, transfer
     assert "it blows up" in page
-    assert "cachec distill" in distilled_section(content(rows))
+    assert "--model small --part caches" in page
+    assert "No student" in distilled_section(content(rows))
+    absent = {"distilled|8|a student|R = 1": {"missing": "not distilled yet: `cachec distill`", "absent": True, "seconds": 0}}
+    assert "`cachec distill`" in distilled_section(content(absent, "tiny-qwen"))
 
 
 def test_rows_are_measured_once_and_of_one_model(tmp_path, capsys):
