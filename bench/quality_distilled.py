@@ -107,7 +107,7 @@ def _bench_budget(rows: Rows, student: Setting, teacher: Setting, label: str, bu
     predictors = dict(disca_predictors(student))
     for name in DISCAS if len(RESTRICTS.get(teacher.name, ())) > 1 else ("disca",):  # what its parts are worth: on one model
         measure(name, lambda n=name: _disca_row(student, teacher, schedule, n, predictors))
-        rows.measure(COSTS, budget, name, label, lambda n=name: forecast_shares(student, _given(student, n, predictors)))
+        rows.measure(COSTS, STEPS, name, label, lambda n=name: forecast_shares(student, _given(student, n, predictors)))
     measure("lesa", lambda: _both(student, teacher, _lesa(student, schedule)))
 
 

@@ -287,7 +287,7 @@ class Rows:
         told = (
             f"{psnr.mean():6.2f} dB, p5 {np.percentile(psnr, 5):5.1f}, worst {psnr.min():5.1f}"
             if "psnr" in row
-            else row["missing"]
+            else row.get("missing", "counted")
         )
         print(f"{key:50s} {told}  [{seconds:.0f} s of processor, {time.perf_counter() - wall:.0f} s]", flush=True)
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from bench.quality_caches import CACHES
-from bench.quality_distilled import disca_name, distilled_section
+from bench.quality_distilled import COSTS, disca_name, distilled_section
 from bench.quality_methods import EQUAL, LESS_OWN, LESS_SEARCHED, METHODS, OWN, SEARCHED
 from bench.quality_report import claims, model_section
 from bench.quality_setting import AbsentError, Rows
@@ -105,9 +105,10 @@ def test_what_lacks_a_file_is_tried_again_and_what_breaks_off_stops_nothing(tmp_
     rows.measure(CACHES, 10, "lesa", "N = 7", lacks)
     rows.measure(CACHES, 10, "reuse", "N = 7", lambda: row([30.0, 31.0])["none such"])
     rows.measure(CACHES, 10, "taylor:1", "N = 7", lambda: row([40.0, 41.0]))
+    rows.measure(COSTS, 8, "disca", "a student", lambda: {"shares": {"small": 0.25}})
     assert rows.failed == [f"{CACHES}|10|reuse|N = 7"]
     again = Rows(tmp_path / "rows.json", {"model": "small"})
-    assert again.rows.keys() == {f"{CACHES}|10|lesa|N = 7", f"{CACHES}|10|taylor:1|N = 7"}
+    assert again.rows.keys() == {f"{CACHES}|10|lesa|N = 7", f"{CACHES}|10|taylor:1|N = 7", f"{COSTS}|8|disca|a student"}
     assert "cachec train" in again.rows[f"{CACHES}|10|lesa|N = 7"]["missing"]
     again.measure(CACHES, 10, "lesa", "N = 7", lambda: row([50.0, 51.0], 10))
     assert len(again.steps(CACHES, 10, "lesa", "N = 7")) == 10
