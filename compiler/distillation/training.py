@@ -36,6 +36,7 @@ EVALUATIONS = 20  # of the held-out error, over a training
 HELD_OUT = 8  # runs that it is taken on, at most
 EXPLODED = 3.0  # times the best held-out error: what comes back from there is luck
 WARM_UP = 100  # updates over which the rate rises: AdamW's first steps are of full size whatever the gradient
+FALL = 0.4  # of all updates, the last ones, over which the rate falls to nothing: held-out runs of a steady rate scatter
 SAVE_SECONDS = 60.0
 CLIP = 1.0  # of the gradient's norm
 
@@ -134,10 +135,15 @@ class Distiller:
             return
         for parameter, gradient in zip(self._parameters, gradients, strict=True):
             parameter.grad = None if gradient is None else gradient * (CLIP / norm.clamp(min=CLIP))
-        self._optimizer.param_groups[0]["lr"] = asked.rate * min(1.0, (self.state.update + 1) / WARM_UP)
+        self._optimizer.param_groups[0]["lr"] = asked.rate * self._share_of_rate()
         self._optimizer.step()
         self._optimizer.zero_grad()
         self.state.update += 1
+
+    def _share_of_rate(self) -> float:
+        """Of the next update: from nothing up to one, and down to nothing at the last update."""
+        done, total = self.state.update, self._asked.updates
+        return min(1.0, (done + 1) / WARM_UP, (total - done) / (FALL * total))
 
     def _own(self, conditions: Mapping[str, Array]) -> dict[str, torch.Tensor]:
         """Those of the one branch that the student has."""
