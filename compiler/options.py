@@ -206,7 +206,7 @@ class DistillWish:
     )
     updates: int = option(2000, "How often its weights are changed.", only=("distill",))
     distilled_batch: int = option(4, "Samples of an update.", "--batch", only=("distill",))
-    rate: float = option(1e-5, "Learning rate, after a hundred updates over which it rises.", only=("distill",))
+    rate: float = option(1e-5, "Learning rate, between the first hundred updates and the last 40 %.", only=("distill",))
     derivative: str = option(
         "exact", "Along the flow: exact, or difference, for models without rules for it or with little memory.",
         only=("distill",),
