@@ -95,7 +95,7 @@ def calibration_prompts(
 ) -> UsedPrompts:
     """The prompts of a calibration: ``num`` of the shipped list ``name``, every fourth to stop by, and some to measure on.
 
-    ``choosing``: there are more, and some to choose schedules by, too, if the list has any. Prompts of the user's own are
+    ``choosing``: if the list has some to choose schedules by, these too, and then more to fit on. Prompts of the user's own are
     divided by :func:`split_prompts`; if there are enough to fit on, those beyond the usual number then choose schedules.
 
     Raises:
@@ -103,10 +103,10 @@ def calibration_prompts(
     """
     if given is not None:
         return _divided(given, choosing=choosing)
-    listed = default_prompts(name, "train")[: NUM_PICTURED if choosing else num]
+    others = default_prompts(name, "choose")[:NUM_CHOOSE] if choosing and has_prompts(name, "choose") else []
+    listed = default_prompts(name, "train")[: NUM_PICTURED if others else num]
     uses: list[Use] = ["stop" if place % STOP_EVERY == STOP_EVERY - 1 else "fit" for place in range(len(listed))]
     measured = default_prompts(name, "measure")[:NUM_MEASURE]
-    others = default_prompts(name, "choose")[:NUM_CHOOSE] if choosing and has_prompts(name, "choose") else []
     uses += [*_all("measure", measured), *_all("choose", others)]
     return _checked(UsedPrompts((*listed, *measured, *others), tuple(uses)))
 

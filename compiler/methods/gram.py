@@ -24,7 +24,7 @@ POLISH_PROMPTS = 32
 FIRST_PROMPTS = 16  # of the first round, which has the longest way to go
 MIN_POLISH_PROMPTS = 16  # with fewer, rows and time steps fit these prompts alone: bench/QUALITY.md
 MAX_POLISHED = 12  # computed steps
-CHOICES = ("latents", "pictures")
+CHOICES = ("pictures", "latents")
 
 log = logging.getLogger(__name__)
 
@@ -36,8 +36,8 @@ class Gram(TableMethod):
     No order and no warm-up: one computed step is enough to begin. The displacement from the noise is regressed on every
     velocity, so each row also repairs what earlier ones missed. ``polish`` is the number of Gauss-Newton rounds on rows and
     time steps (0: the closed form alone; there is none above 12 computed steps, nor below 16 fitted prompts). ``choose``
-    says what schedules are chosen by: errors of latents, or, for the worst pictures' sake, pictures
-    (``compiler/planning/pictured.py``). Fitted to one model, sampler and schedule; of no use for others, and no better than
+    says what schedules are chosen by: pictures, for the worst ones' sake, where there are prompts to choose by
+    (``compiler/planning/pictured.py``), or errors of latents. Fitted to one model, sampler and schedule; of no use for others, and no better than
     its calibration prompts are typical. Exact on nothing.
     """
 
@@ -48,7 +48,7 @@ class Gram(TableMethod):
     schedule_bound: ClassVar[bool] = True
     default_interval: ClassVar[int] = 7
     polish: int = 2
-    choose: str = "latents"
+    choose: str = "pictures"
 
     def __post_init__(self) -> None:
         if self.polish < 0:
