@@ -16,7 +16,7 @@ from typing import Any
 import click
 import numpy as np
 
-from bench.quality_setting import Setting, calibrate, open_model, uncached_latents
+from bench.quality_setting import Extent, Setting, calibrate, open_model, uncached_latents
 from bench.quality_tables import bootstrap, paired
 from cachec.compiler.calibration.calibration import open_calibration
 from cachec.compiler.calibration.runs import Subject
@@ -106,7 +106,8 @@ class ChoiceBench:
         noise = np.stack([make_noise(seed, self.subject.latent_shape) for seed in range(len(prompts))])
         conditions = self.subject.encode(prompts)
         reference = uncached_latents(self.subject, self.evaluator, noise, conditions, self.work / "reference")
-        return Setting(self.model, self.settings, self.known, prompts, conditions, noise, reference, self.work)
+        extent = Extent(len(prompts), len(self.fit.index), len(self.choice.choosing.index))
+        return Setting(self.model, self.settings, self.known, prompts, conditions, noise, reference, self.work, extent)
 
     def figures(self, held: Setting, steps: Steps, rounds: int) -> dict[str, Any]:
         """PSNR, SSIM and relative latent errors by held-out caption."""
