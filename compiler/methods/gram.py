@@ -37,8 +37,8 @@ class Gram(TableMethod):
     velocity, so each row also repairs what earlier ones missed. ``polish`` is the number of Gauss-Newton rounds on rows and
     time steps (0: the closed form alone; there is none above 12 computed steps, nor below 16 fitted prompts). ``choose``
     says what schedules are chosen by: pictures, for the worst ones' sake, where there are prompts to choose by
-    (``compiler/planning/pictured.py``), or errors of latents. Fitted to one model, sampler and schedule; of no use for others, and no better than
-    its calibration prompts are typical. Exact on nothing.
+    (``compiler/planning/pictured.py``), or errors of latents. Fitted to one model, sampler and schedule; of no use for others,
+    and no better than its calibration prompts are typical. Exact on nothing.
     """
 
     name: ClassVar[str] = "gram"
