@@ -13,7 +13,7 @@ from diffusers import AutoencoderKL, AutoencoderKLHunyuanVideo
 from torch import Tensor, nn
 
 from reference.avatars import loop
-from reference.avatars.autoencoder import Descent, corner, psnr, save_sheet, to_input, to_pictures
+from reference.avatars.autoencoder import Descent, corner, difference, psnr, save_sheet, to_input, to_pictures
 from reference.avatars.clips import load
 from reference.avatars.motion import CLIP_SIDE, FRAMES
 from reference.avatars.networks import LATENT_CHANNELS
@@ -76,14 +76,26 @@ def begun(out: Path, begin: Path | None) -> AutoencoderKLHunyuanVideo:
 class Trainer(Descent):
     """Clips, the autoencoder and its optimizers."""
 
-    def __init__(self, clips: np.ndarray, vae: AutoencoderKLHunyuanVideo, steps: int, batch: int) -> None:
+    def __init__(
+        self, clips: np.ndarray, vae: AutoencoderKLHunyuanVideo, steps: int, batch: int, *, decoder_only: bool
+    ) -> None:
         super().__init__(vae, steps)
-        self.clips, self.batch = clips, batch
+        self.clips, self.batch, self.decoder_only = clips, batch, decoder_only
 
     def update(self, step: int) -> float:
+        """On crops, a quarter of which begin at either side: clothes are at the lower one."""
         index = np.sort(torch.randint(len(self.clips), (self.batch,)).numpy())
-        top, left = corner(CLIP_SIDE, CROP)
-        return self.learn(to_video(self.clips[index, :, top : top + CROP, left : left + CROP]))
+        top, left = (min(max(place - CROP // 2, 0), CLIP_SIDE - CROP) for place in corner(CLIP_SIDE + CROP, CROP))
+        x = to_video(self.clips[index, :, top : top + CROP, left : left + CROP])
+        return self.show_again(x) if self.decoder_only else self.learn(x)
+
+    def show_again(self, x: Tensor) -> float:
+        """One update of the decoder alone, from the means that the encoder gives. Returns the difference."""
+        with torch.no_grad():
+            z = self.vae.encode(x).latent_dist.mode()
+        loss = difference(self.vae.decode(z).sample, x)
+        self.down(loss)
+        return float(loss.item())
 
 
 @click.command()
@@ -91,12 +103,15 @@ class Trainer(Descent):
 @click.option("--steps", default=5000, show_default=True)
 @click.option("--batch", default=2, show_default=True)
 @click.option("--begin", type=click.Path(path_type=Path, exists=True), help="A trained one to go on with.")
-def main(out: Path, steps: int, batch: int, begin: Path | None, threads: int) -> None:
+@click.option("--decoder-only", is_flag=True, help="Leave the latents as they are, and with them what was trained on them.")
+def main(out: Path, steps: int, batch: int, begin: Path | None, threads: int, *, decoder_only: bool) -> None:
     """Train on the clips and write it to OUT/vae-video."""
     torch.set_num_threads(threads)
     torch.manual_seed(7)
+    if decoder_only and begin is None:
+        raise click.UsageError("--decoder-only goes on with a trained one: give --begin")
     clips = load("clips", out)[0]
-    trainer = Trainer(clips, begun(out, begin), steps, batch)
+    trainer = Trainer(clips, begun(out, begin), steps, batch, decoder_only=decoder_only)
     shown = load("held-out-clips", out)[0][:SHOWN]
 
     @torch.no_grad()
@@ -109,13 +124,19 @@ def main(out: Path, steps: int, batch: int, begin: Path | None, threads: int) ->
     training = loop.Training("autoencoder-video", out, steps, trainer.parts, trainer.update, watch, seed=7)
     if not training.run() and (out / "vae-video").exists():
         return
-    with torch.no_grad():
-        z = trainer.vae.encode(to_video(clips[:32])).latent_dist.mode()
-    # This class has no shift: the last of the encoder's layers and the first of the decoder's take it.
-    trainer.vae.quant_conv.bias.data[:LATENT_CHANNELS] -= z.mean()
-    trainer.vae.post_quant_conv.bias.data += trainer.vae.post_quant_conv.weight.data.sum((1, 2, 3, 4)) * z.mean()
-    trainer.vae.register_to_config(scaling_factor=1 / z.std().item())
+    if not decoder_only:
+        scale(trainer.vae, clips[:32])
     loop.replace_network(trainer.vae, out / "vae-video")
+
+
+@torch.no_grad()
+def scale(vae: AutoencoderKLHunyuanVideo, clips: np.ndarray) -> None:
+    """Let latents have no mean, and tell their spread."""
+    z = vae.encode(to_video(clips)).latent_dist.mode()
+    # This class has no shift: the last of the encoder's layers and the first of the decoder's take it.
+    vae.quant_conv.bias.data[:LATENT_CHANNELS] -= z.mean()
+    vae.post_quant_conv.bias.data += vae.post_quant_conv.weight.data.sum((1, 2, 3, 4)) * z.mean()
+    vae.register_to_config(scaling_factor=1 / z.std().item())
 
 
 if __name__ == "__main__":
