@@ -42,8 +42,8 @@ and weights, and go through the planner of `cachec compile`.
   for gram, `pictures` those of `--set choose=pictures`.
 - Cost is counted in computed steps. A forecast is a run of the model's tail; those of the output cut (`gram`, `dyweight`,
   `bns`, `adams`, solvers) run nothing. No times are measured here: they are in [`RESULTS.md`](RESULTS.md).
-- LESA and DisCa are trained beforehand (`cachec train`), LinCa here with {linca} updates a network instead of 2,000, which one
-  core has no hours for: its rows may gain by more.
+- LESA and DisCa are trained beforehand (`cachec train`), LinCa here, with {linca} updates a network instead of 2,000, to save
+  time: it may gain by more.
 - At K = {whole} all rows are measured, at the others those that come near the best somewhere. `make quality` runs two models
   at a time, on one thread each.
 
