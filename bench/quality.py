@@ -20,7 +20,7 @@ import click
 
 from bench.quality_caches import bench_caches
 from bench.quality_distilled import bench_distilled
-from bench.quality_methods import BUDGETS, bench_equal_cost
+from bench.quality_methods import BUDGETS, WHOLE_BUDGET, bench_equal_cost
 from bench.quality_setting import LOOK, NUM_EVAL, Extent, Rows, Setting, open_model, open_setting
 from bench.quality_transfer import bench_branches, bench_transfer
 from cachec.compiler.models import find_model
@@ -28,12 +28,19 @@ from cachec.compiler.models.base import ModelSpec
 from cachec.runtime.errors import ModelUnavailableError
 
 REFERENCE_MODELS = ("tiny-flux", "tiny-qwen", "tiny-hunyuan")
-PARTS: Mapping[str, Callable[[Rows, Setting], None]] = {
-    **{f"equal-{budget}": lambda rows, setting, k=budget: bench_equal_cost(rows, setting, k) for budget in BUDGETS},
+
+
+def _equal_cost(budget: int) -> Callable[[Rows, Setting], None]:
+    return lambda rows, setting: bench_equal_cost(rows, setting, budget)
+
+
+PARTS: Mapping[str, Callable[[Rows, Setting], None]] = {  # what the page can least do without comes first
+    f"equal-{WHOLE_BUDGET}": _equal_cost(WHOLE_BUDGET),
     "caches": bench_caches,
+    "distilled": bench_distilled,
+    **{f"equal-{budget}": _equal_cost(budget) for budget in BUDGETS if budget != WHOLE_BUDGET},
     "transfer": bench_transfer,
     "branches": bench_branches,
-    "distilled": bench_distilled,
 }
 
 

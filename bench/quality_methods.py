@@ -31,10 +31,11 @@ from cachec.runtime.files import write_file
 from cachec.runtime.program import Program
 
 EQUAL = "equal cost"  # the part that these rows are
+SOLVER_STARTS = 8  # of searches for plain solvers, whose rows take a millisecond a schedule
 WHOLE_BUDGET = 8  # the budget with all rows; the others have those that may win somewhere
 BUDGETS = (8, 10, 6)
 
-LINCA_UPDATES = 500  # of each of its networks, for the time that the usual 2,000 take
+LINCA_UPDATES = 200  # of each of its networks, for the time that the usual 2,000 take
 METHODS: Mapping[str, tuple[str, Mapping[str, str]]] = {
     "reuse": ("reuse", {}),
     "taylor:1": ("taylor", {"order": "1"}),
@@ -211,7 +212,8 @@ def searched_solver(setting: Setting, name: str, budget: int) -> Program:
         except InputError:  # not finite: another schedule may do
             return float("inf")
 
-    candidates = search_schedules(solver_score(lambda sigmas: solver_rows(name, sigmas), fit), fit.num_steps, budget, seed=0)
+    score = solver_score(lambda sigmas: solver_rows(name, sigmas), fit)
+    candidates = search_schedules(score, fit.num_steps, budget, seed=0, starts=SOLVER_STARTS)
     return setting.program(
         table(polish_schedule(candidates[:FEW_SCHEDULES], closed, fit.num_steps, moves=CLOSED_MOVES, seed=0))
     )
