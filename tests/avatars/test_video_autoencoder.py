@@ -34,11 +34,23 @@ def test_an_inflated_autoencoder_takes_every_weight_and_shows_the_same_still():
     torch.testing.assert_close(seen[:, :, -1][inner], expected, rtol=0.3, atol=0.1)
 
 
-def test_an_update_moves_the_taps_of_other_frames():
+def trained_once(*, decoder_only):
     clips = np.random.default_rng(1).integers(0, 256, (1, 9, 96, 96, 3), np.uint8)
     video = build_autoencoder()
     inflate(video, picture_autoencoder())
-    trainer = Trainer(clips, video, steps=10, batch=1)
+    trainer = Trainer(clips, video, steps=10, batch=1, decoder_only=decoder_only)
+    begun = {name: value.clone() for name, value in video.state_dict().items()}
     assert np.isfinite(trainer.update(0))
-    first = next(module for module in trainer.vae.modules() if isinstance(module, nn.Conv3d))
+    return trainer.vae, {name for name, value in video.state_dict().items() if not torch.equal(value, begun[name])}
+
+
+def test_an_update_moves_the_taps_of_other_frames():
+    vae, _ = trained_once(decoder_only=False)
+    first = next(module for module in vae.modules() if isinstance(module, nn.Conv3d))
     assert first.weight[:, :, 0].abs().max() > 0
+
+
+def test_an_update_of_the_decoder_alone_leaves_the_latents():
+    _, moved = trained_once(decoder_only=True)
+    assert moved
+    assert all(name.startswith(("decoder.", "post_quant_conv.")) for name in moved)
