@@ -21,7 +21,7 @@ import click
 from bench.quality_caches import bench_caches
 from bench.quality_distilled import bench_distilled
 from bench.quality_methods import BUDGETS, WHOLE_BUDGET, bench_equal_cost
-from bench.quality_setting import LOOK, NUM_EVAL, Extent, Rows, Setting, open_model, open_setting
+from bench.quality_setting import LOOK, NUM_EVAL, Extent, Rows, Setting, decoder_hash, open_model, open_setting
 from bench.quality_transfer import bench_branches, bench_transfer
 from cachec.compiler.models import find_model
 from cachec.compiler.models.base import ModelSpec
@@ -50,7 +50,8 @@ def bench_model(spec: ModelSpec, work: Path, parts: tuple[str, ...], again: tupl
     name = spec.name
     folder = work / name
     setting = open_setting(model, settings, folder, extent)
-    facts = {"model": name, "weights": model.weights_hash[:12], **settings.facts, "steps": settings.steps, **extent.facts}
+    weights = {"weights": model.weights_hash[:12], "decoder": decoder_hash(model)}
+    facts = {"model": name, **weights, **settings.facts, "steps": settings.steps, **extent.facts}
     rows = Rows(folder / "rows.json", facts)
     if again:
         rows.forget(again)

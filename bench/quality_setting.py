@@ -3,6 +3,7 @@
 Shapes: ``P`` prompts; latents [P, …]; a picture is [H, W, 3], or a video [F, H, W, 3].
 """
 
+import hashlib
 import io
 import json
 import subprocess
@@ -105,7 +106,7 @@ class Setting:
     @cached_property
     def pictures(self) -> Array:
         """Those of the uncached run [P, …], decoded once and kept in ``work``."""
-        path = self.work / "pictures.npy"
+        path = self.work / f"pictures-{decoder_hash(self.model)}.npy"
         if not path.exists():
             save_array(path, self.decode(self.reference))
         pictures: Array = np.load(path)
@@ -225,6 +226,14 @@ def uncached_latents(
             save_array(path, last.latents)
         parts.append(np.load(path))
     return np.concatenate(parts)
+
+
+def decoder_hash(model: LoadedModel) -> str:
+    """Of the decoder's weights: the hash of a model's is of its transformer alone, and pictures are of both."""
+    digest = hashlib.sha256()
+    for name, value in ({} if model.decoder is None else model.decoder.state_dict()).items():
+        digest.update(name.encode() + value.contiguous().numpy().tobytes())
+    return digest.hexdigest()[:12]
 
 
 def save_array(path: Path, values: Array) -> None:
