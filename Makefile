@@ -26,9 +26,11 @@ demo-pictures: $(READY)  ## tiny-flux with LESA in a bundle that needs nothing e
 		-p "a sad person with light skin , spiky black hair and a beard in a red turtleneck"
 	$(BIN)/cachec run demo/tiny-flux-lesa.cachec --force -o demo/alone.png -p "an angry character wearing a black tee , with brown skin and no hair"
 
-demo-clips: $(READY)  ## tiny-hunyuan with TaylorSeer, rows of frames: demo/clips.png
+demo-clips: $(READY)  ## tiny-hunyuan with TaylorSeer, distilled, and with DisCa on that, rows of frames: demo/clips.png
 	$(BIN)/cachec compile tiny-hunyuan --method taylor --budget 10 -o demo/tiny-hunyuan-taylor.cachec --force
-	$(BIN)/cachec run demo/tiny-hunyuan-taylor.cachec --compare --force -o demo/clips.png $(CLIPS)
+	$(BIN)/cachec compile tiny-hunyuan-8 --method disca --schedule disca-4 -o demo/tiny-hunyuan-disca.cachec --force
+	$(BIN)/cachec run demo/tiny-hunyuan-taylor.cachec --compare --beside demo/tiny-hunyuan-disca.cachec --force \
+		-o demo/clips.png $(CLIPS)
 
 clips-gram: demo-clips  ## The same with a row of gram, which calibrates for minutes
 	$(BIN)/cachec compile tiny-hunyuan --method gram --budget 8 -o demo/tiny-hunyuan-gram.cachec --force

@@ -90,6 +90,7 @@ def write_distilled(
     with fresh_folder(out.absolute().parent, f".{out.name}-") as folder, writing(out):
         made = folder / "whole"
         shutil.copytree(source, made, ignore=without)
+        transformer.register_to_config(_name_or_path="")  # else it names a folder of the machine where it was made
         transformer.save_pretrained(made / TRANSFORMER)
         index = json.loads((made / INDEX).read_text(encoding="utf-8-sig"))
         (made / INDEX).write_text(json.dumps({**index, TRANSFORMER: list(kind)}, indent=2) + "\n", encoding="utf-8")

@@ -46,6 +46,7 @@ def test_a_directory_is_made_that_says_what_it_is(saved_family, prompts, tmp_pat
     assert [point["update"] for point in facts["curve"]] == [0, 1, 2]
     assert facts["held_out_rel_l2"] == min(point["held_out"] for point in facts["curve"])
     assert (facts["teacher_steps"], facts["restrict"], facts["num_prompts"]) == (3, 1.0, facts["num_prompts"])
+    assert '"/' not in (tmp_path / "few" / "transformer" / "config.json").read_text()  # no folder of this machine
     with pytest.raises(InputError, match="told a second time already"):
         distil(tmp_path / "few", tmp_path / "fewer", prompts)
 
