@@ -2,8 +2,8 @@
 
 On tiny-flux of avatars. Rows are fitted to 32 captions, schedules chosen by 96 others, figures are of 128 captions of
 combinations of attributes that no training saw. Every candidate is polished for a round, the winner and the searched schedule
-for two. Writes ``bench/gram_choice.json``, caption by caption, and prints the table that ``docs/methods.md`` has. Finished
-parts are kept in the work directory.
+for two; even steps, and schedules between these and the sine, are scored beside them. Writes ``bench/gram_choice.json``,
+caption by caption, and prints the table that ``docs/methods.md`` has. Finished parts are kept in the work directory.
 """
 
 import json
@@ -32,6 +32,11 @@ from cachec.compiler.tables.schedule import Schedule
 from cachec.runtime.noise import make_noise
 from reference.avatars.attributes import looks, say
 
+BLENDS = (
+    0.0,
+    0.5,
+    0.75,
+)  # shares of the sine in schedules that are tried beside the candidates, and never chosen: 0 are even steps
 SEED, HELD_SEED, NUM_HELD = 515, 616, 128  # of captions: to fit on and choose by, to measure on
 
 
@@ -43,6 +48,12 @@ def captions(seed: int, num: int, *, held_out: bool) -> list[str]:
         if len(found) == num:
             break
     return list(found)
+
+
+def blended(num_steps: int, budget: int, share: float) -> Steps:
+    """Computed steps T ((1 - w) u + w sin^2(pi u / 2)), u = i / K; w: ``share``."""
+    u = np.arange(budget) / budget
+    return tuple(np.rint(num_steps * ((1 - share) * u + share * np.sin(np.pi * u / 2) ** 2)).astype(int).tolist())
 
 
 class ChoiceBench:
@@ -90,14 +101,14 @@ class ChoiceBench:
         searched: Steps = tuple(
             self.kept(f"searched {budget}", lambda: list(search_schedule(Gram(), self.fit, None, budget, seed=0).compute))
         )
-        tried = {}
-        for steps in candidates(searched, self.settings.steps):
+        tried, able = {}, candidates(searched, self.settings.steps)
+        for steps in dict.fromkeys([*able, *(blended(self.settings.steps, budget, share) for share in BLENDS)]):
             make = lambda steps=steps: self.choice.psnr(self.fit.program(self.table(steps, 1)))  # noqa: E731
             tried[steps] = self.kept(f"tried {_text(steps)}", make)
             print(
                 f"K={budget} tried {_text(steps)}: score {picture_score(tried[steps]):.2f}, {_line(tried[steps])}", flush=True
             )
-        chosen = max(tried, key=lambda steps: picture_score(tried[steps]))
+        chosen = max(able, key=lambda steps: picture_score(tried[steps]))
         return {"searched": searched, "chosen": chosen, "tried": {_text(steps): psnr for steps, psnr in tried.items()}}
 
     def held(self) -> Setting:

@@ -39,7 +39,7 @@ and weights, and go through the planner of `cachec compile`.
   its 95th percentile.
 - **steps**: `own` the published rule with at most K computed steps (**computed** says how many it has), `uniform` even ones (of
   a plain solver: the model's sampler with K steps), `searched` those of `--schedule search`, `gram's` those that were searched
-  for gram, `pictures` those of `--set choose=pictures`.
+  for gram, `pictures` those that pictures choose, gram's default.
 - Cost is counted in computed steps. A forecast is a run of the model's tail; those of the output cut (`gram`, `dyweight`,
   `bns`, `adams`, solvers) run nothing. No times are measured here: they are in [`RESULTS.md`](RESULTS.md).
 - LESA and DisCa are trained beforehand (`cachec train`), LinCa here, with {linca} updates a network instead of 2,000, to save

@@ -166,7 +166,7 @@ def open_model(spec: ModelSpec, **changes: Any) -> tuple[LoadedModel, Settings]:
 
 
 def quicken(model: LoadedModel) -> None:
-    """Channels last in the decoder: an eighth of its time less, pictures to 1e-5."""
+    """Channels last in the decoder, which the convolutions of a CPU read faster."""
     for module in () if model.decoder is None else model.decoder.modules():
         if isinstance(module, torch.nn.Conv2d):
             module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
