@@ -1,6 +1,7 @@
 """Every method at equal cost on the reference models: ``python -m bench.quality``, or ``--model tiny-flux`` for one.
 
     python -m bench.quality [--model NAME]… [--part PART]… [--work build/quality] [--captions 128] [--again METHOD]… [--look]
+                            [--device cuda]
 
 Fitted on 32 training captions (schedules by pictures chosen on 96 more), measured on 128 held-out captions, seeds from 0. Rows,
 caption by caption, lie in ``WORK/MODEL/rows.json`` as soon as they are measured; an interrupted run goes on where it was.
@@ -25,6 +26,7 @@ from bench.quality_setting import LOOK, NUM_EVAL, Extent, Rows, Setting, decoder
 from bench.quality_transfer import bench_branches, bench_transfer
 from cachec.compiler.models import find_model
 from cachec.compiler.models.base import ModelSpec
+from cachec.runtime.device import CPU, DeviceName
 from cachec.runtime.errors import ModelUnavailableError
 
 REFERENCE_MODELS = ("tiny-flux", "tiny-qwen", "tiny-hunyuan")
@@ -44,12 +46,14 @@ PARTS: Mapping[str, Callable[[Rows, Setting], None]] = {  # what the page can le
 }
 
 
-def bench_model(spec: ModelSpec, work: Path, parts: tuple[str, ...], again: tuple[str, ...], extent: Extent) -> list[str]:
+def bench_model(
+    spec: ModelSpec, work: Path, parts: tuple[str, ...], again: tuple[str, ...], extent: Extent, device: DeviceName
+) -> list[str]:
     """Measure what is missing of one model. Returns what broke off."""
     model, settings = open_model(spec)
     name = spec.name
     folder = work / name
-    setting = open_setting(model, settings, folder, extent)
+    setting = open_setting(model, settings, folder, extent, device)
     weights = {"weights": model.weights_hash[:12], "decoder": decoder_hash(model)}
     facts = {"model": name, **weights, **settings.facts, "steps": settings.steps, **extent.facts}
     rows = Rows(folder / "rows.json", facts)
@@ -72,8 +76,15 @@ def bench_model(spec: ModelSpec, work: Path, parts: tuple[str, ...], again: tupl
 @click.option(
     "--look", is_flag=True, help="Everything on a handful of captions and updates, to see that it runs; give a --work."
 )
+@click.option("--device", default=CPU, show_default=True, help="Where models run: cpu, cuda.")
 def main(
-    models: tuple[str, ...], parts: tuple[str, ...], work: Path, captions: int, again: tuple[str, ...], look: bool
+    models: tuple[str, ...],
+    parts: tuple[str, ...],
+    work: Path,
+    captions: int,
+    again: tuple[str, ...],
+    look: bool,
+    device: str,
 ) -> None:
     logging.basicConfig(level=logging.ERROR)
     warnings.filterwarnings("ignore")
@@ -86,7 +97,7 @@ def main(
                 raise
             print(f"{name} is left out: {error}", flush=True)
         else:
-            failed += bench_model(spec, work, parts, again, LOOK if look else Extent(captions))
+            failed += bench_model(spec, work, parts, again, LOOK if look else Extent(captions), DeviceName.parse(device))
     if failed:
         sys.exit(f"{len(failed)} broke off, and are tried again by the same command: {'; '.join(failed)}")
 

@@ -21,7 +21,7 @@ from diffusers import FirstBlockCacheConfig, SeaCacheConfig
 from torch import nn
 
 from bench.quality_methods import find_given, make_method, measure_on, plan, trained
-from bench.quality_setting import AbsentError, Rows, Setting
+from bench.quality_setting import AbsentError, Rows, Setting, lent
 from cachec.compiler.calibration.prompts import default_prompts
 from cachec.compiler.calibration.runs import training_seeds
 from cachec.compiler.methods import get_method
@@ -171,7 +171,11 @@ def run_cached(
     transformer: Any = model.transformer
     transformer.enable_cache(config)
     try:
-        with counting(model) as (counted, num_blocks), telling_steps(transformer, setting.calibration.sampling.sigmas) as steps:
+        with (
+            lent(model.pipeline, setting.device),
+            counting(model) as (counted, num_blocks),
+            telling_steps(transformer, setting.calibration.sampling.sigmas) as steps,
+        ):
             for at in range(len(noise)):
                 one = {name: value[at : at + 1] for name, value in conditions.items()}
                 counted.blocks = counted.since = counted.calls = counted.whole = 0

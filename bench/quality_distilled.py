@@ -75,7 +75,7 @@ def bench_distilled(rows: Rows, setting: Setting) -> None:
 def _bench_student(rows: Rows, teacher: Setting, spec: ModelSpec, restrict: float) -> None:
     """Rows of one student."""
     model, settings = open_model(spec)
-    student = open_setting(model, settings, teacher.work / "of-students" / spec.name, teacher.extent)
+    student = open_setting(model, settings, teacher.work / "of-students" / spec.name, teacher.extent, teacher.device)
     label = f"{spec.name} (R = {restrict:g})"
     for steps in sorted({*FEWER, *BUDGETS, settings.steps}, reverse=True):
         rows.measure(DISTILLED, steps, "all steps", label, lambda n=steps: _both(student, teacher, _plain(student, n)))
@@ -172,7 +172,8 @@ def _evaluator(student: Setting, parameters: Parameters) -> GraphEvaluator:
     method = get_method("disca").with_options({})
     assert isinstance(method, BlockMethod)
     blocks = with_blocks(student.model, student.settings, method.blocks(student.model, parameters))
-    return GraphEvaluator(prepare(student.model, student.settings), student.model.io, blocks)
+    split = prepare(student.model, student.settings)
+    return GraphEvaluator(split, student.model.io, blocks, device=str(student.device))
 
 
 def _blocks_program(student: Setting, schedule: Schedule) -> Program:

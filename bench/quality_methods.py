@@ -8,7 +8,6 @@ import numpy as np
 from bench.quality_setting import Rows, Setting
 from cachec.compiler.calibration.calibration import decibels
 from cachec.compiler.calibration.uses import training_prompts
-from cachec.compiler.frontend import evaluator_of
 from cachec.compiler.methods import get_method
 from cachec.compiler.methods.base import CodedMethod, Method
 from cachec.compiler.methods.parameters import Parameters, load_predictor, predictor_bytes
@@ -154,7 +153,7 @@ def measure_on(setting: Setting, method: Method, schedule: Schedule, name: str) 
     parameters = trained(setting, method, schedule, name) if method.needs_training else None
     evaluator = None
     if isinstance(method, CodedMethod):
-        evaluator = evaluator_of(setting.model, setting.settings, method=method, parameters=parameters)
+        evaluator = setting.evaluator_with(method, parameters)
     return setting.measure(plan(setting, method, Goal(schedule=schedule), parameters), evaluator)
 
 

@@ -28,11 +28,15 @@ from cachec.compiler.calibration.runs import Subject, check_finite, recording_he
 from cachec.compiler.calibration.statistics import Statistics, load_statistics, record_statistics, save_statistics
 from cachec.compiler.calibration.uses import Use, UsedPrompts
 from cachec.compiler.frontend import evaluator_of
+from cachec.compiler.methods.base import Method
+from cachec.compiler.methods.parameters import Parameters
 from cachec.compiler.models import load_model
 from cachec.compiler.models.base import LoadedModel, ModelSpec, Settings
 from cachec.compiler.tables.coefficients import Table
 from cachec.compiler.tables.lower import lower
 from cachec.compiler.tables.sampling import Sampling
+from cachec.runtime.device import CPU, DeviceName
+from cachec.runtime.engine import HOST
 from cachec.runtime.errors import CachecError, InputError
 from cachec.runtime.files import write_file
 from cachec.runtime.noise import make_noise
@@ -40,7 +44,7 @@ from cachec.runtime.program import Program, ProgramKey, hash_sigmas
 from cachec.runtime.specs import Array
 
 NUM_FIT, NUM_CHOOSE, NUM_EVAL = 32, 96, 128
-CHUNK = 16
+CHUNK = 16  # captions at once, on the CPU; a GPU takes them all
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,14 @@ class Setting:
         return self.calibration.evaluator
 
     @property
+    def device(self) -> DeviceName:
+        return DeviceName.parse(self.evaluator.device)
+
+    def evaluator_with(self, method: Method, parameters: Parameters | None) -> Evaluator:
+        """One that plays Programs which keep features in the method's code."""
+        return evaluator_of(self.model, self.settings, self.device, method=method, parameters=parameters)
+
+    @property
     def fit(self) -> Calibration:
         """The prompts to fit on."""
         return self.calibration.of("fit")
@@ -114,9 +126,11 @@ class Setting:
 
     def decode(self, latents: Array) -> Array:
         """Pictures [P, …] of latents [P, …]."""
-        return np.concatenate(
-            [self.model.decode(latents[at : at + CHUNK], self.settings) for at in range(0, len(latents), CHUNK)]
-        )
+        size = chunk(self.evaluator)
+        with lent(self.model.decoder, self.device):
+            return np.concatenate(
+                [self.model.decode(latents[at : at + size], self.settings) for at in range(0, len(latents), size)]
+            )
 
     def sampling(self, steps: int) -> Sampling:
         return self.model.sampling(self.settings.with_steps(steps))
@@ -135,9 +149,9 @@ class Setting:
         Raises:
             InputError: they are not finite.
         """
-        parts, num = [], num or len(self.noise)
-        for at in range(0, num, CHUNK):
-            rows = slice(at, min(at + CHUNK, num))
+        parts, num, size = [], num or len(self.noise), chunk(self.evaluator)
+        for at in range(0, num, size):
+            rows = slice(at, min(at + size, num))
             conditions = {name: value[rows] for name, value in self.conditions.items()}
             parts.append((evaluator or self.evaluator).play(program, self.noise[rows], conditions))
             check_finite(parts[-1], self.captions[rows], at, program.num_steps)
@@ -156,6 +170,21 @@ class Setting:
             found["psnr"].append(round(psnr_db(picture, reference), 3))
             found["ssim"].append(round(ssim(picture, reference), 6))
         return {**found, "latent": [float(f"{one:.4g}") for one in relative_errors(latents, self.reference)]}
+
+
+def chunk(evaluator: Evaluator) -> int:
+    """Captions at once."""
+    return CHUNK if evaluator.device == CPU else NUM_EVAL
+
+
+@contextmanager
+def lent(modules: Any, device: DeviceName) -> Iterator[None]:
+    """A module, or all of a pipeline's, on ``device`` inside, and back on the host, where models are captured, behind."""
+    modules.to(str(device))
+    try:
+        yield
+    finally:
+        modules.to(CPU)
 
 
 def open_model(spec: ModelSpec, **changes: Any) -> tuple[LoadedModel, Settings]:
@@ -179,10 +208,10 @@ def usual_settings(spec: ModelSpec) -> Settings:
     return Settings(spec.height, spec.width, spec.text_tokens, spec.guidance, spec.steps, "float32", frames=spec.frames)
 
 
-def open_setting(model: LoadedModel, settings: Settings, work: Path, extent: Extent) -> Setting:
+def open_setting(model: LoadedModel, settings: Settings, work: Path, extent: Extent, device: DeviceName = HOST) -> Setting:
     """Calibrate and run the references, or read what there is of them in ``work``."""
     work.mkdir(parents=True, exist_ok=True)
-    subject, evaluator = Subject.of(model, settings), evaluator_of(model, settings)
+    subject, evaluator = Subject.of(model, settings), evaluator_of(model, settings, device)
     statistics = calibrate(subject, evaluator, usual_prompts(model.spec, extent), work / "calibration")
     captions = tuple(default_prompts(model.spec.prompts, "eval")[: extent.captions])
     conditions = subject.encode(captions)
@@ -217,12 +246,12 @@ def uncached_latents(
 ) -> Array:
     """Where uncached runs end [P, …]; read from ``folder`` as far as they lie there."""
     folder.mkdir(exist_ok=True)
-    parts = []
-    for at in range(0, len(noise), CHUNK):
+    parts, size = [], chunk(evaluator)
+    for at in range(0, len(noise), size):
         path = folder / f"{at:04d}.npy"
         if not path.exists():
-            some = {name: value[at : at + CHUNK] for name, value in conditions.items()}
-            *_, last = run_uncached(evaluator, subject.own_sampling, noise[at : at + CHUNK], some)
+            some = {name: value[at : at + size] for name, value in conditions.items()}
+            *_, last = run_uncached(evaluator, subject.own_sampling, noise[at : at + size], some)
             save_array(path, last.latents)
         parts.append(np.load(path))
     return np.concatenate(parts)

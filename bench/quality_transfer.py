@@ -64,7 +64,7 @@ def bench_transfer(rows: Rows, setting: Setting) -> None:
 
 def calibrated_elsewhere(setting: Setting, settings: Settings, captions: list[str], name: str, *, seed: int) -> Calibration:
     """A calibration in other settings or on other captions; kept in ``work`` by its ``name``."""
-    subject, evaluator = Subject.of(setting.model, settings), evaluator_of(setting.model, settings)
+    subject, evaluator = Subject.of(setting.model, settings), evaluator_of(setting.model, settings, setting.device)
     uses: list[Use] = ["fit" for _ in captions]
     path = setting.work / f"elsewhere-{name.replace(' ', '-')}"
     statistics = calibrate(subject, evaluator, UsedPrompts(tuple(captions), tuple(uses)), path, seed=seed)

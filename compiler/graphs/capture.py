@@ -6,6 +6,7 @@
 import linecache
 import logging
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from traceback import walk_tb
 from typing import Any
@@ -15,6 +16,7 @@ from torch import fx, nn
 from torch._dynamo.exc import UserError
 from torch.export import Dim, ExportedProgram
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from cachec.compiler.graphs.finite import place_of
@@ -28,6 +30,7 @@ from cachec.runtime.model_io import ModelIO
 
 log = logging.getLogger(__name__)
 
+KEEPS_LENGTHS = torch.torch_version.TorchVersion(torch.__version__) >= (2, 12)  # what operators are told of a batch
 ROUNDING = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-2}  # through a whole model, relative
 
 
@@ -199,7 +202,7 @@ def _trace(
 def _export(module: nn.Module, inputs: dict[str, torch.Tensor], shapes: Any, *, again: bool) -> fx.GraphModule:
     what = getattr(module, "model", module)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), nullcontext() if KEEPS_LENGTHS else _RepeatByView():
             program = torch.export.export(module, (inputs,), dynamic_shapes=(shapes,), strict=False)
             graph_module = _functional(program, again=again)
     except (RuntimeError, ValueError, UserError) as error:
@@ -210,6 +213,18 @@ def _export(module: nn.Module, inputs: dict[str, torch.Tensor], shapes: Any, *, 
             wrong = f"sizes or numbers in it depend on values of tensors, first at {place_of(node)}"
             raise PassError(f"{type(what).__name__} cannot be captured: {wrong}")
     return graph_module
+
+
+class _RepeatByView(TorchFunctionMode):
+    """Repeats along an axis by views: PyTorch 2.11 takes the length that ``repeat_interleave`` is told for a constant."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = kwargs or {}
+        if func is torch.Tensor.repeat_interleave and isinstance(args[1], int) and given.get("dim") is not None:
+            tensor, times, axis = args[0], args[1], given["dim"] % args[0].ndim
+            shape = [*tensor.shape[: axis + 1], times, *tensor.shape[axis + 1 :]]
+            return tensor.unsqueeze(axis + 1).expand(shape).flatten(axis, axis + 1)
+        return func(*args, **given)
 
 
 def _functional(program: ExportedProgram, *, again: bool) -> fx.GraphModule:

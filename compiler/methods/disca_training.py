@@ -156,8 +156,8 @@ class DiscaTrainer:
         return -torch.stack([marks.mean() for marks in self._discriminator(fake)]).mean()
 
     def _step(self, optimizer: torch.optim.Optimizer, own: list[nn.Parameter], loss: torch.Tensor, what: str) -> None:
-        gradients = torch.autograd.grad(loss, own)
-        norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
+        gradients = torch.autograd.grad(loss, own, allow_unused=True)  # a last block's text goes nowhere
+        norm = torch.stack([gradient.norm() for gradient in gradients if gradient is not None]).norm()
         if not torch.isfinite(loss) or not torch.isfinite(norm):
             rate = "discriminator_rate" if what == "discriminator" else "rate"
             raise PredictorError(
@@ -165,7 +165,7 @@ class DiscaTrainer:
                 f"with a smaller --set {rate}, or by the squared error alone (--set adversarial=0)"
             )
         for parameter, gradient in zip(own, gradients, strict=True):
-            parameter.grad = gradient * (CLIP / norm.clamp(min=CLIP))
+            parameter.grad = None if gradient is None else gradient * (CLIP / norm.clamp(min=CLIP))
         optimizer.step()
         optimizer.zero_grad()
 

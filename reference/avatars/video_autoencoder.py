@@ -77,16 +77,23 @@ class Trainer(Descent):
     """Clips, the autoencoder and its optimizers."""
 
     def __init__(
-        self, clips: np.ndarray, vae: AutoencoderKLHunyuanVideo, steps: int, batch: int, *, decoder_only: bool
+        self, clips: np.ndarray, vae: AutoencoderKLHunyuanVideo, steps: int, batch: int, crop: int, *, decoder_only: bool
     ) -> None:
         super().__init__(vae, steps)
-        self.clips, self.batch, self.decoder_only = clips, batch, decoder_only
+        self.clips, self.batch, self.crop, self.decoder_only = clips, batch, crop, decoder_only
+        self.device = next(vae.parameters()).device
+        self.held = torch.from_numpy(np.array(clips)).to(self.device) if self.device.type == "cuda" else None
 
     def update(self, step: int) -> float:
-        """On crops, a quarter of which begin at either side: clothes are at the lower one."""
+        """On crops, a quarter of which begin at either side, if they are smaller: clothes are at the lower one."""
         index = np.sort(torch.randint(len(self.clips), (self.batch,)).numpy())
-        top, left = (min(max(place - CROP // 2, 0), CLIP_SIDE - CROP) for place in corner(CLIP_SIDE + CROP, CROP))
-        x = to_video(self.clips[index, :, top : top + CROP, left : left + CROP])
+        crop = self.crop
+        top, left = (min(max(place - crop // 2, 0), CLIP_SIDE - crop) for place in corner(CLIP_SIDE + crop, crop))
+        rows, columns = slice(top, top + crop), slice(left, left + crop)
+        if self.held is None:
+            x = to_video(self.clips[index, :, rows, columns])
+        else:
+            x = self.held[index, :, rows, columns].movedim(-1, 1).contiguous().float() / 127.5 - 1
         return self.show_again(x) if self.decoder_only else self.learn(x)
 
     def show_again(self, x: Tensor) -> float:
@@ -102,21 +109,25 @@ class Trainer(Descent):
 @loop.options
 @click.option("--steps", default=5000, show_default=True)
 @click.option("--batch", default=2, show_default=True)
+@click.option("--crop", default=CROP, show_default=True, help=f"Side of what an update sees, of {CLIP_SIDE} pixels.")
+@click.option("--device", default="cpu", show_default=True)
 @click.option("--begin", type=click.Path(path_type=Path, exists=True), help="A trained one to go on with.")
 @click.option("--decoder-only", is_flag=True, help="Leave the latents as they are, and with them what was trained on them.")
-def main(out: Path, steps: int, batch: int, begin: Path | None, threads: int, *, decoder_only: bool) -> None:
+def main(
+    out: Path, steps: int, batch: int, crop: int, device: str, begin: Path | None, threads: int, *, decoder_only: bool
+) -> None:
     """Train on the clips and write it to OUT/vae-video."""
     torch.set_num_threads(threads)
     torch.manual_seed(7)
     if decoder_only and begin is None:
         raise click.UsageError("--decoder-only goes on with a trained one: give --begin")
     clips = load("clips", out)[0]
-    trainer = Trainer(clips, begun(out, begin), steps, batch, decoder_only=decoder_only)
+    trainer = Trainer(clips, begun(out, begin).to(device), steps, batch, crop, decoder_only=decoder_only)
     shown = load("held-out-clips", out)[0][:SHOWN]
 
     @torch.no_grad()
     def watch(step: int) -> dict[str, float]:
-        found = to_frames(trainer.vae.decode(trainer.vae.encode(to_video(shown)).latent_dist.mode()).sample)
+        found = to_frames(trainer.vae.decode(trainer.vae.encode(to_video(shown).to(device)).latent_dist.mode()).sample.cpu())
         pairs = np.stack([shown, found], 1).reshape(-1, CLIP_SIDE, CLIP_SIDE, 3)
         save_sheet(pairs, out / "vae-video.png", columns=FRAMES)
         return {"held_out_psnr": psnr(found, shown)}
@@ -125,7 +136,7 @@ def main(out: Path, steps: int, batch: int, begin: Path | None, threads: int, *,
     if not training.run() and (out / "vae-video").exists():
         return
     if not decoder_only:
-        scale(trainer.vae, clips[:32])
+        scale(trainer.vae.cpu(), clips[:32])
     loop.replace_network(trainer.vae, out / "vae-video")
 
 
