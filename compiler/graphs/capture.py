@@ -30,7 +30,7 @@ from cachec.runtime.model_io import ModelIO
 
 log = logging.getLogger(__name__)
 
-KEEPS_LENGTHS = torch.torch_version.TorchVersion(torch.__version__) >= (2, 12)  # what operators are told of a batch
+KEEPS_LENGTHS = torch.torch_version.TorchVersion(torch.__version__) >= "2.12"  # what operators are told of a batch
 ROUNDING = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-2}  # through a whole model, relative
 
 
