@@ -101,9 +101,9 @@ class _Planner:
         self._batch, self._guided = batch, program.key.guided and not for_sampler
         self._space = PlannedBuffers(batch, guided=self._guided)
         self._tables = {name: self._space.take(buffer) for name, buffer in tables.items()}
-        if missing := {one.graph for one in program.instructions} - set(signatures):
-            named = in_one_line(", ".join(missing))
-            raise BundleError(f"the program needs the engine {named}, which the bundle lacks: compile it again")
+        needed = {*(one.graph for one in program.instructions), *([GUIDE] if self._guided else [])}
+        if missing := ", ".join(sorted(needed - set(signatures))):
+            raise BundleError(f"the program needs the engine {in_one_line(missing)}, which the bundle lacks: compile it again")
         self._steps = {
             graph: tuple(step for one in program.instructions if one.graph == graph for step in one.steps)
             for graph in signatures

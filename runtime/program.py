@@ -107,6 +107,7 @@ class Program:
         for kind, count in self.slots.items():
             if kind not in (*KEPT.values(), PAIR) or type(count) is not int or count < 1:
                 raise BundleError(f"program: {shortened(count)} slots of {shortened(kind)} are not what a session can have")
+        self._check_key()
         self._check_arrays()
         self._check_steps()
         self._check_slots()
@@ -141,6 +142,13 @@ class Program:
     def capacity(self) -> int:
         """How many slots there are of the kind that the cut keeps."""
         return self.slots.get(KEPT[self.cut], 0)
+
+    def _check_key(self) -> None:
+        key = self.key
+        kinds = {"steps": int, "start_step": int, "level": str, "guided": bool, **({} if key.batch is None else {"batch": int})}
+        for name, kind in kinds.items():
+            if type(value := getattr(key, name)) is not kind:
+                raise BundleError(f"program: {name} in its key is {shortened(value)}, not {kind.__name__}")
 
     def _check_arrays(self) -> None:
         steps, rows = self.key.steps, (self.key.steps, max(1, *self.coefficients.shape[1:2]), self.capacity)

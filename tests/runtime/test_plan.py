@@ -331,6 +331,9 @@ def test_a_program_needs_all_its_engines():
     without = {name: signature for name, signature in PLAIN.items() if name != "forecast"}
     with pytest.raises(BundleError, match="the program needs the engine forecast, which the bundle lacks: compile it again"):
         plan_binding(without, LINEAR, IO, batch=1)
+    guided = replace(GAPS, key=replace(GAPS.key, guided=True))
+    with pytest.raises(BundleError, match="the program needs the engine guide, which the bundle lacks"):
+        plan_binding(PLAIN | {"advance": PLAIN["forecast"]}, guided, IO, batch=1)
 
 
 def test_a_layout_keeps_everything_apart_and_aligned(case):
