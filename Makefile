@@ -17,6 +17,7 @@ $(READY): pyproject.toml reference/models/pyproject.toml
 	touch $(READY)
 
 demo: demo-pictures demo-clips  ## Two sheets of avatars, with seconds and dB: demo/comparison.png and demo/clips.png
+	@echo "Both sheets are in demo/. A server for the openai client, and a page: $(BIN)/cachec serve demo/tiny-flux-lesa.cachec"
 
 demo-pictures: $(READY)  ## tiny-flux with LESA in a bundle that needs nothing else: demo/comparison.png
 	$(BIN)/cachec compile tiny-flux --method lesa --interval 7 -o demo/tiny-flux-lesa.cachec --force

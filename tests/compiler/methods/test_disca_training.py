@@ -63,6 +63,20 @@ def test_the_model_itself_is_left_alone(tmp_path):
     assert all(parameter.grad is None for parameter in data.model.transformer.parameters())
 
 
+def test_weights_that_nothing_reads_stay_as_they_are(tmp_path, monkeypatch):
+    """As those of the text in a last block of two streams."""
+    made = Disca.made
+
+    def with_more(method, model):
+        predictor = made(method, model)
+        predictor.register_parameter("unread", torch.nn.Parameter(torch.ones(2)))
+        return predictor
+
+    monkeypatch.setattr(Disca, "made", with_more)
+    weights = DiscaTrainer(data_in(tmp_path), replace(METHOD, updates=2, adversarial=2)).run()
+    assert (weights["unread"] == 1).all()
+
+
 @pytest.mark.parametrize("stop", [5, 33], ids=["squared error", "discriminator"])
 def test_an_interrupted_training_gives_the_same_weights(tmp_path, stop):
     whole = DiscaTrainer(data_in(tmp_path / "whole"), METHOD).run()
