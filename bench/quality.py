@@ -56,7 +56,7 @@ def bench_model(
     setting = open_setting(model, settings, folder, extent, device)
     weights = {"weights": model.weights_hash[:12], "decoder": decoder_hash(model)}
     facts = {"model": name, **weights, **settings.facts, "steps": settings.steps, **extent.facts}
-    rows = Rows(folder / "rows.json", facts)
+    rows = Rows(folder / "rows.json", facts, device)
     if again:
         rows.forget(again)
     for part, bench in PARTS.items():

@@ -279,8 +279,8 @@ class Rows:
     which is told, and is no reason not to go on with the rest.
     """
 
-    def __init__(self, path: Path, facts: Mapping[str, Any]) -> None:
-        self.path, self.facts = path, dict(facts)
+    def __init__(self, path: Path, facts: Mapping[str, Any], device: DeviceName = HOST) -> None:
+        self.path, self.facts, self._device = path, dict(facts), str(device)
         self.rows: dict[str, dict[str, Any]] = {}
         if path.exists():
             content = json.loads(path.read_text(encoding="utf-8"))
@@ -319,7 +319,7 @@ class Rows:
         except CachecError as error:
             row = {"missing": str(error)}
         seconds = round(time.process_time() - cpu, 1)
-        self.rows[key] = {**row, "seconds": seconds, "made": self._made}
+        self.rows[key] = {**row, "seconds": seconds, "made": self._made, "device": self._device}
         self.save()
         psnr = np.array(row.get("psnr", [np.nan]))
         told = (

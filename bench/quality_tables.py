@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from cachec.runtime.device import CPU
 from cachec.runtime.specs import Array
 
 Row = Mapping[str, Any]
@@ -25,6 +26,8 @@ class Found:
         self._rows: Mapping[str, dict[str, Any]] = content["rows"]
         self.name, self.steps = str(self.facts["model"]), int(self.facts["steps"])
         self.seconds = sum(row["seconds"] for row in self._rows.values())
+        self.on_gpu = sum(row.get("device", CPU) != CPU for row in self._rows.values())
+        self.count = len(self._rows)
 
     def get(self, part: str, budget: int | str, method: str, schedule: str) -> dict[str, Any] | None:
         row = self._rows.get("|".join((part, str(budget), method, schedule)))
