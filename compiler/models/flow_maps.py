@@ -66,7 +66,6 @@ def _told_twice(base: Any, *, first_only: Sequence[str] = ()) -> Any:
     """A subclass of a diffusers transformer with ``time_text_embed``, whose call takes ``target_timestep`` [B] besides.
 
     Both times go through the base's own ``forward`` side by side, [B, 2]. ``first_only``: submodules that embed the first.
-    A copy of the first embedding is where the second one starts: told r = t, a teacher's weights give what they gave.
     """
     signature = inspect.signature(base.forward)
     second = inspect.Parameter(TARGET_TIMESTEP, inspect.Parameter.KEYWORD_ONLY, default=None)
@@ -145,7 +144,11 @@ def flow_map_kind(transformer: nn.Module) -> Any:
 
 
 def make_flow_map(transformer: nn.Module) -> nn.Module:
-    """A transformer in float32 with the weights of ``transformer``, told a second time; where both are one, it gives the same.
+    """A transformer in float32 with the weights of ``transformer``, told a second time, which changes nothing yet.
+
+    So a training begins at the teacher's plain steps. Of a mean of two embeddings the first is twice the teacher's, the second
+    nothing. (As two copies, which agree where both times are one, eight steps of tiny-hunyuan begin half as far off again as
+    the teacher's own, and trainings end there.)
 
     Raises as :func:`flow_map_kind`.
     """
@@ -154,12 +157,13 @@ def make_flow_map(transformer: nn.Module) -> nn.Module:
     student: Any = kind.from_config({**config, "use_meanflow": True} if own else config)
     missing = student.load_state_dict(transformer.state_dict(), strict=False).missing_keys
     with torch.no_grad():
-        if own:
-            _begin_at_zero(student.time_embed.timestep_embedder_r)
-        else:
-            embedder: Any = student.time_text_embed.timestep_embedder
+        embedder: Any = student.time_embed.timestep_embedder_r if own else student.time_text_embed.timestep_embedder
+        if not own:
             for name, value in embedder.second.state_dict().items():
                 value.copy_(embedder.get_parameter(name))
+            for parameter in embedder.linear_2.parameters():
+                parameter.mul_(2)
+        _begin_at_zero(embedder if own else embedder.second)
     assert all("second" in name or "timestep_embedder_r" in name for name in missing), "all else is the teacher's"
     made: nn.Module = student.eval()
     return made
