@@ -208,7 +208,7 @@ class DistillWish:
     distilled_batch: int = option(4, "Samples of an update.", "--batch", only=("distill",))
     rate: float = option(1e-5, "Learning rate, between the first hundred updates and the last 40 %.", only=("distill",))
     derivative: str = option(
-        "difference", "Along the flow: difference, over 0.05 of noise level to either side, or exact, by forward differentiation.",
+        "difference", "Along the flow: difference, over 0.05 of noise level to either side, or exact, forward-mode AD.",
         only=("distill",),
     )  # fmt: skip
 
