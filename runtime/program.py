@@ -145,10 +145,10 @@ class Program:
 
     def _check_key(self) -> None:
         key = self.key
-        kinds = {"steps": int, "start_step": int, "level": str, "guided": bool, **({} if key.batch is None else {"batch": int})}
-        for name, kind in kinds.items():
-            if type(value := getattr(key, name)) is not kind:
-                raise BundleError(f"program: {name} in its key is {shortened(value)}, not {kind.__name__}")
+        batch = 1 if key.batch is None else key.batch
+        for value, kind in ((key.steps, int), (key.start_step, int), (batch, int), (key.level, str), (key.guided, bool)):
+            if type(value) is not kind:
+                raise BundleError(f"program: its key says {shortened(value)} where {kind.__name__} belongs")
 
     def _check_arrays(self) -> None:
         steps, rows = self.key.steps, (self.key.steps, max(1, *self.coefficients.shape[1:2]), self.capacity)

@@ -187,7 +187,7 @@ def test_the_digest_sees_every_change(changes):
         (lambda data: data.pop("key"), "does not read as a program: KeyError"),
         (lambda data: data["key"].pop("sigmas_hash"), "does not read as a program"),
         (lambda data: data["key"].update(colour="red"), r"the key says \['colour'\], which this cachec does not know"),
-        (lambda data: data["key"].update(batch="x" * 9999), "batch in its key is 'xxx.*, not int"),
+        (lambda data: data["key"].update(batch="x" * 9999), "its key says 'xxx.* where int belongs"),
         (lambda data: data.update(colour="red"), r"the file says \['colour'\]"),
         (
             lambda data: data["instructions"][0].update(op="guess"),
