@@ -77,7 +77,7 @@ class Trainer(Descent):
     """Clips, the autoencoder and its optimizers."""
 
     def __init__(
-        self, clips: np.ndarray, vae: AutoencoderKLHunyuanVideo, steps: int, batch: int, crop: int, *, decoder_only: bool
+        self, clips: np.ndarray, vae: AutoencoderKLHunyuanVideo, steps: int, batch: int, *, decoder_only: bool, crop: int = CROP
     ) -> None:
         super().__init__(vae, steps)
         self.clips, self.batch, self.crop, self.decoder_only = clips, batch, crop, decoder_only
@@ -122,7 +122,7 @@ def main(
     if decoder_only and begin is None:
         raise click.UsageError("--decoder-only goes on with a trained one: give --begin")
     clips = load("clips", out)[0]
-    trainer = Trainer(clips, begun(out, begin).to(device), steps, batch, crop, decoder_only=decoder_only)
+    trainer = Trainer(clips, begun(out, begin).to(device), steps, batch, decoder_only=decoder_only, crop=crop)
     shown = load("held-out-clips", out)[0][:SHOWN]
 
     @torch.no_grad()
