@@ -242,8 +242,8 @@ def model_section(found: Found, out: Path) -> str:
         f"\n## {found.name}\n",
         brief if facts.get("brief") else "",
         f"{size}, {facts['steps']} steps, guidance {facts['guidance']}; {facts['captions']} captions; rows took "
-        f"{found.seconds / 60:.0f} minutes of one processor in all; {found.on_gpu} of {found.count} ran on a GPU "
-        "(H100), in float32, the others on the CPU.\n",
+        f"{found.seconds / 60:.0f} minutes of one processor in all, in float32: "
+        f"{', '.join(f'{count} on {device}' for device, count in found.devices.items())}.\n",
         f"![{found.name}: PSNR by method]({picture})\n" if drawn else "",
         "### The comparisons that count\n\nOurs beside the best of all others by each measure; paired, ± standard error "
         "for means, "

@@ -280,7 +280,8 @@ class Rows:
     """
 
     def __init__(self, path: Path, facts: Mapping[str, Any], device: DeviceName = HOST) -> None:
-        self.path, self.facts, self._device = path, dict(facts), str(device)
+        self.path, self.facts = path, dict(facts)
+        self._device = CPU if device.kind == CPU else torch.cuda.get_device_name(device.index)
         self.rows: dict[str, dict[str, Any]] = {}
         if path.exists():
             content = json.loads(path.read_text(encoding="utf-8"))

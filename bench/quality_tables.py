@@ -4,6 +4,7 @@ Shapes: ``P`` captions.
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,7 @@ class Found:
         self._rows: Mapping[str, dict[str, Any]] = content["rows"]
         self.name, self.steps = str(self.facts["model"]), int(self.facts["steps"])
         self.seconds = sum(row["seconds"] for row in self._rows.values())
-        self.on_gpu = sum(row.get("device", CPU) != CPU for row in self._rows.values())
-        self.count = len(self._rows)
+        self.devices = Counter(str(row.get("device", CPU)) for row in self._rows.values())
 
     def get(self, part: str, budget: int | str, method: str, schedule: str) -> dict[str, Any] | None:
         row = self._rows.get("|".join((part, str(budget), method, schedule)))

@@ -4,8 +4,7 @@ Data are the teacher's own pictures: the latents that its full runs of the train
 x_t = (1 - t) x_0 + t e, drawn anew for each update. (On what, in what batches and for how long the paper trained was not found;
 the released code holds no training.) The held-out error is of what counts: the student's run of so many steps beside the
 teacher's full one from the same noise, on prompts that it is not trained on. All of the student's weights are trained, in
-float32, by AdamW. What is evaluated and kept is their running average: gradients are mostly noise, and held-out errors of the
-weights themselves go up and down by a third.
+float32, by AdamW. What is evaluated and kept is their running average: gradients are mostly noise.
 
 ``P`` runs, ``B`` samples.
 """

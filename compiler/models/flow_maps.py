@@ -147,8 +147,7 @@ def make_flow_map(transformer: nn.Module) -> nn.Module:
     """A transformer in float32 with the weights of ``transformer``, told a second time, which changes nothing yet.
 
     So a training begins at the teacher's plain steps. Of a mean of two embeddings the first is twice the teacher's, the second
-    nothing. (As two copies, which agree where both times are one, eight steps of tiny-hunyuan begin half as far off again as
-    the teacher's own, and trainings end there.)
+    nothing. (Two copies would agree with it only where both times are one.)
 
     Raises as :func:`flow_map_kind`.
     """
@@ -157,13 +156,15 @@ def make_flow_map(transformer: nn.Module) -> nn.Module:
     student: Any = kind.from_config({**config, "use_meanflow": True} if own else config)
     missing = student.load_state_dict(transformer.state_dict(), strict=False).missing_keys
     with torch.no_grad():
-        embedder: Any = student.time_embed.timestep_embedder_r if own else student.time_text_embed.timestep_embedder
-        if not own:
-            for name, value in embedder.second.state_dict().items():
-                value.copy_(embedder.get_parameter(name))
-            for parameter in embedder.linear_2.parameters():
+        if own:
+            _begin_at_zero(student.time_embed.timestep_embedder_r)
+        else:
+            first: Any = student.time_text_embed.timestep_embedder
+            for name, value in first.second.state_dict().items():
+                value.copy_(first.get_parameter(name))
+            for parameter in first.linear_2.parameters():
                 parameter.mul_(2)
-        _begin_at_zero(embedder if own else embedder.second)
+            _begin_at_zero(first.second)
     assert all("second" in name or "timestep_embedder_r" in name for name in missing), "all else is the teacher's"
     made: nn.Module = student.eval()
     return made

@@ -13,7 +13,7 @@ from diffusers import AutoencoderKL, AutoencoderKLHunyuanVideo
 from torch import Tensor, nn
 
 from reference.avatars import loop
-from reference.avatars.autoencoder import Descent, corner, difference, psnr, save_sheet, to_input, to_pictures
+from reference.avatars.autoencoder import Descent, corner, difference, psnr, save_sheet, to_pictures
 from reference.avatars.clips import load
 from reference.avatars.motion import CLIP_SIDE, FRAMES
 from reference.avatars.networks import LATENT_CHANNELS
@@ -51,10 +51,10 @@ def inflate(video: AutoencoderKLHunyuanVideo, picture: AutoencoderKL) -> None:
             parameter.copy_(ours)
 
 
-def to_video(frames: np.ndarray) -> Tensor:
-    """uint8 [B, F, S, S, 3] to [B, 3, F, S, S] in [-1, 1]."""
-    flat = to_input(frames.reshape(-1, *frames.shape[2:]))
-    return flat.view(len(frames), -1, *flat.shape[1:]).transpose(1, 2).contiguous()
+def to_video(frames: np.ndarray | Tensor) -> Tensor:
+    """uint8 [B, F, S, S, 3] to [B, 3, F, S, S] in [-1, 1], where it is."""
+    given = frames if isinstance(frames, Tensor) else torch.from_numpy(np.array(frames))
+    return given.movedim(-1, 1).contiguous().float() / 127.5 - 1
 
 
 def to_frames(decoded: Tensor) -> np.ndarray:
@@ -80,20 +80,16 @@ class Trainer(Descent):
         self, clips: np.ndarray, vae: AutoencoderKLHunyuanVideo, steps: int, batch: int, *, decoder_only: bool, crop: int = CROP
     ) -> None:
         super().__init__(vae, steps)
-        self.clips, self.batch, self.crop, self.decoder_only = clips, batch, crop, decoder_only
-        self.device = next(vae.parameters()).device
-        self.held = torch.from_numpy(np.array(clips)).to(self.device) if self.device.type == "cuda" else None
+        self.batch, self.crop, self.decoder_only = batch, crop, decoder_only
+        device = next(vae.parameters()).device
+        self.clips = clips if device.type == "cpu" else torch.from_numpy(np.array(clips)).to(device)  # there once for all
 
     def update(self, step: int) -> float:
         """On crops, a quarter of which begin at either side, if they are smaller: clothes are at the lower one."""
         index = np.sort(torch.randint(len(self.clips), (self.batch,)).numpy())
         crop = self.crop
         top, left = (min(max(place - crop // 2, 0), CLIP_SIDE - crop) for place in corner(CLIP_SIDE + crop, crop))
-        rows, columns = slice(top, top + crop), slice(left, left + crop)
-        if self.held is None:
-            x = to_video(self.clips[index, :, rows, columns])
-        else:
-            x = self.held[index, :, rows, columns].movedim(-1, 1).contiguous().float() / 127.5 - 1
+        x = to_video(self.clips[index, :, top : top + crop, left : left + crop])
         return self.show_again(x) if self.decoder_only else self.learn(x)
 
     def show_again(self, x: Tensor) -> float:
