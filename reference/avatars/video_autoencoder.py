@@ -105,7 +105,13 @@ class Trainer(Descent):
 @loop.options
 @click.option("--steps", default=5000, show_default=True)
 @click.option("--batch", default=2, show_default=True)
-@click.option("--crop", default=CROP, show_default=True, help=f"Side of what an update sees, of {CLIP_SIDE} pixels.")
+@click.option(
+    "--crop",
+    type=click.IntRange(8, CLIP_SIDE),
+    default=CROP,
+    show_default=True,
+    help=f"Side of what an update sees, of {CLIP_SIDE} pixels.",
+)
 @click.option("--device", default="cpu", show_default=True)
 @click.option("--begin", type=click.Path(path_type=Path, exists=True), help="A trained one to go on with.")
 @click.option("--decoder-only", is_flag=True, help="Leave the latents as they are, and with them what was trained on them.")
