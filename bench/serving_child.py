@@ -46,7 +46,7 @@ def main() -> None:
     asked = kinds(one)
     known = {kind: one.lanes.kind(level, steps=steps) for kind, (level, steps) in asked.items()}
     uncached = {kind: one.lanes.kind(UNCACHED, steps=steps) for kind, (_, steps) in asked.items()}
-    facts = {"kinds": list(asked), "lanes": lanes, "policy": [policy.order, policy.width],
+    facts = {"kinds": list(asked), "lanes": lanes, "policy": [policy.order, policy.width], "in_turns": one.in_turns,
              "seconds": {kind: each.alone[0] for kind, each in known.items()}}  # fmt: skip
     if given.system == "lanes uncached":
         compute_all(one)

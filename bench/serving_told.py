@@ -48,8 +48,11 @@ def constants(found):
     share = min(0.9, (busy["before"] + busy["after"]) / busy["took"])
     longer = max(1.0, busy["seconds"] / (busy["reckoned"] * scale))
     speed = max(0.1, (1 / longer - (1 - share)) / share)
-    dragged = (busy["before"] + busy["after"]) / (busy["count"] * (before + after))
-    return scale, Desk(before, after, max(1.0, 1 / speed), max(1.0, dragged)), max(0.0, sum(over) / len(over))
+    dragged = max(1.0, (busy["before"] + busy["after"]) / (busy["count"] * (before + after)))
+    http = max(0.0, sum(over) / len(over))
+    if found["facts"]["in_turns"]:
+        return scale * longer, Desk(dragged * before, dragged * after, turns=True), http
+    return scale, Desk(before, after, max(1.0, 1 / speed), dragged), http
 
 
 def told(found, played, idle):

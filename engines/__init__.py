@@ -1,13 +1,13 @@
 """Engines: back ends by name, and bundles opened with the target that fits this machine."""
 
 import logging
-import os
 from pathlib import Path
 
 from cachec.engines.backends import BACKENDS, get_builder, get_engine
 from cachec.engines.targets import ONNX_TARGET, TargetName, choose_target, parse_device
 from cachec.runtime.bundle import Bundle
 from cachec.runtime.errors import CachecError, InputError
+from cachec.runtime.host_memory import num_cores
 from cachec.runtime.origin import load_bundle
 from cachec.runtime.session import LoadedBundle
 
@@ -22,8 +22,7 @@ def check_threads(threads: int | None) -> None:
         return
     if threads < 1:
         raise InputError(f"threads is {threads}; it must be at least 1")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if threads > cores:
+    if threads > (cores := num_cores()):
         log.warning("threads is %d, but this process has %d cores: more threads than cores wait for each other", threads, cores)
 
 

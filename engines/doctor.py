@@ -3,7 +3,6 @@
 import importlib
 import importlib.metadata
 import importlib.util
-import os
 import platform
 import shutil
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from cachec.engines.gpu import cuda_text, find_gpu
 from cachec.runtime.build_options import DEFAULTS
 from cachec.runtime.device import CPU, CUDA, DeviceName
 from cachec.runtime.errors import CachecError
+from cachec.runtime.host_memory import num_cores
 
 PACKAGES = (
     "cachec",
@@ -83,7 +83,7 @@ def diagnose() -> Diagnosis:
             "os": platform.system().lower(),
             "architecture": platform.machine(),
             "python": platform.python_version(),
-            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "cores": num_cores(),
             "free_disk": shutil.disk_usage(".").free,
             "driver": DRIVER.read_text(encoding="utf-8").splitlines()[0] if DRIVER.is_file() else None,
         },

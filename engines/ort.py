@@ -8,7 +8,6 @@ each call is recorded as a CUDA graph when it is made for the second time.
 import importlib.util
 import itertools
 import logging
-import os
 import weakref
 from abc import abstractmethod
 from collections.abc import Mapping
@@ -23,6 +22,7 @@ from cachec.runtime.builder import EngineBuilder, Sources
 from cachec.runtime.device import CPU, CUDA, Buffer, Device, DeviceName, Host
 from cachec.runtime.engine import HOST, ON_HOST, ONNX, Call, Engine, ExecutionContext, LoadOptions, check_bindings
 from cachec.runtime.errors import BundleError, EngineError, InputError, missing_extra
+from cachec.runtime.host_memory import num_cores
 from cachec.runtime.specs import BFLOAT16, Signature
 
 if importlib.util.find_spec("onnxruntime") is None:
@@ -141,7 +141,7 @@ def _start_thread_pool(threads: int | None) -> None:
         InputError: the pool runs already, with another number of threads.
     """
     if not _pool_threads:
-        wanted = threads or os.cpu_count() or 1
+        wanted = threads or num_cores()
         onnxruntime.set_global_thread_pool_sizes(wanted, 1)
         _pool_threads.append(wanted)
     elif threads not in (None, _pool_threads[0]):

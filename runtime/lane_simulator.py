@@ -113,14 +113,15 @@ class Simulation:
 class Desk:
     """What a server does around lanes, a request at a time: seconds ``before`` it comes to them, and ``after`` it left them.
 
-    Both share a machine: a tick takes ``drags`` times as long while the desk works, and the desk ``dragged`` times as long
-    while lanes tick.
+    Both share a machine: in ``turns``, where nobody ticks until the desk has done what there is to do; or a tick takes
+    ``drags`` times as long while the desk works, and the desk ``dragged`` times as long while lanes tick.
     """
 
     before: float
     after: float
     drags: float = 1.0
     dragged: float = 1.0
+    turns: bool = False
 
 
 @dataclass(eq=False)
@@ -161,11 +162,12 @@ class _Machine:
 
     def go_on(self) -> None:
         """Begin whatever can begin."""
-        if self.tick is None and (chosen := self.roster.pick()):
-            self.tick = chosen, tick_seconds(chosen)
-        if self.work is None and self.queue and self.desk is not None:
+        turns = self.desk is not None and self.desk.turns
+        if self.work is None and self.queue and self.desk is not None and not (turns and self.tick):
             job, after = self.queue.popleft()
             self.work = job, after, self.desk.after if after else self.desk.before
+        if self.tick is None and not (turns and self.work) and (chosen := self.roster.pick()):
+            self.tick = chosen, tick_seconds(chosen)
 
 
 def simulate(

@@ -1,6 +1,7 @@
 """Where requests come in and results go out: admission, encoding, lanes, decoding, in the order that a request goes through.
 
-Handlers run in the event loop and only wait. Text encoders and decoders run in a few threads, lanes in one of their own.
+Handlers run in the event loop and only wait. Text encoders and decoders run in a few threads, lanes in one of their own; where
+they want the same cores, they take turns.
 """
 
 import asyncio
@@ -24,6 +25,7 @@ from cachec.serving.metrics import Metrics
 from cachec.serving.refusals import STOPPED, Refused, refused_for
 from cachec.serving.served import Choice, Served
 from cachec.serving.ticker import Seen, Ticker
+from cachec.serving.turns import Turns
 from cachec.serving.wishes import Common
 
 log = logging.getLogger(__name__)
@@ -67,7 +69,8 @@ class Desk:
     def __init__(self, served: Sequence[Served], limits: Limits, *, threads: int = 1, log_requests: bool = False) -> None:
         self.served = {one.name: one for one in served}
         self.limits, self.metrics = limits, Metrics()
-        self.ticker = Ticker([one.lanes for one in served], self._note)
+        self._turns = Turns(on=any(one.in_turns for one in served))
+        self.ticker = Ticker([one.lanes for one in served], self._note, self._turns)
         self._threads = ThreadPoolExecutor(threads, "cachec-pictures")
         self._logs = log_requests
         self._names = [one.name for one in served]
@@ -256,8 +259,16 @@ class Desk:
                 self.metrics.queue_seconds.labels(name, ticket.level).observe(max(0.0, waited))
 
     async def apart(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        """Call something that takes its time beside the event loop."""
-        return await asyncio.get_running_loop().run_in_executor(self._threads, lambda: function(*args, **kwargs))
+        """Call something that takes its time beside the event loop, before the next tick where they take turns."""
+
+        def work() -> R:
+            self._turns.wait()
+            return function(*args, **kwargs)
+
+        self._turns.come()
+        future = self._threads.submit(work)
+        future.add_done_callback(lambda _: self._turns.go())
+        return await asyncio.wrap_future(future)
 
 
 def _from_thread(loop: asyncio.AbstractEventLoop, watcher: Watcher, place: int) -> Callable[[Seen], None]:

@@ -77,7 +77,8 @@ class Choice:
 class Served:
     """``name`` is what requests call it, ``pictures`` its text encoders and decoder, ``lanes`` how many samples run at once.
 
-    ``strengths``: how far requests may have a picture changed, beside 1, which is all of it.
+    ``strengths``: how far requests may have a picture changed, beside 1, which is all of it. ``in_turns``: all its engines want
+    the same cores, so that they had better not run at once.
     """
 
     def __init__(
@@ -88,9 +89,10 @@ class Served:
         *,
         lanes: int = 8,
         strengths: Sequence[float] = STRENGTHS,
+        in_turns: bool = False,
         **options: Any,
     ) -> None:
-        self.name, self.loaded, self.num_lanes = name, loaded, lanes
+        self.name, self.loaded, self.num_lanes, self.in_turns = name, loaded, lanes, in_turns
         self.created = int(time.time())
         self.pictures = pictures
         there = loaded.manifest if loaded.bundle is None else loaded.bundle.manifest

@@ -13,6 +13,8 @@ from fastapi import FastAPI
 
 from cachec.engines import open_bundle
 from cachec.runtime.errors import OutputError, in_one_line
+from cachec.runtime.host_memory import num_cores
+from cachec.runtime.session import LoadedBundle
 from cachec.serving.desk import Desk
 from cachec.serving.limits import STRENGTHS
 from cachec.serving.served import Served, check_names, name_of
@@ -31,6 +33,8 @@ def open_one(
 ) -> Served:
     """A bundle with its text encoders and decoder, called as its directory without ``.cachec``.
 
+    On the CPU its engines take turns, unless each of them is given at most half of the cores.
+
     ``strengths``: of requests with a picture; ``where``: as ``cachec.load`` takes it.
 
     Raises:
@@ -41,7 +45,14 @@ def open_one(
 
     place = Path(bundle)
     loaded = open_bundle(place, **where)
-    return Served(name_of(place), loaded, Generator(loaded, tells=False), lanes=lanes, policy=policy, strengths=strengths)
+    pictures, in_turns = Generator(loaded, tells=False), want_same_cores(loaded, where.get("threads"))
+    return Served(name_of(place), loaded, pictures, lanes=lanes, policy=policy, strengths=strengths, in_turns=in_turns)
+
+
+def want_same_cores(loaded: LoadedBundle, threads: int | None) -> bool:
+    """Can two engines of ``threads`` each, or as many as there are cores, not run at once without waiting for each other?"""
+    beside = next(iter(loaded.engines.values())).device.beside_host
+    return not beside and 2 * (threads or num_cores()) > num_cores()
 
 
 def open_all(bundles: Sequence[Path], **options: Any) -> list[Served]:

@@ -9,6 +9,7 @@ from cachec.runtime.errors import CachecError, EngineError
 from cachec.runtime.lane_request import Tick, Ticket
 from cachec.runtime.lanes import Lanes
 from cachec.runtime.specs import Array
+from cachec.serving.turns import Turns
 
 log = logging.getLogger(__name__)
 LOOKS = 0.5  # seconds after which it looks whether it was told to stop
@@ -25,11 +26,11 @@ class Seen:
 class Ticker:
     """``note`` hears of every tick: the place of its lanes, and what it did. Watchers hear of their own request's.
 
-    Both are called in the thread that ticks, which they must not hold up.
+    Both are called in the thread that ticks, which they must not hold up. ``turns``: when it may tick.
     """
 
-    def __init__(self, lanes: Sequence[Lanes], note: Callable[[int, Tick], None]) -> None:
-        self._lanes, self._note = tuple(lanes), note
+    def __init__(self, lanes: Sequence[Lanes], note: Callable[[int, Tick], None], turns: Turns) -> None:
+        self._lanes, self._note, self._turns = tuple(lanes), note, turns
         self._wake, self._stopping = threading.Event(), False
         self._watchers = dict[Ticket, tuple[Callable[[Seen], None], bool]]()
         self._waiting = set[Ticket]()
@@ -87,7 +88,8 @@ class Ticker:
         """A tick of each lanes that have something to do; had any?"""
         busy = False
         for place, lanes in enumerate(self._lanes):
-            tick = lanes.tick()
+            with self._turns.tick():
+                tick = lanes.tick()
             if tick is None:
                 continue
             busy = True

@@ -3,7 +3,6 @@
 import datetime
 import importlib.metadata
 import json
-import os
 import platform
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -33,6 +32,7 @@ from cachec.engines.gpu import check_gpu
 from cachec.runtime.bundle import Bundle, Manifest
 from cachec.runtime.errors import InputError
 from cachec.runtime.files import check_file, write_file
+from cachec.runtime.host_memory import num_cores
 from cachec.runtime.inspect import describe_bundle
 from cachec.runtime.noise import check_seed
 from cachec.runtime.program import Program
@@ -204,10 +204,9 @@ def environment(backend: str) -> list[tuple[str, str]]:
     """The machine and the versions that the seconds were measured with."""
     packages = ["cachec", "torch", "numpy", "diffusers", *(["onnxruntime"] if backend == "ort" else [])]
     versions = [f"{name} {importlib.metadata.version(name)}" for name in packages if _is_installed(name)]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return [
         ("measured", datetime.datetime.now(tz=datetime.UTC).date().isoformat()),
-        ("processor", f"{_processor()}, {cores} cores usable"),
+        ("processor", f"{_processor()}, {num_cores()} cores usable"),
         ("system", f"{platform.system()} {platform.machine()}, Python {platform.python_version()}"),
         ("versions", ", ".join(versions)),
     ]

@@ -90,12 +90,13 @@ def test_whole_requests_wait_for_all_of_their_batch():
     assert whole(arrivals, {"one": one, "longer": longer}, 2) == pytest.approx([2, 5 + 4 - 0.5, 5 - 0.6, 5 - 0.7])
 
 
-def made_up(system, kinds, slower=1.0):
+def made_up(system, kinds, slower=1.0, *, in_turns=False):
     """What a run would have kept, of a server that is told by the simulator's own figures."""
     alone = {name: {"before": 0.01, "lanes": 1.1 * kind.alone[0], "after": 0.02, "reckoned": kind.alone[0]}
              for name, kind in kinds.items()}  # fmt: skip
     return {
         "facts": {"kinds": list(kinds), "lanes": 8, "policy": ["deadline" if "deadline" in system else "shortest", None],
+                  "in_turns": in_turns,
                   "seconds": {name: kind.alone[0] for name, kind in kinds.items()}, "alone": alone, "packed": pack(kinds)},
         "idle": {name: one["lanes"] + 0.032 for name, one in alone.items()},
         "busy": {"rate": 3.0 / slower, "took": 30.0, "count": 90, "seconds": 11.0 * 1.2, "reckoned": 10.0, "before": 4.0,
@@ -129,6 +130,8 @@ def test_constants_are_those_that_were_put_in():
     assert desk.dragged == pytest.approx(12 / (90 * 0.03))
     share = 12 / 30
     assert 1 / (1 - share + share / desk.drags) == pytest.approx(1.2), "so much longer ticks are in the mean"
+    scale, desk, _ = constants(made_up("lanes", KINDS, in_turns=True))
+    assert (scale, desk.before, desk.turns) == (pytest.approx(1.32), pytest.approx(0.01 * 12 / (90 * 0.03)), True)
 
 
 def test_a_plan_has_what_is_missing_and_its_minutes():

@@ -30,6 +30,11 @@ def test_a_desk_does_one_thing_at_a_time_and_drags_on_the_lanes():
     assert simulate(arrivals, ONE_BY_ONE, lanes=3, desk=Desk(1, 0.5, dragged=2)).ends == {0: 5.5 + 0.5, 1: 5 + 1 + 0.5}
 
 
+def test_a_desk_that_takes_turns_with_the_lanes_goes_first():
+    arrivals = [Arrival(0, LONG), Arrival(0.5, SHORT)]
+    assert simulate(arrivals, ONE_BY_ONE, lanes=3, desk=Desk(1, 0.5, turns=True)).ends == {0: 1 + 1 + 4 + 0.5, 1: 6.5 + 1 + 0.5}
+
+
 def test_who_cannot_be_in_time_is_not_taken():
     arrivals = [Arrival(0, LONG, 4.5), Arrival(0.5, LONG, 5), Arrival(0.6, SHORT, 5)]
     done = simulate(arrivals, Policy("deadline", 1), lanes=3, refuses=True)

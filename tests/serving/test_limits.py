@@ -20,7 +20,7 @@ def slow(**inputs):
 
 
 def slow_served(**options):
-    return toy_served(engines={"compute": slow}, **options)
+    return toy_served(engines={"compute": slow}, in_turns=True, **options)
 
 
 def in_threads(count, ask):

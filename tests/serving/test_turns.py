@@ -1,0 +1,87 @@
+"""Ticks and the work around them, where they want the same cores."""
+
+import asyncio
+import threading
+import time
+
+import pytest
+from toy_server import toy_loaded, toy_served
+
+from cachec.serving import server
+from cachec.serving.desk import Desk
+from cachec.serving.limits import Limits
+from cachec.serving.turns import Turns
+
+
+def in_thread(work):
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    return thread
+
+
+def test_a_tick_waits_for_what_is_ahead_and_what_comes_for_the_tick():
+    turns, told = Turns(on=True), []
+
+    def tick():
+        with turns.tick():
+            told.append("ticks")
+            ticking.set()
+            go_on.wait(10)
+            told.append("ticked")
+
+    ticking, go_on = threading.Event(), threading.Event()
+    turns.come()
+    ticks = in_thread(tick)
+    assert not ticking.wait(0.05), "something is ahead"
+    turns.wait()
+    turns.go()
+    assert ticking.wait(10)
+    turns.come()
+    works = in_thread(lambda: (turns.wait(), told.append("works"), turns.go()))
+    works.join(0.05)
+    assert works.is_alive(), "a tick is on its way"
+    go_on.set()
+    for one in (ticks, works):
+        one.join(10)
+    assert told == ["ticks", "ticked", "works"]
+    with turns.tick():
+        pass
+
+
+def test_who_has_cores_of_its_own_waits_for_nobody():
+    turns = Turns(on=False)
+    turns.come()
+    with turns.tick():
+        turns.wait()
+
+
+@pytest.mark.parametrize("in_turns", [True, False])
+def test_work_that_is_cancelled_before_it_began_keeps_no_tick_waiting(in_turns):
+    async def ask(desk):
+        async with desk.open():
+            blocked = asyncio.create_task(desk.apart(time.sleep, 0.1))
+            queued = asyncio.create_task(desk.apart(never.append, 1))
+            await asyncio.sleep(0)
+            queued.cancel()
+            await blocked
+            wish = desk.find(None)
+            return await asyncio.wait_for(asyncio.to_thread(in_a_tick, desk, wish), 10)
+
+    def in_a_tick(desk, served):
+        given = served.pictures.encode(["a"])
+        return desk.ticker.submit(lambda: served.lanes.submit(given, seed=0)).result(10)
+
+    never = []
+    made = asyncio.run(ask(Desk([toy_served(in_turns=in_turns)], Limits())))
+    assert not never
+    assert made.shape[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("threads", "beside", "wanted"), [(None, False, True), (2, False, False), (3, False, True), (None, True, False)]
+)
+def test_engines_take_turns_where_two_of_them_want_more_cores_than_there_are(monkeypatch, threads, beside, wanted):
+    monkeypatch.setattr(server, "num_cores", lambda: 4)
+    loaded = toy_loaded()
+    monkeypatch.setattr(type(next(iter(loaded.engines.values())).device), "beside_host", beside)
+    assert server.want_same_cores(loaded, threads) is wanted
