@@ -71,7 +71,7 @@ class Calibrations:
 
 
 class Planner:
-    """Chooses schedules and fits a method to them. Keeps what it has found, so that goals share searches.
+    """Chooses schedules and fits a method to them. Keeps what it has found, so that goals share searches and fits.
 
     It fits on the calibration's prompts to fit on, chooses budgets by those to stop by, and schedules by those that are there
     for it, where the method asks for that and there are enough. ``key`` is that of the Programs on the sampler's grid,
@@ -102,6 +102,7 @@ class Planner:
             calibrations.coarse.evaluator.check_gradients(method.name)
         self._schedules: dict[tuple[int, bool], Schedule] = {}
         self._chosen: dict[tuple[int, bool], Schedule] = {}
+        self._fitted: dict[tuple[Schedule, bool, bool], Parameters] = {}
         self._references: dict[bool, list[Array]] = {}
 
     def plan(self, goal: Goal) -> LevelPlan:
@@ -190,7 +191,9 @@ class Planner:
         ):  # nothing is left to the method: the sampler's own steps
             return LevelPlan(goal, lower(AdvanceTable(schedule, sampling.moves[1:]), key, sampling), fine)
         if method.needs_calibration and parameters is None:  # none were given
-            parameters = method.calibrate(self._calibration(fine).of("fit"), schedule)
+            if (at := (schedule, fine, draft)) not in self._fitted:
+                self._fitted[at] = method.calibrate(self._calibration(fine).of("fit"), schedule)
+            parameters = self._fitted[at]
 
         def make(schedule: Schedule) -> Program:
             return lower(method.table(schedule, sampling.levels(method.cut), parameters), key, sampling)

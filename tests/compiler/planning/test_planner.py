@@ -168,13 +168,18 @@ def test_without_a_fine_reference_level_fine_says_how_to_make_one(make, calibrat
         make(calibrations=Calibrations(calibrations.coarse, None)).plan(Goal("fine", fine=True))
 
 
-def test_goals_share_searches(make, monkeypatch):
-    calls, real = [], module.search_schedule
-    monkeypatch.setattr(module, "search_schedule", lambda *given, **more: (calls.append(given[3]), real(*given, **more))[1])
+def test_goals_share_searches_and_fits(make, monkeypatch):
+    searched, fitted, search_one, calibrate = [], [], module.search_schedule, Gram.calibrate
+    monkeypatch.setattr(
+        module, "search_schedule", lambda *given, **_: (searched.append(given[3]), search_one(*given, seed=0))[1]
+    )
+    monkeypatch.setattr(Gram, "calibrate", lambda *given: (fitted.append(given[2].compute), calibrate(*given))[1])
     planner = make()
-    first, again = (planner.plan(Goal(level, budget=3)).program for level in ("a", "b"))
-    assert calls == [3]
+    first, done = planner.plan(Goal("a", budget=3)).program, len(fitted)
+    again = planner.plan(Goal("b", budget=3)).program
+    assert (searched, len(fitted)) == ([3], done)
     assert first.compute_steps == again.compute_steps
+    assert (first.key.level, again.key.level) == ("a", "b")
 
 
 def test_a_method_that_needs_gradients_is_refused_before_anything_runs(make, calibrations, monkeypatch):
