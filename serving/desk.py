@@ -266,7 +266,11 @@ class Desk:
             return function(*args, **kwargs)
 
         self._turns.come()
-        future = self._threads.submit(work)
+        try:
+            future = self._threads.submit(work)
+        except RuntimeError:  # the server has stopped
+            self._turns.go()
+            raise
         future.add_done_callback(lambda _: self._turns.go())
         return await asyncio.wrap_future(future)
 
