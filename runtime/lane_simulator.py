@@ -45,7 +45,10 @@ def check_deadline(roster: Roster, job: Job, now: float) -> None:
 
 @dataclass(frozen=True)
 class Arrival:
-    """A request of a kind at a time, to be done ``within`` so many seconds; ``brings`` as :class:`Job` has it."""
+    """A request of a kind at a time, to be done ``within`` so many seconds, the desk's included.
+
+    ``brings`` as :class:`Job` has it.
+    """
 
     time: float
     kind: Kind
@@ -220,7 +223,8 @@ def simulate(
         while place < len(arrivals) and arrivals[place].time <= now:
             one = arrivals[place]
             machine = min(machines, key=lambda each: each.roster.seconds_left)
-            job = Job(place, one.kind, one.time + one.within, brings=one.brings)
+            after = 0.0 if machine.desk is None else machine.desk.after
+            job = Job(place, one.kind, one.time + one.within - after, brings=one.brings)
             if machine.desk is None:
                 take(machine, job)
             else:

@@ -242,9 +242,13 @@ class Desk:
 
     def _submit(self, job: Job, given: dict[str, Any], seen: Callable[[Seen], None] | None, latents: bool) -> Ticket:
         choice, lanes = job.choice, job.served.lanes
-        left = None if choice.deadline is None else choice.deadline - (time.monotonic() - job.begun)
-        if left is not None and left <= 0:
-            raise DeadlineError(f"the deadline of {choice.deadline} s passed before the first step: give it more time")
+        left = None
+        if choice.deadline is not None:
+            after = job.served.seconds_after(choice)
+            left = choice.deadline - (time.monotonic() - job.begun) - after
+            if left <= 0:
+                words = f"of the deadline of {choice.deadline:g} s nothing is left for steps, and decoding takes {after:.3g} s"
+                raise DeadlineError(f"{words}: give it more time", after)
         given |= {"level": choice.level, "steps": choice.steps, "size": choice.size, "deadline": left}
         ticket = self.ticker.submit(lambda: lanes.submit(**given), seen, latents=latents)
         self._begun[ticket] = time.monotonic()

@@ -266,11 +266,16 @@ class Served:
 
     def _check_deadline(self, choice: Choice) -> None:
         """Raise ``Refused`` for a deadline that no server of this bundle keeps."""
-        least = self.lanes.kind(choice.level, steps=choice.steps, size=choice.size, start=choice.start).alone[0]
+        kind = self.lanes.kind(choice.level, steps=choice.steps, size=choice.size, start=choice.start)
+        least = self.seconds.get("encode", 0.0) + kind.alone[0] + self.seconds_after(choice)
         if choice.deadline is not None and choice.deadline < least:
             raise Refused(400, f"deadline is {choice.deadline:g} s, but level {choice.level} takes {least:.3g} s where nobody "
                           "else is: give it more time, or take another level or fewer steps", code="invalid_value",
                           param="deadline")  # fmt: skip
+
+    def seconds_after(self, choice: Choice) -> float:
+        """What decoding a request's samples takes where nobody else is."""
+        return len(choice.seeds) * self.seconds.get("decode", 0.0)
 
     def finish(self, choice: Choice, latents: Array) -> bytes:
         """A file of latents [1, …]: PNG, or mp4."""

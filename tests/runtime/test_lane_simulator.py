@@ -42,6 +42,7 @@ def test_who_cannot_be_in_time_is_not_taken():
     assert done.latencies == [4, inf, 4.4]
     assert done.percentile(50) == 4.4
     assert simulate(arrivals, Policy("deadline", 1), lanes=3).ends == {0: 4, 1: 8, 2: 9}
+    assert simulate(arrivals, Policy("deadline", 1), lanes=3, refuses=True, desk=Desk(0, 1)).ends == {1: 5.5}
 
 
 def test_costs_may_be_scaled_to_what_was_seen():

@@ -8,7 +8,7 @@ from dataclasses import fields
 
 import pytest
 from numpy_engines import compute
-from toy_server import running, toy_served
+from toy_server import ToyPictures, running, toy_served
 
 from cachec.runtime.errors import InputError
 from cachec.serving.limits import Limits
@@ -138,6 +138,18 @@ def test_a_deadline_that_cannot_be_kept_is_refused_at_once():
     assert int(headers["Retry-After"]) >= 1
     assert 'cachec_deadline_misses_total{level="default",model="toy"} 1.0' in text
     assert {one[0] for one in answers} == {200}
+
+
+def test_a_deadline_has_room_for_what_decoding_takes():
+    class Slow(ToyPictures):
+        def decode(self, latents, *, size=None):
+            time.sleep(0.1)
+            return super().decode(latents, size=size)
+
+    with running(toy_served(pictures=Slow)) as server:
+        status, data = server.generate(n=2, deadline=0.15)
+        assert (status, data["error"]["message"][:27]) == (400, "deadline is 0.15 s, but lev")
+        assert server.generate(n=2, deadline=10)[0] == 200
 
 
 @pytest.mark.parametrize(("grace", "status"), [(10.0, 200), (0.0, 503)])
