@@ -53,7 +53,7 @@ def verdicts(data, setting):
                   _met(server <= OVERHEAD)])  # fmt: skip
     if sizes := systems["lanes"].get("flat"):
         late, after = sizes[-1]
-        half = next(one for one in sizes if 2 * one[0] >= late)  # where every load is behind it
+        half = next(one for one in sizes if 2 * one[0] >= late)  # overloads take memory that is used again
         for early, before in (sizes[1], half):
             lines.append([f"memory after {late:,} requests over that after {early:,}", f"flat: within {100 * GROWN:g} %",
                           f"{100 * (after / before - 1):+.1f} %", _met(after / before - 1 <= GROWN)])  # fmt: skip

@@ -9,7 +9,7 @@ class Turns:
     """Ticks of lanes take turns with what comes before and after them; what is ``ahead`` goes first, as it is short.
 
     Two engines that each want all cores wait for each other's threads: on two cores, ticks of tiny-flux took 3.3 times as
-    long beside its decoder, which took 2.4 times as long (``bench/SERVING.md`` of 2026-11-27), where turns would give 2.
+    long beside its decoder, which took 2.4 times as long (``git show 2a0c889:bench/SERVING.md``), where turns would give 2.
     Not ``on``: nobody waits for anybody, as engines have cores, or a GPU, of their own.
     """
 

@@ -49,10 +49,16 @@ def test_a_tick_waits_for_what_is_ahead_and_what_comes_for_the_tick():
 
 
 def test_who_has_cores_of_its_own_waits_for_nobody():
-    turns = Turns(on=False)
-    turns.come()
-    with turns.tick():
-        turns.wait()
+    turns, told = Turns(on=False), []
+
+    def both():
+        turns.come()
+        with turns.tick():
+            turns.wait()
+            told.append("at once")
+
+    in_thread(both).join(10)
+    assert told == ["at once"]
 
 
 @pytest.mark.parametrize("in_turns", [True, False])

@@ -171,7 +171,7 @@ def test_without_a_fine_reference_level_fine_says_how_to_make_one(make, calibrat
 def test_goals_share_searches_and_fits(make, monkeypatch):
     searched, fitted, search_one, calibrate = [], [], module.search_schedule, Gram.calibrate
     monkeypatch.setattr(
-        module, "search_schedule", lambda *given, **_: (searched.append(given[3]), search_one(*given, seed=0))[1]
+        module, "search_schedule", lambda *given, **more: (searched.append(given[3]), search_one(*given, **more))[1]
     )
     monkeypatch.setattr(Gram, "calibrate", lambda *given: (fitted.append(given[2].compute), calibrate(*given))[1])
     planner = make()
