@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from bench.serving_loads import WITHIN, ask, closed_loop, generate, play
-from bench.serving_plan import SETTINGS, SLOW, fastest, loads_of, plan
+from bench.serving_plan import SETTINGS, fastest, loads_of, plan, setting_of
 from bench.timing import facts as machine
 
 CLIENTS = 16
@@ -86,9 +86,7 @@ class Bench:
         found = self.data["systems"].setdefault(system, {"loads": {}})
         if "busy" in found:
             return
-        setting = self.setting
-        if system in SLOW:
-            setting = replace(setting, alone=max(1, setting.alone // 3), loop=max(8, setting.loop // 6))
+        setting = setting_of(system, self.setting)
         with server(system, self.bundle, self.given, setting) as (facts, _):
             found["facts"] = facts
             found["idle"] = asyncio.run(idle(facts, setting.alone))
@@ -106,13 +104,24 @@ class Bench:
             limits = {kind: WITHIN * one for kind, one in first["idle"].items()}
             own = {kind: WITHIN * one for kind, one in found["idle"].items()}
             sizes, served = [[0, resident(process)]], 0
+            loop = setting_of(system, self.setting).beside
+            near = asyncio.run(busy(facts, loop)) if loop else None
             for one in missing:
                 wait = {kind: max(limits[kind], own[kind]) for kind in limits}
                 dated = system == "lanes deadline"
                 print(f"{time.strftime('%H:%M:%S')} {system}: {one.name}", flush=True)
-                found["loads"][one.name] = asyncio.run(play(facts["url"], one, limits if dated else wait, deadlines=dated))
-                self.save()
+                before = asyncio.run(ask(facts["url"], "/bench"))
+                played = asyncio.run(play(facts["url"], one, limits if dated else wait, deadlines=dated))
+                after = asyncio.run(ask(facts["url"], "/bench"))
                 asyncio.run(settled(facts))
+                if near:
+                    then = asyncio.run(busy(facts, loop))
+                    both = {name: near[name] + then[name] for name in near if name != "rate"}
+                    did = {name: after[name] - before[name] for name in before}
+                    played |= {"did": did, "beside": both, "packed": facts["packed"]}
+                    near = then
+                found["loads"][one.name] = played
+                self.save()
                 served += one.count
                 sizes.append([served, resident(process)])
             while watch and served < self.setting.flat:

@@ -1,7 +1,8 @@
 """What the simulator says of the measured server, and of step times that others have published.
 
 Costs come from calls that lanes made when nobody was there. A server's constants come from requests that came one by one, and
-from a closed loop of clients, which is no Poisson trace: none of a load that is compared below.
+from closed loops of clients, where they were played right before and after a load, which are no Poisson traces: none of a load
+that is compared.
 """
 
 from math import inf
@@ -38,27 +39,46 @@ def unpack(packed, scale=1.0):
     }
 
 
-def constants(found):
-    """(scale of lanes' costs, desk, seconds of HTTP) of a measured system, from its runs alone and its closed loop."""
-    alone, busy = found["facts"]["alone"].values(), found["busy"]
-    scale = sum(one["lanes"] for one in alone) / sum(one["reckoned"] for one in alone)
-    before, after = (sum(one[name] for one in alone) / len(alone) for name in ("before", "after"))
+def server_seconds(found):
+    """What HTTP and the server take of a request that comes alone, in the mean over levels."""
     over = [found["idle"][kind] - sum(one[name] for name in ("before", "lanes", "after"))
             for kind, one in found["facts"]["alone"].items()]  # fmt: skip
+    return sum(over) / len(over)
+
+
+def constants(found, busy=None):
+    """(scale of lanes' costs, desk, seconds of HTTP) of a measured system, from its runs alone and a closed loop.
+
+    In turns, what neither lanes nor desk took of the loop is the desk's, too: then the server reads and answers.
+    """
+    alone, busy = found["facts"]["alone"].values(), busy or found["busy"]
+    http = server_seconds(found)
+    if found["facts"]["in_turns"]:
+        before, after = (busy[name] / busy["count"] for name in ("before", "after"))
+        rest = max(0.0, (busy["took"] - busy["seconds"]) / busy["count"] - before - after)
+        return busy["seconds"] / busy["reckoned"], Desk(before, after + rest, turns=True), max(0.0, http - rest)
+    scale = sum(one["lanes"] for one in alone) / sum(one["reckoned"] for one in alone)
+    before, after = (sum(one[name] for one in alone) / len(alone) for name in ("before", "after"))
     share = min(0.9, (busy["before"] + busy["after"]) / busy["took"])
     longer = max(1.0, busy["seconds"] / (busy["reckoned"] * scale))
     speed = max(0.1, (1 / longer - (1 - share)) / share)
     dragged = max(1.0, (busy["before"] + busy["after"]) / (busy["count"] * (before + after)))
-    http = max(0.0, sum(over) / len(over))
-    if found["facts"]["in_turns"]:
-        return scale * longer, Desk(dragged * before, dragged * after, turns=True), http
-    return scale, Desk(before, after, max(1.0, 1 / speed), dragged), http
+    return scale, Desk(before, after, max(1.0, 1 / speed), dragged), max(0.0, http)
+
+
+def slower(played):
+    """How many times as long ticks took in a load as in the closed loops beside it; nothing where there were none."""
+    if "beside" not in played:
+        return None
+    did, beside = (played[name]["seconds"] / played[name]["reckoned"] for name in ("did", "beside"))
+    return did / beside
 
 
 def told(found, played, idle):
     """What the simulator says of a load that was played: percentiles and goodput."""
-    scale, desk, http = constants(found)
-    kinds, facts = unpack(found["facts"]["packed"], scale), found["facts"]
+    scale, desk, http = constants(found, played.get("beside"))
+    facts = found["facts"]
+    kinds = unpack(played.get("packed", facts["packed"]), scale)
     order, width = facts["policy"]
     limits = {kind: WITHIN * one for kind, one in idle.items()}
     dated = order == "deadline"

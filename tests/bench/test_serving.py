@@ -10,7 +10,7 @@ from bench.serving_chart import full_loads
 from bench.serving_loads import Load, bounded, good, percentile, play
 from bench.serving_plan import SETTINGS, loads_of, plan
 from bench.serving_report import write
-from bench.serving_told import constants, on_gpu, pack, told, unpack, whole
+from bench.serving_told import constants, on_gpu, pack, server_seconds, slower, told, unpack, whole
 from cachec.runtime.lane_costs import Costs, Meeting
 from cachec.runtime.lane_policy import Job, Kind, Stage, tick_seconds
 
@@ -130,8 +130,26 @@ def test_constants_are_those_that_were_put_in():
     assert desk.dragged == pytest.approx(12 / (90 * 0.03))
     share = 12 / 30
     assert 1 / (1 - share + share / desk.drags) == pytest.approx(1.2), "so much longer ticks are in the mean"
-    scale, desk, _ = constants(made_up("lanes", KINDS, in_turns=True))
-    assert (scale, desk.before, desk.turns) == (pytest.approx(1.32), pytest.approx(0.01 * 12 / (90 * 0.03)), True)
+    found = made_up("lanes", KINDS, in_turns=True)
+    scale, desk, http = constants(found)
+    assert (scale, desk.before, desk.turns, http) == (pytest.approx(1.32), pytest.approx(4 / 90), True, 0)
+    assert desk.after == pytest.approx(8 / 90 + (30 - 13.2 - 12) / 90), "what nobody took of the loop is in it"
+    assert server_seconds(found) == pytest.approx(0.002)
+
+
+def test_a_load_is_told_by_the_loops_beside_it():
+    found = made_up("lanes", KINDS, in_turns=True)
+    load = Load(1.0, 40, tuple(KINDS), keeps_up=True)
+    played = {"moments": [moment for moment, _ in load.arrivals()], "kinds": [kind for _, kind in load.arrivals()],
+              "latencies": [0.1] * 40, "how": ["made"] * 40, "window": 40.0}  # fmt: skip
+    assert slower(played) is None
+    first, busy = told(found, played, found["idle"]), found["busy"]
+    twice = busy | {name: 2 * busy[name] for name in ("seconds", "before", "after", "took")}
+    played |= {"did": {"seconds": 3.0, "reckoned": 1.0}, "beside": twice}
+    assert slower(played) == pytest.approx(3 / 2.64)
+    assert told(found, played, found["idle"])["percentiles"][50] > 2 * first["percentiles"][50]
+    costs = {"packed": pack(unpack(pack(KINDS), 0.5))}
+    assert told(found, played | costs, found["idle"])["percentiles"][50] < 2 * first["percentiles"][50]
 
 
 def test_a_plan_has_what_is_missing_and_its_minutes():
@@ -140,9 +158,9 @@ def test_a_plan_has_what_is_missing_and_its_minutes():
     assert {line[-1] for line in lines if line[-2] != "memory"} == {"there"}
     gone = data["systems"]["one at a time"]["loads"]
     rate = gone.pop(next(iter(gone)))["rate"]
-    assert plan(data, SMALL)[1] == pytest.approx(
-        minutes + (60 / rate + 3 * max(data["systems"]["lanes"]["idle"].values()) + 25) / 60
-    )
+    loop = SMALL.beside / data["systems"]["one at a time"]["busy"]["rate"]
+    load = 60 / rate + 3 * max(data["systems"]["lanes"]["idle"].values())
+    assert plan(data, SMALL)[1] == pytest.approx(minutes + (load + loop + 25) / 60)
 
 
 def test_the_page_has_every_part_and_names_what_is_missing(tmp_path):
