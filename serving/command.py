@@ -50,7 +50,6 @@ def serve_bundles(
         from cachec.serving.ray import run_on_ray
 
         lanes = rest.pop("lanes")
-        rest["strengths"] = ()  # pictures are taken in one process only
         plan = {"bundles": [str(one.resolve()) for one in bundles], "replicas": replicas, "gpus": gpus, "lanes": lanes}
         file = None if api_key_file is None else str(api_key_file.resolve())
         run_on_ray(

@@ -1,5 +1,6 @@
 """The server on a local Ray of two workers: the same pictures, also when one of the two is killed on the way."""
 
+import asyncio
 import base64
 import io
 import json
@@ -14,9 +15,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from toy_product import run_cli
 from toy_server import ToyEncoder, form, running, toy_served
 
 from cachec.runtime.errors import InputError
+from cachec.serving.hosted import Asked
 from cachec.serving.limits import Limits
 
 ray = pytest.importorskip("ray")
@@ -79,12 +82,15 @@ def test_results_are_those_of_one_process(port, alone):
     assert [one["id"] for one in ask(port, "/v1/models")[1]["data"]] == ["one", "two"]
 
 
-def edit(port, **fields):
-    """What a form with a picture is answered."""
+def edit_fields(**fields):
+    """Those of a form with a picture."""
     picture = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 24, 3), np.uint8)).save(picture, "PNG")
-    given = {"image": picture.getvalue(), "prompt": "a ring", "seed": "3", "strength": "0.5", **fields}
-    return ask(port, "/v1/images/edits", *form(given.items()))
+    return {"image": picture.getvalue(), "prompt": "a ring", "seed": "3", "strength": "0.5", **fields}
+
+
+def edit(port, **fields):
+    return ask(port, "/v1/images/edits", *form(edit_fields(**fields).items()))
 
 
 def test_a_picture_to_begin_with_is_taken(port):
@@ -143,6 +149,34 @@ def test_what_cannot_be_deployed_is_refused(args, message):
 
     with pytest.raises(InputError, match=message):
         app(args)
+
+
+@pytest.mark.parametrize(("given", "made", "refused"), [((), "0.6", "0.3"), (("--strengths", "0.25"), "0.25", "0.6")], ids=str)
+def test_what_the_command_is_told_reaches_the_replicas(tmp_path, monkeypatch, given, made, refused):
+    """All but the cluster is real: the command, what it deploys, and a replica of it in this process."""
+    from cachec.serving import ray as on_ray
+
+    deployed = []
+    monkeypatch.setattr(on_ray, "run_on_ray", lambda args, **where: deployed.append((args, where)))
+    code, output = run_cli("serve", tmp_path / "one.cachec", "--ray", *given, "--policy", "fifo", "--lanes", 3, "--port", 1,
+                           "--replicas", "0-4", "--max-queue", 5)  # fmt: skip
+    assert code == 0, output
+    ((args, where),) = deployed
+    plan = on_ray.Plan.from_args({**args, "opener": "toy_server:open_toy"})
+    assert (where["host"], where["port"], plan.replicas, plan.limits.queue) == ("127.0.0.1", 1, "0-4", 5)
+    body, kind = form(edit_fields(strength=made).items())
+    other, _ = form(edit_fields(strength=refused).items())
+
+    async def ask():
+        bundle = await on_ray.Replica(plan).hosted("one")
+        served, found = bundle.app.state.desk.served["one"], []
+        for sent in (body, other):
+            asked = Asked("POST", "/v1/images/edits", b"", [(b"content-type", kind.encode())], sent)
+            found.append((await anext(bundle.call(asked)))["status"])
+        await bundle.close()
+        return found, served.num_lanes
+
+    assert asyncio.run(ask()) == ([200, 400], 3)
 
 
 def test_a_key_that_is_wanted_and_did_not_come_is_an_error(monkeypatch):
@@ -215,8 +249,6 @@ class Replicas:
 
 def answers(*streams, seconds=60.0):
     """What the ingress sends on, and how many replicas it asked."""
-    import asyncio
-
     from cachec.serving.ray import Ingress, Plan
 
     replicas = Replicas(*streams)

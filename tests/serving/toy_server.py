@@ -7,6 +7,7 @@ import time
 import zlib
 from contextlib import contextmanager
 from http.client import HTTPConnection
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,7 +22,7 @@ from cachec.runtime.program import UNCACHED, ProgramKey, hash_sigmas
 from cachec.runtime.session import LoadedBundle
 from cachec.runtime.variants import Variant
 from cachec.serving.app import make_app
-from cachec.serving.served import Served
+from cachec.serving.served import Served, name_of
 
 POISON, MARK = "poison", 50.0  # a prompt, and what is in its condition: the model makes NaN of it
 PNG = b"\x89PNG\r\n"  # how such files begin
@@ -202,9 +203,12 @@ def running(*served, **options):
         one.stop()
 
 
-def open_toy(bundle, *, lanes):
-    """What opens a bundle in a replica: two names, and steps that take a while."""
-    return toy_served(bundle, ToyEncoder, engines={"compute": slow}, lanes=lanes, strengths=(0.5,))
+def open_toy(bundle, *, lanes, policy="shortest", strengths=(0.5,), device=None, target=None, weights=None, threads=None):
+    """What opens a bundle in a replica, with what ``open_one`` takes: two names, and steps that take a while."""
+    assert (device, target, weights, threads) == (None,) * 4, "a toy has no choice of these"
+    return toy_served(
+        name_of(Path(bundle)), ToyEncoder, engines={"compute": slow}, lanes=lanes, policy=policy, strengths=strengths
+    )
 
 
 def slow(**inputs):
