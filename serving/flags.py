@@ -16,7 +16,7 @@ HELP = {
     "pixels": "Pixels of a request, all samples and frames.",
     "body": "Bytes of a request.",
     "picture": "Bytes of a request with a picture.",
-    "body_seconds": "Seconds in which a request's body must come.",
+    "body_seconds": "Seconds in which a request's head must come, and then its body.",
     "seconds": "Seconds after which a request is given up (504).",
     "grace": "Seconds that running requests get when the server stops.",
     "kept": "Pictures and videos that wait to be fetched.",

@@ -14,8 +14,8 @@ class Limits:
 
     ``queue``: samples that may wait for a bundle, beside those in its lanes. Of a request: ``samples`` (``n``), ``prompt`` in
     characters, ``pixels`` of all its samples and frames, ``body`` in bytes, ``picture`` bytes of a body with one. Seconds:
-    ``body_seconds`` until a body is there, ``seconds`` until a request is made, ``grace`` for what runs when the server stops.
-    ``kept``: results that wait.
+    ``body_seconds`` until a head is there, and again until its body is, ``seconds`` until a request is made, ``grace`` for
+    what runs when the server stops. ``kept``: results that wait.
     """
 
     queue: int = 64

@@ -16,6 +16,7 @@ from cachec.runtime.errors import OutputError, in_one_line
 from cachec.runtime.host_memory import num_cores
 from cachec.runtime.session import LoadedBundle
 from cachec.serving.desk import Desk
+from cachec.serving.heads import heads_within
 from cachec.serving.limits import STRENGTHS
 from cachec.serving.served import Served, check_names, name_of
 
@@ -89,7 +90,7 @@ def serve(app: FastAPI, *, host: str = "127.0.0.1", port: int = 8000, told: Call
     url = f"http://{_in_url(host)}:{taken.getsockname()[1]}"
     config = uvicorn.Config(
         app, log_config=None, access_log=False, server_header=False, limit_concurrency=CONNECTIONS, ws="none",
-        timeout_graceful_shutdown=int(desk.limits.grace) + 5,
+        http=heads_within(desk.limits.body_seconds), timeout_graceful_shutdown=int(desk.limits.grace) + 5,
     )  # fmt: skip
     server = Server(config, desk)
     told(f"serving {', '.join(desk.served)} on {url}")

@@ -22,6 +22,7 @@ from cachec.runtime.program import UNCACHED, ProgramKey, hash_sigmas
 from cachec.runtime.session import LoadedBundle
 from cachec.runtime.variants import Variant
 from cachec.serving.app import make_app
+from cachec.serving.heads import heads_within
 from cachec.serving.served import Served, name_of
 
 POISON, MARK = "poison", 50.0  # a prompt, and what is in its condition: the model makes NaN of it
@@ -131,9 +132,12 @@ class Running:
     """``url`` of a server, and its ``desk``."""
 
     def __init__(self, app):
-        config = uvicorn.Config(app, port=0, log_config=None, access_log=False, ws="none", timeout_graceful_shutdown=5)
-        self.server, self.app = uvicorn.Server(config), app
         self.desk = app.state.desk
+        heads = heads_within(self.desk.limits.body_seconds)
+        config = uvicorn.Config(
+            app, port=0, log_config=None, access_log=False, ws="none", http=heads, timeout_graceful_shutdown=5
+        )
+        self.server, self.app = uvicorn.Server(config), app
         self._thread = threading.Thread(target=self._run)
 
     def _run(self):
