@@ -9,7 +9,7 @@ import numpy as np
 from cachec.runtime.abi import BATCH, MAX_BATCH
 from cachec.runtime.device import Buffer
 from cachec.runtime.engine import Call, Engine
-from cachec.runtime.errors import EngineError, InputError, cannot_be_pickled
+from cachec.runtime.errors import InputError, NotFiniteError, cannot_be_pickled
 from cachec.runtime.model_io import ModelIO
 from cachec.runtime.plan import (
     BindingPlan,
@@ -54,9 +54,9 @@ class Aside:
     velocity: Buffer
 
 
-def not_finite(what: str, level: str, where: str) -> EngineError:
+def not_finite(what: str, level: str, where: str) -> NotFiniteError:
     """An error for results that nobody can use."""
-    return EngineError(
+    return NotFiniteError(
         f"level {level}: {what} hold NaN or infinity {where}. Take another level or other conditions, or compile the bundle in "
         "a type of wider range (--dtype float32 or bfloat16)"
     )

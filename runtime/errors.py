@@ -64,6 +64,10 @@ class EngineError(CachecError):
     exit_code: ClassVar[int] = 11
 
 
+class NotFiniteError(EngineError):
+    """What an engine made holds NaN or infinity: it works, and what it was given is too much for its type."""
+
+
 class QualityError(CachecError):
     """A quality or speed that was asked for is not reached."""
 

@@ -75,8 +75,7 @@ def _add_about(app: FastAPI, desk: Desk) -> None:
 
     @app.get("/health")
     async def health() -> Response:
-        broken = desk.ticker.failure is not None
-        status = "broken" if broken else "stopping" if desk.draining else "ok"
+        status = "broken" if desk.failure is not None else "stopping" if desk.draining else "ok"
         return JSONResponse({"status": status}, 200 if status == "ok" else 503)
 
     @app.get("/metrics")

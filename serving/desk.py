@@ -20,6 +20,7 @@ from cachec.runtime.errors import DeadlineError, unknown_name
 from cachec.runtime.lane_request import Tick, Ticket
 from cachec.runtime.noise import NUM_SEEDS
 from cachec.runtime.specs import Array
+from cachec.serving.health import Health
 from cachec.serving.limits import Limits
 from cachec.serving.metrics import Metrics
 from cachec.serving.refusals import STOPPED, Refused, refused_for
@@ -69,6 +70,7 @@ class Desk:
     def __init__(self, served: Sequence[Served], limits: Limits, *, threads: int = 1, log_requests: bool = False) -> None:
         self.served = {one.name: one for one in served}
         self.limits, self.metrics = limits, Metrics()
+        self._health = {name: Health(name) for name in self.served}
         self._turns = Turns(on=any(one.in_turns for one in served))
         self.ticker = Ticker([one.lanes for one in served], self._note, self._turns)
         self._threads = ThreadPoolExecutor(threads, "cachec-pictures")
@@ -81,6 +83,11 @@ class Desk:
         self.draining = self._stopped = False
         for one in served:
             self.metrics.watch(one.name, lambda one=one: one.lanes.num_queued, lambda one=one: one.lanes.num_running)  # type: ignore[misc]
+
+    @property
+    def failure(self) -> Exception | None:
+        """Why nothing is made: a tick failed as none should, or a bundle's engines fail request after request."""
+        return self.ticker.failure or next((one.failure for one in self._health.values() if one.failure is not None), None)
 
     @property
     def num_present(self) -> int:
@@ -205,10 +212,12 @@ class Desk:
                 raise Refused(503, STOPPED, code="stopping", retry_after=5) from error
             raise
         except Exception as error:
+            self._health[served.name].note(error)
             refused = refused_for(error)
             if refused.code == "internal_error":
                 log.exception("request %s failed", job.number)
             raise refused from error
+        self._health[served.name].note(None)
         seconds = time.monotonic() - job.begun
         return Made(files, choice.seeds, choice.level, choice.size, choice.steps, seconds, denoised - encoded)
 

@@ -170,7 +170,7 @@ class Replica:
             yield message
 
     def check_health(self) -> None:
-        """Raise if lanes stand still: Ray then starts another replica in its place."""
+        """Raise if lanes stand still, or engines fail request after request: Ray then starts another replica in its place."""
         for one in self._open.values():
             if one.is_open and one.failure is not None:
                 raise one.failure
@@ -195,7 +195,7 @@ class _Bundle(Hosted):
 
     @property
     def failure(self) -> Exception | None:
-        failure: Exception | None = self.app.state.desk.ticker.failure
+        failure: Exception | None = self.app.state.desk.failure
         return failure
 
     def __del__(self) -> None:

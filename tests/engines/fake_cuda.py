@@ -2,7 +2,8 @@
 
 Work is only queued, and done when something waits for it, so that whoever forgets to wait, or to put one stream behind
 another, reads what is not there yet. Memory comes filled with 255. A capture collects the work that would have been queued;
-launching its graph queues it. ``fail`` lets a call return an error. Other libraries' fakes queue their work by ``enqueue``.
+launching its graph queues it. ``fail`` lets a call return an error, ``gone`` all of them. Other libraries' fakes queue their
+work by ``enqueue``.
 
     fake = FakeCuda()
     monkeypatch.setattr(cuda_runtime, "runtime", lambda: fake)
@@ -98,6 +99,7 @@ class FakeCuda:
         self.streams = {1: Stream(0), 2: Stream(0)}  # the default ones, of all and of a thread
         self.events, self.graphs, self.launchable, self.blocks = {}, {}, {}, {}
         self._failures, self._thread, self._next = {}, threading.local(), 1000
+        self.gone = False  # as a GPU is that fell off its bus
 
     # what tests and other fakes use
 
@@ -136,6 +138,8 @@ class FakeCuda:
         self.log.append((function, *(int(a) if isinstance(a, Handle) else a for a in arguments)))
         if not self.driver and function not in ("cudaDriverGetVersion", "cudaRuntimeGetVersion"):
             return Error.cudaErrorInsufficientDriver
+        if self.gone:
+            return Error.cudaErrorNoDevice
         failure = self._failures.get(function)
         if failure is not None:
             failure[0] -= 1

@@ -214,6 +214,29 @@ def test_lanes_replay_their_batches_and_allocate_nothing(path, cuda, request_of)
         np.testing.assert_array_equal(ticket.result(0), expected(path, requests[seed], level=levels[seed % 3])[0])
 
 
+def test_lanes_on_a_gpu_that_vanishes_fail_every_request_in_words_and_go_on(path, cuda, request_of):
+    requests = [request_of(seed) for seed in range(3)]
+    with cachec.load(path) as loaded:
+        lanes = Lanes(loaded, lanes=2, policy=Policy("fifo", BATCH_SIZE))
+
+        def submit():
+            return [lanes.submit(conditions, noise=noise) for conditions, noise in requests]
+
+        on_their_way = submit()
+        lanes.tick()  # two of them
+        cuda.gone = True
+        tickets = on_their_way + submit()
+        lanes.run_until_idle()
+        for ticket in tickets:
+            with pytest.raises(EngineError, match=rf"request {ticket.number}: CUDA: .* fails with cudaErrorNoDevice \(100\)"):
+                ticket.result(0)
+        cuda.gone = False
+        tickets = submit()
+        lanes.run_until_idle()
+    for ticket, request in zip(tickets, requests, strict=True):
+        np.testing.assert_array_equal(ticket.result(0), expected(path, request)[0])
+
+
 def test_single_calls_are_recorded_when_they_come_again(path, cuda, request_of):
     request = request_of(1)
     with cachec.load(path) as loaded:

@@ -18,7 +18,7 @@ from PIL import Image
 from toy_product import run_cli
 from toy_server import ToyEncoder, form, running, toy_served
 
-from cachec.runtime.errors import InputError
+from cachec.runtime.errors import EngineError, InputError
 from cachec.serving.hosted import Asked
 from cachec.serving.limits import Limits
 
@@ -164,19 +164,37 @@ def test_what_the_command_is_told_reaches_the_replicas(tmp_path, monkeypatch, gi
     ((args, where),) = deployed
     plan = on_ray.Plan.from_args({**args, "opener": "toy_server:open_toy"})
     assert (where["host"], where["port"], plan.replicas, plan.limits.queue) == ("127.0.0.1", 1, "0-4", 5)
-    body, kind = form(edit_fields(strength=made).items())
-    other, _ = form(edit_fields(strength=refused).items())
 
     async def ask():
         bundle = await on_ray.Replica(plan).hosted("one")
-        served, found = bundle.app.state.desk.served["one"], []
-        for sent in (body, other):
-            asked = Asked("POST", "/v1/images/edits", b"", [(b"content-type", kind.encode())], sent)
-            found.append((await anext(bundle.call(asked)))["status"])
+        forms = [form(edit_fields(strength=one).items()) for one in (made, refused)]
+        found = [await answered(bundle, "/v1/images/edits", *one) for one in forms]
         await bundle.close()
-        return found, served.num_lanes
+        return found, bundle.app.state.desk.served["one"].num_lanes
 
     assert asyncio.run(ask()) == ([200, 400], 3)
+
+
+async def answered(bundle, path, body, kind):
+    """The status that a bundle of a replica answers with."""
+    return (await anext(bundle.call(Asked("POST", path, b"", [(b"content-type", kind.encode())], body))))["status"]
+
+
+def test_a_replica_whose_engines_fail_request_after_request_tells_ray():
+    from cachec.serving.health import IN_A_ROW
+    from cachec.serving.ray import Plan, Replica
+
+    async def ask():
+        replica = Replica(Plan(["one"], opener="toy_server:open_failing"))
+        bundle = await replica.hosted("one")
+        for _ in range(IN_A_ROW):
+            replica.check_health()
+            assert await answered(bundle, "/v1/images/generations", b'{"prompt": "a"}', "application/json") == 500
+        with pytest.raises(EngineError, match="cudaErrorNoDevice"):
+            replica.check_health()
+        await bundle.close()
+
+    asyncio.run(ask())
 
 
 def test_a_key_that_is_wanted_and_did_not_come_is_an_error(monkeypatch):

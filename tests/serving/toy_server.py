@@ -17,6 +17,7 @@ from numpy_engines import IO, SHAPE, WIDTH, compute, make_engines, make_program
 from cachec.compiler.tables.lower import lower_uncached
 from cachec.compiler.tables.sampling import Sampling
 from cachec.runtime.bundle import Manifest
+from cachec.runtime.errors import EngineError
 from cachec.runtime.noise import make_noise
 from cachec.runtime.program import UNCACHED, ProgramKey, hash_sigmas
 from cachec.runtime.session import LoadedBundle
@@ -213,6 +214,29 @@ def open_toy(bundle, *, lanes, policy="shortest", strengths=(0.5,), device=None,
     return toy_served(
         name_of(Path(bundle)), ToyEncoder, engines={"compute": slow}, lanes=lanes, policy=policy, strengths=strengths
     )
+
+
+class Switch:
+    """A device that can be taken away from what it makes functions of."""
+
+    def __init__(self):
+        self.gone = False
+
+    def made(self, function):
+        def work(*args, **kwargs):
+            if self.gone:
+                raise EngineError("CUDA: cudaStreamSynchronize fails with cudaErrorNoDevice (100)")
+            return function(*args, **kwargs)
+
+        return work
+
+
+def open_failing(bundle, *, lanes):
+    """One whose device is gone from the first request on."""
+    switch = Switch()
+    served = toy_served(bundle, engines={"compute": switch.made(compute)}, lanes=lanes)
+    switch.gone = True
+    return served
 
 
 def slow(**inputs):
