@@ -63,7 +63,7 @@ BRIEF: Mapping[str, Mapping[str, str]] = {  # trainings that only show that they
 }  # fmt: skip
 OURS = ("gram", "gram, closed form", "gram, by pictures", "gram-hidden")
 OWN = ("taylor:1", "taylor:2", "reuse", "newton:2", "hicache", "foca", "spectrum", "adams:2", "freqca", "svd-cache", "hyca",
-       "linca")  # fmt: skip
+       "linca", "l2p (Adam)")  # fmt: skip
 QUICK = 2  # of these and of the solvers, which come first
 UNIFORM = ("taylor:1", "taylor:2")
 SEARCHED = ("taylor:1", "newton:2", "taylor:2", "hicache", "reuse")

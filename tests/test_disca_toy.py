@@ -1,5 +1,8 @@
 """DisCa on the toy, from training to requests: what bundles give is what its modules give, one forecast after the other."""
 
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +14,7 @@ import cachec
 from cachec.compiler.methods.disca import load_blocks
 from cachec.compiler.methods.parameters import load_predictor
 from cachec.compiler.models.blocks import CACHED, KeepingTransformer, PredictingTransformer
+from cachec.runtime.bundle import Bundle
 from cachec.runtime.lanes import Lanes
 from cachec.runtime.noise import make_noise
 
@@ -130,3 +134,15 @@ def test_what_it_cannot_do_is_said(toy_directory, predictor, bundle):
     code, output = run_cli("add-level", bundle, predictor, "--budget", "3")
     assert code != 0
     assert "its predictor is inside an engine" in output or "is not a calibration" in output
+
+
+@pytest.mark.slow
+def test_tensorrt_for_rtx_builds_its_graphs(bundle, tmp_path):
+    """They are built, not run: that takes a GPU."""
+    pytest.importorskip("tensorrt_rtx_bindings", reason="the extra rtx is not installed")
+    out = tmp_path / "toy.cachec"
+    shutil.copytree(bundle, out)
+    succeed("add-target", out, "--target", "tensorrt-rtx")
+    (engines,) = (one.engines for one in Bundle.open(out, verify=True).manifest.targets if one.backend == "tensorrt-rtx")
+    assert {"feature_0", "latents"} <= {spec.name for spec in engines["forecast"].signature.inputs}
+    assert all(Path(out, artifact.path).stat().st_size > 1e4 for artifact in engines.values())

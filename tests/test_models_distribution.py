@@ -119,9 +119,12 @@ def test_predictors_of_the_distribution_are_found_by_their_facts_and_may_be_floa
     assert find_pretrained("m", {"steps": "5"}, lambda: "aa") is None
 
 
-def test_where_no_predictor_ships_the_command_that_trains_one_is_named(installed, tmp_path):
+def test_where_no_predictor_ships_the_command_that_trains_one_is_named_and_models_that_have_one(installed, tmp_path):
+    known = Parameters({"rows": np.float16([0.1])}, {"method": "disca", "model": "small-flux-8", "weights_sha256": "aa"}, "now")
+    (installed / "predictors" / "disca-small-flux-8.safetensors").write_bytes(predictor_bytes(known))
     given = ("compile", "small-flux", "--method", "disca", "--steps", "8", "--interval", "3", "-o", tmp_path / "out")
     code, output = run_cli(*given)
     assert code == 8
     command = "cachec train small-flux --method disca --steps 8 --interval 3 -o disca-small-flux-8-3.safetensors"
     assert command in " ".join(output.split())
+    assert "of disca there are some for small-flux-8" in " ".join(output.split())

@@ -1,6 +1,6 @@
 """What a fit or a training leaves behind, and the file of a trained predictor: safetensors, with facts as metadata."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -70,10 +70,20 @@ def find_pretrained(method: str, wanted: Mapping[str, str], weights: Callable[[]
 
     ``weights``: the hash of the model's, which is asked for only if everything else fits: it takes long.
     """
-    places = [("cachec", PRETRAINED), *((NAME, folder) for folder in predictor_folders())]
-    for ships, path in ((ships, path) for ships, folder in places for path in sorted(folder.glob(f"{method}-*.safetensors"))):
+    for ships, path in _shipped_files(method):
         parameters = load_predictor(path)
         fits = all(parameters.facts.get(name) == value for name, value in wanted.items())
         if fits and parameters.facts.get(WEIGHTS) == weights():
             return replace(parameters, origin=f"ships with {ships} ({path.name})")
     return None
+
+
+def shipped_models(method: str) -> list[str]:
+    """Names of the models that a predictor of a method ships for."""
+    return sorted({load_predictor(path).facts.get("model", "") for _, path in _shipped_files(method)} - {""})
+
+
+def _shipped_files(method: str) -> Iterator[tuple[str, Path]]:
+    """(who it ships with, where it is) of each."""
+    for ships, folder in (("cachec", PRETRAINED), *((NAME, folder) for folder in predictor_folders())):
+        yield from ((ships, path) for path in sorted(folder.glob(f"{method}-*.safetensors")))

@@ -21,7 +21,7 @@ from cachec.compiler.calibration.runs import (
 )
 from cachec.compiler.calibration.uses import UsedPrompts
 from cachec.compiler.methods.base import BlockData, BlockMethod, CodedMethod, Method, PredictorMethod, TrainingData
-from cachec.compiler.methods.parameters import WEIGHTS, Parameters, find_pretrained
+from cachec.compiler.methods.parameters import WEIGHTS, Parameters, find_pretrained, shipped_models
 from cachec.compiler.models.base import LoadedModel, ModelSpec, Settings
 from cachec.compiler.models.distribution import INSTALL, NAME, models_folder
 from cachec.compiler.tables.schedule import Schedule
@@ -104,6 +104,9 @@ def _none_ships(spec: ModelSpec, training: Training) -> tuple[str, str, str]:
     file = f"{name}-{spec.name}-{steps}-{training.interval or len(training.schedule.compute)}.safetensors"
     more = "" if models_folder() else f" (and {NAME}, which has more of them, is not installed: {INSTALL})"
     missing = f"no predictor of {name} ships for {spec.name} at {settings.size} with {steps} steps, {which.removeprefix('--')}"
+    others = [model for model in shipped_models(name) if model != spec.name]
+    if others and isinstance(training.method, BlockMethod):
+        missing += f" (of {name} there are some for {', '.join(others)})"
     return missing + more, f"cachec train {spec.name} --method {name}{size}{count} {which} -o {file}", file
 
 
