@@ -1,9 +1,14 @@
-"""``cachec serve`` as it is called: what is refused before anything is opened."""
+"""``cachec serve`` as it is called: what is refused before anything is opened, and where it listens."""
+
+import re
+import socket
 
 import pytest
 from toy_product import run_cli
+from toy_server import toy_served
 
 from cachec.runtime.errors import InputError, OutputError
+from cachec.serving import server
 from cachec.serving.command import read_key
 from cachec.serving.guard import is_loopback
 from cachec.serving.server import open_all, serve
@@ -47,6 +52,27 @@ def test_which_addresses_are_this_machines_alone():
     assert [is_loopback(host) for host in ("127.0.0.1", "::1", "localhost", "0.0.0.0", "example.org")] == [True] * 3 + [
         False
     ] * 2
+
+
+def test_it_listens_on_loopback_alone_with_the_limits_that_it_is_told(tmp_path, monkeypatch):
+    """All but the loop is real: what runs it looks at its socket."""
+    monkeypatch.setattr(server, "open_all", lambda bundles, **options: [toy_served()])
+    reached = {}
+
+    def look(self, sockets):
+        (one,) = sockets
+        for host in ("127.0.0.1", "127.0.0.2"):  # the latter answers those who listen everywhere
+            try:
+                socket.create_connection((host, one.getsockname()[1]), timeout=5).close()
+                reached[host] = self._desk.limits.pixels
+            except OSError:
+                reached[host] = None
+        one.close()
+
+    monkeypatch.setattr(server.Server, "run", look)
+    code, output = run_cli("serve", tmp_path, "--port", 0, "--max-pixels", 768)
+    assert (code, reached) == (0, {"127.0.0.1": 768, "127.0.0.2": None})
+    assert re.fullmatch(r"serving toy on http://127\.0\.0\.1:\d+\n", output)
 
 
 def test_an_address_that_is_taken_is_told(toy):
