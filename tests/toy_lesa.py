@@ -1,4 +1,4 @@
-"""LESA predictors with random weights."""
+"""LESA predictors with random weights, and their network by the textbook: Cox-de Boor's recursion, in float64."""
 
 import numpy as np
 import torch
@@ -27,3 +27,25 @@ def random_lesa(num_steps, seed=0):
 
 def parameters_of(predictor, num_steps):
     return Parameters({n: v.numpy() for n, v in predictor.state_dict().items()}, {"steps": str(num_steps)}, "a test")
+
+
+def cox_de_boor(x, knots, order):
+    """Spline bases by the textbook recursion."""
+    bases = [((x >= a) & (x < b)).double() for a, b in zip(knots[:-1], knots[1:], strict=True)]
+    for k in range(1, order + 1):
+        bases = [
+            (x - knots[i]) / (knots[i + k] - knots[i]) * bases[i]
+            + (knots[i + k + 1] - x) / (knots[i + k + 1] - knots[i + 1]) * bases[i + 1]
+            for i in range(len(bases) - 1)
+        ]
+    return torch.stack(bases, dim=-1)
+
+
+@torch.no_grad()
+def textbook_kan(kan, x):
+    """Layers of a :class:`Kan`: W_base silu(x) + sum over inputs and bases of W_spline scaler B(x); grid [-3, 3] in 5."""
+    knots, y = [-3 + 1.2 * i for i in range(-3, 9)], x.double()
+    for layer in kan:
+        base, spline, scaler = (weight.double() for weight in (layer.base_weight, layer.spline_weight, layer.spline_scaler))
+        y = base @ (y * torch.sigmoid(y)) + torch.einsum("oib,oi,ib->o", spline, scaler, cox_de_boor(y, knots, 3))
+    return y

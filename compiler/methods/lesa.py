@@ -63,6 +63,10 @@ class Lesa(PredictorMethod):
 
     Trained for one model, number of steps and interval, and of no use for others. Starts as plain reuse. ``max_rounds``
     ends a phase of training that has not stopped by itself.
+
+    Not as released: both branches of true guidance share one predictor, trained on both, as they are rows of one batch that
+    forecasts by one row of numbers (the released code for Qwen-Image has one each); and the experts' bounds are FLUX's and
+    HunyuanVideo's for every model (Qwen-Image's second is 0.4).
     """
 
     name: ClassVar[str] = "lesa"
