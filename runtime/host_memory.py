@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 MEMINFO = Path("/proc/meminfo")
+STATUS = Path("/proc/self/status")
 CGROUPS = Path("/sys/fs/cgroup")
 OWN_CGROUPS = Path("/proc/self/cgroup")
 
@@ -25,6 +26,12 @@ def free_memory() -> int | None:
     if "MemAvailable" not in found:
         return None
     return min(found["MemAvailable"] + found.get("SwapFree", 0), *_left_of_limits(), 1 << 62)
+
+
+def peak_memory() -> int | None:
+    """Bytes: the most that this process has had of the host's memory since it began; ``None`` where the system does not say."""
+    found = {name: rest for name, _, rest in _parted(STATUS, ":")}
+    return int(found["VmHWM"].split()[0]) * 1024 if "VmHWM" in found else None
 
 
 def _left_of_limits() -> Iterator[int]:

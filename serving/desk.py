@@ -46,6 +46,17 @@ class Made:
     steps: int
     seconds: float
     denoise_seconds: float
+    peak_memory_mb: float | None
+
+    @property
+    def measured(self) -> dict[str, float]:
+        """What replies say of it, with sglang's names where it has some."""
+        found = {
+            "inference_time_s": self.seconds,
+            "denoise_time_s": self.denoise_seconds,
+            "peak_memory_mb": self.peak_memory_mb,
+        }
+        return {name: value for name, value in found.items() if value is not None}
 
 
 @dataclass(eq=False)
@@ -219,7 +230,8 @@ class Desk:
             raise refused from error
         self._health[served.name].note(None)
         seconds = time.monotonic() - job.begun
-        return Made(files, choice.seeds, choice.level, choice.size, choice.steps, seconds, denoised - encoded)
+        peak = served.peak_memory_mb
+        return Made(files, choice.seeds, choice.level, choice.size, choice.steps, seconds, denoised - encoded, peak)
 
     async def _denoise(
         self, job: Job, given: dict[str, Array], begin: Beginning, watcher: Watcher | None, latents: bool

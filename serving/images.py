@@ -87,8 +87,7 @@ def _reply(job: Job, made: Made, shelf: Shelf, where: str) -> dict[str, Any]:
         "created": int(time.time()),
         "data": data,
         **_facts(job),
-        "inference_time_s": made.seconds,
-        "denoise_time_s": made.denoise_seconds,
+        **made.measured,
     }
 
 
@@ -160,7 +159,7 @@ async def _events(
         made = await task
         for place, (file, seed) in enumerate(zip(made.files, made.seeds, strict=True)):
             result = {"b64_json": _base64(file), "index": place, "seed": seed, "created_at": int(time.time()), **_facts(job)}
-            yield _event(job, "completed", {**result, "inference_time_s": made.seconds, "denoise_time_s": made.denoise_seconds})
+            yield _event(job, "completed", {**result, **made.measured})
     except Exception as error:
         refused = refused_for(error)
         yield f"event: error\ndata: {json.dumps({'type': 'error', **refused.to_json()})}\n\n"

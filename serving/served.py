@@ -13,6 +13,7 @@ from cachec.pictures.files import read_picture
 from cachec.pictures.scales import Scales
 from cachec.runtime.components import FRAMES_A_SECOND
 from cachec.runtime.errors import InputError
+from cachec.runtime.host_memory import peak_memory
 from cachec.runtime.lanes import Lanes
 from cachec.runtime.noise import NUM_SEEDS, make_noise
 from cachec.runtime.program import UNCACHED, Program
@@ -113,6 +114,13 @@ class Served:
         if self.is_video != video:
             makes, where = ("videos", "/v1/videos") if self.is_video else ("pictures", "/v1/images/generations")
             raise Refused(400, f"{self.name} makes {makes}: post to {where}", code="unsupported", param="model")
+
+    @property
+    def peak_memory_mb(self) -> float | None:
+        """MiB: the most that this process has had; ``None`` on a GPU, where nobody counts what is this process's."""
+        on_gpu = next(iter(self.loaded.engines.values())).device.beside_host
+        peak = None if on_gpu else peak_memory()
+        return None if peak is None else peak / 2**20
 
     @property
     def levels(self) -> list[str]:

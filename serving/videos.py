@@ -61,7 +61,8 @@ class VideoJob:
             "prompt": choice.prompt,
             "error": error,
             "remixed_from_video_id": None,
-            "inference_time_s": self.task.result().seconds if status == "completed" else None,
+            "inference_time_s": None,
+            **(self.task.result().measured if status == "completed" else {}),
         }
 
 

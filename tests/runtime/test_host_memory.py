@@ -3,7 +3,7 @@
 import pytest
 
 from cachec.runtime import host_memory
-from cachec.runtime.host_memory import free_memory
+from cachec.runtime.host_memory import free_memory, peak_memory
 
 GB = 1 << 30
 
@@ -11,7 +11,7 @@ GB = 1 << 30
 @pytest.fixture
 def system(tmp_path, monkeypatch):
     """A Linux with 8 GB that can be had and 1 GB of swap; the function writes its files."""
-    for name, place in {"MEMINFO": "meminfo", "CGROUPS": "groups", "OWN_CGROUPS": "own"}.items():
+    for name, place in {"MEMINFO": "meminfo", "CGROUPS": "groups", "OWN_CGROUPS": "own", "STATUS": "status"}.items():
         monkeypatch.setattr(host_memory, name, tmp_path / place)
 
     def write(**files):
@@ -46,3 +46,9 @@ def test_older_containers_have_other_names(system):
 def test_other_systems_do_not_say(system, tmp_path):
     (tmp_path / "meminfo").unlink()
     assert free_memory() is None
+
+
+def test_the_peak_is_the_systems_word_for_it_or_nothing(system):
+    assert peak_memory() is None
+    system(status="Name:\tpython\nVmPeak:\t 9000 kB\nVmHWM:\t    1234 kB\nVmRSS:\t 1000 kB\n")
+    assert peak_memory() == 1234 * 1024

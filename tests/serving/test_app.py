@@ -7,6 +7,8 @@ import openai
 import pytest
 from toy_server import PNG, POISON, ToyPictures, running, toy_loaded, toy_served
 
+from cachec.runtime.device import Host
+from cachec.runtime.host_memory import peak_memory
 from cachec.runtime.noise import make_noise
 from cachec.serving.limits import Limits
 
@@ -37,6 +39,17 @@ def test_pictures_are_what_sessions_give(toy, fields, where, told):
     for place, one in enumerate(data["data"]):
         assert base64.b64decode(one["b64_json"]) == expected("a ring", 5 + place, **where)
     assert 0 < data["denoise_time_s"] < data["inference_time_s"]
+    if (peak := peak_memory()) is not None:  # Linux counts pages by the batch
+        assert data["peak_memory_mb"] * 2**20 == pytest.approx(peak, rel=0.05)
+
+
+def test_a_peak_of_memory_is_not_told_of_a_device_beside_the_host():
+    class Beside(Host):
+        beside_host = True
+
+    with running(toy_served(engines={"device": Beside()})) as server:
+        status, data = server.generate()
+    assert (status, "inference_time_s" in data, "peak_memory_mb" in data) == (200, True, False)
 
 
 def test_a_list_of_seeds_and_none(toy):
