@@ -2,14 +2,14 @@
 
 On tiny-flux of avatars. Rows are fitted to 32 captions, schedules chosen by 96 others, figures are of 128 captions of
 combinations of attributes that no training saw. Every candidate is polished for a round, the winner and the searched schedule
-for two; even steps, and schedules between these and the sine, are scored beside them. Writes ``bench/gram_choice.json``,
+for two; others, which are never chosen, are scored beside them. Writes ``bench/gram_choice.json``,
 caption by caption, and prints the table that ``docs/methods.md`` has. Finished parts are kept in the work directory.
 """
 
 import json
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +25,16 @@ from cachec.compiler.frontend import evaluator_of
 from cachec.compiler.methods.gram import Gram, polish_round
 from cachec.compiler.methods.gram_fit import fit_rows
 from cachec.compiler.models import find_model
-from cachec.compiler.planning.pictured import PictureChoice, candidates, picture_score
-from cachec.compiler.planning.search import Steps, search_schedule
+from cachec.compiler.planning.pictured import PictureChoice, candidates, picture_score, smooth_schedule
+from cachec.compiler.planning.search import GramDomain, Steps, neighbours, search_schedule, search_schedules
 from cachec.compiler.tables.coefficients import AdvanceTable
 from cachec.compiler.tables.schedule import Schedule
 from cachec.runtime.noise import make_noise
 from reference.avatars.attributes import looks, say
 
-BLENDS = (
-    0.0,
-    0.5,
-    0.75,
-)  # shares of the sine in schedules that are tried beside the candidates, and never chosen: 0 are even steps
+# Tried beside the candidates, and never chosen: schedules with shares of the sine (0 are even steps), one that is denser still
+# at its beginning, optima of the Gram domain's total with other weights and powers, the chosen one's steps moved by 1 or 2.
+BLENDS, EARLY, TOTALS, MOVES = (0.0, 0.5, 0.75), 1.25, ((3.0, 0.0), (3.0, 2.0), (10.0, 2.0), (3.0, 8.0)), 4
 SEED, HELD_SEED, NUM_HELD = 515, 616, 128  # of captions: to fit on and choose by, to measure on
 
 
@@ -96,19 +94,42 @@ class ChoiceBench:
         told = None if found["told"] is None else np.array(found["told"])
         return AdvanceTable(Schedule(self.settings.steps, steps), np.array(found["rows"]), told)
 
+    def optimum(self, budget: int, weight: float, power: float) -> Steps:
+        """The best schedule of the Gram domain where errors at nodes have a weight and a power of their noise level."""
+        domain = GramDomain(self.fit.velocity_gram().sum(axis=0), self.fit.sampling)
+
+        def score(steps: Steps) -> float:
+            return domain.total(domain.least_squares(steps), steps, weight=weight, power=power)
+
+        return search_schedules(score, self.settings.steps, budget, seed=0)[0]
+
     def schedules(self, budget: int) -> dict[str, Any]:
         """The searched schedule, the chosen one, and the PSNR of all candidates on the captions to choose by."""
         searched: Steps = tuple(
             self.kept(f"searched {budget}", lambda: list(search_schedule(Gram(), self.fit, None, budget, seed=0).compute))
         )
-        tried, able = {}, candidates(searched, self.settings.steps)
-        for steps in dict.fromkeys([*able, *(blended(self.settings.steps, budget, share) for share in BLENDS)]):
-            make = lambda steps=steps: self.choice.psnr(self.fit.program(self.table(steps, 1)))  # noqa: E731
-            tried[steps] = self.kept(f"tried {_text(steps)}", make)
-            print(
-                f"K={budget} tried {_text(steps)}: score {picture_score(tried[steps]):.2f}, {_line(tried[steps])}", flush=True
-            )
+        tried, able = dict[Steps, list[float]](), candidates(searched, self.settings.steps)
+
+        def attempt(what: str, some: Iterable[Steps]) -> None:
+            for steps in some:
+                make = lambda steps=steps: self.choice.psnr(self.fit.program(self.table(steps, 1)))  # noqa: E731
+                tried[steps] = self.kept(f"tried {_text(steps)}", make)
+                said = f"score {picture_score(tried[steps]):.2f}, {_line(tried[steps])}"
+                print(f"K={budget} {what} {_text(steps)}: {said}", flush=True)
+
+        attempt("candidate", able)
         chosen = max(able, key=lambda steps: picture_score(tried[steps]))
+        attempt("blend", (blended(self.settings.steps, budget, share) for share in BLENDS))
+        early = smooth_schedule(self.settings.steps, budget, EARLY)
+        attempt(f"g = {EARLY}", [] if early is None else [early])
+        for weight, power in TOTALS:
+            best = tuple(
+                self.kept(f"total {budget} {weight:g} {power:g}", lambda w=weight, p=power: self.optimum(budget, w, p))
+            )
+            attempt(f"Gram optimum, weight {weight:g}, power {power:g}:", [best])
+        near = neighbours(chosen, self.settings.steps, (1, 2))
+        some = np.random.default_rng(budget).permutation(len(near))[:MOVES]
+        attempt("moved", (near[place] for place in some))
         return {"searched": searched, "chosen": chosen, "tried": {_text(steps): psnr for steps, psnr in tried.items()}}
 
     def held(self) -> Setting:
