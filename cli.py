@@ -341,7 +341,7 @@ def report_command(bundle: Path, out: Path, **rest: Any) -> None:
 @click.argument("bundles", nargs=-1, type=click.Path(path_type=Path))
 @serve_flags
 def serve_command(bundles: tuple[Path, ...], **given: Any) -> None:
-    """Serve BUNDLES over HTTP, as OpenAI's images and videos API: docs/serving.md."""
+    """Serve BUNDLES, or NAME=BUNDLE, over HTTP, as OpenAI's images and videos API: docs/serving.md."""
     from cachec.serving.command import serve_bundles
 
     serve_bundles(bundles, told=click.echo, **given)

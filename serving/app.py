@@ -69,7 +69,7 @@ def _add_about(app: FastAPI, desk: Desk) -> None:
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [one.to_json() for one in desk.served.values()]}
 
-    @app.get("/v1/models/{name}")
+    @app.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
         return desk.find(name).to_json()
 

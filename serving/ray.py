@@ -34,7 +34,7 @@ from cachec.serving.guard import check_head, too_large
 from cachec.serving.hosted import Asked, Hosted
 from cachec.serving.limits import Limits
 from cachec.serving.refusals import Refused
-from cachec.serving.served import Served, check_names, name_of
+from cachec.serving.served import Served, check_names, name_and_place
 
 log = logging.getLogger(__name__)
 PAUSE = 0.2  # seconds before a request is given to another replica
@@ -45,10 +45,10 @@ STREAM = b"text/event-stream"
 class Plan:
     """What is deployed, as ``serve run`` and a RayService write it.
 
-    ``bundles``: directories that every machine has. ``replicas``: how many, or ``0-4`` for as many as the load asks for;
-    ``gpus`` of each; ``per_replica``: bundles that one keeps open. ``keyed``: requests must bring an API key, and nothing is
-    served where the ingress finds none (``key_file``, or ``CACHEC_API_KEY`` of its machine). ``opener``: where the function is
-    that opens a bundle, given its directory and ``options``.
+    ``bundles``: directories that every machine has, or ``NAME=DIRECTORY``. ``replicas``: how many, or ``0-4`` for as many as
+    the load asks for; ``gpus`` of each; ``per_replica``: bundles that one keeps open. ``keyed``: requests must bring an API
+    key, and nothing is served where the ingress finds none (``key_file``, or ``CACHEC_API_KEY`` of its machine). ``opener``:
+    where the function is that opens a bundle, given it as it is written here and ``options``.
     """
 
     bundles: Sequence[str]
@@ -65,8 +65,8 @@ class Plan:
 
     @property
     def names(self) -> dict[str, str]:
-        """Directories by what requests call them."""
-        return {name_of(Path(bundle)): bundle for bundle in self.bundles}
+        """Bundles by what requests call them."""
+        return {name_and_place(bundle)[0]: bundle for bundle in self.bundles}
 
     @property
     def scaling(self) -> dict[str, Any]:
@@ -102,7 +102,7 @@ class Plan:
         for name, kind in (("gpus", float), ("cpus", float), ("per_replica", int), ("lanes", int), ("replicas", str)):
             if name in given:
                 given[name] = kind(given[name])
-        check_names([Path(bundle) for bundle in given["bundles"]])
+        check_names(given["bundles"])
         return cls(**given)
 
 

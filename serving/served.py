@@ -341,14 +341,23 @@ class Served:
         return {"size": size, "num_inference_steps": steps, "levels": levels}
 
 
-def name_of(bundle: Path) -> str:
-    """What requests call it: its directory without ``.cachec``."""
-    return bundle.resolve().name.removesuffix(".cachec")
+def name_and_place(bundle: str | Path) -> tuple[str, Path]:
+    """What requests call a bundle, and its directory: of ``NAME=DIRECTORY``, or its directory's name without ``.cachec``.
+
+    Raises:
+        InputError: the name, or the directory, is empty.
+    """
+    name, sign, place = str(bundle).partition("=")
+    if not sign or Path(bundle).exists():
+        return Path(bundle).resolve().name.removesuffix(".cachec"), Path(bundle)
+    if not name or not place:
+        raise InputError(f"{bundle}: write NAME=BUNDLE, or the bundle alone")
+    return name, Path(place)
 
 
-def check_names(bundles: Sequence[Path]) -> None:
+def check_names(bundles: Sequence[str | Path]) -> None:
     """Raise ``InputError`` if two have one name."""
-    names = [name_of(bundle) for bundle in bundles]
+    names = [name_and_place(bundle)[0] for bundle in bundles]
     if twice := [name for name in names if names.count(name) > 1]:
         raise InputError(f"two bundles are called {twice[0]}, and requests could not tell them apart: rename one")
 

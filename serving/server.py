@@ -18,7 +18,7 @@ from cachec.runtime.session import LoadedBundle
 from cachec.serving.desk import Desk
 from cachec.serving.heads import heads_within
 from cachec.serving.limits import STRENGTHS
-from cachec.serving.served import Served, check_names, name_of
+from cachec.serving.served import Served, check_names, name_and_place
 
 log = logging.getLogger(__name__)
 CONNECTIONS = 2048  # at once; more get 503
@@ -32,7 +32,7 @@ def open_one(
     strengths: Sequence[float] = STRENGTHS,
     **where: Any,
 ) -> Served:
-    """A bundle with its text encoders and decoder, called as its directory without ``.cachec``.
+    """A bundle with its text encoders and decoder, called as its directory without ``.cachec``, or as ``NAME=DIRECTORY`` says.
 
     On the CPU its engines take turns, unless each of them is given at most half of the cores.
 
@@ -44,10 +44,10 @@ def open_one(
     """
     from cachec.pictures.generator import Generator
 
-    place = Path(bundle)
+    name, place = name_and_place(bundle)
     loaded = open_bundle(place, **where)
     pictures, in_turns = Generator(loaded, tells=False), want_same_cores(loaded, where.get("threads"))
-    return Served(name_of(place), loaded, pictures, lanes=lanes, policy=policy, strengths=strengths, in_turns=in_turns)
+    return Served(name, loaded, pictures, lanes=lanes, policy=policy, strengths=strengths, in_turns=in_turns)
 
 
 def want_same_cores(loaded: LoadedBundle, threads: int | None) -> bool:

@@ -217,11 +217,12 @@ def test_health_and_the_page(toy):
 
 
 def test_several_bundles_are_told_apart():
-    with running(toy_served("one"), toy_served("two", engines={})) as server:
-        answers = [server.generate("a", seed=1, **({"model": name} if name else {}))[1] for name in ("one", "two", None)]
+    with running(toy_served("one"), toy_served("org/two", engines={})) as server:
+        answers = [server.generate("a", seed=1, **({"model": name} if name else {}))[1] for name in ("one", "org/two", None)]
         names = [one["id"] for one in server.ask("GET", "/v1/models")[2]["data"]]
-    assert names == ["one", "two"]
-    assert [one["model"] for one in answers] == ["one", "two", "one"]
+        again = [server.ask("GET", f"/v1/models/{name}")[2]["id"] for name in ("one", "org/two", "org%2Ftwo")]
+    assert (names, again) == (["one", "org/two"], ["one", "org/two", "org/two"])
+    assert [one["model"] for one in answers] == ["one", "org/two", "one"]
     assert len({one["data"][0]["b64_json"] for one in answers}) == 1
 
 

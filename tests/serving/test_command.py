@@ -2,6 +2,7 @@
 
 import re
 import socket
+from pathlib import Path
 
 import pytest
 from toy_product import run_cli
@@ -11,6 +12,7 @@ from cachec.runtime.errors import InputError, OutputError
 from cachec.serving import server
 from cachec.serving.command import read_key
 from cachec.serving.guard import is_loopback
+from cachec.serving.served import name_and_place
 from cachec.serving.server import open_all, serve
 
 
@@ -32,6 +34,18 @@ def test_what_is_no_bundle_is_told(tmp_path):
 def test_two_bundles_of_one_name_are_refused(tmp_path):
     with pytest.raises(InputError, match="two bundles are called a, and requests could not tell them apart"):
         open_all([tmp_path / "a.cachec", tmp_path / "other" / "a"])
+    with pytest.raises(InputError, match="two bundles are called a, and"):
+        open_all([tmp_path / "a.cachec", f"a={tmp_path / 'b.cachec'}"])
+
+
+def test_a_bundle_is_called_as_is_said_or_as_its_directory(tmp_path):
+    (tmp_path / "rate=1").mkdir()
+    assert name_and_place(tmp_path / "flux.cachec") == ("flux", tmp_path / "flux.cachec")
+    assert name_and_place(tmp_path / "rate=1") == ("rate=1", tmp_path / "rate=1")
+    assert name_and_place("org/flux-1=rate=1/flux.cachec") == ("org/flux-1", Path("rate=1/flux.cachec"))
+    for nothing in ("=flux.cachec", "flux="):
+        with pytest.raises(InputError, match=f"{nothing}: write NAME=BUNDLE, or the bundle alone"):
+            name_and_place(nothing)
 
 
 def test_the_key_is_a_files_first_line_or_the_environments(tmp_path, monkeypatch):

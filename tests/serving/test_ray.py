@@ -43,7 +43,9 @@ def port():
     ray.init(address="local", num_cpus=4, include_dashboard=False, runtime_env={"env_vars": {"PYTHONPATH": paths}})
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})
-        serve.run(app({"bundles": "one,two", "replicas": 2, "opener": "toy_server:open_toy", "limits": {"seconds": 120}}))
+        serve.run(
+            app({"bundles": "one,org/two=two", "replicas": 2, "opener": "toy_server:open_toy", "limits": {"seconds": 120}})
+        )
         yield port
     finally:
         serve.shutdown()
@@ -73,13 +75,13 @@ def alone():
 def test_results_are_those_of_one_process(port, alone):
     status, data = generate(port, 3)
     assert (status, data["data"][0]["b64_json"], data["model"]) == (200, alone[3], "one")
-    status, data = generate(port, 3, model="two", n=2)
-    assert (status, [one["b64_json"] for one in data["data"]], data["model"]) == (200, [alone[3], alone[4]], "two")
+    status, data = generate(port, 3, model="org/two", n=2)
+    assert (status, [one["b64_json"] for one in data["data"]], data["model"]) == (200, [alone[3], alone[4]], "org/two")
     status, text = generate(port, 5, stream=True)
     last = json.loads(text.decode().strip().rpartition("data: ")[2])
     assert (status, base64.b64decode(last["b64_json"])) == (200, base64.b64decode(alone[5]))
     assert text.decode().count("event: image_generation.progress") == 8
-    assert [one["id"] for one in ask(port, "/v1/models")[1]["data"]] == ["one", "two"]
+    assert [one["id"] for one in ask(port, "/v1/models")[1]["data"]] == ["one", "org/two"]
 
 
 def edit_fields(**fields):
@@ -96,7 +98,7 @@ def edit(port, **fields):
 def test_a_picture_to_begin_with_is_taken(port):
     with running(toy_served(pictures=ToyEncoder, strengths=(0.5,))) as server:
         wanted = edit(server.port)[1]["data"][0]["b64_json"]
-    for model in ("one", "two"):
+    for model in ("one", "org/two"):
         status, data = edit(port, model=model)
         assert (status, data["data"][0]["b64_json"], data["model"]) == (200, wanted, model)
     assert edit(port, model="three")[0] == 404
@@ -158,19 +160,19 @@ def test_what_the_command_is_told_reaches_the_replicas(tmp_path, monkeypatch, gi
 
     deployed = []
     monkeypatch.setattr(on_ray, "run_on_ray", lambda args, **where: deployed.append((args, where)))
-    code, output = run_cli("serve", tmp_path / "one.cachec", "--ray", *given, "--policy", "fifo", "--lanes", 3, "--port", 1,
-                           "--replicas", "0-4", "--max-queue", 5)  # fmt: skip
+    more = ("--policy", "fifo", "--lanes", 3, "--port", 1, "--replicas", "0-4", "--max-queue", 5)
+    code, output = run_cli("serve", f"org/one={tmp_path}/one.cachec", "--ray", *given, *more)
     assert code == 0, output
     ((args, where),) = deployed
     plan = on_ray.Plan.from_args({**args, "opener": "toy_server:open_toy"})
     assert (where["host"], where["port"], plan.replicas, plan.limits.queue) == ("127.0.0.1", 1, "0-4", 5)
 
     async def ask():
-        bundle = await on_ray.Replica(plan).hosted("one")
+        bundle = await on_ray.Replica(plan).hosted("org/one")
         forms = [form(edit_fields(strength=one).items()) for one in (made, refused)]
         found = [await answered(bundle, "/v1/images/edits", *one) for one in forms]
         await bundle.close()
-        return found, bundle.app.state.desk.served["one"].num_lanes
+        return found, bundle.app.state.desk.served["org/one"].num_lanes
 
     assert asyncio.run(ask()) == ([200, 400], 3)
 

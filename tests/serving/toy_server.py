@@ -7,7 +7,6 @@ import time
 import zlib
 from contextlib import contextmanager
 from http.client import HTTPConnection
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -24,7 +23,7 @@ from cachec.runtime.session import LoadedBundle
 from cachec.runtime.variants import Variant
 from cachec.serving.app import make_app
 from cachec.serving.heads import heads_within
-from cachec.serving.served import Served, name_of
+from cachec.serving.served import Served, name_and_place
 
 POISON, MARK = "poison", 50.0  # a prompt, and what is in its condition: the model makes NaN of it
 PNG = b"\x89PNG\r\n"  # how such files begin
@@ -212,7 +211,7 @@ def open_toy(bundle, *, lanes, policy="shortest", strengths=(0.5,), device=None,
     """What opens a bundle in a replica, with what ``open_one`` takes: two names, and steps that take a while."""
     assert (device, target, weights, threads) == (None,) * 4, "a toy has no choice of these"
     return toy_served(
-        name_of(Path(bundle)), ToyEncoder, engines={"compute": slow}, lanes=lanes, policy=policy, strengths=strengths
+        name_and_place(bundle)[0], ToyEncoder, engines={"compute": slow}, lanes=lanes, policy=policy, strengths=strengths
     )
 
 
