@@ -23,7 +23,7 @@ sys.path.append(str(Path(__file__).parent.parent))  # bench/, where the source t
 
 LONG = (  # files of more than a few seconds, the longest first; a line shares what is slow to make
     ("test_toy.py", "test_run.py"),
-    ("test_tiny_flux.py", "test_pictures_tiny_flux.py"),
+    ("test_tiny_flux.py", "test_pictures_tiny_flux.py", "test_reference_requests.py"),
     ("test_accelerate.py",),
     ("test_disca_toy.py",),
     ("test_sizes.py", "test_own_levels.py"),
@@ -154,6 +154,22 @@ def lesa_bundle(once):
         assert "ships with cachec" in succeed("compile", "tiny-flux", *given)
 
     return once("lesa.cachec", compile_lesa)
+
+
+@pytest.fixture(scope="session")
+def three_steps(once):
+    """``three_steps(name)``: a model of ``cachec-models`` with its text encoders and decoder, two of three steps computed."""
+    from toy_product import succeed
+
+    from cachec.compiler.models.distribution import models_folder
+
+    def compiled(name):
+        if models_folder() is None:
+            pytest.skip(f"{name} comes with cachec-models, which is not installed: pip install ./reference/models")
+        given = ("--components", "all", "--method", "reuse", "--steps", "3", "--budget", "2", "--target", "ort")
+        return once(f"{name}.cachec", lambda out: succeed("compile", name, *given, "-o", out))
+
+    return compiled
 
 
 @pytest.fixture(scope="session")

@@ -4,10 +4,13 @@ import time
 
 import openai
 import pytest
+from mp4_files import check_mp4
 from numpy_engines import compute
 from toy_server import POISON, running, toy_served
 
+import cachec
 from cachec.serving.limits import Limits
+from cachec.serving.server import open_all
 
 
 @pytest.fixture(scope="module")
@@ -90,3 +93,17 @@ def test_the_openai_client_makes_a_video(server):
     assert made.status == "completed"
     assert client.videos.download_content(made.id).read() == b"mp4 of ((5, 16, 24, 3), 1.25)"
     client.close()
+
+
+@pytest.mark.slow
+def test_a_real_bundle_answers_with_a_file_of_the_frames_that_generate_makes(three_steps):
+    bundle, prompt = three_steps("tiny-hunyuan"), "a laughing face with short blue hair , moves left"
+    (served,) = open_all([bundle], lanes=2)
+    try:
+        with running(served) as one:
+            status, headers, file = one.ask("POST", "/v1/videos/sync", {"prompt": prompt, "seed": 7, "fps": 12})
+    finally:
+        served.close()
+    assert (status, headers["content-type"]) == (200, "video/mp4")
+    with cachec.load(bundle) as loaded:
+        check_mp4(file, loaded.generate([prompt], seeds=[7])[0], fps=12)
