@@ -14,7 +14,7 @@ help:  ## Say what can be made
 
 $(READY): pyproject.toml reference/models/pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[cpu,compile,rtx,ray,pictures,hub,serve,dev]' --editable ./reference/models
+	$(BIN)/python -m pip install --quiet --editable '.[cpu,compile,rtx,pictures,hub,serve,dev]' --editable ./reference/models
 	touch $(READY)
 
 demo: demo-pictures demo-clips  ## Two sheets of avatars, with seconds and dB: demo/comparison.png and demo/clips.png
@@ -86,7 +86,7 @@ quality: $(READY)  ## Every method at equal cost on the reference models: bench/
 	$(BIN)/python -m bench.quality_report --date $$(date +%F)
 
 bench: $(READY)  ## Speed beside the peers in one run: bench/RESULTS.md (under an hour on two idle cores)
-	$(BIN)/python -m pip install --quiet --editable '.[cpu,compile,rtx,ray,pictures,hub,serve,dev,bench]'
+	$(BIN)/python -m pip install --quiet --editable '.[cpu,compile,rtx,pictures,hub,serve,dev,bench]'
 	$(BIN)/python -m bench.speed
 
 engines: $(READY)  ## Engines of TensorRT for RTX and errors of low precision: bench/ENGINES.md (a quarter of an hour)
