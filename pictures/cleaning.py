@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
-from cachec.runtime.errors import BundleError, shortened
+from cachec.runtime.errors import BundleError, InputError, shortened
 
 IN_QUOTES = re.compile(r"\"(.*?)\"|“(.*?)”")
 
@@ -40,3 +40,13 @@ def clean(prompt: str, steps: Sequence[str]) -> str:
                               "cachec that wrote the bundle, or compile it again")  # fmt: skip
         prompt = STEPS[step](prompt)
     return prompt
+
+
+def check_characters(text: str) -> None:
+    """Raise ``InputError`` for a text with half of a surrogate pair, as JSON and command lines may bring it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"the text has {text[error.start]!r} at place {error.start}, which is no character: send it as UTF-8"
+        ) from error

@@ -13,7 +13,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from cachec.pictures.cleaning import clean
+from cachec.pictures.cleaning import check_characters, clean
 from cachec.pictures.losses import words_of_loss
 from cachec.runtime.errors import BundleError, in_one_line, missing_extra
 from cachec.runtime.specs import Array
@@ -87,7 +87,7 @@ class TokenReader:
         return cutting
 
     def read(self, prompts: Sequence[str]) -> dict[str, Array]:
-        """Ids and masks [B, L] by the names of the encoders' inputs."""
+        """Ids and masks [B, L] by the names of the encoders' inputs. Raises ``InputError`` for what is no text."""
         facts = self.facts
         ids = np.full((len(prompts), facts.length), facts.pad, np.int64)
         mask = np.zeros_like(ids)
@@ -109,6 +109,7 @@ class TokenReader:
         return whole[begin : len(whole) - len(facts.after)].strip()
 
     def _whole(self, prompt: str) -> str:
+        check_characters(prompt)
         facts = self.facts
         return f"{facts.before}{clean(prompt, facts.cleaning)}{facts.after}"
 

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from cachec.pictures.beginning import Beginning, start_of
+from cachec.pictures.cleaning import check_characters
 from cachec.pictures.files import read_picture
 from cachec.pictures.scales import Scales
 from cachec.runtime.components import FRAMES_A_SECOND
@@ -199,6 +200,10 @@ class Served:
             raise Refused(400, "the prompt is empty: say what is to be seen", code="invalid_value", param="prompt")
         for name in ("prompt", "negative_prompt"):
             text = getattr(wish, name)
+            try:
+                check_characters(text or "")
+            except InputError as error:
+                raise Refused(400, f"{name}: {error}", code="invalid_value", param=name) from error
             if text is not None and len(text) > limits.prompt:
                 raise Refused(400, f"{name} has {len(text)} characters; this server takes up to {limits.prompt}",
                               code="too_long", param=name)  # fmt: skip

@@ -3,7 +3,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from cachec.pictures.tokens import POOLED, TEXT, TokenFacts, TokenReader, tell_of_loss
-from cachec.runtime.errors import BundleError
+from cachec.runtime.errors import BundleError, InputError
 
 WORDS = ("<pad>", "</s>", "a", "red", "blue", "ring", "say", ":")
 
@@ -29,6 +29,11 @@ def test_texts_are_padded_or_cut_to_their_length(source):
 def test_a_prompt_is_cleaned_and_stands_in_its_template(source):
     reader = TokenReader(facts(before="say : ", after=" ring", special=False, cleaning=("lower", "strip")), source)
     np.testing.assert_array_equal(reader.read(["  A Red "])["ids"], [[6, 7, 2, 3, 5]])
+
+
+def test_half_of_a_surrogate_pair_is_no_text(source):
+    with pytest.raises(InputError, match=r"the text has '\\ud83d' at place 2, which is no character"):
+        TokenReader(facts(), source).read(["a \ud83d"])
 
 
 def test_what_is_lost_is_the_end_that_no_encoder_sees(source):

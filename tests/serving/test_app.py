@@ -74,6 +74,7 @@ def test_urls_are_fetched_without_a_key_and_the_oldest_make_room():
 
 REFUSED = [
     ({"prompt": ""}, "the prompt is empty"),
+    ({"prompt": "a \ud83d"}, "prompt: the text has '\\ud83d' at place 2, which is no character"),
     ({"prompt": 3}, "prompt is 3: should be a valid string"),
     ({"n": "2"}, "n is '2': should be a valid integer"),
     ({"n": 0}, "n is 0: should be greater than or equal to 1"),
