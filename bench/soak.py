@@ -27,6 +27,7 @@ from bench.timing import facts
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "reliability.md"
+SAYS = HERE / "soak.json"
 BEGIN = "## Figures"
 CHUNK = 250  # cases of one process
 PATIENCE = 150.0  # seconds without a case done, or until the first: it hangs
@@ -102,6 +103,8 @@ def table(rows: dict[str, Any], where: dict[str, Any]) -> str:
     for part, row in rows.items():
         said = ", ".join(f"{what} {count:,}" for what, count in row["outcomes"].items() if what != "wrong")
         lines.append(f"| {part} | {row['cases']:,} | {said} | {len(row['wrong'])} |")
+    if "memory" in (left := rows.get("requests", {}).get("left", {})):
+        lines += ["", f"`requests`: {soak_requests.marks(left)}"]
     return "\n".join([*lines, ""])
 
 
@@ -112,7 +115,7 @@ def table(rows: dict[str, Any], where: dict[str, Any]) -> str:
 @click.option("--part", "parts", multiple=True, type=click.Choice(list(PARTS)), help="All of them without.")
 @click.option("--share", default=1.0, show_default=True, help="Of the number of cases.")
 @click.option("--work", type=click.Path(path_type=Path), default=Path("build/soak"), show_default=True)
-@click.option("--out", type=click.Path(path_type=Path), default=HERE / "soak.json", show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), default=SAYS, show_default=True)
 def main(asked: str | None, bundle: Path, cases: str, parts: tuple[str, ...], share: float, work: Path, out: Path) -> None:
     """Damage bundles and kill commands, thousands of times."""
     if asked is not None:
@@ -120,18 +123,17 @@ def main(asked: str | None, bundle: Path, cases: str, parts: tuple[str, ...], sh
         child(asked, bundle, first, last)
         return
     work.mkdir(parents=True, exist_ok=True)
-    kept = json.loads(out.read_text()) if out.exists() else {"parts": {}}
-    rows = kept["parts"]
     for part in parts or PARTS:
         count = max(2, round(share * PARTS[part]))
         with tempfile.TemporaryDirectory(prefix="cachec-soak-") as folder:
             if part in ALONE:
-                rows[part] = ALONE[part](count, Path(folder), work)
+                row = ALONE[part](count, Path(folder), work)
             else:
-                rows[part] = run_part(part, soak_bundles.make_bundle(Path(folder)), count, work)
-        where = facts()
+                row = run_part(part, soak_bundles.make_bundle(Path(folder)), count, work)
+        kept = json.loads(out.read_text()) if out.exists() else {"parts": {}}  # another part may have been written meanwhile
+        rows, where = {**kept["parts"], part: row}, facts()
         out.write_text(json.dumps({"where": where, "parts": rows}, indent=1) + "\n")
-        if PAGE.exists():
+        if out == SAYS and PAGE.exists():
             before = PAGE.read_text(encoding="utf-8").partition(BEGIN)[0].rstrip()
             PAGE.write_text(f"{before}\n\n{table(rows, where)}", encoding="utf-8")
     sys.exit(1 if any(row["wrong"] for row in rows.values()) else 0)
