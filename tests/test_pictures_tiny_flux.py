@@ -1,16 +1,22 @@
 """tiny-flux as a bundle that needs nothing else: pictures without torch, and the pipeline's own."""
 
+import os
+import re
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from PIL import Image
+from toy_product import succeed
 
 import cachec
 from cachec.compiler.models import MODELS, load_model
 from cachec.compiler.models.base import settings_of
 from cachec.runtime.errors import InputError
 from cachec.runtime.noise import make_noise
+from tests.hub_stand_in import asking, hub_on_loopback
 
 PROMPTS = ["a laughing face with short blue hair in a red tee on a yellow background", "", "a sad face " * 30]
 
@@ -120,3 +126,59 @@ def test_pictures_are_made_where_there_is_no_torch(lesa_bundle, tmp_path):
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_inspect_says_what_a_whole_request_takes(lesa_bundle):
+    said = " ".join(succeed("inspect", lesa_bundle).split())
+    where = r"([\d.]+) MB where all components are kept, ([\d.]+) MB where each is there for its phase"
+    kept, phase = map(float, re.search(f"request from a prompt to its picture at most {where}", said).groups())
+    size = sum(path.stat().st_size for path in lesa_bundle.rglob("*")) / 1e6
+    assert phase < kept
+    assert size / 2 < kept < 10 * size
+
+
+@pytest.fixture
+def read_only(lesa_bundle, tmp_path):
+    """The bundle where nobody may write, but root."""
+    copy = tmp_path / "read-only"
+    shutil.copytree(lesa_bundle, copy)
+    for path in (copy, *copy.rglob("*")):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    yield copy
+    for path in (copy, *copy.rglob("*")):
+        path.chmod(0o755)
+
+
+def test_a_bundle_in_a_read_only_directory_makes_pictures(read_only, loaded, tmp_path):
+    """Root is kept from writing by leaving that capability out."""
+    without = ["setpriv", "--bounding-set", "-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
+    if without and shutil.which("setpriv") is None:
+        pytest.skip("root may write anywhere, and there is no setpriv to keep it from that")
+    code = (
+        f"import cachec, pathlib\n"
+        f"try: pathlib.Path({str(read_only)!r}, 'x').touch()\nexcept PermissionError: print('cannot be written')\n"
+        f"picture = cachec.load({str(read_only)!r}, verify=True).generate([{PROMPTS[0]!r}])\n"
+        f"pathlib.Path({str(tmp_path / 'picture')!r}).write_bytes(picture.tobytes())\n"
+    )
+    result = subprocess.run([*without, sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout) == (0, "cannot be written\n"), result.stderr
+    assert (tmp_path / "picture").read_bytes() == loaded.generate(PROMPTS[:1]).tobytes()
+
+
+def test_a_bundle_is_opened_by_its_name_on_the_hub(lesa_bundle, loaded, tmp_path):
+    code = (
+        f"import cachec, pathlib\nfrom cachec.cli import main\n"
+        f"picture = cachec.load('somebody/tiny').generate([{PROMPTS[0]!r}])\n"
+        f"pathlib.Path('picture').write_bytes(picture.tobytes())\n"
+        f"main(['run', 'somebody/tiny', '-p', {PROMPTS[0]!r}, '-o', 'x.png'])\n"
+    )
+    with hub_on_loopback() as (hub, address):
+        files = [path for path in lesa_bundle.rglob("*") if path.is_file()]
+        hub.files["somebody/tiny"] = {path.relative_to(lesa_bundle).as_posix(): path.read_bytes() for path in files}
+        given = {"env": asking(address, tmp_path / "hf"), "cwd": tmp_path}
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, **given)
+    assert result.returncode == 0, result.stderr
+    (wanted,) = loaded.generate(PROMPTS[:1])
+    assert (tmp_path / "picture").read_bytes() == wanted.tobytes()
+    with Image.open(tmp_path / "x.png") as picture:
+        np.testing.assert_array_equal(np.asarray(picture), wanted)

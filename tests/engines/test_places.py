@@ -4,7 +4,6 @@ import gzip
 import hashlib
 import io
 import json
-import os
 import subprocess
 import sys
 import tarfile
@@ -16,7 +15,7 @@ from cachec.engines import open_bundle
 from cachec.engines.places import find_bundle, pack
 from cachec.runtime.bundle import MANIFEST, Bundle
 from cachec.runtime.errors import BundleError, InputError, OutputError
-from tests.hub_stand_in import hub_on_loopback
+from tests.hub_stand_in import asking, hub_on_loopback
 
 
 @pytest.fixture(autouse=True)
@@ -26,10 +25,8 @@ def own_cache(tmp_path, monkeypatch):
 
 def cachec(address, home, *arguments):
     """The command line in a process that may ask the Hub at ``address``."""
-    env = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": address, "HF_HOME": str(home), "HF_TOKEN": "hf_of_nobody",
-           "HF_HUB_DISABLE_XET": "1"}  # fmt: skip
     command = [sys.executable, "-m", "cachec", *map(str, arguments)]
-    return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    return subprocess.run(command, env=asking(address, home), capture_output=True, text=True, check=False)
 
 
 def listed(bundle):

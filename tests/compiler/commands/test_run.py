@@ -1,6 +1,7 @@
 """``cachec run`` on the toy: pictures, sheets, traces."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ PROMPTS = ["a red circle", "a blue ring"]
 
 
 def test_run_writes_pictures_and_does_not_replace_them(toy_bundles, tmp_path):
-    succeed("run", toy_bundles / "both", "-p", PROMPTS[0], "-o", tmp_path / "one.png")
+    said = succeed("run", toy_bundles / "both", "-p", PROMPTS[0], "-o", tmp_path / "one.png")
+    assert re.search(r"text, pictures +those of .*, loaded by diffusers", said), "the bundle has none of its own"
     with Image.open(tmp_path / "one.png") as picture:
         assert picture.size == (24, 16)
         assert np.asarray(picture).std() > 5
