@@ -4,6 +4,7 @@ A bundle's files are named by their hashes and listed by its manifest, so that e
 checked as the bundle itself is.
 """
 
+import errno
 import hashlib
 import importlib.util
 import io
@@ -29,6 +30,7 @@ LAYOUT, INDEX = "oci-layout", "index.json"
 TITLE = "org.opencontainers.image.title"  # of a layer: its name in the bundle
 EMPTY = b"{}"
 CHUNK = 1 << 20
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def find_bundle(place: str | Path) -> Path:
@@ -55,19 +57,29 @@ def find_bundle(place: str | Path) -> Path:
 def pull(name: str, out: Path | None = None) -> Path:
     """Fetch a bundle from the Hub; into the directory ``out``, by default into the Hub's cache. Returns where it is.
 
+    What is fetched for ``out`` lies beside it until all is there: the same call goes on with it.
+
     Raises:
         BundleError: it is not there, cannot be fetched, or is no bundle.
-        OutputError: ``out`` exists already.
+        OutputError: ``out`` exists already, or there is no room.
     """
     hub = _hub("fetching a bundle from the Hub")
     repository, _, revision = name.partition("@")
+    part = None
     if out is not None:
         check_output(out, force=False)
+        part = out.resolve().with_name(f".{out.resolve().name}.{name.replace('/', '--')}.part")
     try:
-        found = Path(hub.snapshot_download(repository, revision=revision or None, local_dir=out))
+        found = Path(hub.snapshot_download(repository, revision=revision or None, local_dir=part))
     except Exception as error:  # the library's errors, its client's, and OSError
+        if isinstance(error, OSError) and error.errno in FULL:
+            with writing(out or Path(name)):
+                raise
         raise BundleError(f"there is no directory {name}, and the Hub does not give it: {in_one_line(error)}") from error
     Bundle.open(found)
+    if out is not None:
+        with writing(out):
+            found = found.replace(out)
     return found
 
 
@@ -136,7 +148,7 @@ def pack(root: Path, out: Path, *, force: bool = False) -> Path:
         **_descriptor(manifest["mediaType"], digest, len(text)),
         "annotations": {"org.opencontainers.image.ref.name": "latest"},
     }
-    part = out.with_name(f".{out.name}.part")
+    part = out.resolve().with_name(f".{out.resolve().name}.part")
     with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         try:

@@ -10,6 +10,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
+from full_disk import full_disk
 
 from cachec.engines import open_bundle
 from cachec.engines.places import find_bundle, pack
@@ -126,3 +127,28 @@ def test_what_is_no_tar_of_ours_is_refused_and_a_mistyped_directory_is_not_asked
             find_bundle(tmp_path / name)
     for mistyped in ("./to.cachec", "../to.cachec"):
         assert find_bundle(mistyped) == Path(mistyped)
+
+
+def test_a_full_disk_under_a_tar_leaves_no_half_copy(toy_bundle, tmp_path):
+    with full_disk(), pytest.raises(OutputError, match=r"toy\.tar: File too large\. Make room there, or choose"):
+        pack(toy_bundle, tmp_path / "toy.tar")
+    assert not list(tmp_path.iterdir())
+    path = pack(toy_bundle, tmp_path / "toy.tar")
+    with full_disk(), pytest.raises(OutputError, match=r"File too large\. Make room there, or choose"):
+        find_bundle(path)
+    assert not [one for one in (tmp_path / "cache").rglob("*") if one.is_file()]
+    assert Bundle.open(find_bundle(path)).manifest == Bundle.open(toy_bundle).manifest
+
+
+def test_a_full_disk_under_a_pull_leaves_no_bundle(toy_bundle, tmp_path):
+    with hub_on_loopback() as (_, address):
+        assert cachec(address, tmp_path / "hf", "push", toy_bundle, "somebody/toy").returncode == 0
+        with full_disk():
+            pulled = cachec(address, tmp_path / "hf", "pull", "somebody/toy", "-o", tmp_path / "here")
+        assert pulled.returncode == OutputError.exit_code, pulled.stderr
+        assert f"cannot write {tmp_path / 'here'}: File too large. Make room there, or choose" in pulled.stderr
+        assert not (tmp_path / "here").exists()
+        again = cachec(address, tmp_path / "hf", "pull", "somebody/toy", "-o", tmp_path / "here")
+        assert again.returncode == 0, again.stderr
+        assert Bundle.open(tmp_path / "here").manifest == Bundle.open(toy_bundle).manifest
+        assert not list(tmp_path.glob(".here*"))
