@@ -102,7 +102,7 @@ def _load_runners(path: Path, changed: Mapping[str, Path], *, single_threaded: b
     with PT2ArchiveReader(str(path)) as archive:
         names = archive.get_file_names()
         files = {name.removeprefix(WEIGHTS_DIR): name for name in names if name.startswith(WEIGHTS_DIR)}
-        weights = {short: torch.load(io.BytesIO(archive.read_bytes(name))) for short, name in files.items()}
+        weights = {short: torch.load(io.BytesIO(archive.read_bytes(name)), weights_only=True) for short, name in files.items()}
         for name in names:
             if name.startswith(AOTINDUCTOR_DIR) and name.endswith("weights_config.json"):
                 places = json.loads(archive.read_string(name))

@@ -221,3 +221,52 @@ def test_every_module_imports_and_says_what_it_is(name):
     except MissingExtraError as error:
         pytest.skip(str(error))
     assert module.__doc__, f"{name} has no docstring"
+
+
+UNPICKLERS = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+LOADS = ("torch.load", "numpy.load")  # called by these names, so that what they are told is seen
+
+
+def unpickling(tree):
+    """Places of a module that could unpickle: imports of what does, and loads that do not say that they must not."""
+    names = {
+        alias.asname or alias.name: alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import)
+        for alias in node.names
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            yield from (f"line {node.lineno}: {name}" for name in imported_modules([node]) if name.split(".")[0] in UNPICKLERS)
+            yield from (f"line {node.lineno}: {name}" for name in imported_modules([node]) if name in LOADS)
+        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+            continue
+        of, _, rest = ast.unparse(node.func).partition(".")
+        name = f"{names.get(of, of)}.{rest}"
+        said = {one.arg: getattr(one.value, "value", None) for one in node.keywords}
+        if name == "torch.load" and said.get("weights_only") is not True:
+            yield f"line {node.lineno}: {name}"
+        if (name == "numpy.load" and said.get("allow_pickle", False) is not False) or rest.endswith("read_pickle"):
+            yield f"line {node.lineno}: {name}"
+
+
+@in_the_tree
+def test_no_module_unpickles():
+    found = {str(file): list(unpickling(ast.parse((ROOT / file).read_text(encoding="utf-8")))) for file in source_files(ROOT)}
+    assert {file: places for file, places in found.items() if places} == {}
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["import pickle", "from cloudpickle import loads", "def f():\n    import joblib.numpy_pickle", "from torch import load",
+     "import torch\ntorch.load(x)", "import torch as t\nt.load(x, weights_only=False)",
+     "import torch\ntorch.load(x, weights_only=y)", "import numpy as np\nnp.load(x, allow_pickle=True)",
+     "import numpy as np\nnp.load(x, allow_pickle=y)"],
+)  # fmt: skip
+def test_the_check_sees_what_unpickles(source):
+    assert len(list(unpickling(ast.parse(source)))) >= 1
+
+
+@pytest.mark.parametrize("source", ["import torch\ntorch.load(x, weights_only=True)", "import numpy as np\nnp.load(x)"])
+def test_the_check_lets_pass_what_does_not(source):
+    assert list(unpickling(ast.parse(source))) == []
