@@ -354,3 +354,37 @@ def test_nothing_of_a_bundle_is_unpickled(bundle):
     """An unpickler that finds a class by name is one that can be made to call it."""
     child = subprocess.run([sys.executable, "-c", UNPICKLING, bundle], capture_output=True, text=True, check=False)
     assert (child.returncode, child.stderr) == (0, "")
+
+
+READING = """
+import os
+import sys
+import numpy as np
+import cachec
+
+root = os.path.realpath(sys.argv[1])
+CHANGES = ("os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.utime", "os.chmod")
+
+def watch(event, given):
+    writes = event == "open" and isinstance(given[2], int) and given[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+    places = [one for one in given[:2] if isinstance(one, str | os.PathLike)] if writes or event in CHANGES else []
+    if any(os.path.realpath(one).startswith(root) for one in places):
+        sys.exit(f"{event} {given}")
+
+sys.addaudithook(watch)
+with cachec.load(root) as loaded:
+    assert np.isfinite(loaded.denoise({"prompt": np.ones((1, 8), np.float32)}, seeds=[0])).all()
+"""
+
+
+def test_a_bundle_that_may_only_be_read_runs_and_nothing_is_written_beside_its_files(toy_bundle, tmp_path):
+    """Root may write anywhere, so what is tried is looked at, too."""
+    root = shutil.copytree(toy_bundle, tmp_path / "toy.cachec")
+    for path in (*root.rglob("*"), root):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    before = sorted(root.rglob("*"))
+    child = subprocess.run([sys.executable, "-c", READING, root], capture_output=True, text=True, check=False)
+    assert (child.returncode, child.stderr) == (0, "")
+    assert sorted(root.rglob("*")) == before
+    for path in (root, *root.rglob("*")):
+        path.chmod(0o755)
