@@ -148,7 +148,7 @@ def pack(root: Path, out: Path, *, force: bool = False) -> Path:
         **_descriptor(manifest["mediaType"], digest, len(text)),
         "annotations": {"org.opencontainers.image.ref.name": "latest"},
     }
-    part = out.resolve().with_name(f".{out.resolve().name}.part")
+    part = out.with_name(f".{out.name}.part")
     with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         try:
