@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,16 +28,31 @@ REFUSED, SAME, ANOTHER, FAILED = (
     "opens, refused when it is run",
 )
 RIGHT = (REFUSED, SAME, ANOTHER, FAILED)
+PROMPT = "a smiling face"
 NUMBERS = (np.nan, np.inf, -1e30, 0.0, -1.0, 1e38)
 
 
+WHOLE, EVERY = "whole.cachec", 10  # the bundle with text encoders, tokenizers and decoder; every so many cases are of it
+
+
 def make_bundle(folder: Path) -> Path:
-    """A small bundle for ONNX Runtime, with a fitted level and an uncached one."""
+    """A small bundle for ONNX Runtime, with a fitted level and an uncached one; beside it a whole one, a small FLUX."""
     sys.path.append(str(Path(__file__).parent.parent / "tests"))
+    from families import FAMILIES
     from toy_bundle import split_toy, write_output_bundle
 
     write_output_bundle(split_toy(head_axis=True), folder / "toy.cachec", backend="ort")
+    flux = next(family for family in FAMILIES if family.name == "flux")
+    flux.make().save_pretrained(folder / "flux")
+    asked = ("--components", "all", "--method", "reuse", "--steps", "3", "--budget", "2", "--size", "32x32", "--target", "ort")
+    command = [sys.executable, "-m", "cachec", "compile", str(folder / "flux"), *asked, "-o", str(folder / WHOLE)]
+    subprocess.run(command, check=True, capture_output=True)
     return folder / "toy.cachec"
+
+
+def bundle_of(bundle: Path, case: int) -> Path:
+    """The one that a case damages."""
+    return bundle.with_name(WHOLE) if case % EVERY == 0 else bundle
 
 
 def opened_outside(root: Path) -> list[str]:
@@ -53,10 +69,12 @@ def opened_outside(root: Path) -> list[str]:
     return found
 
 
-def run(bundle: Path) -> dict[str, bytes]:
-    """What each level makes of one noise, as bytes."""
+def run(bundle: Path, *, whole: bool) -> dict[str, bytes]:
+    """What each level makes of one noise, as bytes; of a ``whole`` bundle, pictures of a prompt."""
     results = {}
     with cachec.load(bundle, threads=1) as loaded:
+        if whole:
+            return {level: np.stack(loaded.generate([PROMPT], seeds=[0], level=level)).tobytes() for level in loaded.programs}
         for level in loaded.programs:
             session = loaded.session(level=level)
             noise = np.random.default_rng(0).standard_normal(session.latent_shape).astype(np.float32)
@@ -66,14 +84,14 @@ def run(bundle: Path) -> dict[str, bytes]:
     return results
 
 
-def judge(bundle: Path, wanted: dict[str, bytes]) -> str:
+def judge(bundle: Path, wanted: dict[str, bytes], *, whole: bool) -> str:
     """Open and run it: one of :data:`RIGHT`, or what went wrong."""
     stage = REFUSED
     try:
         for level in Bundle.open(bundle).manifest.programs:
             Bundle.open(bundle).program(level)
         stage = FAILED
-        return SAME if run(bundle) == wanted else ANOTHER
+        return SAME if run(bundle, whole=whole) == wanted else ANOTHER
     except CachecError as error:
         text = str(error)
         if len(text.replace(str(bundle), "x")) > LONGEST or text.count("\n") > 1:  # a second line says what to do
@@ -114,19 +132,20 @@ def sign(bundle: Path, data: Any, changed: str | None = None) -> None:
 
 def manifests(bundle: Path, cases: range) -> Iterator[tuple[int, str]]:
     """A third changes a manifest without its digest, a third with it, a third programs with all hashes."""
-    wanted, names = run(bundle), {path.relative_to(bundle) for path in bundle.rglob("*") if path.is_file()}
+    both = {False: bundle, True: bundle.with_name(WHOLE)}
+    wanted = {whole: run(path, whole=whole) for whole, path in both.items()}
     with_copy = bundle.with_name(f"copy-{cases.start}")
     outside = opened_outside(with_copy)
     for case in cases:
-        random = Random(case)
+        random, of = Random(case), bundle_of(bundle, case)
         shutil.rmtree(with_copy, ignore_errors=True)
-        shutil.copytree(bundle, with_copy, copy_function=os.link)
-        for name in (MANIFEST, *(n for n in names if n.parts[0] == "programs")):  # those that are written to
-            (with_copy / name).unlink()
-            shutil.copyfile(bundle / name, with_copy / name)
+        shutil.copytree(of, with_copy, copy_function=os.link)
+        for name in (of / MANIFEST, *(of / "programs").iterdir()):  # those that are written to
+            (with_copy / name.relative_to(of)).unlink()
+            shutil.copyfile(name, with_copy / name.relative_to(of))
         damage_manifest(with_copy, case % 3, random)
         outside.clear()
-        said = judge(with_copy, wanted)
+        said = judge(with_copy, wanted[of != bundle], whole=of != bundle)
         if case % 3 == 0 and said != REFUSED:
             said = f"a manifest without its digest: {said}"
         yield case, said if not outside else f"left the bundle: {outside[0]}"
@@ -167,7 +186,7 @@ def files(bundle: Path, cases: range) -> Iterator[tuple[int, str]]:
     for case in cases:
         random = Random(case)
         shutil.rmtree(root, ignore_errors=True)
-        shutil.copytree(bundle, root)
+        shutil.copytree(bundle_of(bundle, case), root)
         if case % 2:
             checked_files.LARGE_FILE_BYTES = 0
         Bundle.open(root)

@@ -43,14 +43,16 @@ _TARGET: Form = {
     "added?": {ANY: {ANY: str}},
 }
 _TOKENS = {"tokenizer": str, "file": str, "ids": str, "mask": str, "length": int, "pad": int, "before": str, "after": str,
-           "special": bool, "cleaning": [str], "told_length": int, "blank": bool}  # fmt: skip
+           "special": bool, "cleaning": [str], "tells": (str, type(None)), "told_length": int, "blank": bool}  # fmt: skip
 _PICTURES: Form = {
     "texts?": {ANY: {"tokens": [_TOKENS], "graphs": {ANY: str}}},
     "embedded?": {ANY: float},
     "scale?": str,
     "decoder?": str,
+    "encoder?": str,
     "classes?": {"condition": str, "names": {ANY: int}, "nothing": int},
 }
+_SCALES: Form = {"guidance": (float, int), "true_cfg_scale": (float, int)}  # settings of what makes pictures of prompts
 _FORM: Form = {  # of a manifest
     "model": {"name": str, "source": str, "weights_sha256": str, "credit?": str, "plain_sha256?": str, "loras?": [_LORA]},
     "io": {"latents": str, "timestep": str, "conditions": [str], "guidance?": str, "text?": [str]},
@@ -277,6 +279,9 @@ class Manifest:
         if data.get("digest") != _digest(body):
             raise BundleError(f"{MANIFEST} was altered or damaged: compile the bundle again, or fetch a fresh copy")
         check_form(body, _FORM, "the manifest", "compile the bundle again")
+        for settings in (body["settings"], *(one["settings"] for one in body.get("more", ()))) if body.get("pictures") else ():
+            for form in (_SCALES, {"text_tokens": int} if "texts" in body["pictures"] else {}):
+                check_form(settings, form, "the manifest.settings", "compile the bundle again")
         for what in ("targets", "files", "programs"):
             if not body[what]:
                 raise BundleError(f"the manifest lists no {what}: nothing in the bundle can be run. Compile it again")

@@ -180,10 +180,12 @@ def check_bindings(signature: Signature, device: Device, inputs: Mapping[str, Bu
             raise InputError(f"{name!r} is a {type(buffer).__name__}, which is no buffer of {device.name}: upload it first")
         spec, dtype = known[name], str(buffer.dtype).removeprefix("torch.")
         if dtype != spec.dtype or len(buffer.shape) != len(spec.shape):
-            raise InputError(f"{name!r} is {dtype}{list(buffer.shape)}, expected {spec.dtype}{list(spec.shape)}")
+            raise InputError(f"{name!r} is {dtype}{list(buffer.shape)}, expected {spec.dtype}{shortened(list(spec.shape))}")
         for want, got in zip(spec.shape, buffer.shape, strict=True):
             if got != (sizes.setdefault(want, got) if isinstance(want, str) else want):
-                raise InputError(f"{name!r} has shape {list(buffer.shape)}, expected {list(spec.shape)} with {sizes}")
+                raise InputError(
+                    f"{name!r} has shape {list(buffer.shape)}, expected {shortened(list(spec.shape))} with {shortened(sizes)}"
+                )
         if not _is_contiguous(buffer):
             raise InputError(f"{name!r} is not contiguous; pass numpy.ascontiguousarray of it")
 

@@ -11,7 +11,7 @@ from cachec.runtime.errors import BundleError, shortened
 
 Form = type | tuple[type, ...] | list[Any] | dict[str, Any]
 ANY = "*"
-_NAMES = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+_NAMES = {str: "text", int: "a whole number", float: "a number", bool: "true or false", type(None): "nothing"}
 
 
 def check_form(value: Any, form: Form, place: str, advice: str) -> None:

@@ -73,7 +73,11 @@ class TensorSpec:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "TensorSpec":
-        return cls(data["name"], tuple(data["shape"]), data["dtype"])
+        try:
+            return cls(data["name"], tuple(data["shape"]), data["dtype"])
+        except TypeError as error:
+            name, dtype = shortened(data["name"]), shortened(data["dtype"])
+            raise BundleError(f"an engine has {name} of type {dtype}, which is none: compile the bundle again") from error
 
 
 @dataclass(frozen=True)

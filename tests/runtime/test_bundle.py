@@ -258,14 +258,44 @@ def test_a_manifest_of_the_wrong_form_is_refused(bundle, field, value):
         cachec.load(bundle)
 
 
+TOKENS = {"tokenizer": "t", "file": "f", "ids": "i", "mask": "m", "length": 8, "pad": 0, "before": "", "after": "",
+          "special": True, "cleaning": [], "tells": None, "told_length": 0, "blank": False}  # fmt: skip
+PICTURES = {"texts": {"8": {"tokens": [TOKENS], "graphs": {}}}, "embedded": {}, "scale": "guidance", "decoder": "d"}
+SCALES = {"guidance": 3.5, "true_cfg_scale": 1, "text_tokens": 8}
+
+
+@pytest.mark.parametrize(
+    ("pictures", "settings", "said"),
+    [
+        (PICTURES, SCALES | {"true_cfg_scale": {}}, "settings.true_cfg_scale is {}, expected a number"),
+        (PICTURES, {"guidance": 3.5, "true_cfg_scale": 1}, "settings lacks 'text_tokens'"),
+        (PICTURES | {"encoder": 10**40}, SCALES, "pictures.encoder is 1000"),
+        (
+            PICTURES | {"texts": {"8": {"tokens": [{**TOKENS, "tells": 3}], "graphs": {}}}},
+            SCALES,
+            "tells is 3, expected text or",
+        ),
+    ],
+    ids=["no scale", "no length", "no name", "whose loss"],
+)
+def test_settings_and_texts_of_a_bundle_that_makes_pictures_are_looked_at_when_it_is_opened(bundle, pictures, settings, said):
+    rest = {k: v for k, v in Bundle.open(bundle).manifest.settings.items() if k not in SCALES}
+    rewrite_manifest(bundle, pictures=PICTURES, settings=rest | SCALES)
+    Bundle.open(bundle)
+    rewrite_manifest(bundle, pictures=pictures, settings=rest | settings)
+    with pytest.raises(BundleError, match=re.escape(said)):
+        Bundle.open(bundle)
+
+
 @pytest.mark.parametrize(
     ("place", "value", "said"),
     [
         (("shape", 0), 2.0, "expected a whole number or text"),
         (("shape", 0), "bath", "of size 'bath', which is none of batch"),
         (("name",), "x" * 5000, "'latents'"),
+        (("dtype",), "../x", "of type '../x', which is none"),
     ],
-    ids=["half a size", "an unknown size", "another name"],
+    ids=["half a size", "an unknown size", "another name", "no type"],
 )
 def test_a_signature_that_no_engine_has_is_refused_in_short(bundle, place, value, said):
     data = json.loads((bundle / MANIFEST).read_text())
