@@ -15,7 +15,7 @@ import numpy as np
 
 from cachec.pictures.cleaning import check_characters, clean
 from cachec.pictures.losses import words_of_loss
-from cachec.runtime.errors import BundleError, in_one_line, missing_extra
+from cachec.runtime.errors import BundleError, in_one_line, missing_extra, shortened
 from cachec.runtime.specs import Array
 
 if importlib.util.find_spec("tokenizers") is None:
@@ -25,6 +25,7 @@ from tokenizers import Tokenizer
 log = logging.getLogger(__name__)
 
 MOST_TOLD = 1000  # prompts that are remembered
+MOST_TOKENS = 2**20  # that a prompt is read at
 TEXT, POOLED = "text", "pooled"  # what is made of tokens: states by token, or one vector, for which a short length may do
 
 
@@ -56,8 +57,18 @@ class TokenFacts:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
-        """``data`` may have more: of which file the tokenizer is."""
+        """``data`` may have more: of which file the tokenizer is.
+
+        Raises:
+            BundleError: its numbers are none that a tokenizer has.
+        """
         known = {one.name: data[one.name] for one in fields(cls)}
+        for name, least, most in (("length", 1, MOST_TOKENS), ("told_length", 0, MOST_TOKENS), ("pad", 0, 2**31 - 1)):
+            if not least <= known[name] <= most:
+                raise BundleError(
+                    f"{name} of the tokenizer {shortened(known['tokenizer'])} is {shortened(known[name])}, expected {least} to "
+                    f"{most}: compile the bundle again"
+                )
         return cls(**{**known, "cleaning": tuple(known["cleaning"])})
 
 

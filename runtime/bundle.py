@@ -57,13 +57,13 @@ _FORM: Form = {  # of a manifest
     "model": {"name": str, "source": str, "weights_sha256": str, "credit?": str, "plain_sha256?": str, "loras?": [_LORA]},
     "io": {"latents": str, "timestep": str, "conditions": [str], "guidance?": str, "text?": [str]},
     "method": {"name": str},
-    "settings": {"width": int, "height": int, "steps": int, "text_tokens?": int, "shorter_texts?": [int]},
+    "settings": {"width": int, "height": int, "steps": int, "frames?": int, "text_tokens?": int, "shorter_texts?": [int]},
     "noise": str,
     "targets": [_TARGET],
     "programs": _PROGRAMS,
     "weights?": {ANY: {"weights_sha256": str, "file": str, "loras": [_LORA], "samples": {ANY: str}}},
     "shapes?": {ANY: {"axes": {ANY: int}, "tables?": str}},
-    "more?": [{"settings": {"width": int, "height": int, "steps": int}, "programs": _PROGRAMS, "facts": {}}],
+    "more?": [{"settings": {"width": int, "height": int, "steps": int, "frames?": int}, "programs": _PROGRAMS, "facts": {}}],
     "components?": {ANY: {"targets": [_TARGET], "memory": {ANY: {"weights": int, "activations": int}}}},
     "pictures?": _PICTURES,
     "files": {ANY: {"bytes": int, "sha256": str}},
@@ -285,6 +285,8 @@ class Manifest:
         for what in ("targets", "files", "programs"):
             if not body[what]:
                 raise BundleError(f"the manifest lists no {what}: nothing in the bundle can be run. Compile it again")
+        for one in (target for part in body.get("components", {}).values() for target in part["targets"]):
+            Target.from_json(one)  # read again when they are wanted, but now it is the manifest that does not read
         fields = {k: v for k, v in body.items() if k not in ("format", "format_version")}
         more = tuple(Variant(one["settings"], one["programs"], one["facts"]) for one in fields.get("more", ()))
         return cls(**{**fields, "targets": tuple(Target.from_json(t) for t in fields["targets"]), "more": more})

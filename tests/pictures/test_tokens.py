@@ -53,6 +53,12 @@ def test_a_loss_is_told_once_and_only_where_it_counts(source, caplog):
     assert "pooled text encoder reads 5 tokens only" in caplog.records[-1].message
 
 
+@pytest.mark.parametrize("wrong", [{"length": 10**12}, {"length": 0}, {"pad": -1}, {"told_length": 10**40}])
+def test_numbers_that_no_tokenizer_has_are_refused(wrong):
+    with pytest.raises(BundleError, match=f"{next(iter(wrong))} of the tokenizer 't' is -?[0-9]+, expected"):
+        TokenFacts.from_json({**facts().to_json(), **wrong})
+
+
 def test_facts_survive_json():
     made = facts(before="x", cleaning=("strip",), tells=TEXT)
     assert TokenFacts.from_json({**made.to_json(), "file": "other"}) == made

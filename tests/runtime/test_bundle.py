@@ -269,6 +269,7 @@ SCALES = {"guidance": 3.5, "true_cfg_scale": 1, "text_tokens": 8}
     [
         (PICTURES, SCALES | {"true_cfg_scale": {}}, "settings.true_cfg_scale is {}, expected a number"),
         (PICTURES, {"guidance": 3.5, "true_cfg_scale": 1}, "settings lacks 'text_tokens'"),
+        (PICTURES, SCALES | {"frames": "2"}, "settings.frames is '2', expected a whole number"),
         (PICTURES | {"encoder": 10**40}, SCALES, "pictures.encoder is 1000"),
         (
             PICTURES | {"texts": {"8": {"tokens": [{**TOKENS, "tells": 3}], "graphs": {}}}},
@@ -276,7 +277,7 @@ SCALES = {"guidance": 3.5, "true_cfg_scale": 1, "text_tokens": 8}
             "tells is 3, expected text or",
         ),
     ],
-    ids=["no scale", "no length", "no name", "whose loss"],
+    ids=["no scale", "no length", "no frames", "no name", "whose loss"],
 )
 def test_settings_and_texts_of_a_bundle_that_makes_pictures_are_looked_at_when_it_is_opened(bundle, pictures, settings, said):
     rest = {k: v for k, v in Bundle.open(bundle).manifest.settings.items() if k not in SCALES}
