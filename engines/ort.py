@@ -21,7 +21,7 @@ from cachec.runtime.build_options import DEFAULTS, BuildOptions
 from cachec.runtime.builder import EngineBuilder, Sources
 from cachec.runtime.device import CPU, CUDA, Buffer, Device, DeviceName, Host
 from cachec.runtime.engine import HOST, ON_HOST, ONNX, Call, Engine, ExecutionContext, LoadOptions, check_bindings
-from cachec.runtime.errors import BundleError, EngineError, InputError, missing_extra
+from cachec.runtime.errors import BundleError, EngineError, InputError, missing_extra, shortened
 from cachec.runtime.host_memory import num_cores
 from cachec.runtime.specs import BFLOAT16, Signature
 
@@ -166,9 +166,18 @@ def open_session(path: Path, providers: list[Any]) -> onnxruntime.InferenceSessi
 
 
 class OrtContext(ExecutionContext):
-    """Binds buffers by their addresses."""
+    """Binds buffers by their addresses.
+
+    Raises:
+        BundleError: what the signature calls its inputs and outputs is not what the session does.
+    """
 
     def __init__(self, session: onnxruntime.InferenceSession, signature: Signature, device: Device) -> None:
+        for said, there in ((signature.inputs, session.get_inputs()), (signature.outputs, session.get_outputs())):
+            if strange := {spec.name for spec in said} ^ {one.name for one in there}:
+                raise BundleError(
+                    f"the manifest and an ONNX file do not agree on {shortened(min(strange))}: compile the bundle again"
+                )
         self._session = session
         self._signature, self._device = signature, device
         self._place = DeviceName.parse(device.name)

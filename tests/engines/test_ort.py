@@ -2,9 +2,11 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
+import cachec
 from cachec.engines import ort
 from cachec.engines.ort import BUILDER, OrtEngine, check_provider
 from cachec.runtime.build_options import DEFAULTS
@@ -80,3 +82,13 @@ def test_a_file_that_is_none_is_refused(tmp_path):
     ort._start_thread_pool(None)
     with pytest.raises(BundleError, match="cannot load .*compute.onnx"):
         ort.open_session(tmp_path / "compute.onnx", [ort.CPU_PROVIDER])
+
+
+def test_a_signature_with_other_names_than_the_files_is_refused(onnx_toy):
+    with cachec.load(onnx_toy) as loaded:
+        engine = loaded.engines["compute"]
+        for side in ("inputs", "outputs"):
+            first, *rest = getattr(engine.signature, side)
+            wrong = replace(engine.signature, **{side: (replace(first, name="/etc/passwd"), *rest)})
+            with pytest.raises(BundleError, match="manifest and an ONNX file do not agree on '/etc/passwd'"):
+                ort.OrtContext(engine._native, wrong, engine.device)
