@@ -21,7 +21,7 @@ from cachec.runtime.build_options import DEFAULTS, BuildOptions
 from cachec.runtime.builder import EngineBuilder, Sources
 from cachec.runtime.device import CPU, CUDA, Buffer, Device, DeviceName, Host
 from cachec.runtime.engine import HOST, ON_HOST, ONNX, Call, Engine, ExecutionContext, LoadOptions, check_bindings
-from cachec.runtime.errors import BundleError, EngineError, InputError, missing_extra, shortened
+from cachec.runtime.errors import BundleError, EngineError, InputError, in_one_line, missing_extra, shortened
 from cachec.runtime.host_memory import num_cores
 from cachec.runtime.specs import BFLOAT16, Signature
 
@@ -161,7 +161,9 @@ def open_session(path: Path, providers: list[Any]) -> onnxruntime.InferenceSessi
         return onnxruntime.InferenceSession(str(path), options, providers=providers, enable_fallback=0)
     except Exception as error:  # onnxruntime's exceptions share no base class but Exception
         if any(words in str(error) for words in NO_MEMORY):
-            raise EngineError(f"there is no memory for the engine {path.name} and its weights: {_one_line(error)}") from error
+            raise EngineError(
+                f"there is no memory for the engine {path.name} and its weights: {in_one_line(error, 400)}"
+            ) from error
         raise BundleError(f"ONNX Runtime {onnxruntime.__version__} cannot load {path}: {error}") from error
 
 
@@ -231,7 +233,7 @@ class GraphedCall(Call):
     def _go_on_without(self, error: Exception) -> None:
         """Say once an engine why its calls cannot be captured, and make this one as it is."""
         if self._session not in _told:
-            log.warning("calls are made without CUDA graphs, since one cannot be captured: %s", _one_line(error))
+            log.warning("calls are made without CUDA graphs, since one cannot be captured: %s", in_one_line(error, 400))
             _told.add(self._session)
         self._options = _run_options(NO_GRAPH)
         try:
@@ -263,13 +265,9 @@ class _OrtCall(Call):
 def _failed_call(error: Exception, buffers: tuple[Buffer, ...]) -> EngineError:
     size = sum(buffer.nbytes for buffer in buffers) / 1e6
     return EngineError(
-        f"ONNX Runtime cannot run a call with {size:.1f} MB of inputs and outputs: {_one_line(error)}. If memory is short, "
-        "take a smaller batch: cachec inspect shows what one sample takes"
+        f"ONNX Runtime cannot run a call with {size:.1f} MB of inputs and outputs: {in_one_line(error, 400)}. If memory is "
+        "short, take a smaller batch: cachec inspect shows what one sample takes"
     )
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 class OrtBuilder(EngineBuilder):
