@@ -10,7 +10,7 @@ import itertools
 import logging
 import weakref
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -171,7 +171,7 @@ class OrtContext(ExecutionContext):
     """Binds buffers by their addresses.
 
     Raises:
-        BundleError: what the signature calls its inputs and outputs is not what the session does.
+        BundleError: names or sizes of the signature's inputs and outputs are not the session's.
     """
 
     def __init__(self, session: onnxruntime.InferenceSession, signature: Signature, device: Device) -> None:
@@ -180,6 +180,13 @@ class OrtContext(ExecutionContext):
                 raise BundleError(
                     f"the manifest and an ONNX file do not agree on {shortened(min(strange))}: compile the bundle again"
                 )
+            shapes = {one.name: one.shape for one in there}
+            for spec in said:
+                if not _may_be(spec.shape, shapes[spec.name]):
+                    raise BundleError(
+                        f"{spec.name} of an ONNX file is {shortened(shapes[spec.name])}, which is not the manifest's "
+                        f"{shortened(list(spec.shape))}: compile the bundle again"
+                    )
         self._session = session
         self._signature, self._device = signature, device
         self._place = DeviceName.parse(device.name)
@@ -198,6 +205,12 @@ class OrtContext(ExecutionContext):
         element = ONNX_BFLOAT16 if buffer.dtype == BFLOAT16 else np.dtype(buffer.dtype)
         address = buffer.pointer if isinstance(buffer, CudaBuffer) else buffer.ctypes.data
         return self._place.kind, self._place.index, element, buffer.shape, address
+
+
+def _may_be(said: Sequence[int | str], there: Sequence[int | str | None]) -> bool:
+    """Are these shapes the same where both are numbers?"""
+    sizes = ((one, other) for one, other in zip(said, there, strict=False) if isinstance(one, int) and isinstance(other, int))
+    return len(said) == len(there) and all(one == other for one, other in sizes)
 
 
 _graph_ids = itertools.count(1)

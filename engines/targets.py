@@ -9,7 +9,7 @@ from cachec.engines.backends import get_engine
 from cachec.runtime.bundle import ANY_DEVICE, Target
 from cachec.runtime.device import CPU, CUDA, DeviceName
 from cachec.runtime.engine import Engine
-from cachec.runtime.errors import BundleError, CachecError, unknown_name
+from cachec.runtime.errors import BundleError, CachecError, in_one_line, unknown_name
 from cachec.runtime.specs import BFLOAT16
 
 log = logging.getLogger(__name__)
@@ -153,9 +153,14 @@ def choose_target(
     good = sorted((fit for fit in fits if fit.fits), key=lambda fit: fit.rank)
     bad = [fit for fit in fits if not fit.fits]
     if not good and len(bad) == 1:
-        raise type(bad[0].error or BundleError())(f"{bad[0].target} does not fit: {bad[0].reason}")
+        raise type(bad[0].error or BundleError())(
+            f"{in_one_line(bad[0].target)} does not fit: {in_one_line(bad[0].reason, 300)}"
+        )
     if not good:
-        raise BundleError("no target of the bundle fits here:" + "".join(f"\n  {fit.target}: {fit.reason}" for fit in bad))
+        raise BundleError(
+            "no target of the bundle fits here:"
+            + "".join(f"\n  {in_one_line(fit.target)}: {in_one_line(fit.reason, 300)}" for fit in bad)
+        )
     return good[0], bad
 
 

@@ -9,7 +9,7 @@ from cachec.runtime.bundle import Bundle, Target
 from cachec.runtime.components import Component
 from cachec.runtime.device import DeviceName
 from cachec.runtime.engine import HOST, Call, Engine, LoadOptions
-from cachec.runtime.errors import BundleError
+from cachec.runtime.errors import BundleError, shortened
 from cachec.runtime.specs import Array
 
 log = logging.getLogger(__name__)
@@ -45,6 +45,8 @@ class Part:
         fit = best_fit(self._component.targets, self._device, self.name)
         target, kind = fit.target, fit.backend
         assert kind is not None, "it fits"
+        if engine not in target.engines:
+            raise BundleError(f"{self.name} has no engine {shortened(engine)}, which requests need: compile the bundle again")
         artifact = target.engines[engine]
         weights = {name: self._bundle.path(path) for name, path in target.weights.items() if name == engine}
         options = LoadOptions(fit.device, self._threads, weights, target.needs)

@@ -84,11 +84,14 @@ def test_a_file_that_is_none_is_refused(tmp_path):
         ort.open_session(tmp_path / "compute.onnx", [ort.CPU_PROVIDER])
 
 
-def test_a_signature_with_other_names_than_the_files_is_refused(onnx_toy):
+def test_a_signature_with_other_names_or_sizes_than_the_files_is_refused(onnx_toy):
     with cachec.load(onnx_toy) as loaded:
         engine = loaded.engines["compute"]
         for side in ("inputs", "outputs"):
-            first, *rest = getattr(engine.signature, side)
+            first, *rest = sorted(getattr(engine.signature, side), key=lambda spec: -len(spec.shape))
             wrong = replace(engine.signature, **{side: (replace(first, name="/etc/passwd"), *rest)})
             with pytest.raises(BundleError, match="manifest and an ONNX file do not agree on '/etc/passwd'"):
+                ort.OrtContext(engine._native, wrong, engine.device)
+            wrong = replace(engine.signature, **{side: (replace(first, shape=(*first.shape[:-1], 10**12)), *rest)})
+            with pytest.raises(BundleError, match="which is not the manifest's .*1000000000000"):
                 ort.OrtContext(engine._native, wrong, engine.device)
