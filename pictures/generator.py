@@ -15,7 +15,7 @@ from cachec.pictures.scales import Scales
 from cachec.pictures.tokens import TokenFacts, TokenReader, tell_of_loss
 from cachec.runtime.abi import BATCH, GUIDANCE, negative_name
 from cachec.runtime.components import PictureFacts, TextFacts
-from cachec.runtime.errors import BundleError, EngineError, InputError
+from cachec.runtime.errors import BundleError, EngineError, InputError, in_one_line
 from cachec.runtime.noise import check_seed, make_noise
 from cachec.runtime.session import LoadedBundle, Session
 from cachec.runtime.specs import Array
@@ -125,7 +125,9 @@ class Generator:
         """What a component makes of each of some samples."""
         size, part = size or self._loaded.manifest.variants[0].size, self._parts[name]
         if size not in part.engines:
-            raise BundleError(f"the bundle has no {name} for {size}, but for {', '.join(part.engines)}: compile it again")
+            raise BundleError(
+                f"the bundle has no {name} for {size}, but for {in_one_line(', '.join(part.engines))}: compile it again"
+            )
         made = np.concatenate([array for row in rows for array in part.run(size, {what: row[None]}).values()])
         self._let_go([name])
         if not np.isfinite(made).all():
@@ -233,6 +235,8 @@ class Generator:
         found = {name: value[: len(prompts)] for name, value in both.items()}
         found |= {negative_name(name): value[len(prompts) :] for name, value in both.items()}
         found[GUIDANCE] = np.full(len(prompts), scales.of_branches(self._facts.scale), np.float32)
+        if missing := [name for name in names if name not in found]:
+            raise BundleError(f"nothing in the bundle makes {in_one_line(', '.join(missing))} of prompts: compile it again")
         return {name: found[name] for name in names}
 
     def close(self) -> None:
