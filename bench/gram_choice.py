@@ -8,6 +8,7 @@ caption by caption, and prints the table that ``docs/methods.md`` has. Finished 
 
 import json
 import logging
+import math
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -29,6 +30,7 @@ from cachec.compiler.planning.pictured import PictureChoice, candidates, picture
 from cachec.compiler.planning.search import Steps, gram_optimum, neighbours, search_schedule
 from cachec.compiler.tables.coefficients import AdvanceTable
 from cachec.compiler.tables.schedule import Schedule
+from cachec.runtime.errors import InputError
 from cachec.runtime.noise import make_noise
 from reference.avatars.attributes import looks, say
 
@@ -104,7 +106,12 @@ class ChoiceBench:
         def attempt(what: str, some: Iterable[Steps]) -> None:
             for steps in some:
                 make = lambda steps=steps: self.choice.psnr(self.fit.program(self.table(steps, 1)))  # noqa: E731
-                tried[steps] = self.kept(f"tried {_text(steps)}", make)
+                try:
+                    tried[steps] = self.kept(f"tried {_text(steps)}", make)
+                except InputError as error:  # its runs are not finite: as bad as can be
+                    print(f"K={budget} {what} {_text(steps)}: {error}", flush=True)
+                    tried[steps] = [-math.inf]
+                    continue
                 said = f"score {picture_score(tried[steps]):.2f}, {_line(tried[steps])}"
                 print(f"K={budget} {what} {_text(steps)}: {said}", flush=True)
 

@@ -42,7 +42,7 @@ def main() -> None:
     setting = SETTINGS[given.model]
     if given.quick:
         few = ("lanes", "lanes fifo", "lanes uncached")
-        setting = replace(setting, systems=few, count=24, few=12, alone=2, loop=12, flat=40)
+        setting = replace(setting, systems=few, count=24, few=12, alone=2, loop=12, beside=6, flat=40)
     if given.systems:
         asked = given.systems.split(",")
         if unknown := set(asked) - set(SETTINGS[given.model].systems):
@@ -100,11 +100,14 @@ class Bench:
         watch = system == "lanes" and self.setting.flat and "flat" not in found
         if not missing and not watch:
             return
-        with server(system, self.bundle, self.given, replace(self.setting, alone=1)) as (facts, process):
+        with server(system, self.bundle, self.given, replace(self.setting, alone=min(3, self.setting.alone))) as (
+            facts,
+            process,
+        ):
             limits = {kind: WITHIN * one for kind, one in first["idle"].items()}
             own = {kind: WITHIN * one for kind, one in found["idle"].items()}
-            sizes, served = [[0, resident(process)]], 0
-            loop = setting_of(system, self.setting).beside
+            loop = setting_of(system, self.setting).beside if missing else 0
+            sizes, served = [[0, resident(process)]], in_loop(loop)
             near = asyncio.run(busy(facts, loop)) if loop else None
             for one in missing:
                 wait = {kind: max(limits[kind], own[kind]) for kind in limits}
@@ -118,11 +121,11 @@ class Bench:
                     then = asyncio.run(busy(facts, loop))
                     both = {name: near[name] + then[name] for name in near if name != "rate"}
                     did = {name: after[name] - before[name] for name in before}
-                    played |= {"did": did, "beside": both, "packed": facts["packed"]}
+                    played |= {"did": did, "beside": both, "packed": facts["packed"], "alone": facts["alone"]}
                     near = then
                 found["loads"][one.name] = played
                 self.save()
-                served += one.count
+                served += one.count + in_loop(loop)
                 sizes.append([served, resident(process)])
             while watch and served < self.setting.flat:
                 more = min(self.setting.flat // 10, self.setting.flat - served)
@@ -179,9 +182,14 @@ async def idle(facts, count):
     return took
 
 
+def in_loop(count):
+    """Requests of :func:`busy`."""
+    return count + count // 6
+
+
 async def busy(facts, count):
     """What the server did while clients that ask again and again kept it busy, and how many requests a second they got."""
-    await closed_loop(facts["url"], facts["kinds"], CLIENTS, count // 6)
+    await closed_loop(facts["url"], facts["kinds"], CLIENTS, in_loop(count) - count)
     before, begun = await ask(facts["url"], "/bench"), time.perf_counter()
     rate = await closed_loop(facts["url"], facts["kinds"], CLIENTS, count)
     took, after = time.perf_counter() - begun, await ask(facts["url"], "/bench")

@@ -16,7 +16,7 @@ one request at a time can serve; with another step time all seconds are as many 
 TOLD = """Told / measured. The simulator's constants come from calls timed when the lanes were made, from requests that came one
 by one, and from closed loops (where there are any, those right before and after a load), no Poisson load. *Ticks*: how many
 times as long they took in the load as in those loops; a machine that others share is not always as fast, and a simulator does
-not know. In the first closed loop of *lanes* ticks took {scale:.2f} of what their calls do alone; a request took {before:.1f}
+not know. {when} of *lanes* ticks took {scale:.2f} of what their calls do by themselves; a request took {before:.1f}
 ms before lanes, {after:.1f} after them, {http:.1f} of HTTP. {beside} (every system has its own).
 """
 BESIDE = (0.9, 1.1)
@@ -136,10 +136,18 @@ def simulator(data):
         longer = slower(one)
         lines.append([system, one["mix"], one["count"], f"{one['rate']:g}", *cells, f"{longer:.2f}" if longer else ""])
     scale, desk, http = constants(data["systems"]["lanes"])
-    beside = f"Lanes are {desk.drags:.2f} times as slow while the desk works, the desk {desk.dragged:.2f} times while lanes do"
+    when, beside = (
+        "In requests alone",
+        f"Lanes are {desk.drags:.2f} times as slow while the desk works, the desk {desk.dragged:.2f} times while lanes do",
+    )
     if desk.turns:
-        beside = "Lanes and desk take turns; what neither took of the loop is in what comes after the lanes"
-    words = TOLD.format(scale=scale, before=1e3 * desk.before, after=1e3 * desk.after, http=1e3 * http, beside=beside)
+        when, beside = (
+            "In the first closed loop",
+            "Lanes and desk take turns; what neither took of the loop is in what comes after the lanes",
+        )
+    words = TOLD.format(
+        when=when, scale=scale, before=1e3 * desk.before, after=1e3 * desk.after, http=1e3 * http, beside=beside
+    )
     header = ["system", "levels", "requests", "arrivals / s", "goodput / s", "p50, s", "p95, s", "p99, s", "ticks"]
     return f"{words}\n" + table(header, lines)
 

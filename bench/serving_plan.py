@@ -93,7 +93,8 @@ def seconds_of(load, found):
 
 def flat_seconds(setting, found):
     """Until the server's memory has been watched, beside the loads that it has had by then."""
-    served = sum(one.count for one in loads_of("lanes", setting, found, found) if one.name not in found["loads"])
+    left = [one.count for one in loads_of("lanes", setting, found, found) if one.name not in found["loads"]]
+    served = sum(left) + (len(left) + 1) * setting.beside * bool(left)
     return max(0, setting.flat - served) / (found["busy"]["rate"] * fastest(found)[1])
 
 

@@ -46,12 +46,14 @@ def server_seconds(found):
     return sum(over) / len(over)
 
 
-def constants(found, busy=None):
+def constants(found, played=None):
     """(scale of lanes' costs, desk, seconds of HTTP) of a measured system, from its runs alone and a closed loop.
 
+    ``played``: a load, whose server's own are meant, where it has any.
     In turns, what neither lanes nor desk took of the loop is the desk's, too: then the server reads and answers.
     """
-    alone, busy = found["facts"]["alone"].values(), busy or found["busy"]
+    own = {"beside": found["busy"], "alone": found["facts"]["alone"], **(played or {})}
+    alone, busy = own["alone"].values(), own["beside"]
     http = server_seconds(found)
     if found["facts"]["in_turns"]:
         before, after = (busy[name] / busy["count"] for name in ("before", "after"))
@@ -76,7 +78,7 @@ def slower(played):
 
 def told(found, played, idle):
     """What the simulator says of a load that was played: percentiles and goodput."""
-    scale, desk, http = constants(found, played.get("beside"))
+    scale, desk, http = constants(found, played)
     facts = found["facts"]
     kinds = unpack(played.get("packed", facts["packed"]), scale)
     order, width = facts["policy"]

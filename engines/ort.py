@@ -164,7 +164,7 @@ def open_session(path: Path, providers: list[Any]) -> onnxruntime.InferenceSessi
             raise EngineError(
                 f"there is no memory for the engine {path.name} and its weights: {in_one_line(error, 400)}"
             ) from error
-        raise BundleError(f"ONNX Runtime {onnxruntime.__version__} cannot load {path}: {error}") from error
+        raise BundleError(f"ONNX Runtime {onnxruntime.__version__} cannot load {path}: {in_one_line(error, 400)}") from error
 
 
 class OrtContext(ExecutionContext):
@@ -184,8 +184,8 @@ class OrtContext(ExecutionContext):
             for spec in said:
                 if not _may_be(spec.shape, shapes[spec.name]):
                     raise BundleError(
-                        f"{spec.name} of an ONNX file is {shortened(shapes[spec.name])}, which is not the manifest's "
-                        f"{shortened(list(spec.shape))}: compile the bundle again"
+                        f"{shortened(spec.name)} of an ONNX file is {shortened(shapes[spec.name])}, which is not the "
+                        f"manifest's {shortened(list(spec.shape))}: compile the bundle again"
                     )
         self._session = session
         self._signature, self._device = signature, device

@@ -154,12 +154,12 @@ def choose_target(
     bad = [fit for fit in fits if not fit.fits]
     if not good and len(bad) == 1:
         raise type(bad[0].error or BundleError())(
-            f"{in_one_line(bad[0].target)} does not fit: {in_one_line(bad[0].reason, 300)}"
+            f"{in_one_line(bad[0].target)} does not fit: {in_one_line(bad[0].reason, 400)}"
         )
     if not good:
         raise BundleError(
             "no target of the bundle fits here:"
-            + "".join(f"\n  {in_one_line(fit.target)}: {in_one_line(fit.reason, 300)}" for fit in bad)
+            + "".join(f"\n  {in_one_line(fit.target)}: {in_one_line(fit.reason, 400)}" for fit in bad)
         )
     return good[0], bad
 

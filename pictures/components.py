@@ -9,7 +9,7 @@ from cachec.runtime.bundle import Bundle, Target
 from cachec.runtime.components import Component
 from cachec.runtime.device import DeviceName
 from cachec.runtime.engine import HOST, Call, Engine, LoadOptions
-from cachec.runtime.errors import BundleError, shortened
+from cachec.runtime.errors import BundleError, in_one_line, shortened
 from cachec.runtime.specs import Array
 
 log = logging.getLogger(__name__)
@@ -101,5 +101,5 @@ def best_fit(targets: Sequence[Target], device: DeviceName, name: str) -> Fit:
             if where != device:
                 log.warning("%s runs on %s, since nothing of it runs on %s:%s", name, where, device, "".join(reasons))
             return good[0]
-        reasons += [f"\n  {fit.target}: {fit.reason}" for fit in fits]
+        reasons += [f"\n  {in_one_line(fit.target)}: {in_one_line(fit.reason, 400)}" for fit in fits]
     raise BundleError(f"nothing of {name} runs here:{''.join(reasons)}")

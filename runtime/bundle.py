@@ -279,9 +279,11 @@ class Manifest:
         if data.get("digest") != _digest(body):
             raise BundleError(f"{MANIFEST} was altered or damaged: compile the bundle again, or fetch a fresh copy")
         check_form(body, _FORM, "the manifest", "compile the bundle again")
-        for settings in (body["settings"], *(one["settings"] for one in body.get("more", ()))) if body.get("pictures") else ():
-            for form in (_SCALES, {"text_tokens": int} if "texts" in body["pictures"] else {}):
-                check_form(settings, form, "the manifest.settings", "compile the bundle again")
+        if body.get("pictures"):
+            others = ((f".more[{at}]", one["settings"]) for at, one in enumerate(body.get("more", ())))
+            for place, settings in (("", body["settings"]), *others):
+                for form in (_SCALES, {"text_tokens": int} if "texts" in body["pictures"] else {}):
+                    check_form(settings, form, f"the manifest{place}.settings", "compile the bundle again")
         for what in ("targets", "files", "programs"):
             if not body[what]:
                 raise BundleError(f"the manifest lists no {what}: nothing in the bundle can be run. Compile it again")

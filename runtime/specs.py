@@ -15,6 +15,21 @@ from cachec.runtime.errors import BundleError, InputError, in_one_line, shortene
 Array = NDArray[Any]
 Dim = int | str
 BFLOAT16 = "bfloat16"  # numpy has none: buffers of it belong to another library
+DTYPES = (
+    BFLOAT16,
+    "float16",
+    "float32",
+    "float64",
+    "bool",
+    "int8",
+    "int16",
+    "int32",
+    "int64",
+    "uint8",
+    "uint16",
+    "uint32",
+    "uint64",
+)
 
 
 def itemsize(dtype: str) -> int:
@@ -73,11 +88,13 @@ class TensorSpec:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "TensorSpec":
-        try:
-            return cls(data["name"], tuple(data["shape"]), data["dtype"])
-        except TypeError as error:
+        if any(isinstance(size, int) and size < 0 for size in data["shape"]):
+            name, shape = shortened(data["name"]), shortened(data["shape"])
+            raise BundleError(f"an engine has {name} of shape {shape}, with a size below 0: compile the bundle again")
+        if data["dtype"] not in DTYPES:
             name, dtype = shortened(data["name"]), shortened(data["dtype"])
-            raise BundleError(f"an engine has {name} of type {dtype}, which is none: compile the bundle again") from error
+            raise BundleError(f"an engine has {name} of type {dtype}, which is none: compile the bundle again")
+        return cls(data["name"], tuple(data["shape"]), data["dtype"])
 
 
 @dataclass(frozen=True)

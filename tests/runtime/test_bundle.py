@@ -295,8 +295,9 @@ def test_settings_and_texts_of_a_bundle_that_makes_pictures_are_looked_at_when_i
         (("shape", 0), "bath", "of size 'bath', which is none of batch"),
         (("name",), "x" * 5000, "'latents'"),
         (("dtype",), "../x", "of type '../x', which is none"),
+        (("shape", 1), -1, "with a size below 0"),
     ],
-    ids=["half a size", "an unknown size", "another name", "no type"],
+    ids=["half a size", "an unknown size", "another name", "no type", "less than nothing"],
 )
 def test_a_signature_that_no_engine_has_is_refused_in_short(bundle, place, value, said):
     data = json.loads((bundle / MANIFEST).read_text())
