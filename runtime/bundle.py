@@ -287,8 +287,7 @@ class Manifest:
         for what in ("targets", "files", "programs"):
             if not body[what]:
                 raise BundleError(f"the manifest lists no {what}: nothing in the bundle can be run. Compile it again")
-        for one in (target for part in body.get("components", {}).values() for target in part["targets"]):
-            Target.from_json(one)  # read again when they are wanted, but now it is the manifest that does not read
+        _ = [Target.from_json(one) for part in body.get("components", {}).values() for one in part["targets"]]  # do they read?
         fields = {k: v for k, v in body.items() if k not in ("format", "format_version")}
         more = tuple(Variant(one["settings"], one["programs"], one["facts"]) for one in fields.get("more", ()))
         return cls(**{**fields, "targets": tuple(Target.from_json(t) for t in fields["targets"]), "more": more})
