@@ -22,6 +22,7 @@ PROMPT = "a laughing face with short blue hair in a red tee on a yellow backgrou
 @click.option("--threads", type=click.IntRange(1), help="Of the engines; default cachec's.")
 @click.option("--level", help="Default the bundle's first.")
 def main(bundle: Path, repeats: int, threads: int | None, level: str | None) -> None:
+    """Time ``cachec run BUNDLE`` from process start to a PNG on the disk, in fresh processes one after the other."""
     options = {"--threads": threads, "--level": level}
     given = [str(one) for name, value in options.items() if value is not None for one in (name, value)]
     load, runs = os.getloadavg()[0], []

@@ -32,6 +32,8 @@ BEGIN = "## Figures"
 CHUNK = 250  # cases of one process
 PATIENCE = 150.0  # seconds without a case done, or until the first: it hangs
 PARTS = {"manifests": 10_000, "files": 2_000, "kills": 100, "requests": 11_000}
+# A number for what each part does, raised with every change of it: by it figures of an earlier campaign are known.
+CASES = {"manifests": 2, "files": 2, "kills": 1, "requests": 2}
 ALONE = {"kills": soak_kills.run, "requests": soak_requests.run}  # which see to their own processes
 
 
@@ -97,8 +99,10 @@ def child(part: str, bundle: Path, first: int, last: int) -> None:
 
 
 def table(rows: dict[str, Any], where: dict[str, Any]) -> str:
-    """The end of the page."""
+    """The end of the page. What was played with other cases than today's :data:`CASES` is named."""
     lines = [BEGIN, "", f"`make soak`: {where['cpu']}, {where['cores']} cores, {where['date']}.", ""]
+    if earlier := [f"`{part}`" for part, row in rows.items() if row["revision"] != CASES[part]]:
+        lines += [f"Of an earlier campaign, whose cases were others than those described above: {', '.join(earlier)}.", ""]
     lines += ["| part | cases | what came of them | not as it should be |", "| --- | --- | --- | --- |"]
     for part, row in rows.items():
         said = ", ".join(f"{what} {count:,}" for what, count in row["outcomes"].items() if what != "wrong")
@@ -106,6 +110,17 @@ def table(rows: dict[str, Any], where: dict[str, Any]) -> str:
     if "memory" in (left := rows.get("requests", {}).get("left", {})):
         lines += ["", f"`requests`: {soak_requests.marks(left)}"]
     return "\n".join([*lines, ""])
+
+
+def keep(part: str, row: dict[str, Any], out: Path) -> dict[str, Any]:
+    """Write what came of a part to ``out``, beside the others, and to the page if that is its file; returns all parts."""
+    kept = json.loads(out.read_text()) if out.exists() else {"parts": {}}  # another part may have been written meanwhile
+    rows, where = {**kept["parts"], part: {"revision": CASES[part], **row}}, facts()
+    out.write_text(json.dumps({"where": where, "parts": rows}, indent=1) + "\n")
+    if out.resolve() == SAYS.resolve() and PAGE.exists():
+        before = PAGE.read_text(encoding="utf-8").partition(BEGIN)[0].rstrip()
+        PAGE.write_text(f"{before}\n\n{table(rows, where)}", encoding="utf-8")
+    return rows
 
 
 @click.command()
@@ -122,20 +137,15 @@ def main(asked: str | None, bundle: Path, cases: str, parts: tuple[str, ...], sh
         first, last = map(int, cases.split(":"))
         child(asked, bundle, first, last)
         return
-    work.mkdir(parents=True, exist_ok=True)
     for part in parts or PARTS:
-        count = max(2, round(share * PARTS[part]))
+        count, played = max(2, round(share * PARTS[part])), work / f"{part}-{CASES[part]}"  # no log of other cases goes on
+        played.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="cachec-soak-") as folder:
             if part in ALONE:
-                row = ALONE[part](count, Path(folder), work)
+                row = ALONE[part](count, Path(folder), played)
             else:
-                row = run_part(part, soak_bundles.make_bundle(Path(folder)), count, work)
-        kept = json.loads(out.read_text()) if out.exists() else {"parts": {}}  # another part may have been written meanwhile
-        rows, where = {**kept["parts"], part: row}, facts()
-        out.write_text(json.dumps({"where": where, "parts": rows}, indent=1) + "\n")
-        if out == SAYS and PAGE.exists():
-            before = PAGE.read_text(encoding="utf-8").partition(BEGIN)[0].rstrip()
-            PAGE.write_text(f"{before}\n\n{table(rows, where)}", encoding="utf-8")
+                row = run_part(part, soak_bundles.make_bundle(Path(folder)), count, played)
+        rows = keep(part, row, out)
     sys.exit(1 if any(row["wrong"] for row in rows.values()) else 0)
 
 

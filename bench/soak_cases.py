@@ -112,6 +112,7 @@ class Case:
 
 @cache
 def prompts() -> tuple[str, ...]:
+    """The texts that good requests ask for: the first of those that models are trained on."""
     return tuple(default_prompts("avatars", "train")[:PROMPTS])
 
 
@@ -126,6 +127,7 @@ def a_picture() -> bytes:
 
 
 def as_json(fields: dict[str, Any]) -> bytes:
+    """A body of ``application/json``."""
     return json.dumps(fields).encode("utf-8", "surrogatepass")
 
 
@@ -142,6 +144,7 @@ def as_form(fields: dict[str, Any], picture: bytes | None = None) -> tuple[bytes
 
 
 def head_of(path: str, content_type: str, length: int) -> bytes:
+    """The head of a POST, with the empty line behind it; ``length``: of the body, in bytes."""
     lines = (f"POST {path} HTTP/1.1", "Host: 127.0.0.1", "Connection: close", f"Content-Length: {length}",
              f"Content-Type: {content_type}")  # fmt: skip
     return "\r\n".join([*lines, "", ""]).encode()

@@ -159,6 +159,7 @@ def heard(answer: bytes) -> Stage | None:
 
 
 def steps_of(answer: bytes) -> int:
+    """The latest step that a stream has told of; 0 before the first."""
     return max((int(step) for step in STEP.findall(answer)), default=0)
 
 

@@ -136,6 +136,7 @@ async def quiet(process: int, files: int) -> int:
 
 
 def open_files(process: int) -> int:
+    """How many file descriptors a process has, sockets among them."""
     return len(os.listdir(f"/proc/{process}/fd"))
 
 

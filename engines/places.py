@@ -11,6 +11,7 @@ import io
 import json
 import logging
 import re
+import shutil
 import tarfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,6 +31,7 @@ LAYOUT, INDEX = "oci-layout", "index.json"
 TITLE = "org.opencontainers.image.title"  # of a layer: its name in the bundle
 EMPTY = b"{}"
 CHUNK = 1 << 20
+OTHER_CACHE = "let HF_HOME name another place"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -61,7 +63,7 @@ def pull(name: str, out: Path | None = None) -> Path:
 
     Raises:
         BundleError: it is not there, cannot be fetched, or is no bundle.
-        OutputError: ``out`` exists already, or there is no room.
+        OutputError: ``out`` exists already, or there is no room for it, or in the Hub's cache.
     """
     hub = _hub("fetching a bundle from the Hub")
     repository, _, revision = name.partition("@")
@@ -73,10 +75,15 @@ def pull(name: str, out: Path | None = None) -> Path:
         found = Path(hub.snapshot_download(repository, revision=revision or None, local_dir=part))
     except Exception as error:  # the library's errors, its client's, and OSError
         if isinstance(error, OSError) and error.errno in FULL:
-            with writing(out or Path(name)):
+            with writing(out) if out is not None else writing(Path(hub.constants.HF_HUB_CACHE), advice=OTHER_CACHE):
                 raise
         raise BundleError(f"there is no directory {name}, and the Hub does not give it: {in_one_line(error)}") from error
-    Bundle.open(found)
+    try:
+        Bundle.open(found)
+    except BundleError:
+        if part is not None:  # else the same call would find it again
+            shutil.rmtree(part)
+        raise
     if out is not None:
         with writing(out):
             found = found.replace(out)

@@ -2,7 +2,6 @@
 
 import io
 
-import av
 import numpy as np
 
 LOSS = 6  # of 255 in the mean, by H.264 with halved colours; neighbours of a moving figure differ by more
@@ -10,6 +9,8 @@ LOSS = 6  # of 255 in the mean, by H.264 with halved colours; neighbours of a mo
 
 def check_mp4(content, video, fps=None):
     """The file ``content`` has the frames ``video`` [F, H, W, 3], uint8, in their order."""
+    import av
+
     with av.open(io.BytesIO(content)) as file:
         (stream,) = file.streams.video
         assert fps is None or float(stream.average_rate) == fps

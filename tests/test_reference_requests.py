@@ -1,6 +1,5 @@
 """Whole requests of the reference models, prompts to pictures: a bundle's own parts beside the pipeline's own call."""
 
-import diffusers
 import numpy as np
 import pytest
 import torch
@@ -11,6 +10,8 @@ import cachec
 from cachec.compiler.models import find_model
 from cachec.runtime.noise import make_noise
 from cachec.runtime.program import UNCACHED
+
+diffusers = pytest.importorskip("diffusers")
 
 PROMPTS = ["a laughing face with short blue hair in a red tee on a yellow background , moves left", ""]
 SEEDS = [7, 8]

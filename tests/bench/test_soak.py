@@ -1,10 +1,11 @@
 """The soak's own bookkeeping."""
 
 import json
+from pathlib import Path
 
 import pytest
 
-from bench import soak, soak_kills, soak_requests
+from bench import soak, soak_bundles, soak_kills, soak_requests
 from bench.soak_cases import EDITS, Case, Kind, Stage, head_of, same
 
 pytest.importorskip("diffusers")
@@ -39,6 +40,35 @@ def test_memory_and_files_have_marks_which_the_page_says(last, after, missed):
     assert [what.startswith(begin) for what, begin in zip(soak_requests.missed(left), missed, strict=True)] == [True] * len(
         missed
     )
-    row = {"cases": 2, "outcomes": {"the right picture": 2}, "wrong": [], "left": left}
+    row = {"revision": soak.CASES["requests"], "cases": 2, "outcomes": {"the right picture": 2}, "wrong": [], "left": left}
     page = soak.table({"requests": row}, {"cpu": "a CPU", "cores": 2, "date": "today"})
     assert f"{last}.0 MB after the last: +{last - 100}.0% (mark: 5% more at most)" in page
+
+
+def test_figures_of_an_earlier_campaign_are_called_so_until_the_part_is_played_anew(tmp_path, monkeypatch):
+    page, says = tmp_path / "page.md", tmp_path / "soak.json"
+    monkeypatch.setattr(soak, "PAGE", page)
+    monkeypatch.setattr(soak, "SAYS", says)
+    monkeypatch.chdir(tmp_path)
+    page.write_text(f"What is done.\n\n{soak.BEGIN}\n\nOld figures.\n")
+    row = {"cases": 2, "outcomes": {"refused": 2}, "wrong": []}
+    says.write_text(json.dumps({"parts": {"files": {"revision": soak.CASES["files"] - 1, **row}}}))
+    soak.keep("manifests", row, Path("soak.json"))  # the same file by another path
+    text = page.read_text()
+    assert text.startswith(f"What is done.\n\n{soak.BEGIN}\n\n`make soak`")
+    assert "cases were others than those described above: `files`." in text
+    assert "| manifests | 2 | refused 2 | 0 |" in text
+    assert "Old" not in text
+    soak.keep("files", row, says)
+    assert "earlier campaign" not in page.read_text()
+
+
+def test_cases_of_self_contained_bundles_are_of_all_kinds():
+    cases = range(0, soak.PARTS["files"], soak_bundles.EVERY)
+    assert {case % 2 for case in cases} == {0, 1}, "by it files are large"
+    assert {case % 3 for case in cases} == {0, 1, 2}, "by it a manifest fits"
+
+
+def test_the_page_says_what_the_file_says():
+    kept = json.loads(soak.SAYS.read_text())
+    assert soak.PAGE.read_text().endswith(soak.table(kept["parts"], kept["where"]))

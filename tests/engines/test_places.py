@@ -152,3 +152,29 @@ def test_a_full_disk_under_a_pull_leaves_no_bundle(toy_bundle, tmp_path):
         assert again.returncode == 0, again.stderr
         assert Bundle.open(tmp_path / "here").manifest == Bundle.open(toy_bundle).manifest
         assert not list(tmp_path.glob(".here*"))
+
+
+def test_a_full_disk_under_a_pull_into_the_cache_names_the_cache(toy_bundle, tmp_path):
+    with hub_on_loopback() as (_, address):
+        assert cachec(address, tmp_path / "hf", "push", toy_bundle, "somebody/toy").returncode == 0
+        with full_disk():
+            pulled = cachec(address, tmp_path / "hf", "pull", "somebody/toy")
+        assert pulled.returncode == OutputError.exit_code, pulled.stderr
+        place = f"cannot write {tmp_path / 'hf' / 'hub'}: File too large. Make room there, or let HF_HOME name another place"
+        assert place in pulled.stderr
+        assert cachec(address, tmp_path / "hf", "pull", "somebody/toy").returncode == 0
+
+
+def test_a_pulled_bundle_that_is_refused_is_not_kept(toy_bundle, tmp_path):
+    with hub_on_loopback() as (hub, address):
+        assert cachec(address, tmp_path / "hf", "push", toy_bundle, "somebody/toy").returncode == 0
+        whole, cut = hub.files["somebody/toy"], dict(hub.files["somebody/toy"])
+        cut[Bundle.open(toy_bundle).manifest.programs["default"]["json"]] = b"{}"
+        hub.files["somebody/toy"] = cut
+        refused = cachec(address, tmp_path / "hf", "pull", "somebody/toy", "-o", tmp_path / "here")
+        assert refused.returncode == BundleError.exit_code, refused.stderr
+        assert not [one for one in tmp_path.iterdir() if "here" in one.name]
+        hub.files["somebody/toy"] = whole
+        again = cachec(address, tmp_path / "hf", "pull", "somebody/toy", "-o", tmp_path / "here")
+        assert again.returncode == 0, again.stderr
+        assert Bundle.open(tmp_path / "here").manifest == Bundle.open(toy_bundle).manifest
