@@ -10,14 +10,15 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from cachec.engines import open_bundle
 from cachec.runtime.errors import OutputError, in_one_line
 from cachec.runtime.host_memory import num_cores
 from cachec.runtime.session import LoadedBundle
 from cachec.serving.desk import Desk
-from cachec.serving.heads import heads_within
-from cachec.serving.limits import STRENGTHS
+from cachec.serving.heads import LARGEST, heads_within
+from cachec.serving.limits import STRENGTHS, Limits
 from cachec.serving.served import Served, check_names, name_and_place
 
 log = logging.getLogger(__name__)
@@ -79,6 +80,16 @@ class Server(uvicorn.Server):
         super().handle_exit(sig, frame)
 
 
+def config_of(app: FastAPI, protocol: type[asyncio.Protocol] = AutoHTTPProtocol) -> uvicorn.Config:
+    """How uvicorn serves it; ``protocol``: its reader of HTTP, by default the quickest that is installed."""
+    limits: Limits = app.state.desk.limits
+    return uvicorn.Config(
+        app, log_config=None, access_log=False, server_header=False, limit_concurrency=CONNECTIONS, ws="none",
+        http=heads_within(limits.body_seconds, protocol), h11_max_incomplete_event_size=8 * LARGEST,  # ours is met first
+        timeout_graceful_shutdown=int(limits.grace) + 5,
+    )  # fmt: skip
+
+
 def serve(app: FastAPI, *, host: str = "127.0.0.1", port: int = 8000, told: Callable[[str], None] = print) -> None:
     """Serve until SIGINT or SIGTERM. Port 0 takes a free one; ``told`` hears where it is.
 
@@ -88,11 +99,7 @@ def serve(app: FastAPI, *, host: str = "127.0.0.1", port: int = 8000, told: Call
     desk: Desk = app.state.desk
     taken = _bind(host, port)
     url = f"http://{_in_url(host)}:{taken.getsockname()[1]}"
-    config = uvicorn.Config(
-        app, log_config=None, access_log=False, server_header=False, limit_concurrency=CONNECTIONS, ws="none",
-        http=heads_within(desk.limits.body_seconds), timeout_graceful_shutdown=int(desk.limits.grace) + 5,
-    )  # fmt: skip
-    server = Server(config, desk)
+    server = Server(config_of(app), desk)
     told(f"serving {', '.join(desk.served)} on {url}")
     server.run(sockets=[taken])
 

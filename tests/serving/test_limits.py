@@ -80,32 +80,6 @@ def test_a_body_that_is_too_large_or_too_slow_is_refused():
             assert connection.recv(100).startswith(b"HTTP/1.1 408")
 
 
-def test_a_head_that_does_not_end_is_refused_and_its_connection_closed():
-    with running(toy_served(), limits=Limits(body_seconds=0.2)) as server:
-        with raw(server, b"GET /health HTTP/1.1\r\nHost: 12") as connection:
-            answer = connection.makefile("rb").read()  # to its end
-            assert answer.startswith(b"HTTP/1.1 408 Request Timeout")
-            assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == "slow_head"
-        with raw(server, b"") as connection:
-            assert connection.recv(100) == b""
-        with raw(server, b"GET /health HTTP/1.1\r\n" + b"X-A: aaaaaaaaaa\r\n" * 5000) as connection:
-            assert connection.recv(100).startswith((b"HTTP/1.1 431", b"HTTP/1.1 400"))  # of ours, or of h11's own limit
-
-
-def test_heads_are_timed_one_by_one_and_apart_from_bodies():
-    """A request that takes longer than a head may, and another on the same connection, whose head does not end."""
-    with running(slow_served(), limits=Limits(body_seconds=0.2)) as server:
-        body = json.dumps({"prompt": "a", "quality": "exact", "n": 8}).encode()
-        whole = request(body)
-        with raw(server, whole[:-1]) as connection:
-            time.sleep(0.1)
-            connection.sendall(whole[-1:])
-            answers = connection.makefile("rb")
-            assert answers.readline().startswith(b"HTTP/1.1 200")
-            connection.sendall(b"GET /health HTT")
-            assert b"HTTP/1.1 408 Request Timeout" in answers.read()
-
-
 def test_a_key_is_wanted_for_all_but_the_page_and_health():
     with running(toy_served(), key="schlüssel") as server:
         ask = {path: server.ask("GET", path)[0] for path in ("/", "/health", "/v1/models", "/metrics", "/v1/videos")}

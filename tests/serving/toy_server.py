@@ -22,8 +22,8 @@ from cachec.runtime.program import UNCACHED, ProgramKey, hash_sigmas
 from cachec.runtime.session import LoadedBundle
 from cachec.runtime.variants import Variant
 from cachec.serving.app import make_app
-from cachec.serving.heads import heads_within
 from cachec.serving.served import Served, name_and_place
+from cachec.serving.server import config_of
 
 POISON, MARK = "poison", 50.0  # a prompt, and what is in its condition: the model makes NaN of it
 PNG = b"\x89PNG\r\n"  # how such files begin
@@ -129,14 +129,12 @@ def toy_served(name="toy", pictures=ToyPictures, *, frames=1, engines=None, **op
 
 
 class Running:
-    """``url`` of a server, and its ``desk``."""
+    """``url`` of a server, and its ``desk``. ``how``: as ``config_of`` takes it."""
 
-    def __init__(self, app):
+    def __init__(self, app, **how):
         self.desk = app.state.desk
-        heads = heads_within(self.desk.limits.body_seconds)
-        config = uvicorn.Config(
-            app, port=0, log_config=None, access_log=False, ws="none", http=heads, timeout_graceful_shutdown=5
-        )
+        config = config_of(app, **how)
+        config.port, config.timeout_graceful_shutdown = 0, 5
         self.server, self.app = uvicorn.Server(config), app
         self._thread = threading.Thread(target=self._run)
 
@@ -198,8 +196,8 @@ def form(parts):
 
 
 @contextmanager
-def running(*served, **options):
-    one = Running(make_app(served, **options))
+def running(*served, how=None, **options):
+    one = Running(make_app(served, **options), **(how or {}))
     one.start()
     try:
         yield one
