@@ -15,7 +15,7 @@ from cachec.pictures.scales import Scales
 from cachec.pictures.tokens import TokenFacts, TokenReader, tell_of_loss
 from cachec.runtime.abi import BATCH, GUIDANCE, negative_name
 from cachec.runtime.components import PictureFacts, TextFacts
-from cachec.runtime.errors import BundleError, EngineError, InputError, in_one_line
+from cachec.runtime.errors import BundleError, InputError, NotFiniteError, in_one_line
 from cachec.runtime.noise import check_seed, make_noise
 from cachec.runtime.session import LoadedBundle, Session
 from cachec.runtime.specs import Array
@@ -93,7 +93,7 @@ class Generator:
         """Pictures [B, H, W, 3] or videos [B, F, H, W, 3] of latents [B, …], uint8. ``size``: by default the loaded bundle's.
 
         Raises:
-            EngineError: the decoder gives NaN or infinity.
+            NotFiniteError: the decoder gives NaN or infinity.
         """
         made: Array = (self.decoded(latents, size=size) * 255).round().astype(np.uint8)
         return made
@@ -112,7 +112,7 @@ class Generator:
 
         Raises:
             InputError: the bundle takes no pictures.
-            EngineError: the encoder gives NaN or infinity.
+            NotFiniteError: the encoder gives NaN or infinity.
         """
         if self._facts.encoder is None:
             raise InputError(
@@ -131,7 +131,7 @@ class Generator:
         made = np.concatenate([array for row in rows for array in part.run(size, {what: row[None]}).values()])
         self._let_go([name])
         if not np.isfinite(made).all():
-            raise EngineError(f"results of {name} at {size} hold NaN or infinity: its precision may be too low")
+            raise NotFiniteError(f"results of {name} at {size} hold NaN or infinity: its precision may be too low")
         return made
 
     @staticmethod

@@ -87,7 +87,7 @@ class Request:
 
     def fail(self, error: EngineError) -> None:
         """It ends with this error, which then says whose it is."""
-        self.error = EngineError(f"request {self.ticket.number}: {error}")
+        self.error = type(error)(f"request {self.ticket.number}: {error}")
 
     def deliver(self, latents: Array | None) -> None:
         """Tell whoever waits, unless the request was cancelled meanwhile."""

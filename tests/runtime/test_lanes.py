@@ -31,7 +31,7 @@ from cachec.compiler.tables.sampling import Sampling
 from cachec.compiler.tables.schedule import parse_schedule
 from cachec.runtime.abi import COMPUTE, GUIDE, PROLOGUE
 from cachec.runtime.device import Host
-from cachec.runtime.errors import DeadlineError, EngineError, InputError
+from cachec.runtime.errors import DeadlineError, EngineError, InputError, NotFiniteError
 from cachec.runtime.lane_costs import Costs
 from cachec.runtime.lane_policy import Policy
 from cachec.runtime.lane_ports import Ports
@@ -210,21 +210,27 @@ def test_a_request_that_fails_fails_alone_and_by_name(kind, caplog):
 
 
 class FullHost(Host):
-    """Has no room for what is marked."""
+    """Fails with ``error`` for what is marked."""
+
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
 
     def upload(self, value, buffer):
         if (np.asarray(value) == MARK).all():
-            raise EngineError("the copy fails")
+            raise self.error("the copy fails")
         super().upload(value, buffer)
 
 
-def test_a_request_that_does_not_get_to_the_device_fails_alone():
-    lanes = Lanes(load("hidden", device=FullHost()), policy=Policy("fifo", 4))
+@pytest.mark.parametrize("error", [EngineError, NotFiniteError])
+def test_a_request_that_does_not_get_to_the_device_fails_alone(error):
+    lanes = Lanes(load("hidden", device=FullHost(error)), policy=Policy("fifo", 4))
     tickets = [lanes.submit(marked(seed) if seed == 1 else prompt(seed), seed=seed) for seed in range(3)]
     assert lanes.tick().ended == (tickets[1],)
     lanes.run_until_idle()
-    with pytest.raises(EngineError, match="request 1: the copy fails"):
+    with pytest.raises(EngineError, match="request 1: the copy fails") as caught:
         tickets[1].result(0)
+    assert caught.type is error  # health asks which
     for seed in (0, 2):
         check(load("hidden"), tickets[seed], seed)
 

@@ -1,9 +1,14 @@
 """What a server says of its engines: a GPU that is gone fails every request, and health tells until it is back."""
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 from numpy_engines import compute
-from toy_server import POISON, Switch, ToyPictures, running, toy_served
+from toy_server import POISON, Switch, ToyEncoder, ToyPictures, form, running, toy_served
 
+from cachec.pictures.files import to_png
+from cachec.pictures.generator import Generator
 from cachec.serving.health import IN_A_ROW
 
 
@@ -57,6 +62,39 @@ def test_what_clients_ask_for_never_turns_health(toy):
         assert toy.generate(POISON)[0] == 500
         assert toy.generate(n=99)[0] == 400
     assert health(toy) == OK
+
+
+class Overflowing(ToyEncoder):
+    """The generator's own ``decode`` and ``encode_pictures``, of engines that make NaN from ``begin`` on."""
+
+    overflows = False
+
+    def __init__(self, loaded):
+        super().__init__(loaded)
+        part = SimpleNamespace(engines=("24x16",), run=lambda size, inputs: {"made": np.full((1, 2), np.nan)})
+        self.generator = Generator.__new__(Generator)
+        facts = SimpleNamespace(decoder="part", encoder="part")
+        vars(self.generator).update(_facts=facts, _parts={"part": part}, _keep=("part",))
+
+    def decode(self, latents, *, size=None):
+        return (self.generator if self.overflows else super()).decode(latents, size=size)
+
+    def encode_pictures(self, pictures, *, size=None):
+        return (self.generator if self.overflows else super()).encode_pictures(pictures, size=size)
+
+
+def test_no_more_does_what_a_decoder_or_an_encoder_makes_nan_of():
+    served = toy_served(pictures=Overflowing)
+    body, kind = form([("prompt", "a"), ("image", to_png(np.zeros((16, 24, 3), np.uint8)))])
+    with running(served) as server:
+        assert server.generate()[0] == 200
+        served.pictures.overflows = True
+        for _ in range(IN_A_ROW + 1):
+            for status, data in (server.generate(),
+                                 server.ask("POST", "/v1/images/edits", body, **{"Content-Type": kind})[::2]):  # fmt: skip
+                assert (status, data["error"]["code"]) == (500, "engine_failed")
+                assert "results of part at 24x16 hold NaN or infinity" in data["error"]["message"]
+        assert health(server) == OK
 
 
 def test_one_bundle_of_two_is_enough():
