@@ -48,11 +48,10 @@ def serve_bundles(
         need("ray", extra="ray", purpose="cachec serve --ray")
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # looked at when Ray is imported, and by what it starts
         from cachec.serving.ray import run_on_ray
-        from cachec.serving.served import name_and_place
+        from cachec.serving.served import from_anywhere
 
         lanes = rest.pop("lanes")
-        named = [f"{name}={place.resolve()}" for name, place in map(name_and_place, bundles)]
-        plan = {"bundles": named, "replicas": replicas, "gpus": gpus, "lanes": lanes}
+        plan = {"bundles": [from_anywhere(bundle) for bundle in bundles], "replicas": replicas, "gpus": gpus, "lanes": lanes}
         file = None if api_key_file is None else str(api_key_file.resolve())
         run_on_ray(
             {**plan, "limits": limits, "key_file": file, "keyed": key is not None, "options": rest},

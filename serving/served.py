@@ -23,7 +23,7 @@ from cachec.runtime.specs import Array
 from cachec.runtime.variants import PictureSize, find_variant
 from cachec.serving.limits import STRENGTHS, Limits
 from cachec.serving.refusals import Refused
-from cachec.serving.wishes import Common, EditWish, ImageWish, VideoWish
+from cachec.serving.wishes import FASTEST, SLOWEST, Common, EditWish, ImageWish, VideoWish
 
 EXACT = ("exact", "lossless", "extra-high")  # sglang's names for results without approximation; the last two are one to it
 AUTO = "auto"
@@ -360,18 +360,30 @@ def name_and_place(bundle: str | Path) -> tuple[str, Path]:
     return name, Path(place)
 
 
+def from_anywhere(bundle: str | Path) -> str:
+    """The same bundle with its whole path, for processes that work elsewhere. Raises as :func:`name_and_place`."""
+    name, place = name_and_place(bundle)
+    return str(place.resolve()) if "=" in name else f"{name}={place.resolve()}"  # such a name is its directory's own
+
+
 def check_names(bundles: Sequence[str | Path]) -> None:
     """Raise ``InputError`` if two have one name."""
     names = [name_and_place(bundle)[0] for bundle in bundles]
     if twice := [name for name in names if names.count(name) > 1]:
-        raise InputError(f"two bundles are called {twice[0]}, and requests could not tell them apart: rename one")
+        raise InputError(f"two bundles are called {twice[0]}, and requests could not tell them apart: rename one, or "
+                         "write NAME=BUNDLE")  # fmt: skip
 
 
 def _fps(wish: Common, frames: int) -> float:
     """How fast a video plays: as said, or so that it takes the seconds that were said."""
     if not isinstance(wish, VideoWish):
         return FRAMES_A_SECOND
-    return wish.fps or (frames / wish.seconds if wish.seconds else FRAMES_A_SECOND)
+    if wish.fps or wish.seconds is None:
+        return wish.fps or FRAMES_A_SECOND
+    if not SLOWEST <= (fps := frames / wish.seconds) <= FASTEST:
+        raise Refused(400, f"seconds is {wish.seconds:g}, in which {frames} frames would play at {fps:g} a second; it may be "
+                      f"{SLOWEST:g} to {FASTEST:g}", code="invalid_value", param="seconds")  # fmt: skip
+    return fps
 
 
 def _seeds(given: int | list[int] | None, count: int, draw: Callable[[], int]) -> tuple[int, ...]:

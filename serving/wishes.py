@@ -14,6 +14,7 @@ from cachec.serving.refusals import Refused
 Number = Annotated[float, Field(ge=-1e4, le=1e4, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
+SLOWEST, FASTEST = 0.01, 240.0  # frames a second
 
 LACKING: Mapping[str, str] = {  # fields that would change the picture, and cannot here
     "lora": "weights are fused ahead: add them to the bundle with cachec add-weights, and serve it with --weights",
@@ -92,7 +93,7 @@ class VideoWish(Common):
     """``POST /v1/videos``. ``num_frames`` chooses among the bundle's; ``fps``, or ``seconds``, says how fast they play."""
 
     num_frames: Count | None = None
-    fps: Annotated[float, Field(gt=0, le=240)] | None = None
+    fps: Annotated[float, Field(ge=SLOWEST, le=FASTEST)] | None = None
     seconds: Annotated[float, Field(gt=0, le=3600)] | None = None
 
 

@@ -12,7 +12,7 @@ from cachec.runtime.errors import InputError, OutputError
 from cachec.serving import server
 from cachec.serving.command import read_key
 from cachec.serving.guard import is_loopback
-from cachec.serving.served import name_and_place
+from cachec.serving.served import from_anywhere, name_and_place
 from cachec.serving.server import open_all, serve
 
 
@@ -34,7 +34,7 @@ def test_what_is_no_bundle_is_told(tmp_path):
 def test_two_bundles_of_one_name_are_refused(tmp_path):
     with pytest.raises(InputError, match="two bundles are called a, and requests could not tell them apart"):
         open_all([tmp_path / "a.cachec", tmp_path / "other" / "a"])
-    with pytest.raises(InputError, match="two bundles are called a, and"):
+    with pytest.raises(InputError, match="two bundles are called a, and .*: rename one, or write NAME=BUNDLE"):
         open_all([tmp_path / "a.cachec", f"a={tmp_path / 'b.cachec'}"])
 
 
@@ -43,6 +43,14 @@ def test_a_bundle_is_called_as_is_said_or_as_its_directory(tmp_path):
     assert name_and_place(tmp_path / "flux.cachec") == ("flux", tmp_path / "flux.cachec")
     assert name_and_place(tmp_path / "rate=1") == ("rate=1", tmp_path / "rate=1")
     assert name_and_place("org/flux-1=rate=1/flux.cachec") == ("org/flux-1", Path("rate=1/flux.cachec"))
+    for bundle in (
+        tmp_path / "rate=1",
+        tmp_path / "rate=1" / "flux.cachec",
+        f"org/flux-1={tmp_path / 'rate=1'}",
+        "flux.cachec",
+    ):
+        name, place = name_and_place(bundle)
+        assert name_and_place(from_anywhere(bundle)) == (name, place.resolve())
     for nothing in ("=flux.cachec", "flux="):
         with pytest.raises(InputError, match=f"{nothing}: write NAME=BUNDLE, or the bundle alone"):
             name_and_place(nothing)
@@ -81,11 +89,12 @@ def test_it_listens_on_loopback_alone_with_the_limits_that_it_is_told(tmp_path, 
                 reached[host] = self._desk.limits.pixels
             except OSError:
                 reached[host] = None
+        reached["http"] = self.config.http.__name__
         one.close()
 
     monkeypatch.setattr(server.Server, "run", look)
     code, output = run_cli("serve", tmp_path, "--port", 0, "--max-pixels", 768)
-    assert (code, reached) == (0, {"127.0.0.1": 768, "127.0.0.2": None})
+    assert (code, reached) == (0, {"127.0.0.1": 768, "127.0.0.2": None, "http": "Heads"})
     assert re.fullmatch(r"serving toy on http://127\.0\.0\.1:\d+\n", output)
 
 

@@ -177,6 +177,16 @@ def test_what_the_command_is_told_reaches_the_replicas(tmp_path, monkeypatch, gi
     assert asyncio.run(ask()) == ([200, 400], 3)
 
 
+def test_a_directory_with_a_sign_in_its_name_is_called_so_on_ray_too(tmp_path, monkeypatch):
+    from cachec.serving import ray as on_ray
+
+    deployed = []
+    monkeypatch.setattr(on_ray, "run_on_ray", lambda args, **where: deployed.append(on_ray.Plan.from_args(args).names))
+    (tmp_path / "rate=1").mkdir()
+    code, output = run_cli("serve", tmp_path / "rate=1", f"other={tmp_path / 'rate=1'}", "--ray")
+    assert (code, deployed) == (0, [{"rate=1": f"{tmp_path}/rate=1", "other": f"other={tmp_path}/rate=1"}]), output
+
+
 async def answered(bundle, path, body, kind):
     """The status that a bundle of a replica answers with."""
     return (await anext(bundle.call(Asked("POST", path, b"", [(b"content-type", kind.encode())], body))))["status"]

@@ -62,7 +62,10 @@ def test_the_oldest_make_room(server):
     ("fields", "message"),
     [
         ({"num_frames": 9}, "size is 24x16x9, but the bundle was compiled for 24x16x5"),
-        ({"fps": 0}, "fps is 0: should be greater than 0"),
+        ({"fps": 0}, "fps is 0: should be greater than or equal to 0.01"),
+        ({"fps": 1e-9}, "fps is 1e-09: should be greater than or equal to 0.01"),
+        ({"seconds": 3600}, "seconds is 3600, in which 5 frames would play at 0.00138889 a second; it may be 0.01 to 240"),
+        ({"seconds": 1e-320}, "in which 5 frames would play at inf a second; it may be 0.01 to 240"),
         ({"input_reference": "x"}, "input_reference: no bundle makes videos of a picture"),
         ({"n": 2}, "there is no field 'n'"),
     ],
