@@ -1,8 +1,7 @@
 """Schedules chosen by pictures: of prompts that no row was fitted to, decoded, with a score that sees the worst of them.
 
 Means over latents hide a prompt whose run leaves its path. Such prompts are few, and it is the schedule that loses them: one
-that opens with a wide gap. So beside the searched one others are tried that are denser at their beginning: a smooth one, and
-optima in the Gram domain that weigh what goes wrong on the way more, the more the noisier it is there. All are polished for a
+that opens with a wide gap. So smooth schedules, dense at both ends, are tried beside the searched one. All are polished for a
 round before they are compared: in closed form a schedule whose early nodes are good wins although its last gap leaves an error
 that no polish takes away.
 
@@ -21,7 +20,7 @@ from cachec.compiler.calibration.calibration import Calibration
 from cachec.compiler.calibration.metrics import Decode, psnr_db
 from cachec.compiler.calibration.runs import CHUNK
 from cachec.compiler.methods.base import Method
-from cachec.compiler.planning.search import Steps, gram_optimum
+from cachec.compiler.planning.search import Steps
 from cachec.compiler.tables.schedule import Schedule
 from cachec.runtime.errors import InputError
 from cachec.runtime.program import Program
@@ -29,8 +28,7 @@ from cachec.runtime.specs import Array
 
 log = logging.getLogger(__name__)
 
-POWER = 0.9  # of the smooth schedule: the higher, the earlier its steps
-TOTALS = ((3.0, 2.0), (10.0, 2.0))  # weights of errors at nodes, and powers of their noise levels, of Gram optima
+POWERS = (0.9, 1.0, 1.1)  # of smooth schedules: the higher, the earlier their steps
 
 
 def picture_score(psnr: Sequence[float]) -> float:
@@ -52,11 +50,10 @@ def smooth_schedule(num_steps: int, budget: int, power: float) -> Steps | None:
     return tuple(places) if len(set(places)) == budget and places[-1] < num_steps else None
 
 
-def candidates(searched: Steps, fit: Calibration, *, seed: int) -> list[Steps]:
-    """What is tried, each once: ``searched``; of as many steps a smooth schedule, and optima in the Gram domain of ``fit``."""
-    smooth = smooth_schedule(fit.num_steps, len(searched), POWER)
-    optima = [gram_optimum(fit, len(searched), weight, power, seed=seed) for weight, power in TOTALS]
-    return list(dict.fromkeys([searched, *([] if smooth is None else [smooth]), *optima]))
+def candidates(searched: Steps, num_steps: int) -> list[Steps]:
+    """What is tried, each once: ``searched``, and smooth schedules of as many steps."""
+    smooth = [smooth_schedule(num_steps, len(searched), power) for power in POWERS]
+    return list(dict.fromkeys([searched, *(steps for steps in smooth if steps is not None)]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +64,6 @@ class PictureChoice:
     fit: Calibration
     choosing: Calibration
     decode: Decode
-    seed: int = 0
 
     @cached_property
     def _wanted(self) -> Array:
@@ -105,5 +101,5 @@ class PictureChoice:
 
     def choose(self, searched: Steps) -> Steps:
         """The schedule of as many steps as ``searched`` whose pictures score best; ``searched`` if no other is better."""
-        scores = {steps: self.score(steps) for steps in candidates(searched, self.fit, seed=self.seed)}
+        scores = {steps: self.score(steps) for steps in candidates(searched, self.fit.num_steps)}
         return max(scores, key=lambda steps: scores[steps])

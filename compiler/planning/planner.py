@@ -171,7 +171,7 @@ class Planner:
             log.warning("%slatents of the same: pictures take %d prompts to choose by, but %s", said, MIN_CHOOSE, lacks)
             return None
         log.warning("%spictures of %d others", said, len(places))
-        return PictureChoice(self._method, fit, known.select(places), self._decode, self._seed)
+        return PictureChoice(self._method, fit, known.select(places), self._decode)
 
     def _search(self, budget: int, fine: bool) -> Schedule:
         if (budget, fine) not in self._schedules:

@@ -138,16 +138,6 @@ def hidden_least_squares(gram: Array, sigmas: Array, schedule: Schedule) -> floa
     return total
 
 
-def gram_optimum(calibration: Calibration, budget: int, weight: float, power: float, *, seed: int) -> Steps:
-    """The best schedule of least-squares rows in the Gram domain, by :meth:`GramDomain.total` with ``weight`` and ``power``."""
-    domain = GramDomain(calibration.velocity_gram().sum(axis=0), calibration.sampling)
-
-    def score(steps: Steps) -> float:
-        return domain.total(domain.least_squares(steps), steps, weight=weight, power=power)
-
-    return search_schedules(score, calibration.num_steps, budget, seed=seed)[0]
-
-
 def search_schedules(score: Score, num_steps: int, budget: int, *, seed: int, starts: int | None = None) -> list[Steps]:
     """Local optima of ``score`` over ``budget`` of ``num_steps`` steps, the best first. Step 0 is always computed.
 

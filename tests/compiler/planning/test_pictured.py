@@ -1,6 +1,5 @@
 """Schedules chosen by pictures: the score, the candidates, and on the calibration toy which prompts do what."""
 
-import itertools
 import math
 
 import numpy as np
@@ -10,7 +9,6 @@ from toy_calibration import make_calibration
 from cachec.compiler.calibration.calibration import Calibration
 from cachec.compiler.methods.gram import Gram
 from cachec.compiler.planning.pictured import PictureChoice, candidates, picture_score, smooth_schedule
-from cachec.compiler.planning.search import GramDomain, gram_optimum
 from cachec.compiler.tables.schedule import Schedule
 from cachec.runtime.errors import InputError
 
@@ -53,28 +51,12 @@ def test_smooth_schedules_follow_their_formula(budget, power, steps):
     assert smooth_schedule(40, budget, power) == (steps if len(set(steps)) == budget else None)
 
 
-def test_candidates_are_the_searched_steps_a_smooth_schedule_and_gram_optima_each_once(calibration):
-    fit = calibration.of("fit")
-    found = candidates((0, 5, 6, 11), fit, seed=0)
-    smooth = smooth_schedule(STEPS, 4, 0.9)
-    optima = [gram_optimum(fit, 4, weight, 2.0, seed=0) for weight in (3.0, 10.0)]
-    assert found == list(dict.fromkeys([(0, 5, 6, 11), smooth, *optima]))
-    assert len(found) > 2
-    assert candidates(smooth, fit, seed=0) == found[1:]
-
-
-def test_a_gram_optimum_has_the_least_total_of_all_schedules(calibration):
-    fit = calibration.of("fit")
-    domain = GramDomain(fit.velocity_gram().sum(axis=0), fit.sampling)
-    everyone = [(0, *rest) for rest in itertools.combinations(range(1, STEPS), 2)]
-
-    def total(steps):
-        """By hand: what is left at the end; thrice that at each node, times the gap behind it and its noise level squared."""
-        errors, ends = domain.least_squares(steps), [*steps[1:], STEPS]
-        sigmas = fit.sigmas[ends]
-        return errors[-1] + 3 * sum(errors[i] * (sigmas[i] - sigmas[i + 1]) * sigmas[i] ** 2 for i in range(len(steps) - 1))
-
-    assert gram_optimum(fit, 3, 3.0, 2.0, seed=0) == min(everyone, key=total)
+def test_candidates_are_the_searched_steps_and_smooth_ones_each_once():
+    found = candidates((0, 5, 6, 11), STEPS)
+    assert found[0] == (0, 5, 6, 11)
+    assert len(set(found)) == len(found) > 2
+    assert all(len(steps) == 4 and steps[0] == 0 and steps[-1] < STEPS and list(steps) == sorted(steps) for steps in found)
+    assert candidates(found[1], STEPS) == found[1:]
 
 
 def test_the_chosen_schedule_has_the_best_pictures_of_prompts_that_no_row_was_fitted_to(choice, calibration, monkeypatch):
@@ -94,7 +76,7 @@ def test_the_chosen_schedule_has_the_best_pictures_of_prompts_that_no_row_was_fi
         reached, wanted = decode(others.play(others.program(table))), decode(others.latents(STEPS))
         return -40 * np.log10(np.mean(np.mean((reached - wanted) ** 2, axis=(1, 2, 3)) ** 0.25))
 
-    scores = {steps: score(steps) for steps in candidates(searched, calibration.of("fit"), seed=0)}
+    scores = {steps: score(steps) for steps in candidates(searched, STEPS)}
     assert chosen == max(scores, key=scores.get) != searched
 
 
