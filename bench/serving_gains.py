@@ -30,8 +30,11 @@ def at_saturation(data, system, setting):
     return next((one for one in full_loads(data, system) if one["rate"] == rate), None)
 
 
-def verdicts(data, setting):
-    """Every target, what was reached, and whether that is enough; what was not measured is said."""
+def verdicts(data, setting, told_beside):
+    """Every target, what was reached, and whether that is enough; what was not measured is said.
+
+    ``told_beside``: all of :func:`compared`, here and for :func:`simulator`.
+    """
     systems, lines = data["systems"], []
     idle = systems["lanes"]["idle"]
     ours, whole, single = (at_saturation(data, system, setting) for system in ("lanes", "whole requests", "one at a time"))
@@ -64,7 +67,7 @@ def verdicts(data, setting):
         for early, before in (sizes[1], half):
             lines.append([f"memory after {late:,} requests over that after {early:,}", f"flat: within {100 * GROWN:g} %",
                           f"{100 * (after / before - 1):+.1f} %", _met(after / before - 1 <= GROWN)])  # fmt: skip
-    held = [(slower(one), parts) for _, one, _, parts in compared(data)]
+    held = [(slower(one), parts) for _, one, _, parts in told_beside]
     steady = [parts for longer, parts in held if longer and abs(longer - 1) <= STEADY]
     beside = f"in the loads whose ticks took as long as in the loops beside them, within {100 * STEADY:g} %"
     for what, some in (("in all loads", [parts for _, parts in held]), (beside, steady)):
@@ -123,10 +126,10 @@ def compared(data):
             yield system, one, said, parts
 
 
-def simulator(data):
+def simulator(data, told_beside):
     """Measured and told, side by side."""
     lines = []
-    for system, one, said, parts in compared(data):
+    for system, one, said, parts in told_beside:
         cells = []
         for name in ("goodput", "p50", "p95", "p99"):
             value = said["goodput"] if name == "goodput" else said["percentiles"][int(name[1:])]

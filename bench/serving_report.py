@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 
 from bench.serving_chart import draw
-from bench.serving_gains import gains, gpu, simulator, verdicts
+from bench.serving_gains import compared, gains, gpu, simulator, verdicts
 from bench.serving_loads import WITHIN, bounded, good
 from bench.serving_plan import SETTINGS, loads_of
 from bench.speed_report import table
@@ -52,12 +52,13 @@ def report(found):
     """The whole page."""
     parts = [ABOUT.format(within=WITHIN)]
     for name, data in found.items():
+        told_beside = list(compared(data))
         parts += [f"## {name}\n", _setting(data), f"![Goodput, throughput and latency of {name}](serving-{name}.png)\n"]
         if name == "tiny-flux":
-            parts += ["### What was asked\n", verdicts(data, SETTINGS[name])]
+            parts += ["### What was asked\n", verdicts(data, SETTINGS[name], told_beside)]
         parts += ["### Against arrival rate\n", _rates(data)]
         parts += ["### Whose gain it is\n", gains(data, SETTINGS[name])]
-        parts += ["### The simulator beside the server\n", simulator(data)]
+        parts += ["### The simulator beside the server\n", simulator(data, told_beside)]
         if name == "tiny-flux":
             parts += ["### What a GPU would change\n", gpu(data)]
         parts += ["### One request alone\n", _overhead(data), _flat(data), _missing(data, SETTINGS[name])]
