@@ -100,10 +100,8 @@ class Bench:
         watch = system == "lanes" and self.setting.flat and "flat" not in found
         if not missing and not watch:
             return
-        with server(system, self.bundle, self.given, replace(self.setting, alone=min(3, self.setting.alone))) as (
-            facts,
-            process,
-        ):
+        few = replace(self.setting, alone=min(3, self.setting.alone))
+        with server(system, self.bundle, self.given, few) as (facts, process):
             limits = {kind: WITHIN * one for kind, one in first["idle"].items()}
             own = {kind: WITHIN * one for kind, one in found["idle"].items()}
             loop = setting_of(system, self.setting).beside if missing else 0

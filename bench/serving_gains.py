@@ -139,15 +139,10 @@ def simulator(data, told_beside):
         longer = slower(one)
         lines.append([system, one["mix"], one["count"], f"{one['rate']:g}", *cells, f"{longer:.2f}" if longer else ""])
     scale, desk, http = constants(data["systems"]["lanes"])
-    when, beside = (
-        "In requests alone",
-        f"Lanes are {desk.drags:.2f} times as slow while the desk works, the desk {desk.dragged:.2f} times while lanes do",
-    )
+    when = "In the first closed loop" if desk.turns else "In requests alone"
+    beside = f"Lanes are {desk.drags:.2f} times as slow while the desk works, the desk {desk.dragged:.2f} times while lanes do"
     if desk.turns:
-        when, beside = (
-            "In the first closed loop",
-            "Lanes and desk take turns; what neither took of the loop is in what comes after the lanes",
-        )
+        beside = "Lanes and desk take turns; what neither took of the loop is in what comes after the lanes"
     words = TOLD.format(
         when=when, scale=scale, before=1e3 * desk.before, after=1e3 * desk.after, http=1e3 * http, beside=beside
     )
