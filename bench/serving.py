@@ -17,8 +17,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from bench.serving_loads import WITHIN, ask, closed_loop, generate, play
-from bench.serving_plan import SETTINGS, fastest, loads_of, plan, setting_of
+from bench.serving_loads import PROMPT, WITHIN, ask, closed_loop, generate, play
+from bench.serving_plan import ORDERS, SETTINGS, SLOW, fastest, loads_of, plan, setting_of
 from bench.timing import facts as machine
 
 CLIENTS = 16
@@ -104,15 +104,16 @@ class Bench:
         with server(system, self.bundle, self.given, few) as (facts, process):
             limits = {kind: WITHIN * one for kind, one in first["idle"].items()}
             own = {kind: WITHIN * one for kind, one in found["idle"].items()}
+            asked = {kind: PROMPT * one for kind, one in (own if system in SLOW else limits).items()}
+            deadlines = None if system in ORDERS else asked
             loop = setting_of(system, self.setting).beside if missing else 0
             sizes, served = [[0, resident(process)]], in_loop(loop)
             near = asyncio.run(busy(facts, loop)) if loop else None
             for one in missing:
                 wait = {kind: max(limits[kind], own[kind]) for kind in limits}
-                dated = system == "lanes deadline"
                 print(f"{time.strftime('%H:%M:%S')} {system}: {one.name}", flush=True)
                 before = asyncio.run(ask(facts["url"], "/bench"))
-                played = asyncio.run(play(facts["url"], one, limits if dated else wait, deadlines=dated))
+                played = asyncio.run(play(facts["url"], one, wait, deadlines))
                 after = asyncio.run(ask(facts["url"], "/bench"))
                 asyncio.run(settled(facts))
                 if near:

@@ -21,14 +21,14 @@ from cachec.serving.server import open_one, serve
 from cachec.serving.wishes import ImageWish
 
 POLICIES = {
-    "lanes": Policy("shortest"),
-    "lanes uncached": Policy("shortest"),
-    "one at a time": Policy("shortest"),
-    "whole requests": Policy("shortest"),
-    "diffusers eager": Policy("shortest"),
+    "lanes": Policy("deadline"),
+    "lanes uncached": Policy("deadline"),
+    "one at a time": Policy("deadline"),
+    "whole requests": Policy("deadline"),
+    "diffusers eager": Policy("deadline"),
     "lanes fifo": Policy("fifo"),
-    "lanes deadline": Policy("deadline"),
-    "lanes no batch": Policy("shortest", 1),
+    "lanes shortest": Policy("shortest"),
+    "lanes no batch": Policy("deadline", 1),
 }
 LANES = 8
 

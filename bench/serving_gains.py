@@ -10,8 +10,9 @@ from bench.speed_report import table
 
 GPU = """By the simulator; nothing was run. These levels at step times that others published, every other call at {aside:g} %
 of a step, no server. How much longer a batch takes there is not published: as k steps of one, which a GPU that one sample
-keeps busy comes near to, and as on this machine. Goodput is within {within:g} times the time alone. Rates are shares of what
-one request at a time can serve; with another step time all seconds are as many times as long, and nothing else changes.
+keeps busy comes near to, and as on this machine. Goodput is within {within:g} times the system's own time alone, which is the
+deadline but for *lanes fifo*. Rates are shares of what one request at a time can serve; with another step time all seconds are
+as many times as long, and nothing else changes.
 """
 TOLD = """Told / measured. The simulator's constants come from calls timed when the lanes were made, from requests that came one
 by one, and from closed loops (where there are any, those right before and after a load), no Poisson load. *Ticks*: how many
@@ -92,8 +93,8 @@ def gains(data, setting):
         "lanes": "",
         "lanes uncached": "the cache",
         "lanes no batch": "the batch",
-        "lanes fifo": "the order: first come, first served",
-        "lanes deadline": "the order: earliest deadline, refusing who would be late",
+        "lanes fifo": "deadlines: first come, first served",
+        "lanes shortest": "deadlines: who has the least left is first",
         "one at a time": "batch, and changing one's mind between steps",
         "whole requests": "changing one's mind between steps, mixed levels in a batch",
     }
@@ -162,6 +163,6 @@ def gpu(data):
         for law, share in product((LINEAR, ALIKE), BESIDE):
             rate, rows = on_gpu(lanes["facts"]["packed"], slow["facts"]["packed"], step, law, share)
             where = [name, law, f"{share:g} ({rate:.3g} / s)"]
-            lines += [[*where, system, f"{value:.3g}", f"{p95:.3g}"] for system, (value, p95) in rows.items()]
+            lines += [[*where, system, f"{value:.3g}", f"{p95:.3g}" if p95 else ""] for system, (value, p95) in rows.items()]
     header = ["model", "a batch takes", "arrivals", "system", "goodput / s", "p95, s"]
     return "\n".join(parts) + "\n\n" + table(header, lines)

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 from cachec.compiler.calibration.prompts import default_prompts
 
 WITHIN = 3.0  # times the idle latency: what counts as good
+PROMPT = 0.95  # of that: the deadline that a client sends, as the way there and back takes time, too
 PATIENCE = 90.0  # for the last ones, where the server should keep up
 PROMPTS = default_prompts("avatars", "train")
 
@@ -70,8 +71,8 @@ def good(found, idle):
     return goodput(times, found["kinds"], {kind: WITHIN * one for kind, one in idle.items()}, found["window"])
 
 
-async def play(url, load, limits, *, deadlines=False):
-    """What became of ``load``. ``limits``: by kind, what is waited for after the last arrival; ``deadlines``: sent, too."""
+async def play(url, load, limits, deadlines=None):
+    """What became of ``load``. ``limits``: by kind, what is waited for after the last arrival; ``deadlines``: sent, by kind."""
     arrivals, begun = load.arrivals(), time.perf_counter()
     latencies, how = [0.0] * load.count, ["cut"] * load.count
     left = load.count
@@ -79,7 +80,7 @@ async def play(url, load, limits, *, deadlines=False):
     async def one(place, moment, kind):
         nonlocal left
         await asyncio.sleep(max(0.0, begun + moment - time.perf_counter()))
-        made = await generate(url, kind, place, deadline=limits[kind] if deadlines else None)
+        made = await generate(url, kind, place, deadline=deadlines and deadlines[kind])
         latencies[place], how[place] = time.perf_counter() - begun - moment, "made" if made else "refused"
         left -= 1
 
@@ -100,7 +101,7 @@ async def play(url, load, limits, *, deadlines=False):
     return {
         "rate": load.rate, "count": load.count, "mix": load.mix, "moments": [round(moment, 4) for moment, _ in arrivals],
         "latencies": [round(one, 4) for one in latencies], "how": how, "kinds": [kind for _, kind in arrivals],
-        "window": window, "throughput": len(done) / span,
+        "window": window, "throughput": len(done) / span, "deadlines": deadlines,
     }  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from bench.serving_loads import WITHIN, Load
 
 CACHED = ("lanes", "one at a time", "whole requests")
 SLOW = ("lanes uncached", "diffusers eager")  # asked less where it is of how much they do at most
-ORDERS = ("lanes fifo", "lanes deadline")
+ORDERS = ("lanes fifo", "lanes shortest")  # without deadlines
 START = 25.0  # seconds until a server is there, about
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from bench.serving_chart import draw
 from bench.serving_gains import compared, gains, gpu, simulator, verdicts
-from bench.serving_loads import WITHIN, bounded, good
+from bench.serving_loads import PROMPT, WITHIN, bounded, good
 from bench.serving_plan import SETTINGS, loads_of
 from bench.speed_report import table
 
@@ -24,16 +24,21 @@ same machine. Arrivals are Poisson, each of one of the bundle's cached levels wi
 * **lanes uncached**: lanes that compute every step: what a step-level batcher without a cache does.
 * **diffusers eager**: the pipeline's own loop under PyTorch, one request at a time, every step.
 
-All of them take the shortest request first, and *lanes* the one with the least left. *lanes fifo* and *lanes deadline* have
-other orders; *lanes no batch* makes a tick of one request.
+All of them have the same policy, the best of three for goodput (`--policy deadline`): a request brings a deadline, {prompt:g}
+of the time within which it is good; the earliest is first, and who cannot be in time is refused at once, by what calls cost.
+*lanes fifo* and *lanes shortest* are asked without deadlines; *lanes no batch* makes a tick of one request.
 
 Rates are shares of what *lanes* gave a closed loop of 16 clients; those that compute every step are also asked at a share of
-what they gave it themselves. A load is played to its last arrival, and until every request that can still be in time has been.
-A server that cannot keep up is then cut off. That changes no goodput: who is cut off is late already. Percentiles that fall on
-a request that was cut off are known from below, and are written with ≥.
+what they gave it themselves. *Loop*: what a system gave such a loop right before and after a load: others use this machine,
+too, and one figure may be compared with another as far as it was as fast.
+
+A load is played to its last arrival, and until every request that can still be in time has been. A server that cannot keep up
+is then cut off. That changes no goodput: who is cut off is late already. Percentiles are of requests that were taken; those
+that fall on one that was cut off are known from below, and are written with ≥.
 
 **Goodput**: requests a second, of those that arrived in the load's time, that were answered within {within:g} times the idle
-latency of *lanes* at their level; *own goodput*: within {within:g} times the system's own idle latency.
+latency of *lanes* at their level; *own goodput*: within {within:g} times the system's own idle latency, from which those that
+compute every step have their deadlines.
 """
 
 
@@ -50,7 +55,7 @@ def write(work, out):
 
 def report(found):
     """The whole page."""
-    parts = [ABOUT.format(within=WITHIN)]
+    parts = [ABOUT.format(within=WITHIN, prompt=PROMPT)]
     for name, data in found.items():
         told_beside = list(compared(data))
         parts += [f"## {name}\n", _setting(data), f"![Goodput, throughput and latency of {name}](serving-{name}.png)\n"]
@@ -89,9 +94,10 @@ def _rates(data):
                 value, is_open = bounded(one, percent)
                 times.append(f"{'≥ ' * is_open}{value:.3g}")
             refused = one["how"].count("refused")
-            lines.append([system, one["mix"], one["count"], f"{one['rate']:g}", f"{one['throughput']:.2f}",
+            loop = f"{one['beside']['count'] / one['beside']['took']:.2f}" if "beside" in one else ""
+            lines.append([system, one["mix"], one["count"], f"{one['rate']:g}", loop, f"{one['throughput']:.2f}",
                           f"{good(one, idle):.2f}", f"{good(one, found['idle']):.2f}", *times, refused or ""])  # fmt: skip
-    header = ["system", "levels", "requests", "arrivals / s", "throughput / s", "goodput / s", "own goodput / s"]
+    header = ["system", "levels", "requests", "arrivals / s", "loop / s", "throughput / s", "goodput / s", "own goodput / s"]
     return table([*header, "p50, s", "p95, s", "p99, s", "refused"], lines)
 
 

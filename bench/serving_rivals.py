@@ -1,15 +1,19 @@
 """What the serving bench compares lanes with: stand in the place of ``Lanes`` behind the same server.
 
-Each has what the server asks of lanes, and plays whole requests, the shortest first.
+Each has what the server asks of lanes, and plays whole requests: the earliest deadline first, of those without one the
+shortest. A deadline that cannot be kept is refused as lanes refuse it.
 """
 
 import itertools
 import threading
 import time
+from math import inf
 from typing import NamedTuple
 
 import numpy as np
 
+from cachec.runtime.errors import DeadlineError
+from cachec.runtime.lane_costs import pace_after
 from cachec.runtime.lane_request import Tick, Ticket
 from cachec.runtime.noise import make_noise
 from cachec.runtime.program import UNCACHED
@@ -18,13 +22,19 @@ BATCHES = (1, 2, 4, 8)
 
 
 class Waiting(NamedTuple):
-    """A request in the queue; those that are ``alike`` may share a batch."""
+    """A request in the queue; those that are ``alike`` may share a batch. ``after``: of its own once it was played."""
 
     ticket: Ticket
     alike: tuple
     seconds: float
     conditions: dict
     seed: int
+    deadline: float
+    after: float
+
+    @property
+    def order(self):
+        return self.deadline, self.seconds, self.ticket.number
 
 
 class Whole:
@@ -34,7 +44,7 @@ class Whole:
         self._served, self._most = served, most
         self._kinds = served.lanes.kind
         self._queue, self._numbers, self._lock = [], itertools.count(), threading.Lock()
-        self.num_running = 0
+        self.num_running, self._until, self._pace = 0, 0.0, 1.0
 
     def kind(self, level=None, **where):
         return self._kinds(level, **where)
@@ -49,25 +59,59 @@ class Whole:
     def latents(self, ticket):
         return None
 
-    def submit(self, conditions, *, seed, level=None, steps=None, size=None, start=0, deadline=None):
-        bundle = self._served.loaded.at(size, steps)
+    def submit(self, conditions, *, seed, level=None, steps=None, size=None, start=0, deadline=None, after=0.0):
+        bundle, now = self._served.loaded.at(size, steps), time.monotonic()
         ticket = Ticket(next(self._numbers), level, bundle.programs[level].num_steps)
-        seconds = self.kind(level, steps=steps, size=size).alone[0]
+        alike, until = (size, steps, level), inf if deadline is None else now + deadline
         with self._lock:
-            self._queue.append(Waiting(ticket, (size, steps, level), seconds, dict(conditions), seed))
+            one = Waiting(ticket, alike, self.seconds(alike, 1), dict(conditions), seed, until, after)
+            if deadline is not None:
+                self._check_deadline(one, now)
+            self._queue.append(one)
         return ticket
 
+    def seconds(self, alike, many):
+        """What so many requests take together, by their calls' costs."""
+        size, steps, level = alike
+        kind = self.kind(level, steps=steps, size=size)
+        return sum(kind.costs.of(call.name, call.rows * many) for stage in kind.stages for call in stage.calls)
+
+    def _next(self, queue):
+        """The most urgent one, and who shares its batch; and the others."""
+        ordered = sorted(queue, key=lambda one: one.order)
+        chosen = [one for one in ordered if one.alike == ordered[0].alike][: self._most]
+        return chosen, [one for one in ordered if all(one is not each for each in chosen)]
+
+    def _check_deadline(self, one, now):
+        """Raise ``DeadlineError`` unless it can be in time, and those that were taken stay so."""
+        queue = [other for other in self._queue if not other.ticket.done]
+        late = self._late([*queue, one], now)
+        if late and late - self._late(queue, now):
+            raise DeadlineError("the deadline, or one that was promised before, would not be kept: give it more time", 1.0)
+
+    def _late(self, queue, now):
+        """The numbers of those who will not be in time if nobody comes any more."""
+        late, clock = set(), max(now, self._until)
+        while queue:
+            chosen, queue = self._next(queue)
+            clock += self._pace * self.seconds(chosen[0].alike, len(chosen))
+            for one in chosen:
+                clock += one.after
+                late |= {one.ticket.number} if clock > one.deadline else set()
+        return late
+
     def tick(self):
-        """The shortest request, with as many like it as fit into a batch, from its first step to its last."""
+        """The most urgent request, with as many like it as fit into a batch, from its first step to its last."""
         with self._lock:
             self._queue = [one for one in self._queue if not one.ticket.done]
             if not self._queue:
                 return None
-            first = min(self._queue, key=lambda one: (one.seconds, one.ticket.number))
-            chosen = [one for one in self._queue if one.alike == first.alike][: self._most]
-            self._queue = [one for one in self._queue if all(one is not each for each in chosen)]
-        begun, self.num_running = time.monotonic(), len(chosen)
-        made = self.play(first.alike, [one.conditions for one in chosen], [one.seed for one in chosen])
+            chosen, self._queue = self._next(self._queue)
+            begun, self.num_running = time.monotonic(), len(chosen)
+            alike = chosen[0].alike
+            reckoned = self.seconds(alike, len(chosen))
+            self._until = begun + self._pace * reckoned + sum(one.after for one in chosen)
+        made = self.play(alike, [one.conditions for one in chosen], [one.seed for one in chosen])
         self.num_running = 0
         tickets = tuple(one.ticket for one in chosen)
         for ticket, latents in zip(tickets, made, strict=True):
@@ -75,7 +119,8 @@ class Whole:
             if ticket.future.set_running_or_notify_cancel():
                 ticket.future.set_result(latents[None])
         seconds = time.monotonic() - begun
-        return Tick(tickets, len(tickets), tickets, seconds, seconds)
+        self._pace = pace_after(self._pace, seconds, reckoned)
+        return Tick(tickets, len(tickets), tickets, seconds, reckoned)
 
 
 class WholeBatches(Whole):
@@ -121,7 +166,14 @@ class Eager(Whole):
         manifest = served.loaded.manifest
         self._model = load_model(find_model(manifest.model["source"]))
         self._settings, self._shape = settings_of(manifest), served.loaded.session().latent_shape[1:]
+        self._took = 0.0
+
+    def seconds(self, alike, many):
+        """As the last one took: the bundle's costs are of its engines."""
+        return self._took
 
     def play(self, alike, conditions, seeds):
-        noise = make_noise(seeds[0], self._shape)[None]
-        return self._model.generate(conditions[0], noise, self._settings)
+        noise, begun = make_noise(seeds[0], self._shape)[None], time.monotonic()
+        made = self._model.generate(conditions[0], noise, self._settings)
+        self._took = time.monotonic() - begun
+        return made

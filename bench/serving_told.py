@@ -82,11 +82,10 @@ def told(found, played, idle):
     facts = found["facts"]
     kinds = unpack(played.get("packed", facts["packed"]), scale)
     order, width = facts["policy"]
-    limits = {kind: WITHIN * one for kind, one in idle.items()}
-    dated = order == "deadline"
-    arrivals = [Arrival(moment, kinds[kind], limits[kind] if dated else inf)
+    limits, sent = {kind: WITHIN * one for kind, one in idle.items()}, played["deadlines"] or {}
+    arrivals = [Arrival(moment, kinds[kind], sent.get(kind, inf))
                 for moment, kind in zip(played["moments"], played["kinds"], strict=True)]  # fmt: skip
-    done = simulate(arrivals, Policy(order, width), lanes=facts["lanes"], desk=desk, refuses=dated)
+    done = simulate(arrivals, Policy(order, width), lanes=facts["lanes"], desk=desk, refuses=True)
     latencies = [latency + http for latency in done.latencies]
     taken = [latency for latency in latencies if latency < inf]
     return {
@@ -97,20 +96,39 @@ def told(found, played, idle):
 
 
 def whole(arrivals, kinds, most):
-    """Latencies where requests of one kind are played together from their first step to their last, the shortest first."""
+    """Latencies where requests of one kind are played together from their first step to their last, the most urgent first.
+
+    ``arrivals``: (moment, kind, deadline). Who cannot be in time is refused, and never done.
+    """
     costs, queue, ends, now, place = next(iter(kinds.values())).costs, [], {}, 0.0, 0
+
+    def first_of(queue):
+        ordered = sorted(queue, key=lambda one: (arrivals[one][2], one))
+        chosen = [one for one in ordered if arrivals[one][1] == arrivals[ordered[0]][1]][:most]
+        calls = [call for stage in kinds[arrivals[ordered[0]][1]].stages for call in stage.calls]
+        return chosen, sum(costs.of(call.name, call.rows * len(chosen)) for call in calls)
+
+    def in_time(queue):
+        clock = now
+        while queue:
+            chosen, took = first_of(queue)
+            clock += took
+            if any(clock > arrivals[one][2] for one in chosen):
+                return False
+            queue = [one for one in queue if one not in chosen]
+        return True
+
     while place < len(arrivals) or queue:
         while place < len(arrivals) and (arrivals[place][0] <= now or not queue):
             now = max(now, arrivals[place][0])
-            queue.append(place)
+            queue += [place] if in_time([*queue, place]) else []
             place += 1
-        first = min(queue, key=lambda one: (kinds[arrivals[one][1]].alone[0], one))
-        chosen = [one for one in queue if arrivals[one][1] == arrivals[first][1]][:most]
-        queue = [one for one in queue if one not in chosen]
-        stages = kinds[arrivals[first][1]].stages
-        now += sum(costs.of(call.name, call.rows * len(chosen)) for stage in stages for call in stage.calls)
-        ends |= dict.fromkeys(chosen, now)
-    return [ends[place] - arrivals[place][0] for place in range(len(arrivals))]
+        if queue:
+            chosen, took = first_of(queue)
+            queue = [one for one in queue if one not in chosen]
+            now += took
+            ends |= dict.fromkeys(chosen, now)
+    return [ends.get(place, inf) - arrivals[place][0] for place in range(len(arrivals))]
 
 
 GPUS = {  # seconds of a step of one sample, and who says so
@@ -126,28 +144,34 @@ ALIKE, LINEAR = "as on this machine", "k steps of one"
 def on_gpu(packed, uncached, step, law, share, count=1000):
     """What the simulator says of each system at ``share`` of what one request at a time could do, by a step's seconds.
 
-    ``law``: what a batch of k costs. Goodput and 95th percentile, and the cached systems' capacity.
+    ``law``: what a batch of k costs. The rate; and goodput and 95th percentile of those who were taken, if any, by system.
     """
     cached, slow = ({name: _timed(kind, step, law) for name, kind in unpack(one).items()} for one in (packed, uncached))
     mean = sum(kind.alone[0] for kind in cached.values()) / len(cached)
     load = Load(share / mean, count, tuple(cached), keeps_up=False)
-    moments = load.arrivals()
-    limits = {name: WITHIN * kind.alone[0] for name, kind in cached.items()}
-    rows, named = {}, [kind for _, kind in moments]
+    moments, rows = load.arrivals(), {}
+
+    def limits(kinds):
+        return {name: WITHIN * kind.alone[0] for name, kind in kinds.items()}
+
+    def note(name, latencies, kinds):
+        good = goodput(latencies, [kind for _, kind in moments], limits(kinds), moments[-1][0])
+        taken = [one for one in latencies if one < inf]
+        rows[name] = good, percentile(taken, 95) if taken else None
+
     for name, kinds, policy, lanes in (
-        ("lanes", cached, Policy("shortest"), 8),
-        ("lanes no batch", cached, Policy("shortest", 1), 8),
+        ("lanes", cached, Policy("deadline"), 8),
+        ("lanes no batch", cached, Policy("deadline", 1), 8),
         ("lanes fifo", cached, Policy("fifo"), 8),
-        ("one at a time", cached, Policy("shortest"), 1),
-        ("lanes uncached", slow, Policy("shortest"), 8),
+        ("one at a time", cached, Policy("deadline"), 1),
+        ("lanes uncached", slow, Policy("deadline"), 8),
     ):
-        arrivals = [Arrival(moment, kinds[kind]) for moment, kind in moments]
-        rows[name] = simulate(arrivals, policy, lanes=lanes).latencies
-    rows["whole requests"] = whole(moments, cached, 8)
-    window = moments[-1][0]
-    return load.rate, {
-        name: (goodput(latencies, named, limits, window), percentile(latencies, 95)) for name, latencies in rows.items()
-    }
+        within = dict.fromkeys(kinds, inf) if policy.order == "fifo" else limits(kinds)
+        arrivals = [Arrival(moment, kinds[kind], within[kind]) for moment, kind in moments]
+        note(name, simulate(arrivals, policy, lanes=lanes, refuses=True).latencies, kinds)
+    dated = [(moment, kind, moment + limits(cached)[kind]) for moment, kind in moments]
+    note("whole requests", whole(dated, cached, 8), cached)
+    return load.rate, rows
 
 
 def _timed(kind, step, law):

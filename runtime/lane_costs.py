@@ -6,6 +6,8 @@ All times are in seconds.
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
+PACE_SHARE = 0.05  # of what the last tick took, in the pace of all
+
 
 @dataclass(frozen=True)
 class Meeting:
@@ -57,6 +59,11 @@ class Costs:
         if sum(rows) > max(self.seconds[name]):
             return False
         return group[0].computes or self.of(name, sum(rows)) <= sum(self.of(name, count) for count in rows)
+
+
+def pace_after(pace: float, seconds: float, reckoned: float) -> float:
+    """How many times what they cost ticks take, when one more was seen: others use a machine, too. At least 1."""
+    return max(1.0, pace + PACE_SHARE * (seconds / reckoned - pace)) if reckoned > 0 else pace
 
 
 def groups_of(calls: Mapping[int, tuple[Meeting, bytes]]) -> list[list[int]]:

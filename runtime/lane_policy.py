@@ -58,7 +58,8 @@ def _left(seconds: Sequence[float]) -> tuple[float, ...]:
 class Job:
     """A request and how far it is: ``stage`` of its kind comes next. ``number``: in order of arrival; ``deadline``: when.
 
-    ``brings``: stands for what it brings that all who share a call must have alike.
+    ``brings``: stands for what it brings that all who share a call must have alike. ``after``: seconds until it is done when
+    its stages are, in which nobody ticks.
     """
 
     number: int
@@ -66,6 +67,7 @@ class Job:
     deadline: float = inf
     stage: int = 0
     brings: bytes = b""
+    after: float = 0.0
 
     @property
     def group(self) -> str:
@@ -198,7 +200,7 @@ class Roster:
     @property
     def seconds_left(self) -> float:
         """Of all requests, one after another."""
-        return sum(job.seconds_left for job in self.jobs)
+        return sum(job.seconds_left + job.after for job in self.jobs)
 
     def add(self, job: Job) -> None:
         self.queued[job.number] = job

@@ -13,32 +13,39 @@ from cachec.runtime.errors import DeadlineError, InputError
 from cachec.runtime.lane_policy import Job, Kind, Policy, Roster, tick_seconds
 
 
-def ends_of(roster: Roster, now: float) -> dict[int, float]:
-    """When each request is done if nobody comes any more, by number."""
+def ends_of(roster: Roster, now: float, pace: float = 1.0) -> dict[int, float]:
+    """When each request is done if nobody comes any more, by number; ticks take ``pace`` times what they cost."""
     playing, ends = roster.copy(), dict[int, float]()
     while chosen := playing.pick():
-        now += tick_seconds(chosen)
-        ends |= dict.fromkeys(playing.advance(chosen), now)
+        now += pace * tick_seconds(chosen)
+        done = set(playing.advance(chosen))
+        for job in chosen:
+            if job.number in done:
+                now += job.after
+                ends[job.number] = now
     return ends
 
 
-def check_deadline(roster: Roster, job: Job, now: float) -> None:
-    """Raise ``DeadlineError`` unless a request can be done in time, and those with a deadline that were taken stay so."""
+def check_deadline(roster: Roster, job: Job, now: float, pace: float = 1.0) -> None:
+    """Raise ``DeadlineError`` unless a request can be done in time, and those with a deadline that were taken stay so.
+
+    ``pace``: ticks take so many times what they cost.
+    """
     trial = roster.copy()
     trial.add(job)
     dated = {one.number: one.deadline for one in trial.jobs if one.deadline < inf}
-    if now + trial.seconds_left <= min(dated.values()):
+    if now + max(1.0, pace) * trial.seconds_left <= min(dated.values()):
         return
-    ends = ends_of(trial, now)
-    took, within = ends[job.number] - now, job.deadline - now
+    ends = ends_of(trial, now, pace)
+    took, within, own = ends[job.number] - now, job.deadline - now, job.seconds_left + job.after
     if took > within:
         raise DeadlineError(
-            f"the deadline is in {within:.3g} s, but the request would take {took:.3g} s, {job.seconds_left:.3g} s of them "
+            f"the deadline is in {within:.3g} s, but the request would take {took:.3g} s, {own:.3g} s of them "
             "its own: give it more time, or take another level or fewer steps",
             took,
         )
     late = [number for number, when in dated.items() if ends[number] > when]
-    before = ends_of(roster, now) if late else {}
+    before = ends_of(roster, now, pace) if late else {}
     if late := [number for number in late if before.get(number, inf) <= dated[number]]:
         raise DeadlineError(f"requests {late}, which were taken before, would miss their deadlines: give it more time", took)
 
@@ -224,7 +231,9 @@ def simulate(
             one = arrivals[place]
             machine = min(machines, key=lambda each: each.roster.seconds_left)
             after = 0.0 if machine.desk is None else machine.desk.after
-            job = Job(place, one.kind, one.time + one.within - after, brings=one.brings)
+            turns = machine.desk is not None and machine.desk.turns
+            until = one.time + one.within - (0.0 if turns else after)
+            job = Job(place, one.kind, until, brings=one.brings, after=after if turns else 0.0)
             if machine.desk is None:
                 take(machine, job)
             else:

@@ -18,7 +18,7 @@ import numpy as np
 
 from cachec.runtime.abi import BATCH, MAX_BATCH
 from cachec.runtime.errors import EngineError, InputError, cannot_be_pickled
-from cachec.runtime.lane_costs import Costs, groups_of
+from cachec.runtime.lane_costs import Costs, groups_of, pace_after
 from cachec.runtime.lane_memory import LaneMemory, View
 from cachec.runtime.lane_plan import LanePlan, Port, variants_of
 from cachec.runtime.lane_policy import Job, Kind, Policy, Roster, tick_seconds
@@ -115,13 +115,15 @@ class Lanes:
         size: str | None = None,
         start: int = 0,
         deadline: float | None = None,
+        after: float = 0.0,
     ) -> Ticket:
         """Take a request of one sample: conditions [1, …], and noise [1, …] or a ``seed``; numpy arrays, which are copied.
 
         Texts may have any length, where the bundle has several.
 
         ``start``: the step it begins at, one of the ``starts``, with latents of its noise level in the place of noise.
-        ``deadline``: seconds from now within which it is to be done.
+        ``deadline``: seconds from now within which it is to be done. ``after``: those of them that go by when its steps are
+        done, in which nobody ticks: what a caller does with its latents on the same cores.
 
         Raises:
             InputError: it does not fit, or there is no such level, size or number of steps.
@@ -135,16 +137,19 @@ class Lanes:
             raise InputError(f"start is {start}, and no seed stands for latents of that noise level: give them as noise")
         latents = plan.noise(noise, seed)
         plan.check(conditions)
-        return self._take(key, {name: value.copy() for name, value in conditions.items()}, latents, deadline)
+        return self._take(key, {name: value.copy() for name, value in conditions.items()}, latents, deadline, after)
 
-    def _take(self, key: Key, conditions: Mapping[str, Array], noise: Array, deadline: float | None = None) -> Ticket:
+    def _take(
+        self, key: Key, conditions: Mapping[str, Array], noise: Array, deadline: float | None = None, after: float = 0.0
+    ) -> Ticket:
         plan = self._plans[key]
         digest = plan.shared_digest(conditions)
         with self._changed:
             now, number = self._clock(), next(self._numbers)
-            job = Job(number, self._kinds[key], inf if deadline is None else now + deadline, brings=digest)
+            until = inf if deadline is None else now + deadline
+            job = Job(number, self._kinds[key], until, brings=digest, after=after)
             if job.deadline < inf:
-                check_deadline(self._present(), job, now)
+                check_deadline(self._present(), job, now, self._pace)
             ticket = Ticket(number, plan.level, plan.num_steps)
             self._requests[number] = Request(ticket, key, plan, conditions, noise, digest)
             self._roster.add(job)
@@ -184,7 +189,7 @@ class Lanes:
     def _reckon(self, costs: Costs, policy: Policy) -> None:
         """Serve by these from now on; nobody is here yet."""
         self.costs, self._kinds = costs, {key: plan.kind(costs) for key, plan in self._plans.items()}
-        self._roster, self._numbers = Roster(policy, self._num_lanes), itertools.count()
+        self._roster, self._numbers, self._pace = Roster(policy, self._num_lanes), itertools.count(), 1.0
 
     def _rehearse(self) -> tuple[float, ...]:
         """What the host does: seconds of a tick, for each request in it, and for each call of each. No calls are made."""
@@ -207,8 +212,8 @@ class Lanes:
     def expected_ends(self) -> dict[int, float]:
         """Seconds until each request that is here is done, by its number, if nobody comes after them."""
         with self._changed:
-            roster = self._present()
-        return ends_of(roster, 0.0)
+            roster, pace = self._present(), self._pace
+        return ends_of(roster, 0.0, pace)
 
     def _present(self) -> Roster:
         """A copy of who waits and who runs, without those that are done or cancelled."""
@@ -264,8 +269,9 @@ class Lanes:
         for request, result in zip(ended, latents, strict=True):
             request.deliver(result)
         tickets, rows = tuple(one.ticket for one in requests), sum(job.rows for job in chosen)
-        seconds = self._clock() - start
-        return Tick(tickets, rows, tuple(one.ticket for one in ended), seconds, tick_seconds(chosen))
+        seconds, reckoned = self._clock() - start, tick_seconds(chosen)
+        self._pace = pace_after(self._pace, seconds, reckoned)
+        return Tick(tickets, rows, tuple(one.ticket for one in ended), seconds, reckoned)
 
     def _view(self, request: Request) -> View:
         assert request.lane is not None  # as the tick has given it one

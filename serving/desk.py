@@ -263,14 +263,17 @@ class Desk:
 
     def _submit(self, job: Job, given: dict[str, Any], seen: Callable[[Seen], None] | None, latents: bool) -> Ticket:
         choice, lanes = job.choice, job.served.lanes
-        left = None
+        left, after = None, job.served.seconds_after(choice)
         if choice.deadline is not None:
-            after = job.served.seconds_after(choice)
-            left = choice.deadline - (time.monotonic() - job.begun) - after
-            if left <= 0:
+            left = choice.deadline - (time.monotonic() - job.begun)
+            if left <= after:
                 words = f"of the deadline of {choice.deadline:g} s nothing is left for steps, and decoding takes {after:.3g} s"
                 raise DeadlineError(f"{words}: give it more time", after)
         given |= {"level": choice.level, "steps": choice.steps, "size": choice.size, "deadline": left}
+        if job.served.in_turns:  # whoever is decoded holds up those who are not
+            given["after"] = after / len(choice.seeds)
+        elif left is not None:
+            given["deadline"] = left - after
         ticket = self.ticker.submit(lambda: lanes.submit(**given), seen, latents=latents)
         self._begun[ticket] = time.monotonic()
         return ticket

@@ -36,7 +36,7 @@ def serve_flags(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--host", default="127.0.0.1", show_default=True, help="Address; others than loopback can be reached."),
         click.option("--port", type=int, default=8000, show_default=True, help="0 takes a free one."),
         click.option("--lanes", type=int, default=8, show_default=True, help="Samples that a bundle works on at once."),
-        click.option("--policy", default="shortest", show_default=True, help="fifo, shortest or deadline: docs/lanes.md."),
+        click.option("--policy", default="deadline", show_default=True, help="fifo, shortest or deadline: docs/lanes.md."),
         click.option(
             "--strengths",
             default=",".join(map(str, STRENGTHS)),

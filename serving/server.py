@@ -29,7 +29,7 @@ def open_one(
     bundle: str | Path,
     *,
     lanes: int = 8,
-    policy: str = "shortest",
+    policy: str = "deadline",
     strengths: Sequence[float] = STRENGTHS,
     **where: Any,
 ) -> Served:

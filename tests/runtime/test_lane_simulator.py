@@ -4,10 +4,10 @@ from math import inf
 
 import pytest
 
-from cachec.runtime.errors import InputError
-from cachec.runtime.lane_costs import Costs, Meeting
+from cachec.runtime.errors import DeadlineError, InputError
+from cachec.runtime.lane_costs import PACE_SHARE, Costs, Meeting, pace_after
 from cachec.runtime.lane_policy import Job, Kind, Policy, Roster, Stage
-from cachec.runtime.lane_simulator import Arrival, Desk, ends_of, poisson, simulate
+from cachec.runtime.lane_simulator import Arrival, Desk, check_deadline, ends_of, poisson, simulate
 
 COSTS = Costs({"m": {1: 1.0, 2: 1.5}})
 LONG, SHORT = (Kind([Stage((Meeting("m", 1, computes=True),))] * steps, COSTS) for steps in (4, 1))
@@ -43,6 +43,22 @@ def test_who_cannot_be_in_time_is_not_taken():
     assert done.percentile(50) == 4.4
     assert simulate(arrivals, Policy("deadline", 1), lanes=3).ends == {0: 4, 1: 8, 2: 9}
     assert simulate(arrivals, Policy("deadline", 1), lanes=3, refuses=True, desk=Desk(0, 1)).ends == {1: 5.5}
+
+
+@pytest.mark.parametrize(("within", "ends"), [(7.0, {0: 7, 1: 3}), (6.9, {0: 5})])
+def test_who_is_decoded_holds_up_the_others_where_a_desk_takes_turns(within, ends):
+    arrivals, desk = [Arrival(0, LONG, within), Arrival(0.5, SHORT, 6)], Desk(0, 1, turns=True)
+    assert simulate(arrivals, Policy("deadline", 1), lanes=3, refuses=True, desk=desk).ends == ends
+
+
+def test_deadlines_are_reckoned_at_the_pace_that_ticks_have():
+    roster, short = Roster(ONE_BY_ONE, 2, [Job(0, LONG, after=0.5)]), Job(1, SHORT, 15.5)
+    assert ends_of(roster, 10.0, 2.0) == {0: 18.5}
+    check_deadline(roster, short, 10.0)
+    with pytest.raises(DeadlineError, match=r"in 5.5 s, but the request would take 10.5 s"):
+        check_deadline(roster, short, 10.0, 2.0)
+    assert pace_after(1.0, 3.0, 1.0) == pytest.approx(1 + 2 * PACE_SHARE)
+    assert (pace_after(1.0, 0.5, 1.0), pace_after(2.0, 1.0, 0.0)) == (1.0, 2.0)
 
 
 def test_costs_may_be_scaled_to_what_was_seen():

@@ -140,16 +140,30 @@ def test_a_deadline_that_cannot_be_kept_is_refused_at_once():
     assert {one[0] for one in answers} == {200}
 
 
-def test_a_deadline_has_room_for_what_decoding_takes():
-    class Slow(ToyPictures):
-        def decode(self, latents, *, size=None):
-            time.sleep(0.1)
-            return super().decode(latents, size=size)
+class SlowPictures(ToyPictures):
+    """Whose decoder takes a tenth of a second."""
 
-    with running(toy_served(pictures=Slow)) as server:
+    def decode(self, latents, *, size=None):
+        time.sleep(0.1)
+        return super().decode(latents, size=size)
+
+
+def test_a_deadline_has_room_for_what_decoding_takes():
+    with running(toy_served(pictures=SlowPictures)) as server:
         status, data = server.generate(n=2, deadline=0.15)
         assert (status, data["error"]["message"][:27]) == (400, "deadline is 0.15 s, but lev")
         assert server.generate(n=2, deadline=10)[0] == 200
+
+
+def test_who_is_decoded_holds_up_who_has_a_deadline_where_they_take_turns():
+    with running(toy_served(pictures=SlowPictures, in_turns=True, lanes=1, policy="fifo")) as server:
+        threads, answers = in_threads(6, server.generate)
+        until(lambda: server.desk.num_present == 6)
+        status, data = server.generate(deadline=0.35)  # one would have enough: six are decoded for 0.1 s each
+        for thread in threads:
+            thread.join()
+    assert (status, data["error"]["code"]) == (429, "deadline"), data
+    assert {one[0] for one in answers} == {200}
 
 
 @pytest.mark.parametrize(("grace", "status"), [(10.0, 200), (0.0, 503)])
