@@ -26,7 +26,7 @@ from cachec.serving.metrics import Metrics
 from cachec.serving.refusals import STOPPED, Refused, refused_for
 from cachec.serving.served import Choice, Served
 from cachec.serving.ticker import Seen, Ticker
-from cachec.serving.turns import Turns
+from cachec.serving.turns import Held, Turns
 from cachec.serving.wishes import Common
 
 log = logging.getLogger(__name__)
@@ -206,7 +206,7 @@ class Desk:
         log.info("request %s: %s in %.3f s", job.number, outcome, seconds)
 
     async def _run(self, job: Job, watcher: Watcher | None, latents: bool) -> Made:
-        served, choice = job.served, job.choice
+        served, choice, held = job.served, job.choice, self._turns.hold()
         try:
             async with asyncio.timeout(self.limits.seconds):
                 begun = time.perf_counter()
@@ -214,7 +214,7 @@ class Desk:
                 begin = Beginning() if choice.picture is None else await self.apart(served.begin, choice)
                 encoded = time.perf_counter()
                 self.metrics.encode_seconds.labels(served.name).observe(encoded - begun)
-                made = await self._denoise(job, given, begin, watcher, latents)
+                made = await self._denoise(job, given, begin, watcher, latents, held)
                 denoised = time.perf_counter()
                 files = tuple([await self.apart(served.finish, choice, one) for one in made])
                 self.metrics.decode_seconds.labels(served.name).observe(time.perf_counter() - denoised)
@@ -228,17 +228,32 @@ class Desk:
             if refused.code == "internal_error":
                 log.exception("request %s failed", job.number)
             raise refused from error
+        finally:
+            held.let_go()
         self._health[served.name].note(None)
         seconds = time.monotonic() - job.begun
         peak = served.peak_memory_mb
         return Made(files, choice.seeds, choice.level, choice.size, choice.steps, seconds, denoised - encoded, peak)
 
     async def _denoise(
-        self, job: Job, given: dict[str, Array], begin: Beginning, watcher: Watcher | None, latents: bool
+        self,
+        job: Job,
+        given: dict[str, Array],
+        begin: Beginning,
+        watcher: Watcher | None,
+        latents: bool,
+        held: Held,
     ) -> list[Array]:
-        """Latents [1, …] of every seed. Whatever happens, no ticket of it stays behind."""
+        """Latents [1, …] of every seed; what comes then is ``held`` to be next. Whatever happens, no ticket stays behind."""
         loop, tickets = asyncio.get_running_loop(), list[Ticket]()
         last, told = job.served.program(job.choice).num_steps, [asyncio.Event() for _ in job.choice.seeds]
+
+        going = list(job.choice.seeds)
+
+        def ended(_: object) -> None:
+            going.pop()
+            if not going:
+                held.take()
 
         def hear(place: int, seen: Seen) -> None:
             if watcher is not None:
@@ -250,7 +265,9 @@ class Desk:
             for place, seed in enumerate(job.choice.seeds):
                 seen = None if watcher is None else _from_thread(loop, hear, place)
                 first = {"seed": seed} if begin.latents is None else {"noise": job.served.mixed(job.choice, begin, seed)}
-                tickets.append(self._submit(job, {"conditions": given, "start": begin.start, **first}, seen, latents))
+                ticket = self._submit(job, {"conditions": given, "start": begin.start, **first}, seen, latents)
+                tickets.append(ticket)
+                ticket.future.add_done_callback(ended)
             made = await asyncio.gather(*(asyncio.wrap_future(ticket.future) for ticket in tickets))
             if watcher is not None:  # of its last step a tick tells after it has given the result
                 await asyncio.gather(*(one.wait() for one in told))
@@ -271,7 +288,7 @@ class Desk:
                 raise DeadlineError(f"{words}: give it more time", after)
         given |= {"level": choice.level, "steps": choice.steps, "size": choice.size, "deadline": left}
         if job.served.in_turns:  # whoever is decoded holds up those who are not
-            given["after"] = after / len(choice.seeds)
+            given["after"] = self.ticker.seconds_between or after / len(choice.seeds)
         elif left is not None:
             given["deadline"] = left - after
         ticket = self.ticker.submit(lambda: lanes.submit(**given), seen, latents=latents)

@@ -2,6 +2,7 @@
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from cachec.serving.turns import Turns
 
 log = logging.getLogger(__name__)
 LOOKS = 0.5  # seconds after which it looks whether it was told to stop
+KEPT = 0.99  # of what was seen between ticks before, beside one more
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,14 @@ class Ticker:
         self._waiting = set[Ticket]()
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="cachec-lanes", daemon=True)
+        self._between, self._ended = 0.0, 0.0  # seconds between ticks, and requests that were done: the latest count most
+        self._last: tuple[float, int] | None = None  # when the last tick ended with some left, and how many it has ended
         self.failure: Exception | None = None
+
+    @property
+    def seconds_between(self) -> float | None:
+        """What goes by between ticks for each request that is done, while others wait; ``None``: not seen yet."""
+        return self._between / self._ended if self._ended >= 1 else None
 
     def start(self) -> None:
         self._thread.start()
@@ -89,13 +98,23 @@ class Ticker:
         busy = False
         for place, lanes in enumerate(self._lanes):
             with self._turns.tick():
+                begun = time.monotonic()
                 tick = lanes.tick()
             if tick is None:
                 continue
             busy = True
+            self._reckon(begun, len(tick.ended))
             self._note(place, tick)
             self._tell(lanes, tick)
         return busy
+
+    def _reckon(self, begun: float, ended: int) -> None:
+        """A tick that began then is over, and so are so many requests."""
+        if self._last is not None:
+            before, done = self._last
+            self._between, self._ended = KEPT * self._between + begun - before, KEPT * self._ended + done
+        left = any(lanes.num_queued + lanes.num_running for lanes in self._lanes)
+        self._last = (time.monotonic(), ended) if left else None
 
     def _tell(self, lanes: Lanes, tick: Tick) -> None:
         with self._lock:

@@ -29,6 +29,10 @@ class Turns:
             self._ahead -= 1
             self._changed.notify_all()
 
+    def hold(self) -> "Held":
+        """For a request whose steps lead to something that is to be done before the next tick."""
+        return Held(self)
+
     def wait(self) -> None:
         """Until no tick is on its way. For who has come: the next tick waits for them to go."""
         with self._changed:
@@ -46,3 +50,24 @@ class Turns:
             with self._changed:
                 self._ticking = False
                 self._changed.notify_all()
+
+
+class Held:
+    """One request's place ahead of the next tick, from its last step on: what comes then is asked for by another thread."""
+
+    def __init__(self, turns: Turns) -> None:
+        self._turns, self._lock, self._taken, self._ended = turns, threading.Lock(), False, False
+
+    def take(self) -> None:
+        """In the thread that ticks, before its tick ends. Of no effect when it was let go already."""
+        with self._lock:
+            if not self._ended and not self._taken:
+                self._taken = True
+                self._turns.come()
+
+    def let_go(self) -> None:
+        """Whatever became of the request: ticks may go on."""
+        with self._lock:
+            if self._taken and not self._ended:
+                self._turns.go()
+            self._ended = True

@@ -162,8 +162,10 @@ def test_who_is_decoded_holds_up_who_has_a_deadline_where_they_take_turns():
         status, data = server.generate(deadline=0.35)  # one would have enough: six are decoded for 0.1 s each
         for thread in threads:
             thread.join()
+        between = server.desk.ticker.seconds_between
     assert (status, data["error"]["code"]) == (429, "deadline"), data
     assert {one[0] for one in answers} == {200}
+    assert between >= 0.1
 
 
 @pytest.mark.parametrize(("grace", "status"), [(10.0, 200), (0.0, 503)])

@@ -5,7 +5,7 @@ import threading
 import time
 
 import pytest
-from toy_server import toy_loaded, toy_served
+from toy_server import ToyPictures, running, toy_loaded, toy_served
 
 from cachec.serving import server
 from cachec.serving.desk import Desk
@@ -81,6 +81,45 @@ def test_work_that_is_cancelled_before_it_began_keeps_no_tick_waiting(in_turns):
     made = asyncio.run(ask(Desk([toy_served(in_turns=in_turns)], Limits())))
     assert not never
     assert made.shape[0] == 1
+
+
+def test_what_is_done_is_decoded_before_the_next_tick():
+    class Told(ToyPictures):
+        def decode(self, latents, *, size=None):
+            events.append("decode")
+            return super().decode(latents, size=size)
+
+    events = []
+    with running(toy_served(pictures=Told, in_turns=True, lanes=4)) as server:
+        events.clear()
+        note = server.desk.ticker._note
+        server.desk.ticker._note = lambda place, tick: (events.append(len(tick.ended)), note(place, tick))
+        answers = []
+        asking = [in_thread(lambda: answers.append(server.generate()[0])) for _ in range(8)]
+        for one in asking:
+            one.join(10)
+        assert server.generate(n=3)[0] == 200, "the first sample of a request waits for the others' ticks"
+    assert answers == [200] * 8
+    done, decoded = 0, 0
+    for one in events[: [place for place, one in enumerate(events) if one == "decode"][7]]:
+        if one == "decode":
+            decoded += 1
+        else:
+            assert decoded == done, "a tick came between"
+            done += one
+
+
+def test_a_place_ahead_is_let_go_whatever_came_first():
+    turns = Turns(on=True)
+    early, late = turns.hold(), turns.hold()
+    early.let_go()
+    early.take()
+    late.take()
+    late.take()
+    late.let_go()
+    late.let_go()
+    in_thread(lambda: turns.tick().__enter__()).join(10)
+    assert turns._ahead == 0
 
 
 @pytest.mark.parametrize(
