@@ -44,7 +44,7 @@ class Ticker:
 
     @property
     def seconds_between(self) -> float | None:
-        """What goes by between ticks for each request that is done, while others wait; ``None``: not seen yet."""
+        """What goes by before the next tick for each request that is done, while others wait; ``None``: not seen yet."""
         return self._between / self._ended if self._ended >= 1 else None
 
     def start(self) -> None:
@@ -109,8 +109,11 @@ class Ticker:
         return busy
 
     def _reckon(self, begun: float, ended: int) -> None:
-        """A tick that began then is over, and so are so many requests."""
-        if self._last is not None:
+        """A tick that began then is over, and so are so many requests.
+
+        Only what follows the end of some counts: beside others it is encoding those who come, however few of them are taken.
+        """
+        if self._last is not None and self._last[1]:
             before, done = self._last
             self._between, self._ended = KEPT * self._between + begun - before, KEPT * self._ended + done
         left = any(lanes.num_queued + lanes.num_running for lanes in self._lanes)
