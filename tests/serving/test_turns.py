@@ -10,6 +10,7 @@ from toy_server import ToyPictures, running, toy_loaded, toy_served
 from cachec.serving import server
 from cachec.serving.desk import Desk
 from cachec.serving.limits import Limits
+from cachec.serving.ticker import KEPT, Ticker
 from cachec.serving.turns import Turns
 
 
@@ -107,6 +108,16 @@ def test_what_is_done_is_decoded_before_the_next_tick():
         else:
             assert decoded == done, "a tick came between"
             done += one
+
+
+def test_only_what_follows_an_end_counts_as_its_own():
+    served = toy_served()
+    ticker = Ticker([served.lanes], lambda place, tick: None, Turns(on=True))
+    ticker.submit(lambda: served.lanes.submit(served.pictures.encode(["a"]), seed=0))  # somebody waits
+    assert ticker.seconds_between is None
+    for ended, gap in ((1, 0.0), (0, 100.0), (0, 700.0), (2, 700.0), (0, 200.0)):
+        ticker._reckon(time.monotonic() + gap, ended)
+    assert ticker.seconds_between == pytest.approx((KEPT * 100 + 200) / (KEPT * 1 + 2), rel=1e-3)
 
 
 def test_a_place_ahead_is_let_go_whatever_came_first():
