@@ -107,7 +107,7 @@ def _overhead(data):
         found = data["systems"][system]
         for kind, alone in found["facts"]["alone"].items() if "facts" in found else ():
             whole, parts = found["idle"][kind], [alone[name] for name in ("before", "lanes", "after")]
-            lines.append([system, kind, *(f"{1e3 * one:.1f}" for one in (whole, *parts, whole - sum(parts)))])
+            lines.append([system, kind, *(f"{1e3 * one:.1f}" for one in (whole, *parts, found["over"][kind]))])
     return table(["system", "level", "over HTTP, ms", "encode, ms", "denoise, ms", "decode and PNG, ms", "server, ms"], lines)
 
 

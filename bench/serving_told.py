@@ -40,10 +40,8 @@ def unpack(packed, scale=1.0):
 
 
 def server_seconds(found):
-    """What HTTP and the server take of a request that comes alone, in the mean over levels."""
-    over = [found["idle"][kind] - sum(one[name] for name in ("before", "lanes", "after"))
-            for kind, one in found["facts"]["alone"].items()]  # fmt: skip
-    return sum(over) / len(over)
+    """What HTTP and the server take of a request that comes alone, beside encoding, ticks and decoding; mean over levels."""
+    return sum(found["over"].values()) / len(found["over"])
 
 
 def constants(found, played=None):
