@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from bench.serving_plan import EXACT
 from bench.serving_rivals import Eager, WholeBatches, compute_all
 from bench.serving_told import pack
 from cachec.runtime.lane_policy import Policy
@@ -52,13 +53,13 @@ def main() -> None:
         compute_all(one)
     if given.system == "whole requests":
         one.lanes = WholeBatches(one, most=LANES)
-        for level, steps in asked.values():
+        for level, steps in (*asked.values(), (UNCACHED, None)):
             one.lanes.bind((choose(one, level, steps).size, steps, level))
     elif given.system == "diffusers eager":
         one.lanes = Eager(one)
     one.warm_up()
     facts["alone"] = measure_alone(one, asked, given.alone)
-    facts["packed"] = pack(uncached if given.system == "lanes uncached" else known)
+    facts["packed"] = pack((uncached if given.system == "lanes uncached" else known) | {EXACT: one.lanes.kind(UNCACHED)})
     app = make_app([one], limits=Limits(queue=100_000, seconds=3600))
     count(one, app)
     serve(app, port=0, told=lambda where: print(json.dumps({"url": where.rpartition(" ")[2], **facts}), flush=True))

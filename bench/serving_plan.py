@@ -7,6 +7,7 @@ from bench.serving_loads import WITHIN, Load
 
 CACHED = ("lanes", "one at a time", "whole requests")
 SLOW = ("lanes uncached", "diffusers eager")  # asked less where it is of how much they do at most
+EXACT, WITH_EXACT = "exact", "and exact"
 ORDERS = ("lanes fifo", "lanes shortest")  # without deadlines
 START = 25.0  # seconds until a server is there, about
 
@@ -15,6 +16,7 @@ START = 25.0  # seconds until a server is there, about
 class Setting:
     """How a model is asked. ``shares``: of what lanes serve at most; ``own``: of what a slow system does itself, beside ``at``.
 
+    ``exact``: shares where one request of ten computes every step.
     ``few`` requests suffice where only the simulator is held to them, at the shares of ``checks``. ``balanced``: shares where
     that level is asked alone. ``flat``: requests over which memory is watched; ``alone`` and ``loop``: requests one by one of
     each kind, and in the closed loop; ``beside``: in a closed loop before and after each load, as a shared machine is not
@@ -33,6 +35,7 @@ class Setting:
     beside: int = 0
     flat: int = 0
     balanced: tuple[float, ...] = ()
+    exact: tuple[float, ...] = ()
 
 
 SETTINGS = {
@@ -47,6 +50,7 @@ SETTINGS = {
         beside=96,
         flat=10_000,
         balanced=(0.9, 1.1),
+        exact=(1.1,),
     ),
     "flux-shaped": Setting((*CACHED, "lanes uncached"), count=40, shares=(0.9, 1.4), at=1.4, alone=3, loop=16),
 }
@@ -73,6 +77,10 @@ def loads_of(system, setting, first, found):
             seconds = first["facts"]["seconds"]
             faster = sum(seconds.values()) / len(seconds) / seconds["balanced"]
             loads += [at(share * most * faster, of=("balanced",), mix="balanced") for share in setting.balanced]
+        if setting.exact and EXACT in first["idle"]:
+            drawn, alone = one_of_ten(kinds), first["idle"]
+            less = sum(alone[kind] for kind in kinds) / len(kinds) / (sum(alone[kind] for kind in drawn) / len(drawn))
+            loads += [at(share * most * less, of=drawn, mix=WITH_EXACT) for share in setting.exact]
         if system == "lanes":
             loads += [at(share * most, setting.few) for share in setting.checks if share not in setting.shares]
         return loads
@@ -83,6 +91,11 @@ def loads_of(system, setting, first, found):
     if system in setting.own:
         return [at(setting.own[system] * own), at(setting.at * most)]
     return [at(share * most) for share in setting.shares]
+
+
+def one_of_ten(kinds):
+    """Every kind as often as the others, and one of ten exact."""
+    return (*kinds * 9, *(EXACT,) * len(kinds))
 
 
 def seconds_of(load, found):

@@ -26,7 +26,8 @@ same machine. Arrivals are Poisson, each of one of the bundle's cached levels wi
 
 All of them have the same policy, the best of three for goodput (`--policy deadline`): a request brings a deadline, {prompt:g}
 of the time within which it is good; the earliest is first, and who cannot be in time is refused at once, by what calls cost.
-*lanes fifo* and *lanes shortest* are asked without deadlines; *lanes no batch* makes a tick of one request.
+*lanes fifo* and *lanes shortest* are asked without deadlines; *lanes no batch* makes a tick of one request. Levels *and exact*:
+of ten requests nine are mixed as they are elsewhere, and one computes every step.
 
 Rates are shares of what *lanes* gave a closed loop of 16 clients; those that compute every step are also asked at a share of
 what they gave it themselves. *Loop*: what a system gave such a loop right before and after a load: others use this machine,

@@ -8,6 +8,7 @@ that is compared.
 from math import inf
 
 from bench.serving_loads import WITHIN, Load, good, goodput, percentile
+from bench.serving_plan import EXACT, one_of_ten
 from cachec.runtime.lane_costs import Costs, Meeting
 from cachec.runtime.lane_policy import Kind, Policy, Stage
 from cachec.runtime.lane_simulator import Arrival, Desk, simulate
@@ -139,14 +140,19 @@ ASIDE = 0.003  # of a step: what forecasts and moves are reckoned to take
 ALIKE, LINEAR = "as on this machine", "k steps of one"
 
 
-def on_gpu(packed, uncached, step, law, share, count=1000):
+def on_gpu(packed, uncached, step, law, share, *, exact=False, count=1000):
     """What the simulator says of each system at ``share`` of what one request at a time could do, by a step's seconds.
 
-    ``law``: what a batch of k costs. The rate; and goodput and 95th percentile of those who were taken, if any, by system.
+    ``law``: what a batch of k costs; ``exact``: one request of ten computes every step.
+    The rate; and goodput and 95th percentile of those who were taken, if any, by system.
     """
     cached, slow = ({name: _timed(kind, step, law) for name, kind in unpack(one).items()} for one in (packed, uncached))
-    mean = sum(kind.alone[0] for kind in cached.values()) / len(cached)
-    load = Load(share / mean, count, tuple(cached), keeps_up=False)
+    drawn = tuple(cached)
+    if exact:
+        every, costs = next(iter(slow.values())), next(iter(cached.values())).costs
+        cached, slow, drawn = cached | {EXACT: Kind(every.stages, costs)}, slow | {EXACT: every}, one_of_ten(drawn)
+    mean = sum(cached[kind].alone[0] for kind in drawn) / len(drawn)
+    load = Load(share / mean, count, drawn, keeps_up=False)
     moments, rows = load.arrivals(), {}
 
     def limits(kinds):
