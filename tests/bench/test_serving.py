@@ -3,12 +3,13 @@
 import asyncio
 import json
 from dataclasses import replace
+from math import inf
 
 import pytest
 
 from bench.serving_chart import full_loads
 from bench.serving_loads import Load, bounded, good, percentile, play
-from bench.serving_plan import SETTINGS, loads_of, plan
+from bench.serving_plan import EXACT, ORDERS, SETTINGS, loads_of, plan
 from bench.serving_report import write
 from bench.serving_told import constants, on_gpu, pack, server_seconds, slower, told, unpack, whole
 from cachec.runtime.lane_costs import Costs, Meeting
@@ -66,7 +67,11 @@ def test_who_cannot_be_in_time_any_more_is_not_waited_for():
 
 
 def test_who_is_refused_was_not_good_and_has_no_latency():
-    found = asyncio.run(played(Load(200.0, 20, ("fast", "late"), keeps_up=True), {"fast": 5.0, "late": 5.0}, deadlines=True))
+    found = asyncio.run(
+        played(
+            Load(200.0, 20, ("fast", "late"), keeps_up=True), {"fast": 5.0, "late": 5.0}, deadlines={"fast": 5.0, "late": 5.0}
+        )
+    )
     assert set(zip(found["kinds"], found["how"], strict=True)) == {("fast", "made"), ("late", "refused")}
     assert good(found, {"fast": 1e6, "late": 1e6}) == pytest.approx(found["how"].count("made") / found["window"])
     with pytest.raises(RuntimeError, match="deadline"):
@@ -86,8 +91,9 @@ def test_kinds_come_back_from_json_as_they_were():
 def test_whole_requests_wait_for_all_of_their_batch():
     one = Kind([Stage((RUN,))] * 2, Costs({"m": {1: 1.0, 2: 1.5}}))
     longer = Kind([Stage((RUN,))] * 4, Costs({"m": {1: 1.0, 2: 1.5}}))
-    arrivals = [(0.0, "one"), (0.5, "longer"), (0.6, "one"), (0.7, "one")]
-    assert whole(arrivals, {"one": one, "longer": longer}, 2) == pytest.approx([2, 5 + 4 - 0.5, 5 - 0.6, 5 - 0.7])
+    arrivals = [(0.0, "one", 9.0), (0.5, "longer", 9.0), (0.6, "one", 5.0), (0.7, "one", 5.0), (0.8, "one", 6.9), (3, "one", 8)]
+    told = whole(arrivals, {"one": one, "longer": longer}, 2)
+    assert told == pytest.approx([2, 5 + 4 - 0.5, 5 - 0.6, 5 - 0.7, inf, inf]), "one would be late, and one make another late"
 
 
 def made_up(system, kinds, slower=1.0, *, in_turns=False):
@@ -95,10 +101,11 @@ def made_up(system, kinds, slower=1.0, *, in_turns=False):
     alone = {name: {"before": 0.01, "lanes": 1.1 * kind.alone[0], "after": 0.02, "reckoned": kind.alone[0]}
              for name, kind in kinds.items()}  # fmt: skip
     return {
-        "facts": {"kinds": list(kinds), "lanes": 8, "policy": ["deadline" if "deadline" in system else "shortest", None],
-                  "in_turns": in_turns,
-                  "seconds": {name: kind.alone[0] for name, kind in kinds.items()}, "alone": alone, "packed": pack(kinds)},
-        "idle": {name: one["lanes"] + 0.032 for name, one in alone.items()},
+        "facts": {"kinds": list(kinds), "lanes": 8, "policy": ["shortest" if system in ORDERS else "deadline", None],
+                  "in_turns": in_turns, "seconds": {name: kind.alone[0] for name, kind in kinds.items()}, "alone": alone,
+                  "packed": pack(kinds | {EXACT: SLOW["high"]})},
+        "idle": {name: one["lanes"] + 0.032 for name, one in alone.items()} | {EXACT: 3.0},
+        "over": dict.fromkeys(kinds, 0.002),
         "busy": {"rate": 3.0 / slower, "took": 30.0, "count": 90, "seconds": 11.0 * 1.2, "reckoned": 10.0, "before": 4.0,
                  "after": 8.0, "ticks": 9, "rows": 9},
         "loads": {},
@@ -119,6 +126,7 @@ def filled(setting):
                 "rate": load.rate, "count": load.count, "mix": load.mix, "moments": [moment for moment, _ in arrivals],
                 "kinds": [kind for _, kind in arrivals], "latencies": latencies, "window": arrivals[-1][0],
                 "how": ["made" if load.keeps_up or place % 3 else "cut" for place in range(load.count)], "throughput": 1.0,
+                "deadlines": None if system in ORDERS else {kind: 3 * one for kind, one in found["idle"].items()},
             }  # fmt: skip
     return data
 
@@ -141,7 +149,7 @@ def test_a_load_is_told_by_the_loops_beside_it():
     found = made_up("lanes", KINDS, in_turns=True)
     load = Load(1.0, 40, tuple(KINDS), keeps_up=True)
     played = {"moments": [moment for moment, _ in load.arrivals()], "kinds": [kind for _, kind in load.arrivals()],
-              "latencies": [0.1] * 40, "how": ["made"] * 40, "window": 40.0}  # fmt: skip
+              "latencies": [0.1] * 40, "how": ["made"] * 40, "window": 40.0, "deadlines": None}  # fmt: skip
     assert slower(played) is None
     first, busy = told(found, played, found["idle"]), found["busy"]
     twice = busy | {name: 2 * busy[name] for name in ("seconds", "before", "after", "took")}
@@ -175,14 +183,14 @@ def test_the_page_has_every_part_and_names_what_is_missing(tmp_path):
         assert part in page
     assert "| 1.02 |" in page, "how much longer ticks took in a load than in the loops beside it"
     assert "in the loads whose ticks took as long" in page
-    assert all(one in page.split("Not measured: ")[1] for one in ("memory", "whole requests", f"lanes at {gone.split()[1]}"))
+    assert all(one in page.split("Not measured: ")[1] for one in ("memory", "whole requests", f"lanes at {gone.split()[-3]}"))
     assert (tmp_path / "serving-tiny-flux.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_simulator_is_asked_what_was_played():
     data = filled(SMALL)
     first = data["systems"]["lanes"]
-    for system in ("lanes", "lanes deadline"):
+    for system in ("lanes", "lanes shortest"):
         one = full_loads(data, system)[0]
         said = told(data["systems"][system], one, first["idle"])
         assert said["measured"] == good(one, first["idle"])
@@ -191,3 +199,6 @@ def test_the_simulator_is_asked_what_was_played():
     assert rate == pytest.approx(1.1 / (sum(0.1 * steps for steps in (6, 4, 2)) / 3), rel=0.05)
     assert rows["lanes"][0] > rows["lanes uncached"][0]
     assert rows["lanes fifo"][1] > 0
+    less, mixed = on_gpu(pack(KINDS), pack(SLOW), 0.1, "k steps of one", 1.1, exact=True, count=200)
+    assert less == pytest.approx(1.1 / (0.1 * (0.9 * 4 + 0.1 * 20)), rel=0.05)
+    assert mixed["lanes"][0] > mixed["whole requests"][0], "who waits for exact ones is late"
