@@ -54,7 +54,8 @@ def main() -> None:
     if given.system == "whole requests":
         one.lanes = WholeBatches(one, most=LANES)
         for level, steps in (*asked.values(), (UNCACHED, None)):
-            one.lanes.bind((choose(one, level, steps).size, steps, level))
+            chosen = choose(one, level, steps)
+            one.lanes.bind((chosen.size, chosen.steps, level))
     elif given.system == "diffusers eager":
         one.lanes = Eager(one)
     one.warm_up()
