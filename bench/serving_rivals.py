@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from bench.serving_told import late_ones, next_batch, together
 from cachec.runtime.errors import DeadlineError
 from cachec.runtime.lane_costs import pace_after
 from cachec.runtime.lane_request import Tick, Ticket
@@ -73,14 +74,7 @@ class Whole:
     def seconds(self, alike, many):
         """What so many requests take together, by their calls' costs."""
         size, steps, level = alike
-        kind = self.kind(level, steps=steps, size=size)
-        return sum(kind.costs.of(call.name, call.rows * many) for stage in kind.stages for call in stage.calls)
-
-    def _next(self, queue):
-        """The most urgent one, and who shares its batch; and the others."""
-        ordered = sorted(queue, key=lambda one: one.order)
-        chosen = [one for one in ordered if one.alike == ordered[0].alike][: self._most]
-        return chosen, [one for one in ordered if all(one is not each for each in chosen)]
+        return together(self.kind(level, steps=steps, size=size), many)
 
     def _check_deadline(self, one, now):
         """Raise ``DeadlineError`` unless it can be in time, and those that were taken stay so."""
@@ -90,15 +84,7 @@ class Whole:
             raise DeadlineError("the deadline, or one that was promised before, would not be kept: give it more time", 1.0)
 
     def _late(self, queue, now):
-        """The numbers of those who will not be in time if nobody comes any more."""
-        late, clock = set(), max(now, self._until)
-        while queue:
-            chosen, queue = self._next(queue)
-            clock += self._pace * self.seconds(chosen[0].alike, len(chosen))
-            for one in chosen:
-                clock += one.after
-                late |= {one.ticket.number} if clock > one.deadline else set()
-        return late
+        return late_ones(queue, max(now, self._until), self._most, lambda *given: self._pace * self.seconds(*given))
 
     def tick(self):
         """The most urgent request, with as many like it as fit into a batch, from its first step to its last."""
@@ -106,7 +92,7 @@ class Whole:
             self._queue = [one for one in self._queue if not one.ticket.done]
             if not self._queue:
                 return None
-            chosen, self._queue = self._next(self._queue)
+            chosen, self._queue = next_batch(self._queue, self._most)
             begun, self.num_running = time.monotonic(), len(chosen)
             alike = chosen[0].alike
             reckoned = self.seconds(alike, len(chosen))

@@ -6,6 +6,7 @@ that is compared.
 """
 
 from math import inf
+from typing import NamedTuple
 
 from bench.serving_loads import WITHIN, Load, good, goodput, percentile
 from bench.serving_plan import EXACT, one_of_ten
@@ -94,39 +95,63 @@ def told(found, played, idle):
     }
 
 
+class Asked(NamedTuple):
+    """A request that is to be played whole; those that are ``alike`` may share a batch. ``after``: of its own once it was."""
+
+    number: int
+    alike: str
+    deadline: float
+    after: float = 0.0
+
+    @property
+    def order(self):
+        return self.deadline, self.number
+
+
+def next_batch(queue, most):
+    """The most urgent one, with as many like it as fit into a batch; and the others."""
+    ordered = sorted(queue, key=lambda one: one.order)
+    chosen = [one for one in ordered if one.alike == ordered[0].alike][:most]
+    return chosen, [one for one in ordered if all(one is not each for each in chosen)]
+
+
+def late_ones(queue, clock, most, seconds):
+    """Who will not be in time if nobody comes any more, by their order. ``seconds``: of so many that are alike."""
+    late = set()
+    while queue:
+        chosen, queue = next_batch(queue, most)
+        clock += seconds(chosen[0].alike, len(chosen))
+        for one in chosen:
+            clock += one.after
+            late |= {one.order} if clock > one.deadline else set()
+    return late
+
+
+def together(kind, many):
+    """What so many requests of a kind take together from their first step to their last, by their calls' costs."""
+    return sum(kind.costs.of(call.name, call.rows * many) for stage in kind.stages for call in stage.calls)
+
+
 def whole(arrivals, kinds, most):
     """Latencies where requests of one kind are played together from their first step to their last, the most urgent first.
 
     ``arrivals``: (moment, kind, deadline). Who cannot be in time is refused, and never done.
     """
-    costs, queue, ends, now, place = next(iter(kinds.values())).costs, [], {}, 0.0, 0
+    queue, ends, now, place = [], {}, 0.0, 0
 
-    def first_of(queue):
-        ordered = sorted(queue, key=lambda one: (arrivals[one][2], one))
-        chosen = [one for one in ordered if arrivals[one][1] == arrivals[ordered[0]][1]][:most]
-        calls = [call for stage in kinds[arrivals[ordered[0]][1]].stages for call in stage.calls]
-        return chosen, sum(costs.of(call.name, call.rows * len(chosen)) for call in calls)
-
-    def in_time(queue):
-        clock = now
-        while queue:
-            chosen, took = first_of(queue)
-            clock += took
-            if any(clock > arrivals[one][2] for one in chosen):
-                return False
-            queue = [one for one in queue if one not in chosen]
-        return True
+    def seconds(kind, many):
+        return together(kinds[kind], many)
 
     while place < len(arrivals) or queue:
         while place < len(arrivals) and (arrivals[place][0] <= now or not queue):
-            now = max(now, arrivals[place][0])
-            queue += [place] if in_time([*queue, place]) else []
+            moment, kind, deadline = arrivals[place]
+            now, one = max(now, moment), Asked(place, kind, deadline)
+            queue += [] if late_ones([*queue, one], now, most, seconds) else [one]
             place += 1
         if queue:
-            chosen, took = first_of(queue)
-            queue = [one for one in queue if one not in chosen]
-            now += took
-            ends |= dict.fromkeys(chosen, now)
+            chosen, queue = next_batch(queue, most)
+            now += seconds(chosen[0].alike, len(chosen))
+            ends |= dict.fromkeys((one.number for one in chosen), now)
     return [ends.get(place, inf) - arrivals[place][0] for place in range(len(arrivals))]
 
 

@@ -34,7 +34,7 @@ def check_deadline(roster: Roster, job: Job, now: float, pace: float = 1.0) -> N
     trial = roster.copy()
     trial.add(job)
     dated = {one.number: one.deadline for one in trial.jobs if one.deadline < inf}
-    if now + max(1.0, pace) * trial.seconds_left <= min(dated.values()):
+    if now + pace * trial.seconds_left <= min(dated.values()):
         return
     ends = ends_of(trial, now, pace)
     took, within, own = ends[job.number] - now, job.deadline - now, job.seconds_left + job.after
