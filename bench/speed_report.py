@@ -304,13 +304,18 @@ def _cold(part: Data) -> str:
         lines.append([name, *cells, f"{max(first['seconds'].values()):.2f}", row["runs"], f"{later['peak_rss'] / 2**20:.0f}"])
     header = ["row", "interpreter", "imported", "first latents", "first picture", "the last of them, empty caches", "runs",
               "peak RSS, MiB"]  # fmt: skip
+    whole = (
+        "*Text to picture* is `cachec.load(…).generate(…)`: text encoders and decoder are the bundle's own, and for ort "
+        "neither torch nor diffusers can be imported. "
+        if any(name.endswith("text to picture") for name in part["rows"])
+        else ""
+    )
     return (
         "Seconds since the process was started, cumulative, as a user's script would do it; medians, without the first run "
         "of what compiles or remembers. *Empty caches*: that first run, with no compiled kernels and no known file hashes (a "
         "bundle's files above 64 MiB are hashed once per machine, smaller ones each time); files were in the page cache "
         "always. `cachec …` rows take the conditions from a file and make latents; for ort the process is checked to be free "
-        "of torch. *Text to picture* is `cachec.load(…).generate(…)`: text encoders and decoder are the bundle's own, and for "
-        "ort neither torch nor diffusers can be imported. cachec computes "
+        f"of torch. {whole}cachec computes "
         f"{part['budget']} of {part['steps']} steps; a peer follows its own rule.\n\n" + table(header, lines)
     )  # fmt: skip
 
