@@ -85,7 +85,7 @@ quality: $(READY)  ## Every method at equal cost on the reference models: bench/
 	$(BIN)/python -m bench.gram_ablation --work build/quality
 	$(BIN)/python -m bench.quality_report --date $$(date +%F)
 
-bench: $(READY)  ## Speed beside the peers in one run: bench/RESULTS.md (an hour on two idle cores)
+bench: $(READY)  ## Speed beside the peers in one run: bench/RESULTS.md (a good hour on two idle cores)
 	$(BIN)/python -m pip install --quiet --editable '.[cpu,compile,rtx,pictures,hub,serve,dev,bench]'
 	$(BIN)/python -m bench.speed
 

@@ -30,7 +30,7 @@ def make_tasks(case: Case, work: Path) -> dict[str, dict[str, Any]]:
     conditions = str(conditions_path(work, case.name).resolve())
     common: dict[str, Any] = {"conditions": conditions}
     if case.pictures:
-        common |= {"prompt": case.prompts[0], "model": case.model.spec.name}
+        common |= {"prompt": case.prompts[0]}
     mask = [0, *(step + 1 for step in uniform_schedule(case.steps - 1, budget - 1).compute)]
     sizes = {name: getattr(settings, name) for name in ("steps", "guidance", "height", "width", "text_tokens")}
     directory = case.model.spec.source if case.pictures else str(shaped_weights(work).resolve())

@@ -22,6 +22,7 @@ import onnxruntime
 from onnx import TensorProto, helper
 
 from bench.bundles import bundle_path
+from bench.cases import SHAPED, TINY
 from bench.timing import spread, write_part
 from cachec.engines.ort import open_session
 from cachec.runtime.abi import COMPUTE
@@ -30,7 +31,7 @@ from cachec.runtime.errors import InputError
 from cachec.runtime.specs import Array, Signature, TensorSpec
 
 PRODUCTS = ("Gemm", "MatMul", "Attention")
-PAIRS = {"tiny-flux": 30, "flux-shaped": 10}  # of these a process alone takes 8 seconds
+PAIRS = {TINY: 30, SHAPED: 10}  # a process of the latter takes eight seconds
 QUICK_PAIRS = 3
 SECONDS, QUICK_SECONDS = 1.0, 0.2  # of calls in each process
 
@@ -200,7 +201,7 @@ def make_tasks(bundle: Bundle, folder: Path) -> dict[str, dict[str, Any]]:
 
 
 @click.command()
-@click.argument("name")
+@click.argument("name", type=click.Choice(list(PAIRS)))
 @click.argument("work", type=click.Path(path_type=Path), default=Path("build/bench"))
 @click.argument("out", type=click.Path(path_type=Path), required=False)
 @click.option("--threads", default="1,2", show_default=True, help="Numbers of threads, with commas.")
