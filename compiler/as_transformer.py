@@ -84,8 +84,12 @@ def _form(loaded: LoadedBundle, bundle: Bundle, schedule: Schedule, size: str, s
     )
 
 
-def _open(loaded: LoadedBundle, level: str, size: str, steps: int, *, batch: int, text: int, start: int) -> Stepper:
-    return loaded.session(batch=batch, level=level, size=size, steps=steps, text=text, start=start, for_sampler=True)
+def _open(
+    loaded: LoadedBundle, level: str, size: str, steps: int, *, batch: int, text: int, start: int, branch: str | None
+) -> Stepper:
+    return loaded.session(
+        batch=batch, level=level, size=size, steps=steps, text=text, start=start, for_sampler=True, branch=branch
+    )
 
 
 def _model(facts: Mapping[str, Any], transformer: nn.Module, pipeline: Any) -> LoadedModel:

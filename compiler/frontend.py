@@ -126,6 +126,8 @@ def _check_given(model: LoadedModel, request: Request) -> Checked:
         )
     training = training_of(model.spec, request) if request.method.needs_training else None
     parameters = _read_given(request) if training is None else _find_trained(model, request, training)
+    if not request.folds and isinstance(request.method, PredictorMethod):
+        request.method.check_inlined(model, request.settings, parameters)
     if not request.needs_calibration:
         return Checked(parameters, training)
     if (path := request.wish.fit.calibration) is not None:
@@ -276,11 +278,16 @@ def plan_graphs(model: LoadedModel, request: Request) -> StepGraphs:
     return usual_graphs(model, request.settings, request.wish.graph, request.method.cut)
 
 
-def usual_graphs(model: LoadedModel, settings: Settings, wish: GraphWish, cut: str, method: Method | None = None) -> StepGraphs:
-    """The graphs of a cut that all linear methods share; with a ``method``, those that keep features in its code."""
+def usual_graphs(
+    model: LoadedModel, settings: Settings, wish: GraphWish, cut: str, method: Method | None = None, *, by_row: bool = False
+) -> StepGraphs:
+    """The graphs of a cut that all linear methods share; with a ``method``, those that keep features in its code.
+
+    ``by_row``: each row of a batch has weights of its own.
+    """
     split = prepare(model, settings)
     coding = None if method is None else coding_of(split, settings, method, None)
-    plain = compute_only(split) if cut == "output" else linear(split, coding=coding)
+    plain = compute_only(split) if cut == "output" else linear(split, coding=coding, by_row=by_row)
     return StepGraphs(plain, _engine(model, settings, wish, plain))
 
 
@@ -330,10 +337,8 @@ def add_forecast(
     if schedule is None or not isinstance(method, PredictorMethod):
         return linear(split, watch, coding=coding_of(split, request.settings, method, parameters))
     if request.folds:
-        method.table(
-            schedule, model.sampling(request.settings).levels(method.cut), parameters
-        )  # fails now, not behind the engines
-        return linear(split, watch)
+        table = method.table(schedule, model.sampling(request.settings).levels(method.cut), parameters)  # fails now, if at all
+        return linear(split, watch, by_row=table.coefficients.shape[1] > 1)
     predictor, steps = method.predictor(parameters), request.settings.steps
     return inlined(split, predictor, window=method.window, num_steps=steps, observers=watch)
 

@@ -140,10 +140,11 @@ def linear_passes(
 ) -> PassList:
     """From a split model to the forecast graph of all linear methods.
 
-    With an ``encode``, features are kept in its code; ``groups`` are parts of it with weights of their own.
+    With an ``encode``, features are kept in its code; ``groups`` are parts of it, or rows, with weights of their own.
     """
     if encode is None and decode is None:
-        return PassList(Stage.SPLIT, (AddLinearForecast(), Prune()), Stage.LINEAR, Equivalence.EXACT)
+        forecast = AddLinearForecast(groups=groups or Groups())
+        return PassList(Stage.SPLIT, (forecast, Prune()), Stage.LINEAR, Equivalence.EXACT)
     passes = (
         AddCodedForecast(encode, decode, groups or Groups()),
         DropAsserts(),  # the code brings its own

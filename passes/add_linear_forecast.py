@@ -42,10 +42,10 @@ NUM_EXAMPLES = 2  # slots, in the values that nodes are noted with
 class AddLinearForecast(Pass):
     """Replace the forecast graph's input ``feature`` by ``decode(coefficients @ features + bias)``, summed in float32.
 
-    features [H, B, …], coefficients [G, H], a row for each of the ``groups`` of what is kept, bias scalar. ``encode`` and
-    ``decode`` are graphs from ``feature`` to ``feature``, by default none: the former stands behind the cut in the compute
-    graph, so that it is done once for every feature that is kept, the latter in front of the tail. The sum is the cut from
-    here on.
+    features [H, B, …], coefficients [G, H], a row for each of the ``groups`` of what is kept, bias scalar; where each row of a
+    batch has its own, coefficients [H, B] and bias [B]. ``encode`` and ``decode`` are graphs from ``feature`` to ``feature``,
+    by default none: the former stands behind the cut in the compute graph, so that it is done once for every feature that is
+    kept, the latter in front of the tail. The sum is the cut from here on.
     """
 
     name: ClassVar[str] = "add_linear_forecast"
@@ -64,7 +64,8 @@ class AddLinearForecast(Pass):
         kept = outputs(modules[COMPUTE])[FEATURE].meta["val"]
         self._check([int(size) for size in kept.shape[1:]])
         modules[FORECAST], cut = _summed(modules[FORECAST], kept, self.decode, self.groups)
-        axes = {**graphs.axes, FORECAST: {FEATURES: (SLOTS, BATCH), COEFFICIENTS: (GROUPS, SLOTS), BIAS: ()}}
+        weights, bias = ((SLOTS, BATCH), (BATCH,)) if self.groups.by_row else ((GROUPS, SLOTS), ())
+        axes = {**graphs.axes, FORECAST: {FEATURES: (SLOTS, BATCH), COEFFICIENTS: weights, BIAS: bias}}
         return PassResult(replace(graphs, modules=modules, cut=cut, axes=axes, groups=self.groups), changed=True)
 
     def _check(self, kept: list[int]) -> None:
@@ -104,11 +105,13 @@ def _summed(
         return node
 
     features = given(FEATURES, kept.new_empty((NUM_EXAMPLES, *kept.shape)))
-    coefficients = given(COEFFICIENTS, kept.new_empty((groups.count, NUM_EXAMPLES), dtype=torch.float32))
-    bias = given(BIAS, kept.new_empty((), dtype=torch.float32))
+    weights, offset = ((NUM_EXAMPLES, len(kept)), (len(kept),)) if groups.by_row else ((groups.count, NUM_EXAMPLES), ())
+    coefficients = given(COEFFICIENTS, kept.new_empty(weights, dtype=torch.float32))
+    bias = given(BIAS, kept.new_empty(offset, dtype=torch.float32))
     narrow = kept.dtype != torch.float32
     wide = emit(features, CAST, features, dtype=torch.float32) if narrow else features
-    summed = emit(features, aten.add.Tensor, _weighted(wide, coefficients, groups), bias)
+    each = _in_front(bias, kept.ndim - 1) if groups.by_row else bias
+    summed = emit(features, aten.add.Tensor, _weighted(wide, coefficients, groups), each)
     summed = emit(features, CAST, summed, dtype=kept.dtype) if narrow else summed
     feature = summed
     if decode is not None:
@@ -121,7 +124,10 @@ def _summed(
 
 
 def _weighted(features: fx.Node, coefficients: fx.Node, groups: Groups) -> fx.Node:
-    """The sum [B, …] over slots [H, B, …], each group by its own row of the coefficients [G, H]."""
+    """The sum [B, …] over slots [H, B, …], each group by its own row of the coefficients [G, H], or each row by its [H, B]."""
+    if groups.by_row:
+        weighted = emit(features, aten.mul.Tensor, features, _in_front(coefficients, features.meta["val"].ndim - 2))
+        return emit(features, aten.sum.dim_IntList, weighted, [0])
     if groups.count == 1:
         row = emit(coefficients, aten.squeeze.dim, coefficients, 0)
         return emit(features, aten.tensordot.default, row, features, [0], [0])
@@ -131,3 +137,10 @@ def _weighted(features: fx.Node, coefficients: fx.Node, groups: Groups) -> fx.No
         row = emit(coefficients, aten.select.int, coefficients, 0, number)
         parts.append(emit(features, aten.tensordot.default, row, part, [0], [0]))
     return emit(features, aten.cat.default, parts, groups.axis)
+
+
+def _in_front(numbers: fx.Node, axes: int) -> fx.Node:
+    """Numbers [..., B] in front of so many axes that they are the same for."""
+    for _ in range(axes):
+        numbers = emit(numbers, aten.unsqueeze.default, numbers, -1)
+    return numbers

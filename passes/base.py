@@ -33,11 +33,13 @@ class Stage(Enum):
 class Groups:
     """Parts of what forecasts are made of, ``sizes`` one behind the other along an ``axis``: each has weights of its own.
 
-    The batch is axis 0. Without sizes there is one group, all of it.
+    The batch is axis 0. Without sizes there is one group, all of it; with ``by_row`` each row of a batch has weights of its
+    own instead, as branches of guidance may.
     """
 
     sizes: tuple[int, ...] = ()
     axis: int = 1
+    by_row: bool = False
 
     @property
     def count(self) -> int:
@@ -54,7 +56,7 @@ class Groups:
         return begin, sys.maxsize if number + 1 == self.count else begin + self.sizes[number]
 
 
-ALL = Groups()
+ALL, BY_ROW = Groups(), Groups(by_row=True)
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,6 @@ from cachec.runtime.abi import (
     FEATURES,
     FORECAST,
     FORECASTS,
-    GROUPS,
     NEXT_LATENTS,
     PROLOGUE,
     SLOTS,
@@ -47,8 +46,9 @@ class BatchForecast(Pass):
     """From one step's forecast to ``n`` of them, with the sampler's Euler steps behind.
 
     No forecast depends on the latents, so all are one product ``coefficients @ features`` (of each group), and one tail on
-    ``n * B`` samples. ``coefficients`` becomes [n, G, H], ``bias`` [n]; what differs from step to step (``timestep``, hoisted
-    values) gets an axis of steps in front; latents [B, …] and ``deltas`` [n] come in, and ``next_latents`` [B, …] goes out.
+    ``n * B`` samples. ``coefficients`` becomes [n, G, H], ``bias`` [n] (of each row [n, H, B] and [n, B]); what differs from
+    step to step (``timestep``, hoisted values) gets an axis of steps in front; latents [B, …] and ``deltas`` [n] come in, and
+    ``next_latents`` [B, …] goes out.
 
     ``carries``: the sampler keeps ``carry`` [1] of the latents over the run, and ``deltas`` say what each velocity is worth
     at its end. With ``velocities``, those [n, B, …] go out as well, for a sampler outside. Without, nobody reads the single
@@ -76,8 +76,7 @@ class BatchForecast(Pass):
         new = _batched(module, graphs.cut, self, per_step, graphs.groups)
         axes = {
             FEATURES: (SLOTS, BATCH),
-            COEFFICIENTS: (FORECASTS, GROUPS, SLOTS),
-            BIAS: (FORECASTS,),
+            **{name: (FORECASTS, *graphs.axes[FORECAST][name]) for name in (COEFFICIENTS, BIAS)},
             DELTAS: (FORECASTS,),
             **({CARRY: ()} if self.carries else {}),
             **({VELOCITIES: (FORECASTS, BATCH)} if self.velocities else {}),
@@ -134,6 +133,8 @@ def _batched(module: fx.GraphModule, cut: str, wanted: BatchForecast, per_step: 
 def _weighted(graph: fx.Graph, inputs: dict[str, fx.Node], groups: Groups, feature: torch.Tensor) -> list[fx.Node]:
     """All steps' sums over the slots, and their biases: a part [n * B, …] for each group."""
     call = graph.call_function
+    if groups.by_row:
+        return [_weighted_by_row(graph, inputs, feature)]
     slots = call(aten.sym_size.int, (inputs[FEATURES], 0))
     parts = []
     for number, shape in enumerate(groups.shapes([int(size) for size in feature.shape[1:]])):
@@ -149,6 +150,18 @@ def _weighted(graph: fx.Graph, inputs: dict[str, fx.Node], groups: Groups, featu
         summed = call(aten.add.Tensor, (summed, call(aten.unsqueeze.default, (inputs[BIAS], 1))))
         parts.append(call(aten.view.default, (summed, [-1, *shape])))
     return parts
+
+
+def _weighted_by_row(graph: fx.Graph, inputs: dict[str, fx.Node], feature: torch.Tensor) -> fx.Node:
+    """The same where each row of the batch has weights of its own: a product for each row."""
+    call = graph.call_function
+    flat = call(aten.flatten.using_ints, (inputs[FEATURES], 2)) if feature.ndim > 2 else inputs[FEATURES]
+    flat = flat if feature.dtype == torch.float32 else call(CAST, (flat,), {"dtype": torch.float32})
+    features = call(aten.permute.default, (flat, [1, 0, 2]))  # [B, H, …]
+    rows = call(aten.permute.default, (inputs[COEFFICIENTS], [2, 0, 1]))  # [B, n, H]
+    summed = call(aten.permute.default, (call(aten.bmm.default, (rows, features)), [1, 0, 2]))
+    summed = call(aten.add.Tensor, (summed, call(aten.unsqueeze.default, (inputs[BIAS], 2))))
+    return call(aten.reshape.default, (summed, [-1, *(int(size) for size in feature.shape[1:])]))
 
 
 def _summed(

@@ -19,13 +19,13 @@ VELOCITIES = "velocities"  # several of them [n, B, …], or [H, B, …] from th
 FEATURE = "feature"  # the hidden state at the cut [B, …]
 TOKENS = "tokens"  # of image and text behind the last block, which predictors made of blocks read [B, …]
 FEATURES = "features"  # the written slots [H, B, …]
-COEFFICIENTS = "coefficients"  # rows [n, G, H] of forecasts, or one row [G, H] that moves the latents
-BIAS = "bias"  # [n]
+COEFFICIENTS = "coefficients"  # rows [n, G, H] of forecasts, or one [G, H] that moves the latents; of each sample [n, H, B]
+BIAS = "bias"  # [n], or of each sample [n, B]
 BASE = "base"  # what weighted velocities are added to [B, …]: the noise, or the latents of a sampler outside
 BASE_SHARE = "base_share"  # how much of it [1]
 TARGET_TIMESTEP = "target_timestep"  # the second time that flow maps are told [B]
 GUIDANCE = "guidance_scale"  # [B]
-NEGATIVE, POSITIVE = "negative", "positive"  # velocities of the branches of guidance [B, …]
+NEGATIVE, POSITIVE = BRANCHES = "negative", "positive"  # velocities of the branches of guidance [B, …]
 PAIR = "pair"  # both, one behind the other [2 B, …]
 DELTA = "delta"  # what a velocity is worth, of each sample [B]: for flows a step in sigma
 CARRY = "carry"  # how much of the latents a step keeps [B], or of a run of steps [1]; 1 for flows

@@ -9,10 +9,10 @@ from math import prod
 
 import numpy as np
 
-from cachec.runtime.abi import FORECASTS
+from cachec.runtime.abi import BATCH, BRANCHES, COEFFICIENTS, FORECASTS
 from cachec.runtime.device import ALIGNMENT, Buffer
 from cachec.runtime.errors import BundleError, InputError, shortened
-from cachec.runtime.specs import Array, TensorSpec, itemsize
+from cachec.runtime.specs import Array, Signature, TensorSpec, itemsize
 
 NOISE_BUFFER, TURNS, VELOCITY_BUFFER = "noise", ("latents/0", "latents/1"), "velocity"
 Slot = tuple[str, int]  # its kind and number
@@ -42,6 +42,42 @@ def for_groups(rows: Array, spec: TensorSpec) -> Array:
             f"the program has rows of {known} groups, and its engine weighs {shortened(groups)}: compile the bundle again"
         )
     return rows if known == groups else np.repeat(rows, groups, axis=-2)
+
+
+def as_taken(numbers: Array, spec: TensorSpec, samples: int) -> Array:
+    """Numbers of a step, or of each of a run [n, …], as an engine takes them on so many rows.
+
+    Raises:
+        BundleError: they are of other groups or branches than the engine's.
+    """
+    of_rows = spec.shape[-1:] == (BATCH,)
+    if spec.name == COEFFICIENTS:
+        return for_rows(np.swapaxes(numbers, -1, -2), samples) if of_rows else for_groups(numbers, spec)
+    if of_rows:
+        return for_rows(numbers if numbers.ndim == len(spec.shape) else numbers[..., None], samples)
+    if numbers.ndim != len(spec.shape):
+        raise BundleError(f"the program has {spec.name} for each branch of guidance, which its engine does not take: "
+                          "compile the bundle again")  # fmt: skip
+    return numbers
+
+
+def weighs_rows(signature: Signature) -> bool:
+    """Does an engine that forecasts take weights for each row of a batch?"""
+    return any(spec.name == COEFFICIENTS and spec.shape[-1:] == (BATCH,) for spec in signature.inputs)
+
+
+def for_rows(numbers: Array, samples: int) -> Array:
+    """Numbers [..., G] as an engine takes them for each of ``samples`` rows: those of the branches lie one behind the other.
+
+    Raises:
+        BundleError: there are numbers of more than the rows of two branches.
+    """
+    known = numbers.shape[-1]
+    if known not in (1, len(BRANCHES)) or samples % known:
+        raise BundleError(
+            f"the program has numbers of {known} branches of guidance for {samples} rows: compile the bundle again"
+        )
+    return np.repeat(numbers, samples // known, axis=-1)
 
 
 def no_velocities(who: str) -> InputError:

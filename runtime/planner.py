@@ -55,8 +55,8 @@ from cachec.runtime.plan import (
     PlannedCall,
     Slot,
     View,
+    as_taken,
     condition_name,
-    for_groups,
     is_run,
     no_velocities,
     slots_name,
@@ -324,11 +324,7 @@ class _Planner:
                 weights = self._program.weights_of(instruction) if spec.name == COEFFICIENTS else None
                 series = self._by_step[spec.name] if weights is None else weights
                 rows = series[list(instruction.steps)] if is_run(spec) else series[instruction.steps[0]]
-                if spec.name == COEFFICIENTS:
-                    rows = for_groups(rows[..., : len(history)], spec)
-                elif spec.shape[-1:] == (BATCH,):  # the same for each sample
-                    rows = np.broadcast_to(rows[..., None], (*rows.shape, samples))
-                values[spec.name] = rows
+                values[spec.name] = as_taken(rows if weights is None else rows[..., : len(history)], spec, samples)
         return values
 
     def _results(self, instruction: Instruction) -> dict[str, View]:

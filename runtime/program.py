@@ -14,13 +14,13 @@ import copy
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import zip_longest
 from typing import Any, Literal, get_args
 
 import numpy as np
 
-from cachec.runtime.abi import ADVANCE, CARRY, FEATURE, PAIR, VELOCITY
+from cachec.runtime.abi import ADVANCE, BRANCHES, CARRY, FEATURE, PAIR, VELOCITY
 from cachec.runtime.errors import BundleError, InputError, shortened
 from cachec.runtime.instructions import Instruction, check_known, read_instruction
 from cachec.runtime.specs import Array
@@ -71,7 +71,8 @@ class Program:
     ``slots`` says how many there are of each kind. ``sigmas`` [T + 1] noise levels, the last one the end of sampling;
     ``timesteps`` [T] what the model is told at each step, ``target_timesteps`` [T] what flow maps are told besides;
     ``coefficients`` [T, G, S] and ``bias`` [T] of the linear forecasts (rows of other steps are not read; on the output cut a
-    row moves the latents and the bias is zero). Where a sampler outside works on the output cut, it gets
+    row moves the latents and the bias is zero). With a ``bias`` [T, G] the groups are the branches of guidance, the negative
+    one first. Where a sampler outside works on the output cut, it gets
     ``rows_out[s] @ slots + share_out[s] * latents`` at step ``s``: ``rows_out`` [T, G, S], ``share_out`` [T].
 
     What a step does to the latents: ``carry[s] * latents + gain[s] * velocity``, both [T]; without them the flow's Euler step,
@@ -133,6 +134,23 @@ class Program:
                 "outside combines them itself: take another level, or a session"
             )
 
+    def of_branch(self, name: str | None) -> "Program":
+        """What one branch of guidance plays, ``NEGATIVE`` or ``POSITIVE``, where a sampler outside asks for each apart.
+
+        Raises:
+            InputError: they have numbers of their own, and none of them is named.
+        """
+        if self.bias.ndim == 1:
+            return self
+        if name not in BRANCHES:
+            raise InputError(
+                f"level {self.key.level} forecasts the branches of guidance by numbers of their own, and which branch this is "
+                f"was not said: name it, {' or '.join(BRANCHES)}, or take a predictor that both share (--set branches=shared)"
+            )
+        place = BRANCHES.index(name)
+        coefficients = np.ascontiguousarray(self.coefficients[:, place : place + 1])
+        return replace(self, starts={}, coefficients=coefficients, bias=np.ascontiguousarray(self.bias[:, place]))
+
     @property
     def work(self) -> float:
         """What is computed, in computed steps; one branch of two is half of one."""
@@ -156,7 +174,7 @@ class Program:
             "sigmas": (steps + 1,),
             "timesteps": (steps,),
             "coefficients": rows,
-            "bias": (steps,),
+            "bias": (steps, *self.coefficients.shape[1:2])[: self.bias.ndim],
             "target_timesteps": (steps,),
             "rows_out": rows,
             **dict.fromkeys(("share_out", CARRY, "gain", "shares", "pair_shares"), (steps,)),

@@ -177,18 +177,18 @@ class LoadedBundle:
     @overload
     def session(
         self, *, batch: int = 1, level: str | None = None, size: str | None = None, steps: int | None = None,
-        text: int | None = None, start: int = 0, for_sampler: Literal[True],
+        text: int | None = None, start: int = 0, for_sampler: Literal[True], branch: str | None = None,
     ) -> Stepper: ...  # fmt: skip
 
     def session(
         self, *, batch: int = 1, level: str | None = None, size: str | None = None, steps: int | None = None,
-        text: int | None = None, start: int = 0, for_sampler: bool = False,
+        text: int | None = None, start: int = 0, for_sampler: bool = False, branch: str | None = None,
     ) -> "Session | Stepper":  # fmt: skip
         """A session for requests of ``batch`` samples at a quality level, by default the bundle's first.
 
         ``size``, ``steps`` and ``text``: as :meth:`at`; texts are that long. ``start``: the step that requests begin at, with
         latents of its noise level (``programs[level].sigmas[start]``) in the place of noise. ``for_sampler``: for one outside,
-        which asks for velocities one by one.
+        which asks for velocities one by one, and for each ``branch`` of guidance ("negative", "positive") apart.
         """
         bundle = self.at(size, steps, text)
         program = bundle.programs[bundle.check_level(level)]
@@ -199,7 +199,7 @@ class LoadedBundle:
                 f"{batch}, or take another target"
             )
         if for_sampler:
-            return Stepper(bundle.engines, bundle.begun(program, start), bundle.io, batch=batch)
+            return Stepper(bundle.engines, bundle.begun(program, start).of_branch(branch), bundle.io, batch=batch)
         return Session(bundle.engines, bundle.begun(program, start), bundle.io, batch=batch)
 
     def begun(self, program: Program, start: int) -> Program:

@@ -14,6 +14,7 @@ from cachec.compiler.graphs.export import plan_engines
 from cachec.compiler.graphs.prepare import engine, linear
 from cachec.compiler.methods.adams import Adams
 from cachec.compiler.methods.taylor import Taylor
+from cachec.compiler.tables.coefficients import ForecastTable
 from cachec.compiler.tables.lower import lower, lower_uncached
 from cachec.compiler.tables.sampler_probe import probe_sampler
 from cachec.compiler.tables.sampling import Sampling
@@ -24,6 +25,7 @@ from cachec.runtime.device import DeviceName
 from cachec.runtime.errors import BundleError, InputError
 from cachec.runtime.program import ProgramKey, hash_sigmas
 from cachec.runtime.session import Session
+from cachec.runtime.stepper import Stepper
 
 SCHEDULE = Schedule(STEPS, (0, 2, 3, 6))
 SAMPLERS = {
@@ -43,12 +45,22 @@ def sampling_of(name):
 
 @pytest.fixture(scope="module")
 def engines():
-    """By rule of guidance, and whether latents are carried in part."""
+    return maker(by_row=False)
+
+
+@pytest.fixture(scope="module")
+def by_row():
+    """Engines that take numbers for each row of a batch."""
+    return maker(by_row=True)
+
+
+def maker(*, by_row):
+    """Engines by rule of guidance, and whether latents are carried in part."""
     made = {}
 
     def make(rule, carries):
         if (rule, carries) not in made:
-            graphs = engine(linear(split_toy()), replace(IO, guidance=rule), carries=carries)
+            graphs = engine(linear(split_toy(), by_row=by_row), replace(IO, guidance=rule), carries=carries)
             device = TorchDevice(DeviceName.parse("cpu"))
             plans = plan_engines(graphs, example_inputs(), IO.latents, STEPS)
             made[rule, carries] = {plan.name: EagerEngine(graphs.modules[plan.name], plan.signature, device) for plan in plans}
@@ -92,6 +104,51 @@ def test_sessions_play_what_the_evaluator_plays(name, rule, engines, given):
             np.testing.assert_allclose(got, wanted, atol=2e-5 * np.abs(wanted).max(), err_msg=cut)
         finals[cut] = got
     assert all(np.abs(finals[cut] - finals["uncached"]).max() > 1e-3 for cut in ("hidden", "output"))
+
+
+@pytest.mark.parametrize("rule", [None, *RULES])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_each_branch_is_forecast_by_numbers_of_its_own(name, rule, by_row, given):
+    sampling, (noise, conditions) = sampling_of(name), given
+    conditions = conditions if rule else {"prompt": conditions["prompt"]}
+    io, key = replace(IO, guidance=rule), ProgramKey(STEPS, hash_sigmas(sampling.sigmas), {}, guided=rule is not None)
+    tables = [Taylor(order).table(SCHEDULE, sampling.sigmas, None) for order in (0, 1)]
+    tables[0].bias[[1, 4, 5]], tables[1].bias[[1, 4, 5]] = 0.2, -0.1
+    both = ForecastTable.of_branches(*tables)
+    evaluator, played = GraphEvaluator(split_toy(), io), {}
+    for label, table in {"negative": tables[0], "positive": tables[1], **({"both": both} if rule else {})}.items():
+        program = lower(table, key, sampling)
+        got = Session(by_row(rule, sampling.rows is not None), program, io, batch=BATCH).run(conditions, noise)
+        wanted = evaluator.play(program, noise, conditions)
+        np.testing.assert_allclose(got, wanted, atol=2e-5 * np.abs(wanted).max(), err_msg=label)
+        played[label] = got
+    assert all(np.abs(played[one] - played["both"]).max() > 1e-3 for one in ("negative", "positive") if rule)
+
+
+def test_a_sampler_outside_says_which_branch_it_asks_for(by_row, given):
+    noise, conditions = given
+    sampling = sampling_of("flow")
+    tables = [Taylor(order).table(SCHEDULE, sampling.sigmas, None) for order in (0, 1)]
+    key = ProgramKey(STEPS, hash_sigmas(sampling.sigmas), {}, guided=True)
+    program = lower(ForecastTable.of_branches(*tables), key, sampling)
+    with pytest.raises(InputError, match="which branch this is was not said: name it, negative or positive"):
+        program.of_branch(None)
+    for table, branch in zip(tables, ("negative", "positive"), strict=True):
+        answers = []
+        for one in (program.of_branch(branch), lower(table, replace(key, guided=False), sampling)):
+            stepper = Stepper(by_row(None, False), one, IO, batch=BATCH)
+            stepper.begin({"prompt": conditions["prompt"]})
+            answers.append([stepper.velocity(step, noise) for step in range(STEPS)])
+        np.testing.assert_array_equal(*answers)
+
+
+def test_rows_of_branches_need_engines_that_take_them(engines, given):
+    sampling = sampling_of("flow")
+    table = Taylor(1).table(SCHEDULE, sampling.sigmas, None)
+    key = ProgramKey(STEPS, hash_sigmas(sampling.sigmas), {}, guided=True)
+    program = lower(ForecastTable.of_branches(table, table), key, sampling)
+    with pytest.raises(BundleError, match="the program has rows of 2 groups, and its engine weighs 1"):
+        Session(engines("plain", False), program, IO, batch=1)
 
 
 def test_at_the_scale_of_the_positive_branch_guidance_is_none(engines, given):

@@ -21,6 +21,7 @@ from cachec.passes.add_guidance import guidance_graph
 from cachec.passes.base import outputs, placeholders
 from cachec.runtime.abi import (
     ADVANCE,
+    BRANCHES,
     COMPUTE,
     EXPERT,
     FEATURE,
@@ -230,7 +231,6 @@ class _Loop:
         self.latents = noise
         self._evaluator, self._conditions, self._noise = evaluator, conditions, noise
         self._program, self._coefficients = program, coefficients
-        self._bias = torch.from_numpy(program.bias).to(noise)
         self._sigmas, self._timesteps = program.sigmas, timesteps
         self._slots: dict[tuple[str, int], torch.Tensor] = {}
         self._kept: dict[tuple[str, int], int] = {}  # which step each slot is of
@@ -248,7 +248,7 @@ class _Loop:
             self._advance(instruction)
         else:
             for step in instruction.rows:
-                kept = self._weighted(instruction, step, FEATURE) + self._bias[step]
+                kept = self._weighted(instruction, step, FEATURE)
                 feature = self._evaluator._decode(kept, self._conditions.get(GUIDANCE))
                 velocity = self._evaluator._tail(feature, self._told(step), self._given(step))
                 self._keep_velocity(instruction, step, velocity)
@@ -305,11 +305,18 @@ class _Loop:
         groups = torch.from_numpy(rows[step, :, : len(values)]).to(self._noise)
         if len(groups) == 1:
             total: torch.Tensor = torch.tensordot(groups[0], values, 1)
-            return total
-        assert self._evaluator._coding is not None, "rows of groups are of a coding"
-        sizes, axis = self._evaluator._coding.groups.sizes, self._evaluator._coding.groups.axis
-        each = zip(groups, torch.split(values, list(sizes), axis + 1), strict=True)
-        return torch.cat([torch.tensordot(row, part, 1) for row, part in each], axis)
+            return total if kind == VELOCITY else total + float(self._program.bias[step])
+        sizes, axis = self._parts(values)
+        biases = np.broadcast_to(self._program.bias[step], len(groups)).tolist()
+        each = zip(groups, torch.split(values, list(sizes), axis + 1), biases, strict=True)
+        return torch.cat([torch.tensordot(row, part, 1) + bias for row, part, bias in each], axis)
+
+    def _parts(self, values: torch.Tensor) -> tuple[tuple[int, ...], int]:
+        """The groups of what slots hold [H, …]: sizes along an axis of one; without a coding the branches, side by side."""
+        if (coding := self._evaluator._coding) is not None:
+            return coding.groups.sizes, coding.groups.axis
+        half = values.shape[2] // len(BRANCHES)
+        return (half,) * len(BRANCHES), 1
 
     def _move(self, step: int, velocity: torch.Tensor) -> None:
         kept, worth = self._program.step_numbers([step])

@@ -14,10 +14,12 @@ from cachec.compiler.models.lora_files import LoraFile, parse_loras
 from cachec.compiler.options import GraphWish
 from cachec.engines import get_engine, no_other_weights
 from cachec.engines.targets import ONNX_TARGET
+from cachec.runtime.abi import FORECAST
 from cachec.runtime.bundle import Bundle, Manifest, Target
 from cachec.runtime.engine import CONSTANTS, ONNX
 from cachec.runtime.errors import BundleError, InputError, MissingExtraError, OutputError, need
 from cachec.runtime.inspect import describe_weights
+from cachec.runtime.plan import weighs_rows
 from cachec.runtime.variants import label_of_shapes, name_shapes
 from cachec.runtime.work import claim_work, remove_work
 from cachec.runtime.write import BundleAdder
@@ -139,7 +141,7 @@ def _all_graphs(model: LoadedModel, bundle: Bundle) -> "dict[str, Graph]":
     from cachec.compiler.graphs.shared import share_plans
 
     sizes = bundle.places
-    plans = [_plans(model, one.manifest) for one in sizes]
+    plans = [_plans(model, one) for one in sizes]
     if not bundle.manifest.shapes:
         return {
             label: one for there, some in zip(sizes, plans, strict=True) for label, one in _graphs(model, there, some).items()
@@ -147,7 +149,7 @@ def _all_graphs(model: LoadedModel, bundle: Bundle) -> "dict[str, Graph]":
     return _graphs(model, bundle, share_plans(plans, compare=False).plans)
 
 
-def _plans(model: LoadedModel, manifest: Manifest) -> "list[EnginePlan]":
+def _plans(model: LoadedModel, there: Bundle) -> "list[EnginePlan]":
     """The graphs of one size.
 
     Raises:
@@ -158,13 +160,14 @@ def _plans(model: LoadedModel, manifest: Manifest) -> "list[EnginePlan]":
     from cachec.compiler.methods import get_method
     from cachec.compiler.methods.base import CodedMethod
 
-    settings, method = settings_of(manifest), manifest.method
+    settings, method, engines = settings_of(there.manifest), there.manifest.method, there.target.engines
     slots = None if method["slots"] == OWN_TYPE else method["slots"]
     wish = GraphWish(hoist=method["hoist"], slots=slots, velocities=method["velocities"])
     codes = get_method(method["name"])(**method["options"])
     if isinstance(codes, CodedMethod) and codes.needs_training:
         raise InputError(f"{codes.name} was trained for the weights of this bundle: compile another with --lora")
-    return make_plans(model, settings, usual_graphs(model, settings, wish, method["cut"], codes))
+    by_row = FORECAST in engines and weighs_rows(engines[FORECAST].signature)
+    return make_plans(model, settings, usual_graphs(model, settings, wish, method["cut"], codes, by_row=by_row))
 
 
 def _graphs(model: LoadedModel, there: Bundle, plans: "Sequence[EnginePlan]") -> "dict[str, Graph]":

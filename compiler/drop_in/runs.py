@@ -16,12 +16,14 @@ from torch.utils.dlpack import from_dlpack
 
 from cachec.compiler.drop_in.asked import Asked
 from cachec.compiler.drop_in.forms import Form
+from cachec.runtime.abi import NEGATIVE, POSITIVE
 from cachec.runtime.program import Program
 from cachec.runtime.stepper import Stepper
 
 log = logging.getLogger(__name__)
 
 Key = str | int  # a branch: its cache context, or which call it is at each time
+CONTEXTS = {"cond": POSITIVE, "uncond": NEGATIVE, "pred_cond": POSITIVE, "pred_uncond": NEGATIVE}  # of branches of guidance
 
 
 @dataclass(eq=False)
@@ -104,7 +106,7 @@ class Run:
         """The steps that the call may be of."""
         return [] if self.off is not None else self.form.near(asked.told, asked.precision)
 
-    def answer(self, asked: Asked, graph: str, open_stepper: Callable[[Form, int, int, int, int], Stepper]) -> torch.Tensor:
+    def answer(self, asked: Asked, graph: str, open_stepper: Callable[..., Stepper]) -> torch.Tensor:
         """The velocity [B, …] for a call of this run, of the transformer whose compute graph is ``graph``."""
         if asked.told != self.told:
             self.told, self.latents, self.answered = asked.told, asked.latents.clone(), set()
@@ -117,7 +119,8 @@ class Run:
             if stepper is None:
                 number = len(self.branches) if branch is None else list(self.branches).index(key)
                 begins = self.fresh and branch is None and asked.told == self.first
-                stepper = open_stepper(self.form, self.batch, number, asked.text, self._start(step if begins else None))
+                start, name = self._start(step if begins else None), CONTEXTS.get(asked.context or "")
+                stepper = open_stepper(self.form, self.batch, number, asked.text, start, name)
             stepper.begin(
                 _there(asked.conditions, stepper), first=step
             )  # what was computed for other conditions is not looked at any more
@@ -166,16 +169,19 @@ class Runs:
     """The run that goes on, and the steppers of runs so far, which are used again: what a pipeline's transformers share."""
 
     run: Run | None = None
-    steppers: dict[tuple[Form, int, int, int], Stepper] = field(default_factory=dict)
+    steppers: dict[tuple[Form, int, int, int, str | None], Stepper] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def open(self, form: Form, batch: int, number: int, text: int, start: int) -> Stepper:
-        """The stepper of a run's branch of this ``number``, with texts of this length; one that begins elsewhere makes way."""
-        key = form, batch, number, text
+    def open(self, form: Form, batch: int, number: int, text: int, start: int, branch: str | None) -> Stepper:
+        """The stepper of a run's branch of this ``number``, with texts of this length; one that begins elsewhere makes way.
+
+        ``branch``: of guidance, if the pipeline says so. Raises ``InputError`` where that must be known, and is not.
+        """
+        key = form, batch, number, text, branch
         if key in self.steppers and self.steppers[key].program.key.start_step != start:
             del self.steppers[key]
         if key not in self.steppers:
-            self.steppers[key] = form.open(batch=batch, text=text, start=start)
+            self.steppers[key] = form.open(batch=batch, text=text, start=start, branch=branch)
         return self.steppers[key]
 
 

@@ -26,6 +26,7 @@ from cachec.runtime.abi import COEFFICIENTS, COMPUTE, FEATURES, FORECAST
 from cachec.runtime.device import DeviceName
 from cachec.runtime.engine import Engine
 from cachec.runtime.errors import InputError, unknown_name
+from cachec.runtime.plan import weighs_rows
 from cachec.runtime.program import UNCACHED, Program, ProgramKey, hash_sigmas
 from cachec.runtime.session import LoadedBundle, Session
 
@@ -146,7 +147,11 @@ def compared_rows(
             folder.mkdir(parents=True)
             engines = linear_engines(model, settings, loaded.target.backend, folder, stack, device, coding)
         elif _forecasts(program):
-            shared = shared or linear_engines(model, settings, loaded.target.backend, work, stack, device)
+            by_row = program.coefficients.shape[1] > 1
+            if shared is None or (by_row and not weighs_rows(shared[FORECAST].signature)):
+                folder = work / f"linear-{place}"
+                folder.mkdir(parents=True)
+                shared = linear_engines(model, settings, loaded.target.backend, folder, stack, device, by_row=by_row)
             engines = shared
         rows.append(Row(entry.name, "solver" if entry.method is None else "method", program, engines))
     return rows
@@ -202,4 +207,4 @@ def _trained(entry: Entry, method: Method, model: LoadedModel, settings: Setting
 def _is_linear(engines: Mapping[str, Engine]) -> bool:
     """Do they take rows of all features as they are?"""
     inputs = {spec.name: spec for spec in engines[FORECAST].signature.inputs} if FORECAST in engines else {}
-    return FEATURES in inputs and inputs[COEFFICIENTS].shape[-2] == 1
+    return FEATURES in inputs and (weighs_rows(engines[FORECAST].signature) or inputs[COEFFICIENTS].shape[-2] == 1)

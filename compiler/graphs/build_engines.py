@@ -226,13 +226,13 @@ def build_and_load(
 
 def linear_engines(
     model: LoadedModel, settings: Settings, backend: str, folder: Path, stack: ExitStack, device: DeviceName = HOST,
-    coding: Coding | None = None,
+    coding: Coding | None = None, *, by_row: bool = False,
 ) -> dict[str, Engine]:  # fmt: skip
-    """Engines that all linear methods of the hidden cut share, or those of one ``coding``, for comparisons.
+    """Engines that all linear methods of the hidden cut share, or those of one ``coding``, or with weights of each row.
 
     They are closed with ``stack``; their files are in ``folder``.
     """
-    graphs = engine(linear(prepare(model, settings), coding=coding), model.io)
+    graphs = engine(linear(prepare(model, settings), coding=coding, by_row=by_row), model.io)
     plans = plan_engines(graphs, model.example_inputs(settings), model.io.latents, settings.steps)
     sources = LooseSources(plans, folder, settings.dtype, settings.shape_bucket)
     engines = build_and_load(get_builder(backend), sources, folder, device)

@@ -8,7 +8,7 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from cachec.compiler.graphs.exported import export_program
-from cachec.passes import Graphs, compute_graphs
+from cachec.passes import Graphs, Groups, compute_graphs
 from cachec.passes.base import outputs, placeholders
 from cachec.runtime.abi import (
     ADVANCE,
@@ -146,8 +146,7 @@ def _forecast_inputs(
     examples = {
         **inputs,
         FEATURES: torch.stack([feature + i for i in range(NUM_SLOTS)]),
-        COEFFICIENTS: torch.linspace(1, 0.5, NUM_SLOTS).repeat(NUM_STEPS, graphs.groups.count, 1),
-        BIAS: torch.linspace(0, 0.5, NUM_STEPS),
+        **_numbers(graphs.groups, len(feature)),
         DELTA: torch.full(feature.shape[:1], -0.1),
         DELTAS: torch.linspace(-0.1, -0.2, NUM_STEPS),
         CARRY: torch.full(feature.shape[:1] if axes.get(CARRY, (BATCH,)) else (1,), 0.9),  # of samples, or of a whole run
@@ -168,6 +167,14 @@ def _forecast_inputs(
         else:
             result[name] = examples[name].to(feature.device)
     return result
+
+
+def _numbers(groups: Groups, batch: int) -> dict[str, torch.Tensor]:
+    """Rows and biases of some steps."""
+    rows, bias = torch.linspace(1, 0.5, NUM_SLOTS), torch.linspace(0, 0.5, NUM_STEPS)
+    if groups.by_row:
+        return {COEFFICIENTS: rows[:, None].repeat(NUM_STEPS, 1, batch), BIAS: bias[:, None].repeat(1, batch)}
+    return {COEFFICIENTS: rows.repeat(NUM_STEPS, groups.count, 1), BIAS: bias}
 
 
 def _spec(name: str, value: torch.Tensor, axes: tuple[str, ...]) -> TensorSpec:

@@ -24,7 +24,7 @@ from cachec.passes import (
     run_passes,
     split_passes,
 )
-from cachec.passes.base import Observer, compute_graphs, copy_module, outputs
+from cachec.passes.base import ALL, BY_ROW, Observer, compute_graphs, copy_module, outputs
 from cachec.runtime.abi import COMPUTE, EXPERT, FEATURE, MODEL, TOKENS
 from cachec.runtime.model_io import ModelIO
 
@@ -113,10 +113,13 @@ def compute_only(graphs: Graphs) -> Graphs:
     return replace(graphs, modules={name: graphs.modules[name] for name in compute_graphs(graphs)}, cut=None)
 
 
-def linear(graphs: Graphs, observers: Sequence[Observer] = (), *, coding: Coding | None = None) -> Graphs:
-    """Split graphs with the forecast that all linear methods share, of features as they are or in a ``coding``."""
+def linear(graphs: Graphs, observers: Sequence[Observer] = (), *, coding: Coding | None = None, by_row: bool = False) -> Graphs:
+    """Split graphs with the forecast that all linear methods share, of features as they are or in a ``coding``.
+
+    ``by_row``: each row of a batch has weights of its own, as branches of guidance may.
+    """
     if coding is None:
-        return _run(graphs, [linear_passes()], observers)
+        return _run(graphs, [linear_passes(groups=BY_ROW if by_row else ALL)], observers)
     captured = coding.capture(outputs(graphs.modules[COMPUTE])[FEATURE].meta["val"])
     return _run(graphs, [linear_passes(*captured, coding.groups)], observers)
 

@@ -28,6 +28,7 @@ from cachec.runtime.abi import (
     FEATURE,
     FEATURES,
     FORECAST,
+    FORECASTS,
     HISTORY_STEPS,
     MODEL,
     NEXT_LATENTS,
@@ -152,7 +153,7 @@ class Verifier:
                 else _run(self._tail, {**known, FEATURE: made[FEATURE]})[VELOCITY]
             )
             yield "predicted velocity", made[VELOCITY], tail
-        elif graphs.axes[FORECAST][BIAS]:
+        elif FORECASTS in graphs.axes[FORECAST][BIAS]:
             yield from self._play_run(graphs, {**known, **_named(FORECAST, hoisted)}, feature)
         else:
             label, slots = _in_slots(feature, graphs.groups)
@@ -164,7 +165,8 @@ class Verifier:
         label, slots = _in_slots(feature, graphs.groups)
         rows = slots[COEFFICIENTS].expand(steps, *slots[COEFFICIENTS].shape)
         told = self.inputs[self.io.timestep][:, None].expand(steps, steps)
-        known |= {**slots, COEFFICIENTS: rows, BIAS: slots[BIAS].expand(steps), self.io.timestep: told}
+        bias = slots[BIAS].expand(steps, *slots[BIAS].shape)
+        known |= {**slots, COEFFICIENTS: rows, BIAS: bias, self.io.timestep: told}
         made = [_run(module, {**known, DELTAS: row}) for row in torch.eye(steps)]
         moves = torch.stack([one[NEXT_LATENTS] - self.inputs[self.io.latents] for one in made])
         yield "move of a forecast", _own_step(moves), self.values.get(label)
@@ -253,7 +255,10 @@ def _in_slots(kept: torch.Tensor, groups: Groups) -> tuple[str, dict[str, torch.
     sizes, row = HALVES
     slots = torch.stack([size * kept for size in sizes])
     label, shift = ("tail", 0.0) if groups.sizes else ("forecast", SHIFT)
-    return label, {FEATURES: slots, COEFFICIENTS: torch.tensor([row]).repeat(groups.count, 1), BIAS: torch.tensor(shift)}
+    rows, bias = torch.tensor([row]).repeat(groups.count, 1), torch.tensor(shift)
+    if groups.by_row:
+        rows, bias = torch.tensor(row)[:, None].repeat(1, len(kept)), bias.repeat(len(kept))
+    return label, {FEATURES: slots, COEFFICIENTS: rows, BIAS: bias}
 
 
 def _schedule(names: Mapping[str, fx.Node], num_levels: int) -> dict[str, torch.Tensor]:

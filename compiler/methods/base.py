@@ -186,6 +186,14 @@ class PredictorMethod(Method):
         """Train; returns the parameters and what is worth knowing about their training."""
         raise PredictorError(f"method {self.name!r} has nothing to train; compile it as it is")
 
+    def check_inlined(self, model: LoadedModel, settings: Settings, parameters: Parameters | None) -> None:
+        """Raise unless it can be kept in an engine as a graph, before anything slow; without parameters it is to be trained.
+
+        Raises:
+            InputError: not as it is set, for this model at these settings.
+            PredictorError: not with these parameters.
+        """
+
     def histories(self, schedule: Schedule) -> dict[int, tuple[int, ...]]:
         """Which steps each forecast looks at, newest first."""
         return {step: schedule.history(step, self.window, feeds_back=self.feeds_back) for step in schedule.forecast}

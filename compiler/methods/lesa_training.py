@@ -13,6 +13,7 @@ import logging
 import time
 from collections import deque
 from dataclasses import dataclass, field
+from typing import cast
 
 import numpy as np
 import torch
@@ -21,7 +22,8 @@ from tqdm import tqdm
 from cachec.compiler.calibration.checkpoints import read_checkpoint, write_checkpoint
 from cachec.compiler.calibration.runs import Trajectories
 from cachec.compiler.methods.base import TrainingData
-from cachec.compiler.methods.lesa import WINDOWS, LesaPredictor
+from cachec.compiler.methods.lesa import STAGE_BOUNDS, WINDOWS, LesaBranches, LesaPredictor
+from cachec.runtime.abi import GUIDANCE
 from cachec.runtime.specs import Array
 
 log = logging.getLogger(__name__)
@@ -50,12 +52,19 @@ class TrainingState:
 
 
 class LesaTrainer:
-    """Trains one predictor on recorded trajectories; resumes from ``work`` if a checkpoint lies there."""
+    """Trains a predictor on recorded trajectories; resumes from ``work`` if a checkpoint lies there.
 
-    def __init__(self, data: TrainingData, *, max_rounds: int) -> None:
+    ``bounds``: of the experts. ``apart``: where there are two branches of guidance, each gets a predictor.
+    """
+
+    def __init__(
+        self, data: TrainingData, *, max_rounds: int, bounds: tuple[float, float] = STAGE_BOUNDS, apart: bool = False
+    ) -> None:
         torch.manual_seed(data.seed)
         self._device = data.evaluator.device
-        self.predictor = LesaPredictor(data.schedule.num_steps).to(self._device)
+        self._num_negative = _negative_tokens(data) if apart and GUIDANCE in data.train.conditions else None
+        kind = LesaPredictor if self._num_negative is None else LesaBranches
+        self.predictor = kind(data.schedule.num_steps, bounds).to(self._device)
         self.state = TrainingState()
         self._best = self._weights()
         self._evaluator, self._sampling = data.evaluator, data.sampling
@@ -148,8 +157,11 @@ class LesaTrainer:
     def _predict(self, features: list[torch.Tensor], step: int) -> torch.Tensor:
         steps = torch.zeros(len(features), dtype=torch.int64)
         numbers = steps.to(self._device), self._sigmas, torch.tensor(step).to(self._device)
-        result: torch.Tensor = self.predictor(features, *numbers)
-        return result
+        if self._num_negative is None:
+            return cast("torch.Tensor", self.predictor(features, *numbers))
+        num_tokens, num_kept = features[0].shape[1], len(self._train.tokens)
+        negative = self._num_negative if num_tokens == num_kept else num_tokens // 2
+        return cast("torch.Tensor", self.predictor(features, *numbers, negative))
 
     def _there(self, values: Array) -> torch.Tensor:
         tensor = torch.from_numpy(values).to(self._device)
@@ -221,3 +233,11 @@ class LesaTrainer:
         self._optimizer = self._new_optimizer()
         self._optimizer.load_state_dict(content["optimizer"])
         log.info("going on from %s: %d updates done", self._path, self.state.updates)
+
+
+def _negative_tokens(data: TrainingData) -> int:
+    """How many of the tokens whose features are kept are of the negative branch, which come first."""
+    first = data.train.select(np.arange(1))
+    conditions = {**first.conditions, **data.sampling.told_besides(0, 1)}
+    _, feature = data.evaluator.evaluate(first.noise, data.sampling.timesteps[0], conditions)
+    return int((data.train.tokens < feature.shape[1] // 2).sum())

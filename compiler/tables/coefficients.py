@@ -17,7 +17,8 @@ class ForecastTable:
     """Hidden cut, a whole schedule as numbers: group g of step s is ``sum_a coefficients[s, g, a] F_a + bias[s]``.
 
     ``F_a`` is the group's part of what is kept of the computed feature a. ``coefficients`` [T, G, K] over the K computed
-    features in order, ``bias`` [T]; float64. Rows of computed steps are zero.
+    features in order, ``bias`` [T]; float64. Rows of computed steps are zero. With a ``bias`` [T, G] the groups are the two
+    branches of guidance, the negative one first.
     """
 
     schedule: Schedule
@@ -28,6 +29,13 @@ class ForecastTable:
     def of_rows(cls, schedule: Schedule, *groups: Array) -> "ForecastTable":
         """A table without bias from the rows [T, K] of each group."""
         return cls(schedule, np.stack(groups, axis=1), np.zeros(schedule.num_steps))
+
+    @classmethod
+    def of_branches(cls, negative: "ForecastTable", positive: "ForecastTable") -> "ForecastTable":
+        """Each branch of guidance by numbers of its own, from tables of one group and schedule."""
+        both = negative, positive
+        bias = np.stack([one.bias for one in both], axis=1)
+        return cls(positive.schedule, np.concatenate([one.coefficients for one in both], axis=1), bias)
 
     @property
     def rows(self) -> Array:

@@ -79,6 +79,37 @@ def test_every_group_of_a_code_has_its_own_weights(toy_split, velocities):
     torch.testing.assert_close(got["next_latents"], x, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("velocities", [True, False])
+@torch.no_grad()
+def test_every_row_of_a_batch_has_its_own_weights(toy_split, linear_graphs, velocities):
+    by_row = linear(toy_split, by_row=True)
+    forecast = run_passes(by_row, [BatchForecast("latents", "timestep", velocities)]).modules[FORECAST]
+    steps, slots, batch = 3, 2, 4
+    given, prompt = random_run(steps, slots, batch), example_inputs(batch)["prompt"]
+    generator = torch.Generator().manual_seed(5)
+    own = {
+        "coefficients": torch.randn(steps, slots, batch, generator=generator),
+        "bias": torch.randn(steps, batch, generator=generator),
+    }
+    times = torch.linspace(0.9, 0.1, steps)
+    rows = {"timestep": times[:, None].repeat(1, batch), "prompt": prompt}
+    got = forecast(**{name: {**given, **rows, **own}[name] for name in placeholders(forecast)})
+    shared, single = linear_graphs.modules[FORECAST], by_row.modules[FORECAST]
+    moved = given["latents"]
+    for step in range(steps):
+        known = {"timestep": times[step].expand(batch), "prompt": prompt, "features": given["features"]}
+        numbers = {name: value[step] for name, value in own.items()}
+        together = single(**{name: {**known, **numbers}[name] for name in placeholders(single)})["velocity"]
+        for row in range(batch):
+            one = {name: value[..., row : row + 1] for name, value in known.items() if name == "timestep"}
+            one |= {"prompt": prompt[row : row + 1], "features": given["features"][:, row : row + 1]}
+            one |= {"coefficients": own["coefficients"][step, :, row][None], "bias": own["bias"][step, row]}
+            alone = shared(**{name: one[name] for name in placeholders(shared)})["velocity"]
+            torch.testing.assert_close(together[row : row + 1], alone, atol=1e-5, rtol=1e-5)
+        moved = moved + given["deltas"][step] * together
+    torch.testing.assert_close(got["next_latents"], moved, atol=1e-5, rtol=1e-5)
+
+
 def test_groups_are_all_of_what_is_kept(toy_split):
     with pytest.raises(PassError, match=r"groups of \[3, 4\] along axis 2 are not all of what is kept, \[6, 8\] a sample"):
         linear(toy_split, coding=Coding(torch.nn.Identity(), torch.nn.Identity(), Groups((3, 4), 2)))
