@@ -12,7 +12,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,11 +20,13 @@ import torch
 from diffusers import FirstBlockCacheConfig, SeaCacheConfig
 from torch import nn
 
-from bench.quality_methods import find_given, make_method, measure_on, plan, trained
+from bench.quality_methods import make_method, measure_on, plan, trained
 from bench.quality_setting import AbsentError, Rows, Setting, lent
 from cachec.compiler.calibration.prompts import default_prompts
 from cachec.compiler.calibration.runs import training_seeds
 from cachec.compiler.methods import get_method
+from cachec.compiler.methods.parameters import Parameters, check_fit, load_predictor
+from cachec.compiler.methods.training import find_shipped, training_facts
 from cachec.compiler.models.base import LoadedModel
 from cachec.compiler.planning.goals import Goal
 from cachec.runtime.errors import InputError
@@ -33,6 +35,12 @@ from cachec.runtime.specs import Array
 
 CACHES = "caches"  # the part that these rows are
 INTERVALS = (7, 10)
+# of LESA where guidance is true: one predictor for both branches, one for each, and with the bound of the code for Qwen-Image
+FORMS: Mapping[str, Mapping[str, Any]] = {
+    "": {"branches": "shared"},
+    ", apart": {"branches": "apart"},
+    ", apart, 0.4": {"branches": "apart", "second_bound": 0.4},
+}
 TRIED, HALVINGS = 3, 6  # captions that thresholds are found on, and how often the range is halved
 LARGEST = 2.0  # threshold
 
@@ -54,22 +62,34 @@ def bench_caches(rows: Rows, setting: Setting) -> None:
             )
         for name, make in CONFIGS.items():
             rows.measure(CACHES, budget, name, "threshold", lambda m=make, k=budget: measure_cache(setting, m, k))
+    forms = FORMS if setting.guided else {"": {}}
     for interval, budget in zip(INTERVALS, budgets, strict=True):
-        rows.measure(CACHES, budget, "lesa", f"N = {interval}", lambda n=interval: measure_lesa(setting, n))
+        for form, options in forms.items():
+            label = f"N = {interval}{form}"
+            rows.measure(CACHES, budget, "lesa", label, lambda n=interval, o=options: measure_lesa(setting, n, o))
 
 
-def measure_lesa(setting: Setting, interval: int) -> dict[str, Any]:
-    """LESA's row, with the predictor that ships or lies in ``WORK/MODEL/predictors``.
+def measure_lesa(setting: Setting, interval: int, options: Mapping[str, Any]) -> dict[str, Any]:
+    """LESA's row, with the predictor in ``WORK/MODEL/predictors`` that is named for its options, or one that ships.
 
     Raises:
         AbsentError: there is none; it is not trained here, which takes half an hour, but for a brief look.
     """
-    method = make_method(setting, "lesa")
+    method = replace(make_method(setting, "lesa"), **options)
     schedule = method.interval(setting.num_steps, interval)
-    if not setting.extent.brief and find_given(setting, method, schedule) is None:
-        file = setting.work / "predictors" / f"lesa-{interval}.safetensors"
-        raise AbsentError(f"not trained yet: `cachec train {setting.name} --method lesa --interval {interval} -o {file}`")
-    parameters = trained(setting, method, schedule, "lesa", interval=interval)
+    file = setting.work / "predictors" / f"{'-'.join(['lesa', *map(str, options.values()), str(interval)])}.safetensors"
+    if setting.extent.brief:
+        parameters: Parameters | None = trained(setting, method, schedule, "lesa", interval=interval)
+    elif file.exists():
+        parameters = load_predictor(file)
+        check_fit(parameters, training_facts(setting.model, method, schedule, setting.settings))
+    else:
+        parameters = find_shipped(setting.model, method, schedule, setting.settings)
+    if parameters is None:
+        asked = "".join(f" --set {name}={value}" for name, value in options.items())
+        raise AbsentError(
+            f"not trained yet: `cachec train {setting.name} --method lesa --interval {interval}{asked} -o {file}`"
+        )
     return setting.measure(plan(setting, method, Goal(schedule=schedule), parameters))
 
 

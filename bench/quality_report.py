@@ -174,6 +174,8 @@ def claims(found: Found) -> str:
             (f"plain sampling with {budget} steps", found.get(EQUAL, budget, "euler", "uniform")),
             (f"AB2 with {budget} steps", found.get(EQUAL, budget, "ab2", "uniform")),
             (f"gram with {budget} steps", found.get(EQUAL, budget, "gram", "searched")),
+            ("a predictor for each branch of guidance", found.get(CACHES, budget, "lesa", f"N = {interval}, apart")),
+            ("the same with the released bound 0.4", found.get(CACHES, budget, "lesa", f"N = {interval}, apart, 0.4")),
         ):
             if other is not None:
                 change = paired(ours["psnr"], other["psnr"])
@@ -270,7 +272,11 @@ def model_section(found: Found, out: Path) -> str:
         "stands for "
         "TeaCache, which diffusers has not: it accumulates relative L1 changes, too. A run of the model is all its blocks "
         "once: "
-        "FirstBlockCache runs the first one in every step.\n",
+        "FirstBlockCache runs the first one in every step. LESA has one predictor for both branches of guidance; `apart` is "
+        "with one for each, as in the code released for Qwen-Image, `0.4` with the noise level of that code below which "
+        "the third expert forecasts (0.5 for FLUX and HunyuanVideo).\n"
+        if found.get(CACHES, 10, "lesa", "N = 7, apart")
+        else "FirstBlockCache runs the first one in every step.\n",
         caches(found),
         "### Fitted in one setting, used in another\n",
         transfer(found),

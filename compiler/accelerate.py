@@ -90,9 +90,10 @@ def make_form(model: LoadedModel, settings: Settings, by_text: Mapping[int, Mapp
 
 
 def _open(
-    by_text: Mapping[int, Mapping[str, Engine]], program: Program, io: ModelIO, *, batch: int, text: int, start: int
-) -> Stepper:
-    return Stepper(by_text[text], starting_at(program, start), io, batch=batch)
+    by_text: Mapping[int, Mapping[str, Engine]], program: Program, io: ModelIO, *, batch: int, text: int, start: int,
+    branch: str | None,
+) -> Stepper:  # fmt: skip
+    return Stepper(by_text[text], starting_at(program, start).of_branch(branch), io, batch=batch)
 
 
 def check_original(transformer: nn.Module) -> None:

@@ -33,12 +33,17 @@ class FoldConstants(GraphPass):
             name = next((n for n, value in buffers.items() if _same(value, values[node])), None)
             if name is None:
                 name = f"{_PREFIX}{len(buffers)}"
-                buffers[name] = values[node]
-                module.register_buffer(name, values[node], persistent=True)
+                buffers[name] = _alone(values[node])
+                module.register_buffer(name, buffers[name], persistent=True)
             with module.graph.inserting_before(node):
                 buffer = module.graph.get_attr(name)
                 buffer.meta = dict(node.meta)
             node.replace_all_uses_with(buffer)
+
+
+def _alone(value: torch.Tensor) -> torch.Tensor:
+    """A part of a table without the table, which would be stored with it."""
+    return value if value.untyped_storage().nbytes() == value.nbytes else value.clone()
 
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:

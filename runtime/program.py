@@ -134,13 +134,18 @@ class Program:
                 "outside combines them itself: take another level, or a session"
             )
 
+    @property
+    def has_branches(self) -> bool:
+        """Are the branches of guidance forecast by numbers of their own?"""
+        return self.bias.ndim > 1
+
     def of_branch(self, name: str | None) -> "Program":
         """What one branch of guidance plays, ``NEGATIVE`` or ``POSITIVE``, where a sampler outside asks for each apart.
 
         Raises:
             InputError: they have numbers of their own, and none of them is named.
         """
-        if self.bias.ndim == 1:
+        if not self.has_branches:
             return self
         if name not in BRANCHES:
             raise InputError(

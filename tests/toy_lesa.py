@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from cachec.compiler.methods.lesa import LesaPredictor
+from cachec.compiler.methods.lesa import LesaBranches, LesaPredictor
 from cachec.compiler.methods.parameters import Parameters
 
 
@@ -15,13 +15,25 @@ def sigmas_of(num_steps, shift=3.16):
 def random_lesa(num_steps, seed=0):
     """A predictor with weights far from its start, so that every term of it matters."""
     torch.manual_seed(seed)
-    predictor = LesaPredictor(num_steps)
-    with torch.no_grad():
-        for kan in predictor.kans:
-            kan[-1].base_weight.normal_(0, 0.5)
-        for mix in predictor.mixes:
-            mix.weight.normal_(0, 0.3)
-            mix.bias.normal_(0, 0.3)
+    return _random(LesaPredictor(num_steps))
+
+
+def random_branches(num_steps, seed=0):
+    """The same of each branch of guidance."""
+    torch.manual_seed(seed)
+    pair = LesaBranches(num_steps)
+    for predictor in pair.branches.values():
+        _random(predictor)
+    return pair
+
+
+@torch.no_grad()
+def _random(predictor):
+    for kan in predictor.kans:
+        kan[-1].base_weight.normal_(0, 0.5)
+    for mix in predictor.mixes:
+        mix.weight.normal_(0, 0.3)
+        mix.bias.normal_(0, 0.3)
     return predictor.eval()
 
 

@@ -83,7 +83,7 @@ class Form:
     ``timesteps`` [T] are those that the pipeline's sampler hands over; the program may tell the model others. ``constants`` are
     inputs that are baked into the graphs. ``schedule``: ``None`` where it is not known. ``is_euler``: does the sampler need its
     newest output only? ``specs``: of latents and conditions with the longest texts, of ``settings.text_tokens``; there may be
-    ``settings.shorter_texts`` besides. ``open(batch=B, text=L, start=step)`` makes a stepper.
+    ``settings.shorter_texts`` besides. ``open(batch=B, text=L, start=step, branch=name)`` makes a stepper.
     """
 
     settings: Settings

@@ -177,7 +177,7 @@ class Runs:
 
         ``branch``: of guidance, if the pipeline says so. Raises ``InputError`` where that must be known, and is not.
         """
-        key = form, batch, number, text, branch
+        key = form, batch, number, text, branch if form.program.has_branches else None
         if key in self.steppers and self.steppers[key].program.key.start_step != start:
             del self.steppers[key]
         if key not in self.steppers:

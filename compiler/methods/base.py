@@ -106,6 +106,10 @@ class Method(ABC):
     def check(self, model: LoadedModel, settings: Settings) -> None:
         """Raise ``InputError`` unless the method can be of this model at these settings, before anything slow."""
 
+    def trained_facts(self, *, guided: bool) -> dict[str, str]:
+        """What a predictor file must say beside what it was trained for, to be what the options ask for."""
+        return {}
+
     def draft(self) -> "Method":
         """The method at its cheapest, for searches that fit it to many schedules."""
         return self

@@ -23,12 +23,12 @@ from cachec.compiler.methods.predictor import Predictor
 from cachec.compiler.models.base import LoadedModel, Settings
 from cachec.compiler.tables.coefficients import ForecastTable
 from cachec.compiler.tables.schedule import Schedule
-from cachec.runtime.abi import BRANCHES
+from cachec.runtime.abi import BRANCHES, GUIDANCE
 from cachec.runtime.errors import InputError, PredictorError, unknown_name
 from cachec.runtime.specs import Array
 
 STAGE_BOUNDS = (0.9, 0.5)  # expert 0 above the first, 1 above the second, 2 below
-SHARINGS = APART, SHARED = "apart", "shared"  # what branches of guidance do with predictors
+ANY, APART, SHARED = SHARINGS = "any", "apart", "shared"  # whose a predictor is, where guidance has two branches
 WINDOWS = (4, 8, 8)
 HIDDEN = 256
 
@@ -92,7 +92,7 @@ class Lesa(PredictorMethod):
     ends a phase of training that has not stopped by itself.
 
     Where guidance is true each of its ``branches`` has a predictor (``apart``), as in the code released for Qwen-Image, or both
-    have one, trained on both (``shared``). ``second_bound``: the noise level below which the third expert forecasts, 0.5 as
+    have one, trained on both (``shared``). ``any``: as the file has it, and apart where one is trained. ``second_bound``: the noise level below which the third expert forecasts, 0.5 as
     released for FLUX and HunyuanVideo; that for Qwen-Image has 0.4. A file says what it was trained with.
     """
 
@@ -104,7 +104,7 @@ class Lesa(PredictorMethod):
     min_budget: ClassVar[int] = 4
     extra_steps: ClassVar[tuple[int, ...]] = (3,)
     max_rounds: int = 240
-    branches: str = APART
+    branches: str = ANY
     second_bound: float = STAGE_BOUNDS[1]
 
     def __post_init__(self) -> None:
@@ -123,13 +123,21 @@ class Lesa(PredictorMethod):
         from cachec.compiler.methods.lesa_training import LesaTrainer
 
         bounds = STAGE_BOUNDS[0], self.second_bound
-        trainer = LesaTrainer(data, max_rounds=self.max_rounds, bounds=bounds, apart=self.branches == APART)
-        return trainer.run(), {**trainer.facts(), "second_bound": str(self.second_bound)}
+        trainer = LesaTrainer(data, max_rounds=self.max_rounds, bounds=bounds, apart=self.branches != SHARED)
+        arrays = trainer.run()
+        facts = {**trainer.facts(), "second_bound": str(self.second_bound)}
+        if GUIDANCE in data.train.conditions:
+            facts["branches"] = SHARED if self.branches == SHARED else APART
+        return arrays, facts
+
+    def trained_facts(self, *, guided: bool) -> dict[str, str]:
+        bound = {"second_bound": str(self.second_bound)} if self.second_bound != STAGE_BOUNDS[1] else {}
+        return {**bound, **({"branches": self.branches} if guided and self.branches != ANY else {})}
 
     def check_inlined(self, model: LoadedModel, settings: Settings, parameters: Parameters | None) -> None:
         if parameters is not None:
             self.predictor(parameters)
-        elif self.branches == APART and model.is_guided(settings):
+        elif self.branches != SHARED and model.is_guided(settings):
             raise InputError(
                 "fold is none, and lesa has a predictor for each branch of guidance, while an engine runs both as rows of one "
                 "batch: use static, or one predictor that both share (--set branches=shared)"

@@ -123,6 +123,7 @@ def _made_for(model: LoadedModel, method: Method, schedule: Schedule, settings: 
         "sigmas": hash_sigmas(model.sampling(settings).sigmas),
         **settings.facts,
         **({"cut": settings.cut} if settings.cut else {}),
+        **method.trained_facts(guided=model.is_guided(settings)),
     }
 
 

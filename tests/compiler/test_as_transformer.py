@@ -2,16 +2,25 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from diffusers import FluxImg2ImgPipeline
 from families import FAMILIES
+from toy_lesa import random_branches
 
 import cachec
+from cachec.compiler.calibration.runs import encode_prompts
+from cachec.compiler.methods.parameters import Parameters, predictor_bytes
+from cachec.compiler.methods.training import training_facts
+from cachec.compiler.models import find_model, load_model
 from cachec.compiler.models.samples import difference, sample
+from cachec.compiler.options import read_options
+from cachec.compiler.request import check_wish
 from cachec.runtime.errors import BundleError, InputError
+from cachec.runtime.noise import make_noise
 
-FLUX = next(family for family in FAMILIES if family.name == "flux")
+FLUX, QWEN = (next(family for family in FAMILIES if family.name == name) for name in ("flux", "qwen-image"))
 STEPS = FLUX.call["num_inference_steps"]
 
 
@@ -109,3 +118,26 @@ def test_samples_are_compared_in_the_type_that_is_held():
     assert difference({"w": sample(values)}, {"w": sample(values.bfloat16())}) is None
     assert difference({"w": sample(values)}, {"w": sample(values + 1e-3)}) == "w has other values"
     assert difference({"w": sample(values)}, {}) == "w is not there"
+
+
+# --- branches of guidance that are forecast by numbers of their own
+
+
+def test_calls_of_each_branch_get_the_forecasts_of_that_branch(saved_family, tmp_path):
+    directory, steps = saved_family("qwen-image"), 6
+    sizes = {name: QWEN.call[name] for name in ("height", "width")}
+    options = {"method": "lesa", "schedule": "0,1,2,4", "steps": steps, "text_tokens": 64, "guidance": 4.0, **sizes}
+    request = check_wish(find_model(str(directory)), read_options(options))
+    model = load_model(find_model(str(directory)))
+    facts = training_facts(model, request.method, request.schedule, request.settings)
+    arrays = {name: value.numpy() for name, value in random_branches(steps).state_dict().items()}  # far from each other
+    file = tmp_path / "lesa.safetensors"
+    file.write_bytes(predictor_bytes(Parameters(arrays, facts, "a test")))
+    loaded = cachec.load(cachec.compile_model(str(directory), tmp_path / "b", predictor=file, targets="eager", **options))
+    session, program = loaded.session(), loaded.programs["default"]
+    assert np.abs(np.diff(program.coefficients, axis=1)).max() > 0.01
+    noise = make_noise(3, session.latent_shape[1:])[None]
+    wanted = session.run(encode_prompts(model, [QWEN.call["prompt"]], request.settings), noise)
+    call = {"num_inference_steps": steps, "max_sequence_length": 64, "negative_prompt": "", "true_cfg_scale": 4.0}
+    got = QWEN.run(standing(QWEN.load(directory), loaded), **call, latents=torch.from_numpy(noise))
+    assert error(got, torch.from_numpy(wanted)) < 1e-5

@@ -26,9 +26,11 @@ def with_program(pipeline, compiled, cut, change):
     """The pipeline with a drop-in that plays a changed program on the same engines."""
     made = compiled(cut, every=False)
     program, engines = change(made.forms[0].program), compiled(cut, every="engines")
-    form = replace(
-        made.forms[0], program=program, open=lambda batch, text, start: Stepper(engines, program, made.model.io, batch=batch)
-    )
+
+    def open_stepper(batch, text, start, branch):
+        return Stepper(engines, program, made.model.io, batch=batch)
+
+    form = replace(made.forms[0], program=program, open=open_stepper)
     pipeline.transformer = AcceleratedTransformer(pipeline.transformer.original, pipeline, replace(made, forms=[form]))
     return pipeline
 

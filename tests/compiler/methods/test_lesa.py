@@ -9,6 +9,7 @@ from toy_lesa import parameters_of, random_lesa, sigmas_of, textbook_kan
 
 from cachec.compiler.methods.lesa import STAGE_BOUNDS, WINDOWS, Lesa, LesaPredictor
 from cachec.compiler.methods.parameters import Parameters
+from cachec.runtime.abi import BRANCHES
 from cachec.runtime.errors import InputError, PredictorError
 
 SHAPE = (2, 3)
@@ -48,6 +49,35 @@ def test_the_table_is_the_recursion_with_its_bias():
     assert np.abs(table.bias[list(schedule.forecast)]).max() > 1e-3
 
 
+def test_each_branch_of_guidance_has_a_predictor_of_its_own():
+    num_steps = 28
+    schedule, sigmas = Lesa().interval(num_steps, 7), sigmas_of(num_steps)
+    ones = [parameters_of(random_lesa(num_steps, seed), num_steps) for seed in (0, 1)]
+    both = {f"branches.{n}.{k}": v for n, one in zip(BRANCHES, ones, strict=True) for k, v in one.arrays.items()}
+    made = Lesa().table(schedule, sigmas, Parameters(both, {"steps": str(num_steps)}, "a file"))
+    for place, one in enumerate(ones):
+        alone = Lesa().table(schedule, sigmas, one)
+        np.testing.assert_array_equal(made.coefficients[:, place], alone.coefficients[:, 0])
+        np.testing.assert_array_equal(made.bias[:, place], alone.bias)
+    with pytest.raises(PredictorError, match=r"a file holds a predictor for each branch of guidance; .*branches=shared"):
+        Lesa().predictor(Parameters(both, {"steps": str(num_steps)}, "a file"))
+
+
+def test_the_file_says_where_the_third_expert_begins():
+    num_steps = 28
+    schedule, sigmas, own = (
+        Lesa().interval(num_steps, 7),
+        sigmas_of(num_steps),
+        parameters_of(random_lesa(num_steps), num_steps),
+    )
+    later = Parameters(own.arrays, {**own.facts, "second_bound": "0.4"}, "a test")
+    early, late = (Lesa().table(schedule, sigmas, one).bias for one in (own, later))
+    between = [step for step in schedule.forecast if 0.4 < sigmas[step] <= 0.5]
+    assert between
+    assert early[between[0]] != late[between[0]]
+    np.testing.assert_array_equal(early[: between[0]], late[: between[0]])
+
+
 @torch.no_grad()
 def test_an_untrained_lesa_is_nearly_plain_reuse():
     torch.manual_seed(0)
@@ -68,3 +98,7 @@ def test_without_parameters_or_with_foreign_ones_it_is_refused():
         Lesa().predictor(Parameters({"x": np.zeros(1)}, {"steps": "50"}, "somewhere"))
     with pytest.raises(InputError, match="max_rounds is 0"):
         Lesa(max_rounds=0)
+    with pytest.raises(InputError, match="unknown branches 'both'.*apart, shared"):
+        Lesa(branches="both")
+    with pytest.raises(InputError, match=r"second_bound is 0.95; it is a noise level above 0 and below 0.9"):
+        Lesa(second_bound=0.95)
