@@ -92,8 +92,9 @@ class Lesa(PredictorMethod):
     ends a phase of training that has not stopped by itself.
 
     Where guidance is true each of its ``branches`` has a predictor (``apart``), as in the code released for Qwen-Image, or both
-    have one, trained on both (``shared``). ``any``: as the file has it, and apart where one is trained. ``second_bound``: the noise level below which the third expert forecasts, 0.5 as
-    released for FLUX and HunyuanVideo; that for Qwen-Image has 0.4. A file says what it was trained with.
+    have one, trained on both (``shared``). ``any``: as the file has it, and apart where one is trained. ``second_bound``: the
+    noise level below which the third expert forecasts, 0.5 as released for FLUX and HunyuanVideo; that for Qwen-Image has 0.4.
+    A file says what it was trained with.
     """
 
     name: ClassVar[str] = "lesa"
