@@ -105,7 +105,7 @@ def _summed(
         return node
 
     features = given(FEATURES, kept.new_empty((NUM_EXAMPLES, *kept.shape)))
-    weights, offset = ((NUM_EXAMPLES, len(kept)), (len(kept),)) if groups.by_row else ((groups.count, NUM_EXAMPLES), ())
+    weights, offset = ((NUM_EXAMPLES, kept.shape[0]), (kept.shape[0],)) if groups.by_row else ((groups.count, NUM_EXAMPLES), ())
     coefficients = given(COEFFICIENTS, kept.new_empty(weights, dtype=torch.float32))
     bias = given(BIAS, kept.new_empty(offset, dtype=torch.float32))
     narrow = kept.dtype != torch.float32

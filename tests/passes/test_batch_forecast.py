@@ -8,7 +8,7 @@ from toy_runs import HOIST, random_run, run_prologue
 from cachec.compiler.graphs.coding import Coding
 from cachec.compiler.graphs.prepare import linear
 from cachec.passes import BatchForecast, Groups, run_passes
-from cachec.passes.base import placeholders
+from cachec.passes.base import outputs, placeholders
 from cachec.runtime.abi import FORECAST
 from cachec.runtime.errors import PassError
 
@@ -108,6 +108,9 @@ def test_every_row_of_a_batch_has_its_own_weights(toy_split, linear_graphs, velo
             torch.testing.assert_close(together[row : row + 1], alone, atol=1e-5, rtol=1e-5)
         moved = moved + given["deltas"][step] * together
     torch.testing.assert_close(got["next_latents"], moved, atol=1e-5, rtol=1e-5)
+    size = outputs(by_row.modules["compute"])["feature"].meta["val"].shape[0]
+    assert isinstance(size, torch.SymInt), "the batch was taken for a number"
+    assert not str(size).isdecimal()
 
 
 def test_groups_are_all_of_what_is_kept(toy_split):
