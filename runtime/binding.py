@@ -100,10 +100,15 @@ class Binding:
         self._noises = [self._part(view) for view in plan.noises]
         self.noise = self._noises[0]
         self.prologue = None if plan.prologue is None else self._bind(plan.prologue)
-        self.operations = [self._operation(call) for call in plan.operations]
+        self.by_instruction = [[self._operation(call) for call in calls] for calls in plan.by_instruction]
         self.asides = {graph: self._aside(one) for graph, one in plan.asides.items()}
         self.final = self._part(plan.final)
         self._sizes, self._program, self._others = {BATCH: batch}, program, False
+
+    @property
+    def operations(self) -> list[Operation]:
+        """Those of all instructions, in order."""
+        return [operation for some in self.by_instruction for operation in some]
 
     @property
     def conditions(self) -> tuple[str, ...]:

@@ -5,6 +5,7 @@
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import prod
 
 import numpy as np
@@ -77,6 +78,8 @@ def for_rows(numbers: Array, samples: int) -> Array:
         raise BundleError(
             f"the program has numbers of {known} branches of guidance for {samples} rows: compile the bundle again"
         )
+    if known == 1:
+        return np.broadcast_to(numbers, (*numbers.shape[:-1], samples))  # which takes no memory
     return np.repeat(numbers, samples // known, axis=-1)
 
 
@@ -154,7 +157,7 @@ class PlannedAside:
 
 @dataclass(frozen=True, eq=False)
 class BindingPlan:
-    """All buffers of a session, by name, and all calls of a request, in order; ``final``: where the latents end up.
+    """All buffers of a session, by name, and the calls of each instruction, in order; ``final``: where the latents end up.
 
     The slots of a kind are one buffer [S, B, …], called ``slots_name``. ``noise`` and two more buffers [B, …] hold latents in
     turn, since an engine must not write what it reads; with a sampler outside, ``noise`` holds what it brings. Guided, they
@@ -165,12 +168,17 @@ class BindingPlan:
 
     buffers: Mapping[str, PlannedBuffer]
     prologue: PlannedCall | None
-    operations: tuple[PlannedCall, ...]
+    by_instruction: tuple[tuple[PlannedCall, ...], ...]
     final: View
     latent_spec: TensorSpec
     given: Mapping[str, tuple[TensorSpec, View]]
     noises: tuple[View, ...]
     asides: Mapping[str, PlannedAside] = field(default_factory=dict)
+
+    @cached_property
+    def operations(self) -> tuple[PlannedCall, ...]:
+        """The calls of all instructions."""
+        return tuple(call for calls in self.by_instruction for call in calls)
 
     @property
     def calls(self) -> tuple[PlannedCall, ...]:

@@ -129,11 +129,11 @@ class _Planner:
         self._space.add_like(VELOCITY_BUFFER, model.output(VELOCITY))
         given = self._plan_given()
         prologue = self._plan_prologue()
-        operations = tuple(call for instruction in instructions for call in self._plan_calls(instruction))
+        by_instruction = tuple(tuple(self._plan_calls(instruction)) for instruction in instructions)
         return BindingPlan(
             self._space.found,
             prologue,
-            operations,
+            by_instruction,
             self._space.branch(self._latents()),
             latents,
             given,

@@ -266,9 +266,9 @@ class Session:
         self.io = io
         self.trace: Trace | None = None
         self._binding = Binding(engines, program, io, batch=batch)
-        self._operations = self._binding.operations
+        self._instructions = self._binding.by_instruction
         self._device = self._binding.device
-        self._position = len(self._operations)
+        self._position = len(self._instructions)
         self._has_run = False
         self._tried = False  # to record; not before the first request, which sets up what happens only once
         self._recording: Call | None = None
@@ -295,12 +295,12 @@ class Session:
 
     @property
     def finished(self) -> bool:
-        return self._position == len(self._operations)
+        return self._position == len(self._instructions)
 
     @property
     def latents(self) -> Array:
         """A copy of the current latents."""
-        return self._device.download(self._binding.final if self.finished else self._operations[self._position].latents)
+        return self._device.download(self._binding.final if self.finished else self._instructions[self._position][0].latents)
 
     def begin(self, conditions: Mapping[str, Buffer], noise: Buffer) -> None:
         """Start a request. Nothing of the session changes unless all inputs fit.
@@ -324,8 +324,8 @@ class Session:
         """Carry out the next instruction."""
         if self.finished:
             raise InputError("this request is finished: call begin() with new noise first")
-        operation = self._operations[self._position]
-        self._call(operation.engine, operation.steps, operation.call)
+        for operation in self._instructions[self._position]:
+            self._call(operation.engine, operation.steps, operation.call)
         self._position += 1
 
     def run(self, conditions: Mapping[str, Buffer], noise: Buffer, *, on_device: bool = False) -> Buffer:
@@ -346,7 +346,7 @@ class Session:
             self._play()
         else:
             self._recording.run()
-            self._position = len(self._operations)
+            self._position = len(self._instructions)
         self._has_run = True
         if on_device:
             return self._device.copy(self._binding.final)
@@ -359,7 +359,7 @@ class Session:
         """Play the request again, and look after each call."""
         self._start()
         while not self.finished:
-            steps = self._operations[self._position].steps
+            steps = self._instructions[self._position][0].steps
             self.advance()
             if not np.isfinite(self.latents).all():
                 return f"after step {steps[-1]}" if len(steps) == 1 else f"after steps {steps[0]} to {steps[-1]}"

@@ -40,7 +40,8 @@ class Stepper:
         self._device = self._binding.device
         self._step = program.num_steps  # the next one
         self._by_step: dict[int, list[Operation]] = {}
-        for operation in self._binding.operations:
+        self._operations = self._binding.operations
+        for operation in self._operations:
             for step in operation.steps:
                 self._by_step.setdefault(step, []).append(operation)
         self._found: dict[int, Buffer] = {}  # velocities of coming steps
@@ -160,7 +161,7 @@ class Stepper:
 
     def _graph(self, step: int) -> str:
         """The engine of the last step up to ``step`` that the program computes."""
-        return [one.engine for one in self._binding.operations if one.computed is not None and one.steps[0] <= step][-1]
+        return [one.engine for one in self._operations if one.computed is not None and one.steps[0] <= step][-1]
 
     def _compute(self, timestep: float, graph: str) -> Buffer:
         aside = self._binding.asides.get(graph)

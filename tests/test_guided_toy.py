@@ -10,6 +10,8 @@ from toy_bundle import IO, STEPS, split_toy
 
 from cachec.compiler.calibration.engine_evaluator import EngineEvaluator
 from cachec.compiler.calibration.graph_evaluator import GraphEvaluator
+from cachec.compiler.calibration.runs import run_uncached
+from cachec.compiler.evaluation.error_by_step import trace
 from cachec.compiler.graphs.export import plan_engines
 from cachec.compiler.graphs.prepare import engine, linear
 from cachec.compiler.methods.adams import Adams
@@ -104,6 +106,18 @@ def test_sessions_play_what_the_evaluator_plays(name, rule, engines, given):
             np.testing.assert_allclose(got, wanted, atol=2e-5 * np.abs(wanted).max(), err_msg=cut)
         finals[cut] = got
     assert all(np.abs(finals[cut] - finals["uncached"]).max() > 1e-3 for cut in ("hidden", "output"))
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_guided_run_can_be_followed_step_by_step(name, engines, given):
+    sampling, (noise, conditions), io = sampling_of(name), given, replace(IO, guidance="plain")
+    session = Session(engines("plain", sampling.rows is not None), programs(sampling, guided=True)["uncached"], io, batch=BATCH)
+    followed = list(trace(session, conditions, noise))
+    assert session.finished
+    wanted = list(run_uncached(GraphEvaluator(split_toy(), io), sampling, noise, conditions))
+    for step, ((sigma, latents), one) in enumerate(zip(followed, wanted, strict=True)):
+        assert sigma == sampling.sigmas[step + 1]
+        np.testing.assert_allclose(latents, one.latents, atol=2e-5 * np.abs(one.latents).max())
 
 
 @pytest.mark.parametrize("rule", [None, *RULES])

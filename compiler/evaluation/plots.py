@@ -21,6 +21,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator
 
 from cachec.compiler.evaluation.drawing import DPI, FAINT, FONT_SIZE, INK, Caption, add_axes, draw, text_width
 from cachec.compiler.evaluation.error_by_step import ErrorCurve, position
+from cachec.runtime.abi import BRANCHES
 from cachec.runtime.program import KEPT, Program
 from cachec.runtime.specs import Array
 
@@ -243,12 +244,13 @@ def _paint_schedules(
 class Coefficients:
     """The numbers of a program by step: ``values`` [G, R, K] of ``steps`` [R] over computed ``sources`` [K].
 
-    NaN where a step is not read.
+    NaN where a step is not read. ``groups``: what each is of, in words.
     """
 
     steps: tuple[int, ...]
     sources: tuple[int, ...]
     values: Array
+    groups: tuple[str, ...]
 
     @property
     def limit(self) -> float:
@@ -272,7 +274,8 @@ def coefficients_of(program: Program) -> Coefficients:
         if instruction.computes and kind in instruction.writes:
             owner[instruction.writes[kind][0]] = sources.index(instruction.steps[0])
     values = np.array(rows).reshape(len(steps), num_groups, len(sources)).swapaxes(0, 1)
-    return Coefficients(tuple(steps), sources, values)
+    several = [f"{name} branch: " for name in BRANCHES] if program.has_branches else [f"group {g}: " for g in range(num_groups)]
+    return Coefficients(tuple(steps), sources, values, tuple(several if num_groups > 1 else ("",)))
 
 
 def plot_coefficients(name: str, program: Program) -> str:
@@ -293,7 +296,7 @@ def _paint_coefficients(found: Coefficients, what: str, height: float, figure: F
     for group, values in enumerate(found.values):
         top = 8 + group * (height + PANEL)
         axes = add_axes(figure, left=66, top=top, right=16, bottom=whole - top - height)
-        of_group = "" if len(found.values) == 1 else f"group {group}: "
+        of_group = found.groups[group]
         axes.set(xlim=(0, len(found.steps)), ylim=(len(found.sources), 0), xlabel=of_group + what, ylabel="weight of step")
         axes.spines[:].set_visible(False)
         axes.grid(visible=False)

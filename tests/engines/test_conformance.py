@@ -134,7 +134,7 @@ def test_a_trace_tells_where_the_time_went(loaded, session, request_of):
     session.trace = Trace()
     session.run(*request_of(1))
     names = [event["name"] for event in session.trace.events]
-    assert names == ["prologue", *(op.engine for op in session._operations)]
+    assert names == ["prologue", *(op.engine for some in session._instructions for op in some)]
     assert names.count(COMPUTE) == len(session.program.compute_steps)
     steps = [step for event in session.trace.events for step in event["args"].get("steps", [])]
     assert sorted(set(steps)) == list(range(session.program.num_steps))

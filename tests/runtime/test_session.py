@@ -253,8 +253,8 @@ class Watched(Call):
 
 def recording_session(device):
     session = make_session("hidden", device=device)
-    watched = [Watched(operation.call, device) for operation in session._operations]
-    session._operations[:] = [replace(op, call=call) for op, call in zip(session._operations, watched, strict=True)]
+    watched = [Watched(operation.call, device) for (operation,) in session._instructions]
+    session._instructions[:] = [[replace(op, call=call)] for (op,), call in zip(session._instructions, watched, strict=True)]
     session._binding.prologue = Watched(session._binding.prologue, device)
     return session, [session._binding.prologue, *watched]
 
