@@ -127,6 +127,13 @@ def all_rows(found: Found) -> str:
     return "\n".join(parts) + not_there(found, EQUAL)
 
 
+APART = "lesa", "N = 7, apart"
+FORMS_TOLD = (
+    " LESA has one predictor for both branches of guidance; `apart` is with one for each, as in the code released for "
+    "Qwen-Image, `0.4` with the noise level of that code below which the third expert forecasts (0.5 for FLUX and HunyuanVideo)."
+)
+
+
 def caches(found: Found) -> str:
     """The table like that of LESA's paper, and what of its claims holds."""
     rows = found.of_part(CACHES)
@@ -272,11 +279,7 @@ def model_section(found: Found, out: Path) -> str:
         "stands for "
         "TeaCache, which diffusers has not: it accumulates relative L1 changes, too. A run of the model is all its blocks "
         "once: "
-        "FirstBlockCache runs the first one in every step. LESA has one predictor for both branches of guidance; `apart` is "
-        "with one for each, as in the code released for Qwen-Image, `0.4` with the noise level of that code below which "
-        "the third expert forecasts (0.5 for FLUX and HunyuanVideo).\n"
-        if found.get(CACHES, 10, "lesa", "N = 7, apart")
-        else "FirstBlockCache runs the first one in every step.\n",
+        "FirstBlockCache runs the first one in every step." + (FORMS_TOLD if found.get(CACHES, 10, *APART) else "") + "\n",
         caches(found),
         "### Fitted in one setting, used in another\n",
         transfer(found),
