@@ -130,7 +130,7 @@ def all_rows(found: Found) -> str:
 APART = "lesa", "N = 7, apart"
 FORMS_TOLD = (
     " LESA has one predictor for both branches of guidance; `apart` is with one for each, as in the code released for "
-    "Qwen-Image, `0.4` with the noise level of that code below which the third expert forecasts (0.5 for FLUX and HunyuanVideo)."
+    "Qwen-Image, `0.4` with that code's noise level below which the third expert forecasts (0.5 for FLUX and HunyuanVideo)."
 )
 
 
