@@ -281,10 +281,7 @@ def plan_graphs(model: LoadedModel, request: Request) -> StepGraphs:
 def usual_graphs(
     model: LoadedModel, settings: Settings, wish: GraphWish, cut: str, method: Method | None = None, *, by_row: bool = False
 ) -> StepGraphs:
-    """The graphs of a cut that all linear methods share; with a ``method``, those that keep features in its code.
-
-    ``by_row``: each row of a batch has weights of its own.
-    """
+    """The graphs of a cut that all linear methods share; features in the code of a ``method``, or rows weighed ``by_row``."""
     split = prepare(model, settings)
     coding = None if method is None else coding_of(split, settings, method, None)
     plain = compute_only(split) if cut == "output" else linear(split, coding=coding, by_row=by_row)
