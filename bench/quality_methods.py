@@ -175,7 +175,8 @@ def trained(setting: Setting, method: Method, schedule: Schedule, name: str, *, 
     if (given := find_given(setting, method, schedule)) is not None:
         return given
     of = "" if name == "linca" else f"-{'-'.join(map(str, schedule.compute))}"
-    path = setting.work / "trained" / f"{name}{of}.safetensors"
+    form = "".join(f"-{value}" for value in method.trained_facts(guided=setting.guided).values())
+    path = setting.work / "trained" / f"{name}{form}{of}.safetensors"
     if not path.exists():
         path.parent.mkdir(exist_ok=True)
         prompts = training_prompts(setting.model.spec.prompts, None)

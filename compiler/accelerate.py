@@ -114,11 +114,11 @@ def compile_in_memory(
     checked = check(model, request)
     with temporary_folder() as work:
         parameters = find_parameters(model, request, checked, work / "training")
-        device = TorchDevice(DeviceName.parse(str(model.device)))
+        device, by_row = TorchDevice(DeviceName.parse(str(model.device))), request.method.weighs_rows(parameters)
 
         def engines(settings: Settings) -> dict[str, Engine]:
             # merged linear layers would be copies: the transformer's weights are shared
-            graphs = make_graphs(model, replace(request, settings=settings), parameters, merge=False)
+            graphs = make_graphs(model, replace(request, settings=settings), parameters, by_row=by_row, merge=False)
             plans = make_plans(model, settings, graphs)
             return {plan.name: kind(graphs.engine.modules[plan.name], plan.signature, device) for plan in plans}
 

@@ -253,8 +253,10 @@ def find_calibrations(
     return Calibrations.open(statistics, subject, evaluator)
 
 
-def make_graphs(model: LoadedModel, request: Request, parameters: Parameters | None, *, merge: bool = True) -> StepGraphs:
-    """The graphs of the request's cut. ``merge``: of linear layers, which copies their weights.
+def make_graphs(
+    model: LoadedModel, request: Request, parameters: Parameters | None, *, by_row: bool, merge: bool = True
+) -> StepGraphs:
+    """The graphs of the request's cut. ``by_row``: as :func:`linear`. ``merge``: of linear layers, which copies their weights.
 
     Raises:
         InputError: the method is of a cut that the model does not have.
@@ -269,7 +271,7 @@ def make_graphs(model: LoadedModel, request: Request, parameters: Parameters | N
     split = prepare(model, request.settings, watch, tokens=isinstance(request.method, BlockMethod))
     inputs = model.example_inputs(request.settings)
     check_finite_run(split, inputs, request.settings.dtype, request.wish.graph.slots)
-    plain = add_forecast(model, split, request, parameters, watch)
+    plain = add_forecast(model, split, request, parameters, watch, by_row=by_row)
     return StepGraphs(plain, _engine(model, request.settings, request.wish.graph, plain, watch, merge=merge))
 
 
@@ -319,8 +321,9 @@ def make_plans(model: LoadedModel, settings: Settings, graphs: StepGraphs) -> li
 
 
 def add_forecast(
-    model: LoadedModel, split: Graphs, request: Request, parameters: Parameters | None, watch: Sequence[Observer]
-) -> Graphs:
+    model: LoadedModel, split: Graphs, request: Request, parameters: Parameters | None, watch: Sequence[Observer], *,
+    by_row: bool,
+) -> Graphs:  # fmt: skip
     """The graphs of the request's cut: the compute graph alone, with the forecast of all linear methods, or a predictor's.
 
     Raises:
@@ -334,8 +337,8 @@ def add_forecast(
     if schedule is None or not isinstance(method, PredictorMethod):
         return linear(split, watch, coding=coding_of(split, request.settings, method, parameters))
     if request.folds:
-        table = method.table(schedule, model.sampling(request.settings).levels(method.cut), parameters)  # fails now, if at all
-        return linear(split, watch, by_row=table.coefficients.shape[1] > 1)
+        method.table(schedule, model.sampling(request.settings).levels(method.cut), parameters)  # fails now, if at all
+        return linear(split, watch, by_row=by_row)
     predictor, steps = method.predictor(parameters), request.settings.steps
     return inlined(split, predictor, window=method.window, num_steps=steps, observers=watch)
 
@@ -343,19 +346,14 @@ def add_forecast(
 def observers(model: LoadedModel, request: Request) -> list[Observer]:
     """What looks on, at all passes of a compilation."""
     folder = request.wish.graph.dump_graphs
-    found: list[Observer] = [] if folder is None else [dump_to(folder)]
-    if request.wish.graph.verify_passes:
-        found.append(verifier_for(model, request.settings))
-    return found
+    dumps: list[Observer] = [] if folder is None else [dump_to(folder)]
+    return [*dumps, verifier_for(model, request.settings)] if request.wish.graph.verify_passes else dumps
 
 
 def make_programs(
-    model: LoadedModel,
-    request: Request,
-    engines: Mapping[str, Engine],
-    calibrations: Calibrations | None,
+    model: LoadedModel, request: Request, engines: Mapping[str, Engine], calibrations: Calibrations | None,
     parameters: Parameters | None,
-) -> Programs:
+) -> Programs:  # fmt: skip
     """A Program for every goal, and the uncached one. ``engines`` are needed only if a speed is asked for.
 
     Raises:

@@ -5,6 +5,7 @@ Engines are built for each size, over one weights file. What is trained, fitted 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,11 +71,16 @@ def work_folder(out: Path, name: str) -> Path:
     return out.with_name(f"{out.name}.{name}")
 
 
-def graphs_of(model: LoadedModel, sizes: Sequence[Part]) -> dict[str, tuple[Settings, StepGraphs]]:
-    """By bucket the graphs of each size, of which one part each is given, with each length of texts, the longest first."""
+def graphs_of(model: LoadedModel, sizes: Sequence[Sequence[Part]]) -> dict[str, tuple[Settings, StepGraphs]]:
+    """By bucket the graphs of each size, of which all parts are given, with each length of texts, the longest first.
+
+    They weigh rows on their own if some part has numbers for each branch of guidance: all its Programs play on them.
+    """
+    by_row = any(part.request.method.weighs_rows(part.parameters) for parts in sizes for part in parts)
+    make = partial(make_graphs, model, by_row=by_row)
     return {
-        settings.shape_bucket: (settings, make_graphs(model, replace(part.request, settings=settings), part.parameters))
-        for part in sizes
+        settings.shape_bucket: (settings, make(replace(part.request, settings=settings), part.parameters))
+        for part, *_ in sizes
         for settings in part.request.settings.by_text
     }
 

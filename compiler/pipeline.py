@@ -126,7 +126,7 @@ def _compile(
         parts = [part.trained(model) for part in parts]
         clock.lap()
         by_size = {size: [part for part in parts if part.request.settings.size == size] for size in request.by_size}
-        graphs = graphs_of(model, [some[0] for some in by_size.values()])
+        graphs = graphs_of(model, list(by_size.values()))
         if not trains:
             _tell_costs(model, request, graphs[request.settings.shape_bucket][1], writer)
         clock.lap()

@@ -43,7 +43,7 @@ class AddLinearForecast(Pass):
     """Replace the forecast graph's input ``feature`` by ``decode(coefficients @ features + bias)``, summed in float32.
 
     features [H, B, …], coefficients [G, H], a row for each of the ``groups`` of what is kept, bias scalar; where each row of a
-    batch has its own, coefficients [H, B] and bias [B]. ``encode`` and ``decode`` are graphs from ``feature`` to ``feature``,
+    batch has its own, coefficients [B, H] and bias [B]. ``encode`` and ``decode`` are graphs from ``feature`` to ``feature``,
     by default none: the former stands behind the cut in the compute graph, so that it is done once for every feature that is
     kept, the latter in front of the tail. The sum is the cut from here on.
     """
@@ -64,7 +64,7 @@ class AddLinearForecast(Pass):
         kept = outputs(modules[COMPUTE])[FEATURE].meta["val"]
         self._check([int(size) for size in kept.shape[1:]])
         modules[FORECAST], cut = _summed(modules[FORECAST], kept, self.decode, self.groups)
-        weights, bias = ((SLOTS, BATCH), (BATCH,)) if self.groups.by_row else ((GROUPS, SLOTS), ())
+        weights, bias = ((BATCH, SLOTS), (BATCH,)) if self.groups.by_row else ((GROUPS, SLOTS), ())
         axes = {**graphs.axes, FORECAST: {FEATURES: (SLOTS, BATCH), COEFFICIENTS: weights, BIAS: bias}}
         return PassResult(replace(graphs, modules=modules, cut=cut, axes=axes, groups=self.groups), changed=True)
 
@@ -105,7 +105,7 @@ def _summed(
         return node
 
     features = given(FEATURES, kept.new_empty((NUM_EXAMPLES, *kept.shape)))
-    weights, offset = ((NUM_EXAMPLES, kept.shape[0]), (kept.shape[0],)) if groups.by_row else ((groups.count, NUM_EXAMPLES), ())
+    weights, offset = ((kept.shape[0], NUM_EXAMPLES), (kept.shape[0],)) if groups.by_row else ((groups.count, NUM_EXAMPLES), ())
     coefficients = given(COEFFICIENTS, kept.new_empty(weights, dtype=torch.float32))
     bias = given(BIAS, kept.new_empty(offset, dtype=torch.float32))
     narrow = kept.dtype != torch.float32
@@ -124,9 +124,10 @@ def _summed(
 
 
 def _weighted(features: fx.Node, coefficients: fx.Node, groups: Groups) -> fx.Node:
-    """The sum [B, …] over slots [H, B, …], each group by its own row of the coefficients [G, H], or each row by its [H, B]."""
+    """The sum [B, …] over slots [H, B, …], each group by its own row of the coefficients [G, H], or each row by its [B, H]."""
     if groups.by_row:
-        weighted = emit(features, aten.mul.Tensor, features, _in_front(coefficients, features.meta["val"].ndim - 2))
+        rows = _in_front(emit(coefficients, aten.permute.default, coefficients, [1, 0]), features.meta["val"].ndim - 2)
+        weighted = emit(features, aten.mul.Tensor, features, rows)
         return emit(features, aten.sum.dim_IntList, weighted, [0])
     if groups.count == 1:
         row = emit(coefficients, aten.squeeze.dim, coefficients, 0)

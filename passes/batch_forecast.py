@@ -46,7 +46,7 @@ class BatchForecast(Pass):
     """From one step's forecast to ``n`` of them, with the sampler's Euler steps behind.
 
     No forecast depends on the latents, so all are one product ``coefficients @ features`` (of each group), and one tail on
-    ``n * B`` samples. ``coefficients`` becomes [n, G, H], ``bias`` [n] (of each row [n, H, B] and [n, B]); what differs from
+    ``n * B`` samples. ``coefficients`` becomes [n, G, H], ``bias`` [n] (of each row [n, B, H] and [n, B]); what differs from
     step to step (``timestep``, hoisted values) gets an axis of steps in front; latents [B, …] and ``deltas`` [n] come in, and
     ``next_latents`` [B, …] goes out.
 
@@ -158,7 +158,7 @@ def _weighted_by_row(graph: fx.Graph, inputs: dict[str, fx.Node], feature: torch
     flat = call(aten.flatten.using_ints, (inputs[FEATURES], 2)) if feature.ndim > 2 else inputs[FEATURES]
     flat = flat if feature.dtype == torch.float32 else call(CAST, (flat,), {"dtype": torch.float32})
     features = call(aten.permute.default, (flat, [1, 0, 2]))  # [B, H, …]
-    rows = call(aten.permute.default, (inputs[COEFFICIENTS], [2, 0, 1]))  # [B, n, H]
+    rows = call(aten.permute.default, (inputs[COEFFICIENTS], [1, 0, 2]))  # [B, n, H]
     summed = call(aten.permute.default, (call(aten.bmm.default, (rows, features)), [1, 0, 2]))
     summed = call(aten.add.Tensor, (summed, call(aten.unsqueeze.default, (inputs[BIAS], 2))))
     return call(aten.reshape.default, (summed, [-1, *(int(size) for size in feature.shape[1:])]))

@@ -43,7 +43,7 @@ class FoldConstants(GraphPass):
 
 def _alone(value: torch.Tensor) -> torch.Tensor:
     """A part of a table without the table, which would be stored with it."""
-    return value if value.untyped_storage().nbytes() == value.nbytes else value.clone()
+    return value.clone() if value.untyped_storage().nbytes() > value.nbytes else value
 
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -45,17 +45,20 @@ def for_groups(rows: Array, spec: TensorSpec) -> Array:
     return rows if known == groups else np.repeat(rows, groups, axis=-2)
 
 
-def as_taken(numbers: Array, spec: TensorSpec, samples: int) -> Array:
+def as_taken(numbers: Array, spec: TensorSpec, samples: int, *, has_branches: bool) -> Array:
     """Numbers of a step, or of each of a run [n, …], as an engine takes them on so many rows.
+
+    ``has_branches``: of several rows each is of a branch of guidance, not of a group of channels.
 
     Raises:
         BundleError: they are of other groups or branches than the engine's.
     """
-    of_rows = spec.shape[-1:] == (BATCH,)
     if spec.name == COEFFICIENTS:
-        return for_rows(np.swapaxes(numbers, -1, -2), samples) if of_rows else for_groups(numbers, spec)
-    if of_rows:
-        return for_rows(numbers if numbers.ndim == len(spec.shape) else numbers[..., None], samples)
+        if BATCH not in spec.shape or (numbers.shape[-2] > 1 and not has_branches):
+            return for_groups(numbers, spec)
+        return for_rows(numbers, samples, -2)
+    if spec.shape[-1:] == (BATCH,):
+        return for_rows(numbers if numbers.ndim == len(spec.shape) else numbers[..., None], samples, -1)
     if numbers.ndim != len(spec.shape):
         raise BundleError(f"the program has {spec.name} for each branch of guidance, which its engine does not take: "
                           "compile the bundle again")  # fmt: skip
@@ -64,23 +67,25 @@ def as_taken(numbers: Array, spec: TensorSpec, samples: int) -> Array:
 
 def weighs_rows(signature: Signature) -> bool:
     """Does an engine that forecasts take weights for each row of a batch?"""
-    return any(spec.name == COEFFICIENTS and spec.shape[-1:] == (BATCH,) for spec in signature.inputs)
+    return any(spec.name == COEFFICIENTS and BATCH in spec.shape for spec in signature.inputs)
 
 
-def for_rows(numbers: Array, samples: int) -> Array:
-    """Numbers [..., G] as an engine takes them for each of ``samples`` rows: those of the branches lie one behind the other.
+def for_rows(numbers: Array, samples: int, axis: int) -> Array:
+    """Numbers of G branches along an ``axis`` for each of ``samples`` rows: those of the branches lie one behind the other.
 
     Raises:
         BundleError: there are numbers of more than the rows of two branches.
     """
-    known = numbers.shape[-1]
+    known = numbers.shape[axis]
     if known not in (1, len(BRANCHES)) or samples % known:
         raise BundleError(
             f"the program has numbers of {known} branches of guidance for {samples} rows: compile the bundle again"
         )
     if known == 1:
-        return np.broadcast_to(numbers, (*numbers.shape[:-1], samples))  # which takes no memory
-    return np.repeat(numbers, samples // known, axis=-1)
+        shape = list(numbers.shape)
+        shape[axis] = samples
+        return np.broadcast_to(numbers, shape)  # which takes no memory
+    return np.repeat(numbers, samples // known, axis)
 
 
 def no_velocities(who: str) -> InputError:

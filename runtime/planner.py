@@ -86,7 +86,7 @@ def plan_binding(
         InputError: velocities are wanted, and the engines hand out none; or of a program that computes one branch alone.
     """
     if for_sampler:
-        program.check_both_branches()
+        program.of_branch(None).check_both_branches()
     return _Planner(signatures, program, io, batch, for_sampler, tables or {}).plan()
 
 
@@ -324,7 +324,8 @@ class _Planner:
                 weights = self._program.weights_of(instruction) if spec.name == COEFFICIENTS else None
                 series = self._by_step[spec.name] if weights is None else weights
                 rows = series[list(instruction.steps)] if is_run(spec) else series[instruction.steps[0]]
-                values[spec.name] = as_taken(rows if weights is None else rows[..., : len(history)], spec, samples)
+                rows = rows if weights is None else rows[..., : len(history)]
+                values[spec.name] = as_taken(rows, spec, samples, has_branches=self._program.has_branches)
         return values
 
     def _results(self, instruction: Instruction) -> dict[str, View]:

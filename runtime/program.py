@@ -21,7 +21,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from cachec.runtime.abi import ADVANCE, BRANCHES, CARRY, FEATURE, PAIR, VELOCITY
-from cachec.runtime.errors import BundleError, InputError, shortened
+from cachec.runtime.errors import BundleError, InputError, shortened, unknown_name
 from cachec.runtime.instructions import Instruction, check_known, read_instruction
 from cachec.runtime.specs import Array
 from cachec.runtime.starts import PREFIX, Start, pack_rows, read_starts
@@ -136,8 +136,8 @@ class Program:
 
     @property
     def has_branches(self) -> bool:
-        """Are the branches of guidance forecast by numbers of their own?"""
-        return self.bias.ndim > 1
+        """Are the branches of guidance forecast by numbers of their own, so that each has a bias?"""
+        return self.bias.ndim == 2
 
     def of_branch(self, name: str | None) -> "Program":
         """What one branch of guidance plays, ``NEGATIVE`` or ``POSITIVE``, where a sampler outside asks for each apart.
@@ -145,9 +145,11 @@ class Program:
         Raises:
             InputError: they have numbers of their own, and none of them is named.
         """
+        if name is not None and name not in BRANCHES:
+            raise unknown_name("branch", name, BRANCHES)
         if not self.has_branches:
             return self
-        if name not in BRANCHES:
+        if name is None:
             raise InputError(
                 f"level {self.key.level} forecasts the branches of guidance by numbers of their own, and which branch this is "
                 f"was not said: name it, {' or '.join(BRANCHES)}, or take a predictor that both share (--set branches=shared)"
@@ -179,7 +181,7 @@ class Program:
             "sigmas": (steps + 1,),
             "timesteps": (steps,),
             "coefficients": rows,
-            "bias": (steps, *self.coefficients.shape[1:2])[: self.bias.ndim],
+            "bias": (steps, len(BRANCHES)) if self.has_branches else (steps,),
             "target_timesteps": (steps,),
             "rows_out": rows,
             **dict.fromkeys(("share_out", CARRY, "gain", "shares", "pair_shares"), (steps,)),
@@ -200,6 +202,9 @@ class Program:
             raise BundleError(f"program starts at step {self.key.start_step} of {self.key.steps}")
         for instruction in self.instructions:
             instruction.check()
+        fits = self.key.guided and self.cut == "hidden" and self.coefficients.shape[1] == len(BRANCHES)
+        if self.has_branches and not fits:
+            raise BundleError("program: it has a bias for each branch, but is not guided, or has no coefficients of each")
         if self.cut == "output":
             self._check_output_cut()
         elif self.rows_out is not None or self.share_out is not None:

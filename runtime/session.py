@@ -198,6 +198,8 @@ class LoadedBundle:
                 f"batch is {batch}; the engines of {bundle.target} take up to {most // rows}: build them with --max-batch "
                 f"{batch}, or take another target"
             )
+        if branch is not None and not for_sampler:
+            raise InputError(f"branch is {branch}, which is for a sampler outside (for_sampler): a session plays both")
         if for_sampler:
             return Stepper(bundle.engines, bundle.begun(program, start).of_branch(branch), bundle.io, batch=batch)
         return Session(bundle.engines, bundle.begun(program, start), bundle.io, batch=batch)

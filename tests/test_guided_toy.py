@@ -146,7 +146,9 @@ def test_a_sampler_outside_says_which_branch_it_asks_for(by_row, given):
     key = ProgramKey(STEPS, hash_sigmas(sampling.sigmas), {}, guided=True)
     program = lower(ForecastTable.of_branches(*tables), key, sampling)
     with pytest.raises(InputError, match="which branch this is was not said: name it, negative or positive"):
-        program.of_branch(None)
+        Stepper(by_row(None, False), program, IO, batch=2)
+    with pytest.raises(InputError, match="unknown branch 'both'.*negative, positive"):
+        program.of_branch("both")
     for table, branch in zip(tables, ("negative", "positive"), strict=True):
         answers = []
         for one in (program.of_branch(branch), lower(table, replace(key, guided=False), sampling)):

@@ -173,7 +173,7 @@ def _numbers(groups: Groups, batch: int) -> dict[str, torch.Tensor]:
     """Rows and biases of some steps."""
     rows, bias = torch.linspace(1, 0.5, NUM_SLOTS), torch.linspace(0, 0.5, NUM_STEPS)
     if groups.by_row:
-        return {COEFFICIENTS: rows[:, None].repeat(NUM_STEPS, 1, batch), BIAS: bias[:, None].repeat(1, batch)}
+        return {COEFFICIENTS: rows.repeat(NUM_STEPS, batch, 1), BIAS: bias[:, None].repeat(1, batch)}
     return {COEFFICIENTS: rows.repeat(NUM_STEPS, groups.count, 1), BIAS: bias}
 
 

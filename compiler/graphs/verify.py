@@ -257,7 +257,7 @@ def _in_slots(kept: torch.Tensor, groups: Groups) -> tuple[str, dict[str, torch.
     label, shift = ("tail", 0.0) if groups.sizes else ("forecast", SHIFT)
     rows, bias = torch.tensor([row]).repeat(groups.count, 1), torch.tensor(shift)
     if groups.by_row:
-        rows, bias = torch.tensor(row)[:, None].repeat(1, len(kept)), bias.repeat(len(kept))
+        rows, bias = torch.tensor([row]).repeat(len(kept), 1), bias.repeat(len(kept))
     return label, {FEATURES: slots, COEFFICIENTS: rows, BIAS: bias}
 
 

@@ -106,6 +106,10 @@ class Method(ABC):
     def check(self, model: LoadedModel, settings: Settings) -> None:
         """Raise ``InputError`` unless the method can be of this model at these settings, before anything slow."""
 
+    def weighs_rows(self, parameters: Parameters | None) -> bool:
+        """Has its table numbers for each branch of guidance, which are rows of one batch?"""
+        return False
+
     def trained_facts(self, *, guided: bool) -> dict[str, str]:
         """What a predictor file must say beside what it was trained for, to be what the options ask for."""
         return {}

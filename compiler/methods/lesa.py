@@ -24,7 +24,7 @@ from cachec.compiler.models.base import LoadedModel, Settings
 from cachec.compiler.tables.coefficients import ForecastTable
 from cachec.compiler.tables.schedule import Schedule
 from cachec.runtime.abi import BRANCHES, GUIDANCE
-from cachec.runtime.errors import InputError, PredictorError, unknown_name
+from cachec.runtime.errors import InputError, PredictorError, shortened, unknown_name
 from cachec.runtime.specs import Array
 
 STAGE_BOUNDS = (0.9, 0.5)  # expert 0 above the first, 1 above the second, 2 below
@@ -75,11 +75,16 @@ class LesaBranches(nn.Module):
         self.branches = nn.ModuleDict({name: LesaPredictor(num_steps, bounds) for name in BRANCHES})
 
     def forward(
-        self, features: Sequence[torch.Tensor], history_steps: torch.Tensor, sigmas: torch.Tensor, step: torch.Tensor, num: int
+        self,
+        features: Sequence[torch.Tensor],
+        history_steps: torch.Tensor,
+        sigmas: torch.Tensor,
+        step: torch.Tensor,
+        num_negative: int,
     ) -> torch.Tensor:
-        """As a ``Predictor``'s; the first ``num`` tokens are of the negative branch."""
-        rest = features[0].shape[1] - num
-        halves = zip(*(torch.split(feature, [num, rest], 1) for feature in features), strict=True)
+        """As a ``Predictor``'s; the first ``num_negative`` tokens are of the negative branch."""
+        sizes = [num_negative, features[0].shape[1] - num_negative]
+        halves = zip(*(torch.split(feature, sizes, 1) for feature in features), strict=True)
         made = [self.branches[name](half, history_steps, sigmas, step) for name, half in zip(BRANCHES, halves, strict=True)]
         return torch.cat(made, 1)
 
@@ -92,9 +97,9 @@ class Lesa(PredictorMethod):
     ends a phase of training that has not stopped by itself.
 
     Where guidance is true each of its ``branches`` has a predictor (``apart``), as in the code released for Qwen-Image, or both
-    have one, trained on both (``shared``). ``any``: as the file has it, and apart where one is trained. ``second_bound``: the
-    noise level below which the third expert forecasts, 0.5 as released for FLUX and HunyuanVideo; that for Qwen-Image has 0.4.
-    A file says what it was trained with.
+    have one, trained on both (``shared``): the samplers of many pipelines do not say which branch a call is of, and on our
+    tiny-qwen it is better at N = 7. ``second_bound``: the noise level below which the third expert forecasts, 0.5 as released
+    for FLUX and HunyuanVideo; that for Qwen-Image has 0.4. ``any`` and 0: as the file has it, shared and 0.5 if trained now.
     """
 
     name: ClassVar[str] = "lesa"
@@ -106,14 +111,14 @@ class Lesa(PredictorMethod):
     extra_steps: ClassVar[tuple[int, ...]] = (3,)
     max_rounds: int = 240
     branches: str = ANY
-    second_bound: float = STAGE_BOUNDS[1]
+    second_bound: float = 0.0
 
     def __post_init__(self) -> None:
         if self.max_rounds < 1:
             raise InputError(f"max_rounds is {self.max_rounds}; it must be at least 1")
         if self.branches not in SHARINGS:
             raise unknown_name("branches", self.branches, SHARINGS)
-        if not 0 < self.second_bound < STAGE_BOUNDS[0]:
+        if not 0 <= self.second_bound < STAGE_BOUNDS[0]:
             raise InputError(f"second_bound is {self.second_bound}; it is a noise level above 0 and below {STAGE_BOUNDS[0]}")
 
     @property
@@ -123,22 +128,25 @@ class Lesa(PredictorMethod):
     def fit(self, data: TrainingData) -> tuple[dict[str, Array], dict[str, str]]:
         from cachec.compiler.methods.lesa_training import LesaTrainer
 
-        bounds = STAGE_BOUNDS[0], self.second_bound
-        trainer = LesaTrainer(data, max_rounds=self.max_rounds, bounds=bounds, apart=self.branches != SHARED)
+        bounds = STAGE_BOUNDS[0], self.second_bound or STAGE_BOUNDS[1]
+        trainer = LesaTrainer(data, max_rounds=self.max_rounds, bounds=bounds, apart=self.branches == APART)
         arrays = trainer.run()
-        facts = {**trainer.facts(), "second_bound": str(self.second_bound)}
+        facts = {**trainer.facts(), "second_bound": str(bounds[1])}
         if GUIDANCE in data.train.conditions:
-            facts["branches"] = SHARED if self.branches == SHARED else APART
+            facts["branches"] = APART if self.branches == APART else SHARED
         return arrays, facts
 
+    def weighs_rows(self, parameters: Parameters | None) -> bool:
+        return parameters is not None and bool(_branches_of(parameters))
+
     def trained_facts(self, *, guided: bool) -> dict[str, str]:
-        bound = {"second_bound": str(self.second_bound)} if self.second_bound != STAGE_BOUNDS[1] else {}
+        bound = {"second_bound": str(self.second_bound)} if self.second_bound else {}
         return {**bound, **({"branches": self.branches} if guided and self.branches != ANY else {})}
 
     def check_inlined(self, model: LoadedModel, settings: Settings, parameters: Parameters | None) -> None:
         if parameters is not None:
             self.predictor(parameters)
-        elif self.branches != SHARED and model.is_guided(settings):
+        elif self.branches == APART and model.is_guided(settings):
             raise InputError(
                 "fold is none, and lesa has a predictor for each branch of guidance, while an engine runs both as rows of one "
                 "batch: use static, or one predictor that both share (--set branches=shared)"
@@ -155,8 +163,7 @@ class Lesa(PredictorMethod):
         if _branches_of(parameters):
             raise PredictorError(f"{parameters.origin} holds a predictor for each branch of guidance; an engine takes one that "
                                  "both share (--set branches=shared)")  # fmt: skip
-        bounds = STAGE_BOUNDS[0], float(parameters.facts.get("second_bound", STAGE_BOUNDS[1]))
-        predictor = LesaPredictor(int(parameters.facts["steps"]), bounds)
+        predictor = LesaPredictor(int(parameters.facts["steps"]), (STAGE_BOUNDS[0], _second_bound(parameters)))
         try:
             predictor.load_state_dict({name: torch.from_numpy(array) for name, array in parameters.arrays.items()})
         except RuntimeError as error:
@@ -166,10 +173,25 @@ class Lesa(PredictorMethod):
 
 @functools.lru_cache(maxsize=16)  # what is folded is remembered by these objects
 def _branches_of(parameters: Parameters) -> tuple[Parameters, ...]:
-    """The parameters of each branch of guidance; none if both share theirs."""
-    found = []
+    """The parameters of each branch of guidance; none if both share theirs. Raises ``PredictorError``: they are of one only."""
+    found, rest = [], set(parameters.arrays)
     for name in BRANCHES:
         prefix = f"branches.{name}."
         own = {key.removeprefix(prefix): array for key, array in parameters.arrays.items() if key.startswith(prefix)}
+        rest -= {f"{prefix}{key}" for key in own}
         found += [Parameters(own, parameters.facts, f"{parameters.origin} ({name} branch)")] if own else []
+    if found and (rest or len(found) < len(BRANCHES)):
+        raise PredictorError(f"{parameters.origin} does not hold a LESA predictor of each branch of guidance, and nothing else")
     return tuple(found)
+
+
+def _second_bound(parameters: Parameters) -> float:
+    """What the file says, if it says it. Raises ``PredictorError`` unless that is a noise level below the first bound."""
+    text = parameters.facts.get("second_bound", str(STAGE_BOUNDS[1]))
+    try:
+        bound = float(text)
+    except ValueError:
+        bound = float("nan")
+    if not 0 < bound < STAGE_BOUNDS[0]:
+        raise PredictorError(f"{parameters.origin}: second_bound is {shortened(text)}, no noise level below {STAGE_BOUNDS[0]}")
+    return bound

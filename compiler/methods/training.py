@@ -22,7 +22,7 @@ from cachec.compiler.calibration.runs import (
 from cachec.compiler.calibration.uses import UsedPrompts
 from cachec.compiler.methods.base import BlockData, BlockMethod, CodedMethod, Method, PredictorMethod, TrainingData
 from cachec.compiler.methods.parameters import WEIGHTS, Parameters, find_pretrained, shipped_models
-from cachec.compiler.models.base import LoadedModel, ModelSpec, Settings
+from cachec.compiler.models.base import LoadedModel, Settings
 from cachec.compiler.models.distribution import INSTALL, NAME, models_folder
 from cachec.compiler.tables.schedule import Schedule
 from cachec.engines.torch_device import watching_memory
@@ -86,7 +86,7 @@ def shipped_for(model: LoadedModel, training: Training) -> Parameters | None:
     """
     found = find_shipped(model, training.method, training.schedule, training.settings)
     if found is None and model.spec.packaged:
-        missing, command, file = _none_ships(model.spec, training)
+        missing, command, file = _none_ships(model, training)
         if isinstance(training.method, BlockMethod):
             raise PredictorError(f"{missing}. Train one: {command}, and pass --predictor {file}; or pass --prompts, and it is "
                                  "trained on them now")  # fmt: skip
@@ -94,8 +94,10 @@ def shipped_for(model: LoadedModel, training: Training) -> Parameters | None:
     return found
 
 
-def _none_ships(spec: ModelSpec, training: Training) -> tuple[str, str, str]:
+def _none_ships(model: LoadedModel, training: Training) -> tuple[str, str, str]:
     """What is missing, the command that makes it, and the file that it makes."""
+    spec, wanted = model.spec, training.method.trained_facts(guided=model.is_guided(training.settings))
+    options = "".join(f" --set {option}={value}" for option, value in wanted.items())
     settings, name, steps = training.settings, training.method.name, training.settings.steps
     size = "" if settings.size == str(PictureSize(spec.width, spec.height, spec.frames)) else f" --size {settings.size}"
     count = "" if steps == spec.steps else f" --steps {steps}"
@@ -104,10 +106,11 @@ def _none_ships(spec: ModelSpec, training: Training) -> tuple[str, str, str]:
     file = f"{name}-{spec.name}-{steps}-{training.interval or len(training.schedule.compute)}.safetensors"
     more = "" if models_folder() else f" (and {NAME}, which has more of them, is not installed: {INSTALL})"
     missing = f"no predictor of {name} ships for {spec.name} at {settings.size} with {steps} steps, {which.removeprefix('--')}"
+    missing += "".join(f", {option} {value}" for option, value in wanted.items())
     others = [model for model in shipped_models(name) if model != spec.name]
     if others and isinstance(training.method, BlockMethod):
         missing += f" (of {name} there are some for {', '.join(others)})"
-    return missing + more, f"cachec train {spec.name} --method {name}{size}{count} {which} -o {file}", file
+    return missing + more, f"cachec train {spec.name} --method {name}{options}{size}{count} {which} -o {file}", file
 
 
 def _schedule_facts(model: LoadedModel, method: Method, schedule: Schedule, settings: Settings) -> dict[str, str]:

@@ -101,7 +101,7 @@ def test_a_model_that_is_not_finite_is_refused(captures):
     with torch.no_grad():
         model.transformer.embed.bias.fill_(torch.inf)
     with pytest.raises(EngineError, match="in float32 an example run of the model is not finite, first at"):
-        make_graphs(model, request_of(method="taylor", budget=3), None)
+        make_graphs(model, request_of(method="taylor", budget=3), None, by_row=False)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_a_model_that_is_not_finite_is_refused(captures):
 )
 def test_graphs_plans_and_programs_of_a_request(model, given, graphs):
     request = request_of(**given)
-    made = make_graphs(model, request, None)
+    made = make_graphs(model, request, None, by_row=False)
     assert {plan.name for plan in make_plans(model, request.settings, made)} == graphs
     programs = make_programs(model, request, {}, None, None)
     assert list(programs.by_level) == [UNCACHED, "default"]

@@ -88,7 +88,7 @@ def test_every_row_of_a_batch_has_its_own_weights(toy_split, linear_graphs, velo
     given, prompt = random_run(steps, slots, batch), example_inputs(batch)["prompt"]
     generator = torch.Generator().manual_seed(5)
     own = {
-        "coefficients": torch.randn(steps, slots, batch, generator=generator),
+        "coefficients": torch.randn(steps, batch, slots, generator=generator),
         "bias": torch.randn(steps, batch, generator=generator),
     }
     times = torch.linspace(0.9, 0.1, steps)
@@ -103,7 +103,7 @@ def test_every_row_of_a_batch_has_its_own_weights(toy_split, linear_graphs, velo
         for row in range(batch):
             one = {name: value[..., row : row + 1] for name, value in known.items() if name == "timestep"}
             one |= {"prompt": prompt[row : row + 1], "features": given["features"][:, row : row + 1]}
-            one |= {"coefficients": own["coefficients"][step, :, row][None], "bias": own["bias"][step, row]}
+            one |= {"coefficients": own["coefficients"][step, row][None], "bias": own["bias"][step, row]}
             alone = shared(**{name: one[name] for name in placeholders(shared)})["velocity"]
             torch.testing.assert_close(together[row : row + 1], alone, atol=1e-5, rtol=1e-5)
         moved = moved + given["deltas"][step] * together

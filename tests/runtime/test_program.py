@@ -36,6 +36,22 @@ def make_output_program(**changes):
     return make_program(**{**fields, "cut": "output", **changes})
 
 
+@pytest.mark.parametrize(
+    ("shape", "groups", "message"),
+    [
+        ((), 1, r"bias is float32\[\], expected float32\[4\]"),
+        ((STEPS, 1), 1, r"bias is float32\[4, 1\], expected float32\[4, 2\]"),
+        ((STEPS, 3), 3, r"bias is float32\[4, 3\], expected float32\[4, 2\]"),
+        ((STEPS, 2, 1), 2, r"bias is float32\[4, 2, 1\], expected float32\[4\]"),
+        ((STEPS, 2), 1, "it has a bias for each branch, but is not guided, or has no coefficients of each"),
+        ((STEPS, 2), 2, "it has a bias for each branch, but is not guided, or has no coefficients of each"),
+    ],
+)
+def test_biases_are_of_steps_or_of_both_branches(shape, groups, message):
+    with pytest.raises(BundleError, match=message):
+        make_program(bias=np.zeros(shape, np.float32), coefficients=np.repeat(COEFFICIENTS, groups, axis=1))
+
+
 def test_good_programs_are_accepted():
     assert (make_program().compute_steps, make_program().capacity) == ((0, 1, 3), 2)
     assert (make_output_program().compute_steps, make_output_program().num_steps) == ((0, 2), STEPS)

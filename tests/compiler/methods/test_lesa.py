@@ -61,6 +61,12 @@ def test_each_branch_of_guidance_has_a_predictor_of_its_own():
         np.testing.assert_array_equal(made.bias[:, place], alone.bias)
     with pytest.raises(PredictorError, match=r"a file holds a predictor for each branch of guidance; .*branches=shared"):
         Lesa().predictor(Parameters(both, {"steps": str(num_steps)}, "a file"))
+    one_branch = {key: value for key, value in both.items() if "negative" in key}
+    for damaged in (one_branch, {**both, "more": np.zeros(1)}):
+        with pytest.raises(
+            PredictorError, match="a file does not hold a LESA predictor of each branch of guidance, and nothing"
+        ):
+            Lesa().table(schedule, sigmas, Parameters(damaged, {"steps": str(num_steps)}, "a file"))
 
 
 def test_the_file_says_where_the_third_expert_begins():
@@ -76,6 +82,9 @@ def test_the_file_says_where_the_third_expert_begins():
     assert between
     assert early[between[0]] != late[between[0]]
     np.testing.assert_array_equal(early[: between[0]], late[: between[0]])
+    for wrong in ("nan", "later", "0.95"):
+        with pytest.raises(PredictorError, match=f"a test: second_bound is .*{wrong}.*, no noise level below 0.9"):
+            Lesa().table(schedule, sigmas, Parameters(own.arrays, {**own.facts, "second_bound": wrong}, "a test"))
 
 
 @torch.no_grad()

@@ -88,10 +88,10 @@ def test_each_branch_of_guidance_is_trained_apart_and_plays_as_it_was_trained(fe
     runs = Trajectories(noise, steps[-1].latents, features, conditions, tokens)
     train, held_out = (runs.select(np.array(index)) for index in (range(6), (6, 7)))
     schedule = Schedule(STEPS, (0, 1, 4))
-    method = Lesa(max_rounds=3)
+    method = Lesa(max_rounds=3, branches="apart", second_bound=0.4)
     arrays, facts = method.fit(TrainingData(evaluator, sampling, train, held_out, schedule, 0, tmp_path))
     assert {name.split(".")[1] for name in arrays} == set(BRANCHES)
-    assert Lesa(branches="apart").trained_facts(guided=True).items() <= facts.items()
+    assert method.trained_facts(guided=True).items() <= facts.items()
     assert not Lesa(branches="shared").trained_facts(guided=True).items() <= facts.items()
     curve = [point["held_out_latent_rel_l2"] for point in json.loads(facts["curve"])]
     assert float(facts["best_held_out_latent_rel_l2"]) == min(curve) < curve[0]
