@@ -33,7 +33,8 @@ def describe_bundle(bundle: Bundle, fits: Sequence[str] = ()) -> list[tuple[str,
     if predictor is not None:
         own = "num_prompts" in predictor
         made = f"trained on {predictor['num_prompts']} prompts, seed {predictor['seed']}" if own else predictor["made_by"]
-        rows.append(("predictor", made))
+        apart = ", one for each branch of guidance" if predictor.get("branches") == "apart" else ""
+        rows.append(("predictor", made + apart))
     rows += describe_all_levels(bundle)
     for index, target in enumerate(manifest.targets):
         rows.append(("target", f"{target}, {target.shape_bucket}"))
