@@ -26,10 +26,12 @@ from numpy_engines import (
 )
 
 from cachec.compiler.methods.adams import Adams
-from cachec.compiler.tables.lower import lower_advance
+from cachec.compiler.methods.taylor import Taylor
+from cachec.compiler.tables.coefficients import ForecastTable
+from cachec.compiler.tables.lower import lower_advance, lower_table
 from cachec.compiler.tables.sampling import Sampling
 from cachec.compiler.tables.schedule import parse_schedule
-from cachec.runtime.abi import COMPUTE, GUIDE, PROLOGUE
+from cachec.runtime.abi import COMPUTE, FORECAST, GUIDE, PROLOGUE
 from cachec.runtime.device import Host
 from cachec.runtime.errors import DeadlineError, EngineError, InputError, NotFiniteError
 from cachec.runtime.lane_costs import Costs
@@ -239,9 +241,9 @@ def guide(negative, positive, guidance_scale):
     return {"velocity": negative + guidance_scale[:, None, None] * (positive - negative)}
 
 
-def mixed_bundle():
+def mixed_bundle(cut="output"):
     """Guided and unguided programs over the same engines; at some steps of ``half`` the negative branch is forecast."""
-    bundle, sampling = wide("output"), Sampling(SIGMAS, SIGMAS[:-1])
+    bundle, sampling = wide(cut), Sampling(SIGMAS, SIGMAS[:-1])
     guided, half = (
         lower_advance(Adams(2).table(schedule, SIGMAS, None), replace(KEY, guided=True), sampling)
         for schedule in (SCHEDULE, parse_schedule("0 2c 3 6c", STEPS))
@@ -265,6 +267,41 @@ def test_guided_requests_are_two_rows_beside_others():
     lanes.run_until_idle()
     for seed, ticket in tickets.items():
         check(bundle, ticket, seed, given[seed])
+
+
+def forecast_rows(coefficients, bias, features, **given):
+    """Each row by weights of its own: those of one row after the other by the engine that has one for all."""
+    rows = [
+        forecast(
+            features=features[:, row : row + 1], coefficients=coefficients[:, row : row + 1], bias=bias[:, row],
+            deltas=given["deltas"], latents=given["latents"][row : row + 1], scale=given["scale"][:, row : row + 1],
+        )
+        for row in range(features.shape[1])
+    ]  # fmt: skip
+    return {name: np.concatenate([one[name] for one in rows], axis) for name, axis in (("velocities", 1), ("next_latents", 0))}
+
+
+def test_branches_with_numbers_of_their_own_share_calls_with_others():
+    bundle, key = mixed_bundle("hidden"), replace(KEY, guided=True)
+    own = bundle.engines[FORECAST].signature
+    wide_specs = {"coefficients": ("forecasts", "batch", "slots"), "bias": ("forecasts", "batch")}
+    inputs = tuple(replace(spec, shape=wide_specs.get(spec.name, spec.shape)) for spec in own.inputs)
+    engines = {**bundle.engines, FORECAST: NumpyEngine(forecast_rows, Signature(inputs, own.outputs))}
+    tables = [Taylor(order).table(SCHEDULE, SIGMAS, None) for order in (0, 1)]
+    tables[0].bias[1], tables[1].bias[1] = 0.3, -0.2
+    programs = {
+        name: lower_table(table, replace(key, level=name), Sampling(SIGMAS, SIGMAS[:-1]))
+        for name, table in (("both", ForecastTable.of_branches(*tables)), ("one", tables[1]))
+    }
+    bundle = replace(bundle, engines=engines, programs={**bundle.programs, **programs})
+    lanes, given = Lanes(bundle, policy=Policy("fifo", 8)), {"negative_prompt": prompt(9)["prompt"]}
+    asked = {seed: {**prompt(seed), **given, "guidance_scale": np.full(1, 1.5 * seed, np.float32)} for seed in (1, 2, 3)}
+    tickets = {seed: lanes.submit(asked[seed], seed=seed, level=("one", "both", "both")[seed - 1]) for seed in asked}
+    assert lanes.tick().rows == 6
+    lanes.run_until_idle()
+    for seed, ticket in tickets.items():
+        check(bundle, ticket, seed, asked[seed])
+    assert np.abs(alone(bundle, 2, "one", asked[2]) - alone(bundle, 2, "both", asked[2])).max() > 1e-3
 
 
 def positioned_bundle(calls):
