@@ -73,7 +73,7 @@ def measure_lesa(setting: Setting, interval: int, options: Mapping[str, Any]) ->
     """LESA's row, with the predictor in ``WORK/MODEL/predictors`` that is named for its options, or one that ships.
 
     Raises:
-        AbsentError: there is none; it is not trained here, which takes half an hour, but for a brief look.
+        AbsentError: there is none; it is not trained here, which takes about ten minutes, but for a brief look.
     """
     method = replace(make_method(setting, "lesa"), **options)
     schedule = method.interval(setting.num_steps, interval)

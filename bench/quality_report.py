@@ -34,6 +34,11 @@ KINDS = {  # rows by methods and steps
     "published feature cache, searched steps": (FEATURES, ("searched",)),
     "published feature cache, its own or even steps": (FEATURES, ("own", "uniform")),
 }
+APART = "lesa", "N = 7, apart"
+FORMS_TOLD = (
+    " LESA has one predictor for both branches of guidance; `apart` is with one for each, as in the code released for "
+    "Qwen-Image, `0.4` with that code's noise level below which the third expert forecasts (0.5 for FLUX and HunyuanVideo)."
+)
 HEADER = ["method", "steps", "computed", "PSNR dB", "p5", "worst", "SSIM", "latent error", "its p95"]
 INTRO = """# Quality: every method at equal cost
 
@@ -125,13 +130,6 @@ def all_rows(found: Found) -> str:
         else:
             parts.append(f"### {budget} of {found.steps} steps\n\n{unmeasured(found, f'equal-{budget}')}")
     return "\n".join(parts) + not_there(found, EQUAL)
-
-
-APART = "lesa", "N = 7, apart"
-FORMS_TOLD = (
-    " LESA has one predictor for both branches of guidance; `apart` is with one for each, as in the code released for "
-    "Qwen-Image, `0.4` with that code's noise level below which the third expert forecasts (0.5 for FLUX and HunyuanVideo)."
-)
 
 
 def caches(found: Found) -> str:

@@ -324,7 +324,7 @@ class _Planner:
                 weights = self._program.weights_of(instruction) if spec.name == COEFFICIENTS else None
                 series = self._by_step[spec.name] if weights is None else weights
                 rows = series[list(instruction.steps)] if is_run(spec) else series[instruction.steps[0]]
-                rows = rows if weights is None else rows[..., : len(history)]
+                rows = rows[..., : len(history)] if spec.name == COEFFICIENTS else rows
                 values[spec.name] = as_taken(rows, spec, samples, has_branches=self._program.has_branches)
         return values
 

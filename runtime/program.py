@@ -71,7 +71,7 @@ class Program:
     ``slots`` says how many there are of each kind. ``sigmas`` [T + 1] noise levels, the last one the end of sampling;
     ``timesteps`` [T] what the model is told at each step, ``target_timesteps`` [T] what flow maps are told besides;
     ``coefficients`` [T, G, S] and ``bias`` [T] of the linear forecasts (rows of other steps are not read; on the output cut a
-    row moves the latents and the bias is zero). With a ``bias`` [T, G] the groups are the branches of guidance, the negative
+    row moves the latents and the bias is zero). With a ``bias`` [T, 2] the groups are the branches of guidance, the negative
     one first. Where a sampler outside works on the output cut, it gets
     ``rows_out[s] @ slots + share_out[s] * latents`` at step ``s``: ``rows_out`` [T, G, S], ``share_out`` [T].
 

@@ -17,7 +17,7 @@ class ForecastTable:
     """Hidden cut, a whole schedule as numbers: group g of step s is ``sum_a coefficients[s, g, a] F_a + bias[s]``.
 
     ``F_a`` is the group's part of what is kept of the computed feature a. ``coefficients`` [T, G, K] over the K computed
-    features in order, ``bias`` [T]; float64. Rows of computed steps are zero. With a ``bias`` [T, G] the groups are the two
+    features in order, ``bias`` [T]; float64. Rows of computed steps are zero. With a ``bias`` [T, 2] the groups are the two
     branches of guidance, the negative one first.
     """
 
