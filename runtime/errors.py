@@ -98,7 +98,7 @@ def in_one_line(value: object, limit: int = 200) -> str:
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> InputError:
     """An error for a name that is not among ``known``, with the nearest one suggested."""
-    known = sorted(known)
+    known = sorted({*known})
     close = difflib.get_close_matches(name[:100], known, n=1)
     hint = f" Did you mean {shortened(close[0])}?" if close else ""
     return InputError(f"unknown {kind} {shortened(name)}.{hint} Known: {in_one_line(', '.join(known), 400)}.")
