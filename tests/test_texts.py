@@ -107,7 +107,7 @@ def test_the_unmodified_pipeline_does_so_too(model, loaded, saved_family):
     pipeline.transformer = loaded.as_transformer(pipeline.transformer, pipeline=pipeline, level=UNCACHED)
     for prompt in ("a cat", LONG, "a cat"):
         np.testing.assert_allclose(FAMILY.run(pipeline, prompt=prompt, **changes), wanted[prompt], atol=1e-4)
-    assert {key[-1] for key in pipeline.transformer._runs.steppers} == set(TEXTS)
+    assert {text for _, _, _, text, _ in pipeline.transformer._runs.steppers} == set(TEXTS)
 
 
 def test_run_takes_prompts_of_all_lengths(bundle, tmp_path):
