@@ -2,6 +2,8 @@
 
 Costs: calibrating on 32 prompts, as a whole and inside the model, and what crosses the model's border for one prompt and step.
 
+Gram: what ``compile --method gram`` takes to choose schedules of 50 steps and to fit them, the calibration made before.
+
 Tokens: of long sequences ``cachec train`` keeps 256, in bfloat16. Here, on tiny-flux, one set of recorded runs is trained on
 with all tokens and with fewer, and with another order of the prompts, which says what training alone makes different. Compared
 are the held-out closed loop, and the folded rows: all that a bundle has of a predictor.
@@ -28,18 +30,24 @@ from cachec.compiler.calibration.runs import (
     recording_here,
     some_tokens,
 )
-from cachec.compiler.calibration.statistics import record_statistics
+from cachec.compiler.calibration.statistics import record_statistics, save_statistics
 from cachec.compiler.calibration.uses import calibration_prompts
+from cachec.compiler.frontend import evaluator_of
 from cachec.compiler.graphs.prepare import prepare
 from cachec.compiler.methods.base import TrainingData
 from cachec.compiler.methods.lesa import Lesa
 from cachec.compiler.methods.lesa_training import LesaTrainer
 from cachec.compiler.methods.parameters import Parameters
 from cachec.compiler.models import find_model, load_model
-from cachec.compiler.models.base import Settings
+from cachec.compiler.models.base import LoadedModel, ModelSpec, Settings
+from cachec.compiler.pipeline import compile_bundle
+from cachec.compiler.request import make_request
+from cachec.compiler.stages import OF_A_PART
 from cachec.runtime.specs import Array
 
 PAGE = Path(__file__).with_name("FITS.md")
+GRAM_STEPS = 50
+BUDGETS = (6, 8, 10)
 STOP = 8  # prompts that tell when to stop
 
 
@@ -81,6 +89,34 @@ def calibrate(subject: Subject, evaluator: GraphEvaluator, name: str) -> Cost:
         )
         seconds = time.perf_counter() - start
     return Cost(seconds, counted.seconds, counted.samples, counted.to_host, counted.to_device)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Steps that were computed, and the seconds of choosing them and of fitting their rows."""
+
+    budget: int
+    steps: tuple[int, ...]
+    seconds: float
+
+
+def fit_gram(spec: ModelSpec, model: LoadedModel, work: Path) -> tuple[str, float, list[Chosen]]:
+    """Prompts in words, seconds of a calibration at :data:`GRAM_STEPS`, and what each of :data:`BUDGETS` takes after it."""
+    settings = Settings(spec.height, spec.width, spec.text_tokens, spec.guidance, GRAM_STEPS, "float32")
+    subject, prompts = Subject.of(model, settings), calibration_prompts(spec.prompts, None)
+    start = time.perf_counter()
+    recorders = recording_here(subject, evaluator_of(model, settings))
+    save_statistics(
+        record_statistics(subject, recorders, prompts, reference_steps=0, seed=0, work=work / "parts"),
+        work / "runs.safetensors",
+    )
+    seconds, made = time.perf_counter() - start, list[Chosen]()
+    for budget in BUDGETS:
+        chosen = {"method": "gram", "steps": GRAM_STEPS, "budget": budget, "calibration": work / "runs.safetensors"}
+        result = compile_bundle(model, make_request(spec, targets=("ort",), **chosen), work / f"{budget}.cachec")
+        steps = result.bundle.program().compute_steps
+        made.append(Chosen(budget, steps, result.seconds[OF_A_PART[1]]))
+    return prompts.in_words, seconds, made
 
 
 def train_on(runs: Trajectories, subject: Subject, evaluator: GraphEvaluator, wish: "Wish") -> list[Trained]:
@@ -130,14 +166,32 @@ def main(prompts: int, steps: int, interval: int, rounds: int) -> None:
     used = default_prompts(spec.prompts, "train")[:prompts]
     with tempfile.TemporaryDirectory() as folder:
         runs = record_trajectories(subject, recording_here(subject, evaluator), used, seed=0, work=Path(folder))
-    PAGE.write_text(markdown(costs, train_on(runs, subject, evaluator, wish), wish))
+    made = train_on(runs, subject, evaluator, wish)
+    with tempfile.TemporaryDirectory() as folder:
+        gram = gram_lines(*fit_gram(spec, model, Path(folder)))
+    PAGE.write_text("\n".join([*cost_lines(costs, wish), *gram, *token_lines(made, wish)]))
 
 
-def markdown(costs: Sequence[Cost], made: Sequence[Trained], wish: Wish) -> str:
-    """The page."""
+def gram_lines(prompts: str, seconds: float, made: Sequence[Chosen]) -> list[str]:
+    """What schedules and rows take."""
+    return [
+        "## gram: choosing a schedule and fitting it",
+        "",
+        f"{GRAM_STEPS} steps; calibrated on {prompts} ({seconds:.0f} s). *s*: the search, each candidate's first round of",
+        "polish and its pictures of the prompts to choose by, and the winner's second round.",
+        "",
+        "| computed | steps | s |",
+        "| --- | --- | --- |",
+        *(f"| {one.budget} | {', '.join(map(str, one.steps))} | {one.seconds:.0f} |" for one in made),
+        "",
+    ]
+
+
+def cost_lines(costs: Sequence[Cost], wish: Wish) -> list[str]:
+    """What calibration takes."""
     over = [one.seconds / one.in_model - 1 for one in costs]
     cost = costs[0]
-    lines = [
+    return [
         "# Calibration and training",
         "",
         f"tiny-flux on the CPU, float32, {wish.steps} steps; {time.strftime('%Y-%m-%d')} (`python -m bench.fits`).",
@@ -148,6 +202,12 @@ def markdown(costs: Sequence[Cost], made: Sequence[Trained], wish: Wish) -> str:
         f"{cost.to_host / cost.evaluations / 1e3:.1f} kB leave the model (velocity and feature) and "
         f"{cost.to_model / cost.evaluations / 1e3:.1f} kB go to it (latents and conditions).",
         "",
+    ]
+
+
+def token_lines(made: Sequence[Trained], wish: Wish) -> list[str]:
+    """What training on some of the tokens comes to."""
+    lines = [
         "## LESA from some of the tokens",
         "",
         f"N = {wish.interval}, {wish.prompts - STOP} prompts to train on, {STOP} held out, {wish.rounds} rounds a phase.",
@@ -161,7 +221,7 @@ def markdown(costs: Sequence[Cost], made: Sequence[Trained], wish: Wish) -> str:
     for one in made:
         apart = float(np.linalg.norm(one.rows - first) / np.linalg.norm(first))
         lines.append(f"| {one.name} | {one.error:.4f} | {apart:.4f} | {one.seconds:.0f} |")
-    return "\n".join([*lines, ""])
+    return [*lines, ""]
 
 
 if __name__ == "__main__":

@@ -122,6 +122,10 @@ class Method(ABC):
         """The method at little cost, for choosing among a few schedules: nearly as good as it will be on each."""
         return self
 
+    def finish(self, calibration: Calibration, schedule: Schedule, begun: Parameters) -> Parameters:
+        """What :meth:`calibrate` gives, from what that of :meth:`brief` has given for the same runs and schedule."""
+        return self.calibrate(calibration, schedule)
+
     def interval(self, num_steps: int, interval: int) -> Schedule:
         """The method's own published schedule."""
         return interval_schedule(num_steps, interval, extra=self.extra_steps)

@@ -67,13 +67,21 @@ class Gram(TableMethod):
         return replace(self, polish=min(self.polish, 1))
 
     def calibrate(self, calibration: Calibration, schedule: Schedule) -> Parameters:
-        table = fit_rows(calibration, schedule)
-        if self.polish and len(schedule.compute) > MAX_POLISHED:
+        return self._polished(calibration, fit_rows(calibration, schedule), range(self.polish))
+
+    def finish(self, calibration: Calibration, schedule: Schedule, begun: Parameters) -> Parameters:
+        rest = range(self.brief().polish, self.polish)
+        return self._polished(calibration, fitted_table(self.name, schedule, begun), rest) if rest else begun
+
+    def _polished(self, calibration: Calibration, table: AdvanceTable, rounds: range) -> Parameters:
+        """Rows and time steps after these rounds, if there may be any."""
+        schedule = table.schedule
+        if rounds and len(schedule.compute) > MAX_POLISHED:
             log.warning("%d computed steps are not polished: that takes a cubic number of evaluations", len(schedule.compute))
-        elif self.polish and calibration.num_prompts < MIN_POLISH_PROMPTS:
+        elif rounds and calibration.num_prompts < MIN_POLISH_PROMPTS:
             log.warning("fitted on %d prompts, not polished: that takes %d", calibration.num_prompts, MIN_POLISH_PROMPTS)
-        elif self.polish:
-            for number in range(self.polish):
+        else:
+            for number in rounds:
                 table = polish_round(calibration, table, number)
         arrays = {"rows": table.coefficients}
         if table.timesteps is not None:

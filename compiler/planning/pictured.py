@@ -11,7 +11,7 @@ Shapes: ``P`` prompts, ``K`` computed steps, ``T`` grid steps.
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -20,6 +20,7 @@ from cachec.compiler.calibration.calibration import Calibration
 from cachec.compiler.calibration.metrics import Decode, psnr_db
 from cachec.compiler.calibration.runs import CHUNK
 from cachec.compiler.methods.base import Method
+from cachec.compiler.methods.parameters import Parameters
 from cachec.compiler.planning.search import Steps
 from cachec.compiler.tables.schedule import Schedule
 from cachec.runtime.errors import InputError
@@ -58,12 +59,16 @@ def candidates(searched: Steps, num_steps: int) -> list[Steps]:
 
 @dataclass(frozen=True, eq=False)
 class PictureChoice:
-    """Scores schedules of a ``method`` on grid steps: rows by ``fit``, pictures of ``choosing``, which are other prompts."""
+    """Scores schedules of a ``method`` on grid steps: rows by ``fit``, pictures of ``choosing``, which are other prompts.
+
+    ``begun``: the brief fits so far, for :meth:`Method.finish`.
+    """
 
     method: Method
     fit: Calibration
     choosing: Calibration
     decode: Decode
+    begun: dict[Schedule, Parameters] = field(default_factory=dict)
 
     @cached_property
     def _wanted(self) -> Array:
@@ -73,10 +78,10 @@ class PictureChoice:
     def _pictures(self, latents: Array) -> Array:
         return np.concatenate([self.decode(latents[at : at + CHUNK]) for at in range(0, len(latents), CHUNK)])
 
-    def program(self, steps: Steps) -> Program:
+    def program(self, schedule: Schedule) -> Program:
         """The method's brief fit to a schedule."""
-        schedule, brief = Schedule(self.fit.num_steps, steps), self.method.brief()
-        parameters = brief.calibrate(self.fit, schedule)
+        brief = self.method.brief()
+        parameters = self.begun[schedule] = brief.calibrate(self.fit, schedule)
         return self.fit.program(brief.table(schedule, self.fit.sampling.levels(brief.cut), parameters))
 
     def psnr(self, program: Program) -> list[float]:
@@ -91,7 +96,7 @@ class PictureChoice:
     def score(self, steps: Steps) -> float:
         """In dB, more is better; -infinity if no rows fit the schedule, or its runs are not finite."""
         try:
-            psnr = self.psnr(self.program(steps))
+            psnr = self.psnr(self.program(Schedule(self.fit.num_steps, steps)))
         except InputError as error:  # another schedule may do
             log.info("schedule %s: %s", steps, error)
             return -math.inf

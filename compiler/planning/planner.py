@@ -102,6 +102,7 @@ class Planner:
             calibrations.coarse.evaluator.check_gradients(method.name)
         self._schedules: dict[tuple[int, bool], Schedule] = {}
         self._chosen: dict[tuple[int, bool], Schedule] = {}
+        self._begun: dict[tuple[Schedule, bool], Parameters] = {}
         self._fitted: dict[tuple[Schedule, bool, bool], Parameters] = {}
         self._references: dict[bool, list[Array]] = {}
 
@@ -158,7 +159,9 @@ class Planner:
         if (budget, fine) not in self._chosen:
             choice = self._picture_choice(fine)
             steps = searched.compute if choice is None else choice.choose(searched.compute)
-            self._chosen[budget, fine] = Schedule(searched.num_steps, steps)
+            self._chosen[budget, fine] = schedule = Schedule(searched.num_steps, steps)
+            if choice is not None and schedule in choice.begun:
+                self._begun[schedule, fine] = choice.begun[schedule]
         return self._chosen[budget, fine]
 
     def _picture_choice(self, fine: bool) -> PictureChoice | None:
@@ -192,7 +195,8 @@ class Planner:
             return LevelPlan(goal, lower(AdvanceTable(schedule, sampling.moves[1:]), key, sampling), fine)
         if method.needs_calibration and parameters is None:  # none were given
             if (at := (schedule, fine, draft)) not in self._fitted:
-                self._fitted[at] = method.calibrate(self._calibration(fine).of("fit"), schedule)
+                runs, begun = self._calibration(fine).of("fit"), None if draft else self._begun.get((schedule, fine))
+                self._fitted[at] = method.calibrate(runs, schedule) if begun is None else method.finish(runs, schedule, begun)
             parameters = self._fitted[at]
 
         def make(schedule: Schedule) -> Program:

@@ -4,7 +4,7 @@ from toy_calibration import make_calibration
 
 from cachec.compiler.calibration.calibration import decibels
 from cachec.compiler.methods.bns import Bns
-from cachec.compiler.methods.gram import Gram, schedule_facts
+from cachec.compiler.methods.gram import Gram, polish_round, schedule_facts
 from cachec.compiler.methods.gram_fit import fit_rows, polish
 from cachec.compiler.methods.parameters import Parameters
 from cachec.compiler.tables.schedule import Schedule
@@ -66,6 +66,20 @@ def test_it_does_not_polish_on_too_few_prompts_nor_too_many_steps_and_says_so(ca
 def test_its_draft_is_not_polished_and_its_brief_fit_for_a_round():
     assert Gram(polish=7).draft() == Gram(polish=0).brief() == Gram(polish=0)
     assert Gram(polish=7).brief() == Gram(polish=1)
+
+
+@pytest.mark.parametrize("polish", [0, 1, 2])
+def test_a_brief_fit_is_finished_as_one_made_at_once(polish, monkeypatch):
+    monkeypatch.setattr("cachec.compiler.methods.gram.FIRST_PROMPTS", 12)  # of 16: rounds of different prompts
+    runs, rounds, real = make_calibration(16), [], polish_round
+    monkeypatch.setattr("cachec.compiler.methods.gram.polish_round", lambda *given: (rounds.append(given[-1]), real(*given))[1])
+    method = Gram(polish)
+    finished = method.finish(runs, FOUR, method.brief().calibrate(runs, FOUR))
+    assert rounds == list(range(polish))  # none is made twice
+    wanted = method.calibrate(runs, FOUR)
+    assert finished.facts == wanted.facts
+    for name, values in wanted.arrays.items():
+        np.testing.assert_array_equal(finished.arrays[name], values)
 
 
 @pytest.mark.parametrize("method", [Gram(), Bns()], ids=["gram", "bns"])

@@ -96,9 +96,14 @@ def test_a_budgets_schedule_is_chosen_once_by_pictures_of_others(monkeypatch, ca
         choices.append((self.fit.index.tolist(), self.choosing.index.tolist(), real(self, searched)))
         return choices[-1][-1]
 
+    finished, finish = [], Gram.finish
+    monkeypatch.setattr(
+        Gram, "finish", lambda self, runs, schedule, begun: (finished.append(schedule), finish(self, runs, schedule, begun))[1]
+    )
     monkeypatch.setattr(module.PictureChoice, "choose", choose)
     steps, said = chosen_by_pictures(monkeypatch, caplog, {**GIVEN, "decode": decode})
     assert choices == [(list(range(6)), list(range(7, 12)), steps)]
+    assert finished == [Schedule(STEPS, steps)]  # goes on from what it was chosen with
     assert said == ["gram is fitted to 6 prompts, its schedule chosen by pictures of 5 others"]
 
 
