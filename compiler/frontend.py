@@ -128,6 +128,7 @@ def _check_given(model: LoadedModel, request: Request) -> Checked:
     parameters = _read_given(request) if training is None else _find_trained(model, request, training)
     if not request.folds and isinstance(request.method, PredictorMethod):
         request.method.check_inlined(model, request.settings, parameters)
+    request.method.check_budgets(parameters, [goal.budget for goal in request.goals if goal.budget is not None])
     if not request.needs_calibration:
         return Checked(parameters, training)
     if (path := request.wish.fit.calibration) is not None:
@@ -160,7 +161,7 @@ def _find_trained(model: LoadedModel, request: Request, training: Training) -> P
         if IMPORTED not in given.facts:
             check_fit(given, training_facts(*wanted))
         return given
-    return None if request.prompts is not None else shipped_for(model, training)
+    return shipped_for(model, training, own_prompts=request.prompts is not None)
 
 
 def _read_given(request: Request) -> Parameters | None:
@@ -225,7 +226,6 @@ def find_parameters(model: LoadedModel, request: Request, checked: Checked, work
     parameters = checked.parameters
     if parameters is None and checked.training is not None:
         assert work is not None, "trainings keep checkpoints"
-        log.warning("no trained %s predictor fits these settings: training one now", request.method.name)
         evaluator = training_evaluator(model, request, checked.training, work)
         parameters = train_predictor(model, evaluator, checked.training, work=work)
     log.info("predictor: %s", "none needed" if parameters is None else parameters.origin)

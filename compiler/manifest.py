@@ -43,7 +43,7 @@ def make_manifest(
         io=model.io.to_json(),
         method={
             "name": method.name,
-            "options": method.options(),
+            "options": method.options_of(parameters),
             "cut": method.cut,
             "feeds_back": getattr(method, "feeds_back", False),
             "short_history": "repeat the oldest entry",

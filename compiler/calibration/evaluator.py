@@ -32,6 +32,7 @@ class Evaluator(ABC):
 
     name: ClassVar[str]
     differentiable: ClassVar[bool] = False
+    feature: tuple[int, ...] | None = None  # its shape of one sample, where that is known before the model runs
     device: str = CPU
     precision: str = "float32"
     max_batch: int = MAX_BATCH

@@ -79,6 +79,8 @@ class GraphEvaluator(Evaluator):
             split = values.graphs(split)
             inlined = None if inlined is None else values.graphs(inlined)
         feature = outputs(split.modules[COMPUTE])[FEATURE].meta.get("val")
+        if feature is not None:
+            self.feature = tuple(map(int, feature.shape[1:]))
         self._kept = None if feature is None else feature.dtype  # what graphs that were not captured give is taken as it is
         self._compute, self._behind = split.modules[COMPUTE], split.modules[FORECAST]
         self._expert = split.modules.get(EXPERT)

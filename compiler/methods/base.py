@@ -11,6 +11,7 @@ Shapes: ``B`` batch, ``L`` tokens, ``D`` channels, ``T`` steps, ``K`` computed s
 """
 
 import dataclasses
+import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -106,6 +107,9 @@ class Method(ABC):
     def check(self, model: LoadedModel, settings: Settings) -> None:
         """Raise ``InputError`` unless the method can be of this model at these settings, before anything slow."""
 
+    def check_budgets(self, parameters: Parameters | None, budgets: Sequence[int]) -> None:
+        """Raise ``PredictorError`` where given parameters are for another number of computed steps than is asked for."""
+
     def weighs_rows(self, parameters: Parameters | None) -> bool:
         """Has its table numbers for each branch of guidance, which are rows of one batch?"""
         return False
@@ -162,6 +166,12 @@ class Method(ABC):
 
     def options(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+    def options_of(self, parameters: Parameters | None) -> dict[str, Any]:
+        """The options, those of training as they were when the parameters were made."""
+        own = self.options()
+        made = json.loads(parameters.facts.get("options", "{}")) if parameters is not None else {}
+        return own | {name: value for name, value in made.items() if name in own}
 
 
 def _parse_option(key: str, text: str, kind: Any) -> Any:
@@ -312,6 +322,9 @@ class CodedMethod(Method):
     """
 
     num_prompts: ClassVar[int | None] = None
+
+    def check_channels(self, channels: int) -> None:
+        """Raise ``InputError`` unless the options fit features of so many channels: before runs are recorded."""
 
     @abstractmethod
     def coding(self, feature: tuple[int, ...], settings: Settings, parameters: Parameters | None) -> "Coding":

@@ -78,14 +78,26 @@ class DyWeight(TableMethod):
         arrays = {THETA: theta, SCALES: scales, LEVELS: sampling.clock[:-1], TOLD: sampling.timesteps.astype(np.float64)}
         return Parameters(arrays, schedule_facts(self.name, calibration, schedule), calibration.origin)
 
+    def check_budgets(self, parameters: Parameters | None, budgets: Sequence[int]) -> None:
+        if parameters is not None:
+            for budget in budgets:
+                self._check_number(parameters, budget)
+
+    def _check_number(self, parameters: Parameters, computed: int) -> None:
+        theta, scales = (trained_array(parameters, self.name, name) for name in (THETA, SCALES))
+        if scales.ndim != 1 or theta.shape != (len(scales), len(scales)):
+            raise PredictorError(f"{parameters.origin}: rows {list(theta.shape)} and scales {list(scales.shape)} do not fit")
+        if len(scales) != computed:
+            raise PredictorError(
+                f"{parameters.origin} is for {len(scales)} computed steps, and {computed} are asked for: give --budget "
+                f"{len(scales)}, or a schedule of so many"
+            )
+
     def table(self, schedule: Schedule, sigmas: Array, parameters: Parameters | None) -> AdvanceTable:
         theta, scales = (trained_array(parameters, self.name, name) for name in (THETA, SCALES))
         assert parameters is not None, "it has arrays"
-        num, fitted = len(schedule.compute), parameters.facts.get("schedule")
-        if theta.shape != (num, num) or scales.shape != (num,):
-            raise PredictorError(
-                f"{parameters.origin} is for {len(theta)} computed steps, and {num} are asked for: give a schedule of so many"
-            )
+        self._check_number(parameters, len(schedule.compute))
+        fitted = parameters.facts.get("schedule")
         if fitted not in (None, ",".join(map(str, schedule.compute))):
             raise PredictorError(
                 f"{parameters.origin} was fitted to steps {fitted}, wanted {schedule}: fit it to this schedule"

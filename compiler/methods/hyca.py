@@ -60,7 +60,7 @@ class HyCa(CodedMethod):
 
     def fit(self, data: TrainingData) -> tuple[dict[str, Array], dict[str, str]]:
         features = features_of(data.train)
-        self._check(features.shape[-1])
+        self.check_channels(features.shape[-1])
         labels = cluster_channels(describe_channels(features), self.clusters, seed=data.seed)
         errors = np.stack([self._errors(features, data.schedule, rows) for rows in SOLVERS.values()])  # [solvers, D]
         by_cluster = np.stack([errors[:, labels == one].sum(axis=1) for one in range(labels.max() + 1)])
@@ -70,7 +70,7 @@ class HyCa(CodedMethod):
         said = ", ".join(f"{name} {size}" for name, size in zip(names, sizes, strict=True))
         return {LABELS: labels.astype(np.int64), CHOICES: choices.astype(np.int64)}, {"solvers_by_cluster": said}
 
-    def _check(self, channels: int) -> None:
+    def check_channels(self, channels: int) -> None:
         if self.clusters > channels:
             raise InputError(f"clusters is {self.clusters}, above the {channels} channels of a feature: give fewer")
 
@@ -94,7 +94,7 @@ class HyCa(CodedMethod):
     def coding(self, feature: tuple[int, ...], settings: Settings, parameters: Parameters | None) -> "Coding":
         from cachec.compiler.methods.projections import channel_groups
 
-        self._check(feature[-1])
+        self.check_channels(feature[-1])
         labels, choices = (trained_array(parameters, self.name, name) for name in (LABELS, CHOICES))
         if labels.shape != (feature[-1],) or set(labels.tolist()) != set(range(len(choices))):
             raise PredictorError(f"clusters of {labels.size} channels do not fit features of {feature[-1]}: train anew")

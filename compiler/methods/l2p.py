@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -114,7 +114,7 @@ def read_rows(path: Path) -> Array:
         raise PredictorError(f"{path} is no list of lists of numbers, or longer than {MAX_TEXT >> 20} MB")
     try:
         found = json.loads(raw)
-        rows = np.array(found, np.float64)
+        rows = np.array(_of_one_length(found), np.float64)
     except (ValueError, OverflowError, RecursionError) as error:
         raise PredictorError(f"{path} does not read as a list of lists of numbers: {in_one_line(error)}") from error
     if rows.ndim != 2 or rows.shape[0] != rows.shape[1] or len(rows) < 2 or not np.isfinite(rows).all():
@@ -124,6 +124,14 @@ def read_rows(path: Path) -> Array:
     if np.triu(rows, 1).any():
         raise PredictorError(f"{path}: a row weighs a step that is not before its own")
     return rows
+
+
+def _of_one_length(found: Any) -> Any:
+    """The same; ``ValueError`` if it is a list of lists that are not of one length."""
+    if isinstance(found, list) and all(isinstance(row, list) for row in found) and len({len(row) for row in found}) > 1:
+        lengths = sorted({len(row) for row in found})
+        raise ValueError(f"its rows have {lengths[0]} to {lengths[-1]} numbers, and have to be equally long")
+    return found
 
 
 def l2p_schedule(num_steps: int, budget: int) -> Schedule:

@@ -70,6 +70,9 @@ class LinCa(CodedMethod):
         if not self.rate > 0:
             raise InputError(f"rate is {self.rate}; it must be more than 0")
 
+    def check_channels(self, channels: int) -> None:
+        self.split(channels)
+
     def split(self, channels: int) -> tuple[int, int, int]:
         """Channels of order 0, 1 and 2.
 

@@ -11,7 +11,7 @@ from cachec.compiler.models.distribution import NAME, predictor_folders
 from cachec.runtime.errors import PredictorError
 from cachec.runtime.specs import Array
 
-FILE = FactsFile("predictor", "cachec-predictor-1", "cachec train", PredictorError)
+FILE = FactsFile("predictor", "cachec-predictor-1", "cachec train, or cachec import of released weights", PredictorError)
 WEIGHTS = "weights_sha256"  # the fact that is the hash of a model's weights
 PRETRAINED = Path(__file__).parent / "pretrained"
 

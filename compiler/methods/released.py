@@ -6,7 +6,7 @@ refused, with the line that converts it.
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,12 +49,14 @@ def load_given(path: Path, method: str, steps: int) -> Parameters:
     Raises:
         PredictorError: it is of another method; or imported, and of another number of steps.
     """
+    if path.is_file():
+        check_no_pickle(path)
     parameters = load_predictor(path)
     check_fit(parameters, {"method": method})
     if IMPORTED in parameters.facts:
         check_fit(parameters, {"steps": str(steps)} if "steps" in parameters.facts else {})
         log.warning("%s: from %s; licence: %s", path, parameters.facts[IMPORTED], parameters.facts.get(LICENSE, NO_LICENSE))
-    return replace(parameters, origin=f"from {path}")
+    return parameters
 
 
 def is_non_commercial(license_text: str) -> bool:
@@ -118,7 +120,7 @@ def check_names(path: Path, found: Mapping[str, Array], wanted: Mapping[str, tup
     ]
     if wrong:
         more = f", and {len(wrong) - 4} more" if len(wrong) > 4 else ""
-        raise PredictorError(f"{path} does not fit: {'; '.join(wrong[:4])}{more}")
+        raise PredictorError(f"{path} does not fit: {'; '.join(wrong[:4])}{more}. Give the released file as it is")
 
 
 def one_file(paths: Sequence[Path], method: str) -> Path:

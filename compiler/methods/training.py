@@ -78,14 +78,17 @@ def find_shipped(model: LoadedModel, method: Method, schedule: Schedule, setting
     return find_pretrained(method.name, _schedule_facts(model, method, schedule, settings), lambda: model.weights_hash)
 
 
-def shipped_for(model: LoadedModel, training: Training) -> Parameters | None:
-    """The predictor that ships, or ``None``: one is to be trained now; of models that ship that is said.
+def shipped_for(model: LoadedModel, training: Training, *, own_prompts: bool) -> Parameters | None:
+    """The predictor that ships, or ``None``: one is to be trained now, which is said. None ships for a user's ``own_prompts``.
 
     Raises:
         PredictorError: the model ships, there is no such predictor of it, and training takes as long as a model's.
     """
+    if own_prompts or not model.spec.packaged:
+        log.warning("a predictor of %s is trained now, as none is given", training.method.name)
+        return None
     found = find_shipped(model, training.method, training.schedule, training.settings)
-    if found is None and model.spec.packaged:
+    if found is None:
         missing, command, file = _none_ships(model, training)
         if isinstance(training.method, BlockMethod):
             raise PredictorError(f"{missing}. Train one: {command}, and pass --predictor {file}; or pass --prompts, and it is "
@@ -97,7 +100,9 @@ def shipped_for(model: LoadedModel, training: Training) -> Parameters | None:
 def _none_ships(model: LoadedModel, training: Training) -> tuple[str, str, str]:
     """What is missing, the command that makes it, and the file that it makes."""
     spec, wanted = model.spec, training.method.trained_facts(guided=model.is_guided(training.settings))
-    options = "".join(f" --set {option}={value}" for option, value in wanted.items())
+    usual = type(training.method)().options()
+    changed = {option: value for option, value in training.method.options().items() if value != usual[option]}
+    options = "".join(f" --set {option}={value}" for option, value in {**changed, **wanted}.items())
     settings, name, steps = training.settings, training.method.name, training.settings.steps
     size = "" if settings.size == str(PictureSize(spec.width, spec.height, spec.frames)) else f" --size {settings.size}"
     count = "" if steps == spec.steps else f" --steps {steps}"
@@ -149,6 +154,8 @@ def train_predictor(model: LoadedModel, evaluator: Evaluator, training: Training
         OutputError: another process trains in ``work``, or it cannot be written.
     """
     method, prompts, seed = training.check(), training.prompts, training.seed
+    if isinstance(method, CodedMethod) and evaluator.feature is not None:
+        method.check_channels(evaluator.feature[-1])
     subject = Subject.of(model, training.settings)
     recorders = recording_here(subject, evaluator)
     claimed = _claimed(model, training, recorders.facts)

@@ -24,6 +24,7 @@ from cachec.runtime.files import reason_of
 WEIGHT_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 TYPES = {**WEIGHT_TYPES, "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}  # of buffers, too
 AGAIN = "download it again"
+MAKE_AGAIN = "Download the model again, or distil it again if cachec distill made it"
 OTHER_FORMATS = (".bin", ".ckpt", ".gguf", ".msgpack", ".pt", ".pth")  # of weights
 NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d+)-of-(?P<count>\d+)\.safetensors")  # name of a shard
 MAX_HEADER = 100 << 20  # bytes, as in the format's own library
@@ -175,7 +176,7 @@ def _check(shards: Shards, module: nn.Module, configuration: Path) -> None:
     for names, what in ((shapes.keys() - shards.places, "is missing"), (shards.places.keys() - shapes, "is not the model's")):
         if names:
             more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-            raise ModelUnavailableError(f"{wrong}{min(names)} {what}{more}. Download them again")
+            raise ModelUnavailableError(f"{wrong}{min(names)} {what}{more}. {MAKE_AGAIN}")
     for name, _ in module.named_parameters():
         if not (place := shards.places[name]).dtype.is_floating_point:
             raise ModelUnavailableError(f"{name} in {place.file} is {place.dtype}: quantised weights cannot be compiled. "
@@ -183,7 +184,7 @@ def _check(shards: Shards, module: nn.Module, configuration: Path) -> None:
     for name, place in shards.places.items():
         if place.shape != tuple(shapes[name]):
             raise ModelUnavailableError(
-                f"{wrong}{name} in {place.file.name} is {list(place.shape)}, not {list(shapes[name])}. Download them again"
+                f"{wrong}{name} in {place.file.name} is {list(place.shape)}, not {list(shapes[name])}. {MAKE_AGAIN}"
             )
 
 

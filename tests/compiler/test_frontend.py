@@ -73,7 +73,7 @@ def test_a_given_predictor_is_read_and_checked(toy_predictor, captures):
     wanted, other = {"method": "lesa", "steps": 8, "predictor": toy_predictor}, ToyModel()
     weights = load_predictor(toy_predictor).facts["weights_sha256"]
     found = check(ToyModel(weights=weights), request_of(**wanted, interval=3))
-    assert (found.parameters.origin, found.trains) == (f"from {toy_predictor}", False)
+    assert (found.parameters.origin, found.trains) == (str(toy_predictor), False)
     with pytest.raises(PredictorError, match="schedule is 0,1,2,3,5, wanted 0,1,2,3,4,6"):
         check(ToyModel(weights=weights), request_of(**wanted, interval=2))
     with pytest.raises(PredictorError, match="weights_sha256 is"):

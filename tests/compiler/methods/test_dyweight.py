@@ -101,6 +101,9 @@ def test_released_weights_are_read(tmp_path):
     np.testing.assert_allclose(table.timesteps[:2], [1.0172, 0.9771 * now], atol=1e-5)
     with pytest.raises(PredictorError, match="them is for 3 computed steps, and 4 are asked for"):
         DyWeight().table(FOUR, np.linspace(1, 0, 13), Parameters(found.arrays, found.facts, "them"))
+    DyWeight().check_budgets(Parameters(found.arrays, found.facts, "them"), [3])
+    with pytest.raises(PredictorError, match="them is for 3 computed steps, and 8 are asked for: give --budget 3"):
+        DyWeight().check_budgets(Parameters(found.arrays, found.facts, "them"), [3, 8])
 
 
 @pytest.mark.parametrize(

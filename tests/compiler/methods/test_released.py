@@ -74,8 +74,17 @@ FACTS = {"format": "cachec-predictor-1", "method": "l2p", "steps": "50"}
 
 def test_a_given_file_is_of_the_method_and_the_steps(tmp_path):
     save_file({"a": np.ones(1)}, tmp_path / "p", {**FACTS, "imported_from": "them"})
-    assert load_given(tmp_path / "p", "l2p", 50).origin.startswith("from ")
+    assert load_given(tmp_path / "p", "l2p", 50).origin == str(tmp_path / "p")
     with pytest.raises(PredictorError, match="method is l2p, wanted lesa"):
         load_given(tmp_path / "p", "lesa", 50)
     with pytest.raises(PredictorError, match="steps is 50, wanted 28"):
         load_given(tmp_path / "p", "l2p", 28)
+
+
+def test_a_given_file_that_is_pickled_or_as_its_authors_released_it_is_refused_with_what_to_do(tmp_path):
+    torch.save({"a": torch.ones(1)}, tmp_path / "p.pt")
+    with pytest.raises(PredictorError, match=r"p.pt is pickled.*convert it first, with python -c"):
+        load_given(tmp_path / "p.pt", "dyweight", 50)
+    save_file({"phi": np.ones(3)}, tmp_path / "raw")
+    with pytest.raises(PredictorError, match="raw is not a predictor file.*cachec train, or cachec import of released weights"):
+        load_given(tmp_path / "raw", "dyweight", 50)

@@ -10,6 +10,7 @@ from toy_model import SETTINGS, ToyModel
 from cachec.compiler.calibration.graph_evaluator import GraphEvaluator
 from cachec.compiler.calibration.runs import Subject, recording_here
 from cachec.compiler.calibration.uses import UsedPrompts
+from cachec.compiler.methods.hyca import HyCa
 from cachec.compiler.methods.lesa import Lesa
 from cachec.compiler.methods.taylor import Taylor
 from cachec.compiler.methods.training import Training, record_for_training, train_predictor, training_facts
@@ -60,6 +61,16 @@ def test_what_others_recorded_is_not_run_again(toy_split, tmp_path, monkeypatch)
     monkeypatch.setattr(evaluator, "evaluate", None)
     parameters = train_predictor(model, evaluator, TRAINING, work=tmp_path / "work")
     assert parameters.arrays["features"].shape[0] == SETTINGS.steps
+
+
+def test_options_that_do_not_fit_the_features_are_refused_before_anything_is_recorded(toy_split, tmp_path, monkeypatch):
+    model = ToyModel()
+    evaluator = GraphEvaluator(toy_split, model.io)
+    monkeypatch.setattr(evaluator, "evaluate", None)
+    training = replace(TRAINING, method=HyCa(clusters=1000))
+    with pytest.raises(InputError, match=f"clusters is 1000, above the {evaluator.feature[-1]} channels of a feature"):
+        train_predictor(model, evaluator, training, work=tmp_path / "work")
+    assert not (tmp_path / "work").exists()
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ def test_tensors_are_read_as_they_were_written_and_buffers_have_their_values(fil
 def test_tensors_that_are_not_the_models_are_refused_by_name(files):
     with pytest.raises(ModelUnavailableError, match="fit config.json: blocks.2.*is not the model's.*and 7 more"):
         open_toy(files, num_blocks=2)
-    with pytest.raises(ModelUnavailableError, match="blocks.3.mlp.0.bias is missing .and 7 more.. Download them again"):
+    with pytest.raises(ModelUnavailableError, match="blocks.3.mlp.0.bias is missing .and 7 more.. Download the model again"):
         open_toy(files, num_blocks=4)
     with pytest.raises(ModelUnavailableError, match="is in .*a.safetensors and in .*a.safetensors: remove one"):
         open_toy([files[0], *files])
