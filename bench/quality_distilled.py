@@ -40,11 +40,16 @@ LARGE = "hunyuan-video"  # whose FLOPs are counted, too
 KEPT = ("psnr", "ssim", "latent")
 STEPS = 8  # of the students that the page asks for
 RESTRICTS: Mapping[str, tuple[float, ...]] = {"tiny-qwen": (0.2,), "tiny-hunyuan": (0.2, 1.0)}
+DISTILLING: Mapping[str, str] = {  # what their students are made with
+    "tiny-qwen": "--updates 800 --batch 8 --rate 5e-5", "tiny-hunyuan": "--updates 500 --batch 8 --rate 2e-5",
+}  # fmt: skip
 MAIN = 0.2  # forecasts are measured on students of this
 BUDGETS = (4, 3)  # computed steps of a student's, DisCa's list where there is one
 LESA_ROUNDS = "30"  # of each phase: with so few steps to forecast it has stopped by then
 DISCAS: Mapping[str, str] = {  # rows of DisCa, and what they are trained with
-    "disca": "", "disca, squared error alone": " --set adversarial=0", "disca, fusion without blocks": " --set depth=0",
+    "disca": "--set updates=500 --set adversarial=700",
+    "disca, squared error alone": "--set updates=1200 --set adversarial=0",
+    "disca, fusion without blocks": "--set depth=0 --set updates=500 --set adversarial=700",
 }  # fmt: skip
 
 
@@ -122,15 +127,21 @@ def _given(student: Setting, name: str, predictors: Mapping[str, Parameters]) ->
     """The predictor of a row. Raises ``AbsentError``: there is none."""
     if name not in predictors:
         file = student.work.parents[1] / "predictors" / f"{name.replace(',', '').replace(' ', '-')}.safetensors"
-        source, more = student.model.spec.source, f"--interval 2{DISCAS[name]}"
-        raise AbsentError(f"not trained yet: `cachec train {source} --method disca {more} -o {file}`")
+        raise AbsentError(f"not trained yet: `{_training(student.model.spec.source, name)} -o {file}`")
     return predictors[name]
 
 
 def _no_student(setting: Setting, restrict: float) -> dict[str, Any]:
     out = setting.work / "students" / f"{setting.name}-distilled-{restrict:g}"
-    command = f"cachec distill {setting.name} --steps {STEPS} --restrict {restrict:g} -o {out}"
-    raise AbsentError(f"not distilled yet: `{command}`")
+    raise AbsentError(f"not distilled yet: `{_distilling(setting.name, restrict)} -o {out}`")
+
+
+def _distilling(model: str, restrict: float) -> str:
+    return f"cachec distill {model} --steps {STEPS} --restrict {restrict:g} {DISTILLING[model]}"
+
+
+def _training(student: str, name: str) -> str:
+    return f"cachec train {student} --method disca --interval 2 {DISCAS[name]}"
 
 
 def _plain(setting: Setting, steps: int) -> Program:
@@ -218,7 +229,15 @@ def distilled_section(found: Found) -> str:
         "PSNR against the student's own run",
     ]
     told = "Against the 50-step run of the model that was distilled.\n\n"
-    return told + table(header, lines) + "\n\n" + _equal_cost(found) + _costs(found) + _lacking(found)
+    return told + table(header, lines) + "\n\n" + _made_with(found) + _equal_cost(found) + _costs(found) + _lacking(found)
+
+
+def _made_with(found: Found) -> str:
+    """The commands that make students and predictors of the rows that there are."""
+    rows = {name for _, name, _, _ in found.of_part(DISTILLED)}
+    students = [f"    {_distilling(found.name, restrict)} -o STUDENT" for restrict in RESTRICTS[found.name]]
+    predictors = [f"    {_training('STUDENT', name)} -o PREDICTOR.safetensors" for name in DISCAS if name in rows]
+    return "Students, and DisCa's predictors on the first of them, are made by:\n\n" + "\n".join(students + predictors) + "\n\n"
 
 
 def _own(row: Mapping[str, Any]) -> str:

@@ -18,7 +18,7 @@ from bench.quality_charts import CACHES as GREY
 from bench.quality_charts import OURS as RED
 from bench.quality_charts import SOLVERS as BLUE
 from bench.quality_charts import draw
-from bench.quality_distilled import distilled_section
+from bench.quality_distilled import DISTILLED, RESTRICTS, distilled_section
 from bench.quality_methods import EQUAL, LINCA_UPDATES, OURS, WHOLE_BUDGET, expected_rows
 from bench.quality_setting import NUM_CHOOSE, NUM_FIT
 from bench.quality_tables import MEASURES, ROUNDS, Found, ablation, cells, compared, cost, paired, table, verdict
@@ -34,6 +34,7 @@ KINDS = {  # rows by methods and steps
     "published feature cache, searched steps": (FEATURES, ("searched",)),
     "published feature cache, its own or even steps": (FEATURES, ("own", "uniform")),
 }
+GUIDED = ("tiny-qwen",)  # by two branches
 APART = "lesa", "N = 7, apart"
 FORMS_TOLD = (
     " LESA has one predictor for both branches of guidance; `apart` is with one for each, as in the code released for "
@@ -61,8 +62,8 @@ and weights, and go through the planner of `cachec compile`.
   at a time, on one thread each.
 
 These are claims about three small models. `python -m bench.quality && python -m bench.quality_report --date {date}`
-(`make quality`) on a shared machine of 2 cores; every row, caption by caption, is in `bench/quality-MODEL.json`, with the
-commit that it was measured at.
+(`make quality`) on a shared machine of 2 cores and, where a model's section says so, on a GPU; every row, caption by caption, is
+in `bench/quality-MODEL.json`, with the commit that it was measured at (`and changes`: of the code, not committed yet).
 """
 
 
@@ -108,16 +109,16 @@ def left_out(found: Found, budget: int) -> str:
     known = {(name, steps) for name, steps, _ in found.of(EQUAL, budget)}
     known |= {tuple(key.split(", ", 1)[1].rsplit(", ", 1)) for key, _ in found.missing(EQUAL) if key.startswith(f"{budget}, ")}
     left = [f"{name} ({steps})" for name, steps in expected_rows(budget) if (name, steps) not in known]
-    return f"\nNot measured yet: {'; '.join(left)}. {command(found, f'equal-{budget}')}\n" if left else ""
+    return f"\nNot measured yet: {'; '.join(left)}. {command(found, f'equal-{budget}')} does it.\n" if left else ""
 
 
 def command(found: Found, part: str) -> str:
-    """A sentence on how a part is measured."""
-    return f"`python -m bench.quality --model {found.name} --part {part}` does it."
+    """What measures a part."""
+    return f"`python -m bench.quality --model {found.name} --part {part}`"
 
 
 def unmeasured(found: Found, part: str) -> str:
-    return f"Not measured yet. {command(found, part)}\n"
+    return f"Not measured yet. {command(found, part)} does it.\n"
 
 
 def all_rows(found: Found) -> str:
@@ -126,7 +127,8 @@ def all_rows(found: Found) -> str:
         rows = equal_rows(found, budget)
         if rows:
             lines = [[f"**{name}**" if name in OURS else name, steps, cost(row), *cells(row)] for name, steps, row in rows]
-            parts.append(f"### {budget} of {found.steps} steps\n\n{table(HEADER, lines)}\n{left_out(found, budget)}")
+            told = f"### {budget} of {found.steps} steps\n\n{command(found, f'equal-{budget}')}\n\n"
+            parts.append(f"{told}{table(HEADER, lines)}\n{left_out(found, budget)}")
         else:
             parts.append(f"### {budget} of {found.steps} steps\n\n{unmeasured(found, f'equal-{budget}')}")
     return "\n".join(parts) + not_there(found, EQUAL)
@@ -209,9 +211,10 @@ def transfer(found: Found) -> str:
 def branches(found: Found) -> str:
     rows = found.of_part(BRANCHES)
     if not rows:
-        return ""
+        return f"\n#### Steps of one branch of guidance\n\n{unmeasured(found, BRANCHES)}" if found.name in GUIDED else ""
     lines = [[name, steps, f"`{row['text']}`", f"{row['work']:g}", *cells(row)] for _, name, steps, row in rows]
     told = "\n#### Steps of one branch of guidance\n\nA step with a `c` runs the positive branch alone, half the work.\n\n"
+    told += f"{command(found, BRANCHES)}\n\n"
     return told + table(["method", "one branch at", "schedule", "work", *HEADER[3:]], lines) + "\n"
 
 
@@ -278,11 +281,14 @@ def model_section(found: Found, out: Path) -> str:
         "TeaCache, which diffusers has not: it accumulates relative L1 changes, too. A run of the model is all its blocks "
         "once: "
         "FirstBlockCache runs the first one in every step." + (FORMS_TOLD if found.get(CACHES, 10, *APART) else "") + "\n",
+        f"{command(found, CACHES)}\n",
         caches(found),
         "### Fitted in one setting, used in another\n",
+        f"{command(found, TRANSFER)}\n",
         transfer(found),
         branches(found),
         "\n### Distilled\n",
+        f"{command(found, DISTILLED)}\n" if found.name in RESTRICTS else "",
         distilled_section(found),
     ]
     return "\n".join(part for part in parts if part)

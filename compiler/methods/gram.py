@@ -22,7 +22,7 @@ from cachec.runtime.specs import Array
 
 POLISH_PROMPTS = 32
 FIRST_PROMPTS = 16  # of the first round, which has the longest way to go
-MIN_POLISH_PROMPTS = 16  # with fewer, rows and time steps fit these prompts alone: bench/QUALITY.md
+MIN_POLISH_PROMPTS = 16  # with fewer, rows and time steps fit these prompts alone
 MAX_POLISHED = 12  # computed steps
 CHOICES = ("pictures", "latents")
 

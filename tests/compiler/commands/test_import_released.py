@@ -41,7 +41,7 @@ def test_released_rows_of_l2p_are_imported_with_their_licence(released, tmp_path
     ("text", "message"),
     [
         ("__import__('os').system('true')", "is no list of lists of numbers"),
-        ("[[1.0, 0.0], [1.0]]", "does not read as a list of lists"),
+        ("[[1.0, 0.0], [1.0]]", "does not read as a list of lists of numbers: .*its rows have 1 to 2 numbers"),
         ("[[1.0, 0.0]", "does not read as a list of lists"),
         ("[[1.0, 2.0], [1.0, 1.0]]", "a row weighs a step that is not before its own"),
         ("[[1.0, 0.0, 0.0], [1.0, 1.0, 0.0]]", r"numbers of shape \[2, 3\]"),
