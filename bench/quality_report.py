@@ -62,8 +62,8 @@ and weights, and go through the planner of `cachec compile`.
   at a time, on one thread each.
 
 These are claims about three small models. `python -m bench.quality && python -m bench.quality_report --date {date}`
-(`make quality`) on a shared machine of 2 cores and, where a model's section says so, on a GPU; every row, caption by caption, is
-in `bench/quality-MODEL.json`, with the commit that it was measured at (`and changes`: of the code, not committed yet).
+(`make quality`) on a shared machine of 2 cores and, where a model's section says so, on a GPU; every row, caption by caption,
+is in `bench/quality-MODEL.json`, with the commit that it was measured at (`and changes`: of the code, not committed yet).
 """
 
 
