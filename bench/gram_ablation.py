@@ -172,8 +172,19 @@ def _polished(fit: Calibration, schedule: Schedule) -> dict[str, AdvanceTable]:
     table = fit_rows(fit, schedule)
     once = polish(fit, table, rounds=1)
     rows_only = polish(fit, table, rounds=1, move_timesteps=False)
+    told = polish(fit, told_table(fit, schedule), rounds=1)
     return {"cross-validated ridge": table, "polished rows, 1 round": rows_only, "polished rows and time steps, 1 round": once,
-            "2 rounds": polish(fit, once, rounds=1)}  # fmt: skip
+            "from told times that are free, 1 round": told, "2 rounds": polish(fit, once, rounds=1),
+            "from told times that are free, 2 rounds": polish(fit, told, rounds=1)}  # fmt: skip
+
+
+def told_table(fit: Calibration, schedule: Schedule) -> AdvanceTable:
+    """Rows in closed form with told times that are free."""
+    _, nodes = run_variant(Variant("told times free", told=True), fit, schedule, None)
+    rows = np.zeros((len(nodes), len(nodes)))
+    for place, node in enumerate(nodes):
+        rows[place, : place + 1] = node.row[:, 0]
+    return AdvanceTable(schedule, rows, np.array([node.time for node in nodes]))
 
 
 def shifted(setting: Setting, schedule: Schedule) -> dict[str, Any]:
