@@ -5,7 +5,7 @@ Shapes and counts are facts, seconds are floors: a GPU at its published peak, wh
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import fx
 
@@ -18,6 +18,7 @@ from cachec.engines.tensorrt import build_memory, plan_bytes
 from cachec.passes import Graphs
 from cachec.passes.base import outputs
 from cachec.runtime.abi import COMPUTE, FEATURE, FORECAST, VELOCITY
+from cachec.runtime.program import Cut
 from cachec.runtime.room import in_bytes, scaled
 from cachec.runtime.specs import itemsize
 
@@ -36,8 +37,6 @@ class Estimate:
     prompts, without a fine reference.
     """
 
-    CUTS: ClassVar = ("hidden", "output")
-
     spec: ModelSpec
     settings: Settings
     budget: int
@@ -55,6 +54,11 @@ class Estimate:
     forecast: int
     calibration: CalibrationCost
     others: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def cuts(self) -> tuple[Cut, ...]:
+        """That the method may have, the cheaper one last: blocks of its own forecast behind the hidden one alone."""
+        return ("hidden",) if self.parameters["predictor"] else ("hidden", "output")
 
     @property
     def rows(self) -> int:
@@ -105,15 +109,15 @@ class Estimate:
     @property
     def needed(self) -> int:
         """Bytes of GPU memory, on either cut."""
-        return max(map(self.gpu_memory, self.CUTS))
+        return max(map(self.gpu_memory, self.cuts))
 
     @property
     def short(self) -> str:
         """In one line."""
         return (
             f"{in_count(self.total)} parameters, {in_bytes(self.weights)}; a computed step is {in_flops(self.computed)}; with "
-            f"{self.budget} of {self.settings.steps} computed at best {self.ratio('output'):.2f} times fewer FLOPs; at work "
-            f"{in_bytes(self.needed)} of memory; compiling takes {in_bytes(COMPILE_MEMORY)} of memory and "
+            f"{self.budget} of {self.settings.steps} computed at best {self.ratio(self.cuts[-1]):.2f} times fewer FLOPs; "
+            f"at work {in_bytes(self.needed)} of memory; compiling takes {in_bytes(COMPILE_MEMORY)} of memory and "
             f"{in_bytes(self.weights)} of disk"
         )
 
@@ -127,7 +131,7 @@ class Estimate:
         measured = find_measured(self.spec.source, settings.height, settings.width, gpu.name)
         return {
             "step": self.rows * self.computed / gpu.peak,
-            "request": self.run_flops("output") / gpu.peak,
+            "request": self.run_flops(self.cuts[-1]) / gpu.peak,
             "all_computed": self.model_flops / gpu.peak,
             "fits": self.needed <= gpu.memory,
             "measured": None if measured is None else asdict(measured),
@@ -142,7 +146,7 @@ class Estimate:
                 "flops": self.run_flops(cut),
                 "ratio_of_flops": self.ratio(cut),
             }
-            for cut in self.CUTS
+            for cut in self.cuts
         }
         names = (
             "budget",

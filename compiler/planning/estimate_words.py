@@ -31,8 +31,8 @@ def _model_rows(found: Estimate) -> Iterator[tuple[str, str]]:
 
 def _request_rows(found: Estimate) -> Iterator[tuple[str, str]]:
     each = {"hidden": in_bytes(found.rows * found.feature), "output": in_bytes(found.batch * found.velocity)}
-    slots = [f"{cut} cut {in_bytes(found.slots(cut))}, of {each[cut]} each" for cut in found.CUTS]
-    ratios = [f"{found.ratio(cut):.2f} times fewer on the {cut} cut" for cut in found.CUTS]
+    slots = [f"{cut} cut {in_bytes(found.slots(cut))}, of {each[cut]} each" for cut in found.cuts]
+    ratios = [f"{found.ratio(cut):.2f} times fewer on the {cut} cut" for cut in found.cuts]
     yield "slots at most", "; ".join(slots)
     yield "activations at most", in_bytes(found.rows * found.activations)
     yield "step values", in_bytes(found.step_values)

@@ -46,6 +46,9 @@ def test_blocks_that_forecast_are_counted_without_values(thin):
     assert f"{(fusion + 2 * block) / 1e6:.2f} million parameters of its own" in said
     assert f"of {tokens * width * 2 / 1e3:.2f} kB each" in said
     assert f"hidden cut {tokens * width * 2 / 1e3:.2f} kB" in said
+    assert "output cut" not in said  # which has no blocks of its own
+    found = json.loads(succeed("plan", thin, *SMALL, "--method", "disca", "--gpu", "h100", "--json"))
+    assert found["floor"]["H100"]["request"] == pytest.approx(found["cuts"]["hidden"]["flops"] / 989e12, rel=1e-3)
 
 
 def test_the_toy_is_planned_from_its_directory(toy_directory):
