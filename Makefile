@@ -105,7 +105,7 @@ serve-bench: $(READY)  ## The server against other ways to batch: bench/SERVING.
 	$(BIN)/python -m bench.serving
 	$(BIN)/python -m bench.serving --model flux-shaped
 
-fits: $(READY)  ## What calibration and training cost, and LESA from some of the tokens: bench/FITS.md (ten minutes)
+fits: $(READY)  ## What calibration and training cost, and LESA from some of the tokens: bench/FITS.md (half an hour)
 	$(BIN)/python -m bench.fits
 
 gpu:  ## On a machine with a GPU: build, compare with eager, measure; bench/gpu.json. Uses PYTHON, which has torch and diffusers

@@ -152,10 +152,10 @@ class Wish:
 
 
 @click.command()
-@click.option("--prompts", default=40, show_default=True)
+@click.option("--prompts", default=32, show_default=True)
 @click.option("--steps", default=28, show_default=True)
 @click.option("--interval", default=7, show_default=True)
-@click.option("--rounds", default=30, show_default=True, help="Of each phase, at most.")
+@click.option("--rounds", default=20, show_default=True, help="Of each phase, at most.")
 def main(prompts: int, steps: int, interval: int, rounds: int) -> None:
     spec, wish = find_model("tiny-flux"), Wish(prompts, steps, interval, rounds)
     model = load_model(spec)
