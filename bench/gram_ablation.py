@@ -31,7 +31,6 @@ MAX_POLISHED = 8  # computed steps
 NUM_MEASURED = 64
 WARM, COLD = {"red", "orange", "yellow", "purple"}, {"green", "blue", "black", "white"}  # clothes
 LIGHT, DARK = {"ginger", "blond", "pink"}, {"black", "blue", "white"}  # hair, or brows and beard
-TOLD = (0.0, *(sign * part for part in (0.005, 0.01, 0.02, 0.04, 0.08) for sign in (-1, 1)))  # parts of a time, tried beside it
 SAME = "with green, blue, black or white clothes and black, blue or white hair"
 DISJOINT = "with other colours of clothes and hair"
 
@@ -41,8 +40,7 @@ class Variant:
     """A closed-form fit.
 
     ``history``: the last so many velocities, from the last node on (``None``: all, from the noise). ``noise``, ``constant``:
-    extra regressors. ``told``: times that the model is told are free, each by the least error of the node after it, of
-    :data:`TOLD`. ``reweight``: rounds of weighting prompts by 1 / error^2. ``open_loop``: fitted on the uncached run's
+    extra regressors. ``reweight``: rounds of weighting prompts by 1 / error^2. ``open_loop``: fitted on the uncached run's
     velocities instead of its own. ``channels``: a weight for each latent channel.
     """
 
@@ -53,15 +51,6 @@ class Variant:
     reweight: int = 0
     open_loop: bool = False
     channels: bool = False
-    told: bool = False
-
-
-@dataclass(frozen=True, eq=False)
-class Node:
-    """What was fitted of a node: the time that the model is told there, and the row [n, C] that leads on."""
-
-    time: float
-    row: np.ndarray
 
 
 VARIANTS = (
@@ -72,45 +61,28 @@ VARIANTS = (
     Variant("prompts weighted by 1 / error^2", reweight=3),
     Variant("open loop (no iteration)", open_loop=True),
     Variant("weights per latent channel", channels=True),
-    Variant("told times free, one by one", told=True),
 )
 
 
-def run_variant(variant: Variant, calibration: Calibration, schedule: Schedule, nodes: list[Node] | None):
-    """Fit (``nodes`` None) or play: final latents, and what was fitted of each node."""
-    noise, times, found = calibration.noise(), node_timesteps(calibration, schedule), list[Node]()
-    x, velocities, truth = noise, list[np.ndarray](), list[np.ndarray]()
+def run_variant(variant: Variant, calibration: Calibration, schedule: Schedule, rows: list[np.ndarray] | None):
+    """Fit (``rows`` None) or play: final latents and the rows [n, C] of each node."""
+    noise, times, found = calibration.noise(), node_timesteps(calibration, schedule), []
+    x, velocities, truth = noise, [], []
     for i, end in enumerate([*schedule.compute[1:], schedule.num_steps]):
-        step, base = schedule.compute[i], noise if variant.history is None else x
-        some = slice(None) if variant.history is None else slice(-variant.history, None)
-        if variant.open_loop and nodes is None:
+        step = schedule.compute[i]
+        velocities.append(calibration.velocities(x, float(times[i]), step))
+        if variant.open_loop and rows is None:
             truth.append(calibration.velocities(calibration.latents(step), float(times[i]), step))
-        best = None
-        for time in _times(variant, times, i) if nodes is None else [nodes[i].time]:
-            velocity = calibration.velocities(x, time, step)
-            extra = [noise] * variant.noise + [np.ones_like(noise)] * variant.constant
-            regressors = np.stack([*[*velocities, velocity][some], *extra])
-            if nodes is None:
-                seen = np.stack([*truth[some], *extra]) if variant.open_loop else regressors
-                start = calibration.latents(step) if variant.open_loop and variant.history is not None else base
-                row = _solve(variant, seen, calibration.latents(end) - start)
-            else:
-                row = nodes[i].row
-            moved = base + np.einsum("npld,nd->pld", regressors, row)
-            error = float(np.square(moved - calibration.latents(end)).sum()) if nodes is None else 0.0
-            if best is None or error < best[0]:
-                best = error, velocity, moved, Node(time, row)
-        assert best is not None, "a node is tried at one time at least"
-        _, velocity, x, node = best
-        velocities.append(velocity)
-        found.append(node)
+        base = noise if variant.history is None else x
+        some = slice(None) if variant.history is None else slice(-variant.history, None)
+        extra = [noise] * variant.noise + [np.ones_like(noise)] * variant.constant
+        regressors = np.stack([*velocities[some], *extra])
+        if rows is None:
+            seen = np.stack([*truth[some], *extra]) if variant.open_loop else regressors
+            start = calibration.latents(step) if variant.open_loop and variant.history is not None else base
+            found.append(_solve(variant, seen, calibration.latents(end) - start))
+        x = base + np.einsum("npld,nd->pld", regressors, (found if rows is None else rows)[i])
     return x, found
-
-
-def _times(variant: Variant, times: np.ndarray, place: int) -> list[float]:
-    """What the model may be told at a node, of falling times: nothing above the first, so the sampler's own there."""
-    tried = [float(times[place]) * (1 + part) for part in TOLD if variant.told or not part]
-    return [time for time in tried if time <= times[0]]
 
 
 def _solve(variant: Variant, regressors: np.ndarray, target: np.ndarray) -> np.ndarray:
@@ -153,8 +125,8 @@ def ablate(setting: Setting, schedule: Schedule) -> dict[str, Any]:
     result: dict[str, Any] = {}
     reference = None
     for variant in VARIANTS:
-        _, nodes = run_variant(variant, fit, schedule, None)
-        values = decibels_by_prompt(run_variant(variant, held_out, schedule, nodes)[0], held_out)
+        _, rows = run_variant(variant, fit, schedule, None)
+        values = decibels_by_prompt(run_variant(variant, held_out, schedule, rows)[0], held_out)
         reference = values if reference is None else reference
         result[variant.name] = paired(values, reference)
         print(len(schedule.compute), variant.name, result[variant.name], flush=True)
@@ -172,19 +144,12 @@ def _polished(fit: Calibration, schedule: Schedule) -> dict[str, AdvanceTable]:
     table = fit_rows(fit, schedule)
     once = polish(fit, table, rounds=1)
     rows_only = polish(fit, table, rounds=1, move_timesteps=False)
-    told = polish(fit, told_table(fit, schedule), rounds=1)
-    return {"cross-validated ridge": table, "polished rows, 1 round": rows_only, "polished rows and time steps, 1 round": once,
-            "from told times that are free, 1 round": told, "2 rounds": polish(fit, once, rounds=1),
-            "from told times that are free, 2 rounds": polish(fit, told, rounds=1)}  # fmt: skip
-
-
-def told_table(fit: Calibration, schedule: Schedule) -> AdvanceTable:
-    """Rows in closed form with told times that are free."""
-    _, nodes = run_variant(Variant("told times free", told=True), fit, schedule, None)
-    rows = np.zeros((len(nodes), len(nodes)))
-    for place, node in enumerate(nodes):
-        rows[place, : place + 1] = node.row[:, 0]
-    return AdvanceTable(schedule, rows, np.array([node.time for node in nodes]))
+    free = fit_rows(fit, schedule, free_times=True)
+    free_once = polish(fit, free, rounds=1)
+    return {"cross-validated ridge": table, "told times free, node by node": free, "polished rows, 1 round": rows_only,
+            "polished rows and time steps, 1 round": once, "1 round from free told times": free_once,
+            "2 rounds": polish(fit, once, rounds=1),
+            "2 rounds from free told times": polish(fit, free_once, rounds=1)}  # fmt: skip
 
 
 def shifted(setting: Setting, schedule: Schedule) -> dict[str, Any]:

@@ -25,6 +25,7 @@ FIRST_PROMPTS = 16  # of the first round, which has the longest way to go
 MIN_POLISH_PROMPTS = 16  # with fewer, rows and time steps fit these prompts alone
 MAX_POLISHED = 12  # computed steps
 CHOICES = ("pictures", "latents")
+TIMES = ("sampler", "free")
 
 log = logging.getLogger(__name__)
 
@@ -37,8 +38,9 @@ class Gram(TableMethod):
     velocity, so each row also repairs what earlier ones missed. ``polish`` is the number of Gauss-Newton rounds on rows and
     time steps (0: the closed form alone; there is none above 12 computed steps, nor below 16 fitted prompts). ``choose``
     says what schedules are chosen by: pictures, for the worst ones' sake, where there are prompts to choose by
-    (``compiler/planning/pictured.py``), or errors of latents. Fitted to one model, sampler and schedule; of no use for others,
-    and no better than its calibration prompts are typical. Exact on nothing.
+    (``compiler/planning/pictured.py``), or errors of latents. ``times``: what the model is told before the polish, the
+    sampler's times, or free ones that are fitted with the rows, node by node. Fitted to one model, sampler and schedule; of no
+    use for others, and no better than its calibration prompts are typical. Exact on nothing.
     """
 
     name: ClassVar[str] = "gram"
@@ -49,25 +51,28 @@ class Gram(TableMethod):
     default_interval: ClassVar[int] = 7
     polish: int = 2
     choose: str = "pictures"
+    times: str = "sampler"
 
     def __post_init__(self) -> None:
         if self.polish < 0:
             raise InputError(f"polish is {self.polish}; it counts rounds, 0 for none")
         if self.choose not in CHOICES:
             raise InputError(f"choose is {self.choose!r}; a schedule is chosen by {' or '.join(CHOICES)}")
+        if self.times not in TIMES:
+            raise InputError(f"times is {self.times!r}; what the model is told at first is {' or '.join(TIMES)}")
 
     @property
     def by_pictures(self) -> bool:
         return self.choose == "pictures"
 
     def draft(self) -> "Gram":
-        return replace(self, polish=0)
+        return replace(self, polish=0, times=TIMES[0])
 
     def brief(self) -> "Gram":
         return replace(self, polish=min(self.polish, 1))
 
     def calibrate(self, calibration: Calibration, schedule: Schedule) -> Parameters:
-        return self._polished(calibration, fit_rows(calibration, schedule), range(self.polish))
+        return self._polished(calibration, fit_rows(calibration, schedule, free_times=self.times == "free"), range(self.polish))
 
     def finish(self, calibration: Calibration, schedule: Schedule, begun: Parameters) -> Parameters:
         rest = range(self.brief().polish, self.polish)

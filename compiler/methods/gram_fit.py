@@ -23,6 +23,7 @@ FOLDS = 8
 NUDGE = 1e-3  # finite difference, in units of the preconditioned coefficients and of timesteps
 STEPS_PER_JACOBIAN = 2  # later ones with its weights and residuals anew
 SOFTNESS = 0.5
+TOLD = (0.01, 0.02, 0.04, 0.08)  # parts of a told time that are tried beside it, as long as they are better
 DAMPINGS = (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0)  # Levenberg-Marquardt, relative to each direction's own curvature
 
 
@@ -32,28 +33,74 @@ def node_timesteps(calibration: Calibration, schedule: Schedule) -> Array:
     return timesteps
 
 
-def fit_rows(calibration: Calibration, schedule: Schedule) -> AdvanceTable:
+def fit_rows(calibration: Calibration, schedule: Schedule, *, free_times: bool = False) -> AdvanceTable:
     """Least squares, node by node: the reference's displacement from noise on all velocities computed so far.
 
     Node i + 1 is reached with row i, so every row also repairs what the rows before it missed. The ridge of each row is
-    chosen by cross-validation over prompts.
+    chosen by cross-validation over prompts. With ``free_times`` the time that the model is told at each node but the first is
+    free, too: what brings the node after it nearest, of :data:`TOLD` (DyWeight's scale of time, arXiv 2603.11607).
 
     Raises:
         InputError: a run gives NaN or infinity.
     """
-    noise, timesteps = calibration.noise(), node_timesteps(calibration, schedule)
-    num = len(schedule.compute)
-    x, velocities, rows = noise, np.empty((num, *noise.shape), noise.dtype), np.zeros((num, num))
-    products = np.zeros((len(noise), num, num))
-    for i, end in enumerate([*schedule.compute[1:], schedule.num_steps]):
-        velocities[i] = calibration.velocities(x, float(timesteps[i]), schedule.compute[i])
-        products[:, i, : i + 1] = _inner(velocities[: i + 1], velocities[i])
-        products[:, : i + 1, i] = products[:, i, : i + 1]
-        target = _displaced(calibration, calibration.latents(end), end)
-        wanted = _inner(velocities[: i + 1], target)
-        rows[i, : i + 1] = solve_row(products[:, : i + 1, : i + 1], wanted, _inner(target[None], target)[:, 0])
-        x = _moved(calibration, rows[i, : i + 1], velocities[: i + 1], end)
-    return AdvanceTable(schedule, rows)
+    fit, told = _Nodes(calibration, schedule), node_timesteps(calibration, schedule)
+    for i in range(len(told)):
+        found = fit.reached(i, told[i])
+        for sign in (-1, 1) if free_times and i else ():
+            for part in TOLD:
+                tried = told.copy()
+                tried[i] = node_timesteps(calibration, schedule)[i] * (1 + sign * part)
+                if (
+                    not _in_order(tried, calibration.sampling.timesteps)
+                    or (one := fit.reached(i, tried[i])).error >= found.error
+                ):
+                    break
+                found, told = one, tried
+        fit.take(i, found)
+    return AdvanceTable(schedule, fit.rows, told if free_times else None)
+
+
+@dataclass(frozen=True, eq=False)
+class _Reached:
+    """A velocity [P, …] at a node, its ``products`` [P, n, n] with those before, and the row [n] that leads on.
+
+    It leads to ``latents`` [P, …], whose squared errors sum to ``error``.
+    """
+
+    velocity: Array
+    products: Array
+    row: Array
+    latents: Array
+    error: float
+
+
+class _Nodes:
+    """Nodes that are fitted one after the other: ``rows`` [K, K] so far, on the latents that they lead to."""
+
+    def __init__(self, calibration: Calibration, schedule: Schedule) -> None:
+        self._calibration, self._schedule = calibration, schedule
+        self._latents, num = calibration.noise(), len(schedule.compute)
+        self._velocities = np.empty((num, *self._latents.shape), self._latents.dtype)
+        self._products = np.zeros((len(self._latents), num, num))
+        self.rows = np.zeros((num, num))
+
+    def reached(self, i: int, told: float) -> _Reached:
+        """The node after node ``i``, if the model is told this time there."""
+        calibration, end = self._calibration, (*self._schedule.compute[1:], self._schedule.num_steps)[i]
+        velocities, products = self._velocities[: i + 1], self._products[:, : i + 1, : i + 1].copy()
+        velocities[i] = calibration.velocities(self._latents, float(told), self._schedule.compute[i])
+        products[:, i] = products[:, :, i] = _inner(velocities, velocities[i])
+        wanted = calibration.latents(end)
+        target = _displaced(calibration, wanted, end)
+        row = solve_row(products, _inner(velocities, target), _inner(target[None], target)[:, 0])
+        latents = _moved(calibration, row, velocities, end)
+        error = float(np.square(latents - wanted, dtype=np.float64).sum())
+        return _Reached(velocities[i].copy(), products, row, latents, error)
+
+    def take(self, i: int, found: _Reached) -> None:
+        """Go on from there."""
+        self._velocities[i], self._products[:, : i + 1, : i + 1] = found.velocity, found.products
+        self.rows[i, : i + 1], self._latents = found.row, found.latents
 
 
 def _displaced(calibration: Calibration, latents: Array, node: int) -> Array:

@@ -5,7 +5,7 @@ from toy_calibration import make_calibration
 from cachec.compiler.calibration.calibration import decibels
 from cachec.compiler.methods.bns import Bns
 from cachec.compiler.methods.gram import Gram, polish_round, schedule_facts
-from cachec.compiler.methods.gram_fit import fit_rows, polish
+from cachec.compiler.methods.gram_fit import fit_rows, node_timesteps, polish
 from cachec.compiler.methods.parameters import Parameters
 from cachec.compiler.tables.schedule import Schedule
 from cachec.runtime.errors import InputError, PredictorError
@@ -64,7 +64,7 @@ def test_it_does_not_polish_on_too_few_prompts_nor_too_many_steps_and_says_so(ca
 
 
 def test_its_draft_is_not_polished_and_its_brief_fit_for_a_round():
-    assert Gram(polish=7).draft() == Gram(polish=0).brief() == Gram(polish=0)
+    assert Gram(polish=7).draft() == Gram(polish=0).brief() == Gram(polish=0) == Gram(times="free").draft()
     assert Gram(polish=7).brief() == Gram(polish=1)
 
 
@@ -96,6 +96,29 @@ def test_rows_of_another_schedule_or_none_are_refused(calibration, method):
         method.table(FOUR, calibration.sigmas, Parameters({"rows": np.zeros((3, 3))}, facts, "a file"))
 
 
-def test_a_negative_polish_is_refused():
+def test_free_times_are_told_in_order_and_bring_the_next_node_nearer(calibration):
+    usual, free = fit_rows(calibration, FOUR), fit_rows(calibration, FOUR, free_times=True)
+    own = node_timesteps(calibration, FOUR)
+    assert free.timesteps[0] == own[0]
+    assert (free.timesteps != own).any()
+    assert (np.diff(free.timesteps) < 0).all()
+    assert np.abs(free.timesteps / own - 1).max() <= 0.08 + 1e-9
+
+    def first_error(table):
+        """Of the node that the first free time leads to, by hand: the node before it is the same."""
+        noise, told = calibration.noise(), own if table.timesteps is None else table.timesteps
+        first = calibration.velocities(noise, float(told[0]), 0)
+        x = calibration.sampling.shares[2] * (noise + table.coefficients[0, 0] * first)
+        second = calibration.velocities(x, float(told[1]), 2)
+        x = calibration.sampling.shares[5] * (noise + table.coefficients[1, 0] * first + table.coefficients[1, 1] * second)
+        return np.square(x - calibration.latents(5)).sum()
+
+    assert first_error(free) < first_error(usual)
+    assert set(Gram(polish=0, times="free").calibrate(calibration, FOUR).arrays) == {"rows", "timesteps"}
+
+
+def test_a_negative_polish_and_unknown_times_are_refused():
     with pytest.raises(InputError, match="polish is -1"):
         Gram(polish=-1)
+    with pytest.raises(InputError, match="times is 'any'; what the model is told at first is sampler or free"):
+        Gram(times="any")
