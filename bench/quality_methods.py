@@ -55,13 +55,14 @@ METHODS: Mapping[str, tuple[str, Mapping[str, str]]] = {
     "gram, closed form": ("gram", {"polish": "0", "choose": "latents"}),
     "gram": ("gram", {"choose": "latents"}),
     "gram, by pictures": ("gram", {"choose": "pictures"}),
+    "gram, free times": ("gram", {"times": "free"}),
     "gram-hidden": ("gram-hidden", {}),
     "lesa": ("lesa", {}),
 }
 BRIEF: Mapping[str, Mapping[str, str]] = {  # trainings that only show that they run
     "dyweight": {"updates": "2"}, "bns": {"updates": "2"}, "linca": {"updates": "2"}, "lesa": {"max_rounds": "1"},
 }  # fmt: skip
-OURS = ("gram", "gram, closed form", "gram, by pictures", "gram-hidden")
+OURS = ("gram", "gram, closed form", "gram, by pictures", "gram, free times", "gram-hidden")
 OWN = ("taylor:1", "taylor:2", "reuse", "newton:2", "hicache", "foca", "spectrum", "adams:2", "freqca", "svd-cache", "hyca",
        "linca", "l2p (Adam)")  # fmt: skip
 QUICK = 2  # of these and of the solvers, which come first
@@ -114,6 +115,8 @@ def bench_equal_cost(rows: Rows, setting: Setting, budget: int) -> None:
         on(name, "gram's", lambda s=ours: s)
     searched("gram-hidden")
     searched("gram, by pictures", "pictures")
+    if (chosen := rows.steps(EQUAL, budget, "gram, by pictures", "pictures")) is not None:
+        on("gram, free times", "pictures", lambda: Schedule(setting.num_steps, chosen))
 
 
 def expected_rows(budget: int) -> list[tuple[str, str]]:
@@ -124,7 +127,7 @@ def expected_rows(budget: int) -> list[tuple[str, str]]:
     rows += [(name, "searched") for name in (*SEARCHED_SOLVERS, *(SEARCHED if whole else LESS_SEARCHED))]
     rows += [(name, "searched") for name in ("gram, closed form", "gram", "gram-hidden")]
     rows += [(name, "gram's") for name in (*ON_OURS, *(WHOLE_ON_OURS if whole else ()))]
-    return [*rows, ("gram, by pictures", "pictures")]
+    return [*rows, ("gram, by pictures", "pictures"), ("gram, free times", "pictures")]
 
 
 def make_method(setting: Setting, name: str) -> Method:
