@@ -1,5 +1,7 @@
 """What calibration and training cost, and whether some tokens do for all: ``python -m bench.fits``: bench/FITS.md.
 
+Each part is kept in ``--work`` as soon as it is measured.
+
 Costs: calibrating on 32 prompts, as a whole and inside the model, and what crosses the model's border for one prompt and step.
 
 Gram: what ``compile --method gram`` takes to choose schedules of 50 steps and to fit them, the calibration made before.
@@ -43,11 +45,13 @@ from cachec.compiler.models.base import LoadedModel, ModelSpec, Settings
 from cachec.compiler.pipeline import compile_bundle
 from cachec.compiler.request import make_request
 from cachec.compiler.stages import OF_A_PART
+from cachec.runtime.files import write_file
 from cachec.runtime.specs import Array
 
 PAGE = Path(__file__).with_name("FITS.md")
 GRAM_STEPS = 50
 BUDGETS = (6, 8, 10)
+PARTS = ("calibration", "gram", "tokens")
 STOP = 8  # prompts that tell when to stop
 
 
@@ -152,33 +156,50 @@ class Wish:
 
 
 @click.command()
+@click.option("--part", "parts", multiple=True, type=click.Choice(PARTS), help="Only these, anew; all that lack by default.")
+@click.option("--work", type=click.Path(path_type=Path), default=Path("build/fits"), show_default=True)
 @click.option("--prompts", default=32, show_default=True)
 @click.option("--steps", default=28, show_default=True)
 @click.option("--interval", default=7, show_default=True)
 @click.option("--rounds", default=20, show_default=True, help="Of each phase, at most.")
-def main(prompts: int, steps: int, interval: int, rounds: int) -> None:
-    spec, wish = find_model("tiny-flux"), Wish(prompts, steps, interval, rounds)
-    model = load_model(spec)
-    settings = Settings(spec.height, spec.width, spec.text_tokens, spec.guidance, steps, "float32")
+def main(parts: tuple[str, ...], work: Path, prompts: int, steps: int, interval: int, rounds: int) -> None:
+    work.mkdir(parents=True, exist_ok=True)
+    wish = Wish(prompts, steps, interval, rounds)
+    model = load_model(find_model("tiny-flux"))
+    for part in parts or [part for part in PARTS if not (work / f"{part}.md").exists()]:
+        print(part, flush=True)
+        write_file(work / f"{part}.md", "\n".join(measure(part, model, wish)).encode())
+    found = [work / f"{part}.md" for part in PARTS]
+    lines = [path.read_text(encoding="utf-8") if path.exists() else f"Not measured yet: {path.stem}.\n" for path in found]
+    write_file(
+        PAGE, "\n".join(["# Calibration and training", "", "tiny-flux on the CPU, float32 (`make fits`).", "", *lines]).encode()
+    )
+
+
+def measure(part: str, model: LoadedModel, wish: Wish) -> list[str]:
+    """Lines of a part of the page, dated."""
+    spec, today = model.spec, time.strftime("%Y-%m-%d")
+    if part == "gram":
+        with tempfile.TemporaryDirectory() as folder:
+            return gram_lines(*fit_gram(spec, model, Path(folder)), today)
+    settings = Settings(spec.height, spec.width, spec.text_tokens, spec.guidance, wish.steps, "float32")
     subject, evaluator = Subject.of(model, settings), GraphEvaluator(prepare(model, settings), model.io)
-    calibrate(subject, evaluator, spec.prompts)  # text encoders are loaded, memory is there
-    costs = [calibrate(subject, evaluator, spec.prompts) for _ in range(3)]
-    used = default_prompts(spec.prompts, "train")[:prompts]
+    if part == "calibration":
+        calibrate(subject, evaluator, spec.prompts)  # text encoders are loaded, memory is there
+        return cost_lines([calibrate(subject, evaluator, spec.prompts) for _ in range(3)], wish, today)
+    used = default_prompts(spec.prompts, "train")[: wish.prompts]
     with tempfile.TemporaryDirectory() as folder:
         runs = record_trajectories(subject, recording_here(subject, evaluator), used, seed=0, work=Path(folder))
-    made = train_on(runs, subject, evaluator, wish)
-    with tempfile.TemporaryDirectory() as folder:
-        gram = gram_lines(*fit_gram(spec, model, Path(folder)))
-    PAGE.write_text("\n".join([*cost_lines(costs, wish), *gram, *token_lines(made, wish)]))
+    return token_lines(train_on(runs, subject, evaluator, wish), wish, today)
 
 
-def gram_lines(prompts: str, seconds: float, made: Sequence[Chosen]) -> list[str]:
+def gram_lines(prompts: str, seconds: float, made: Sequence[Chosen], date: str) -> list[str]:
     """What schedules and rows take."""
     return [
         "## gram: choosing a schedule and fitting it",
         "",
-        f"{GRAM_STEPS} steps; calibrated on {prompts} ({seconds:.0f} s). *s*: the search, each candidate's first round of",
-        "polish and its pictures of the prompts to choose by, and the winner's second round.",
+        f"{GRAM_STEPS} steps; {date}; calibrated on {prompts} ({seconds:.0f} s). *s*: the search, each candidate's first",
+        "round of polish and its pictures of the prompts to choose by, and the winner's second round.",
         "",
         "| computed | steps | s |",
         "| --- | --- | --- |",
@@ -187,16 +208,15 @@ def gram_lines(prompts: str, seconds: float, made: Sequence[Chosen]) -> list[str
     ]
 
 
-def cost_lines(costs: Sequence[Cost], wish: Wish) -> list[str]:
+def cost_lines(costs: Sequence[Cost], wish: Wish, date: str) -> list[str]:
     """What calibration takes."""
     over = [one.seconds / one.in_model - 1 for one in costs]
     cost = costs[0]
     return [
-        "# Calibration and training",
+        "## Calibration",
         "",
-        f"tiny-flux on the CPU, float32, {wish.steps} steps; {time.strftime('%Y-%m-%d')} (`python -m bench.fits`).",
-        "",
-        f"Calibrating on {cost.evaluations // wish.steps} prompts takes {100 * statistics.median(over):.1f} % "
+        f"{wish.steps} steps; {date}. Calibrating on {cost.evaluations // wish.steps} prompts takes "
+        f"{100 * statistics.median(over):.1f} % "
         f"({100 * min(over):.1f} to {100 * max(over):.1f} % in {len(costs)} runs) longer than the model's own "
         f"{statistics.median(one.in_model for one in costs):.1f} s. For one prompt and step "
         f"{cost.to_host / cost.evaluations / 1e3:.1f} kB leave the model (velocity and feature) and "
@@ -205,12 +225,13 @@ def cost_lines(costs: Sequence[Cost], wish: Wish) -> list[str]:
     ]
 
 
-def token_lines(made: Sequence[Trained], wish: Wish) -> list[str]:
+def token_lines(made: Sequence[Trained], wish: Wish, date: str) -> list[str]:
     """What training on some of the tokens comes to."""
     lines = [
         "## LESA from some of the tokens",
         "",
-        f"N = {wish.interval}, {wish.prompts - STOP} prompts to train on, {STOP} held out, {wish.rounds} rounds a phase.",
+        f"N = {wish.interval}, {wish.steps} steps, {date}; {wish.prompts - STOP} prompts to train on, {STOP} held out,",
+        f"{wish.rounds} rounds a phase.",
         "*error*: of held-out latents, relative L2, of the best weights; *rows*: relative L2 distance of the folded rows from",
         "those of the first line.",
         "",
