@@ -37,8 +37,8 @@ def fit_rows(calibration: Calibration, schedule: Schedule, *, free_times: bool =
     """Least squares, node by node: the reference's displacement from noise on all velocities computed so far.
 
     Node i + 1 is reached with row i, so every row also repairs what the rows before it missed. The ridge of each row is
-    chosen by cross-validation over prompts. With ``free_times`` the time that the model is told at each node but the first is
-    free, too: what brings the node after it nearest, of :data:`TOLD` (DyWeight's scale of time, arXiv 2603.11607).
+    chosen by cross-validation over prompts. With ``free_times`` the time that the model is told at each node is free, too: what
+    brings the node after it nearest, of :data:`TOLD` (DyWeight's scale of time, arXiv 2603.11607).
 
     Raises:
         InputError: a run gives NaN or infinity.
@@ -46,14 +46,14 @@ def fit_rows(calibration: Calibration, schedule: Schedule, *, free_times: bool =
     fit, told = _Nodes(calibration, schedule), node_timesteps(calibration, schedule)
     for i in range(len(told)):
         found = fit.reached(i, told[i])
-        for sign in (-1, 1) if free_times and i else ():
+        for sign in (-1, 1) if free_times else ():
             for part in TOLD:
                 tried = told.copy()
                 tried[i] = node_timesteps(calibration, schedule)[i] * (1 + sign * part)
-                if (
-                    not _in_order(tried, calibration.sampling.timesteps)
-                    or (one := fit.reached(i, tried[i])).error >= found.error
-                ):
+                if not _in_order(tried, calibration.sampling.timesteps):
+                    break
+                one = fit.reached(i, tried[i])
+                if one.error >= found.error:
                     break
                 found, told = one, tried
         fit.take(i, found)
@@ -179,7 +179,8 @@ def polish(calibration: Calibration, table: AdvanceTable, *, rounds: int, move_t
     point = _play(calibration, table.schedule, table.coefficients, _timesteps_of(calibration, table))
     soft = SOFTNESS * float(np.median(_squares(calibration, point)))
     for number in tqdm(range(rounds), desc="polishing", unit="round", disable=None, leave=False):
-        moved = _gauss_newton(calibration, table.schedule, point, soft, _moves(point, timesteps=move_timesteps))
+        moves = _moves(point, timesteps=move_timesteps, first=point.timesteps[0] != calibration.sampling.timesteps[0])
+        moved = _gauss_newton(calibration, table.schedule, point, soft, moves)
         if moved is None:
             break
         point = moved
@@ -295,11 +296,11 @@ def _score(calibration: Calibration, point: _Point, soft: float) -> float:
     return float(np.mean(np.log(_squares(calibration, point) + soft)))
 
 
-def _moves(point: _Point, *, timesteps: bool) -> list[tuple[Array, Array, int]]:
+def _moves(point: _Point, *, timesteps: bool, first: bool) -> list[tuple[Array, Array, int]]:
     """Directions of the search: change of rows [K, K] and of timesteps [K], and the first computed step that notices.
 
     Rows move along the whitened velocities, so that a unit of any direction moves the latents by as much; timesteps in units
-    of the largest.
+    of the largest; the ``first`` one only where it is not the sampler's own.
     """
     num, unit = len(point.rows), np.abs(point.timesteps).max()
     moves: list[tuple[Array, Array, int]] = []
@@ -311,7 +312,7 @@ def _moves(point: _Point, *, timesteps: bool) -> list[tuple[Array, Array, int]]:
                 rows = np.zeros((num, num))
                 rows[i, : i + 1] = vector / np.sqrt(value)
                 moves.append((rows, np.zeros(num), i + 1))
-        if i and timesteps:
+        if timesteps and (i or first):
             told = np.zeros(num)
             told[i] = unit
             moves.append((np.zeros((num, num)), told, i))
