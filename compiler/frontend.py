@@ -226,6 +226,8 @@ def find_parameters(model: LoadedModel, request: Request, checked: Checked, work
     parameters = checked.parameters
     if parameters is None and checked.training is not None:
         assert work is not None, "trainings keep checkpoints"
+        if request.prompts is not None or not model.spec.packaged:  # else it has been said
+            log.warning("a predictor of %s is trained now, as none is given", request.method.name)
         evaluator = training_evaluator(model, request, checked.training, work)
         parameters = train_predictor(model, evaluator, checked.training, work=work)
     log.info("predictor: %s", "none needed" if parameters is None else parameters.origin)

@@ -151,9 +151,8 @@ def describe_memory(bundle: Bundle) -> list[tuple[str, str]]:
     facts = bundle.manifest.facts
     memory, rows = facts["memory"], []
     for name, left in facts["hoisted"].items():
-        if left["nodes"] < 0:  # a method's own code of features is more than what left
-            continue
-        rows.append((f"hoisted, {name}", f"{left['nodes']} nodes, {left['flops'] / 1e6:.2f} MFLOP, "
+        nodes = f"{left['nodes']} nodes, " if left["nodes"] > 0 else ""  # a method's own nodes may be more than those that left
+        rows.append((f"hoisted, {name}", f"{nodes}{left['flops'] / 1e6:.2f} MFLOP, "
                      f"{left['weight_bytes'] / 1e6:.2f} MB of weights left the step"))  # fmt: skip
     level = next((level for level in bundle.manifest.programs if level != UNCACHED), UNCACHED)
     program = bundle.program(level)

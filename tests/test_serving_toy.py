@@ -166,7 +166,11 @@ def test_a_level_is_added_without_torch_and_no_engine_changes(copy, bundle, stat
     assert {name: after.files[name] for name in before.files} == before.files
     facts = level_facts(copy)["budget-3"]
     assert "psnr_db" not in facts
-    assert (facts["method"], facts["options"], facts["computed"]) == ("gram", {"polish": 0, "choose": "pictures"}, 3)
+    assert (facts["method"], facts["options"], facts["computed"]) == (
+        "gram",
+        {"polish": 0, "choose": "pictures", "times": "sampler"},
+        3,
+    )
     measured = load_statistics(stats).prompts.only("measure").prompts
     assert facts["num_prompts"] == len(measured)
     with cachec.load(copy) as loaded:

@@ -57,7 +57,7 @@ class FactsFile:
             if facts.get(name) != value
         ]
         if reasons:
-            made = f", made for {facts['model']}," if "model" in facts else ""
+            made = f" (made for {facts['model']})" if "model" in facts else ""
             raise self.error(
                 f"{self.name} {origin}{made} is of something else: {'; '.join(reasons)}. "
                 f"Make one for these settings with {self.command}"

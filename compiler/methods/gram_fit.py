@@ -296,7 +296,7 @@ def _score(calibration: Calibration, point: _Point, soft: float) -> float:
     return float(np.mean(np.log(_squares(calibration, point) + soft)))
 
 
-def _moves(point: _Point, *, timesteps: bool, first: bool) -> list[tuple[Array, Array, int]]:
+def _moves(point: _Point, *, timesteps: bool, first: bool = False) -> list[tuple[Array, Array, int]]:
     """Directions of the search: change of rows [K, K] and of timesteps [K], and the first computed step that notices.
 
     Rows move along the whitened velocities, so that a unit of any direction moves the latents by as much; timesteps in units

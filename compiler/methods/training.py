@@ -79,13 +79,14 @@ def find_shipped(model: LoadedModel, method: Method, schedule: Schedule, setting
 
 
 def shipped_for(model: LoadedModel, training: Training, *, own_prompts: bool) -> Parameters | None:
-    """The predictor that ships, or ``None``: one is to be trained now, which is said. None ships for a user's ``own_prompts``.
+    """The predictor that ships, or ``None``: one is to be trained now, which is said of models that ship.
+
+    None ships for a user's ``own_prompts``.
 
     Raises:
         PredictorError: the model ships, there is no such predictor of it, and training takes as long as a model's.
     """
     if own_prompts or not model.spec.packaged:
-        log.warning("a predictor of %s is trained now, as none is given", training.method.name)
         return None
     found = find_shipped(model, training.method, training.schedule, training.settings)
     if found is None:

@@ -54,6 +54,6 @@ def test_all_reasons_are_given_and_only_those():
     KIND.check(facts, {"steps": "4"}, "b")
     with pytest.raises(
         PredictorError,
-        match="b, made for tiny, is of something else: weights is a{12}…, wanted x; seed is unknown, wanted 1. ",
+        match="b .made for tiny. is of something else: weights is a{12}…, wanted x; seed is unknown, wanted 1. ",
     ):
         KIND.check(facts, {"steps": "4", "weights": "x", "seed": "1"}, "b")

@@ -214,7 +214,9 @@ def test_a_work_directory_that_cannot_be_made_is_an_error_of_the_output(record, 
     ids=["weights", "steps", "sampler", "noise levels", "height", "width", "text", "guidance"],
 )
 def test_statistics_of_something_else_are_refused_with_the_reason(statistics, subject, reason):
-    with pytest.raises(InputError, match=f"calibration made now is of something else: .*{reason}.*cachec calibrate"):
+    with pytest.raises(
+        InputError, match=f"calibration made now .made for toy. is of something else: .*{reason}.*cachec calibrate"
+    ):
         check_statistics(statistics, calibration_facts(subject, None))
 
 
