@@ -82,7 +82,6 @@ eval: $(READY)  ## The honest table: gram with 8 of 50 steps beside everything, 
 quality: $(READY)  ## Every method at equal cost on the reference models: bench/QUALITY.md (hours on two cores; resumable)
 	printf '%s\n' tiny-qwen tiny-hunyuan tiny-flux | OMP_NUM_THREADS=1 xargs -P 2 -I{} \
 		$(BIN)/python -m bench.quality --work build/quality --model {}
-	$(BIN)/python -m bench.gram_ablation --work build/quality
 	$(BIN)/python -m bench.quality_report --date $$(date +%F)
 
 bench: $(READY)  ## Speed beside the peers in one run: bench/RESULTS.md (a good hour on two idle cores)
