@@ -104,10 +104,10 @@ class Chosen:
     seconds: float
 
 
-def fit_gram(spec: ModelSpec, model: LoadedModel, work: Path) -> tuple[str, float, list[Chosen]]:
-    """Prompts in words, seconds of a calibration at :data:`GRAM_STEPS`, and what each of :data:`BUDGETS` takes after it."""
+def fit_gram(spec: ModelSpec, model: LoadedModel, budgets: Sequence[int], work: Path) -> tuple[str, float, list[Chosen]]:
+    """Prompts in words, seconds of a calibration at :data:`GRAM_STEPS`, and what each of the ``budgets`` takes after it."""
     settings = Settings(spec.height, spec.width, spec.text_tokens, spec.guidance, GRAM_STEPS, "float32")
-    subject, prompts = Subject.of(model, settings), calibration_prompts(spec.prompts, None)
+    subject, prompts = Subject.of(model, settings), calibration_prompts(spec.prompts, None, choosing=True)
     start = time.perf_counter()
     recorders = recording_here(subject, evaluator_of(model, settings))
     save_statistics(
@@ -115,7 +115,7 @@ def fit_gram(spec: ModelSpec, model: LoadedModel, work: Path) -> tuple[str, floa
         work / "runs.safetensors",
     )
     seconds, made = time.perf_counter() - start, list[Chosen]()
-    for budget in BUDGETS:
+    for budget in budgets:
         chosen = {"method": "gram", "steps": GRAM_STEPS, "budget": budget, "calibration": work / "runs.safetensors"}
         result = compile_bundle(model, make_request(spec, targets=("ort",), **chosen), work / f"{budget}.cachec")
         steps = result.bundle.program().compute_steps
@@ -147,12 +147,13 @@ def train_on(runs: Trajectories, subject: Subject, evaluator: GraphEvaluator, wi
 
 @dataclass(frozen=True)
 class Wish:
-    """Prompts that runs are recorded of, steps, LESA's N, and rounds of each phase at most."""
+    """Prompts that runs are recorded of, steps, LESA's N, and rounds of each phase at most; computed steps of gram."""
 
     prompts: int
     steps: int
     interval: int
     rounds: int
+    budgets: Sequence[int]
 
 
 @click.command()
@@ -162,9 +163,12 @@ class Wish:
 @click.option("--steps", default=28, show_default=True)
 @click.option("--interval", default=7, show_default=True)
 @click.option("--rounds", default=20, show_default=True, help="Of each phase, at most.")
-def main(parts: tuple[str, ...], work: Path, prompts: int, steps: int, interval: int, rounds: int) -> None:
+@click.option("--budget", "budgets", multiple=True, default=BUDGETS, show_default=True, help="Computed steps of gram.")
+def main(
+    parts: tuple[str, ...], work: Path, prompts: int, steps: int, interval: int, rounds: int, budgets: tuple[int, ...]
+) -> None:
     work.mkdir(parents=True, exist_ok=True)
-    wish = Wish(prompts, steps, interval, rounds)
+    wish = Wish(prompts, steps, interval, rounds, budgets)
     model = load_model(find_model("tiny-flux"))
     for part in parts or [part for part in PARTS if not (work / f"{part}.md").exists()]:
         print(part, flush=True)
@@ -181,7 +185,7 @@ def measure(part: str, model: LoadedModel, wish: Wish) -> list[str]:
     spec, today = model.spec, time.strftime("%Y-%m-%d")
     if part == "gram":
         with tempfile.TemporaryDirectory() as folder:
-            return gram_lines(*fit_gram(spec, model, Path(folder)), today)
+            return gram_lines(*fit_gram(spec, model, wish.budgets, Path(folder)), today)
     settings = Settings(spec.height, spec.width, spec.text_tokens, spec.guidance, wish.steps, "float32")
     subject, evaluator = Subject.of(model, settings), GraphEvaluator(prepare(model, settings), model.io)
     if part == "calibration":
