@@ -162,7 +162,7 @@ class Wish:
 @click.option("--prompts", default=32, show_default=True)
 @click.option("--steps", default=28, show_default=True)
 @click.option("--interval", default=7, show_default=True)
-@click.option("--rounds", default=20, show_default=True, help="Of each phase, at most.")
+@click.option("--rounds", default=10, show_default=True, help="Of each phase, at most.")
 @click.option("--budget", "budgets", multiple=True, default=BUDGETS, show_default=True, help="Computed steps of gram.")
 def main(
     parts: tuple[str, ...], work: Path, prompts: int, steps: int, interval: int, rounds: int, budgets: tuple[int, ...]
@@ -176,7 +176,16 @@ def main(
     found = [work / f"{part}.md" for part in PARTS]
     lines = [path.read_text(encoding="utf-8") if path.exists() else f"Not measured yet: {path.stem}.\n" for path in found]
     write_file(
-        PAGE, "\n".join(["# Calibration and training", "", "tiny-flux on the CPU, float32 (`make fits`).", "", *lines]).encode()
+        PAGE,
+        "\n".join(
+            [
+                "# Calibration and training",
+                "",
+                "tiny-flux on the CPU, float32, two cores (`make fits`).",
+                "",
+                *lines,
+            ]
+        ).encode(),
     )
 
 
@@ -202,8 +211,9 @@ def gram_lines(prompts: str, seconds: float, made: Sequence[Chosen], date: str) 
     return [
         "## gram: choosing a schedule and fitting it",
         "",
-        f"{GRAM_STEPS} steps; {date}; calibrated on {prompts} ({seconds:.0f} s). *s*: the search, each candidate's first",
-        "round of polish and its pictures of the prompts to choose by, and the winner's second round.",
+        f"{GRAM_STEPS} steps; {date}; calibrated on {prompts} ({seconds:.0f} s).",
+        "*s*: the search, each candidate's first round of polish and its pictures of the prompts to choose by, and the "
+        "winner's second round.",
         "",
         "| computed | steps | s |",
         "| --- | --- | --- |",
@@ -234,7 +244,7 @@ def token_lines(made: Sequence[Trained], wish: Wish, date: str) -> list[str]:
     lines = [
         "## LESA from some of the tokens",
         "",
-        f"N = {wish.interval}, {wish.steps} steps, {date}; {wish.prompts - STOP} prompts to train on, {STOP} held out,",
+        f"N = {wish.interval}, {wish.steps} steps, {date}; {wish.prompts - STOP} prompts to train on, {STOP} held out, "
         f"{wish.rounds} rounds a phase.",
         "*error*: of held-out latents, relative L2, of the best weights; *rows*: relative L2 distance of the folded rows from",
         "those of the first line.",
