@@ -157,7 +157,9 @@ class Wish:
 
 
 @click.command()
-@click.option("--part", "parts", multiple=True, type=click.Choice(PARTS), help="Only these, anew; all that lack by default.")
+@click.option(
+    "--part", "parts", multiple=True, type=click.Choice(PARTS), help="Only these, anew; by default those that are missing."
+)
 @click.option("--work", type=click.Path(path_type=Path), default=Path("build/fits"), show_default=True)
 @click.option("--prompts", default=32, show_default=True)
 @click.option("--steps", default=28, show_default=True)
@@ -175,18 +177,8 @@ def main(
         write_file(work / f"{part}.md", "\n".join(measure(part, model, wish)).encode())
     found = [work / f"{part}.md" for part in PARTS]
     lines = [path.read_text(encoding="utf-8") if path.exists() else f"Not measured yet: {path.stem}.\n" for path in found]
-    write_file(
-        PAGE,
-        "\n".join(
-            [
-                "# Calibration and training",
-                "",
-                "tiny-flux on the CPU, float32, two cores (`make fits`).",
-                "",
-                *lines,
-            ]
-        ).encode(),
-    )
+    head = ["# Calibration and training", "", "tiny-flux on the CPU, float32, two cores (`make fits`).", ""]
+    write_file(PAGE, "\n".join([*head, *lines]).encode())
 
 
 def measure(part: str, model: LoadedModel, wish: Wish) -> list[str]:

@@ -43,13 +43,14 @@ def fit_rows(calibration: Calibration, schedule: Schedule, *, free_times: bool =
     Raises:
         InputError: a run gives NaN or infinity.
     """
-    fit, told = _Nodes(calibration, schedule), node_timesteps(calibration, schedule)
+    fit, usual = _Nodes(calibration, schedule), node_timesteps(calibration, schedule)
+    told = usual.copy()
     for i in range(len(told)):
         found = fit.reached(i, told[i])
         for sign in (-1, 1) if free_times else ():
             for part in TOLD:
                 tried = told.copy()
-                tried[i] = node_timesteps(calibration, schedule)[i] * (1 + sign * part)
+                tried[i] = usual[i] * (1 + sign * part)
                 if not _in_order(tried, calibration.sampling.timesteps):
                     break
                 one = fit.reached(i, tried[i])
